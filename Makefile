@@ -1,0 +1,45 @@
+# make demo | test | lint | bench. Each sets itself up in .venv; only a change of pyproject.toml or constraints.txt
+# installs again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# One process a core, up to four: each imports NeMo, about 1.5 GB.
+TEST_PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -lt 4 ] && echo $$n || echo 4)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## Show this help
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "==> Installing nemo_emmett and what it needs into $(VENV) (a few minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,report]'
+	@touch $@
+
+demo: $(INSTALLED) ## Train SALM-T5 on text and speech translation in four languages and score it
+	@echo "==> Demo: corpus, pretraining, joint training, evaluation (examples/speechlm/demo.py)"
+	$(BIN)/python examples/speechlm/demo.py
+
+test: $(INSTALLED) ## Run the tests
+	@echo "==> Testing with $(TEST_PROCESSES) processes"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## Check style and formatting
+	@echo "==> Linting"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED) ## Run every benchmark and write benchmarks/results
+	@set -e; for benchmark in benchmarks/*.py; do \
+		echo "==> Benchmark: $$benchmark"; \
+		$(BIN)/python $$benchmark; \
+	done
+
+clean: ## Remove what building and testing left behind, but not .venv, data or experiments
+	@echo "==> Cleaning"
+	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

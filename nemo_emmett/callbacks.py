@@ -1,0 +1,12 @@
+"""The Lightning callbacks, under the names that recipes use.
+
+- :class:`OOMptimizer` (``oomptimizer``): sets the batch size of every bucket.
+- :class:`RandomState` (``random_state``): puts the states of the random generators into checkpoints.
+
+Both are NeMo ``Serialization`` objects as well, so that NeMo's allow-list admits them under ``trainer.callbacks``.
+"""
+
+from nemo_emmett.modules.random_state import RandomState
+from nemo_emmett.oomptimizer import OOMptimizer
+
+__all__ = ["OOMptimizer", "RandomState"]

@@ -1,0 +1,105 @@
+"""Tokenizers for models that are trained from nothing: SentencePiece for a CTC encoder, a Hugging Face one for a T5."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from nemo_emmett.errors import DataError
+
+
+def manifest_texts(manifests: Iterable[str | Path]) -> Iterator[str]:
+    """The ``text`` of every line of NeMo manifests.
+
+    Raises:
+        DataError: if a manifest does not exist.
+    """
+    for manifest in manifests:
+        for line in _lines(manifest):
+            yield json.loads(line)["text"]
+
+
+def file_texts(paths: Iterable[str | Path]) -> Iterator[str]:
+    """Every line of text files, stripped.
+
+    Raises:
+        DataError: if a file does not exist.
+    """
+    for path in paths:
+        for line in _lines(path):
+            yield line.strip()
+
+
+def train_sentencepiece(texts: Iterable[str], folder: str | Path, vocab_size: int) -> Path:
+    """Train a SentencePiece model in the layout that NeMo's ASR models take as ``tokenizer.dir``.
+
+    Args:
+        texts: sentences.
+        folder: receives ``tokenizer.model`` and ``vocab.txt``.
+        vocab_size: pieces at most; fewer where the text has no more.
+
+    Returns:
+        The folder.
+    """
+    import sentencepiece
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        num_threads=1,  # the result depends on the number of threads
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    (folder / "vocab.txt").write_text("".join(model.id_to_piece(i) + "\n" for i in range(model.vocab_size())))
+    return folder
+
+
+def train_t5_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int, languages: Sequence[str]) -> Path:
+    """Train a subword tokenizer with T5's special tokens and one tag per language (``<de>``).
+
+    Args:
+        texts: sentences.
+        folder: receives the tokenizer in Hugging Face's layout.
+        vocab_size: tokens at most, special ones included.
+        languages: language codes; each gets its tag as one token.
+
+    Returns:
+        The folder.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tags = [f"<{lang}>" for lang in languages]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    # T5's order: <pad> is 0 and starts the decoder, </s> is 1.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "</s>", "<unk>", *tags], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=tags,
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def _lines(path: str | Path) -> Iterator[str]:
+    if not Path(path).is_file():
+        raise DataError(f"'{path}' does not exist; `nemo-emmett prepare` makes a corpus, or correct the path.")
+    with open(path, encoding="utf-8") as lines:
+        yield from (line for line in lines if line.strip())

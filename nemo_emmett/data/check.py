@@ -1,0 +1,377 @@
+"""What can be known to be wrong about a data config before training starts; each mistake is one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo.collections.common.data.lhotse.dataloader import (
+    get_lhotse_sampler_from_config,
+    make_structured_with_schema_warnings,
+)
+from nemo.collections.common.prompts import PromptFormatter
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_emmett.config import check_keys, nearest
+from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.config import ANY_SOURCE_KEYS, KEYS_OF_TYPE, LEGACY_KEYS, OUR_KEYS, MultimodalDataConfig
+from nemo_emmett.data.examples import ExampleKind
+from nemo_emmett.data.files import count_lines, expand_paths, is_local
+from nemo_emmett.data.fusion import check_fusion
+from nemo_emmett.data.parsers import Reading, defaults_of, known_types, reading
+from nemo_emmett.data.sources import (
+    CLASSIC_KEYS,
+    Source,
+    groups_of,
+    list_sources,
+    nemo_keys,
+    plain,
+    route_to_our_reader,
+    with_inherited,
+)
+from nemo_emmett.data.text_sources import aligned_shards, directions_of, text_layout
+from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.prompts.languages import check_language
+from nemo_emmett.prompts.translation import register_prompt_formats
+
+RESERVED_DATASET_NAMES = ("audio", "text")
+"""In validation Lightning wraps a batch in its dataset's name, which must not be taken for a modality."""
+
+FILE_KEYS = (
+    "manifest_filepath",
+    "tarred_audio_filepaths",
+    "cuts_path",
+    "shar_path",
+    "source_paths",
+    "target_paths",
+    "paths",
+    "questions_path",
+    "data_dir",
+)
+
+FILTER_KEYS = (
+    "min_duration",
+    "max_duration",
+    "min_tokens",
+    "max_tokens",
+    "min_tps",
+    "max_tps",
+    "min_tpt",
+    "max_tpt",
+    "max_cer",
+    "min_context_speaker_similarity",
+    "keep",
+    "bucket_duration_bins",
+)
+"""Keys by which NeMo drops examples."""
+
+REMEDIES = {
+    "no target language": "give the source a target_lang, or each of its records one",
+    "no duration": "write each record's duration, in seconds, into the manifest",
+    "missing audio": "correct the paths in the manifest",
+}
+"""What to do when all records of a source are bad for one cause."""
+
+
+def check_data_config(
+    config: Mapping | DictConfig,
+    tokenizer: Any = None,
+    where: str = "data.train_ds",
+    examples: ExampleKind = ExampleKind.TRANSLATION,
+) -> None:
+    """Look for mistakes in ``train_ds``, ``validation_ds``, ... before anything expensive is built.
+
+    Args:
+        config: a dataset's config, or one with several under ``datasets``.
+        tokenizer: NeMo tokenizer; without one, what depends on tokens is not looked at.
+        where: its place in the recipe, for messages.
+        examples: what the dataset takes.
+
+    Raises:
+        ConfigError: if a key is misspelt or has a value that cannot work.
+        DataError: if a file is missing, parallel files have different lengths, or nothing of a source can be used.
+
+    Example:
+        >>> check_data_config({"manifest_filepath": "nowhere.json", "batch_size": 4})
+        Traceback (most recent call last):
+        nemo_emmett.errors.DataError: data.train_ds.manifest_filepath: there is no file 'nowhere.json'; ...
+    """
+    settings = plain(config)
+    datasets = settings.pop("datasets", None)
+    if datasets is None:
+        check_dataset(settings, tokenizer, where, examples)
+        return
+    check_dataset_names(datasets, where)
+    for name, dataset in datasets.items():
+        merged = plain(OmegaConf.merge(settings, dataset or {}))
+        check_dataset(merged, tokenizer, f"{where}.datasets.{name}", examples)
+
+
+def check_dataset_names(datasets: Mapping, where: str) -> None:
+    """Refuse datasets whose name is that of a modality.
+
+    Raises:
+        ConfigError: naming the dataset.
+    """
+    for name in RESERVED_DATASET_NAMES:
+        if name in datasets:
+            raise ConfigError(
+                f"{where}.datasets.{name}: a dataset cannot be called '{name}', which is the name of a modality in a "
+                f"batch; call it, for example, 'dev_{name}'."
+            )
+
+
+def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKind) -> None:
+    """The checks of :func:`check_data_config` for one dataset, given as plain dicts."""
+    register_prompt_formats()
+    MultimodalDataConfig.take_from(dict(settings))
+    groups = groups_of(settings)
+    own = {key: value for key, value in settings.items() if groups is None or key not in groups}
+    check_keys(own, nemo_keys() | OUR_KEYS, where, LEGACY_KEYS)
+    if groups is None:
+        _check_group(settings, tokenizer, where, kind)
+        return
+    if not groups:
+        raise ConfigError(f"{where}: multi_config is set, but there are no groups; give each kind of data a section.")
+    check_fusion(settings.get("sampler_fusion", "round_robin"), settings.get("sampler_weights"), list(groups), where)
+    for name, group in with_inherited(settings).items():
+        check_keys(group, nemo_keys() | OUR_KEYS, f"{where}.{name}", LEGACY_KEYS)
+        _check_group(group, tokenizer, f"{where}.{name}", kind)
+
+
+def _check_group(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKind) -> None:
+    """The checks of what one sampler draws from."""
+    _check_keys_of_groups(settings.get("input_cfg"), f"{where}.input_cfg")
+    sources = list_sources(settings, where)
+    for source in sources:
+        _check_type_and_keys(source)
+        if kind is not ExampleKind.AS_READ:
+            _check_languages(source)
+        _check_files(source)
+        _check_parallel(source)
+    _check_batch_size(settings, where)
+    if kind is not ExampleKind.AS_READ:
+        _check_sampling(settings, sources, where, kind)
+        _check_prompt_format(settings, tokenizer, where)
+        if tokenizer is not None:
+            _check_speech_settings(settings, sources, tokenizer, where)
+    for source in sources:
+        _check_something_is_left(source, settings, tokenizer, kind)
+
+
+def _check_keys_of_groups(entries: Any, where: str) -> None:
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        return
+    for index, entry in enumerate(entries):
+        if isinstance(entry, Mapping) and entry.get("type") == "group":
+            check_keys(entry, ANY_SOURCE_KEYS | nemo_keys(), f"{where}[{index}]", LEGACY_KEYS)
+            _check_keys_of_groups(entry.get("input_cfg"), f"{where}[{index}].input_cfg")
+
+
+def _check_type_and_keys(source: Source) -> None:
+    types = known_types()
+    if source.type not in types:
+        suggestion = nearest(source.type, types)
+        hint = f"did you mean '{suggestion}'?" if suggestion else f"known are {', '.join(types)}."
+        raise ConfigError(f"{source.where}.type: there is no data type '{source.type}'; {hint}")
+    if source.type not in KEYS_OF_TYPE:
+        return
+    known = ANY_SOURCE_KEYS | KEYS_OF_TYPE[source.type] | nemo_keys()
+    if strangers := check_keys(source.config, known, source.where, LEGACY_KEYS):
+        logging.warning(f"{source.where}: these keys have no meaning for '{source.type}': {', '.join(strangers)}")
+    tags = source.config.get("tags")
+    if tags is not None and not isinstance(tags, Mapping):
+        raise ConfigError(f"{source.where}.tags: {tags!r} is not a mapping; write each tag as 'name: value'.")
+
+
+def _check_languages(source: Source) -> None:
+    defaults = defaults_of(source)
+    targets = defaults.target_lang
+    for key, codes in (("source_lang", defaults.source_lang), ("target_lang", targets)):
+        for code in [codes] if isinstance(codes, str) else codes or ():
+            check_language(code, f"{source.where}.{key}")
+    if source.type not in ("parallel_text", "txt_pair"):
+        return
+    layout = _text_layout(source)
+    if layout == "many":
+        for code in source.config["paths"]:
+            check_language(code, f"{source.where}.paths")
+    elif targets is not None and not isinstance(targets, str):
+        raise ConfigError(f"{source.where}.target_lang: a text has one target language, not {list(targets)}.")
+    elif targets is None and layout != "jsonl":
+        raise ConfigError(f"{source.where}.target_lang: missing; name the language of the target texts.")
+
+
+def _text_layout(source: Source) -> str:
+    try:
+        layout = text_layout(source.config)
+        if layout == "many":
+            directions_of(source.config)
+        return layout
+    except ConfigError as error:
+        raise ConfigError(f"{source.where}.{error}") from None
+
+
+def _check_files(source: Source) -> None:
+    needs = {"nemo": "manifest_filepath", "nemo_tarred": "manifest_filepath"}.get(source.type)
+    if needs is not None and source.config.get(needs) is None:
+        raise ConfigError(f"{source.where}.{needs}: missing; a source of type '{source.type}' needs it.")
+    for key in FILE_KEYS:
+        for path in _paths_in(source.config.get(key)):
+            if is_local(path) and not Path(path).exists():
+                raise DataError(
+                    f"{source.where}.{key}: there is no file '{path}'; correct the path, or prepare the data first."
+                )
+
+
+def _paths_in(value: Any) -> Iterator[str]:
+    """All files in a value that may be a path, a list (perhaps with weights), or a mapping of them."""
+    if isinstance(value, (str, Path)):
+        yield from expand_paths(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _paths_in(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _paths_in(item)
+
+
+def _check_parallel(source: Source) -> None:
+    if source.type not in ("parallel_text", "txt_pair") or _text_layout(source) not in ("pair", "many"):
+        return
+    for shard in aligned_shards(source.config):
+        counts = {path: count_lines(path) for path in shard.values() if is_local(path)}
+        if len(set(counts.values())) > 1:
+            lengths = ", ".join(f"{path} has {count}" for path, count in counts.items())
+            raise DataError(f"{source.where}: parallel files must have the same number of lines, but {lengths}.")
+
+
+def _check_batch_size(settings: Mapping, where: str) -> None:
+    has_bins = settings.get("bucket_duration_bins") is not None
+    sized = [
+        settings.get("batch_size"),
+        settings.get("batch_tokens") if settings.get("use_multimodal_sampling") else settings.get("batch_duration"),
+        settings.get("bucket_batch_size") if has_bins else None,
+    ]
+    if all(size is None for size in sized):
+        raise ConfigError(
+            f"{where}.batch_size: missing; give batch_size, batch_duration (speech), batch_tokens (with "
+            "use_multimodal_sampling: true), or bucket_duration_bins with bucket_batch_size."
+        )
+
+
+def _check_sampling(settings: Mapping, sources: Sequence[Source], where: str, kind: ExampleKind) -> None:
+    """Speech is measured in seconds unless ``use_multimodal_sampling`` counts everything in tokens."""
+    if settings.get("use_multimodal_sampling"):
+        return
+    without_seconds = [source for source in sources if source.is_text or kind is ExampleKind.CONVERSATION]
+    for key in ("batch_duration", "use_bucketing", "bucket_batch_size", "bucket_duration_bins"):
+        if without_seconds and settings.get(key):
+            raise ConfigError(
+                f"{where}.{key}: measures seconds of speech, which {without_seconds[0].name} does not have; set "
+                "use_multimodal_sampling: true to measure in tokens."
+            )
+
+
+def _check_prompt_format(settings: Mapping, tokenizer: Any, where: str) -> None:
+    name = settings.get("prompt_format")
+    if name is None:
+        if tokenizer is not None:  # before there is a model, its own prompt format is not known yet
+            raise ConfigError(f"{where}.prompt_format: missing; use emmett_t5, or the format of the language model.")
+        return
+    known = sorted(PromptFormatter._REGISTERED_FORMATTERS)
+    if name not in known:
+        suggestion = nearest(name, known)
+        hint = f"did you mean '{suggestion}'?" if suggestion else f"known are {', '.join(known)}."
+        raise ConfigError(f"{where}.prompt_format: there is no prompt format '{name}'; {hint}")
+    if settings.get("pretokenize") is False:
+        raise ConfigError(f"{where}.pretokenize: must be true, since examples are prompted before they are batched.")
+
+
+def _check_speech_settings(settings: Mapping, sources: Sequence[Source], tokenizer: Any, where: str) -> None:
+    for source in sources:
+        if source.is_text:
+            continue
+        tag = source.config.get("audio_locator_tag") or settings.get("audio_locator_tag")
+        if tag is None:
+            raise ConfigError(
+                f"{where}.audio_locator_tag: missing; name the token that marks where speech stands, as the model does."
+            )
+        if not _has_token(tokenizer, tag):
+            raise ConfigError(
+                f"{where}.audio_locator_tag: the tokenizer has no token '{tag}'; add it "
+                f"(tokenizer.add_special_tokens({{'additional_special_tokens': ['{tag}']}})) or name one that it has."
+            )
+        seconds = source.config.get("token_equivalent_duration") or settings.get("token_equivalent_duration")
+        if settings.get("use_multimodal_sampling") and not seconds:
+            raise ConfigError(
+                f"{where}.token_equivalent_duration: missing; give the seconds of speech that one frame of the encoder "
+                "covers (0.08 for FastConformer), so that speech can be measured in tokens."
+            )
+
+
+def _has_token(tokenizer: Any, token: str) -> bool:
+    number = tokenizer.token_to_id(token)
+    return number is not None and number != getattr(tokenizer, "unk_id", None)
+
+
+def _check_something_is_left(source: Source, settings: Mapping, tokenizer: Any, kind: ExampleKind) -> None:
+    """Send a source's records through NeMo's own filters until one passes. Nothing but manifests and text is read."""
+    if not _can_be_probed(source, kind):
+        return
+    bad_records = BadRecords()
+    with logging.temp_verbosity(logging.ERROR), reading(Reading(bad_records, kind)):
+        sampler, _ = get_lhotse_sampler_from_config(_probe_config(source, settings, tokenizer), 0, 1, tokenizer)
+        if next(iter(sampler.cuts[0]), None) is not None:
+            return
+    read, bad = bad_records.read_count, bad_records.count()
+    causes = bad_records.causes()
+    listed = ", ".join(f"{count} x {cause}" for cause, count in causes.items())
+    if read == 0:
+        raise DataError(f"{source.where}: {source.name} is empty; correct the path, or drop the source.")
+    if read <= bad:
+        remedy = REMEDIES.get(next(iter(causes)), "mend it, or drop the source") if len(causes) == 1 else "mend it"
+        raise DataError(
+            f"{source.where}: none of the {read} records of {source.name} can be used ({listed}); {remedy}."
+        )
+    filters = ", ".join(f"{key}: {settings[key]}" for key in FILTER_KEYS if settings.get(key) is not None)
+    but = f" (bad: {listed})" if bad else ""
+    raise DataError(
+        f"{source.where}: nothing of {source.name} is left of {read} records{but} after filtering by "
+        f"{filters or 'NeMo defaults'}; relax these keys, or drop the source."
+    )
+
+
+def _can_be_probed(source: Source, kind: ExampleKind) -> bool:
+    """Whether its records can be read without their audio, and by our reader."""
+    if source.type in ("nemo", "nemo_tarred", "lhotse"):
+        return source.config.get("shar_path") is None
+    if source.type == "txt_pair":
+        return kind is not ExampleKind.AS_READ and source.config.get("questions_path") is None
+    return source.type == "parallel_text"
+
+
+def _probe_config(source: Source, settings: Mapping, tokenizer: Any) -> DictConfig:
+    """The config of a sampler that only filters: one source, once through, in order."""
+    probe = {key: value for key, value in settings.items() if key in nemo_keys() - CLASSIC_KEYS}
+    probe |= {
+        "input_cfg": route_to_our_reader({"input_cfg": [source.config]}, source.where),
+        "metadata_only": True,
+        "force_finite": True,
+        "force_map_dataset": False,
+        "force_iterable_dataset": False,
+        "shuffle": False,
+        "max_open_streams": None,
+        "reweight_temperature": None,
+        "noise_path": None,
+        "rir_enabled": False,
+    }
+    if tokenizer is None:
+        probe |= {"pretokenize": False, "use_multimodal_sampling": False, "min_tokens": None, "max_tokens": None}
+    if tokenizer is None or probe.get("bucket_duration_bins") is None or probe.get("bucket_batch_size") is None:
+        # Without bins, a bucketing sampler would read the data to estimate them.
+        probe |= {"use_bucketing": False, "bucket_duration_bins": None, "bucket_batch_size": None, "batch_size": 1}
+        probe |= {"batch_duration": None, "batch_tokens": None}
+    return make_structured_with_schema_warnings(OmegaConf.create(probe))

@@ -1,0 +1,284 @@
+"""The dataloader: NeMo's samplers over our sources, and a loop that reports what was skipped.
+
+Drop-in for NeMo's ``get_lhotse_dataloader_from_config``: it takes every config that NeMo takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lhotse.dataset import make_worker_init_fn
+from lhotse.dataset.dataloading import resolve_seed
+from lhotse.dataset.sampling.base import CutSampler
+from lhotse.utils import fix_random_seed
+from nemo.collections.common.data.lhotse.dataloader import (
+    LhotseDataLoadingConfig,
+    get_lhotse_sampler_from_config,
+    make_structured_with_schema_warnings,
+    maybe_set_cuda_expandable_segments,
+)
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.check import check_dataset
+from nemo_emmett.data.config import OUR_KEYS, MultimodalDataConfig
+from nemo_emmett.data.delivery import DeliveringDataset, DeliveringIterable, Delivery, is_empty, prepare_dataset
+from nemo_emmett.data.examples import ExampleKind
+from nemo_emmett.data.fusion import fuse
+from nemo_emmett.data.parsers import Reading, reading, register_data_types
+from nemo_emmett.data.sources import (
+    CLASSIC_KEYS,
+    Source,
+    groups_of,
+    list_sources,
+    plain,
+    route_to_our_reader,
+    with_inherited,
+)
+from nemo_emmett.errors import DataError
+from nemo_emmett.prompts.translation import register_prompt_formats
+
+EMPTY_BATCHES_IN_A_ROW = 100
+"""After so many batches of which nothing could be read, endless data would only spin: the run stops."""
+
+SHARED_BY_GROUPS = (
+    "seed",
+    "shard_seed",
+    "num_workers",
+    "pin_memory",
+    "shuffle",
+    "sampler_fusion",
+    "sampler_weights",
+    "multi_config",
+    "metadata_only",
+    "force_finite",
+)
+"""Keys of a ``multi_config`` that overrule those of its groups, as in NeMo."""
+
+
+class MultimodalDataLoader(torch.utils.data.DataLoader):
+    """A torch ``DataLoader`` that keeps the ledger of what was skipped and leaves out batches of which nothing is left.
+
+    Args:
+        dataset: delivers batches with their notes (:class:`DeliveringDataset` or :class:`DeliveringIterable`).
+        bad_records: ledger of everything skipped so far, of all workers.
+        max_bad_records: stop past so many bad records, or past this share of those read; None: never.
+        kwargs: of ``torch.utils.data.DataLoader``.
+    """
+
+    def __init__(
+        self,
+        dataset: DeliveringDataset | DeliveringIterable,
+        bad_records: BadRecords | None = None,
+        max_bad_records: int | float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dataset, **kwargs)
+        self.bad_records = BadRecords(announce=True) if bad_records is None else bad_records
+        self.max_bad_records = max_bad_records
+
+    @property
+    def _delivering(self) -> DeliveringDataset:
+        return self.dataset.dataset if isinstance(self.dataset, DeliveringIterable) else self.dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield batches.
+
+        Raises:
+            TooManyBadRecords: if more was skipped than ``max_bad_records`` allows.
+            DataError: if nothing can be read any more.
+        """
+        reported = self.bad_records.count()
+        empty_in_a_row = 0
+        try:
+            for delivery in super().__iter__():
+                self._account_for(delivery)
+                if is_empty(delivery.batch):
+                    empty_in_a_row += 1
+                    self._check_progress(empty_in_a_row)
+                    continue
+                empty_in_a_row = 0
+                yield delivery.batch
+            self._merge_notes_of_this_process()
+            self.bad_records.check(self.max_bad_records, at_end=True)
+        finally:
+            if self.bad_records.count() > reported:
+                logging.warning(f"Bad records skipped so far:\n{self.bad_records.table()}")
+
+    def _account_for(self, delivery: Delivery) -> None:
+        self.bad_records.merge(delivery.notes)
+        self._merge_notes_of_this_process()
+        self.bad_records.check(self.max_bad_records)
+        if delivery.error is not None:
+            raise delivery.error
+
+    def _merge_notes_of_this_process(self) -> None:
+        """The map-style flavour samples here, while the workers only read audio."""
+        self.bad_records.merge(self._delivering.deliver(None).notes)
+
+    def _check_progress(self, empty_in_a_row: int) -> None:
+        if empty_in_a_row >= EMPTY_BATCHES_IN_A_ROW:
+            raise DataError(
+                f"nothing could be read of the last {empty_in_a_row} batches; what was skipped so far:\n"
+                f"{self.bad_records.table()}"
+            )
+
+
+def get_multimodal_dataloader(
+    config: Mapping | DictConfig,
+    global_rank: int,
+    world_size: int,
+    dataset: torch.utils.data.Dataset,
+    tokenizer: Any = None,
+    where: str = "data.train_ds",
+) -> MultimodalDataLoader:
+    """Build the dataloader of a dataset's config.
+
+    Args:
+        config: any NeMo dataloader config (``LhotseDataLoadingConfig``), with our keys
+            (:class:`~nemo_emmett.data.config.MultimodalDataConfig`) and data types (``parallel_text``).
+        global_rank: this process's place among those that load data.
+        world_size: how many load data.
+        dataset: maps a ``CutSet`` to a batch: ours (:class:`SpeechTextDataset`), NeMo's ``SALMDataset``, or any NeMo
+            dataset for lhotse cuts. A ``FallbackDataset`` around it is taken off.
+        tokenizer: NeMo tokenizer, applied before batches are sampled.
+        where: the config's place in the recipe, for messages.
+
+    Raises:
+        ConfigError: if a key is misspelt or has a value that cannot work.
+        DataError: if a file is missing, or the data of a source is filtered to nothing.
+
+    Example:
+        >>> loader = get_multimodal_dataloader(cfg.data.train_ds, 0, 1, SpeechTextDataset(tokenizer), tokenizer)
+        >>> next(iter(loader)).keys()
+        dict_keys(['audio', 'text'])
+    """
+    register_data_types()
+    register_prompt_formats()
+    settings = plain(config)
+    dataset, kind = prepare_dataset(dataset)
+    check_dataset(settings, tokenizer, where, kind)
+    ours = MultimodalDataConfig.take_from(dict(settings))
+    maybe_set_cuda_expandable_segments(enabled=settings.get("cuda_expandable_segments", True))
+
+    bad_records = BadRecords()
+    build = _fused_sampler if groups_of(settings) is not None else _single_sampler
+    sampler, is_iterable, shared = build(settings, where, global_rank, world_size, tokenizer, kind, bad_records)
+    dataset = DeliveringDataset(dataset, bad_records)
+    return MultimodalDataLoader(
+        **_flavour(dataset, sampler, is_iterable, shared, global_rank, world_size),
+        bad_records=BadRecords(announce=True),
+        max_bad_records=ours.max_bad_records,
+        batch_size=None,
+        num_workers=shared.num_workers,
+        pin_memory=shared.pin_memory,
+    )
+
+
+def _single_sampler(
+    settings: Mapping,
+    where: str,
+    global_rank: int,
+    world_size: int,
+    tokenizer: Any,
+    kind: ExampleKind,
+    bad_records: BadRecords,
+) -> tuple[CutSampler, bool, DictConfig]:
+    """The sampler of a dataset without groups, whether it lives in the workers, and the config that it was made of."""
+    sources = list_sources(settings, where)
+    structured = _structured({**settings, **_flavour_flags(sources, settings)}, where)
+    structured.seed = resolve_seed(structured.seed)
+    fix_random_seed(structured.seed)
+    if kind is not ExampleKind.AS_READ:
+        _agree_on_order(structured, sources, world_size)
+    with reading(Reading(bad_records, kind)):
+        sampler, is_iterable = get_lhotse_sampler_from_config(structured, global_rank, world_size, tokenizer)
+    return sampler, is_iterable, structured
+
+
+def _fused_sampler(
+    settings: Mapping,
+    where: str,
+    global_rank: int,
+    world_size: int,
+    tokenizer: Any,
+    kind: ExampleKind,
+    bad_records: BadRecords,
+) -> tuple[CutSampler, bool, DictConfig]:
+    """The same for a dataset whose groups have a sampler each."""
+    shared = _shared_by_groups(settings)
+    fix_random_seed(shared.seed)
+    groups = with_inherited(settings)
+    sources = [source for name, group in groups.items() for source in list_sources(group, f"{where}.{name}")]
+    # Fused with endless sources, a finite one would run dry and leave the rest of the training to the others.
+    how = Reading(bad_records, kind, endless=kind is not ExampleKind.AS_READ and not shared.force_finite)
+    samplers, in_workers = {}, False
+    for name, group in groups.items():
+        structured = _structured({**group, **_flavour_flags(sources, group)}, f"{where}.{name}")
+        structured.merge_with(shared)
+        if kind is not ExampleKind.AS_READ:
+            _agree_on_order(structured, sources, world_size)
+        with reading(how):
+            samplers[name], in_workers = get_lhotse_sampler_from_config(structured, global_rank, world_size, tokenizer)
+    return fuse(samplers, shared.sampler_fusion, shared.sampler_weights, shared.seed), in_workers, shared
+
+
+def _shared_by_groups(settings: Mapping) -> DictConfig:
+    defaults = OmegaConf.structured(LhotseDataLoadingConfig)
+    shared = OmegaConf.create({key: settings.get(key, defaults[key]) for key in SHARED_BY_GROUPS})
+    shared.seed = resolve_seed(shared.seed)
+    return shared
+
+
+def _structured(settings: Mapping, where: str) -> DictConfig:
+    """NeMo's config of a sampler, with all its sources read by us."""
+    routed = {key: value for key, value in settings.items() if key not in OUR_KEYS | CLASSIC_KEYS}
+    return make_structured_with_schema_warnings(
+        OmegaConf.create({**routed, "input_cfg": route_to_our_reader(settings, where)})
+    )
+
+
+def _flavour_flags(sources: Sequence[Source], settings: Mapping) -> dict[str, bool]:
+    """Where the samplers live: in the workers (iterable flavour), or here (map-style flavour).
+
+    NeMo demands that all sources agree, and counts text as tarred. Here text follows the speech that it is mixed with.
+    """
+    forced = {key: bool(settings.get(key)) for key in ("force_map_dataset", "force_iterable_dataset")}
+    in_workers = [source.is_tarred for source in sources]
+    if any(forced.values()) or len(set(in_workers)) == 1:
+        return forced
+    speech_in_workers = any(source.is_tarred for source in sources if not source.is_text)
+    return {"force_map_dataset": not speech_in_workers, "force_iterable_dataset": speech_in_workers}
+
+
+def _agree_on_order(structured: DictConfig, sources: Sequence[Source], world_size: int) -> None:
+    """Samplers of the map-style flavour divide the batches among the ranks: each must see them in the same order.
+
+    NeMo's default, ``shard_seed: trng``, is meant for the other flavour, where each worker shall have its own.
+    """
+    in_workers = structured.force_iterable_dataset or all(source.is_tarred for source in sources)
+    if world_size > 1 and structured.shard_seed == "trng" and (structured.force_map_dataset or not in_workers):
+        logging.info(f"shard_seed: all ranks use the seed {structured.seed}, so that they share out the same batches.")
+        structured.shard_seed = structured.seed
+
+
+def _flavour(
+    dataset: DeliveringDataset,
+    sampler: CutSampler,
+    is_iterable: bool,
+    settings: DictConfig,
+    global_rank: int,
+    world_size: int,
+) -> dict[str, Any]:
+    """The arguments of a torch ``DataLoader`` in either flavour, as NeMo has them."""
+    if not is_iterable:
+        return {"dataset": dataset, "sampler": sampler}
+    return {
+        "dataset": DeliveringIterable(dataset, sampler),
+        # Seeds each worker of each rank differently: they all read all data, each in its own order.
+        "worker_init_fn": make_worker_init_fn(rank=global_rank, world_size=world_size, seed=settings.seed),
+        "persistent_workers": settings.num_workers > 0,
+    }

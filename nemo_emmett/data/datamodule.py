@@ -1,0 +1,82 @@
+"""NeMo's speechlm2 ``DataModule`` with our dataloader behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader, is_dp_source_rank
+from nemo.collections.speechlm2.data.datamodule import DataModule
+from nemo.core.classes.common import Serialization
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_emmett.data.check import check_dataset_names
+from nemo_emmett.data.dataloader import get_multimodal_dataloader
+
+EVALUATION_SETS = ("validation_ds", "test_ds", "predict_ds")
+
+
+class MultimodalDataModule(DataModule, Serialization):
+    """Drop-in for ``nemo.collections.speechlm2.DataModule``.
+
+    Also a NeMo ``Serialization``: so NeMo's allow-list admits it where a recipe names it by ``_target_``.
+
+    Args:
+        cfg: the recipe's ``data`` section: ``train_ds``, and ``validation_ds``, ``test_ds`` and ``predict_ds`` with
+            their ``datasets``.
+        tokenizer: NeMo tokenizer.
+        dataset: examples to batches; :class:`~nemo_emmett.data.SpeechTextDataset`, or NeMo's ``SALMDataset``.
+
+    Raises:
+        ConfigError: if a dataset has the name of a modality.
+    """
+
+    def __init__(self, cfg: Mapping | DictConfig, tokenizer: Any, dataset: torch.utils.data.Dataset) -> None:
+        cfg = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg)
+        for name in EVALUATION_SETS:
+            if cfg.get(name) is not None:
+                check_dataset_names(cfg[name].get("datasets") or {}, f"data.{name}")
+        super().__init__(cfg, tokenizer, dataset)
+
+    def train_dataloader(self) -> BroadcastingDataLoader | None:
+        """The loader of ``train_ds``."""
+        if self.cfg.get("train_ds") is None:
+            return None
+        return self._loader(self.cfg.train_ds, "data.train_ds")
+
+    def val_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | None:
+        """The loaders of ``validation_ds``, side by side: a batch is ``{dataset: batch or None}``."""
+        return self._evaluation_loaders("validation_ds", mode="max_size")
+
+    def test_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | None:
+        """The loaders of ``test_ds``, side by side."""
+        return self._evaluation_loaders("test_ds", mode="max_size")
+
+    def predict_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | None:
+        """The loaders of ``predict_ds``, one after another, as Lightning's ``predict`` wants them."""
+        return self._evaluation_loaders("predict_ds", mode="sequential")
+
+    def _evaluation_loaders(self, name: str, mode: str) -> CombinedLoader | BroadcastingDataLoader | None:
+        if self.cfg.get(name) is None:
+            return None
+        # Each rank gets its share of one pass over the data.
+        common = OmegaConf.merge(self.cfg[name], {"force_finite": True, "force_map_dataset": True})
+        datasets = common.pop("datasets", None)
+        if datasets is None:
+            return self._loader(common, f"data.{name}")
+        loaders = {
+            dataset: self._loader(OmegaConf.merge(common, config), f"data.{name}.datasets.{dataset}")
+            for dataset, config in datasets.items()
+        }
+        return CombinedLoader(loaders, mode=mode)
+
+    def _loader(self, config: DictConfig, where: str) -> BroadcastingDataLoader:
+        mesh = self._get_device_mesh()
+        loader = None
+        if is_dp_source_rank(mesh):
+            loader = get_multimodal_dataloader(
+                config, self._get_dp_rank(), self._get_world_size(), self.dataset, self.tokenizer, where=where
+            )
+        return BroadcastingDataLoader(source=loader, device_mesh=mesh)

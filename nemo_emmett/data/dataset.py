@@ -1,0 +1,141 @@
+"""Examples to a batch: a dict of one-modality batches, so that text is not padded to the length of speech.
+
+The keys and shapes of a batch are described in ``docs/architecture.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut, MixedCut
+from lhotse.dataset.collation import collate_vectors
+from nemo.collections.common.data.lhotse.text_adapters import (
+    Formattable,
+    NeMoMultimodalConversation,
+    SourceTargetTextExample,
+    TextTurn,
+)
+from nemo.collections.speechlm2.data.utils import get_pad_id
+
+from nemo_emmett.data.audio import AudioFault, audio_path, load_waveform
+from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.examples import origin_of
+from nemo_emmett.errors import DataError
+
+
+class SpeechTextDataset(torch.utils.data.Dataset):
+    """Collates prompted examples of speech and text into ``{"audio": {...}, "text": {...}}``.
+
+    A modality without examples is left out; examples whose audio cannot be read are left out and noted in
+    ``bad_records``. A batch of which nothing is left is an empty dict.
+
+    Args:
+        tokenizer: NeMo tokenizer, for its pad id.
+
+    Example:
+        >>> batch = SpeechTextDataset(tokenizer)[cuts]
+        >>> batch["text"]["context_ids"].shape
+        torch.Size([32, 17])
+    """
+
+    def __init__(self, tokenizer) -> None:
+        self.pad_id = get_pad_id(tokenizer)
+        self.bad_records = BadRecords()
+
+    def __getitem__(self, examples: CutSet) -> dict[str, dict]:
+        """Collate the examples of one batch.
+
+        Args:
+            examples: lhotse cuts, text pairs and conversations, each with ``context_ids`` and ``answer_ids``.
+
+        Raises:
+            DataError: if an example was not prompted.
+        """
+        speech, text = [], []
+        for example in examples:
+            (speech if recordings_of(example) else text).append(example)
+        batch = {}
+        if speech and (audio := self._collate_speech(speech)):
+            batch["audio"] = audio
+        if text:
+            batch["text"] = self._collate_tokens(text)
+        return batch
+
+    def _collate_speech(self, examples: Sequence[Cut | NeMoMultimodalConversation]) -> dict | None:
+        readable, waveforms = [], []
+        for example in examples:
+            try:
+                waveforms.extend(load_waveform(cut) for cut in recordings_of(example))
+                readable.append(example)
+            except AudioFault as cause:
+                source, place = origin_of(example)
+                file = ", ".join(filter(None, map(audio_path, recordings_of(example))))
+                self.bad_records.add(source or "cuts", f"{place} ({file})" if file else place, str(cause))
+        if not readable:
+            return None
+        return {
+            **self._collate_tokens(readable),
+            "audios": collate_vectors(waveforms, padding_value=0.0),
+            "audio_lens": torch.tensor([len(waveform) for waveform in waveforms]),
+        }
+
+    def _collate_tokens(self, examples: Sequence[Cut | Formattable]) -> dict:
+        contexts = [_tokens(example, "context_ids") for example in examples]
+        answers = [_tokens(example, "answer_ids") for example in examples]
+        return {
+            "context_ids": self._pad(contexts),
+            "context_lens": torch.tensor([len(context) for context in contexts]),
+            "answer_ids": self._pad(answers),
+            "answer_lens": torch.tensor([len(answer) for answer in answers]),
+            "examples": [describe(example) for example in examples],
+        }
+
+    def _pad(self, token_ids: Iterable[torch.Tensor]) -> torch.Tensor:
+        return collate_vectors(token_ids, padding_value=self.pad_id).to(torch.int64)
+
+
+def recordings_of(example: Cut | Formattable) -> list[Cut]:
+    """The cuts whose audio an example holds, in the order of their locator tokens."""
+    if isinstance(example, Cut):
+        return [example]
+    if isinstance(example, NeMoMultimodalConversation):
+        return example.list_cuts()
+    return []
+
+
+def _tokens(example: Cut | Formattable, key: str) -> torch.Tensor:
+    holder = example._first_non_padding_cut if isinstance(example, MixedCut) else example
+    ids = getattr(holder, key, None)
+    if ids is None:
+        raise DataError(
+            f"example {origin_of(example)[1]} has no {key}: set prompt_format (for example emmett_t5) in the dataset's "
+            "config, so that examples are prompted before they are batched."
+        )
+    return torch.as_tensor(ids)
+
+
+def describe(example: Cut | Formattable) -> dict[str, str | None]:
+    """What evaluation wants to know of an example: the ``examples`` entry of a batch."""
+    custom = getattr(example._first_non_padding_cut if isinstance(example, MixedCut) else example, "custom", None) or {}
+    recordings = recordings_of(example)
+    source_text = target_text = None
+    if isinstance(example, Cut):
+        target_text = example.supervisions[0].text if example.supervisions else None
+        source_text = custom.get("source_text")
+    elif isinstance(example, SourceTargetTextExample):
+        source_text, target_text = example.source.text, example.target.text
+    elif isinstance(example, NeMoMultimodalConversation):
+        texts = [turn for turn in example.turns if isinstance(turn, TextTurn)]
+        source_text = " ".join(turn.value for turn in texts if turn.role == "user") or None
+        target_text = next((turn.value for turn in reversed(texts) if turn.role == "assistant"), None)
+    return {
+        "id": str(getattr(example, "id", None) or custom.get("id")),
+        "modality": "audio" if recordings else "text",
+        "source_lang": custom.get("source_lang"),
+        "target_lang": custom.get("target_lang"),
+        "source_text": source_text,
+        "target_text": target_text,
+        "audio_path": audio_path(recordings[0]) if len(recordings) == 1 else None,
+    }

@@ -1,0 +1,155 @@
+"""What travels from a worker to the training loop: a batch, what was skipped on the way to it, and what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from lhotse import CutSet
+from lhotse.dataset import IterableDatasetWrapper
+from lhotse.dataset.sampling.base import CutSampler
+from nemo.collections.common.data.fallback import FallbackDataset
+from nemo.collections.common.data.lhotse.text_adapters import NeMoMultimodalConversation
+
+from nemo_emmett.data.audio import AudioFault, check_audio
+from nemo_emmett.data.bad_records import BadRecords, Notes
+from nemo_emmett.data.examples import ExampleKind, origin_of
+from nemo_emmett.errors import ConfigError, EmmettError
+
+
+class Delivery(NamedTuple):
+    """One item of a loader's queue."""
+
+    batch: Any  # None where nothing is left of it
+    notes: Notes  # what this process has read and skipped since its last delivery
+    error: EmmettError | None = None  # raised in the main process, for its sentence to be seen
+
+
+class DeliveringDataset(torch.utils.data.Dataset):
+    """A dataset whose batches come with the notes of the process that made them.
+
+    Args:
+        dataset: maps the examples of a batch to the batch; may hold a ledger of its own, ``bad_records``.
+        bad_records: ledger of the sources that live in the same process.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset, bad_records: BadRecords) -> None:
+        self.dataset = dataset
+        self.bad_records = bad_records
+
+    def __getitem__(self, examples: CutSet) -> Delivery:
+        try:
+            batch = self.dataset[examples]
+        except EmmettError as error:
+            return self.deliver(None, error)
+        if batch is None:
+            for example in examples:
+                source, place = origin_of(example)
+                self.bad_records.add(source or "examples", place, "refused by the dataset")
+        return self.deliver(batch)
+
+    def deliver(self, batch: Any, error: EmmettError | None = None) -> Delivery:
+        """A batch, with all notes made so far in this process."""
+        notes = self.bad_records.drain()
+        if isinstance(ledger := getattr(self.dataset, "bad_records", None), BadRecords):
+            of_dataset = ledger.drain()
+            notes = Notes(notes.read + of_dataset.read, notes.skipped + of_dataset.skipped)
+        return Delivery(batch, notes, error)
+
+
+class DeliveringIterable(IterableDatasetWrapper):
+    """The iterable flavour: the sampler lives in the worker, and its last notes come in a delivery without a batch."""
+
+    def __init__(self, dataset: DeliveringDataset, sampler: CutSampler) -> None:
+        super().__init__(dataset=dataset, sampler=sampler)
+        self._ended = False
+
+    def __iter__(self) -> DeliveringIterable:
+        self._ended = False
+        return super().__iter__()
+
+    def __next__(self) -> Delivery:
+        if self._ended:
+            raise StopIteration
+        try:
+            return super().__next__()
+        except StopIteration:
+            self._ended = True
+            return self.dataset.deliver(None)
+        except EmmettError as error:
+            self._ended = True
+            return self.dataset.deliver(None, error)
+
+
+class SpeechConversations(torch.utils.data.Dataset):
+    """NeMo's ``SALMDataset``, its silences made audible.
+
+    It drops conversations whose audio cannot be read, which are noted here; and its model cannot take a batch without
+    speech, which is refused here instead of failing in the preprocessor.
+
+    Args:
+        dataset: a ``SALMDataset``.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset) -> None:
+        self.dataset = dataset
+        self.bad_records = BadRecords()
+
+    def __getitem__(self, conversations: CutSet) -> dict:
+        """Collate the conversations of one batch; an empty one where no speech is left of it.
+
+        Raises:
+            ConfigError: if there was no speech in it to begin with.
+        """
+        if not any(isinstance(c, NeMoMultimodalConversation) and c.has_audio_turns for c in conversations):
+            raise ConfigError(
+                "NeMo's SALM cannot take a batch without speech: use sampler_fusion: zip, so that each batch holds "
+                "both kinds, or model._target_: nemo_emmett.models.SALMGPT, which takes either."
+            )
+        readable = [c for c in conversations if self._has_its_audio(c)]
+        batch = self.dataset[CutSet(readable)] if any(c.has_audio_turns for c in readable) else None
+        if batch is None or batch["audios"].numel() == 0:
+            batch = {}
+        kept = {c.id for c in batch.get("conversations", ())}
+        for conversation in readable:
+            if conversation.id not in kept:
+                cause = "unreadable audio" if conversation.has_audio_turns else "left without speech in its batch"
+                self._note(conversation, cause)
+        return batch
+
+    def _has_its_audio(self, conversation: NeMoMultimodalConversation) -> bool:
+        try:
+            for cut in conversation.list_cuts():
+                check_audio(cut)
+        except AudioFault as fault:
+            self._note(conversation, str(fault))
+            return False
+        return True
+
+    def _note(self, conversation: NeMoMultimodalConversation, cause: str) -> None:
+        source, place = origin_of(conversation)
+        self.bad_records.add(source or "conversations", place, cause)
+
+
+def prepare_dataset(dataset: torch.utils.data.Dataset) -> tuple[torch.utils.data.Dataset, ExampleKind]:
+    """What really collates the batches, and what it takes.
+
+    NeMo's ``FallbackDataset`` is taken off: it hands out the previous batch again, in silence, where one has failed.
+    """
+    from nemo.collections.speechlm2.data.salm_dataset import SALMDataset
+
+    from nemo_emmett.data.dataset import SpeechTextDataset
+
+    while isinstance(dataset, FallbackDataset):
+        dataset = dataset.dataset
+    if isinstance(dataset, SpeechTextDataset):
+        return dataset, ExampleKind.TRANSLATION
+    if isinstance(dataset, SALMDataset):
+        return SpeechConversations(dataset), ExampleKind.CONVERSATION
+    return dataset, ExampleKind.AS_READ
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether nothing is left of a batch."""
+    return batch is None or (isinstance(batch, Mapping) and not batch)

@@ -1,0 +1,107 @@
+"""Reading text files line by line: sharded, plain or gzipped, and without stopping at a line that cannot be decoded."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from itertools import zip_longest
+from pathlib import Path
+
+from lhotse.dataset.dataloading import resolve_seed
+from lhotse.serialization import open_best
+from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
+
+from nemo_emmett.errors import DataError
+
+
+def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
+    """All files that a config names: one path, a list of them, or a sharded one (``train__OP_0..7_CL_.de``)."""
+    if isinstance(paths, (str, Path)):
+        return [str(path) for path in expand_sharded_filepaths(paths)]
+    return [str(shard) for path in paths for shard in expand_sharded_filepaths(path)]
+
+
+def is_local(path: str) -> bool:
+    """Whether ``path`` is a file of this machine: not a URL, an object store, or the output of a command."""
+    return "://" not in path and not path.startswith("pipe:")
+
+
+def open_lines(path: str) -> Iterator[bytes]:
+    """Yield the lines of a text file, gzipped if its name ends in ``.gz``, without their line ends.
+
+    Lines end at a newline only: other separators that Unicode knows may stand inside a sentence, and splitting there
+    would shift one side of a parallel text.
+    """
+    with open_best(path, "rb") as file:
+        for line in file:
+            yield line.rstrip(b"\r\n")
+
+
+def zip_lines(paths: Sequence[str]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
+    """Yield the line number (from 1) and the lines of several files that belong line by line together.
+
+    Raises:
+        DataError: if one file ends before the others.
+    """
+    with ExitStack() as stack:
+        readers = [open_lines(path) for path in paths]
+        for reader in readers:
+            stack.callback(reader.close)
+        for number, lines in enumerate(zip_longest(*readers), start=1):
+            if None in lines:
+                short = paths[lines.index(None)]
+                raise DataError(
+                    f"{short} ends after {number - 1} lines, but a file parallel to it ({', '.join(paths)}) goes on; "
+                    "parallel files must have the same number of lines."
+                )
+            yield number, lines
+
+
+def count_lines(path: str) -> int:
+    """Number of lines in a local text file, gzipped or not; a file that did not change is counted once."""
+    status = os.stat(path)
+    return _count_lines(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _count_lines(path: str, size: int, mtime_ns: int) -> int:
+    count, last = 0, b"\n"
+    with open_best(path, "rb") as file:
+        while block := file.read(1 << 20):
+            count += block.count(b"\n")
+            last = block[-1:]
+    return count + (last != b"\n")  # the last line may lack its newline
+
+
+class ShardOrder:
+    """The order in which one reader takes its shards: as given, or reshuffled at each pass.
+
+    Args:
+        shuffle: whether to shuffle at all.
+        seed: an integer, or lhotse's ``trng`` and ``randomized`` (each worker its own order).
+    """
+
+    def __init__(self, shuffle: bool, seed: int | str) -> None:
+        self.shuffle = shuffle
+        self.seed = seed
+        self._passes = 0
+
+    def __call__(self, shards: Sequence) -> list:
+        """The shards in the order of the next pass."""
+        shards = list(shards)
+        if self.shuffle:
+            random.Random(resolve_seed(self.seed) + self._passes).shuffle(shards)
+            self._passes += 1
+        return shards
+
+
+def decoded(line: bytes, note: Callable[[str], None]) -> str | None:
+    """The line as text; None, and a note of the cause, if it is not UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        note("not UTF-8")
+        return None

@@ -1,0 +1,235 @@
+"""The seam between our readers and NeMo's sampling: data types that NeMo's ``input_cfg`` knows.
+
+A loader of ours hands NeMo an ``input_cfg`` in which every source has the type ``emmett_source``. So NeMo keeps what it
+is good at (groups, weights, mixing, filters, samplers), while every record is read, judged and given its languages
+here, before it is tokenised.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
+
+from lhotse import CutSet
+from nemo.collections.common.data.lhotse.cutset import (
+    attach_tags,
+    data_type_parser,
+    get_known_config_data_types,
+    get_parser_fn,
+    mux,
+)
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.examples import ExampleKind, Examples, SourceDefaults
+from nemo_emmett.data.sources import LANGUAGE_KEYS, SOURCE_TYPE, Source, plain, unwrap
+from nemo_emmett.data.speech_sources import LhotseManifest, NeMoManifest, NeMoTarredManifest
+from nemo_emmett.data.text_sources import open_parallel_text
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read while a loader is being built.
+
+    Args:
+        bad_records: ledger for the records that cannot be used.
+        kind: what the loader's dataset takes.
+        endless: start sources over when they end, since they are fused with others that do.
+    """
+
+    bad_records: BadRecords = field(default_factory=partial(BadRecords, announce=True))
+    kind: ExampleKind = ExampleKind.AS_READ
+    endless: bool = False
+
+
+_reading: ContextVar[Reading | None] = ContextVar("nemo_emmett_reading", default=None)
+
+
+@contextmanager
+def reading(how: Reading) -> Iterator[Reading]:
+    """Read the sources that NeMo parses inside this context in this way."""
+    token = _reading.set(how)
+    try:
+        yield how
+    finally:
+        _reading.reset(token)
+
+
+def register_data_types() -> None:
+    """Make our data types known to NeMo: ``parallel_text`` for everyone, ``emmett_source`` for our own loaders.
+
+    Calling it again changes nothing.
+    """
+    data_type_parser("parallel_text")(read_parallel_text)
+    data_type_parser(SOURCE_TYPE)(read_source)
+
+
+def read_parallel_text(config: DictConfig) -> tuple[CutSet, bool]:
+    """NeMo parser of the type ``parallel_text``: examples, and that they are read in the workers (True)."""
+    how = _reading.get() or Reading()
+    cuts = CutSet(open_parallel_text(plain(config), how.bad_records))
+    return _repeated(cuts, config), True
+
+
+def read_source(config: DictConfig) -> tuple[CutSet, bool]:
+    """NeMo parser of the type ``emmett_source``: examples, and whether they are read in the workers."""
+    how = _reading.get() or Reading()
+    source = unwrap(plain(config))
+    kind = ExampleKind(config.get("examples", how.kind))
+    cuts, is_tarred = open_source(source, how.bad_records, kind)
+    if kind is not ExampleKind.AS_READ:
+        cuts = CutSet(Examples(cuts, kind, defaults_of(source), how.bad_records))
+    if how.endless:
+        cuts = cuts.repeat(preserve_id=True)
+    return cuts, is_tarred
+
+
+def defaults_of(source: Source) -> SourceDefaults:
+    """What a source says for its records."""
+    config, tags = source.config, source.config.get("tags") or {}
+    languages = {key: config.get(key) for key in LANGUAGE_KEYS}
+    for key, nemo_key in (("source_lang", "source_language"), ("target_lang", "target_language")):
+        languages[key] = tags.get(key) or languages[key] or config.get(nemo_key)
+    return SourceDefaults(
+        name=source.name,
+        audio_locator_tag=config.get("audio_locator_tag"),
+        token_equivalent_duration=config.get("token_equivalent_duration"),
+        context=tags.get("context"),
+        system_prompt=tags.get("system_prompt"),
+        **languages,
+    )
+
+
+def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> tuple[CutSet, bool]:
+    """Open one source with our reader where we have one, with NeMo's own otherwise.
+
+    Args:
+        source: where the data is.
+        bad_records: ledger for the records that cannot be used.
+        kind: what the dataset takes; text for a dataset that is not ours is read by NeMo.
+
+    Returns:
+        What it holds, with the source's tags attached, and whether it is read in the workers.
+    """
+    config = source.config
+    if _is_nemo(config):
+        cuts, is_tarred = _open_nemo(config, bad_records)
+    elif _is_lhotse_jsonl(config):
+        cuts, is_tarred = CutSet(LhotseManifest(config["cuts_path"], bad_records)), False
+    elif source.type == "parallel_text" or (source.type == "txt_pair" and _reads_pairs_ourselves(config, kind)):
+        cuts, is_tarred = _repeated(CutSet(open_parallel_text(config, bad_records)), config), True
+    else:
+        cuts, is_tarred = get_parser_fn(source.type)(OmegaConf.create(_with_our_reader_inside(source)))
+    if tags := config.get("tags"):
+        cuts = cuts.map(partial(attach_tags, tags=tags), apply_fn=None)
+    return cuts, is_tarred
+
+
+def _is_nemo(config: Mapping) -> bool:
+    # NeMo's batched reads from AIStore bypass the tar files; its own reader knows how.
+    from_aistore = os.environ.get("USE_AIS_GET_BATCH", "False").lower() == "true"
+    return config["type"] in ("nemo", "nemo_tarred") and not (from_aistore and config.get("tarred_audio_filepaths"))
+
+
+def _is_lhotse_jsonl(config: Mapping) -> bool:
+    path = str(config.get("cuts_path") or "")
+    return (
+        config["type"] in ("lhotse", "lhotse_shar")
+        and config.get("shar_path") is None
+        and path.removesuffix(".gz").endswith(".jsonl")
+    )
+
+
+def _reads_pairs_ourselves(config: Mapping, kind: ExampleKind) -> bool:
+    return kind is not ExampleKind.AS_READ and config.get("questions_path") is None
+
+
+def _with_our_reader_inside(source: Source) -> dict:
+    """NeMo's conversion types (``lhotse_as_conversation``, ...) read a manifest: let it be read by us, tolerantly."""
+    config = dict(source.config)
+    if not source.type.endswith("_as_conversation") or "input_cfg" in config:
+        return config
+    manifest = {
+        key: config.pop(key)
+        for key in ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "extra_fields")
+        if key in config
+    }
+    inner = {"type": "lhotse" if "cuts_path" in manifest or "shar_path" in manifest else "nemo", **manifest}
+    wrapped = {"type": SOURCE_TYPE, "source": inner, "where": source.where, "examples": ExampleKind.AS_READ.value}
+    return {**config, "input_cfg": [wrapped]}
+
+
+def _repeated(cuts: CutSet, config: Mapping) -> CutSet:
+    """As NeMo has it: text and tarred speech start over when they end, unless they are to be finite."""
+    return cuts if config.get("force_finite") else cuts.repeat(preserve_id=True)
+
+
+def _open_nemo(config: Mapping, bad_records: BadRecords) -> tuple[CutSet, bool]:
+    """NeMo manifests, plain or tarred, one or many, as NeMo's ``nemo`` and ``nemo_tarred`` types combine them."""
+    is_tarred = config.get("tarred_audio_filepaths") is not None
+    metadata_only = config.get("metadata_only", False)
+    finite = config.get("force_finite", False)
+    from_tar = is_tarred and not metadata_only
+    manifests = config["manifest_filepath"]
+    if isinstance(manifests, str):
+        reader = _nemo_reader(
+            config, manifests, config.get("tarred_audio_filepaths") if from_tar else None, bad_records
+        )
+        cuts = CutSet(reader)
+        return (_repeated(cuts, config) if from_tar else cuts), is_tarred
+
+    cutsets, weights = [], []
+    for entry, tars in zip(manifests, config["tarred_audio_filepaths"] if is_tarred else repeat(None), strict=False):
+        path, weight = _manifest_and_weight(entry)
+        if isinstance(tars, Sequence) and not isinstance(tars, str):
+            (tars,) = tars
+        reader = _nemo_reader(config, path, tars if from_tar else None, bad_records)
+        weight = len(reader) if weight is None else weight
+        split = config.get("max_open_streams") is not None and from_tar
+        for part in reader.to_shards() if split else [reader]:
+            cutsets.append(CutSet(part))
+            weights.append(weight)
+    cuts = mux(
+        *cutsets,
+        weights=weights,
+        max_open_streams=config.get("max_open_streams"),
+        seed=config.get("shard_seed", "trng"),
+        force_finite=finite or metadata_only,
+    )
+    return cuts, is_tarred
+
+
+def _manifest_and_weight(entry: str | Sequence) -> tuple[str, float | None]:
+    """NeMo's forms of a list of manifests: ``path``, ``[path]`` or ``[path, weight]``."""
+    if isinstance(entry, str):
+        return entry, None
+    path, *weight = entry
+    return path, weight[0] if weight else None
+
+
+def _nemo_reader(
+    config: Mapping, manifest: str, tars: str | None, bad_records: BadRecords
+) -> NeMoManifest | NeMoTarredManifest:
+    settings = {key: config[key] for key in ("text_field", "lang_field", "shard_seed", "extra_fields") if key in config}
+    settings["shuffle_shards"] = config.get("shuffle", False)
+    if tars is None:
+        return NeMoManifest(manifest, bad_records, metadata_only=config.get("metadata_only", False), **settings)
+    return NeMoTarredManifest(
+        manifest,
+        tars,
+        bad_records,
+        skip_missing_manifest_entries=config.get("skip_missing_manifest_entries", False),
+        slice_length=config.get("slice_length"),
+        **settings,
+    )
+
+
+def known_types() -> list[str]:
+    """The source types that a config may name."""
+    register_data_types()
+    return sorted(set(get_known_config_data_types()) - {SOURCE_TYPE})

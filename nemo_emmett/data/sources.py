@@ -1,0 +1,207 @@
+"""The sources that a data config names, however deeply they are grouped: found, and given their tags and languages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lhotse.serialization import load_yaml
+from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_emmett.errors import ConfigError, DataError
+
+SOURCE_TYPE = "emmett_source"
+"""NeMo data type under which the sources of our loaders are read; it is made by us, users need not write it."""
+
+LANGUAGE_KEYS = ("source_lang", "target_lang")
+
+TEXT_TYPES = frozenset({"txt", "txt_jsonl", "txt_pair", "nemo_sft_jsonl", "parallel_text"})
+"""Source types without speech."""
+
+CLASSIC_KEYS = frozenset({"manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path"})
+"""Keys by which a dataset names its one source without ``input_cfg``."""
+
+_PASSED_DOWN_BY_NEMO = (
+    "shuffle",
+    "shard_seed",
+    "text_field",
+    "lang_field",
+    "metadata_only",
+    "force_finite",
+    "max_open_streams",
+    "audio_locator_tag",
+    "token_equivalent_duration",
+    "skip_missing_manifest_entries",
+    "force_map_dataset",
+    "force_iterable_dataset",
+    "slice_length",
+)
+"""Keys that NeMo hands from a dataset or group to the sources in it that do not set them."""
+
+
+INHERITED_BY_GROUPS = (
+    "prompt_format",
+    "audio_locator_tag",
+    "token_equivalent_duration",
+    "sample_rate",
+    "source_lang",
+    "target_lang",
+    "force_map_dataset",
+    "force_iterable_dataset",
+)
+"""Keys of a ``multi_config`` that hold for the groups which do not set them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of ``input_cfg`` that names files.
+
+    Args:
+        config: its keys, with the ``tags`` of the groups around it and the keys that it inherits.
+        where: its place in the recipe, for messages (``data.train_ds.input_cfg[0]``).
+    """
+
+    config: dict[str, Any]
+    where: str
+
+    @property
+    def type(self) -> str:
+        """NeMo's or our name of what kind of data it is."""
+        return self.config["type"]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it surely holds no speech."""
+        return self.type in TEXT_TYPES
+
+    @property
+    def is_tarred(self) -> bool:
+        """Whether NeMo reads it in the workers (tar files, and all that is not a plain manifest)."""
+        if self.type in ("nemo", "nemo_tarred"):
+            return self.config.get("tarred_audio_filepaths") is not None
+        if self.type in ("lhotse", "lhotse_shar"):
+            return self.config.get("shar_path") is not None
+        if self.type.endswith("_as_conversation"):
+            return any(self.config.get(key) is not None for key in ("tarred_audio_filepaths", "shar_path"))
+        return self.type != "parquet"
+
+    @property
+    def name(self) -> str:
+        """What a report calls it: its file(s)."""
+        for key in ("manifest_filepath", "shar_path", "cuts_path", "paths", "target_paths", "data_dir"):
+            if (value := self.config.get(key)) is not None:
+                return str(value)
+        return self.where
+
+
+def plain(config: Mapping | DictConfig) -> dict[str, Any]:
+    """A config as plain dicts and lists, with its interpolations resolved."""
+    if not isinstance(config, DictConfig):
+        config = OmegaConf.create(config)
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def groups_of(settings: Mapping) -> dict[str, dict] | None:
+    """The groups of a ``multi_config`` by name, None if the dataset is none."""
+    if not settings.get("multi_config"):
+        return None
+    return {str(k): v for k, v in settings.items() if isinstance(v, dict) and k != "sampler_weights"}
+
+
+def with_inherited(settings: Mapping) -> dict[str, dict]:
+    """The groups of a ``multi_config`` with what they inherit from it."""
+    inherited = {key: settings[key] for key in INHERITED_BY_GROUPS if settings.get(key) is not None}
+    return {name: {**inherited, **group} for name, group in (groups_of(settings) or {}).items()}
+
+
+def list_sources(settings: Mapping, where: str) -> list[Source]:
+    """All sources of a dataset (without ``multi_config``) in the order of the config.
+
+    Args:
+        settings: a plain config: ``input_cfg``, or NeMo's classic keys (``manifest_filepath``, ...).
+        where: its place in the recipe.
+
+    Raises:
+        ConfigError: if it names no data.
+        DataError: if an ``input_cfg`` file cannot be read.
+    """
+    found = []
+    rewrite_sources(settings, where, lambda source: found.append(source) or source.config)
+    return found
+
+
+def rewrite_sources(settings: Mapping, where: str, rewrite: Callable[[Source], dict]) -> list[dict]:
+    """The ``input_cfg`` of a dataset with each source replaced by ``rewrite(source)``; groups and weights stay."""
+    inherited = {key: settings[key] for key in LANGUAGE_KEYS if settings.get(key) is not None}
+    if settings.get("input_cfg") is not None:
+        entries, where = settings["input_cfg"], f"{where}.input_cfg"
+        return _rewrite(entries, where, {}, inherited, rewrite)
+    return [rewrite(Source({**inherited, **_classic_source(settings, where)}, where))]
+
+
+def _classic_source(settings: Mapping, where: str) -> dict[str, Any]:
+    if settings.get("cuts_path") is not None or settings.get("shar_path") is not None:
+        kind = "lhotse"
+    elif settings.get("manifest_filepath") is not None:
+        kind = "nemo"
+    else:
+        raise ConfigError(f"{where}: names no data; give input_cfg, manifest_filepath, cuts_path or shar_path.")
+    return {"type": kind, **{key: settings[key] for key in CLASSIC_KEYS if settings.get(key) is not None}}
+
+
+def _rewrite(
+    entries: str | Path | Sequence, where: str, tags: Mapping, inherited: Mapping, rewrite: Callable[[Source], dict]
+) -> list[dict]:
+    if isinstance(entries, (str, Path)):
+        entries = _load_entries(entries, where)
+    if not isinstance(entries, Sequence) or not entries:
+        raise ConfigError(f"{where}: is empty or not a list; it must list the sources of the data.")
+    rewritten = []
+    for index, entry in enumerate(entries):
+        place = f"{where}[{index}]"
+        if not isinstance(entry, Mapping) or "type" not in entry:
+            raise ConfigError(f"{place}.type: missing; name the kind of source (nemo, lhotse, parallel_text, ...).")
+        # NeMo attaches a group's tags after those of its members: the outer ones win.
+        entry_tags = {**(entry.get("tags") or {}), **tags}
+        passed_down = {**inherited, **{k: entry[k] for k in LANGUAGE_KEYS if entry.get(k) is not None}}
+        if entry["type"] == "group":
+            members = _rewrite(entry.get("input_cfg"), f"{place}.input_cfg", entry_tags, passed_down, rewrite)
+            group = {key: value for key, value in entry.items() if key not in ("tags", *LANGUAGE_KEYS)}
+            rewritten.append({**group, "input_cfg": members})
+        else:
+            source = {**passed_down, **entry}
+            if entry_tags:
+                source["tags"] = entry_tags
+            rewritten.append(rewrite(Source(source, place)))
+    return rewritten
+
+
+def _load_entries(path: str | Path, where: str) -> list:
+    try:
+        return OmegaConf.to_container(OmegaConf.create(load_yaml(path)), resolve=True)
+    except OSError as error:
+        raise DataError(f"{where}: the file '{path}' cannot be read ({error.strerror or error}).") from error
+
+
+def route_to_our_reader(settings: Mapping, where: str) -> list[dict]:
+    """The ``input_cfg`` of a dataset with every source of the type ``emmett_source``, which wraps the original."""
+
+    def wrap(source: Source) -> dict:
+        outer = {key: source.config[key] for key in ("weight", *_PASSED_DOWN_BY_NEMO) if key in source.config}
+        return {"type": SOURCE_TYPE, "source": source.config, "where": source.where, **outer}
+
+    return rewrite_sources(settings, where, wrap)
+
+
+def unwrap(config: Mapping) -> Source:
+    """The source inside an ``emmett_source``, with what NeMo has passed down to it."""
+    passed_down = {key: config[key] for key in _PASSED_DOWN_BY_NEMO if config.get(key) is not None}
+    return Source({**passed_down, **config["source"]}, config["where"])
+
+
+def nemo_keys() -> frozenset[str]:
+    """The keys that NeMo's dataloader knows."""
+    return frozenset(LhotseDataLoadingConfig.__dataclass_fields__)

@@ -1,0 +1,426 @@
+"""Speech manifests, read so that one bad record costs one record.
+
+The cuts are those that NeMo's own readers make (``LazyNeMoIterator``, ``LazyNeMoTarredIterator``): same ids, same
+recordings, same supervisions, same custom fields. What differs: a record that cannot be used is noted and skipped, and
+each cut says where it comes from (custom fields ``manifest_origin`` and ``manifest_place``).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import re
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import soundfile
+from lhotse import AudioSource, Recording, SupervisionSegment
+from lhotse.cut import Cut
+from lhotse.cut.data import DataCut
+from lhotse.dataset.dataloading import resolve_seed
+from lhotse.lazy import LazyIteratorChain
+from lhotse.serialization import deserialize_item, open_best
+from nemo.collections.common.data.lhotse.cutset import resolve_relative_paths
+from nemo.collections.common.data.lhotse.nemo_adapters import (
+    ExtraField,
+    LazyNeMoIterator,
+    make_cut_with_subset_inmemory_recording,
+    validate_extra_fields,
+)
+from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+from nemo.utils.data_utils import is_datastore_path
+
+from nemo_emmett.data.audio import TRUNCATION_TOLERANCE, AudioFault, check_file
+from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.files import count_lines, decoded, expand_paths, open_lines
+from nemo_emmett.errors import ConfigError
+
+
+class Record(NamedTuple):
+    """One JSON object of a file, and where it stands."""
+
+    path: str
+    number: int  # of its line, from 1
+    data: dict
+
+    @property
+    def place(self) -> str:
+        """How a report names it."""
+        return f"line {self.number}"
+
+
+class JsonRecords:
+    """The JSON objects of a file, one a line. Lines that hold something else are noted; blank ones are no records."""
+
+    def __init__(self, path: str, bad_records: BadRecords) -> None:
+        self.path = path
+        self.bad_records = bad_records
+
+    def __iter__(self) -> Iterator[Record]:
+        for number, line in enumerate(open_lines(self.path), start=1):
+            if not line.strip():
+                continue
+            self.bad_records.read()
+            note = partial(self.bad_records.add, self.path, f"line {number}")
+            if (text := decoded(line, note)) is None:
+                continue
+            try:
+                data = json.loads(text)
+            except ValueError:
+                note("not JSON")
+                continue
+            if isinstance(data, dict):
+                yield Record(self.path, number, data)
+            else:
+                note("not a JSON object")
+
+    def __len__(self) -> int:
+        return count_lines(self.path)
+
+
+class _Unusable(Exception):
+    """Why a record cannot be used."""
+
+
+def _check_times(data: Mapping) -> None:
+    """Refuse a manifest record without a length in seconds, or with an offset that is none."""
+    duration, offset = data.get("duration"), data.get("offset")
+    if duration is None:
+        raise _Unusable("no duration")
+    if not _is_seconds(duration) or duration <= 0:
+        raise _Unusable("invalid duration")
+    if offset is not None and (not _is_seconds(offset) or offset < 0):
+        raise _Unusable("invalid offset")
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class _ExtraFields:
+    """NeMo's ``extra_fields``: values from other files, attached to the records in turn."""
+
+    def __init__(self, fields: Sequence[Mapping] | None, seed: int) -> None:
+        self.fields = [ExtraField.from_dict({"seed": seed, **field}) for field in fields or ()]
+
+    def attach_to(self, cut: Cut) -> Cut:
+        for field in self.fields:
+            field.attach_to(cut)
+        return cut
+
+    def skip(self) -> None:
+        """A skipped record takes its values with it, so that the next ones stay with their records."""
+        self.attach_to(SimpleNamespace())
+
+
+class NeMoManifest(LazyNeMoIterator):
+    """A NeMo manifest whose audio lies in separate files, as cuts.
+
+    Args:
+        path: the manifest; may be sharded (``manifest__OP_0..7_CL_.json``).
+        bad_records: ledger for the records that cannot be used.
+        kwargs: what NeMo's ``LazyNeMoIterator`` takes.
+    """
+
+    def __init__(self, path: str, bad_records: BadRecords, **kwargs) -> None:
+        super().__init__(path, **kwargs)
+        self.bad_records = bad_records
+        shards = [JsonRecords(shard, bad_records) for shard in expand_paths(path)]
+        self.source = LazyIteratorChain(*shards, shuffle_iters=self.shuffle_shards, seed=self.shard_seed)
+
+    def __iter__(self) -> Iterator[Cut]:
+        extra_fields = _ExtraFields(self.extra_fields, resolve_seed(self.shard_seed))
+        for record in self.source:
+            if record.data.get("_skipme", False):
+                continue
+            try:
+                yield extra_fields.attach_to(self._cut(record))
+            except (_Unusable, AudioFault) as cause:
+                self.bad_records.add(record.path, record.place, str(cause))
+                extra_fields.skip()
+
+    def _cut(self, record: Record) -> Cut:
+        data = dict(record.data)
+        if not isinstance(data.get("audio_filepath"), str):
+            raise _Unusable("no audio_filepath")
+        _check_times(data)
+        audio_path = get_full_path(data.pop("audio_filepath"), record.path, force_cache=False)
+        duration, offset = data.pop("duration"), data.pop("offset", None)
+        sampling_rate = data.pop("sampling_rate", None)
+        if sampling_rate is None:
+            sampling_rate = data.pop("sample_rate", None)
+        if self.metadata_only:
+            data.pop("alt_text", None)  # expanding it reads the audio
+        cut = self._cut_of_audio(audio_path, offset, duration, sampling_rate)
+        cut.supervisions.append(self._supervision(cut, data))
+        cut.custom = {**data, "manifest_origin": record.path, "manifest_place": record.place}
+        return cut
+
+    def _cut_of_audio(self, path: str, offset: float | None, duration: float, sampling_rate: int | None) -> Cut:
+        if sampling_rate is None and not self.metadata_only and not is_datastore_path(path):
+            check_file(path, (offset or 0.0) + duration)  # without a rate in the manifest, the file is opened here
+        try:
+            return self._create_cut(path, offset, duration, sampling_rate)
+        except Exception as error:  # each decoder raises its own kind
+            raise AudioFault("unreadable audio") from error
+
+    def _supervision(self, cut: Cut, data: Mapping) -> SupervisionSegment:
+        return SupervisionSegment(
+            id=cut.id,
+            recording_id=cut.recording_id,
+            start=0,  # relative to the cut
+            duration=cut.duration,
+            channel=cut.channel,
+            text=data.get(self.text_field),
+            language=data.get(self.lang_field),
+        )
+
+
+_MANIFEST_SHARD = re.compile(r"manifest[^/]*_(\d+)[^/]*\.json")
+_TAR_SHARD = re.compile(r"audio[^/]*_(\d+)[^/]*\.tar")
+_SEGMENT = re.compile(r"^(?P<stem>.+)-sub\d+(?P<ext>\.\w+)?$")
+"""A recording with several segments has one tar member, and manifest records named ``<member>-sub1.wav``, ..."""
+
+
+class NeMoTarredManifest:
+    """A NeMo manifest whose audio lies in tar files, as cuts with their audio in memory.
+
+    Args:
+        manifest_path: one manifest for all shards, or a sharded one (``manifest__OP_0..7_CL_.json``).
+        tar_paths: the tar files (``audio__OP_0..7_CL_.tar``).
+        bad_records: ledger for the records that cannot be used.
+        shuffle_shards: take the shards in another order at each pass.
+        shard_seed: of that order: an integer, ``trng`` or ``randomized``.
+        text_field: key of the transcript.
+        lang_field: key of its language.
+        skip_missing_manifest_entries: the manifest names a subset of the tar files' members, on purpose.
+        extra_fields: as in NeMo.
+        slice_length: read so many members of each shard only, from a random one on.
+    """
+
+    def __init__(
+        self,
+        manifest_path: str,
+        tar_paths: str | Sequence[str],
+        bad_records: BadRecords,
+        shuffle_shards: bool = False,
+        shard_seed: int | str = "trng",
+        text_field: str = "text",
+        lang_field: str = "lang",
+        skip_missing_manifest_entries: bool = False,
+        extra_fields: Sequence[Mapping] | None = None,
+        slice_length: int | None = None,
+    ) -> None:
+        validate_extra_fields(extra_fields)
+        self.manifests = expand_paths(manifest_path)
+        self.tars = _by_shard_number(expand_paths(tar_paths), _TAR_SHARD, "tarred_audio_filepaths")
+        self.bad_records = bad_records
+        self.shuffle_shards = shuffle_shards
+        self.shard_seed = shard_seed
+        self.text_field = text_field
+        self.lang_field = lang_field
+        self.skip_missing_manifest_entries = skip_missing_manifest_entries
+        self.extra_fields = extra_fields
+        self.slice_length = slice_length
+        self._passes = 0
+        if len(self.manifests) > 1:
+            numbers = _by_shard_number(self.manifests, _MANIFEST_SHARD, "manifest_filepath")
+            if set(numbers) != set(self.tars):
+                raise ConfigError(
+                    f"manifest_filepath has the shards {sorted(numbers)}, tarred_audio_filepaths {sorted(self.tars)}; "
+                    "each manifest needs its tar file."
+                )
+
+    def __len__(self) -> int:
+        return sum(count_lines(path) for path in self.manifests)
+
+    def to_shards(self) -> list[NeMoTarredManifest]:
+        """One reader per shard; a manifest that is not sharded stays whole."""
+        if len(self.manifests) == 1:
+            return [self]
+        numbers = _by_shard_number(self.manifests, _MANIFEST_SHARD, "manifest_filepath")
+        settings = {
+            "bad_records": self.bad_records,
+            "shard_seed": self.shard_seed,
+            "text_field": self.text_field,
+            "lang_field": self.lang_field,
+            "skip_missing_manifest_entries": self.skip_missing_manifest_entries,
+            "extra_fields": self.extra_fields,
+            "slice_length": self.slice_length,
+        }
+        return [NeMoTarredManifest(path, self.tars[number], **settings) for number, path in numbers.items()]
+
+    def __iter__(self) -> Iterator[Cut]:
+        seed = resolve_seed(self.shard_seed) + self._passes
+        rng = random.Random(seed)
+        extra_fields = _ExtraFields(self.extra_fields, seed)
+        for tar_path, records in self._shards(rng):
+            yield from self._cuts_of_shard(tar_path, records, rng, extra_fields)
+        self._passes += 1
+
+    def _shards(self, rng: random.Random) -> Iterator[tuple[str, list[Record]]]:
+        numbers = sorted(self.tars)
+        if self.shuffle_shards:
+            rng.shuffle(numbers)
+        if len(self.manifests) > 1:
+            paths = _by_shard_number(self.manifests, _MANIFEST_SHARD, "manifest_filepath")
+            for number in numbers:
+                yield self.tars[number], list(JsonRecords(paths[number], self.bad_records))
+            return
+        of_shard = defaultdict(list)
+        sole_shard = numbers[0] if len(numbers) == 1 else None
+        for record in JsonRecords(self.manifests[0], self.bad_records):
+            number = record.data.get("shard_id", sole_shard)
+            if number in self.tars:
+                of_shard[number].append(record)
+            else:
+                self.bad_records.add(record.path, record.place, "no such shard_id")
+        for number in numbers:
+            yield self.tars[number], of_shard[number]
+
+    def _cuts_of_shard(
+        self, tar_path: str, records: Sequence[Record], rng: random.Random, extra_fields: _ExtraFields
+    ) -> Iterator[Cut]:
+        of_member = self._group_by_member(records)
+        found = set()
+        for name, audio in self._members(tar_path, of_member, rng):
+            found.add(name)
+            cuts = []
+            for record in sorted(of_member[name], key=lambda record: record.data["audio_filepath"]):
+                if record.data.get("_skipme", False):
+                    continue
+                try:
+                    cut = self._cut(name, audio, record)
+                    cut.tar_origin = tar_path
+                    cuts.append(extra_fields.attach_to(cut))
+                except (_Unusable, AudioFault) as cause:
+                    self.bad_records.add(record.path, record.place, str(cause))
+                    extra_fields.skip()
+            del audio  # the cuts hold what they need of it
+            yield from cuts
+        if self.slice_length is None:
+            for name in of_member.keys() - found:
+                for record in of_member[name]:
+                    self.bad_records.add(record.path, record.place, "missing audio")
+
+    def _group_by_member(self, records: Sequence[Record]) -> dict[str, list[Record]]:
+        of_member = defaultdict(list)
+        for record in records:
+            name = record.data.get("audio_filepath")
+            if not isinstance(name, str):
+                self.bad_records.add(record.path, record.place, "no audio_filepath")
+                continue
+            if (segment := _SEGMENT.match(name)) is not None:
+                name = segment["stem"] + (segment["ext"] or "")
+            of_member[name].append(record)
+        return dict(of_member)
+
+    def _members(
+        self, tar_path: str, of_member: Mapping[str, Sequence[Record]], rng: random.Random
+    ) -> Iterator[tuple[str, bytes]]:
+        """The tar members that the manifest names, in the tar's order, or ``slice_length`` of them."""
+        first = 0
+        if self.slice_length is not None and self.slice_length < len(of_member):
+            first = rng.randint(0, len(of_member) - self.slice_length)
+        taken, name = 0, "its start"
+        try:
+            with tarfile.open(fileobj=open_best(tar_path, mode="rb"), mode="r|*") as tar:
+                for index, member in enumerate(tar):
+                    if taken == self.slice_length:
+                        break
+                    if index < first or not member.isfile():
+                        continue
+                    name = member.name
+                    if name in of_member:
+                        yield name, tar.extractfile(member).read()
+                        taken += 1
+                    elif not self.skip_missing_manifest_entries:
+                        self.bad_records.add(tar_path, name, "not in the manifest")
+        except (tarfile.ReadError, EOFError):
+            self.bad_records.add(tar_path, f"after {name}", "unreadable tar")
+
+    def _cut(self, name: str, audio: bytes, record: Record) -> Cut:
+        data = record.data
+        _check_times(data)
+        if not audio:
+            raise AudioFault("empty audio")
+        try:
+            header = soundfile.info(io.BytesIO(audio))
+        except soundfile.SoundFileError as error:
+            raise AudioFault("unreadable audio") from error
+        offset, duration = data.get("offset") or 0.0, data["duration"]
+        if header.frames == 0:
+            raise AudioFault("empty audio")
+        if offset + duration > header.duration + TRUNCATION_TOLERANCE:
+            raise AudioFault("truncated audio")
+        recording = Recording(
+            id=name,
+            sources=[AudioSource(type="memory", channels=list(range(header.channels)), source=audio)],
+            sampling_rate=int(header.samplerate),
+            num_samples=header.frames,
+            duration=header.duration,
+        )
+        try:
+            cut = make_cut_with_subset_inmemory_recording(recording, offset=offset, duration=duration)
+        except Exception as error:  # each decoder raises its own kind
+            raise AudioFault("unreadable audio") from error
+        cut.supervisions.append(
+            SupervisionSegment(
+                id=cut.id,
+                recording_id=cut.recording_id,
+                start=0,  # relative to the cut
+                duration=cut.duration,
+                text=data.get(self.text_field),
+                language=data.get(self.lang_field),
+            )
+        )
+        cut.custom = {key: value for key, value in data.items() if key not in ("duration", "audio_filepath")}
+        cut.manifest_origin, cut.manifest_place = record.path, record.place
+        return cut
+
+
+def _by_shard_number(paths: Sequence[str], pattern: re.Pattern, key: str) -> dict[int, str]:
+    numbered = {}
+    for path in paths:
+        if (match := pattern.search(path)) is None:
+            raise ConfigError(f"{key}: '{path}' does not tell its shard; name it as in audio_12.tar, manifest_12.json.")
+        numbered[int(match[1])] = path
+    return numbered
+
+
+class LhotseManifest:
+    """A lhotse cut manifest in JSONL (``cuts.jsonl`` or ``cuts.jsonl.gz``).
+
+    Args:
+        path: the manifest; relative audio paths are relative to it.
+        bad_records: ledger for the records that cannot be used.
+    """
+
+    def __init__(self, path: str, bad_records: BadRecords) -> None:
+        self.path = path
+        self.bad_records = bad_records
+        self.records = JsonRecords(path, bad_records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Cut]:
+        for record in self.records:
+            try:
+                cut = deserialize_item(record.data)
+            except Exception:  # lhotse raises whatever its constructors trip over
+                self.bad_records.add(record.path, record.place, "not a lhotse cut")
+                continue
+            if not isinstance(cut, Cut):
+                self.bad_records.add(record.path, record.place, "not a lhotse cut")
+                continue
+            cut = resolve_relative_paths(cut, manifest_path=self.path)
+            if isinstance(cut, DataCut):  # a mixed cut has no fields of its own
+                cut.custom = {**(cut.custom or {}), "manifest_origin": record.path, "manifest_place": record.place}
+            yield cut

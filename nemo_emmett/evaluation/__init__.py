@@ -1,0 +1,60 @@
+"""From a model and test sets to translations, scores, a table, JSON, and one self-contained HTML page.
+
+- :func:`evaluate` (``run``): all of it, for a model and a recipe.
+- :func:`translate` (``translation``): batches to translations, with the model's speed.
+- :func:`score`, :func:`average` (``scoring``): sacreBLEU and chrF per direction, and their means.
+- :class:`Evaluation`, :func:`to_json`, :func:`from_json` (``results``): what is kept of a run.
+- :func:`print_table` (``table``): the scores in the terminal.
+- :func:`read_curves` (``curves``), :func:`write_report` (``report``): the page.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_emmett.evaluation.curves import Curve, read_curves
+    from nemo_emmett.evaluation.report import write_report
+    from nemo_emmett.evaluation.results import Evaluation, Score, Throughput, Translation, from_json, to_json
+    from nemo_emmett.evaluation.run import evaluate
+    from nemo_emmett.evaluation.scoring import average, columns, score
+    from nemo_emmett.evaluation.table import print_table
+    from nemo_emmett.evaluation.translation import translate
+
+_MODULES = {
+    "curves": ("Curve", "read_curves"),
+    "report": ("write_report",),
+    "results": ("Evaluation", "Score", "Throughput", "Translation", "from_json", "to_json"),
+    "run": ("evaluate",),
+    "scoring": ("average", "columns", "score"),
+    "table": ("print_table",),
+    "translation": ("translate",),
+}
+_HOME = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "Curve",
+    "Evaluation",
+    "Score",
+    "Throughput",
+    "Translation",
+    "average",
+    "columns",
+    "evaluate",
+    "from_json",
+    "print_table",
+    "read_curves",
+    "score",
+    "to_json",
+    "translate",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

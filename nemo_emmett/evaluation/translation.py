@@ -1,0 +1,127 @@
+"""A model translates test sets: batches in, translations and the model's speed out."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nemo_emmett.errors import ModelError
+from nemo_emmett.evaluation.results import Throughput, Translation
+from nemo_emmett.modules.batch import split_modalities
+
+Batch = Mapping[str, Any]
+TestSets = Mapping[str, Iterable[Batch]]
+
+
+def translate(
+    model: Any,
+    test_sets: TestSets,
+    *,
+    num_beams: int = 1,
+    max_new_tokens: int | None = None,
+    progress: bool = True,
+) -> tuple[list[Translation], dict[str, Throughput]]:
+    """Translate every example of every test set, in the order in which the test sets give them.
+
+    Args:
+        model: one of ``nemo_emmett.models``; of it are used ``device``, ``pad_id``, ``translate_batch`` and, for
+            speech, ``sampling_rate``.
+        test_sets: name -> loader of batches ``{"audio": {...}, "text": {...}}`` (docs/architecture.md).
+        num_beams: 1 is greedy search.
+        max_new_tokens: longest translation; None leaves it to the model.
+        progress: show a bar per test set.
+
+    Returns:
+        The translations, and the throughput by modality.
+
+    Raises:
+        ModelError: if the model returns another number of translations than the batch has examples.
+    """
+    translations: list[Translation] = []
+    throughput: dict[str, Throughput] = defaultdict(lambda: Throughput(seconds=0.0, sentences=0))
+    with _progress(disable=not progress) as bars:
+        for test_set, loader in test_sets.items():
+            for batch in bars.track(loader, total=_length(loader), description=f"Translating {test_set}"):
+                if not batch:  # nothing in it could be read; the loader counts and reports such records
+                    continue
+                for modality, part in split_modalities(batch, model.pad_id).items():
+                    hypotheses, speed = _timed_translations(model, part, num_beams, max_new_tokens)
+                    throughput[modality] = throughput[modality] + speed
+                    translations += _records(test_set, modality, part, hypotheses, model)
+    return translations, dict(throughput)
+
+
+def _progress(disable: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        disable=disable,
+    )
+
+
+def _length(loader: Iterable) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a loader over a stream knows no length
+        return None
+
+
+def _timed_translations(
+    model: Any, batch: Batch, num_beams: int, max_new_tokens: int | None
+) -> tuple[list[str], Throughput]:
+    started = time.perf_counter()
+    with torch.inference_mode():
+        hypotheses = model.translate_batch(
+            move_data_to_device(dict(batch), model.device), num_beams=num_beams, max_new_tokens=max_new_tokens
+        )
+    seconds = time.perf_counter() - started
+    if len(hypotheses) != len(batch["examples"]):
+        raise ModelError(
+            f"{type(model).__name__}.translate_batch returned {len(hypotheses)} translations for a batch of "
+            f"{len(batch['examples'])} examples: it must return one for each."
+        )
+    recordings = _recording_seconds(batch, model)
+    return hypotheses, Throughput(seconds, len(hypotheses), audio_seconds=sum(recordings) if recordings else None)
+
+
+def _records(test_set: str, modality: str, batch: Batch, hypotheses: list[str], model: Any) -> list[Translation]:
+    return [
+        Translation(
+            test_set=test_set,
+            id=str(example["id"]),
+            modality=modality,
+            source_lang=example["source_lang"],
+            target_lang=example["target_lang"],
+            source_text=example["source_text"],
+            reference=example["target_text"],
+            hypothesis=hypothesis,
+            audio_path=None if example["audio_path"] is None else str(example["audio_path"]),
+            duration=duration,
+        )
+        for example, hypothesis, duration in zip(
+            batch["examples"], hypotheses, _example_seconds(batch, model), strict=True
+        )
+    ]
+
+
+def _recording_seconds(batch: Batch, model: Any) -> list[float]:
+    """Seconds of each recording of a batch; none for text."""
+    if "audio_lens" not in batch:
+        return []
+    return [samples / model.sampling_rate for samples in batch["audio_lens"].tolist()]
+
+
+def _example_seconds(batch: Batch, model: Any) -> list[float | None]:
+    """Seconds of speech of each example; None where an example need not hold exactly one recording."""
+    seconds = _recording_seconds(batch, model)
+    examples = len(batch["examples"])
+    return seconds if len(seconds) == examples else [None] * examples

@@ -1,0 +1,26 @@
+"""The models, each readable alone.
+
+- :class:`SALMT5` (``salm_t5``): encoder-decoder; speech and prompt enter the text encoder together.
+- :func:`load`: a model from the folder that ``save_pretrained`` wrote.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_emmett.models.load import load
+    from nemo_emmett.models.salm_t5 import SALMT5
+
+__all__ = ["SALMT5", "load"]
+
+_HOME = {"SALMT5": "nemo_emmett.models.salm_t5", "load": "nemo_emmett.models.load"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

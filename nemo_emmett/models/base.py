@@ -1,0 +1,457 @@
+"""The one base of our models: what they share is everything but how context and answer pass through the language model.
+
+A model is built as NeMo's speechlm2 models are, from a config dict, with NeMo's perception module (speech encoder and
+modality adapter), NeMo's freezing and NeMo's optimizer set-up.
+
+Shapes: B examples, T context tokens, S positions after audio is placed, A answer tokens, V vocabulary, H hidden size,
+R recordings, N samples, M modalities.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
+from nemo.collections.common.prompts import PromptFormatter
+from nemo.collections.common.tokenizers import AutoTokenizer
+from nemo.collections.speechlm2.data.utils import get_pad_id
+from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR, HFHubMixin
+from nemo.collections.speechlm2.parts.optim_setup import configure_optimizers, is_frozen
+from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
+from nemo.core.neural_types import AudioSignal, LabelsType, LengthsType, NeuralType
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AddedToken, AutoConfig, PreTrainedModel
+
+from nemo_emmett.config import check_keys
+from nemo_emmett.errors import ConfigError, ModelError
+from nemo_emmett.models.inputs import is_audio_path, load_recordings
+from nemo_emmett.models.validation import Tallies, Tally, gather_tallies, validation_metrics
+from nemo_emmett.modules.batch import MODALITIES, length_mask, pack_left, split_modalities
+from nemo_emmett.modules.loss import IGNORE_INDEX, correct_tokens, modality_loss, token_cross_entropy
+from nemo_emmett.modules.placement import place_audio
+from nemo_emmett.modules.random_state import RandomState
+from nemo_emmett.prompts.languages import check_language
+from nemo_emmett.prompts.translation import register_prompt_formats, translation_turns
+
+
+@dataclass
+class ModelConfig:
+    """The keys of a recipe's ``model`` section. Those up to ``lr_scheduler`` mean what they mean for NeMo's SALM."""
+
+    pretrained_llm: str  # folder or Hugging Face name of the language model
+    pretrained_asr: str | None = None  # .nemo file or NGC/Hugging Face name of the speech encoder's ASR model
+    pretrained_weights: bool = True  # False: the same architecture with random weights
+    tokenizer_path: str | None = None  # folder or name of the tokenizer; default: that of pretrained_llm
+    audio_locator_tag: str = "<|audio|>"  # stands in the prompt where a recording belongs
+    prompt_format: str = "emmett_t5"  # name of a NeMo prompt format
+    perception: dict | None = None  # NeMo's AudioPerceptionModule; None: a model that reads text only
+    freeze_params: list[str] = field(default_factory=list)  # regular expressions of parameters that stay as they are
+    prevent_freeze_params: list[str] = field(default_factory=list)  # exceptions to freeze_params
+    optimizer: dict | None = None
+    lr_scheduler: dict | None = None
+    modality_loss_weights: dict[str, float] = field(default_factory=dict)  # {"audio": 1.0, "text": 1.0} by default
+    max_new_tokens: int = 256  # longest translation that is generated, in tokens
+    validation_bleu: bool = True  # translate the validation sets and log their BLEU
+
+
+# What else stands in the config of an exported folder, or is read by NeMo's own functions.
+_TOLERATED_KEYS = ("model_type", "architectures", "trust_remote_code", "torch_dtype")
+
+
+class SpeechTextModel(LightningModule, HFHubMixin):
+    """A speech encoder and a language model that translate speech and text.
+
+    A subclass says how a batch passes through its language model: :meth:`forward` and :meth:`generate_answers`.
+
+    Args:
+        cfg: the ``model`` section of a recipe, see :class:`ModelConfig`.
+
+    Raises:
+        ConfigError: for a misspelt or missing key.
+        ModelError: if a pretrained part cannot be found or is of the wrong kind.
+    """
+
+    auto_class: ClassVar[type]  # the transformers Auto class that builds the language model
+    is_encoder_decoder: ClassVar[bool]
+
+    def __init__(self, cfg: dict | DictConfig) -> None:
+        super().__init__()
+        cfg = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+        known = [f.name for f in fields(ModelConfig)]
+        for key in check_keys(cfg, known, "model", tolerated=_TOLERATED_KEYS):
+            logging.warning(f"model.{key} is not a key that {type(self).__name__} knows; it is ignored.")
+        if not cfg.get("pretrained_llm"):
+            raise ConfigError("model.pretrained_llm is missing: give a folder or a Hugging Face name.")
+        self.save_hyperparameters({"cfg": cfg})
+        self.options = ModelConfig(**{k: v for k, v in cfg.items() if k in known and v is not None})
+        # NeMo's helpers ask `"key" in cfg`, so keys that are not set stay out.
+        self.cfg = DictConfig({k: v for k, v in cfg.items() if v is not None})
+        self.cfg.pretrained_weights = self.options.pretrained_weights
+
+        self.tokenizer = self._build_tokenizer()
+        self.llm = self._build_llm()
+        self.perception = None
+        if self.options.perception is not None:
+            self._build_perception()
+        weights = {name: 1.0 for name in MODALITIES} | dict(self.options.modality_loss_weights)
+        check_keys(weights, MODALITIES, "model.modality_loss_weights")
+        self.register_buffer("_loss_weights", torch.tensor([weights[m] for m in MODALITIES]), persistent=False)
+        self._tallies: Tallies = {}
+
+    # Construction.
+
+    def _build_tokenizer(self) -> AutoTokenizer:
+        source = self.options.tokenizer_path or self.options.pretrained_llm
+        _check_local_path(source, "model.tokenizer_path" if self.options.tokenizer_path else "model.pretrained_llm")
+        tokenizer = AutoTokenizer(source, use_fast=True, trust_remote_code=self.cfg.get("trust_remote_code", False))
+        # Not NeMo's add_special_tokens: it replaces the list in which multilingual tokenizers keep their languages.
+        tokenizer.tokenizer.add_tokens(
+            [AddedToken(self.options.audio_locator_tag, special=True, normalized=False)], special_tokens=True
+        )
+        return tokenizer
+
+    def _build_llm(self) -> PreTrainedModel:
+        name = self.options.pretrained_llm
+        trust = {"trust_remote_code": self.cfg.get("trust_remote_code", False)}
+        config = AutoConfig.from_pretrained(name, **trust)
+        if config.is_encoder_decoder != self.is_encoder_decoder:
+            kinds = {True: "an encoder-decoder", False: "a decoder-only model"}
+            raise ModelError(
+                f"model.pretrained_llm: '{name}' is {kinds[config.is_encoder_decoder]} ({config.model_type}), "
+                f"but {type(self).__name__} is built on {kinds[self.is_encoder_decoder]}; choose another of either."
+            )
+        if self.options.pretrained_weights:
+            return self.auto_class.from_pretrained(name, dtype=torch.float32, **trust)
+        return self.auto_class.from_config(config, dtype=torch.float32, **trust)
+
+    def _build_perception(self) -> None:
+        if self.options.pretrained_weights:
+            if not self.options.pretrained_asr:
+                raise ConfigError("model.pretrained_asr is missing: give a .nemo file or the name of a NeMo ASR model.")
+            _check_local_path(self.options.pretrained_asr, "model.pretrained_asr")
+        with open_dict(self.cfg):
+            # FastConformer all-reduces its longest input by default: a rank that has only text would leave the others
+            # waiting in that collective.
+            self.cfg.perception.setdefault("encoder", {})
+            self.cfg.perception.encoder.sync_max_audio_length = False
+        setup_speech_encoder(self, pretrained_weights=self.options.pretrained_weights)
+
+    # What others ask of a model.
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills batches of token ids."""
+        return get_pad_id(self.tokenizer)
+
+    @property
+    def audio_locator_id(self) -> int:
+        """The id of the token that stands in the prompt where a recording belongs."""
+        return self.tokenizer.token_to_id(self.options.audio_locator_tag)
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second that the speech encoder expects."""
+        return self._perception().preprocessor.featurizer.sample_rate
+
+    @property
+    def token_equivalent_duration(self) -> float:
+        """Seconds of audio behind one position of the language model's input."""
+        return self._perception().token_equivalent_duration
+
+    def _perception(self) -> torch.nn.Module:
+        if self.perception is None:
+            raise ModelError("this model reads text only: its config has no `perception`, so it cannot take audio.")
+        return self.perception
+
+    def oomptimizer_schema(self, schema: str = "audio") -> dict:
+        """The types of a batch of one modality, for OOMptimizer (the format is NeMo's).
+
+        Args:
+            schema: ``"audio"`` or ``"text"``.
+
+        Raises:
+            ConfigError: for another modality.
+        """
+        if schema not in MODALITIES:
+            raise ConfigError(f"oomptimizer schema: '{schema}' is not a modality; use one of {', '.join(MODALITIES)}.")
+        ids, lengths = NeuralType(("B", "T"), LabelsType()), NeuralType(("B",), LengthsType())
+        vocab_size = self.llm.get_input_embeddings().num_embeddings
+        context = {"seq_length": "input", "vocab_size": vocab_size}
+        answer = {"seq_length": "output", "vocab_size": vocab_size}
+        inputs = [
+            {"name": "context_ids", "type": ids, **context},
+            {"name": "context_lens", "type": lengths, "seq_length": "input"},
+            {"name": "answer_ids", "type": ids, **answer},
+            {"name": "answer_lens", "type": lengths, "seq_length": "output"},
+        ]
+        if schema == "audio":
+            # Beside speech the context is the prompt: short, of a length that the answer's bound covers.
+            inputs[0] |= {"seq_length": "output"}
+            inputs[1] |= {"seq_length": "output"}
+            inputs += [
+                {"name": "audios", "type": NeuralType(("B", "T"), AudioSignal()), "seq_length": "input"},
+                {"name": "audio_lens", "type": lengths, "seq_length": "input"},
+            ]
+        return {"cls": dict, "inputs": inputs}
+
+    # Forward.
+
+    @abstractmethod
+    def forward(self, batch: Mapping) -> tuple[Tensor, Tensor]:
+        """Logits (B, A, V) and targets (B, A) of a one-modality batch."""
+
+    @abstractmethod
+    def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
+        """Generated ids (B, A) for the contexts of a one-modality batch."""
+
+    def embed_with_audio(
+        self, context_ids_BT: Tensor, context_lens_B: Tensor, audios_RN: Tensor, audio_lens_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings of the context with encoded speech at its locators: (B, S, H), and their (B, S) bool mask."""
+        audio_embeds, audio_embed_lens = self._perception()(
+            input_signal=audios_RN, input_signal_length=audio_lens_R
+        )
+        # The locator may lie beyond the embedding table; its own embedding is never used.
+        ids_BT = context_ids_BT.masked_fill(context_ids_BT == self.audio_locator_id, self.pad_id)
+        return place_audio(
+            token_embeds_BTH=self.llm.get_input_embeddings()(ids_BT),
+            token_ids_BT=context_ids_BT,
+            token_lens_B=context_lens_B,
+            audio_embeds_RFH=audio_embeds,
+            audio_lens_R=audio_embed_lens,
+            locator_id=self.audio_locator_id,
+        )
+
+    # Training.
+
+    def configure_optimizers(self) -> dict:
+        return configure_optimizers(self)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Random states belong in every checkpoint of this model: without them dropout differs after resuming."""
+        return [RandomState()]
+
+    def training_step(self, batch: Mapping, batch_idx: int) -> Tensor:
+        """The weighted sum of the modalities' losses, in nats per token; logs each modality apart."""
+        self._hold_frozen_parts()
+        parts = split_modalities(batch, self.pad_id)
+        loss_sums, token_counts = [], []
+        for modality in MODALITIES:
+            loss_sum, num_tokens = torch.zeros((), device=self.device), 0
+            if modality in parts:
+                logits, targets = self(parts[modality])
+                loss_sum, num_tokens = token_cross_entropy(logits, targets), (targets != IGNORE_INDEX).sum()
+            loss_sums.append(loss_sum)
+            token_counts.append(torch.as_tensor(num_tokens, device=self.device))
+        loss, losses_M = modality_loss(torch.stack(loss_sums), torch.stack(token_counts), self._loss_weights)
+        self._log_step(loss, losses_M, parts)
+        return loss
+
+    def _hold_frozen_parts(self) -> None:
+        """Keep frozen parts in evaluation mode, as NeMo's SALM does: no dropout, no update of batch norm."""
+        parts = [self.llm]
+        if self.perception is not None:
+            parts += [self.perception.preprocessor, self.perception.encoder]
+        for part in parts:
+            if is_frozen(part):
+                part.eval()
+
+    def _log_step(self, loss: Tensor, losses_M: Tensor, parts: Mapping[str, Mapping]) -> None:
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"] if self._trainer is not None else 0.0
+        self.log("loss", loss, prog_bar=True, batch_size=1)
+        self.log("learning_rate", lr, batch_size=1)
+        for modality, modality_mean in zip(MODALITIES, losses_M, strict=True):
+            part = parts.get(modality)
+            # A modality that stops arriving shows as 0 examples; its loss has no value to show.
+            num_examples = float(len(part["context_lens"])) if part is not None else 0.0
+            self.log(f"examples_{modality}", num_examples, prog_bar=True, batch_size=1)
+            if part is not None:
+                self.log(f"loss_{modality}", modality_mean, prog_bar=True, batch_size=1)
+                self.log(f"tokens_{modality}", part["answer_lens"].sum().float(), batch_size=1)
+                self.log(f"padding_{modality}", _padding_share(part), batch_size=1)
+
+    # Validation.
+
+    def on_validation_epoch_start(self) -> None:
+        self._tallies = {}
+
+    def validation_step(self, batch: Mapping, batch_idx: int) -> None:
+        """Count losses and collect translations of ``{dataset_name: batch or None}``."""
+        for dataset, dataset_batch in batch.items():
+            if dataset_batch is None:
+                continue  # this set is shorter than the others
+            for modality, part in split_modalities(dataset_batch, self.pad_id).items():
+                tally = self._tallies.setdefault((dataset, modality), Tally())
+                logits, targets = self(part)
+                tally.add_tokens(
+                    token_cross_entropy(logits, targets),
+                    (targets != IGNORE_INDEX).sum(),
+                    correct_tokens(logits, targets),
+                )
+                if self.options.validation_bleu and part.get("examples"):
+                    tally.add_translations(part["examples"], self.translate_batch(part))
+
+    def on_validation_epoch_end(self) -> None:
+        metrics = validation_metrics(gather_tallies(self._tallies))
+        self.log_dict({k: torch.tensor(v) for k, v in metrics.items()}, batch_size=1)
+        self._tallies = {}
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Mapping, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+    # Generation.
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Tensor | Sequence[Sequence[dict]],
+        audios: Tensor | None = None,
+        audio_lens: Tensor | None = None,
+        **generate_options: Any,
+    ) -> Tensor:
+        """Answer prompts; the arguments are those of NeMo's ``SALM.generate``.
+
+        Args:
+            prompts: (B, T) context ids, padded on either side; or conversations, lists of turns such as
+                ``{"role": "user", "slots": {...}, "audio": ["a.wav"]}``.
+            audios: (R, N) float32 recordings in the order of the locators, unless the conversations name files.
+            audio_lens: (R,) int64, samples.
+            generate_options: passed on to Hugging Face ``generate``.
+
+        Returns:
+            (B, A) int64 generated ids.
+        """
+        if isinstance(prompts, Tensor):
+            context_ids, context_lens = pack_left(prompts, prompts != self.pad_id, self.pad_id)
+        else:
+            formatter = self._prompt_formatter()
+            contexts = [formatter.encode_dialog(turns=list(turns))["context_ids"] for turns in prompts]
+            context_ids, context_lens = self._collate_contexts(contexts)
+            if paths := [path for turns in prompts for turn in turns for path in _paths(turn.get("audio"))]:
+                audios, audio_lens = load_recordings(paths, self.sampling_rate)
+        batch = {"context_ids": context_ids.to(self.device), "context_lens": context_lens.to(self.device)}
+        if audios is not None:
+            batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
+        generate_options.setdefault("max_new_tokens", self.options.max_new_tokens)
+        return self.generate_answers(batch, **generate_options)
+
+    @torch.no_grad()
+    def translate_batch(
+        self, batch: Mapping, num_beams: int = 1, max_new_tokens: int | None = None
+    ) -> list[str]:
+        """Translations of the contexts of a one-modality batch, B strings."""
+        answer_ids = self.generate_answers(
+            batch,
+            num_beams=num_beams,
+            do_sample=False,
+            max_new_tokens=max_new_tokens or self.options.max_new_tokens,
+        )
+        return [text.strip() for text in self.tokenizer.tokenizer.batch_decode(answer_ids, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def translate(
+        self,
+        inputs: Sequence[str | Path],
+        target_lang: str,
+        source_lang: str | None = None,
+        num_beams: int = 1,
+        batch_size: int = 16,
+    ) -> list[str]:
+        """Translate texts and recordings.
+
+        Args:
+            inputs: sentences, and paths of audio files (a ``Path``, or a string that ends like one).
+            target_lang: language code of the translations.
+            source_lang: language code of the inputs, for prompts that name it.
+            num_beams: beams of the search; 1 is greedy.
+            batch_size: inputs translated at once.
+
+        Returns:
+            One translation per input, in their order.
+
+        Raises:
+            ConfigError: for an unknown language.
+            DataError: for an audio file that is missing or cannot be read.
+        """
+        check_language(target_lang, "target_lang")
+        formatter = self._prompt_formatter()
+        is_audio = [is_audio_path(item) for item in inputs]
+        translations: list[str] = [""] * len(inputs)
+        for modality in (True, False):
+            indexes = [i for i, audio in enumerate(is_audio) if audio == modality]
+            # Inputs of similar length share a batch.
+            indexes.sort(key=lambda i: Path(inputs[i]).stat().st_size if modality and Path(inputs[i]).exists() else 0)
+            for start in range(0, len(indexes), batch_size):
+                chosen = indexes[start : start + batch_size]
+                messages = [self.options.audio_locator_tag if modality else str(inputs[i]) for i in chosen]
+                turns = [translation_turns(formatter, message, target_lang, source_lang) for message in messages]
+                contexts = [formatter.encode_dialog(turns=turn)["context_ids"] for turn in turns]
+                batch = dict(zip(("context_ids", "context_lens"), self._collate_contexts(contexts), strict=True))
+                if modality:
+                    audios, audio_lens = load_recordings([inputs[i] for i in chosen], self.sampling_rate)
+                    batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
+                for i, translation in zip(chosen, self.translate_batch(batch, num_beams), strict=True):
+                    translations[i] = translation
+        return translations
+
+    def _prompt_formatter(self) -> PromptFormatter:
+        register_prompt_formats()
+        return PromptFormatter.resolve(self.options.prompt_format)(self.tokenizer)
+
+    def _collate_contexts(self, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        lens = torch.tensor([len(ids) for ids in contexts])
+        ids = pad_sequence(list(contexts), batch_first=True, padding_value=self.pad_id)
+        return ids.to(self.device), lens.to(self.device)
+
+    # Folders.
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write a folder in Hugging Face's layout: ``model.safetensors``, ``config.json``, the tokenizer, and the language
+        model's own config under ``llm_backbone``. :func:`nemo_emmett.models.load` reads it; nothing else is needed."""
+        folder = Path(save_directory)
+        config = OmegaConf.to_container(self.cfg, resolve=True)
+        config |= {
+            "_target_": f"{type(self).__module__}.{type(self).__qualname__}",
+            "model_type": "nemo_emmett",
+            "architectures": [type(self).__name__],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.tokenizer.save_pretrained(folder)
+        self.llm.config.save_pretrained(folder / LLM_BACKBONE_DIR)
+        return super().save_pretrained(folder, config=config, **kwargs)
+
+
+def _check_local_path(source: str, key: str) -> None:
+    """Refuse what is plainly a path on this machine and is not there; other names may be a hub's."""
+    looks_local = source.startswith((".", "/", "~")) or source.endswith(".nemo") or source.count("/") > 1
+    if looks_local and not Path(source).expanduser().exists():
+        raise ModelError(f"{key}: '{source}' does not exist; give a folder or file that does, or the name of a model.")
+
+
+def _paths(audio: str | Path | Sequence | None) -> Sequence:
+    if audio is None:
+        return []
+    return [audio] if isinstance(audio, (str, Path)) else audio
+
+
+def _padding_share(part: Mapping) -> Tensor:
+    """Share of a batch that is padding: of its samples for speech, of its context and answer tokens for text."""
+    if part.get("audios") is not None:
+        return 1 - part["audio_lens"].sum() / part["audios"].numel()
+    used = part["context_lens"].sum() + part["answer_lens"].sum()
+    return 1 - used / (part["context_ids"].numel() + part["answer_ids"].numel())

@@ -1,0 +1,65 @@
+"""Each modality's loss is the mean cross-entropy of its tokens over all ranks (EMMeTT, arXiv 2409.13523, section 3).
+
+A rank holds a sum and a count per modality. The counts are added over the ranks; the sums need not be, since the
+gradients are averaged by DDP: a rank's sum over the global count, times the number of ranks, averages to the gradient
+that one process would have on the joined batch.
+
+Shapes: B examples, T tokens, V vocabulary, M modalities.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Target of a position that has no loss (the default of ``torch.nn.functional.cross_entropy``)."""
+
+
+def mask_padding(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Targets: the ids where the mask is true, ``IGNORE_INDEX`` elsewhere."""
+    return torch.where(mask_BT, ids_BT, IGNORE_INDEX)
+
+
+def token_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Sum of the cross-entropies of all tokens that have a target, in nats, computed in float32."""
+    return F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
+def correct_tokens(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Number of tokens whose most likely prediction is the target, a scalar int64 tensor."""
+    return ((logits_BTV.argmax(-1) == targets_BT) & (targets_BT != IGNORE_INDEX)).sum()
+
+
+def world_size() -> int:
+    """Number of ranks that train together; 1 without ``torch.distributed``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, detached. Every rank must call it with the same shape."""
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def modality_loss(loss_sums_M: Tensor, token_counts_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the modalities' mean token losses.
+
+    Args:
+        loss_sums_M: (M,) this rank's summed cross-entropies, 0 where a modality is absent.
+        token_counts_M: (M,) this rank's number of target tokens.
+        weights_M: (M,) ``modality_loss_weights``.
+
+    Returns:
+        The loss to call backward on (a scalar; its gradient, averaged over ranks, is that of one process on the joined
+        batch) and the (M,) mean loss per modality over this rank's share, detached, NaN where absent on this rank.
+    """
+    totals_M = sum_over_ranks(token_counts_M)
+    loss = (weights_M * loss_sums_M / totals_M.clamp(min=1)).sum() * world_size()
+    return loss, (loss_sums_M / token_counts_M).detach()

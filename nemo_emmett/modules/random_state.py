@@ -1,0 +1,101 @@
+"""Random states in Lightning checkpoints: a resumed run draws what the uninterrupted run would have drawn."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.core.classes.common import Serialization
+from nemo.utils import logging
+
+
+class RandomState(Callback, Serialization):
+    """Saves the states of the random generators of every rank, and restores them when training resumes.
+
+    Lightning checkpoints hold weights, optimizers and counters but no random states, so dropout and SpecAugment of a
+    resumed run differ from those of a run that was never interrupted. With this callback both draw the same. Covered
+    are the global generators of Python, NumPy, torch, and torch's on every CUDA device.
+
+    Validation is kept from moving the training's random states: an interrupted run may validate once more or once
+    less than an uninterrupted one. What the data loader draws in the main process while it fetches the first batch
+    after resuming is not repeated; it keeps its own seed.
+
+    Example:
+        In a recipe::
+
+            trainer:
+              callbacks:
+                - _target_: nemo_emmett.callbacks.RandomState
+    """
+
+    def __init__(self) -> None:
+        self._to_restore: list[dict[str, Any]] | None = None
+        self._after_batch: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random states by rank. Lightning calls it on every rank whenever a checkpoint is made."""
+        return {"ranks": _from_all_ranks(random_state())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the states for the first training batch: until then building loaders and models draws numbers."""
+        self._to_restore = state_dict["ranks"]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Restore the states once, right before the first batch after resuming."""
+        if self._to_restore is None:
+            return
+        ranks, self._to_restore = self._to_restore, None
+        if trainer.world_size != len(ranks):
+            logging.warning(
+                f"The checkpoint holds the random states of {len(ranks)} ranks, this run has {trainer.world_size}: "
+                "they are not restored, so dropout and augmentation differ from an uninterrupted run."
+            )
+            return
+        restore_random_state(ranks[trainer.global_rank])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the states, since a validation may follow."""
+        self._after_batch = random_state()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the states back to where the last training batch left them."""
+        if self._after_batch is not None:
+            restore_random_state(self._after_batch)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of this process's global random generators, as what ``torch.load(weights_only=True)`` accepts."""
+    generator, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (generator, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gaussian),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set the global random generators to what :func:`random_state` returned.
+
+    The states of CUDA devices that this process does not have are left out.
+    """
+    random.setstate(state["python"])
+    generator, keys, position, has_gauss, cached_gaussian = state["numpy"]
+    np.random.set_state((generator, keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available():
+        for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(device_state.cpu(), device)
+
+
+def _from_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [state]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states

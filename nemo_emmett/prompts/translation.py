@@ -1,0 +1,44 @@
+"""Registration of our prompt formats with NeMo, and what they share."""
+
+from __future__ import annotations
+
+from nemo_emmett.prompts.languages import language_name
+
+
+def register_prompt_formats() -> None:
+    """Make ``prompt_format: emmett_t5`` known to NeMo. NeMo registers a formatter when its class is defined."""
+    import nemo_emmett.prompts.t5  # noqa: F401
+
+
+def translation_instruction(target_lang: str, source_lang: str | None = None) -> str:
+    """The request for a translation in plain English, for language models that follow instructions.
+
+    Example:
+        >>> translation_instruction("de", "en")
+        'Translate from English to German:'
+    """
+    if source_lang is None:
+        return f"Translate to {language_name(target_lang)}:"
+    return f"Translate from {language_name(source_lang)} to {language_name(target_lang)}:"
+
+
+def translation_turns(formatter, message: str, target_lang: str, source_lang: str | None = None) -> list[dict]:
+    """The dialog that asks for a translation, in the terms of a NeMo prompt format.
+
+    Args:
+        formatter: a NeMo ``PromptFormatter`` (class or object).
+        message: the text to translate, or the audio locator tag.
+        target_lang: language code of the translation.
+        source_lang: language code of the message, where known.
+
+    Returns:
+        A list of turns for ``formatter.encode_dialog``: with the languages in their slots if the format has such slots,
+        as an instruction in front of the message otherwise.
+    """
+    slots = formatter.get_slots("user")
+    if "target_lang" not in slots:
+        return [{"role": "user", "slots": {"message": f"{translation_instruction(target_lang, source_lang)} {message}"}}]
+    values = {"message": message, "target_lang": target_lang}
+    if "source_lang" in slots:
+        values["source_lang"] = source_lang
+    return [{"role": "user", "slots": values}]

@@ -1,0 +1,192 @@
+"""From a command line to a recipe: Hydra, with a user's mistakes told in one sentence.
+
+NeMo's ``hydra_runner`` needs NeMo, ten seconds before the first word; this needs Hydra alone, so a misspelt key is told
+at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from nemo_emmett.config import nearest
+from nemo_emmett.errors import EXIT_USER_ERROR, ConfigError, EmmettError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONFIG_PACKAGE = "pkg://nemo_emmett.conf"
+"""Where recipes are searched unless ``--config-path`` says otherwise."""
+
+_QUIET_HYDRA = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout")
+"""No dated output folders, no copies of the config, no log files: a run writes where its recipe says."""
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Environment variable with which Hydra raises what went wrong instead of printing its own version of it."""
+
+
+def recipe_runner(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
+    """Make a function of a config the main function of a script, as NeMo's ``hydra_runner`` does.
+
+    ``--config-name`` picks another recipe of ``nemo_emmett/conf``, ``--config-path`` another folder, ``key=value``
+    overrides any key. A user's mistake (an :class:`EmmettError`, an unknown key or recipe, a mandatory value that is
+    missing) ends the program with exit code 2 and one sentence; any other exception keeps its traceback.
+
+    Args:
+        config_name: the recipe that is run if the command line names none.
+
+    Example:
+        >>> @recipe_runner("salm_t5")
+        ... def main(cfg): ...
+        >>> if __name__ == "__main__":
+        ...     main()  # doctest: +SKIP
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[..., Any]:
+        @functools.wraps(task)
+        def main(cfg: DictConfig | None = None) -> Any:
+            if cfg is not None:
+                return task(cfg)
+            with mistakes_as_sentences():
+                _run(task, config_name)
+            return None
+
+        return main
+
+    return decorate
+
+
+@contextmanager
+def mistakes_as_sentences() -> Iterator[None]:
+    """Turn an :class:`EmmettError` into one sentence on stderr and exit code 2."""
+    try:
+        yield
+    except EmmettError as error:
+        exit_with_sentence(error)
+
+
+def exit_with_sentence(error: EmmettError | str) -> NoReturn:
+    """Print what was wrong on stderr, without a traceback, and exit with code 2."""
+    print(f"Error: {error}", file=sys.stderr)  # noqa: T201
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _run(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Compose the config and run the task; what Hydra refuses becomes a :class:`ConfigError`."""
+    # Private names, for want of public ones: NeMo's hydra_runner, which this stands in for, is built on the same two.
+    from hydra import version
+    from hydra._internal.utils import _run_hydra, get_args_parser
+
+    started = False
+
+    @functools.wraps(task)
+    def start(cfg: DictConfig) -> Any:
+        nonlocal started
+        started = True
+        # Here already, because Hydra comments on exceptions that leave a task.
+        with mistakes_as_sentences():
+            _refuse_missing_values(cfg)
+            return task(cfg)
+
+    parser = get_args_parser()
+    arguments = parser.parse_intermixed_args()
+    arguments.overrides += _QUIET_HYDRA
+    version.setbase(None)
+    with _environment(_FULL_ERROR, "1"):
+        try:
+            _run_hydra(
+                args=arguments,
+                args_parser=parser,
+                task_function=start,
+                config_path=CONFIG_PACKAGE,
+                config_name=config_name,
+            )
+        except Exception as error:
+            if started or (sentence := _composition_mistake(error, arguments)) is None:
+                raise
+            raise ConfigError(sentence) from error
+
+
+def _refuse_missing_values(cfg: DictConfig) -> None:
+    from omegaconf import OmegaConf
+
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: the recipe leaves this to you; give {missing[0]}=... on the command line."
+        )
+
+
+def _composition_mistake(error: Exception, arguments: Namespace) -> str | None:
+    """What the user got wrong, if composing the config failed because of them."""
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if isinstance(error, MissingConfigException):
+        return _missing_config(error, arguments)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read as key=value: {error.message.splitlines()[0]}."
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        return _refused_override(error.__cause__)
+    if isinstance(error, (HydraException, OmegaConfBaseException, YAMLError)):
+        return _one_line(str(error))
+    return None
+
+
+def _missing_config(error: Any, arguments: Namespace) -> str:
+    """``error`` is Hydra's ``MissingConfigException``: of the recipe itself, or of an option of a config group."""
+    if error.missing_cfg_file is None:
+        return _one_line(str(error))
+    group, _, option = error.missing_cfg_file.rpartition("/")
+    options = list(error.options or _recipes(group, arguments))
+    suggestion = nearest(option, options)
+    hint = f"did you mean '{suggestion}'?" if suggestion else f"there are {', '.join(options) or 'none'}."
+    return f"{f'{group}: ' if group else ''}there is no recipe '{option}'; {hint}"
+
+
+def _refused_override(error: Any) -> str:
+    """``error`` is OmegaConf's: an unknown key, or a value of the wrong kind."""
+    from omegaconf import DictConfig
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    if not isinstance(error, (ConfigAttributeError, ConfigKeyError)):
+        return _one_line(str(error))
+    parent = error.parent_node
+    known = sorted(map(str, parent.keys())) if isinstance(parent, DictConfig) else []
+    suggestion = nearest(str(error.key), known)
+    hint = f"did you mean '{suggestion}'?" if suggestion else f"to add it, write +{error.full_key}=..."
+    return f"{error.full_key}: there is no such key in the recipe; {hint}"
+
+
+def _recipes(group: str, arguments: Namespace) -> list[str]:
+    """Names of the recipes in a folder, of those shipped and those in the folders that the user named."""
+    script = Path(sys.argv[0]).parent
+    roots = [script / folder for folder in (arguments.config_path, arguments.config_dir) if folder]
+    folders = [folder / group for folder in (files("nemo_emmett.conf"), *roots)]
+    names = {file.name for folder in folders if folder.is_dir() for file in folder.iterdir()}
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,122 @@
+"""A recipe, trained: what ``examples/speechlm/train.py`` runs.
+
+The order is that of NeMo's own speechlm2 scripts (trainer, experiment manager, model, data, fit), with the user's
+mistakes looked for first, while they cost nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from nemo.utils import logging
+from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
+from nemo.utils.trainer_utils import resolve_trainer_cfg
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_emmett import plugin
+from nemo_emmett.config import check_keys
+from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
+from nemo_emmett.data.check import check_data_config
+from nemo_emmett.errors import ConfigError
+
+RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "seed", "num_threads", "name", "corpus", "exp_dir")
+"""The sections of a recipe, and what our own recipes interpolate."""
+
+
+def train(cfg: DictConfig) -> LightningModule:
+    """Train the model of a recipe on its data; resume from the experiment's last checkpoint if there is one.
+
+    Args:
+        cfg: a recipe with the sections ``model``, ``trainer``, ``data`` and ``exp_manager`` (NeMo's meaning of each).
+            ``model._target_`` is a class path or the short name of an entry point (``salm_t5``). ``export_dir``, where
+            given, receives the trained model as a Hugging Face style folder. ``seed`` seeds all generators.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        EmmettError: for a mistake in the recipe or the data, before training starts; for too many bad records, later.
+    """
+    plugin.register()
+    check_recipe(cfg)
+    model_class = plugin.find("models", cfg.model._target_)
+    check_data_section(cfg.data)
+
+    if cfg.get("num_threads"):
+        torch.set_num_threads(cfg.num_threads)
+    lightning.seed_everything(cfg.get("seed", 0), workers=True)
+    trainer = Trainer(**resolve_trainer_cfg(cfg.trainer))
+    exp_manager(trainer, cfg.get("exp_manager"))
+    with trainer.init_module():
+        model = model_class(OmegaConf.to_container(cfg.model, resolve=True))
+    trainer.fit(model, build_datamodule(cfg.data, model))
+    if cfg.get("export_dir") and trainer.is_global_zero:
+        model.save_pretrained(cfg.export_dir)
+        logging.info(f"The trained model is in {cfg.export_dir}")
+    return model
+
+
+def check_recipe(cfg: DictConfig) -> None:
+    """Refuse a recipe that lacks a section or misspells a key of one.
+
+    Raises:
+        ConfigError: naming the key, and the nearest known one.
+    """
+    for section in ("model", "trainer", "data"):
+        if section not in cfg:
+            raise ConfigError(f"the recipe has no section '{section}'; the recipes in conf/ show what belongs there.")
+    if not cfg.model.get("_target_"):
+        raise ConfigError("model._target_ is missing: name a class (nemo_emmett.models.SALMT5) or a short name (salm_t5).")
+    check_keys(cfg, RECIPE_KEYS, "recipe")
+    check_keys(cfg.trainer, inspect.signature(Trainer).parameters, "trainer")
+    check_keys(cfg.get("exp_manager") or {}, [f.name for f in fields(ExpManagerConfig)], "exp_manager")
+
+
+def check_data_section(data: DictConfig) -> None:
+    """Look for mistakes in every dataset of a recipe's ``data`` section before a model is built.
+
+    Raises:
+        ConfigError: for a misspelt key, or a value that cannot work.
+        DataError: for a file that is missing or does not match its partner.
+    """
+    check_keys(data, ("train_ds", "validation_ds", "test_ds", "predict_ds"), "data")
+    for name in data:
+        check_data_config(data[name], where=f"data.{name}")
+
+
+def build_datamodule(data: DictConfig, model: LightningModule) -> MultimodalDataModule:
+    """The datamodule of a recipe; what the model knows (prompt, locator, frame length) need not be said twice.
+
+    Args:
+        data: the recipe's ``data`` section; its datasets are completed in place.
+        model: the model that the batches are for.
+    """
+    known = {"prompt_format": model.options.prompt_format, "audio_locator_tag": model.options.audio_locator_tag}
+    if model.perception is not None:
+        known |= {
+            "token_equivalent_duration": model.token_equivalent_duration,
+            "sample_rate": model.sampling_rate,
+        }
+    with open_dict(data):
+        for dataset in data.values():
+            for group in _groups(dataset):
+                for key, value in known.items():
+                    group.setdefault(key, value)
+    return MultimodalDataModule(data, tokenizer=model.tokenizer, dataset=SpeechTextDataset(model.tokenizer))
+
+
+def _groups(dataset: DictConfig) -> list[DictConfig]:
+    """The configs that build a sampler each: the groups of a ``multi_config``, or the dataset itself."""
+    if dataset.get("multi_config"):
+        return [group for name, group in dataset.items() if isinstance(group, DictConfig) and name != "sampler_weights"]
+    return [dataset]
+
+
+def last_checkpoint(exp_dir: str | Path) -> Path | None:
+    """The newest Lightning checkpoint below an experiment's folder, None if there is none."""
+    return max(Path(exp_dir).rglob("*-last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)

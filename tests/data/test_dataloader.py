@@ -1,0 +1,435 @@
+"""The loader from files to batches: sources, fusion, workers, ranks, and what is skipped on the way."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from lhotse import CutSet
+from lhotse.shar import SharWriter
+from nemo.collections.asr.data.audio_to_text_lhotse import LhotseSpeechToTextBpeDataset
+from nemo.collections.common.data.fallback import FallbackDataset
+from nemo.collections.common.data.lhotse.dataloader import get_lhotse_dataloader_from_config
+from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
+from nemo.collections.speechlm2.data.salm_dataset import SALMDataset
+from omegaconf import OmegaConf
+
+from nemo_emmett.data import MultimodalDataLoader, SpeechTextDataset, get_multimodal_dataloader
+from nemo_emmett.errors import ConfigError, DataError, TooManyBadRecords
+
+LOCATOR = "<|audio|>"
+SETTINGS = {
+    "prompt_format": "emmett_t5",
+    "audio_locator_tag": LOCATOR,
+    "batch_size": 2,
+    "seed": 0,
+    "shard_seed": 0,
+    "shuffle": False,
+    "shuffle_buffer_size": 16,
+}
+
+
+@pytest.fixture
+def load(tokenizer):
+    """Build a loader for our dataset, or another."""
+
+    def build(config: dict, dataset=None, rank: int = 0, world_size: int = 1, settings=SETTINGS) -> MultimodalDataLoader:
+        dataset = SpeechTextDataset(tokenizer) if dataset is None else dataset
+        return get_multimodal_dataloader({**settings, **config}, rank, world_size, dataset, tokenizer)
+
+    return build
+
+
+def examples_of(batches) -> list[tuple]:
+    described = [e for batch in batches for part in batch.values() for e in part["examples"]]
+    return [(e["modality"], e["source_lang"], e["target_lang"], e["target_text"]) for e in described]
+
+
+def ids_of(batches) -> list[str]:
+    return [e["id"] for batch in batches for part in batch.values() for e in part["examples"]]
+
+
+# Sources
+
+
+def nemo(speech, pairs, tmp_path) -> dict:
+    return {"type": "nemo", "manifest_filepath": str(speech(3)), "target_lang": "de"}
+
+
+def nemo_tarred(speech, pairs, tmp_path) -> dict:
+    records = [json.loads(line) for line in speech(3).read_text().splitlines()]
+    with tarfile.open(tmp_path / "audio_0.tar", "w") as tar:
+        for record in records:
+            tar.add(record["audio_filepath"], arcname=Path(record["audio_filepath"]).name)
+    lines = [json.dumps({**r, "audio_filepath": Path(r["audio_filepath"]).name, "shard_id": 0}) for r in records]
+    (tmp_path / "manifest_0.json").write_text("\n".join(lines))
+    return {
+        "type": "nemo_tarred",
+        "manifest_filepath": str(tmp_path / "manifest_0.json"),
+        "tarred_audio_filepaths": str(tmp_path / "audio_0.tar"),
+        "tags": {"target_lang": "de"},
+    }
+
+
+def lhotse(speech, pairs, tmp_path) -> dict:
+    CutSet(list(LazyNeMoIterator(str(speech(3))))).to_file(tmp_path / "cuts.jsonl.gz")
+    return {"type": "lhotse", "cuts_path": str(tmp_path / "cuts.jsonl.gz"), "target_lang": ["de"]}
+
+
+def lhotse_shar(speech, pairs, tmp_path) -> dict:
+    (tmp_path / "shar").mkdir()
+    with SharWriter(str(tmp_path / "shar"), fields={"recording": "wav"}, shard_size=2) as writer:
+        for cut in LazyNeMoIterator(str(speech(3))):
+            writer.write(cut)
+    return {"type": "lhotse_shar", "shar_path": str(tmp_path / "shar"), "target_lang": "de"}
+
+
+def conversation(speech, pairs, tmp_path) -> dict:
+    source = nemo(speech, pairs, tmp_path)
+    return {**source, "type": "lhotse_as_conversation", "tags": {"target_lang": "de"}}
+
+
+def txt_pair(speech, pairs, tmp_path) -> dict:
+    paths = pairs(3)
+    languages = {"source_language": paths.pop("source_lang"), "target_language": paths.pop("target_lang")}
+    return {"type": "txt_pair", **paths, **languages}
+
+
+def parallel_text(speech, pairs, tmp_path) -> dict:
+    return {"type": "parallel_text", **pairs(3)}
+
+
+SPEECH_EXAMPLES = [("audio", "en", "de", "eins zwei")] * 3
+TEXT_EXAMPLES = [("text", "en", "de", " ".join(["eins"] * n)) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (nemo, SPEECH_EXAMPLES),
+        (nemo_tarred, SPEECH_EXAMPLES),
+        (lhotse, SPEECH_EXAMPLES),
+        (lhotse_shar, SPEECH_EXAMPLES),
+        (conversation, [("audio", None, "de", "one two")] * 3),
+        (txt_pair, TEXT_EXAMPLES),
+        (parallel_text, TEXT_EXAMPLES),
+    ],
+)
+def test_every_source_type_as_an_evaluation_set(load, speech, pairs, tmp_path, source, expected, workers) -> None:
+    entry = source(speech, pairs, tmp_path)
+    config = {"input_cfg": [entry], "force_finite": True, "force_map_dataset": True, "num_workers": workers}
+    assert sorted(examples_of(load(config)), key=str) == sorted(expected, key=str)
+
+
+def test_without_input_cfg(load, speech) -> None:
+    loader = load({"manifest_filepath": str(speech(3)), "target_lang": "de"})
+    assert examples_of(loader) == SPEECH_EXAMPLES
+    assert loader.bad_records.read_count == 3
+
+
+def test_groups_weights_and_tags_keep_nemos_meaning(load, speech, pairs) -> None:
+    text = [
+        {"type": "parallel_text", **pairs(4, name), "weight": weight} for name, weight in (("often", 0.9), ("rare", 0.1))
+    ]
+    group = {"type": "group", "input_cfg": text, "weight": 1.0, "tags": {"domain": "news"}}
+    batches = list(islice(load({"input_cfg": [group]}), 200))
+    counts = Counter(Path(i).stem for i in ids_of(batches))
+    assert counts["often"] / counts.total() == pytest.approx(0.9, abs=0.05)
+
+
+def test_input_cfg_from_a_file(load, pairs, tmp_path) -> None:
+    path = tmp_path / "input_cfg.yaml"
+    OmegaConf.save(OmegaConf.create([{"type": "parallel_text", **pairs(3)}]), path)
+    assert examples_of(load({"input_cfg": str(path), "force_finite": True})) == TEXT_EXAMPLES
+
+
+def test_tags_of_a_group_overrule_its_members_and_their_records(load, speech) -> None:
+    member = {"type": "nemo", "manifest_filepath": str(speech(1, target_lang="fr")), "tags": {"target_lang": "en"}}
+    group = {"type": "group", "input_cfg": [member], "tags": {"target_lang": "de"}}
+    assert examples_of(load({"input_cfg": [group]})) == SPEECH_EXAMPLES[:1]
+
+
+def test_speech_and_text_in_one_sampler(load, speech, pairs) -> None:
+    sources = [
+        {"type": "nemo", "manifest_filepath": str(speech(4)), "weight": 0.5},
+        {"type": "parallel_text", **pairs(4), "weight": 0.5},
+    ]
+    loader = load(
+        {
+            "input_cfg": sources,
+            "use_multimodal_sampling": True,
+            "token_equivalent_duration": 0.08,
+            "batch_size": None,
+            "batch_tokens": 100,
+        }
+    )
+    counts = Counter(modality for modality, *_ in examples_of(islice(loader, 50)))
+    assert counts["audio"] / counts.total() == pytest.approx(0.5, abs=0.1)
+
+
+# Fusion
+
+
+def fused(speech_path, text: dict, fusion: str, **settings) -> dict:
+    return {
+        "multi_config": True,
+        "sampler_fusion": fusion,
+        "speech": {"manifest_filepath": str(speech_path), "target_lang": "de", "batch_size": 2},
+        "pairs": {"input_cfg": [{"type": "parallel_text", **text}], "batch_size": 3},
+        **settings,
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("fusion", "expected"),
+    [("zip", {("audio", "text"): 40}), ("round_robin", {("audio",): 20, ("text",): 20})],
+)
+def test_zip_and_round_robin_are_exact(load, speech, pairs, fusion, expected, workers) -> None:
+    loader = load(fused(speech(4), pairs(7), fusion, num_workers=workers))
+    batches = list(islice(loader, 40))  # far beyond one pass of either: neither modality runs dry
+    assert Counter(tuple(batch) for batch in batches) == expected
+    assert {len(b["audio"]["examples"]) for b in batches if "audio" in b} == {2}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_randomized_round_robin_keeps_its_weights(load, pairs, workers) -> None:
+    groups = {
+        name: {"input_cfg": [{"type": "parallel_text", **pairs(4, name)}], "batch_size": 1} for name in ("a", "b", "c")
+    }
+    weights = {"a": 0.5, "b": 0.3, "c": 0.2}
+    config = {"multi_config": True, "sampler_fusion": "randomized_round_robin", "sampler_weights": weights, **groups}
+    drawn = [Path(ids_of([batch])[0]).stem for batch in islice(load({**config, "num_workers": workers}), 500)]
+    counts = Counter(drawn)
+    assert {name: count / 500 for name, count in counts.items()} == pytest.approx(weights, abs=0.03)
+    repeats = sum(a == b for a, b in zip(drawn, drawn[1:], strict=False))
+    assert 50 < repeats < 250, "drawn at random, not in turns"
+    for start in range(0, 450, 50):  # stationary: any stretch holds the shares, give or take the groups of each reader
+        stretch = Counter(drawn[start : start + 50])
+        assert all(abs(stretch[name] - 50 * weight) <= 3 * max(workers, 1) for name, weight in weights.items())
+
+
+def test_speech_in_tar_files_and_text(load, speech, pairs, tmp_path) -> None:
+    tarred = nemo_tarred(speech, pairs, tmp_path)
+    config = fused("", pairs(4), "zip")
+    loader = load({**config, "speech": {"input_cfg": [tarred], "batch_size": 1}})
+    assert isinstance(loader.dataset, torch.utils.data.IterableDataset)
+    assert [sorted(batch) for batch in islice(loader, 8)] == [["audio", "text"]] * 8
+
+
+def test_finite_groups_end(load, speech, pairs) -> None:
+    loader = load(fused(speech(4), pairs(6), "round_robin", force_finite=True, force_map_dataset=True))
+    assert Counter(tuple(batch) for batch in loader) == {("audio",): 2, ("text",): 2}
+
+
+def test_what_groups_inherit(load, speech, pairs) -> None:
+    config = fused(speech(4), pairs(4), "zip")
+    del config["speech"]["target_lang"]
+    batch = next(iter(load({**config, "target_lang": "es"})))
+    assert {e["target_lang"] for e in batch["audio"]["examples"]} == {"es"}
+    assert {e["target_lang"] for e in batch["text"]["examples"]} == {"de"}
+
+
+# Ranks
+
+
+def test_two_ranks_share_out_a_map_style_dataset(load, speech) -> None:
+    config = {"manifest_filepath": str(speech(8)), "target_lang": "de", "shuffle": True, "shard_seed": "trng"}
+    of_rank = [set(ids_of(load(config, rank=rank, world_size=2))) for rank in (0, 1)]
+    assert [len(ids) for ids in of_rank] == [4, 4]
+    assert not of_rank[0] & of_rank[1]
+
+
+def test_ranks_take_the_same_modality_at_each_step(load, speech, pairs) -> None:
+    config = fused(speech(8), pairs(8), "randomized_round_robin", sampler_weights={"speech": 0.4, "pairs": 0.6})
+    first, second = ([tuple(b) for b in islice(load(config, rank=r, world_size=2), 30)] for r in (0, 1))
+    assert first == second
+
+
+# Bad records
+
+
+@pytest.fixture
+def speech_with_faults(speech, tmp_path) -> Path:
+    """Six records, of which two are good."""
+    manifest = speech(6)
+    records = manifest.read_text().splitlines()
+    records[1] = "{not json"
+    Path(json.loads(records[2])["audio_filepath"]).unlink()
+    Path(json.loads(records[3])["audio_filepath"]).write_bytes(b"")
+    path = Path(json.loads(records[4])["audio_filepath"])
+    path.write_bytes(path.read_bytes()[:16000])
+    manifest.write_text("\n".join(records))
+    return manifest
+
+
+FAULTS = {"not JSON": 1, "missing audio": 1, "empty audio": 1, "truncated audio": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("flavour", ["force_map_dataset", "force_iterable_dataset"])
+def test_bad_records_are_counted_and_the_good_ones_arrive(load, speech_with_faults, flavour, workers) -> None:
+    config = {
+        "manifest_filepath": str(speech_with_faults),
+        "target_lang": "de",
+        "num_workers": workers,
+        "batch_size": 1,
+        "max_bad_records": None,
+        flavour: True,
+    }
+    loader = load(config)
+    batches = list(loader)
+    readers = max(workers, 1) if flavour == "force_iterable_dataset" else 1  # each worker reads all of the data
+    assert len(batches) == 2 * readers, "batches of which nothing is left do not reach the trainer"
+    assert {Path(i).name for i in ids_of(batches)} == {"speech.json-0.wav", "speech.json-5.wav"}
+    assert loader.bad_records.causes() == FAULTS
+    assert loader.bad_records.read_count == 6 * readers
+    assert set(batches[0]["audio"]) == {
+        *("context_ids", "context_lens", "answer_ids", "answer_lens", "audios", "audio_lens", "examples")
+    }
+    list(loader)
+    assert loader.bad_records.causes() == FAULTS, "the same records, met again"
+
+
+def test_bad_records_are_named_by_line_and_reported(load, speech_with_faults, monkeypatch) -> None:
+    from nemo.utils import logging
+
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda message, *args, **kwargs: warnings.append(message))
+    loader = load({"manifest_filepath": str(speech_with_faults), "target_lang": "de", "max_bad_records": None})
+    list(loader)
+    named = sorted(str(record).split(": ")[0].rpartition("speech.json, ")[2] for record in loader.bad_records.first)
+    assert [name.split(" (")[0] for name in named] == ["line 2", "line 3", "line 4", "line 5"]
+    assert sum("Skipped a bad record" in w for w in warnings) == 4
+    assert sum("Bad records skipped so far" in w and "truncated audio" in w for w in warnings) == 1
+
+
+def test_the_run_stops_past_the_limit(load, speech_with_faults) -> None:
+    config = {"manifest_filepath": str(speech_with_faults), "target_lang": "de", "num_workers": 2}
+    with pytest.raises(TooManyBadRecords, match="max_bad_records: 3 bad records"):
+        list(load({**config, "max_bad_records": 2}))
+    with pytest.raises(TooManyBadRecords, match="more than allowed \\(0.5 of the records read\\)") as stopped:
+        list(load({**config, "max_bad_records": 0.5}))
+    assert str(stopped.value).count("speech.json, line") == 4
+    assert len(list(load({**config, "max_bad_records": 4}))) == 2
+
+
+def test_data_of_which_nothing_can_be_read_does_not_spin(load, speech) -> None:
+    manifest = speech(2)
+    for record in manifest.read_text().splitlines():
+        Path(json.loads(record)["audio_filepath"]).unlink()
+    sources = [{"type": "nemo", "manifest_filepath": str(manifest), "weight": 1}] * 2
+    with pytest.raises(DataError, match="nothing could be read of the last 100 batches(.|\n)*missing audio"):
+        next(iter(load({"input_cfg": sources, "target_lang": "de", "max_bad_records": None})))
+
+
+def test_a_file_that_ends_early_stops_the_run_with_its_sentence(load, pairs, monkeypatch) -> None:
+    text = pairs(4)
+    loader = load({"input_cfg": [{"type": "parallel_text", **text}], "num_workers": 1})
+    Path(text["target_paths"]).write_text("eins\n")
+    with pytest.raises(DataError) as stopped:
+        list(loader)
+    assert "train.de ends after 1 lines" in str(stopped.value)
+    assert "Traceback" not in str(stopped.value)
+
+
+# Other datasets
+
+
+class Forgetful(torch.utils.data.Dataset):
+    """Returns its batch every other time, and None in between."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __getitem__(self, cuts: CutSet) -> dict | None:
+        self.calls += 1
+        return {"ids": [cut.id for cut in cuts]} if self.calls % 2 else None
+
+
+def test_a_batch_that_failed_is_counted_and_never_replaced(load, speech) -> None:
+    """NeMo's FallbackDataset would hand out the one before it."""
+    config = {"manifest_filepath": str(speech(4)), "batch_size": 1, "max_bad_records": None}
+    loader = load(config, FallbackDataset(Forgetful()), settings={})
+    names = [Path(batch["ids"][0]).name for batch in loader]
+    assert names == ["speech.json-0.wav", "speech.json-2.wav"]
+    assert loader.bad_records.causes() == {"refused by the dataset": 2}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("kind", ["nemo", "nemo_tarred", "lhotse", "buckets"])
+def test_asr_batches_equal_those_of_nemo(tokenizer, speech, pairs, tmp_path, kind, shuffle) -> None:
+    source = nemo if kind == "buckets" else globals()[kind]
+    files = {k: v for k, v in source(speech, pairs, tmp_path).items() if k.endswith(("path", "paths"))}
+    config = {"batch_size": 2, "shuffle": shuffle, "seed": 3, "shard_seed": "randomized", "force_finite": True, **files}
+    if kind == "buckets":
+        config |= {"batch_size": None, "batch_duration": 4.0, "use_bucketing": True, "num_buckets": 2, "max_duration": 3}
+        config |= {"concurrent_bucketing": False}
+    dataset = LhotseSpeechToTextBpeDataset(tokenizer)
+    nemos = get_lhotse_dataloader_from_config(OmegaConf.create(config), 0, 1, dataset, tokenizer)
+    ours = get_multimodal_dataloader(OmegaConf.create({**config, "use_emmett": True}), 0, 1, dataset, tokenizer)
+    expected, batches = list(nemos), list(ours)
+    assert len(batches) == len(expected) >= 2
+    for batch, wanted in zip(batches, expected, strict=True):
+        assert type(batch) is type(wanted)
+        assert all(torch.equal(a, b) for a, b in zip(batch, wanted, strict=True))
+
+
+@pytest.fixture
+def salm_settings(tokenizer) -> dict:
+    from nemo.collections.common.prompts.formatter import Modality, PromptFormatter
+
+    if "words" not in PromptFormatter._REGISTERED_FORMATTERS:
+
+        class WordsPromptFormatter(PromptFormatter):
+            """One turn each, nothing around them."""
+
+            NAME, OUTPUT_ROLE = "words", "assistant"
+            TEMPLATE = {
+                role: {"template": "|message|", "slots": {"message": Modality.Text}} for role in ("user", "assistant")
+            }
+
+    return {**SETTINGS, "prompt_format": "words", "token_equivalent_duration": 0.08}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nemos_salm_dataset_gets_text_and_speech(load, tokenizer, speech, pairs, salm_settings, workers) -> None:
+    config = fused(speech(4), pairs(4), "zip", num_workers=workers)
+    loader = load(config, FallbackDataset(SALMDataset(tokenizer)), settings=salm_settings)
+    for batch in islice(loader, 4):
+        assert batch["audios"].shape[0] == 2
+        assert batch["input_ids"].shape[0] == batch["loss_mask"].shape[0] == 5
+        locator = tokenizer.token_to_id(LOCATOR)
+        assert (batch["input_ids"] == locator).sum(dim=1).tolist() == [1, 1, 0, 0, 0]
+    text = [c for c in batch["conversations"] if not c.has_audio_turns]
+    assert [turn.value for turn in text[0].turns][0] == "Translate to German:"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nemos_salm_refuses_a_batch_of_text_in_one_sentence(load, tokenizer, speech, pairs, salm_settings, workers) -> None:
+    config = fused(speech(4), pairs(4), "round_robin", num_workers=workers)
+    with pytest.raises(ConfigError) as refused:
+        list(islice(load(config, SALMDataset(tokenizer), settings=salm_settings), 4))
+    assert str(refused.value).startswith("NeMo's SALM cannot take a batch without speech: use sampler_fusion: zip")
+    assert "nemo_emmett.models.SALMGPT" in str(refused.value)
+
+
+def test_nemos_salm_counts_what_it_drops(load, tokenizer, speech_with_faults, salm_settings) -> None:
+    config = {"manifest_filepath": str(speech_with_faults), "target_lang": "de", "max_bad_records": None}
+    loader = load(config, SALMDataset(tokenizer), settings=salm_settings)
+    batches = list(loader)
+    assert sum(len(batch["input_ids"]) for batch in batches) == 2
+    assert loader.bad_records.causes() == FAULTS
+
+
+def test_parallel_text_in_a_recipe_without_us(tokenizer, pairs) -> None:
+    """Registered with NeMo, the type is there for NeMo's own loader as well."""
+    config = {**SETTINGS, "input_cfg": [{"type": "parallel_text", **pairs(3)}], "force_finite": True}
+    loader = get_lhotse_dataloader_from_config(OmegaConf.create(config), 0, 1, SpeechTextDataset(tokenizer), tokenizer)
+    assert examples_of(loader) == TEXT_EXAMPLES

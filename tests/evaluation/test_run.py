@@ -1,0 +1,178 @@
+"""From a recipe's test sets and a model to the table, the JSON and the page, through the real dataloader."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from nemo.collections.common.tokenizers import AutoTokenizer
+from omegaconf import OmegaConf
+from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedTokenizerFast
+
+from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.evaluation import evaluate, from_json
+
+from .samples import DIRECTIONS, LANGUAGES, SAMPLING_RATE, SENTENCES, sentence, tone
+
+LOCATOR = "<|audio|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> AutoTokenizer:
+    """Knows every word of the test sets."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = {word for lang in LANGUAGES for number in range(SENTENCES) for word in sentence(number, lang).split()}
+    vocabulary = ["<pad>", "</s>", "<unk>", LOCATOR, *(f"<{lang}>" for lang in LANGUAGES), *sorted(words)]
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    tokenizer = AutoTokenizer(str(folder), use_fast=True)
+    tokenizer.tokenizer.add_tokens([LOCATOR], special_tokens=True)
+    return tokenizer
+
+
+class Oracle:
+    """Knows the references; of speech it leaves out the last word."""
+
+    device = torch.device("cpu")
+    pad_id = 0
+    sampling_rate = SAMPLING_RATE
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def translate_batch(self, batch, num_beams=1, max_new_tokens=None):
+        references = [example["target_text"] for example in batch["examples"]]
+        return [one.rsplit(" ", 1)[0] for one in references] if "audios" in batch else references
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Text and speech in twelve directions; the file of a recipe with ``data.test_ds``."""
+    folder = tmp_path_factory.mktemp("data")
+    pairs, manifest = [], []
+    for source, target in DIRECTIONS:
+        for number in range(SENTENCES):
+            texts = {"source": sentence(number, source), "target": sentence(number, target)}
+            pairs.append({**texts, "source_lang": source, "target_lang": target})
+            audio = tone(folder / f"{source}{number}.wav", hertz=200 + 50 * number)
+            manifest.append(
+                {
+                    "audio_filepath": str(audio),
+                    "duration": 0.1,
+                    "text": texts["target"],
+                    "source_lang": source,
+                    "target_lang": target,
+                }
+            )
+    for name, records in {"pairs.jsonl": pairs, "manifest.json": manifest}.items():
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    test_ds = {
+        "batch_size": 5,
+        "num_workers": 0,
+        "shuffle": False,
+        "sample_rate": SAMPLING_RATE,
+        "prompt_format": "emmett_t5",
+        "audio_locator_tag": "${tag}",
+        "datasets": {
+            "test_text": {"input_cfg": [{"type": "parallel_text", "paths": str(folder / "pairs.jsonl")}]},
+            "test_speech": {"input_cfg": [{"type": "nemo", "manifest_filepath": str(folder / "manifest.json")}]},
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"tag": LOCATOR, "data": {"test_ds": test_ds}}))
+    return path
+
+
+def test_a_recipe_becomes_a_table_a_json_file_and_a_page(recipe, tokenizer, tmp_path):
+    logs = SummaryWriter(str(tmp_path / "logs"))
+    for step in range(3):
+        logs.add_scalar("loss_text", 3.0 - step, step)
+    logs.close()
+    terminal = io.StringIO()
+
+    evaluation = evaluate(
+        Oracle(tokenizer),
+        recipe,
+        output=tmp_path / "out",
+        log_dir=tmp_path / "logs",
+        console=Console(file=terminal, width=100),
+    )
+
+    assert len(evaluation.translations) == 2 * 12 * SENTENCES
+    assert len(evaluation.scores) == 2 * 12
+    text = [one for one in evaluation.scores if one.modality == "text"]
+    speech = [one for one in evaluation.scores if one.modality == "audio"]
+    assert all(one.bleu == pytest.approx(100.0) and one.sentences == SENTENCES for one in text)
+    # The last of eight words is missing: precisions are perfect, the brevity penalty is exp(1 - 8/7).
+    assert all(one.bleu == pytest.approx(100 * 2.718281828459045 ** (1 - 8 / 7)) for one in speech)
+    assert evaluation.throughput["audio"].audio_seconds == pytest.approx(12 * SENTENCES * 0.1)
+    assert evaluation.config["audio_locator_tag"] == LOCATOR
+    assert from_json(tmp_path / "out" / "evaluation.json") == evaluation
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<audio controls") == 10
+    assert "Training loss" in page
+    assert "│ average   │ 36 │ 100.0 │ 100.0 │" in terminal.getvalue()
+
+
+def test_the_config_is_left_as_it_was_and_may_hold_test_ds_at_its_top(recipe, tokenizer, tmp_path):
+    whole = OmegaConf.load(recipe)
+    config = OmegaConf.create({"tag": LOCATOR, "test_ds": whole.data.test_ds})
+    del config.test_ds.datasets["test_speech"]
+    before = OmegaConf.to_yaml(config)
+    evaluation = evaluate(Oracle(tokenizer), config, console=Console(file=io.StringIO()))
+    assert OmegaConf.to_yaml(config) == before
+    assert {one.modality for one in evaluation.scores} == {"text"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_evaluation_is_the_baseline_of_a_later(recipe, tokenizer, tmp_path):
+    evaluate(Oracle(tokenizer), recipe, output=tmp_path / "before", console=Console(file=io.StringIO()))
+    terminal = io.StringIO()
+    evaluate(
+        Oracle(tokenizer),
+        recipe,
+        baseline=tmp_path / "before" / "evaluation.json",
+        console=Console(file=terminal, width=120),
+    )
+    assert terminal.getvalue().count("+0.0") == 2 * 13
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read"),
+        ("a: [", "is not YAML"),
+        ("- a", "holds a list"),
+        ("data: {train_ds: {}}", "data.test_ds.datasets is missing in"),
+        ("test_ds: {batch_size: 1}", "data.test_ds.datasets is missing in"),
+    ],
+)
+def test_a_config_without_test_sets_is_refused_before_the_model_is_loaded(content, sentence, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=sentence):
+        evaluate(tmp_path / "no_model", path)
+
+
+def test_a_missing_baseline_is_refused_before_the_model_is_loaded(recipe, tmp_path):
+    with pytest.raises(DataError, match=r"evaluation .*baseline\.json cannot be read"):
+        evaluate(tmp_path / "no_model", recipe, baseline=tmp_path / "baseline.json")
+
+
+def test_importing_the_package_imports_neither_torch_nor_nemo():
+    program = "import nemo_emmett.evaluation, sys; assert not {'torch', 'nemo', 'sacrebleu'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

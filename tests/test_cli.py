@@ -1,0 +1,168 @@
+"""``nemo-emmett``: commands, and mistakes in one sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from nemo_emmett import __version__, cli, doctor, plugin
+from nemo_emmett.errors import DataError, ModelError
+
+
+@pytest.fixture
+def invoke():
+    return lambda *arguments: CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def test_version_and_commands(invoke) -> None:
+    assert invoke("--version").output == f"nemo-emmett, version {__version__}\n"
+    assert set(cli.main.commands) == {"prepare", "evaluate", "translate", "doctor"}
+
+
+def test_the_installed_command_starts_without_heavy_imports() -> None:
+    code = "import sys; from nemo_emmett.cli import main; main(['--help'], standalone_mode=False); "
+    code += "sys.exit('torch' in sys.modules or 'nemo' in sys.modules or 'hydra' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+class TestTranslate:
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list:
+        """A model that translates into upper case and keeps what it was asked."""
+        import nemo_emmett.models
+
+        calls = []
+
+        def load(folder: Path) -> SimpleNamespace:
+            def translate(inputs: list, target_lang: str, source_lang: str | None = None) -> list[str]:
+                calls.append((folder, inputs, target_lang, source_lang))
+                return [str(Path(item).name).upper() for item in inputs]
+
+            return SimpleNamespace(translate=translate)
+
+        monkeypatch.setitem(vars(nemo_emmett.models), "load", load)
+        return calls
+
+    def test_texts_and_recordings_one_per_line(self, invoke, calls, tmp_path: Path) -> None:
+        recording = tmp_path / "a.WAV"
+        recording.touch()
+        done = invoke("translate", "good day", recording, "--to", "de", "--from", "en", "--model", "exp/model")
+        assert (done.exit_code, done.output) == (0, "GOOD DAY\nA.WAV\n")
+        assert calls == [(Path("exp/model"), ["good day", recording], "de", "en")]
+
+    def test_the_model_may_come_from_the_environment(self, invoke, calls, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NEMO_EMMETT_MODEL", "from/environment")
+        assert invoke("translate", "good day", "--to", "de").exit_code == 0
+        assert calls == [(Path("from/environment"), ["good day"], "de", None)]
+
+    def test_a_missing_recording_is_one_sentence(self, invoke, calls) -> None:
+        done = invoke("translate", "gone.wav", "--to", "de", "--model", "m")
+        assert done.exit_code == 2
+        assert done.output == "Error: gone.wav: there is no such audio file.\n"
+        assert calls == []
+
+    def test_a_model_that_cannot_be_loaded_is_one_sentence(self, invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+        import nemo_emmett.models
+
+        def load(folder: Path) -> None:
+            raise ModelError(f"{folder}: is no saved model.")
+
+        monkeypatch.setitem(vars(nemo_emmett.models), "load", load)
+        done = invoke("translate", "good day", "--to", "de", "--model", "nowhere")
+        assert (done.exit_code, done.output) == (2, "Error: nowhere: is no saved model.\n")
+
+
+class TestPrepare:
+    def test_options_reach_the_corpus_and_what_was_made_is_told(self, invoke, monkeypatch, tmp_path: Path) -> None:
+        from nemo_emmett.corpora import phrasebook
+
+        calls = []
+
+        def prepare_phrasebook(out: Path, config: phrasebook.PhrasebookConfig, num_jobs: int | None) -> SimpleNamespace:
+            calls.append((out, config, num_jobs))
+            return SimpleNamespace(
+                made_now=True,
+                items={"train": 12, "test": 4},
+                recordings={"train": {"en": 12, "de": 12}, "test": {"en": 4, "de": 4}},
+                hours={"train": {"en": 0.25, "de": 0.5}, "test": {"en": 0.01, "de": 0.02}},
+            )
+
+        monkeypatch.setattr(phrasebook, "prepare_phrasebook", prepare_phrasebook)
+        options = ["--seed", 3, "--languages", "en,de", "--types", "number", "--train-items", 12, "--jobs", 2]
+        done = invoke("prepare", "phrasebook", tmp_path, *options)
+        expected = phrasebook.PhrasebookConfig(languages=("en", "de"), types=("number",), train_items=12, seed=3)
+        assert calls == [(tmp_path, expected, 2)]
+        assert "train: 12 items, 24 recordings, 0.75 hours (written)" in done.output
+        assert "test: 4 items, 8 recordings, 0.03 hours (written)" in done.output
+
+    def test_an_unknown_language_is_one_sentence(self, invoke, tmp_path: Path) -> None:
+        done = invoke("prepare", "phrasebook", tmp_path, "--languages", "en,xx")
+        assert done.exit_code == 2
+        assert done.output.startswith("Error: phrasebook.languages: there is no 'xx'")
+        assert done.output.count("\n") == 1
+
+
+def test_evaluate_hands_its_options_on(invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import nemo_emmett.evaluation
+
+    calls = []
+    monkeypatch.setitem(vars(nemo_emmett.evaluation), "evaluate", lambda *args, **kwargs: calls.append((args, kwargs)))
+    done = invoke("evaluate", "model", "recipe.yaml", "--output", tmp_path, "--num-beams", 4, "--baseline", "b.json")
+    assert done.exit_code == 0, done.output
+    options = {"output": tmp_path, "num_beams": 4, "baseline": Path("b.json")}
+    others = {"max_new_tokens": None, "log_dir": None, "examples": 10}
+    assert calls == [((Path("model"), Path("recipe.yaml")), options | others)]
+
+
+class TestDoctor:
+    def test_a_sound_installation_is_fit_for_use(self, invoke) -> None:
+        done = invoke("doctor")
+        assert done.exit_code == 0, done.output
+        for found in ("nemo_toolkit", "models: salm_t5", "NeMo: data types", "CPU", "extras", "ready for use"):
+            assert found in done.output
+
+    def test_a_failed_registration_makes_it_unfit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        failed = plugin.Registration("data types", "json", print, state="failed", error="AttributeError: moved")
+        monkeypatch.setattr(plugin, "REGISTRATIONS", (failed,))
+        console = Console(record=True, width=200)
+        assert doctor.report(console) == 1
+        text = console.export_text()
+        assert "failed AttributeError: moved" in text
+        assert "NeMo: data types: use the NeMo version of constraints.txt" in text
+
+    def test_a_broken_entry_point_names_its_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        @dataclass
+        class Broken:
+            value = "gone:Model"
+            dist = SimpleNamespace(name="third-party")
+
+            def load(self) -> None:
+                raise ImportError("no module named gone")
+
+        monkeypatch.setattr(plugin, "entry_points", lambda kind: {"theirs": Broken()})
+        (finding, *_) = doctor._entry_points()
+        assert finding.fatal
+        assert "no module named gone" in finding.value
+        assert finding.remedy == "the entry point of package third-party is broken"
+
+    def test_missing_extras_are_told_but_not_fatal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "EXTRAS", {"demo": ("yaml", "surely_not_installed")})
+        (finding,) = doctor._extras()
+        assert (finding.value, finding.fatal) == ("missing: surely_not_installed", False)
+        assert "nemo_emmett[demo]" in finding.remedy
+
+
+def test_text_or_recording(tmp_path: Path) -> None:
+    recording = tmp_path / "a.flac"
+    recording.touch()
+    assert cli.text_or_recording(str(recording)) == recording
+    assert cli.text_or_recording("Read v1.2 of it.") == "Read v1.2 of it."
+    with pytest.raises(DataError):
+        cli.text_or_recording(str(tmp_path / "b.flac"))

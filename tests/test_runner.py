@@ -1,0 +1,137 @@
+"""Recipes from the command line: what runs, and how mistakes are told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys
+from nemo_emmett.errors import DataError
+from nemo_emmett.runner import recipe_runner
+
+@recipe_runner("recipe_of_test")
+def main(cfg):
+    assert "torch" not in sys.modules
+    if cfg.fault == "user":
+        raise DataError("manifest.json: there is no such file.")
+    if cfg.fault == "ours":
+        raise RuntimeError("a bug")
+    if cfg.fault == "key":
+        print(cfg.no_such_key)
+    print("RAN", cfg.trainer.max_steps, cfg.model.name, sys.argv[1:])
+
+main()
+"""
+RECIPE = """
+fault: null
+trainer: {max_steps: 5, accelerator: cpu}
+model: {name: small}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """Run the script on a folder of recipes, away from the source tree."""
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (recipes / "recipe_of_test.yaml").write_text(RECIPE)
+    (recipes / "needy.yaml").write_text("fault: null\ntrainer:\n  max_steps: ???\nmodel:\n  name: ???\n")
+    (recipes / "torn.yaml").write_text("fault: [\n")
+
+    def run_script(*arguments: str, path: str | None = "recipes") -> subprocess.CompletedProcess:
+        where = ["--config-path", str(tmp_path / path)] if path else []
+        command = [sys.executable, "script.py", *where, *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    return run_script
+
+
+def sentence_of(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_runs_with_overrides_and_leaves_no_files(run, tmp_path: Path) -> None:
+    done = run("trainer.max_steps=7")
+    assert done.returncode == 0, done.stderr
+    arguments = ["--config-path", str(tmp_path / "recipes"), "trainer.max_steps=7"]
+    assert done.stdout.strip() == f"RAN 7 small {arguments}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipes", "script.py"]
+
+
+def test_finds_our_config_groups_from_a_foreign_folder(run) -> None:
+    done = run("+emmett_callbacks=random_state", "--cfg", "job")
+    assert "_target_: nemo_emmett.callbacks.RandomState" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["trainer.max_step=7"],
+            "Error: trainer.max_step: there is no such key in the recipe; did you mean 'max_steps'?",
+        ),
+        (["moddel.name=x"], "Error: moddel: there is no such key in the recipe; did you mean 'model'?"),
+        (
+            ["trainer.gradient_clip=1"],
+            "Error: trainer.gradient_clip: there is no such key in the recipe; "
+            "to add it, write +trainer.gradient_clip=...",
+        ),
+        (["fault=user"], "Error: manifest.json: there is no such file."),
+        (
+            ["--config-name", "needy"],
+            "Error: model.name, trainer.max_steps: the recipe leaves this to you; "
+            "give model.name=... on the command line.",
+        ),
+        (
+            ["--config-name", "needy", "model.name=x"],
+            "Error: trainer.max_steps: the recipe leaves this to you; give trainer.max_steps=... on the command line.",
+        ),
+        (
+            ["+emmett_callbacks=random_stat"],
+            "Error: emmett_callbacks: there is no recipe 'random_stat'; did you mean 'random_state'?",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(run, arguments: list[str], sentence: str) -> None:
+    assert sentence_of(run(*arguments)) == sentence
+
+
+def test_a_misspelt_recipe_names_the_nearest(run) -> None:
+    sentence = sentence_of(run("--config-name", "recipe_of_tests"))
+    assert sentence == "Error: there is no recipe 'recipe_of_tests'; did you mean 'recipe_of_test'?"
+    assert "there is no recipe 'zzz'; there are " in sentence_of(run("--config-name", "zzz", path=None))
+
+
+def test_a_missing_folder_and_torn_yaml_are_told(run) -> None:
+    assert "no_such_folder" in sentence_of(run(path="no_such_folder"))
+    assert "torn.yaml" in sentence_of(run("--config-name", "torn"))
+    assert "trainer.max_steps=[1: cannot be read" in sentence_of(run("trainer.max_steps=[1"))
+
+
+def test_options_may_stand_anywhere(run) -> None:
+    done = run("trainer.max_steps=7", "--config-name", "recipe_of_test", "model.name=large")
+    assert done.stdout.startswith("RAN 7 large")
+
+
+def test_a_bug_keeps_its_traceback(run) -> None:
+    for fault, message in {"ours": "RuntimeError: a bug", "key": "Key 'no_such_key' is not in struct"}.items():
+        done = run(f"fault={fault}")
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr
+        assert message in done.stderr
+
+
+def test_called_with_a_config_it_just_runs() -> None:
+    from omegaconf import OmegaConf
+
+    from nemo_emmett.runner import recipe_runner
+
+    assert recipe_runner("any")(lambda cfg: cfg.x)(OmegaConf.create({"x": 3})) == 3
