@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields
-from pathlib import Path
 
 import lightning
 import torch
@@ -24,8 +23,8 @@ from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.check import check_data_config
 from nemo_emmett.errors import ConfigError
 
-RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "seed", "num_threads", "name", "corpus", "exp_dir")
-"""The sections of a recipe, and what our own recipes interpolate."""
+RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "seed", "num_threads")
+"""The keys of a recipe that mean something here; a recipe may hold others for its own interpolations."""
 
 
 def train(cfg: DictConfig) -> LightningModule:
@@ -116,7 +115,3 @@ def _groups(dataset: DictConfig) -> list[DictConfig]:
         return [group for name, group in dataset.items() if isinstance(group, DictConfig) and name != "sampler_weights"]
     return [dataset]
 
-
-def last_checkpoint(exp_dir: str | Path) -> Path | None:
-    """The newest Lightning checkpoint below an experiment's folder, None if there is none."""
-    return max(Path(exp_dir).rglob("*-last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)

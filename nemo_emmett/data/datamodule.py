@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader, is_dp_source_rank
 from nemo.collections.speechlm2.data.datamodule import DataModule
 from nemo.core.classes.common import Serialization
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_emmett.data.check import check_dataset_names
 from nemo_emmett.data.dataloader import get_multimodal_dataloader
@@ -62,12 +62,14 @@ class MultimodalDataModule(DataModule, Serialization):
         if self.cfg.get(name) is None:
             return None
         # Each rank gets its share of one pass over the data.
-        common = OmegaConf.merge(self.cfg[name], {"force_finite": True, "force_map_dataset": True})
-        datasets = common.pop("datasets", None)
+        common = self.cfg[name].copy()
+        with open_dict(common):  # a recipe composed by Hydra takes no new keys otherwise
+            common.force_finite = common.force_map_dataset = True
+            datasets = common.pop("datasets", None)
         if datasets is None:
             return self._loader(common, f"data.{name}")
         loaders = {
-            dataset: self._loader(OmegaConf.merge(common, config), f"data.{name}.datasets.{dataset}")
+            dataset: self._loader(_merged(common, config), f"data.{name}.datasets.{dataset}")
             for dataset, config in datasets.items()
         }
         return CombinedLoader(loaders, mode=mode)
@@ -80,3 +82,8 @@ class MultimodalDataModule(DataModule, Serialization):
                 config, self._get_dp_rank(), self._get_world_size(), self.dataset, self.tokenizer, where=where
             )
         return BroadcastingDataLoader(source=loader, device_mesh=mesh)
+
+
+def _merged(common: DictConfig, config: DictConfig) -> DictConfig:
+    with open_dict(common):
+        return OmegaConf.merge(common, config)

@@ -198,7 +198,7 @@ def route_to_our_reader(settings: Mapping, where: str) -> list[dict]:
 
 def unwrap(config: Mapping) -> Source:
     """The source inside an ``emmett_source``, with what NeMo has passed down to it."""
-    passed_down = {key: config[key] for key in _PASSED_DOWN_BY_NEMO if config.get(key) is not None}
+    passed_down = {key: config[key] for key in _PASSED_DOWN_BY_NEMO if key in config}
     return Source({**passed_down, **config["source"]}, config["where"])
 
 

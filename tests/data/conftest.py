@@ -42,7 +42,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> AutoTokenizer:
 def write_tone(tmp_path: Path) -> Callable[..., Path]:
     """Write a tone whose pitch tells which recording it is."""
 
-    def write(name: str, seconds: float = 1.0, channels: int = 1, rate: int = SAMPLING_RATE, hertz: float = 440) -> Path:
+    def write(
+        name: str, seconds: float = 1.0, channels: int = 1, rate: int = SAMPLING_RATE, hertz: float = 440
+    ) -> Path:
         path = tmp_path / name
         time = np.arange(round(seconds * rate)) / rate
         samples = 0.1 * np.sin(2 * np.pi * hertz * time)

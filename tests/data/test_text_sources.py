@@ -85,7 +85,13 @@ def test_jsonl_with_languages_of_its_own(write_lines) -> None:
         {"src": "two", "tgt": "dos"},
     ]
     path = write_lines("a.jsonl", [json.dumps(r) for r in records])
-    config = {"paths": str(path), "source_field": "src", "target_field": "tgt", "source_lang": "en", "target_lang": "es"}
+    config = {
+        "paths": str(path),
+        "source_field": "src",
+        "target_field": "tgt",
+        "source_lang": "en",
+        "target_lang": "es",
+    }
     assert read(config)[0] == [EXPECTED[0], ("two", "dos", "en", "es")]
 
 

@@ -1,0 +1,149 @@
+"""Tiny models and data that tests of several rooms share; all made here, none downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+LANGUAGES = ("en", "de")
+SENTENCES = {
+    "en": ["one red house", "two blue cars", "three green trees", "four old doors", "five new keys", "six big dogs"],
+    "de": ["ein rotes haus", "zwei blaue autos", "drei grüne bäume", "vier alte türen", "fünf neue schlüssel"]
+    + ["sechs große hunde"],
+}
+SAMPLING_RATE = 16000
+
+
+def write_tone(path: Path, seconds: float, frequency: float = 440.0) -> Path:
+    """A sine tone, 16 kHz, mono."""
+    time = np.arange(round(seconds * SAMPLING_RATE)) / SAMPLING_RATE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * frequency * time), SAMPLING_RATE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """A folder as the phrasebook has it: `text/train.{en,de}`, `speech/train.{en,de}.jsonl` and tones for speech."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for language in LANGUAGES:
+        (folder / "text").mkdir(exist_ok=True)
+        (folder / "text" / f"train.{language}").write_text("\n".join(SENTENCES[language]) + "\n")
+        (folder / "speech").mkdir(exist_ok=True)
+        other = "de" if language == "en" else "en"
+        records = []
+        for i, sentence in enumerate(SENTENCES[language]):
+            seconds = 0.5 + 0.1 * i
+            path = write_tone(folder / "audio" / f"{language}-{i}.wav", seconds, 200 + 50 * i)
+            records.append(
+                {
+                    "id": f"{language}-{i}",
+                    "audio_filepath": f"../audio/{path.name}",
+                    "duration": seconds,
+                    "sampling_rate": SAMPLING_RATE,
+                    "text": sentence,
+                    "lang": language,
+                    "translations": {other: SENTENCES[other][i]},
+                }
+            )
+        manifest = folder / "speech" / f"train.{language}.jsonl"
+        manifest.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory, tiny_corpus) -> Path:
+    """A T5 of random weights and its tokenizer, in a Hugging Face folder."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    from nemo_emmett.corpora.tokenizers import file_texts, train_t5_tokenizer
+
+    folder = tmp_path_factory.mktemp("t5")
+    texts = file_texts([tiny_corpus / "text" / f"train.{language}" for language in LANGUAGES])
+    train_t5_tokenizer(texts, folder, vocab_size=120, languages=LANGUAGES)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        dropout_rate=0.1,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+ENCODER_DIM = 32
+
+
+def perception_config() -> dict:
+    """NeMo's AudioPerceptionModule on top of a pretrained encoder of width ENCODER_DIM."""
+    adapter = "nemo.collections.speechlm2.modules.perception.IdentityConnector"
+    return {"modality_adapter": {"_target_": adapter, "d_model": ENCODER_DIM}}
+
+
+@pytest.fixture(scope="session")
+def tiny_asr(tmp_path_factory, tiny_corpus) -> Path:
+    """A FastConformer CTC model of random weights, a .nemo file."""
+    import torch
+    from nemo.collections.asr.models import EncDecCTCModelBPE
+    from omegaconf import OmegaConf
+
+    from nemo_emmett.corpora.tokenizers import manifest_texts, train_sentencepiece
+
+    folder = tmp_path_factory.mktemp("asr")
+    manifests = [tiny_corpus / "speech" / f"train.{language}.jsonl" for language in LANGUAGES]
+    train_sentencepiece(manifest_texts(manifests), folder / "tokenizer", vocab_size=60)
+    torch.manual_seed(0)
+    asr = "nemo.collections.asr.modules"
+    config = OmegaConf.create(
+        {
+            "sample_rate": SAMPLING_RATE,
+            "tokenizer": {"dir": str(folder / "tokenizer"), "type": "bpe"},
+            "preprocessor": {
+                "_target_": f"{asr}.AudioToMelSpectrogramPreprocessor",
+                "sample_rate": SAMPLING_RATE,
+                "features": 32,
+                "dither": 0.0,
+                "pad_to": 0,
+            },
+            "encoder": {
+                "_target_": f"{asr}.ConformerEncoder",
+                "feat_in": 32,
+                "n_layers": 1,
+                "d_model": ENCODER_DIM,
+                "subsampling": "dw_striding",
+                "subsampling_factor": 8,
+                "subsampling_conv_channels": 16,
+                "n_heads": 4,
+                "conv_kernel_size": 5,
+                "dropout": 0.1,
+            },
+            "decoder": {"_target_": f"{asr}.ConvASRDecoder", "feat_in": None, "num_classes": -1, "vocabulary": []},
+            "optim": {"name": "adamw", "lr": 1e-3},
+        }
+    )
+    path = folder / "encoder.nemo"
+    EncDecCTCModelBPE(config).save_to(str(path))
+    return path
+
+
+@pytest.fixture
+def salm_t5_config(tiny_t5, tiny_asr) -> dict:
+    """The `model` section of a recipe for a tiny SALM-T5."""
+    return {
+        "pretrained_llm": str(tiny_t5),
+        "pretrained_asr": str(tiny_asr),
+        "perception": perception_config(),
+        "max_new_tokens": 8,
+        "optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-3},
+    }

@@ -1,0 +1,132 @@
+"""The datamodule: NeMo's, with our loaders."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader
+from nemo.collections.speechlm2.data.datamodule import DataModule
+from nemo.core.classes.common import Serialization
+from omegaconf import OmegaConf
+
+from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
+from nemo_emmett.errors import ConfigError
+
+
+@pytest.fixture
+def config(speech, pairs):
+    text = {"input_cfg": [{"type": "parallel_text", **pairs(5)}], "batch_size": 2}
+    spoken = {"manifest_filepath": str(speech(3)), "target_lang": "de", "batch_size": 2}
+    common = {"prompt_format": "emmett_t5", "audio_locator_tag": "<|audio|>"}
+    fusion = {"multi_config": True, "sampler_fusion": "zip", "seed": 0, "shard_seed": 0}
+    dev = {**common, "batch_size": 2, "datasets": {"dev_text": text, "dev_speech": spoken}}
+    return OmegaConf.create(
+        {
+            "train_ds": {**common, **fusion, "spoken": spoken, "written": text},
+            "validation_ds": dev,
+            "test_ds": dev,
+            "predict_ds": dev,
+        }
+    )
+
+
+@pytest.fixture
+def datamodule(config, tokenizer) -> MultimodalDataModule:
+    return MultimodalDataModule(config, tokenizer, SpeechTextDataset(tokenizer))
+
+
+def test_it_is_nemos_and_admitted_by_its_allow_list(datamodule) -> None:
+    assert isinstance(datamodule, (DataModule, Serialization))
+    assert issubclass(MultimodalDataModule, DataModule)
+    assert issubclass(MultimodalDataModule, Serialization)
+
+
+def test_training_is_endless_and_holds_both_modalities(datamodule) -> None:
+    loader = datamodule.train_dataloader()
+    assert isinstance(loader, BroadcastingDataLoader)
+    assert [sorted(batch) for batch in islice(loader, 9)] == [["audio", "text"]] * 9
+
+
+def test_evaluation_sees_each_example_once(datamodule) -> None:
+    for loader in (datamodule.val_dataloader(), datamodule.test_dataloader()):
+        assert isinstance(loader, CombinedLoader)
+        sizes = {
+            name: [len(part["examples"]) for batch in iterable for part in batch.values()]
+            for name, iterable in loader.iterables.items()
+        }
+        assert sizes == {"dev_text": [2, 2, 1], "dev_speech": [2, 1]}
+    first, _, _ = next(iter(datamodule.val_dataloader()))
+    assert {name: list(batch) for name, batch in first.items()} == {"dev_text": ["text"], "dev_speech": ["audio"]}
+
+
+def test_predict_takes_one_set_after_the_other(datamodule) -> None:
+    batches = [batch for batch, *_ in datamodule.predict_dataloader()]
+    assert [list(batch) for batch in batches] == [["text"]] * 3 + [["audio"]] * 2
+
+
+def test_the_recipe_is_not_changed_by_its_loaders(datamodule, config) -> None:
+    before = OmegaConf.to_container(datamodule.cfg)
+    datamodule.train_dataloader()
+    datamodule.val_dataloader()
+    assert OmegaConf.to_container(datamodule.cfg) == before
+
+
+def test_absent_sections_have_no_loader(tokenizer) -> None:
+    empty = MultimodalDataModule({}, tokenizer, SpeechTextDataset(tokenizer))
+    assert empty.train_dataloader() is empty.val_dataloader() is empty.test_dataloader() is None
+    assert empty.predict_dataloader() is None
+
+
+def test_a_dataset_called_as_a_modality_is_refused_at_once(config, tokenizer) -> None:
+    config.validation_ds.datasets.audio = config.validation_ds.datasets.dev_speech
+    with pytest.raises(ConfigError, match=r"data.validation_ds.datasets.audio: a dataset cannot be called 'audio'"):
+        MultimodalDataModule(config, tokenizer, SpeechTextDataset(tokenizer))
+
+
+def test_errors_name_the_dataset(config, tokenizer) -> None:
+    config.validation_ds.datasets.dev_speech.batch_szie = 3
+    datamodule = MultimodalDataModule(config, tokenizer, SpeechTextDataset(tokenizer))
+    with pytest.raises(ConfigError, match=r"data.validation_ds.datasets.dev_speech.batch_szie: .* 'batch_size'"):
+        datamodule.val_dataloader()
+
+
+class Counter(LightningModule):
+    """Counts what the trainer hands it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.trained, self.validated = [], []
+
+    def training_step(self, batch: dict) -> torch.Tensor:
+        self.trained.append(sorted(batch))
+        return self.weight * sum(part["context_ids"].numel() for part in batch.values())
+
+    def validation_step(self, batch: dict) -> None:
+        self.validated.append({name: part and sorted(part) for name, part in batch.items()})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_lightning_trains_and_validates_with_it(datamodule, tmp_path) -> None:
+    model = Counter()
+    trainer = Trainer(
+        max_steps=6,
+        limit_train_batches=3,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(model, datamodule)
+    assert model.trained == [["audio", "text"]] * 6
+    one_pass = [{"dev_text": ["text"], "dev_speech": ["audio"]}] * 2 + [{"dev_text": ["text"], "dev_speech": None}]
+    assert model.validated == one_pass * 2

@@ -1,0 +1,35 @@
+"""Batches made by hand, without the data pipeline."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+def encode(model, text: str) -> list[int]:
+    return [*model.tokenizer.text_to_ids(text), model.tokenizer.eos_id]
+
+
+def padded(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
+    return ids, torch.tensor([len(row) for row in rows])
+
+
+def text_batch(model, pairs: list[tuple[str, str]], target_lang: str = "de", source_lang: str = "en") -> dict:
+    contexts = [encode(model, f"<{target_lang}> {source}") for source, _ in pairs]
+    batch = dict(zip(("context_ids", "context_lens"), padded(contexts, model.pad_id), strict=True))
+    answers = padded([encode(model, target) for _, target in pairs], model.pad_id)
+    examples = [
+        {"id": str(i), "source_lang": source_lang, "target_lang": target_lang, "target_text": target}
+        for i, (_, target) in enumerate(pairs)
+    ]
+    return batch | dict(zip(("answer_ids", "answer_lens"), answers, strict=True)) | {"examples": examples}
+
+
+def audio_batch(model, seconds_and_targets: list[tuple[float, str]], seed: int = 0, **languages: str) -> dict:
+    locator = model.options.audio_locator_tag
+    batch = text_batch(model, [(locator, target) for _, target in seconds_and_targets], **languages)
+    lens = torch.tensor([round(seconds * model.sampling_rate) for seconds, _ in seconds_and_targets])
+    noise = torch.randn(len(lens), int(lens.max()), generator=torch.Generator().manual_seed(seed)) * 0.1
+    noise[torch.arange(noise.shape[1])[None, :] >= lens[:, None]] = 0.0
+    return batch | {"audios": noise, "audio_lens": lens}

@@ -1,0 +1,79 @@
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nemo_emmett.modules.loss import IGNORE_INDEX, correct_tokens, mask_padding, modality_loss, token_cross_entropy
+
+
+def test_token_cross_entropy_sums_over_tokens_that_have_a_target():
+    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]))
+    targets = torch.tensor([[0, 1, IGNORE_INDEX]])
+    expected = -math.log(0.5) - math.log(0.8)
+    assert token_cross_entropy(logits, targets).item() == pytest.approx(expected, rel=1e-6)
+    assert correct_tokens(logits, targets).item() == 2
+
+
+def test_mask_padding():
+    assert mask_padding(torch.tensor([[3, 0]]), torch.tensor([[True, False]])).tolist() == [[3, IGNORE_INDEX]]
+
+
+def test_each_modality_is_a_mean_of_its_own_and_weighted():
+    loss, means = modality_loss(torch.tensor([6.0, 5.0]), torch.tensor([2, 10]), torch.tensor([1.0, 4.0]))
+    assert loss.item() == pytest.approx(1.0 * 6 / 2 + 4.0 * 5 / 10)
+    assert means.tolist() == [3.0, 0.5]
+
+
+def test_an_absent_modality_adds_nothing_and_has_no_mean():
+    loss, means = modality_loss(torch.tensor([0.0, 5.0]), torch.tensor([0, 10]), torch.ones(2))
+    assert loss.item() == pytest.approx(0.5)
+    assert math.isnan(means[0])
+
+
+# Rank 0 holds 3 audio tokens and 1 text token, rank 1 holds text alone: 4 tokens.
+INPUTS = {0: {"audio": [1.0, 2.0, 3.0], "text": [4.0]}, 1: {"audio": [], "text": [5.0, 6.0, 7.0, 8.0]}}
+
+
+def local_loss(weight: torch.Tensor, inputs: dict) -> torch.Tensor:
+    """Every token's loss is weight * its number, so the gradient can be told by hand."""
+    sums = torch.stack([(weight * torch.tensor(inputs[m])).sum() for m in ("audio", "text")])
+    counts = torch.tensor([len(inputs[m]) for m in ("audio", "text")])
+    return modality_loss(sums, counts, torch.tensor([1.0, 0.5]))[0]
+
+
+def rank_gradient(rank: int, port: int, queue) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    weight = torch.ones((), requires_grad=True)
+    local_loss(weight, INPUTS[rank]).backward()
+    queue.put(weight.grad.item())
+    dist.destroy_process_group()
+
+
+def test_two_ranks_average_to_the_gradient_of_one_process_on_the_joined_batch(free_port):
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=rank_gradient, args=(rank, free_port, queue)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    gradients = [queue.get(timeout=60) for _ in ranks]
+    for process in ranks:
+        process.join()
+
+    weight = torch.ones((), requires_grad=True)
+    joined = {m: INPUTS[0][m] + INPUTS[1][m] for m in ("audio", "text")}
+    local_loss(weight, joined).backward()
+    assert weight.grad.item() == pytest.approx((1 + 2 + 3) / 3 + 0.5 * (4 + 5 + 6 + 7 + 8) / 5)
+    assert sum(gradients) / 2 == pytest.approx(weight.grad.item())
+
+
+@pytest.fixture
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
