@@ -9,11 +9,7 @@ from typing import Any
 import click
 
 from nemo_emmett import __version__
-from nemo_emmett.errors import DataError
 from nemo_emmett.runner import mistakes_as_sentences
-
-AUDIO_SUFFIXES = frozenset({".aac", ".flac", ".m4a", ".mp3", ".mp4", ".ogg", ".opus", ".sph", ".wav", ".webm"})
-"""A translation's input with one of these suffixes is an audio file, not a text."""
 
 
 class Commands(click.Group):
@@ -86,10 +82,12 @@ def phrasebook(out: Path, jobs: int | None, **options: Any) -> None:
 )
 def translate(inputs: Sequence[str], target_lang: str, source_lang: str | None, model: Path) -> None:
     """Translate each INPUT, a text or an audio file, and print one translation per line."""
-    sources = [text_or_recording(text) for text in inputs]
+    from nemo_emmett.models.inputs import check_inputs
+
+    check_inputs(inputs)
     from nemo_emmett.models import load
 
-    for translation in load(model).translate(sources, target_lang=target_lang, source_lang=source_lang):
+    for translation in load(model).translate(list(inputs), target_lang=target_lang, source_lang=source_lang):
         click.echo(translation)
 
 
@@ -119,17 +117,3 @@ def doctor() -> None:
     from nemo_emmett.doctor import report
 
     raise SystemExit(report(Console()))
-
-
-def text_or_recording(text: str) -> str | Path:
-    """An input as what it is: the path of an audio file, or a text.
-
-    Raises:
-        DataError: if it looks like an audio file, but there is none.
-    """
-    path = Path(text)
-    if path.suffix.lower() not in AUDIO_SUFFIXES:
-        return text
-    if not path.is_file():
-        raise DataError(f"{text}: there is no such audio file.")
-    return path

@@ -26,10 +26,10 @@ def edit_distance(a: str, b: str, limit: int | None = None) -> int:
 def nearest(name: str, known: Iterable[str], limit: int = MAX_TYPO_DISTANCE) -> str | None:
     """The known name with the fewest edits from ``name``, or None if all are more than ``limit`` edits away.
 
-    Ties go to the name that sorts first. Short names allow fewer edits (a third of their length), so that
-    ``de`` is not taken for ``fr``.
+    Ties go to the name that sorts first. Names of up to three letters allow one edit only, so that ``de`` is not taken
+    for ``fr``.
     """
-    limit = min(limit, max(1, len(name) // 3))
+    limit = limit if len(name) > 3 else min(limit, 1)
     distances = sorted((edit_distance(name, k, limit), k) for k in known)
     if distances and distances[0][0] <= limit:
         return distances[0][1]

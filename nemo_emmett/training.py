@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from nemo.utils import logging
 from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 from nemo.utils.trainer_utils import resolve_trainer_cfg
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett import plugin
 from nemo_emmett.config import check_keys
@@ -53,7 +53,8 @@ def train(cfg: DictConfig) -> LightningModule:
     exp_manager(trainer, cfg.get("exp_manager"))
     with trainer.init_module():
         model = model_class(OmegaConf.to_container(cfg.model, resolve=True))
-    trainer.fit(model, build_datamodule(cfg.data, model))
+    dataset = SpeechTextDataset(model.tokenizer)
+    trainer.fit(model, MultimodalDataModule(cfg.data, model.tokenizer, dataset, defaults=model.data_defaults))
     if cfg.get("export_dir") and trainer.is_global_zero:
         model.save_pretrained(cfg.export_dir)
         logging.info(f"The trained model is in {cfg.export_dir}")
@@ -70,7 +71,7 @@ def check_recipe(cfg: DictConfig) -> None:
         if section not in cfg:
             raise ConfigError(f"the recipe has no section '{section}'; the recipes in conf/ show what belongs there.")
     if not cfg.model.get("_target_"):
-        raise ConfigError("model._target_ is missing: name a class (nemo_emmett.models.SALMT5) or a short name (salm_t5).")
+        raise ConfigError("model._target_ is missing: name a class (nemo_emmett.models.SALMT5) or salm_t5 for short.")
     check_keys(cfg, RECIPE_KEYS, "recipe")
     check_keys(cfg.trainer, inspect.signature(Trainer).parameters, "trainer")
     check_keys(cfg.get("exp_manager") or {}, [f.name for f in fields(ExpManagerConfig)], "exp_manager")
@@ -86,32 +87,3 @@ def check_data_section(data: DictConfig) -> None:
     check_keys(data, ("train_ds", "validation_ds", "test_ds", "predict_ds"), "data")
     for name in data:
         check_data_config(data[name], where=f"data.{name}")
-
-
-def build_datamodule(data: DictConfig, model: LightningModule) -> MultimodalDataModule:
-    """The datamodule of a recipe; what the model knows (prompt, locator, frame length) need not be said twice.
-
-    Args:
-        data: the recipe's ``data`` section; its datasets are completed in place.
-        model: the model that the batches are for.
-    """
-    known = {"prompt_format": model.options.prompt_format, "audio_locator_tag": model.options.audio_locator_tag}
-    if model.perception is not None:
-        known |= {
-            "token_equivalent_duration": model.token_equivalent_duration,
-            "sample_rate": model.sampling_rate,
-        }
-    with open_dict(data):
-        for dataset in data.values():
-            for group in _groups(dataset):
-                for key, value in known.items():
-                    group.setdefault(key, value)
-    return MultimodalDataModule(data, tokenizer=model.tokenizer, dataset=SpeechTextDataset(model.tokenizer))
-
-
-def _groups(dataset: DictConfig) -> list[DictConfig]:
-    """The configs that build a sampler each: the groups of a ``multi_config``, or the dataset itself."""
-    if dataset.get("multi_config"):
-        return [group for name, group in dataset.items() if isinstance(group, DictConfig) and name != "sampler_weights"]
-    return [dataset]
-

@@ -12,8 +12,14 @@ import soundfile
 LANGUAGES = ("en", "de")
 SENTENCES = {
     "en": ["one red house", "two blue cars", "three green trees", "four old doors", "five new keys", "six big dogs"],
-    "de": ["ein rotes haus", "zwei blaue autos", "drei grüne bäume", "vier alte türen", "fünf neue schlüssel"]
-    + ["sechs große hunde"],
+    "de": [
+        "ein rotes haus",
+        "zwei blaue autos",
+        "drei grüne bäume",
+        "vier alte türen",
+        "fünf neue schlüssel",
+        "sechs große hunde",
+    ],
 }
 SAMPLING_RATE = 16000
 

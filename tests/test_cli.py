@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from nemo_emmett import __version__, cli, doctor, plugin
-from nemo_emmett.errors import DataError, ModelError
+from nemo_emmett.errors import ModelError
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ class TestTranslate:
         recording.touch()
         done = invoke("translate", "good day", recording, "--to", "de", "--from", "en", "--model", "exp/model")
         assert (done.exit_code, done.output) == (0, "GOOD DAY\nA.WAV\n")
-        assert calls == [(Path("exp/model"), ["good day", recording], "de", "en")]
+        assert calls == [(Path("exp/model"), ["good day", str(recording)], "de", "en")]
 
     def test_the_model_may_come_from_the_environment(self, invoke, calls, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NEMO_EMMETT_MODEL", "from/environment")
@@ -159,10 +159,7 @@ class TestDoctor:
         assert "nemo_emmett[demo]" in finding.remedy
 
 
-def test_text_or_recording(tmp_path: Path) -> None:
-    recording = tmp_path / "a.flac"
-    recording.touch()
-    assert cli.text_or_recording(str(recording)) == recording
-    assert cli.text_or_recording("Read v1.2 of it.") == "Read v1.2 of it."
-    with pytest.raises(DataError):
-        cli.text_or_recording(str(tmp_path / "b.flac"))
+def test_a_missing_recording_is_told_before_the_model_is_loaded(invoke, tmp_path: Path) -> None:
+    done = invoke("translate", "--model", str(tmp_path), "--to", "de", "Read v1.2 of it.", str(tmp_path / "b.flac"))
+    assert done.exit_code == 2
+    assert "b.flac' does not exist" in done.output

@@ -13,6 +13,7 @@ from nemo_emmett.runner import recipe_runner
 
 @recipe_runner(config_name="pretrain_encoder_phrasebook")
 def main(cfg) -> None:
+    """Train the speech encoder of the recipe."""
     import lightning
     import torch
     from nemo.collections.asr.models import EncDecCTCModelBPE

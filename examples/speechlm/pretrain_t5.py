@@ -13,6 +13,7 @@ from nemo_emmett.runner import recipe_runner
 
 @recipe_runner(config_name="pretrain_t5_phrasebook")
 def main(cfg) -> None:
+    """Make and train the language model of the recipe."""
     from omegaconf import OmegaConf
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 

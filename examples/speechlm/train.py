@@ -12,6 +12,7 @@ from nemo_emmett.runner import recipe_runner
 
 @recipe_runner(config_name="salm_t5_phrasebook")
 def main(cfg) -> None:
+    """Train the model of the recipe."""
     from nemo_emmett.training import train
 
     train(cfg)

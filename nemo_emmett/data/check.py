@@ -129,15 +129,21 @@ def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKi
     MultimodalDataConfig.take_from(dict(settings))
     groups = groups_of(settings)
     own = {key: value for key, value in settings.items() if groups is None or key not in groups}
-    check_keys(own, nemo_keys() | OUR_KEYS, where, LEGACY_KEYS)
-    if groups is None:
+    strangers = check_keys(own, nemo_keys() | OUR_KEYS, where, LEGACY_KEYS)
+    if groups is None:  # NeMo warns of strangers itself
         _check_group(settings, tokenizer, where, kind)
         return
+    if strangers:
+        logging.warning(f"{where}: these keys are ignored: {', '.join(strangers)}")
     if not groups:
         raise ConfigError(f"{where}: multi_config is set, but there are no groups; give each kind of data a section.")
     check_fusion(settings.get("sampler_fusion", "round_robin"), settings.get("sampler_weights"), list(groups), where)
     for name, group in with_inherited(settings).items():
         check_keys(group, nemo_keys() | OUR_KEYS, f"{where}.{name}", LEGACY_KEYS)
+        if "max_bad_records" in group:
+            raise ConfigError(
+                f"{where}.{name}.max_bad_records: holds for all groups together; set {where}.max_bad_records."
+            )
         _check_group(group, tokenizer, f"{where}.{name}", kind)
 
 

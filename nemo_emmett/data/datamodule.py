@@ -28,13 +28,26 @@ class MultimodalDataModule(DataModule, Serialization):
             their ``datasets``.
         tokenizer: NeMo tokenizer.
         dataset: examples to batches; :class:`~nemo_emmett.data.SpeechTextDataset`, or NeMo's ``SALMDataset``.
+        defaults: keys that every dataset gets unless it sets them, such as what the model knows anyway
+            (``SALMT5.data_defaults``).
 
     Raises:
         ConfigError: if a dataset has the name of a modality.
     """
 
-    def __init__(self, cfg: Mapping | DictConfig, tokenizer: Any, dataset: torch.utils.data.Dataset) -> None:
+    def __init__(
+        self,
+        cfg: Mapping | DictConfig,
+        tokenizer: Any,
+        dataset: torch.utils.data.Dataset,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         cfg = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg)
+        with open_dict(cfg):
+            for name in ("train_ds", *EVALUATION_SETS):
+                for key, value in (defaults or {}).items():
+                    if cfg.get(name) is not None:
+                        cfg[name].setdefault(key, value)
         for name in EVALUATION_SETS:
             if cfg.get(name) is not None:
                 check_dataset_names(cfg[name].get("datasets") or {}, f"data.{name}")

@@ -105,7 +105,7 @@ class SpeechConversations(torch.utils.data.Dataset):
         if not any(isinstance(c, NeMoMultimodalConversation) and c.has_audio_turns for c in conversations):
             raise ConfigError(
                 "NeMo's SALM cannot take a batch without speech: use sampler_fusion: zip, so that each batch holds "
-                "both kinds, or model._target_: nemo_emmett.models.SALMGPT, which takes either."
+                "both kinds, or train nemo_emmett.models.SALMT5, which takes either."
             )
         readable = [c for c in conversations if self._has_its_audio(c)]
         batch = self.dataset[CutSet(readable)] if any(c.has_audio_turns for c in readable) else None

@@ -166,9 +166,21 @@ class NeMoManifest(LazyNeMoIterator):
         if sampling_rate is None and not self.metadata_only and not is_datastore_path(path):
             check_file(path, (offset or 0.0) + duration)  # without a rate in the manifest, the file is opened here
         try:
+            if offset and sampling_rate is not None and not self.metadata_only:
+                return self._segment(path, offset, duration, sampling_rate)
             return self._create_cut(path, offset, duration, sampling_rate)
         except Exception as error:  # each decoder raises its own kind
             raise AudioFault("unreadable audio") from error
+
+    def _segment(self, path: str, offset: float, duration: float, sampling_rate: int) -> Cut:
+        """A part of a recording whose length the manifest does not tell, except that it reaches to the part's end.
+
+        NeMo takes the part's length for that of the recording, so that parts lose their end, or are nothing at all.
+        """
+        recording = self._create_recording(path, offset + duration, sampling_rate)
+        cut = recording.to_cut().truncate(offset=offset, duration=duration, preserve_id=True)
+        cut.id = f"{cut.id}-{round(offset * 1e2):06d}-{round(duration * 1e2):06d}"
+        return cut
 
     def _supervision(self, cut: Cut, data: Mapping) -> SupervisionSegment:
         return SupervisionSegment(

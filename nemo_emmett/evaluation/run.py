@@ -132,7 +132,10 @@ def _load(folder: str | os.PathLike[str]) -> torch.nn.Module:
 def _test_sets(data_config: DictConfig, model: Any) -> Mapping[str, Iterable]:
     """Loaders of the test sets by name."""
     datamodule = MultimodalDataModule(
-        data_config, tokenizer=model.tokenizer, dataset=SpeechTextDataset(model.tokenizer)
+        data_config,
+        tokenizer=model.tokenizer,
+        dataset=SpeechTextDataset(model.tokenizer),
+        defaults=model.data_defaults,
     )
     loader = datamodule.test_dataloader()
     # One set after another: Lightning's combination would give the sets' batches side by side, padded with None.

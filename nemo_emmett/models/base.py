@@ -35,7 +35,7 @@ from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.models.inputs import is_audio_path, load_recordings
 from nemo_emmett.models.validation import Tallies, Tally, gather_tallies, validation_metrics
-from nemo_emmett.modules.batch import MODALITIES, length_mask, pack_left, split_modalities
+from nemo_emmett.modules.batch import MODALITIES, pack_left, split_modalities
 from nemo_emmett.modules.loss import IGNORE_INDEX, correct_tokens, modality_loss, token_cross_entropy
 from nemo_emmett.modules.placement import place_audio
 from nemo_emmett.modules.random_state import RandomState
@@ -102,7 +102,7 @@ class SpeechTextModel(LightningModule, HFHubMixin):
         self.perception = None
         if self.options.perception is not None:
             self._build_perception()
-        weights = {name: 1.0 for name in MODALITIES} | dict(self.options.modality_loss_weights)
+        weights = dict.fromkeys(MODALITIES, 1.0) | dict(self.options.modality_loss_weights)
         check_keys(weights, MODALITIES, "model.modality_loss_weights")
         self.register_buffer("_loss_weights", torch.tensor([weights[m] for m in MODALITIES]), persistent=False)
         self._tallies: Tallies = {}
@@ -130,8 +130,10 @@ class SpeechTextModel(LightningModule, HFHubMixin):
                 f"but {type(self).__name__} is built on {kinds[self.is_encoder_decoder]}; choose another of either."
             )
         if self.options.pretrained_weights:
-            return self.auto_class.from_pretrained(name, dtype=torch.float32, **trust)
-        return self.auto_class.from_config(config, dtype=torch.float32, **trust)
+            llm = self.auto_class.from_pretrained(name, dtype=torch.float32, **trust)
+        else:
+            llm = self.auto_class.from_config(config, dtype=torch.float32, **trust)
+        return llm.train()  # transformers hands it over in evaluation mode, and Lightning's fit leaves modes as they are
 
     def _build_perception(self) -> None:
         if self.options.pretrained_weights:
@@ -166,6 +168,17 @@ class SpeechTextModel(LightningModule, HFHubMixin):
     def token_equivalent_duration(self) -> float:
         """Seconds of audio behind one position of the language model's input."""
         return self._perception().token_equivalent_duration
+
+    @property
+    def data_defaults(self) -> dict[str, Any]:
+        """What a dataset's config need not say, since the model knows it: prompt, locator, sampling rate, frame."""
+        known = {"prompt_format": self.options.prompt_format, "audio_locator_tag": self.options.audio_locator_tag}
+        if self.perception is None:
+            return known
+        return known | {
+            "sample_rate": self.sampling_rate,
+            "token_equivalent_duration": self.token_equivalent_duration,
+        }
 
     def _perception(self) -> torch.nn.Module:
         if self.perception is None:
@@ -217,9 +230,7 @@ class SpeechTextModel(LightningModule, HFHubMixin):
         self, context_ids_BT: Tensor, context_lens_B: Tensor, audios_RN: Tensor, audio_lens_R: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Embeddings of the context with encoded speech at its locators: (B, S, H), and their (B, S) bool mask."""
-        audio_embeds, audio_embed_lens = self._perception()(
-            input_signal=audios_RN, input_signal_length=audio_lens_R
-        )
+        audio_embeds, audio_embed_lens = self._perception()(input_signal=audios_RN, input_signal_length=audio_lens_R)
         # The locator may lie beyond the embedding table; its own embedding is never used.
         ids_BT = context_ids_BT.masked_fill(context_ids_BT == self.audio_locator_id, self.pad_id)
         return place_audio(
@@ -234,6 +245,7 @@ class SpeechTextModel(LightningModule, HFHubMixin):
     # Training.
 
     def configure_optimizers(self) -> dict:
+        """NeMo's: freezing, optimizer and schedule by the config."""
         return configure_optimizers(self)
 
     def configure_callbacks(self) -> list[Callback]:
@@ -282,6 +294,7 @@ class SpeechTextModel(LightningModule, HFHubMixin):
     # Validation.
 
     def on_validation_epoch_start(self) -> None:
+        """Count anew."""
         self._tallies = {}
 
     def validation_step(self, batch: Mapping, batch_idx: int) -> None:
@@ -301,17 +314,21 @@ class SpeechTextModel(LightningModule, HFHubMixin):
                     tally.add_translations(part["examples"], self.translate_batch(part))
 
     def on_validation_epoch_end(self) -> None:
+        """Log what :func:`validation_metrics` makes of all ranks' counts."""
         metrics = validation_metrics(gather_tallies(self._tallies))
         self.log_dict({k: torch.tensor(v) for k, v in metrics.items()}, batch_size=1)
         self._tallies = {}
 
     def on_test_epoch_start(self) -> None:
+        """Count anew."""
         self.on_validation_epoch_start()
 
     def test_step(self, batch: Mapping, batch_idx: int) -> None:
+        """As in validation."""
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
+        """As in validation."""
         self.on_validation_epoch_end()
 
     # Generation.
@@ -351,9 +368,7 @@ class SpeechTextModel(LightningModule, HFHubMixin):
         return self.generate_answers(batch, **generate_options)
 
     @torch.no_grad()
-    def translate_batch(
-        self, batch: Mapping, num_beams: int = 1, max_new_tokens: int | None = None
-    ) -> list[str]:
+    def translate_batch(self, batch: Mapping, num_beams: int = 1, max_new_tokens: int | None = None) -> list[str]:
         """Translations of the contexts of a one-modality batch, B strings."""
         answer_ids = self.generate_answers(
             batch,
@@ -421,8 +436,11 @@ class SpeechTextModel(LightningModule, HFHubMixin):
     # Folders.
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write a folder in Hugging Face's layout: ``model.safetensors``, ``config.json``, the tokenizer, and the language
-        model's own config under ``llm_backbone``. :func:`nemo_emmett.models.load` reads it; nothing else is needed."""
+        """Write a folder in Hugging Face's layout, which :func:`nemo_emmett.models.load` reads.
+
+        It holds ``model.safetensors``, ``config.json``, the tokenizer, and the language model's own config under
+        ``llm_backbone``; nothing else is needed to load it.
+        """
         folder = Path(save_directory)
         config = OmegaConf.to_container(self.cfg, resolve=True)
         config |= {

@@ -15,7 +15,7 @@ def load(folder: str | Path) -> SpeechTextModel:
     """Load an exported model, ready to translate.
 
     Args:
-        folder: what ``save_pretrained`` wrote (``train.py`` exports to ``<exp_dir>/model``).
+        folder: what ``save_pretrained`` wrote (``train.py`` exports to its recipe's ``export_dir``).
 
     Returns:
         The model, in evaluation mode, on the CPU.
@@ -26,7 +26,9 @@ def load(folder: str | Path) -> SpeechTextModel:
     folder = Path(folder)
     config_path = folder / "config.json"
     if not config_path.is_file():
-        raise ModelError(f"'{folder}' is not an exported model: it has no config.json. train.py exports to <exp_dir>/model.")
+        raise ModelError(
+            f"'{folder}' is not an exported model: it has no config.json; train.py exports to `export_dir`."
+        )
     target = json.loads(config_path.read_text()).get("_target_")
     if not target:
         raise ModelError(f"'{config_path}' names no model class under `_target_`; was it written by nemo_emmett?")

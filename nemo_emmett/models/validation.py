@@ -73,8 +73,8 @@ def validation_metrics(tallies: Tallies) -> dict[str, float]:
     """Names and values to log.
 
     For each validation set ``val_loss_<set>``, ``val_acc_<set>`` (NeMo's names), ``val_bleu_<set>`` (mean over
-    directions) and ``val_bleu_<set>_<source>-<target>``; a set that holds both modalities counts as two, ``<set>_audio``
-    and ``<set>_text``. Then the means over sets: ``val_loss``, ``val_acc``, ``val_bleu``.
+    directions) and ``val_bleu_<set>_<source>-<target>``; a set that holds both modalities counts as two,
+    ``<set>_audio`` and ``<set>_text``. Then the means over sets: ``val_loss``, ``val_acc``, ``val_bleu``.
     """
     modalities_of = defaultdict(set)
     for dataset, modality in tallies:

@@ -45,7 +45,8 @@ def check_language(code: str, where: str) -> str:
     if is_known_language(str(code)):
         return str(code)
     suggestion = nearest(str(code), known_languages())
-    hint = f"did you mean '{suggestion}'?" if suggestion else "use an ISO 639-1 code (de) or a FLORES-200 one (deu_Latn)."
+    codes = "use an ISO 639-1 code (de) or a FLORES-200 one (deu_Latn)."
+    hint = f"did you mean '{suggestion}'?" if suggestion else codes
     raise ConfigError(f"{where}: '{code}' is not a known language; {hint}")
 
 

@@ -7,6 +7,8 @@ it is one token, otherwise it is spelled in pieces. NeMo's own ``t5nmt`` has no 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from lhotse.cut import Cut, MixedCut
 from nemo.collections.common.data.lhotse.text_adapters import (
@@ -25,7 +27,7 @@ class EmmettT5PromptFormatter(PromptFormatter):
 
     NAME = "emmett_t5"
     OUTPUT_ROLE = "assistant"
-    TEMPLATE = {
+    TEMPLATE: ClassVar[dict] = {
         "user": {
             "template": f"<|target_lang|> |message|{EOS_SLOT}",
             "slots": {"target_lang": Modality.Text, "message": Modality.Text},
@@ -50,7 +52,7 @@ def _encode(
 
 @registered_prompt_format_fn(Cut, EmmettT5PromptFormatter)
 def speech_prompt(cut: Cut, prompt: EmmettT5PromptFormatter) -> dict[str, torch.Tensor]:
-    """Prompt for a cut whose ``target_lang`` and ``audio_locator_tag`` are custom fields and whose answer is its text."""
+    """Prompt for a cut: ``target_lang`` and ``audio_locator_tag`` are its custom fields, the answer is its text."""
     if isinstance(cut, MixedCut):
         cut = cut._first_non_padding_cut
     custom = cut.custom or {}

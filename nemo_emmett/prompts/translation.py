@@ -37,7 +37,8 @@ def translation_turns(formatter, message: str, target_lang: str, source_lang: st
     """
     slots = formatter.get_slots("user")
     if "target_lang" not in slots:
-        return [{"role": "user", "slots": {"message": f"{translation_instruction(target_lang, source_lang)} {message}"}}]
+        instruction = translation_instruction(target_lang, source_lang)
+        return [{"role": "user", "slots": {"message": f"{instruction} {message}"}}]
     values = {"message": message, "target_lang": target_lang}
     if "source_lang" in slots:
         values["source_lang"] = source_lang

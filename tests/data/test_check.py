@@ -233,13 +233,20 @@ def test_batch_sizes(good) -> None:
     assert "data.train_ds.pairs.batch_duration: measures seconds of speech" in refused(good)
 
 
-@pytest.mark.parametrize("limit", [-1, 1.5, "many", True, 0.0001])
-def test_max_bad_records(limit) -> None:
-    if limit == 0.0001:
-        assert MultimodalDataConfig.take_from({"max_bad_records": limit}).max_bad_records == limit
-        return
-    with pytest.raises(ConfigError, match="max_bad_records: .* is neither a number of records"):
+@pytest.mark.parametrize("limit", [-1, 1.5, "many", True])
+def test_impossible_limits_of_bad_records(limit) -> None:
+    with pytest.raises(ConfigError, match=r"max_bad_records: .* is neither a number of records"):
         MultimodalDataConfig.take_from({"max_bad_records": limit})
+
+
+@pytest.mark.parametrize("limit", [0, 12, 0.0001, None])
+def test_limits_of_bad_records(limit) -> None:
+    assert MultimodalDataConfig.take_from({"max_bad_records": limit}).max_bad_records == limit
+
+
+def test_the_limit_holds_for_the_dataset_not_for_a_group(good) -> None:
+    good["speech"]["max_bad_records"] = 3
+    assert "data.train_ds.speech.max_bad_records: holds for all groups together" in refused(good)
 
 
 # With a tokenizer

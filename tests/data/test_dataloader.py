@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tarfile
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,7 @@ def test_randomized_round_robin_keeps_its_weights(load, pairs, workers) -> None:
     drawn = [Path(ids_of([batch])[0]).stem for batch in islice(load({**config, "num_workers": workers}), 500)]
     counts = Counter(drawn)
     assert {name: count / 500 for name, count in counts.items()} == pytest.approx(weights, abs=0.03)
-    repeats = sum(a == b for a, b in zip(drawn, drawn[1:], strict=False))
+    repeats = sum(a == b for a, b in pairwise(drawn))
     assert 50 < repeats < 250, "drawn at random, not in turns"
     for start in range(0, 450, 50):  # stationary: any stretch holds the shares, give or take the groups of each reader
         stretch = Counter(drawn[start : start + 50])
@@ -300,6 +301,34 @@ def test_bad_records_are_counted_and_the_good_ones_arrive(load, speech_with_faul
     assert loader.bad_records.causes() == FAULTS, "the same records, met again"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("flavour", ["force_map_dataset", "force_iterable_dataset"])
+def test_a_bad_record_behind_the_last_batch_is_counted_too(load, speech, flavour, workers) -> None:
+    manifest = speech(2)
+    with manifest.open("a") as file:
+        file.write("{not json\n")
+    loader = load(
+        {
+            "manifest_filepath": str(manifest),
+            "target_lang": "de",
+            "num_workers": workers,
+            flavour: True,
+            "max_bad_records": 1,
+        }
+    )
+    assert len(list(loader)) == (2 if workers and flavour == "force_iterable_dataset" else 1)
+    assert loader.bad_records.causes() == {"not JSON": 1}
+
+
+def test_notes_survive_the_way_into_a_spawned_worker(load, speech) -> None:
+    """There, sources and dataset arrive as one pickle and must still share their ledger."""
+    manifest = speech(2)
+    manifest.write_text("{not json\n" + manifest.read_text())
+    loader = load({"manifest_filepath": str(manifest), "target_lang": "de", "force_iterable_dataset": True})
+    delivery = next(iter(pickle.loads(pickle.dumps(loader.dataset))))
+    assert [record.cause for record in delivery.notes.skipped] == ["not JSON"]
+
+
 def test_bad_records_are_named_by_line_and_reported(load, speech_with_faults, monkeypatch) -> None:
     from nemo.utils import logging
 
@@ -328,7 +357,7 @@ def test_data_of_which_nothing_can_be_read_does_not_spin(load, speech) -> None:
     for record in manifest.read_text().splitlines():
         Path(json.loads(record)["audio_filepath"]).unlink()
     sources = [{"type": "nemo", "manifest_filepath": str(manifest), "weight": 1}] * 2
-    with pytest.raises(DataError, match="nothing could be read of the last 100 batches(.|\n)*missing audio"):
+    with pytest.raises(DataError, match=r"nothing could be read of the last 100 batches(.|\n)*missing audio"):
         next(iter(load({"input_cfg": sources, "target_lang": "de", "max_bad_records": None})))
 
 
@@ -400,7 +429,7 @@ def salm_settings(tokenizer) -> dict:
             """One turn each, nothing around them."""
 
             NAME, OUTPUT_ROLE = "words", "assistant"
-            TEMPLATE = {
+            TEMPLATE = {  # noqa: RUF012
                 role: {"template": "|message|", "slots": {"message": Modality.Text}} for role in ("user", "assistant")
             }
 
@@ -417,7 +446,7 @@ def test_nemos_salm_dataset_gets_text_and_speech(load, tokenizer, speech, pairs,
         locator = tokenizer.token_to_id(LOCATOR)
         assert (batch["input_ids"] == locator).sum(dim=1).tolist() == [1, 1, 0, 0, 0]
     text = [c for c in batch["conversations"] if not c.has_audio_turns]
-    assert [turn.value for turn in text[0].turns][0] == "Translate to German:"
+    assert text[0].turns[0].value == "Translate to German:"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -428,7 +457,7 @@ def test_nemos_salm_refuses_a_batch_of_text_in_one_sentence(
     with pytest.raises(ConfigError) as refused:
         list(islice(load(config, SALMDataset(tokenizer), settings=salm_settings), 4))
     assert str(refused.value).startswith("NeMo's SALM cannot take a batch without speech: use sampler_fusion: zip")
-    assert "nemo_emmett.models.SALMGPT" in str(refused.value)
+    assert "nemo_emmett.models.SALMT5" in str(refused.value)
 
 
 def test_nemos_salm_counts_what_it_drops(load, tokenizer, speech_with_faults, salm_settings) -> None:

@@ -49,6 +49,14 @@ def test_segments_of_a_recording_equal_those_of_nemo(write_tone, write_manifest)
     assert [(c.start, c.duration) for c in ours] == [(0.5, 1.0), (2.0, 1.0)]
 
 
+def test_segments_do_not_lose_their_end_where_the_manifest_tells_the_sampling_rate(write_tone, write_manifest) -> None:
+    record = {"audio_filepath": str(write_tone("long.wav", seconds=3)), "duration": 1.0, "offset": 1.5, "text": "one"}
+    (with_rate,) = NeMoManifest(str(write_manifest("a.json", [{**record, "sampling_rate": 16000}])), BadRecords())
+    (opened,) = NeMoManifest(str(write_manifest("b.json", [record])), BadRecords())
+    assert (with_rate.start, with_rate.duration) == (opened.start, opened.duration) == (1.5, 1.0)
+    assert np.array_equal(with_rate.load_audio(), opened.load_audio())
+
+
 def test_a_relative_path_is_relative_to_the_manifest(write_tone, write_manifest) -> None:
     path = write_tone("a.wav")
     manifest = write_manifest("m.json", [{"audio_filepath": "a.wav", "duration": 1.0, "sampling_rate": 16000}])

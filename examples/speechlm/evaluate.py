@@ -1,0 +1,24 @@
+"""Translate test sets with an exported model and score the translations.
+
+Usage:
+    python examples/speechlm/evaluate.py model=exp/phrasebook/salm_t5/model output=exp/phrasebook/evaluation
+
+The recipe, conf/evaluate_phrasebook.yaml unless ``--config-name`` says otherwise, names the test sets.
+Prints BLEU and chrF per direction and modality, and writes ``evaluation.json`` and ``report.html``.
+``nemo-emmett evaluate MODEL CONFIG`` does the same.
+"""
+
+from nemo_emmett.runner import recipe_runner
+
+
+@recipe_runner(config_name="evaluate_phrasebook")
+def main(cfg) -> None:
+    """Score what the recipe names."""
+    from nemo_emmett.evaluation import evaluate
+
+    options = ("output", "log_dir", "baseline", "num_beams", "max_new_tokens", "examples")
+    evaluate(cfg.model, cfg, **{name: cfg[name] for name in options})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Translate a text or a recording with an exported model.
+
+Usage:
+    python examples/speechlm/translate.py --model exp/phrasebook/salm_t5/model --to de "twenty past ten" recording.wav
+
+The same as ``nemo-emmett translate``.
+"""
+
+from nemo_emmett.cli import main
+
+if __name__ == "__main__":
+    import sys
+
+    main(["translate", *sys.argv[1:]])
