@@ -34,9 +34,15 @@ from transformers import AddedToken, AutoConfig, PreTrainedModel
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.models.inputs import is_audio_path, load_recordings
-from nemo_emmett.models.validation import Tallies, Tally, gather_tallies, validation_metrics
+from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
 from nemo_emmett.modules.batch import MODALITIES, pack_left, split_modalities
-from nemo_emmett.modules.loss import IGNORE_INDEX, correct_tokens, modality_loss, token_cross_entropy
+from nemo_emmett.modules.loss import (
+    IGNORE_INDEX,
+    correct_tokens,
+    example_cross_entropies,
+    modality_loss,
+    token_cross_entropy,
+)
 from nemo_emmett.modules.placement import place_audio
 from nemo_emmett.modules.random_state import RandomState
 from nemo_emmett.prompts.languages import check_language
@@ -133,7 +139,8 @@ class SpeechTextModel(LightningModule, HFHubMixin):
             llm = self.auto_class.from_pretrained(name, dtype=torch.float32, **trust)
         else:
             llm = self.auto_class.from_config(config, dtype=torch.float32, **trust)
-        return llm.train()  # transformers hands it over in evaluation mode, and Lightning's fit leaves modes as they are
+        # transformers hands it over in evaluation mode, and Lightning's fit leaves modes as they are.
+        return llm.train()
 
     def _build_perception(self) -> None:
         if self.options.pretrained_weights:
@@ -303,15 +310,18 @@ class SpeechTextModel(LightningModule, HFHubMixin):
             if dataset_batch is None:
                 continue  # this set is shorter than the others
             for modality, part in split_modalities(dataset_batch, self.pad_id).items():
-                tally = self._tallies.setdefault((dataset, modality), Tally())
                 logits, targets = self(part)
-                tally.add_tokens(
-                    token_cross_entropy(logits, targets),
-                    (targets != IGNORE_INDEX).sum(),
-                    correct_tokens(logits, targets),
+                examples = part.get("examples")
+                count_batch(
+                    self._tallies,
+                    dataset,
+                    modality,
+                    examples,
+                    losses_B=example_cross_entropies(logits, targets),
+                    tokens_B=(targets != IGNORE_INDEX).sum(1),
+                    correct_B=correct_tokens(logits, targets),
+                    hypotheses=self.translate_batch(part) if self.options.validation_bleu and examples else None,
                 )
-                if self.options.validation_bleu and part.get("examples"):
-                    tally.add_translations(part["examples"], self.translate_batch(part))
 
     def on_validation_epoch_end(self) -> None:
         """Log what :func:`validation_metrics` makes of all ranks' counts."""

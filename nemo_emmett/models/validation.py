@@ -1,11 +1,16 @@
-"""What validation gathers: summed losses, token counts, and translations beside their references."""
+"""What validation gathers: summed losses, token counts, and translations beside their references.
+
+Shapes: B examples, T tokens.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
+from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,47 +18,77 @@ from nemo_emmett.modules.bleu import corpus_bleu
 from nemo_emmett.modules.loss import world_size
 
 
+class Part(NamedTuple):
+    """What is counted apart: a modality of a validation set, in one direction."""
+
+    dataset: str
+    modality: str
+    direction: str | None  # source-target; None where the batch does not tell
+
+
 @dataclass
 class Tally:
-    """Sums over one modality of one validation set, on one rank; adding up the ranks' tallies gives the set's."""
+    """Sums over the examples of one part, on one rank; adding up the ranks' tallies gives the part's."""
 
     loss_sum: float = 0.0  # nats
     num_tokens: int = 0
     num_correct: int = 0  # tokens whose most likely prediction is the target
-    # (source language, target language) -> [(hypothesis, reference), ...]
-    translations: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    translations: list[tuple[str, str]] = field(default_factory=list)  # (hypothesis, reference)
 
-    def add_tokens(self, loss_sum: Tensor, num_tokens: Tensor, num_correct: Tensor) -> None:
-        """Count one batch's target tokens."""
-        self.loss_sum += float(loss_sum)
-        self.num_tokens += int(num_tokens)
-        self.num_correct += int(num_correct)
-
-    def add_translations(self, examples: list[dict], hypotheses: list[str]) -> None:
-        """Keep the hypotheses whose examples have a reference."""
-        for example, hypothesis in zip(examples, hypotheses, strict=True):
-            if example.get("target_text") is not None:
-                direction = (str(example.get("source_lang")), str(example.get("target_lang")))
-                self.translations[direction].append((hypothesis, example["target_text"]))
-
-    def update(self, other: Tally) -> None:
-        """Add another rank's tally."""
+    def __iadd__(self, other: Tally) -> Tally:
         self.loss_sum += other.loss_sum
         self.num_tokens += other.num_tokens
         self.num_correct += other.num_correct
-        for direction, pairs in other.translations.items():
-            self.translations[direction].extend(pairs)
+        self.translations += other.translations
+        return self
 
-    def bleu(self) -> dict[tuple[str, str], float]:
-        """Corpus BLEU of each direction."""
-        return {
-            direction: corpus_bleu([hyp for hyp, _ in pairs], [ref for _, ref in pairs])
-            for direction, pairs in sorted(self.translations.items())
-        }
+    def metrics(self) -> dict[str, float]:
+        """``val_loss``, ``val_acc``, and ``val_bleu`` where there are references; NeMo's names."""
+        found = {}
+        if self.num_tokens:
+            found["val_loss"] = self.loss_sum / self.num_tokens
+            found["val_acc"] = self.num_correct / self.num_tokens
+        if self.translations:
+            found["val_bleu"] = corpus_bleu(*zip(*self.translations, strict=True))
+        return found
 
 
-Tallies = dict[tuple[str, str], Tally]
-"""(validation set, modality) -> tally."""
+Tallies = dict[Part, Tally]
+
+
+def count_batch(
+    tallies: Tallies,
+    dataset: str,
+    modality: str,
+    examples: list[Mapping] | None,
+    losses_B: Tensor,
+    tokens_B: Tensor,
+    correct_B: Tensor,
+    hypotheses: list[str] | None,
+) -> None:
+    """Add one batch to the tallies of its directions.
+
+    Args:
+        tallies: added to in place.
+        dataset: name of the validation set.
+        modality: of the batch.
+        examples: the batch's metadata (docs/architecture.md); None where it has none.
+        losses_B: (B,) summed cross-entropy of each example, nats.
+        tokens_B: (B,) target tokens of each example.
+        correct_B: (B,) target tokens that were predicted.
+        hypotheses: the B translations, None if none were made.
+    """
+    columns = zip(losses_B.tolist(), tokens_B.tolist(), correct_B.tolist(), strict=True)
+    for row, (loss, num_tokens, num_correct) in enumerate(columns):
+        example = examples[row] if examples else {}
+        languages = example.get("source_lang"), example.get("target_lang")
+        direction = "-".join(map(str, languages)) if languages[1] is not None else None
+        tally = Tally(loss, num_tokens, num_correct)
+        if hypotheses is not None and example.get("target_text") is not None:
+            tally.translations.append((hypotheses[row], example["target_text"]))
+        part = Part(dataset, modality, direction)
+        tallies[part] = tallies.get(part, Tally())
+        tallies[part] += tally
 
 
 def gather_tallies(tallies: Tallies) -> Tallies:
@@ -62,36 +97,45 @@ def gather_tallies(tallies: Tallies) -> Tallies:
         return tallies
     per_rank: list[Tallies | None] = [None] * world_size()
     dist.all_gather_object(per_rank, tallies)
-    total: Tallies = {}
-    for rank_tallies in per_rank:
-        for key, tally in rank_tallies.items():
-            total.setdefault(key, Tally()).update(tally)
-    return total
+    return _summed((part, tally) for of_rank in per_rank for part, tally in of_rank.items())
 
 
 def validation_metrics(tallies: Tallies) -> dict[str, float]:
     """Names and values to log.
 
-    For each validation set ``val_loss_<set>``, ``val_acc_<set>`` (NeMo's names), ``val_bleu_<set>`` (mean over
-    directions) and ``val_bleu_<set>_<source>-<target>``; a set that holds both modalities counts as two,
-    ``<set>_audio`` and ``<set>_text``. Then the means over sets: ``val_loss``, ``val_acc``, ``val_bleu``.
+    For each validation set ``val_loss_<set>``, ``val_acc_<set>`` and ``val_bleu_<set>`` (BLEU: the mean over its
+    directions), and the same of each direction, ``val_loss_<set>_<source>-<target>``, ...; a set that holds both
+    modalities counts as two, ``<set>_audio`` and ``<set>_text``. Then the means over sets: ``val_loss``, ``val_acc``,
+    ``val_bleu``.
     """
     modalities_of = defaultdict(set)
-    for dataset, modality in tallies:
-        modalities_of[dataset].add(modality)
+    for part in tallies:
+        modalities_of[part.dataset].add(part.modality)
 
-    metrics: dict[str, float] = {}
+    logged: dict[str, float] = {}
     means: dict[str, list[float]] = defaultdict(list)
-    for (dataset, modality), tally in sorted(tallies.items()):
-        name = f"{dataset}_{modality}" if len(modalities_of[dataset]) > 1 else dataset
-        of_set = {}
-        if tally.num_tokens:
-            of_set["val_loss"] = tally.loss_sum / tally.num_tokens
-            of_set["val_acc"] = tally.num_correct / tally.num_tokens
-        if bleu := tally.bleu():
-            of_set["val_bleu"] = sum(bleu.values()) / len(bleu)
-            metrics |= {f"val_bleu_{name}_{src}-{tgt}": score for (src, tgt), score in bleu.items()}
+    sets = _summed((part._replace(direction=None), tally) for part, tally in tallies.items())
+    for whole, tally in sorted(sets.items()):
+        name = f"{whole.dataset}_{whole.modality}" if len(modalities_of[whole.dataset]) > 1 else whole.dataset
+        of_directions = {
+            part.direction: tallies[part].metrics()
+            for part in sorted(tallies, key=str)
+            if part.direction is not None and part[:2] == whole[:2]
+        }
+        of_set = tally.metrics()
+        if scores := [metrics["val_bleu"] for metrics in of_directions.values() if "val_bleu" in metrics]:
+            of_set["val_bleu"] = fmean(scores)
+        for direction, metrics in of_directions.items():
+            logged |= {f"{metric}_{name}_{direction}": value for metric, value in metrics.items()}
         for metric, value in of_set.items():
-            metrics[f"{metric}_{name}"] = value
+            logged[f"{metric}_{name}"] = value
             means[metric].append(value)
-    return metrics | {metric: float(torch.tensor(values).mean()) for metric, values in means.items()}
+    return logged | {metric: fmean(values) for metric, values in means.items()}
+
+
+def _summed(pairs: Iterable[tuple[Part, Tally]]) -> Tallies:
+    total: Tallies = {}
+    for part, tally in pairs:
+        total[part] = total.get(part, Tally())
+        total[part] += tally
+    return total

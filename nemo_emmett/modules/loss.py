@@ -30,9 +30,17 @@ def token_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     )
 
 
+def example_cross_entropies(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """The same sum for each example apart, (B,)."""
+    losses = F.cross_entropy(
+        logits_BTV.transpose(1, 2).float(), targets_BT, ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return losses.sum(1)
+
+
 def correct_tokens(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Number of tokens whose most likely prediction is the target, a scalar int64 tensor."""
-    return ((logits_BTV.argmax(-1) == targets_BT) & (targets_BT != IGNORE_INDEX)).sum()
+    """Number of tokens of each example whose most likely prediction is the target, (B,) int64."""
+    return ((logits_BTV.argmax(-1) == targets_BT) & (targets_BT != IGNORE_INDEX)).sum(1)
 
 
 def world_size() -> int:

@@ -181,6 +181,7 @@ def test_validation_reports_each_set_and_direction(model):
         expected = step_loss(quiet(model), {"text": text})
     assert metrics["val_loss_dev_text"] == pytest.approx(expected, rel=1e-5)
     assert metrics["val_loss"] == pytest.approx((metrics["val_loss_dev_text"] + metrics["val_loss_dev_speech"]) / 2)
+    assert metrics["val_loss_dev_text_en-de"] == pytest.approx(expected, rel=1e-5)
     bleu = sacrebleu.corpus_bleu(model.translate_batch(text), [[target for _, target in PAIRS]]).score
     assert metrics["val_bleu_dev_text_en-de"] == pytest.approx(bleu)
     assert {"val_bleu_dev_speech_de-en", "val_bleu", "val_acc_dev_text", "val_acc"} <= set(metrics)

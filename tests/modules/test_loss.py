@@ -6,7 +6,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nemo_emmett.modules.loss import IGNORE_INDEX, correct_tokens, mask_padding, modality_loss, token_cross_entropy
+from nemo_emmett.modules.loss import (
+    IGNORE_INDEX,
+    correct_tokens,
+    example_cross_entropies,
+    mask_padding,
+    modality_loss,
+    token_cross_entropy,
+)
 
 
 def test_token_cross_entropy_sums_over_tokens_that_have_a_target():
@@ -14,7 +21,17 @@ def test_token_cross_entropy_sums_over_tokens_that_have_a_target():
     targets = torch.tensor([[0, 1, IGNORE_INDEX]])
     expected = -math.log(0.5) - math.log(0.8)
     assert token_cross_entropy(logits, targets).item() == pytest.approx(expected, rel=1e-6)
-    assert correct_tokens(logits, targets).item() == 2
+    assert correct_tokens(logits, targets).tolist() == [2]
+
+
+def test_example_cross_entropies_add_up_to_the_batchs():
+    logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[1, 2, 3, 4], [0, IGNORE_INDEX, 1, IGNORE_INDEX], [IGNORE_INDEX] * 4])
+    losses = example_cross_entropies(logits, targets)
+    assert losses[2] == 0
+    assert losses.sum().item() == pytest.approx(token_cross_entropy(logits, targets).item(), rel=1e-6)
+    alone = token_cross_entropy(logits[1:2], targets[1:2]).item()
+    assert losses[1].item() == pytest.approx(alone, rel=1e-6)
 
 
 def test_mask_padding():
