@@ -53,6 +53,8 @@ def prepare() -> None:
 @click.option("--spoken-train-items", type=int, help="How many of the train items are spoken as well as written.")
 @click.option("--renditions", type=int, help="Recordings of each spoken train item in each language.")
 @click.option("--max-number", type=int, help="The largest number.")
+@click.option("--variants", type=Names(), help="eSpeak NG's voice variants, such as f1,m1,m3.  [default: 11 of them]")
+@click.option("--accents/--no-accents", default=None, help="Speak English and Spanish in two accents each.")
 @click.option(
     "--jobs", type=int, help="Processes to speak with; the result does not depend on it.  [default: all cores]"
 )

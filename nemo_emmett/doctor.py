@@ -151,7 +151,7 @@ def _registrations() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     part = "device"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding(part, "CPU", f"{len(os.sched_getaffinity(0))} cores, {memory / GIB:.1f} GiB")
+    yield Finding(part, "CPU", f"{os.cpu_count()} cores, {memory / GIB:.1f} GiB")
     yield from _cuda(part)
 
 

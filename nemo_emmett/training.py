@@ -26,6 +26,9 @@ from nemo_emmett.errors import ConfigError
 RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "seed", "num_threads")
 """The keys of a recipe that mean something here; a recipe may hold others for its own interpolations."""
 
+DATASETS = ("train_ds", "validation_ds", "test_ds", "predict_ds")
+"""The datasets of a recipe's ``data`` section."""
+
 
 def train(cfg: DictConfig) -> LightningModule:
     """Train the model of a recipe on its data; resume from the experiment's last checkpoint if there is one.
@@ -73,8 +76,12 @@ def check_recipe(cfg: DictConfig) -> None:
     if not cfg.model.get("_target_"):
         raise ConfigError("model._target_ is missing: name a class (nemo_emmett.models.SALMT5) or salm_t5 for short.")
     check_keys(cfg, RECIPE_KEYS, "recipe")
-    check_keys(cfg.trainer, inspect.signature(Trainer).parameters, "trainer")
-    check_keys(cfg.get("exp_manager") or {}, [f.name for f in fields(ExpManagerConfig)], "exp_manager")
+    for section, known in (
+        ("trainer", inspect.signature(Trainer).parameters),
+        ("exp_manager", [f.name for f in fields(ExpManagerConfig)]),
+    ):
+        for stranger in check_keys(cfg.get(section) or {}, known, section):
+            raise ConfigError(f"{section}.{stranger}: there is no such key; remove it.")
 
 
 def check_data_section(data: DictConfig) -> None:
@@ -84,6 +91,8 @@ def check_data_section(data: DictConfig) -> None:
         ConfigError: for a misspelt key, or a value that cannot work.
         DataError: for a file that is missing or does not match its partner.
     """
-    check_keys(data, ("train_ds", "validation_ds", "test_ds", "predict_ds"), "data")
-    for name in data:
-        check_data_config(data[name], where=f"data.{name}")
+    for stranger in check_keys(data, DATASETS, "data"):
+        logging.warning(f"data.{stranger} is not a dataset that a training has; it is ignored.")
+    for name in DATASETS:
+        if data.get(name) is not None:
+            check_data_config(data[name], where=f"data.{name}")

@@ -37,9 +37,10 @@ def main(cfg) -> None:
         T5ForConditionalGeneration(config).save_pretrained(init_dir)
 
     model = train(cfg)
-    model.llm.save_pretrained(cfg.output)
-    AutoTokenizer.from_pretrained(init_dir).save_pretrained(cfg.output)
-    print(f"The language model is in {cfg.output}")
+    if model.trainer.is_global_zero:
+        model.llm.save_pretrained(cfg.output)
+        AutoTokenizer.from_pretrained(init_dir).save_pretrained(cfg.output)
+        print(f"The language model is in {cfg.output}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nemo.utils import logging
@@ -20,7 +21,11 @@ NAMED_IN_REPORTS = 10
 """So many bad records are named, one by one, when a run stops."""
 
 RECORDS_BEFORE_JUDGING_A_SHARE = 1_000
-"""A share of fewer records than this is judged only when the data ends: one bad one of the first two is not half."""
+"""A source's share of fewer records than this is judged when the data ends: one bad one of the first two is not half."""
+
+
+class Unusable(Exception):
+    """Why a record cannot be used, in the words of the report."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class BadRecord:
     source: str  # the manifest or text file
     place: str  # "line 12", or the example's id
     cause: str  # "not JSON", "missing audio", ...
+    record: tuple[str, str] = field(default=("", ""), compare=False)  # whose count it adds to: its source and place
+    example: str = field(default="", compare=False)  # which of the record's examples: each meets the same fault
 
     def __str__(self) -> str:
         return f"{self.source}, {self.place}: {self.cause}"
@@ -39,7 +46,7 @@ class BadRecord:
 class Notes:
     """Plain contents of a ledger: what travels between processes."""
 
-    read: int = 0
+    read: Counter[str] = field(default_factory=Counter)  # number of records by source
     skipped: list[BadRecord] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -50,7 +57,8 @@ class BadRecords:
     """Ledger of the records that were read and of those that had to be skipped.
 
     Data that is read again and again (endless training data, one reader per worker) meets its bad records again and
-    again: a record counts once in :meth:`count` and :attr:`first`, however often it is met.
+    again: a record counts once in :meth:`count` and :attr:`first`, however often it is met. A record from which several
+    examples are made (one per target language) counts once per pass in :meth:`shares`, as it is read once.
 
     Example:
         >>> ledger = BadRecords()
@@ -59,12 +67,15 @@ class BadRecords:
         1
     """
 
-    def __init__(self, announce: bool = False) -> None:
+    def __init__(self, announce: bool = False, source_of: Mapping[str, str] | None = None) -> None:
         """
         Args:
             announce: log the first bad record of each source and cause. Workers do not: the main process does, once.
+            source_of: for each file, the source of the recipe that it belongs to. Shares are judged by these; a file
+                that is not among them is a source of its own.
         """
         self.announce = announce
+        self.source_of = dict(source_of or {})
         self._forget()
 
     def _forget(self) -> None:
@@ -72,10 +83,13 @@ class BadRecords:
         self._lock = threading.Lock()  # bucketing samplers read ahead in a thread
         self._notes = Notes()
         self._seen: set[BadRecord] = set()
-        self.read_count = 0
-        self.met_count = 0
+        self._meetings: defaultdict[tuple[str, str], Counter[tuple[BadRecord, str]]] = defaultdict(Counter)
+        self._read: Counter[str] = Counter()
+        self._times_bad: Counter[tuple[str, str]] = Counter()
+        self._bad: Counter[str] = Counter()
         self.counts: Counter[tuple[str, str]] = Counter()
         self.first: list[BadRecord] = []
+        self._first_of: defaultdict[str, list[BadRecord]] = defaultdict(list)
 
     def _own(self) -> None:
         """A forked worker inherits its parent's notes, which the parent will report itself: start afresh."""
@@ -83,24 +97,34 @@ class BadRecords:
             self._forget()
 
     def __getstate__(self) -> dict:
-        return {"announce": self.announce}
+        return {"announce": self.announce, "source_of": self.source_of}
 
     def __setstate__(self, state: dict) -> None:
-        self.announce = state["announce"]
-        self._forget()
+        self.__init__(**state)
 
-    def read(self, records: int = 1) -> None:
-        """Note that so many records were read, good or bad."""
+    def read(self, source: str, records: int = 1) -> None:
+        """Note that so many records of a source (a manifest or text file) were read, good or bad."""
         self._own()
         with self._lock:
-            self._notes.read += records
-            self.read_count += records
+            self._notes.read[source] += records
+            self._count_read(source, records)
 
-    def add(self, source: str, place: str, cause: str) -> None:
-        """Note that a record had to be skipped."""
+    def add(
+        self, source: str, place: str, cause: str, record: tuple[str, str] | None = None, example: str = ""
+    ) -> None:
+        """Note that a record, or one of the examples made from it, had to be skipped.
+
+        Args:
+            source: the file to name in the report.
+            place: where it stands in the file.
+            cause: what is wrong with it.
+            record: source and place under which the record was read, if the report shall name others.
+            example: id of the example, where a record makes several.
+        """
         self._own()
         with self._lock:
-            record = BadRecord(str(source), str(place), cause)
+            source, place = str(source), str(place)
+            record = BadRecord(source, place, cause, record or (source, place), str(example))
             self._notes.skipped.append(record)
             self._count(record)
 
@@ -115,31 +139,48 @@ class BadRecords:
         """Count what another ledger noted."""
         self._own()
         with self._lock:
-            self.read_count += notes.read
+            for source, records in notes.read.items():
+                self._count_read(source, records)
             for record in notes.skipped:
                 self._count(record)
 
+    def _count_read(self, file: str, records: int) -> None:
+        self._read[self.source_of.get(file, file)] += records
+
     def _count(self, record: BadRecord) -> None:
-        self.met_count += 1
+        source = self.source_of.get(record.record[0], record.record[0])
+        # In each pass a record meets each of its faults once: it was bad as often as its most frequent fault.
+        faults = self._meetings[record.record]
+        faults[record, record.example] += 1
+        if faults[record, record.example] > self._times_bad[record.record]:
+            self._times_bad[record.record] += 1
+            self._bad[source] += 1
         if record in self._seen:
             return
         self._seen.add(record)
         self.counts[record.source, record.cause] += 1
         if len(self.first) < NAMED_IN_REPORTS:
             self.first.append(record)
+        if len(self._first_of[source]) < NAMED_IN_REPORTS:
+            self._first_of[source].append(record)
         if self.announce and self.counts[record.source, record.cause] == 1:
             logging.warning(f"Skipped a bad record: {record}. More of this kind are counted, not logged.")
 
+    @property
+    def read_count(self) -> int:
+        """How many records were read, of all sources."""
+        return self._read.total()
+
     def count(self) -> int:
         """How many different records were skipped."""
-        return len(self._seen)
+        return len(self._times_bad)
 
-    def share(self) -> float:
-        """Share of the records read that had to be skipped, from 0 to 1."""
-        return self.met_count / max(self.read_count, self.met_count, 1)
+    def shares(self) -> dict[str, float]:
+        """For each source that had bad records, their share of its records read, from 0 to 1."""
+        return {source: bad / max(self._read[source], bad) for source, bad in self._bad.items()}
 
     def causes(self) -> dict[str, int]:
-        """Number of different records skipped, per cause."""
+        """Number of different records skipped, per cause; a record may have several."""
         causes: Counter[str] = Counter()
         for (_, cause), count in self.counts.items():
             causes[cause] += count
@@ -157,25 +198,29 @@ class BadRecords:
         """Stop the run if more was skipped than allowed.
 
         Args:
-            limit: an integer is a number of different records, a fraction below 1 a share of those read.
+            limit: an integer is a number of different records, of all sources together; a fraction below 1 is a share
+                of the records read of any one source, so that a small source cannot vanish behind a large one.
             at_end: the data has ended, so that a share is judged however few records were read.
 
         Raises:
-            TooManyBadRecords: naming the first ten.
+            TooManyBadRecords: naming the first ten, and the source whose share it is.
         """
         if limit is None:
             return
-        if isinstance(limit, float) and limit < 1:
-            judged = at_end or self.read_count >= RECORDS_BEFORE_JUDGING_A_SHARE
-            exceeded = judged and self.share() > limit
-            allowed = f"{limit:.4g} of the records read"
-        else:
-            exceeded = self.count() > limit
-            allowed = str(int(limit))
-        if not exceeded:
+        if not (isinstance(limit, float) and limit < 1):
+            if self.count() > limit:
+                raise _too_many(self.count(), str(self.read_count), str(int(limit)), self.first)
             return
-        named = "\n".join(f"  {record}" for record in self.first)
-        raise TooManyBadRecords(
-            f"max_bad_records: {self.count()} bad records were skipped in {self.read_count} read, more than allowed "
-            f"({allowed}); mend the data, or raise max_bad_records (null: no limit). The first of them:\n{named}"
-        )
+        for source, share in self.shares().items():
+            read = self._read[source]
+            if share > limit and (at_end or read >= RECORDS_BEFORE_JUDGING_A_SHARE):
+                allowed = f"{limit:.4g} of the records read"
+                raise _too_many(self._bad[source], f"{read} records of {source}", allowed, self._first_of[source])
+
+
+def _too_many(bad: int, read: str, allowed: str, first: Sequence[BadRecord]) -> TooManyBadRecords:
+    named = "\n".join(f"  {record}" for record in first)
+    return TooManyBadRecords(
+        f"max_bad_records: {bad} bad records were skipped in {read} read, more than allowed "
+        f"({allowed}); mend the data, or raise max_bad_records (null: no limit). The first of them:\n{named}"
+    )

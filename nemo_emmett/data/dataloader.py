@@ -31,32 +31,21 @@ from nemo_emmett.data.fusion import fuse
 from nemo_emmett.data.parsers import Reading, reading, register_data_types
 from nemo_emmett.data.sources import (
     CLASSIC_KEYS,
+    SHARED_BY_GROUPS,
     Source,
     groups_of,
-    list_sources,
+    list_all_sources,
     plain,
     route_to_our_reader,
+    source_of_files,
     with_inherited,
 )
 from nemo_emmett.errors import DataError
+from nemo_emmett.modules.random_state import random_state, restore_random_state
 from nemo_emmett.prompts.translation import register_prompt_formats
 
 EMPTY_BATCHES_IN_A_ROW = 100
 """After so many batches of which nothing could be read, endless data would only spin: the run stops."""
-
-SHARED_BY_GROUPS = (
-    "seed",
-    "shard_seed",
-    "num_workers",
-    "pin_memory",
-    "shuffle",
-    "sampler_fusion",
-    "sampler_weights",
-    "multi_config",
-    "metadata_only",
-    "force_finite",
-)
-"""Keys of a ``multi_config`` that overrule those of its groups, as in NeMo."""
 
 
 class MultimodalDataLoader(torch.utils.data.DataLoader):
@@ -65,7 +54,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
     Args:
         dataset: delivers batches with their notes (:class:`DeliveringDataset` or :class:`DeliveringIterable`).
         bad_records: ledger of everything skipped so far, of all workers.
-        max_bad_records: stop past so many bad records, or past this share of those read; None: never.
+        max_bad_records: stop past so many bad records, or past this share of those read of any source; None: never.
         kwargs: of ``torch.utils.data.DataLoader``.
     """
 
@@ -79,6 +68,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         super().__init__(dataset, **kwargs)
         self.bad_records = BadRecords(announce=True) if bad_records is None else bad_records
         self.max_bad_records = max_bad_records
+        self._epoch_of_last_pass: int | None = None
 
     @property
     def _delivering(self) -> DeliveringDataset:
@@ -91,6 +81,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             TooManyBadRecords: if more was skipped than ``max_bad_records`` allows.
             DataError: if nothing can be read any more.
         """
+        self._shuffle_anew()
         reported = self.bad_records.count()
         empty_in_a_row = 0
         try:
@@ -107,6 +98,14 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         finally:
             if self.bad_records.count() > reported:
                 logging.warning(f"Bad records skipped so far:\n{self.bad_records.table()}")
+
+    def _shuffle_anew(self) -> None:
+        """Give the sampler a new epoch, by which it shuffles, unless somebody (Lightning) has done so already."""
+        if not isinstance(self.sampler, CutSampler):
+            return  # it lives in the workers, and goes on where it was
+        if self.sampler.epoch == self._epoch_of_last_pass:
+            self.sampler.set_epoch(self.sampler.epoch + 1)
+        self._epoch_of_last_pass = self.sampler.epoch
 
     def _account_for(self, delivery: Delivery) -> None:
         self.bad_records.merge(delivery.notes)
@@ -166,11 +165,18 @@ def get_multimodal_dataloader(
 
     bad_records = BadRecords()
     build = _fused_sampler if groups_of(settings) is not None else _single_sampler
-    sampler, is_iterable, shared = build(settings, where, global_rank, world_size, tokenizer, kind, bad_records)
+    sources = list_all_sources(settings, where)
+    states = random_state()
+    try:  # the samplers are seeded with the dataset's own seed; the training's dropout is none of their business
+        sampler, is_iterable, shared = build(
+            settings, sources, where, global_rank, world_size, tokenizer, kind, bad_records
+        )
+    finally:
+        restore_random_state(states)
     dataset = DeliveringDataset(dataset, bad_records)
     return MultimodalDataLoader(
         **_flavour(dataset, sampler, is_iterable, shared, global_rank, world_size),
-        bad_records=BadRecords(announce=True),
+        bad_records=BadRecords(announce=True, source_of=source_of_files(sources)),
         max_bad_records=ours.max_bad_records,
         batch_size=None,
         num_workers=shared.num_workers,
@@ -180,6 +186,7 @@ def get_multimodal_dataloader(
 
 def _single_sampler(
     settings: Mapping,
+    sources: Sequence[Source],
     where: str,
     global_rank: int,
     world_size: int,
@@ -188,7 +195,6 @@ def _single_sampler(
     bad_records: BadRecords,
 ) -> tuple[CutSampler, bool, DictConfig]:
     """The sampler of a dataset without groups, whether it lives in the workers, and the config that it was made of."""
-    sources = list_sources(settings, where)
     structured = _structured({**settings, **_flavour_flags(sources, settings)}, where)
     structured.seed = resolve_seed(structured.seed)
     fix_random_seed(structured.seed)
@@ -201,6 +207,7 @@ def _single_sampler(
 
 def _fused_sampler(
     settings: Mapping,
+    sources: Sequence[Source],
     where: str,
     global_rank: int,
     world_size: int,
@@ -212,7 +219,6 @@ def _fused_sampler(
     shared = _shared_by_groups(settings)
     fix_random_seed(shared.seed)
     groups = with_inherited(settings)
-    sources = [source for name, group in groups.items() for source in list_sources(group, f"{where}.{name}")]
     # Fused with endless sources, a finite one would run dry and leave the rest of the training to the others.
     how = Reading(bad_records, kind, endless=kind is not ExampleKind.AS_READ and not shared.force_finite)
     samplers, in_workers = {}, False

@@ -94,7 +94,16 @@ class MultimodalDataModule(DataModule, Serialization):
             loader = get_multimodal_dataloader(
                 config, self._get_dp_rank(), self._get_world_size(), self.dataset, self.tokenizer, where=where
             )
-        return BroadcastingDataLoader(source=loader, device_mesh=mesh)
+        return _Loader(source=loader, device_mesh=mesh)
+
+
+class _Loader(BroadcastingDataLoader):
+    """NeMo's wrapper, which hides from Lightning the sampler whose epoch it sets."""
+
+    @property
+    def sampler(self) -> Any:
+        """That of the loader inside, None on ranks that are sent their batches."""
+        return getattr(self._source, "sampler", None)
 
 
 def _merged(common: DictConfig, config: DictConfig) -> DictConfig:

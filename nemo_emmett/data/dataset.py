@@ -67,12 +67,12 @@ class SpeechTextDataset(torch.utils.data.Dataset):
         readable, waveforms = [], []
         for example in examples:
             try:
-                waveforms.extend(load_waveform(cut) for cut in recordings_of(example))
-                readable.append(example)
+                of_example = [load_waveform(cut) for cut in recordings_of(example)]
             except AudioFault as cause:
-                source, place = origin_of(example)
-                file = ", ".join(filter(None, map(audio_path, recordings_of(example))))
-                self.bad_records.add(source or "cuts", f"{place} ({file})" if file else place, str(cause))
+                self._note(example, str(cause))
+                continue
+            readable.append(example)
+            waveforms += of_example
         if not readable:
             return None
         return {
@@ -80,6 +80,13 @@ class SpeechTextDataset(torch.utils.data.Dataset):
             "audios": collate_vectors(waveforms, padding_value=0.0),
             "audio_lens": torch.tensor([len(waveform) for waveform in waveforms]),
         }
+
+    def _note(self, example: Cut | NeMoMultimodalConversation, cause: str) -> None:
+        source, place = origin_of(example)
+        record = (source or "cuts", place)
+        files = ", ".join(filter(None, map(audio_path, recordings_of(example))))
+        named = f"{place} ({files})" if files else place
+        self.bad_records.add(record[0], named, cause, record, example.id)
 
     def _collate_tokens(self, examples: Sequence[Cut | Formattable]) -> dict:
         contexts = [_tokens(example, "context_ids") for example in examples]

@@ -46,7 +46,8 @@ class DeliveringDataset(torch.utils.data.Dataset):
         if batch is None:
             for example in examples:
                 source, place = origin_of(example)
-                self.bad_records.add(source or "examples", place, "refused by the dataset")
+                example_id = getattr(example, "id", "")
+                self.bad_records.add(source or "examples", place, "refused by the dataset", example=example_id)
         return self.deliver(batch)
 
     def deliver(self, batch: Any, error: EmmettError | None = None) -> Delivery:
@@ -129,7 +130,7 @@ class SpeechConversations(torch.utils.data.Dataset):
 
     def _note(self, conversation: NeMoMultimodalConversation, cause: str) -> None:
         source, place = origin_of(conversation)
-        self.bad_records.add(source or "conversations", place, cause)
+        self.bad_records.add(source or "conversations", place, cause, example=conversation.id)
 
 
 def prepare_dataset(dataset: torch.utils.data.Dataset) -> tuple[torch.utils.data.Dataset, ExampleKind]:

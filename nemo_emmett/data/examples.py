@@ -23,7 +23,7 @@ from nemo.collections.common.data.lhotse.text_adapters import (
     TextTurn,
 )
 
-from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.bad_records import BadRecords, Unusable
 from nemo_emmett.prompts.languages import is_known_language, language_name
 from nemo_emmett.prompts.translation import translation_instruction
 
@@ -47,10 +47,6 @@ class SourceDefaults:
     token_equivalent_duration: float | None = None  # seconds of speech that count as one token
     context: str | None = None  # instruction of a conversation
     system_prompt: str | None = None  # of a conversation
-
-
-class _Unusable(Exception):
-    """Why an example cannot be used."""
 
 
 class Examples:
@@ -82,15 +78,15 @@ class Examples:
         custom = _custom_of(cut)
         try:
             translations = list(_translations(cut, custom, self.defaults, self._has_instruction(custom)))
-        except _Unusable as cause:
-            self._note(cut, custom, str(cause))
+        except Unusable as cause:
+            self._note(cut, str(cause))
             return
         source_lang = _spoken_language(cut, custom, self.defaults)
         for target_lang, text in translations:
             try:
                 _check_example(text, target_lang, source_lang)
-            except _Unusable as cause:
-                self._note(cut, custom, str(cause))
+            except Unusable as cause:
+                self._note(cut, str(cause))
                 continue
             example = _speech_example(cut, text, source_lang, target_lang, self.defaults.audio_locator_tag)
             if len(translations) > 1:
@@ -103,12 +99,12 @@ class Examples:
         target_lang = custom.get("target_lang") or pair.target.language or self.defaults.target_lang
         try:
             if not pair.source.text:
-                raise _Unusable("empty text")
+                raise Unusable("empty text")
             if target_lang is None and not self._has_instruction(custom):
-                raise _Unusable("no target language")
+                raise Unusable("no target language")
             _check_example(pair.target.text, target_lang, source_lang)
-        except _Unusable as cause:
-            self.bad_records.add(self.defaults.name, custom.get("id", pair.source.text), str(cause))
+        except Unusable as cause:
+            self._note(pair, str(cause))
             return
         pair.source.language, pair.target.language = source_lang, target_lang
         pair.custom = {**custom, "source_lang": source_lang, "target_lang": target_lang}
@@ -127,16 +123,25 @@ class Examples:
     def _finished(self, example: Cut | SourceTargetTextExample) -> Cut | Formattable:
         return as_conversation(example, self.defaults) if self.kind is ExampleKind.CONVERSATION else example
 
-    def _note(self, cut: Cut, custom: Mapping, cause: str) -> None:
-        source, place = origin_of(cut)
+    def _note(self, example: Cut | Formattable, cause: str) -> None:
+        source, place = origin_of(example)
         self.bad_records.add(source or self.defaults.name, place, cause)
 
 
 def origin_of(example: Cut | Formattable) -> tuple[str | None, str]:
     """The manifest (None where unknown) and the place in it that an example comes from."""
     custom = _custom_of(example)
-    place = custom.get("manifest_place") or getattr(example, "id", None) or custom.get("id", "an example without id")
-    return custom.get("manifest_origin"), str(place)
+    place = custom.get("manifest_place") or getattr(example, "id", None) or custom.get("id")
+    if place is None and isinstance(example, SourceTargetTextExample):
+        place = example.source.text
+    return custom.get("manifest_origin"), str(place or "an example without id")
+
+
+def mark_origin(example: Cut | Formattable, source: str, place: str) -> None:
+    """Write the source and the place in it that an example comes from into its custom fields."""
+    if isinstance(example, MixedCut):  # its first recording carries the fields of the whole
+        example = example._first_non_padding_cut
+    example.custom = {**(getattr(example, "custom", None) or {}), "manifest_origin": source, "manifest_place": place}
 
 
 def _custom_of(example: Cut | Formattable) -> dict:
@@ -165,13 +170,13 @@ def _translations(
     texts = custom.get("translations")
     if texts is None:
         if wanted is not None and not isinstance(wanted, str):
-            raise _Unusable("several target languages, but no translations")
+            raise Unusable("several target languages, but no translations")
         if wanted is None and not has_instruction:
-            raise _Unusable("no target language")
+            raise Unusable("no target language")
         yield wanted, _transcript(cut)
         return
     if not isinstance(texts, Mapping):
-        raise _Unusable("translations is not a mapping")
+        raise Unusable("translations is not a mapping")
     spoken = _spoken_language(cut, custom, defaults)
     targets = [wanted] if isinstance(wanted, str) else list(wanted or texts)
     for target in targets:
@@ -184,13 +189,13 @@ def _translations(
 def _check_example(text: str | None, target_lang: str | None, source_lang: str | None) -> None:
     for language in (source_lang, target_lang):
         if language is not None and not is_known_language(str(language)):
-            raise _Unusable(f"unknown language '{language}'")
+            raise Unusable(f"unknown language '{language}'")
     if text is None:
-        raise _Unusable(f"no translation to '{target_lang}'")
+        raise Unusable(f"no translation to '{target_lang}'")
     if not isinstance(text, str):
-        raise _Unusable("text is not a string")
+        raise Unusable("text is not a string")
     if not text.strip():
-        raise _Unusable("empty text")
+        raise Unusable("empty text")
 
 
 def _speech_example(

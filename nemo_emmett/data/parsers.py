@@ -16,6 +16,7 @@ from functools import partial
 from itertools import repeat
 
 from lhotse import CutSet
+from lhotse.cut import Cut
 from nemo.collections.common.data.lhotse.cutset import (
     attach_tags,
     data_type_parser,
@@ -23,11 +24,12 @@ from nemo.collections.common.data.lhotse.cutset import (
     get_parser_fn,
     mux,
 )
+from nemo.collections.common.data.lhotse.text_adapters import Formattable
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett.data.bad_records import BadRecords
-from nemo_emmett.data.examples import ExampleKind, Examples, SourceDefaults
-from nemo_emmett.data.sources import LANGUAGE_KEYS, SOURCE_TYPE, Source, plain, unwrap
+from nemo_emmett.data.examples import ExampleKind, Examples, SourceDefaults, mark_origin, origin_of
+from nemo_emmett.data.sources import SOURCE_TYPE, Source, languages_of, plain, unwrap
 from nemo_emmett.data.speech_sources import LhotseManifest, NeMoManifest, NeMoTarredManifest
 from nemo_emmett.data.text_sources import open_parallel_text
 
@@ -92,16 +94,13 @@ def read_source(config: DictConfig) -> tuple[CutSet, bool]:
 def defaults_of(source: Source) -> SourceDefaults:
     """What a source says for its records."""
     config, tags = source.config, source.config.get("tags") or {}
-    languages = {key: config.get(key) for key in LANGUAGE_KEYS}
-    for key, nemo_key in (("source_lang", "source_language"), ("target_lang", "target_language")):
-        languages[key] = tags.get(key) or languages[key] or config.get(nemo_key)
     return SourceDefaults(
         name=source.name,
         audio_locator_tag=config.get("audio_locator_tag"),
         token_equivalent_duration=config.get("token_equivalent_duration"),
         context=tags.get("context"),
         system_prompt=tags.get("system_prompt"),
-        **languages,
+        **languages_of(config),
     )
 
 
@@ -124,7 +123,10 @@ def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> t
     elif source.type == "parallel_text" or (source.type == "txt_pair" and _reads_pairs_ourselves(config, kind)):
         cuts, is_tarred = _repeated(CutSet(open_parallel_text(config, bad_records)), config), True
     else:
-        cuts, is_tarred = get_parser_fn(source.type)(OmegaConf.create(_with_our_reader_inside(source)))
+        inside = _with_our_reader_inside(source)
+        cuts, is_tarred = get_parser_fn(source.type)(OmegaConf.create(inside))
+        ledger = bad_records if inside == config else None  # otherwise the reader inside counts
+        cuts = cuts.map(partial(_with_origin, source=source.name, bad_records=ledger), apply_fn=None)
     if tags := config.get("tags"):
         cuts = cuts.map(partial(attach_tags, tags=tags), apply_fn=None)
     return cuts, is_tarred
@@ -162,6 +164,16 @@ def _with_our_reader_inside(source: Source) -> dict:
     inner = {"type": "lhotse" if "cuts_path" in manifest or "shar_path" in manifest else "nemo", **manifest}
     wrapped = {"type": SOURCE_TYPE, "source": inner, "where": source.where, "examples": ExampleKind.AS_READ.value}
     return {**config, "input_cfg": [wrapped]}
+
+
+def _with_origin(example: Cut | Formattable, source: str, bad_records: BadRecords | None) -> Cut | Formattable:
+    """What NeMo has read, counted, and told where it comes from unless it knows."""
+    if bad_records is not None:
+        bad_records.read(source)
+    origin, place = origin_of(example)
+    if origin is None:
+        mark_origin(example, source, place)
+    return example
 
 
 def _repeated(cuts: CutSet, config: Mapping) -> CutSet:

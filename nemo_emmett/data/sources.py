@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from lhotse.serialization import load_yaml
 from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_emmett.data.files import expand_paths
 from nemo_emmett.errors import ConfigError, DataError
 
 SOURCE_TYPE = "emmett_source"
@@ -23,6 +24,19 @@ TEXT_TYPES = frozenset({"txt", "txt_jsonl", "txt_pair", "nemo_sft_jsonl", "paral
 
 CLASSIC_KEYS = frozenset({"manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path"})
 """Keys by which a dataset names its one source without ``input_cfg``."""
+
+FILE_KEYS = (
+    "manifest_filepath",
+    "tarred_audio_filepaths",
+    "cuts_path",
+    "shar_path",
+    "source_paths",
+    "target_paths",
+    "paths",
+    "questions_path",
+    "data_dir",
+)
+"""Keys by which a source names its files."""
 
 _PASSED_DOWN_BY_NEMO = (
     "shuffle",
@@ -41,6 +55,19 @@ _PASSED_DOWN_BY_NEMO = (
 )
 """Keys that NeMo hands from a dataset or group to the sources in it that do not set them."""
 
+SHARED_BY_GROUPS = (
+    "seed",
+    "shard_seed",
+    "num_workers",
+    "pin_memory",
+    "shuffle",
+    "sampler_fusion",
+    "sampler_weights",
+    "multi_config",
+    "metadata_only",
+    "force_finite",
+)
+"""Keys of a ``multi_config`` that overrule those of its groups, as in NeMo."""
 
 INHERITED_BY_GROUPS = (
     "prompt_format",
@@ -88,6 +115,12 @@ class Source:
             return any(self.config.get(key) is not None for key in ("tarred_audio_filepaths", "shar_path"))
         return self.type != "parquet"
 
+    def files(self) -> Iterator[tuple[str, str]]:
+        """Each file that it names, with the key that names it."""
+        for key in FILE_KEYS:
+            for path in _paths_in(self.config.get(key)):
+                yield key, path
+
     @property
     def name(self) -> str:
         """What a report calls it: its file(s)."""
@@ -95,6 +128,24 @@ class Source:
             if (value := self.config.get(key)) is not None:
                 return str(value)
         return self.where
+
+
+def _paths_in(value: Any) -> Iterator[str]:
+    """All files in a value that may be a path, a list (perhaps with weights), or a mapping of them."""
+    if isinstance(value, (str, Path)):
+        yield from expand_paths(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _paths_in(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _paths_in(item)
+
+
+def languages_of(config: Mapping) -> dict[str, Any]:
+    """What a source's config says of ``source_lang`` and ``target_lang``: its tags, our keys, or NeMo's, in this order."""
+    tags = config.get("tags") or {}
+    return {key: tags.get(key) or config.get(key) or config.get(f"{key}uage") for key in LANGUAGE_KEYS}
 
 
 def plain(config: Mapping | DictConfig) -> dict[str, Any]:
@@ -131,6 +182,25 @@ def list_sources(settings: Mapping, where: str) -> list[Source]:
     found = []
     rewrite_sources(settings, where, lambda source: found.append(source) or source.config)
     return found
+
+
+def list_all_sources(settings: Mapping, where: str) -> list[Source]:
+    """All sources of a dataset, be it one of groups or not; arguments and errors are those of :func:`list_sources`."""
+    if groups_of(settings) is None:
+        return list_sources(settings, where)
+    return [
+        source for name, group in with_inherited(settings).items() for source in list_sources(group, f"{where}.{name}")
+    ]
+
+
+def source_of_files(sources: Sequence[Source]) -> dict[str, str]:
+    """For each file, and for each source's own name, the source that it belongs to, as a report calls it."""
+    owners: dict[str, str] = {}
+    for source in sources:
+        title = source.where if source.name == source.where else f"{source.where} ({source.name})"
+        for name in (source.name, *(path for _, path in source.files())):
+            owners.setdefault(name, title)
+    return owners
 
 
 def rewrite_sources(settings: Mapping, where: str, rewrite: Callable[[Source], dict]) -> list[dict]:

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import soundfile
 from lhotse import AudioSource, Recording, SupervisionSegment
 from lhotse.cut import Cut
-from lhotse.cut.data import DataCut
 from lhotse.dataset.dataloading import resolve_seed
 from lhotse.lazy import LazyIteratorChain
 from lhotse.serialization import deserialize_item, open_best
@@ -37,7 +36,8 @@ from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 from nemo.utils.data_utils import is_datastore_path
 
 from nemo_emmett.data.audio import TRUNCATION_TOLERANCE, AudioFault, check_file
-from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.bad_records import BadRecords, Unusable
+from nemo_emmett.data.examples import mark_origin
 from nemo_emmett.data.files import count_lines, decoded, expand_paths, open_lines
 from nemo_emmett.errors import ConfigError
 
@@ -66,7 +66,7 @@ class JsonRecords:
         for number, line in enumerate(open_lines(self.path), start=1):
             if not line.strip():
                 continue
-            self.bad_records.read()
+            self.bad_records.read(self.path)
             note = partial(self.bad_records.add, self.path, f"line {number}")
             if (text := decoded(line, note)) is None:
                 continue
@@ -84,19 +84,15 @@ class JsonRecords:
         return count_lines(self.path)
 
 
-class _Unusable(Exception):
-    """Why a record cannot be used."""
-
-
 def _check_times(data: Mapping) -> None:
     """Refuse a manifest record without a length in seconds, or with an offset that is none."""
     duration, offset = data.get("duration"), data.get("offset")
     if duration is None:
-        raise _Unusable("no duration")
+        raise Unusable("no duration")
     if not _is_seconds(duration) or duration <= 0:
-        raise _Unusable("invalid duration")
+        raise Unusable("invalid duration")
     if offset is not None and (not _is_seconds(offset) or offset < 0):
-        raise _Unusable("invalid offset")
+        raise Unusable("invalid offset")
 
 
 def _is_seconds(value: object) -> bool:
@@ -141,14 +137,14 @@ class NeMoManifest(LazyNeMoIterator):
                 continue
             try:
                 yield extra_fields.attach_to(self._cut(record))
-            except (_Unusable, AudioFault) as cause:
+            except (Unusable, AudioFault) as cause:
                 self.bad_records.add(record.path, record.place, str(cause))
                 extra_fields.skip()
 
     def _cut(self, record: Record) -> Cut:
         data = dict(record.data)
         if not isinstance(data.get("audio_filepath"), str):
-            raise _Unusable("no audio_filepath")
+            raise Unusable("no audio_filepath")
         _check_times(data)
         audio_path = get_full_path(data.pop("audio_filepath"), record.path, force_cache=False)
         duration, offset = data.pop("duration"), data.pop("offset", None)
@@ -311,7 +307,7 @@ class NeMoTarredManifest:
                     cut = self._cut(name, audio, record)
                     cut.tar_origin = tar_path
                     cuts.append(extra_fields.attach_to(cut))
-                except (_Unusable, AudioFault) as cause:
+                except (Unusable, AudioFault) as cause:
                     self.bad_records.add(record.path, record.place, str(cause))
                     extra_fields.skip()
             del audio  # the cuts hold what they need of it
@@ -433,6 +429,5 @@ class LhotseManifest:
                 self.bad_records.add(record.path, record.place, "not a lhotse cut")
                 continue
             cut = resolve_relative_paths(cut, manifest_path=self.path)
-            if isinstance(cut, DataCut):  # a mixed cut has no fields of its own
-                cut.custom = {**(cut.custom or {}), "manifest_origin": record.path, "manifest_place": record.place}
+            mark_origin(cut, record.path, record.place)
             yield cut

@@ -12,8 +12,10 @@ from itertools import permutations
 
 from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample, TextExample
 
-from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.bad_records import BadRecords, Unusable
+from nemo_emmett.data.examples import mark_origin
 from nemo_emmett.data.files import ShardOrder, decoded, expand_paths, open_lines, zip_lines
+from nemo_emmett.data.sources import languages_of
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.languages import is_known_language
 
@@ -46,21 +48,24 @@ class AlignedText:
     def __iter__(self) -> Iterator[SourceTargetTextExample]:
         for shard in self.order(self.shards):
             for number, lines in zip_lines(list(shard.values())):
-                self.bad_records.read()
+                self.bad_records.read(_first_file(shard))
                 texts = self._usable_texts(shard, number, lines)
                 for source, target in self.directions:
                     if source in texts and target in texts:
                         identity = f"{shard[source]}:{number}"
                         if len(self.directions) > 1:
                             identity += f":{source}-{target}"
-                        yield _text_pair(
+                        pair = _text_pair(
                             identity, texts[source], texts[target], self.languages[source], self.languages[target]
                         )
+                        mark_origin(pair, _first_file(shard), f"line {number}")
+                        yield pair
 
     def _usable_texts(self, shard: Mapping[str, str], number: int, lines: Sequence[bytes]) -> dict[str, str]:
         texts = {}
         for (side, path), line in zip(shard.items(), lines, strict=True):
-            note = partial(self.bad_records.add, path, f"line {number}")
+            place = f"line {number}"
+            note = partial(self.bad_records.add, path, place, record=(_first_file(shard), place))
             if (text := decoded(line, note)) is None:
                 continue
             if text := text.strip():
@@ -70,8 +75,16 @@ class AlignedText:
         return texts
 
 
+def _first_file(shard: Mapping[str, str]) -> str:
+    """The file under which the lines of all sides are counted: together they are one record."""
+    return next(iter(shard.values()))
+
+
 class _OneFileText:
-    """Text files whose lines hold both sides of an example; what a line looks like is the subclass's business."""
+    """Text files whose lines hold both sides of an example; what a line looks like is the subclass's business.
+
+    Blank lines are no records.
+    """
 
     def __init__(
         self,
@@ -97,28 +110,32 @@ class _OneFileText:
     def __iter__(self) -> Iterator[SourceTargetTextExample]:
         for path in self.order(self.paths):
             for number, line in self._lines(path):
-                self.bad_records.read()
+                if not line.strip(b" "):  # a line of tabs is a row of empty cells
+                    continue
+                self.bad_records.read(path)
                 note = partial(self.bad_records.add, path, f"line {number}")
                 if (text := decoded(line, note)) is None:
                     continue
                 try:
-                    yield self._example(f"{path}:{number}", self._fields(path, text))
-                except _Unusable as cause:
+                    pair = self._example(f"{path}:{number}", self._fields(path, text))
+                    mark_origin(pair, path, f"line {number}")
+                    yield pair
+                except Unusable as cause:
                     note(str(cause))
 
     def _example(self, identity: str, fields: Mapping) -> SourceTargetTextExample:
         source, target = fields["source"], fields["target"]
         if not isinstance(source, str) or not isinstance(target, str):
-            raise _Unusable("text is not a string")
+            raise Unusable("text is not a string")
         if not source.strip() or not target.strip():
-            raise _Unusable("empty text")
+            raise Unusable("empty text")
         source_lang = fields.get("source_lang") or self.source_lang
         target_lang = fields.get("target_lang") or self.target_lang
         if not target_lang:
-            raise _Unusable("no target language")
+            raise Unusable("no target language")
         for language in (source_lang, target_lang):
             if language is not None and not is_known_language(str(language)):
-                raise _Unusable(f"unknown language '{language}'")
+                raise Unusable(f"unknown language '{language}'")
         return _text_pair(identity, source.strip(), target.strip(), source_lang, target_lang)
 
 
@@ -161,7 +178,7 @@ class TsvText(_OneFileText):
         cells = line.split("\t")
         source, target = self._numbers[path]
         if max(source, target) >= len(cells):
-            raise _Unusable("missing column")
+            raise Unusable("missing column")
         return {"source": cells[source], "target": cells[target]}
 
 
@@ -180,18 +197,14 @@ class JsonlText(_OneFileText):
         try:
             record = json.loads(line)
         except ValueError:
-            raise _Unusable("not JSON") from None
+            raise Unusable("not JSON") from None
         if not isinstance(record, dict):
-            raise _Unusable("not a JSON object")
+            raise Unusable("not a JSON object")
         for field in self.fields:
             if field not in record:
-                raise _Unusable(f"no field '{field}'")
+                raise Unusable(f"no field '{field}'")
         source, target = (record[field] for field in self.fields)
         return {**record, "source": source, "target": target}
-
-
-class _Unusable(Exception):
-    """Why a record cannot be used."""
 
 
 def _text_pair(
@@ -202,13 +215,6 @@ def _text_pair(
         target=TextExample(target, language=target_lang),
         custom={"id": identity, "source_lang": source_lang, "target_lang": target_lang},
     )
-
-
-def pair_languages(config: Mapping) -> tuple[str | None, str | None]:
-    """Source and target language of a text source: our keys, or NeMo's (``source_language``, ``target_language``)."""
-    source_lang = config.get("source_lang") or config.get("source_language")
-    target_lang = config.get("target_lang") or config.get("target_language")
-    return source_lang, target_lang
 
 
 def text_layout(config: Mapping) -> str:
@@ -289,15 +295,15 @@ def open_parallel_text(config: Mapping, bad_records: BadRecords) -> AlignedText 
     """
     layout = text_layout(config)
     order = ShardOrder(config.get("shuffle", False), config.get("shard_seed", "trng"))
-    source_lang, target_lang = pair_languages(config)
+    languages = languages_of(config)
     if layout == "pair":
-        languages = {"source": source_lang, "target": target_lang}
-        return AlignedText(aligned_shards(config), [("source", "target")], languages, bad_records, order)
+        of_side = {"source": languages["source_lang"], "target": languages["target_lang"]}
+        return AlignedText(aligned_shards(config), [("source", "target")], of_side, bad_records, order)
     if layout == "many":
-        languages = {str(language): str(language) for language in config["paths"]}
-        return AlignedText(aligned_shards(config), directions_of(config), languages, bad_records, order)
+        of_side = {str(language): str(language) for language in config["paths"]}
+        return AlignedText(aligned_shards(config), directions_of(config), of_side, bad_records, order)
     paths = expand_paths(config["paths"])
-    common = {"source_lang": source_lang, "target_lang": target_lang, "bad_records": bad_records, "order": order}
+    common = {**languages, "bad_records": bad_records, "order": order}
     if layout == "tsv":
         return TsvText(paths, (config.get("source_column", 0), config.get("target_column", 1)), **common)
     return JsonlText(paths, (config.get("source_field", "source"), config.get("target_field", "target")), **common)

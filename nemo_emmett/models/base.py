@@ -10,7 +10,8 @@ R recordings, N samples, M modalities.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +34,8 @@ from transformers import AddedToken, AutoConfig, PreTrainedModel
 
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError, ModelError
-from nemo_emmett.models.inputs import is_audio_path, load_recordings
+from nemo_emmett.models.inputs import check_inputs, is_audio_path, load_recordings
+from nemo_emmett.models.step_log import StepLog
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
 from nemo_emmett.modules.batch import MODALITIES, pack_left, split_modalities
 from nemo_emmett.modules.loss import (
@@ -109,16 +111,21 @@ class SpeechTextModel(LightningModule, HFHubMixin):
         if self.options.perception is not None:
             self._build_perception()
         weights = dict.fromkeys(MODALITIES, 1.0) | dict(self.options.modality_loss_weights)
-        check_keys(weights, MODALITIES, "model.modality_loss_weights")
+        for stranger in check_keys(weights, MODALITIES, "model.modality_loss_weights"):
+            raise ConfigError(
+                f"model.modality_loss_weights.{stranger}: there is no such modality; use {' and '.join(MODALITIES)}."
+            )
         self.register_buffer("_loss_weights", torch.tensor([weights[m] for m in MODALITIES]), persistent=False)
         self._tallies: Tallies = {}
+        self._step_log: StepLog | None = None
 
     # Construction.
 
     def _build_tokenizer(self) -> AutoTokenizer:
         source = self.options.tokenizer_path or self.options.pretrained_llm
         _check_local_path(source, "model.tokenizer_path" if self.options.tokenizer_path else "model.pretrained_llm")
-        tokenizer = AutoTokenizer(source, use_fast=True, trust_remote_code=self.cfg.get("trust_remote_code", False))
+        with _as_model_error(source):
+            tokenizer = AutoTokenizer(source, use_fast=True, trust_remote_code=self.cfg.get("trust_remote_code", False))
         # Not NeMo's add_special_tokens: it replaces the list in which multilingual tokenizers keep their languages.
         tokenizer.tokenizer.add_tokens(
             [AddedToken(self.options.audio_locator_tag, special=True, normalized=False)], special_tokens=True
@@ -128,7 +135,8 @@ class SpeechTextModel(LightningModule, HFHubMixin):
     def _build_llm(self) -> PreTrainedModel:
         name = self.options.pretrained_llm
         trust = {"trust_remote_code": self.cfg.get("trust_remote_code", False)}
-        config = AutoConfig.from_pretrained(name, **trust)
+        with _as_model_error(name):
+            config = AutoConfig.from_pretrained(name, **trust)
         if config.is_encoder_decoder != self.is_encoder_decoder:
             kinds = {True: "an encoder-decoder", False: "a decoder-only model"}
             raise ModelError(
@@ -271,8 +279,12 @@ class SpeechTextModel(LightningModule, HFHubMixin):
                 loss_sum, num_tokens = token_cross_entropy(logits, targets), (targets != IGNORE_INDEX).sum()
             loss_sums.append(loss_sum)
             token_counts.append(torch.as_tensor(num_tokens, device=self.device))
-        loss, losses_M = modality_loss(torch.stack(loss_sums), torch.stack(token_counts), self._loss_weights)
-        self._log_step(loss, losses_M, parts)
+        loss_sums_M, token_counts_M = torch.stack(loss_sums), torch.stack(token_counts)
+        loss = modality_loss(loss_sums_M, token_counts_M, self._loss_weights)
+        if self._step_log is None:
+            self._step_log = StepLog(self.trainer.log_every_n_steps if self._trainer is not None else 1)
+        self._step_log.add(parts, loss_sums_M, token_counts_M)
+        self._log_step(loss, self._step_log)
         return loss
 
     def _hold_frozen_parts(self) -> None:
@@ -284,19 +296,12 @@ class SpeechTextModel(LightningModule, HFHubMixin):
             if is_frozen(part):
                 part.eval()
 
-    def _log_step(self, loss: Tensor, losses_M: Tensor, parts: Mapping[str, Mapping]) -> None:
+    def _log_step(self, loss: Tensor, step_log: StepLog) -> None:
         lr = self.trainer.optimizers[0].param_groups[0]["lr"] if self._trainer is not None else 0.0
-        self.log("loss", loss, prog_bar=True, batch_size=1)
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
         self.log("learning_rate", lr, batch_size=1)
-        for modality, modality_mean in zip(MODALITIES, losses_M, strict=True):
-            part = parts.get(modality)
-            # A modality that stops arriving shows as 0 examples; its loss has no value to show.
-            num_examples = float(len(part["context_lens"])) if part is not None else 0.0
-            self.log(f"examples_{modality}", num_examples, prog_bar=True, batch_size=1)
-            if part is not None:
-                self.log(f"loss_{modality}", modality_mean, prog_bar=True, batch_size=1)
-                self.log(f"tokens_{modality}", part["answer_lens"].sum().float(), batch_size=1)
-                self.log(f"padding_{modality}", _padding_share(part), batch_size=1)
+        for name, value in step_log.values().items():
+            self.log(name, value, prog_bar=name.startswith(("loss", "examples")), batch_size=1)
 
     # Validation.
 
@@ -375,17 +380,30 @@ class SpeechTextModel(LightningModule, HFHubMixin):
         if audios is not None:
             batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
         generate_options.setdefault("max_new_tokens", self.options.max_new_tokens)
-        return self.generate_answers(batch, **generate_options)
+        with self._in_evaluation_mode():
+            return self.generate_answers(batch, **generate_options)
+
+    @contextmanager
+    def _in_evaluation_mode(self) -> Iterator[None]:
+        """Without dropout; every part gets its mode back."""
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
     @torch.no_grad()
     def translate_batch(self, batch: Mapping, num_beams: int = 1, max_new_tokens: int | None = None) -> list[str]:
         """Translations of the contexts of a one-modality batch, B strings."""
-        answer_ids = self.generate_answers(
-            batch,
-            num_beams=num_beams,
-            do_sample=False,
-            max_new_tokens=max_new_tokens or self.options.max_new_tokens,
-        )
+        with self._in_evaluation_mode():
+            answer_ids = self.generate_answers(
+                batch,
+                num_beams=num_beams,
+                do_sample=False,
+                max_new_tokens=max_new_tokens or self.options.max_new_tokens,
+            )
         return [text.strip() for text in self.tokenizer.tokenizer.batch_decode(answer_ids, skip_special_tokens=True)]
 
     @torch.no_grad()
@@ -414,13 +432,16 @@ class SpeechTextModel(LightningModule, HFHubMixin):
             DataError: for an audio file that is missing or cannot be read.
         """
         check_language(target_lang, "target_lang")
+        if source_lang is not None:
+            check_language(source_lang, "source_lang")
         formatter = self._prompt_formatter()
+        check_inputs(inputs)
         is_audio = [is_audio_path(item) for item in inputs]
         translations: list[str] = [""] * len(inputs)
         for modality in (True, False):
             indexes = [i for i, audio in enumerate(is_audio) if audio == modality]
             # Inputs of similar length share a batch.
-            indexes.sort(key=lambda i: Path(inputs[i]).stat().st_size if modality and Path(inputs[i]).exists() else 0)
+            indexes.sort(key=lambda i: Path(inputs[i]).stat().st_size if modality else len(str(inputs[i])))
             for start in range(0, len(indexes), batch_size):
                 chosen = indexes[start : start + batch_size]
                 messages = [self.options.audio_locator_tag if modality else str(inputs[i]) for i in chosen]
@@ -471,15 +492,19 @@ def _check_local_path(source: str, key: str) -> None:
         raise ModelError(f"{key}: '{source}' does not exist; give a folder or file that does, or the name of a model.")
 
 
+@contextmanager
+def _as_model_error(name: str) -> Iterator[None]:
+    """What transformers and NeMo raise where a name leads to nothing, in one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"'{name}' is neither a folder with a Hugging Face model nor the name of one that could be fetched; "
+            "check model.pretrained_llm and model.tokenizer_path."
+        ) from error
+
+
 def _paths(audio: str | Path | Sequence | None) -> Sequence:
     if audio is None:
         return []
     return [audio] if isinstance(audio, (str, Path)) else audio
-
-
-def _padding_share(part: Mapping) -> Tensor:
-    """Share of a batch that is padding: of its samples for speech, of its context and answer tokens for text."""
-    if part.get("audios") is not None:
-        return 1 - part["audio_lens"].sum() / part["audios"].numel()
-    used = part["context_lens"].sum() + part["answer_lens"].sum()
-    return 1 - used / (part["context_ids"].numel() + part["answer_ids"].numel())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hydra.errors import InstantiationException
 from hydra.utils import get_class
 
 from nemo_emmett.errors import ModelError
@@ -29,7 +30,12 @@ def load(folder: str | Path) -> SpeechTextModel:
         raise ModelError(
             f"'{folder}' is not an exported model: it has no config.json; train.py exports to `export_dir`."
         )
-    target = json.loads(config_path.read_text()).get("_target_")
-    if not target:
-        raise ModelError(f"'{config_path}' names no model class under `_target_`; was it written by nemo_emmett?")
-    return get_class(target).from_pretrained(str(folder)).eval()
+    try:
+        model_class = get_class(json.loads(config_path.read_text())["_target_"])
+    except (ValueError, KeyError, TypeError, ImportError, AttributeError, InstantiationException) as error:
+        raise ModelError(
+            f"'{config_path}' names no model class that can be imported (`_target_`); was it written by nemo_emmett?"
+        ) from error
+    if not (isinstance(model_class, type) and issubclass(model_class, SpeechTextModel)):
+        raise ModelError(f"'{config_path}': `_target_` names {model_class.__name__}, which is not a model of ours.")
+    return model_class.from_pretrained(str(folder)).eval()

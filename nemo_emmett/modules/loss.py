@@ -56,7 +56,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def modality_loss(loss_sums_M: Tensor, token_counts_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
+def modality_loss(loss_sums_M: Tensor, token_counts_M: Tensor, weights_M: Tensor) -> Tensor:
     """Weighted sum of the modalities' mean token losses.
 
     Args:
@@ -65,9 +65,8 @@ def modality_loss(loss_sums_M: Tensor, token_counts_M: Tensor, weights_M: Tensor
         weights_M: (M,) ``modality_loss_weights``.
 
     Returns:
-        The loss to call backward on (a scalar; its gradient, averaged over ranks, is that of one process on the joined
-        batch) and the (M,) mean loss per modality over this rank's share, detached, NaN where absent on this rank.
+        The loss to call backward on, a scalar; its gradient, averaged over ranks, is that of one process on the joined
+        batch.
     """
     totals_M = sum_over_ranks(token_counts_M)
-    loss = (weights_M * loss_sums_M / totals_M.clamp(min=1)).sum() * world_size()
-    return loss, (loss_sums_M / token_counts_M).detach()
+    return (weights_M * loss_sums_M / totals_M.clamp(min=1)).sum() * world_size()

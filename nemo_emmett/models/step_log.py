@@ -1,0 +1,76 @@
+"""What a training step logs of each modality: means over the steps since the logger last wrote.
+
+A single step may hold one modality only, and a logger that writes every tenth step of an alternating training would see
+the same one each time; so what is logged is a moving window, as long as the logger's interval.
+
+Shapes: M modalities.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nemo_emmett.modules.batch import MODALITIES
+
+_COLUMNS = ("loss_sum", "tokens", "examples", "padding", "cells")
+
+
+class StepLog:
+    """The last steps' losses, tokens, examples and padding, by modality.
+
+    Args:
+        window: steps; the interval of the trainer's logger.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._steps: deque[Tensor] = deque(maxlen=max(1, window))
+        self._arrived: set[str] = set()
+
+    def add(self, parts: Mapping[str, Mapping], loss_sums_M: Tensor, token_counts_M: Tensor) -> None:
+        """Count one step; nothing is read from the device.
+
+        Args:
+            parts: the step's one-modality batches.
+            loss_sums_M: (M,) summed cross-entropies, nats.
+            token_counts_M: (M,) target tokens.
+        """
+        step = torch.zeros(len(MODALITIES), len(_COLUMNS), device=loss_sums_M.device)
+        step[:, 0], step[:, 1] = loss_sums_M.detach(), token_counts_M
+        for row, modality in enumerate(MODALITIES):
+            if (part := parts.get(modality)) is not None:
+                self._arrived.add(modality)
+                step[row, 2] = len(part["context_lens"])
+                step[row, 3], step[row, 4] = _padding(part)
+        self._steps.append(step)
+
+    def values(self) -> dict[str, Tensor]:
+        """What to log.
+
+        ``examples_<modality>`` and ``tokens_<modality>`` are means per step: 0 shows that a modality no longer arrives.
+        ``loss_<modality>`` (nats per token) and ``padding_<modality>`` (a share) are NaN then, and not there at all
+        before the first example.
+        """
+        total = torch.stack(list(self._steps)).sum(0)
+        logged = {}
+        for row, modality in enumerate(MODALITIES):
+            loss_sum, tokens, examples, padding, cells = total[row]
+            logged[f"examples_{modality}"] = examples / len(self._steps)
+            if modality in self._arrived:
+                logged[f"tokens_{modality}"] = tokens / len(self._steps)
+                logged[f"loss_{modality}"] = loss_sum / tokens
+                logged[f"padding_{modality}"] = padding / cells
+        return logged
+
+
+def _padding(part: Mapping) -> tuple[Tensor, int]:
+    """Padded cells and all cells of a batch: its samples for speech, its context and answer tokens for text."""
+    if part.get("audios") is not None:
+        cells, used = part["audios"].numel(), part["audio_lens"].sum()
+    else:
+        cells = part["context_ids"].numel() + part["answer_ids"].numel()
+        used = part["context_lens"].sum() + part["answer_lens"].sum()
+    return cells - used, cells
