@@ -99,16 +99,19 @@ def translate(inputs: Sequence[str], target_lang: str, source_lang: str | None, 
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), help="Folder for evaluation.json and report.html."
 )
-@click.option("--num-beams", type=click.IntRange(min=1), default=1, help="1 is greedy search.")
+@click.option("--num-beams", type=click.IntRange(min=1), help="1 is greedy search.  [default: the recipe's, or 1]")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest translation.  [default: the model's]")
 @click.option("--log-dir", type=click.Path(path_type=Path), help="TensorBoard logs of the training, for its curves.")
 @click.option("--baseline", type=click.Path(path_type=Path), help="An earlier evaluation.json to compare with.")
-@click.option("--examples", type=click.IntRange(min=0), default=10, help="Translations shown in the report.")
+@click.option("--examples", type=click.IntRange(min=0), help="Translations in the report.  [default: 10]")
 def evaluate(model: Path, config: Path, **options: Any) -> None:
-    """Translate the test sets of the recipe CONFIG with the model in the folder MODEL, and score the translations."""
-    from nemo_emmett.evaluation import evaluate as run_evaluation
+    """Translate the test sets of the recipe CONFIG with the model in the folder MODEL, and score the translations.
 
-    run_evaluation(model, config, **options)
+    Options that are not given are the recipe's.
+    """
+    from nemo_emmett.evaluation import evaluate_recipe
+
+    evaluate_recipe(config, model, **options)
 
 
 @main.command()

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +33,7 @@ class Stage:
     title: str
     command: list[str]
     result: Path
+    shows: bool = False  # what it prints is what the demo is for; of the others only the progress shows
 
 
 def main() -> None:
@@ -48,7 +51,7 @@ def main() -> None:
         stages += speech_alone_stages(options.data, options.exp)
     for number, stage in enumerate(stages, start=1):
         print(f"\n=== {number}/{len(stages)} {stage.title}\n$ {shlex.join(stage.command)}", flush=True)
-        seconds[stage.title] = run(stage)
+        seconds[stage.title] = run(stage, options.exp / "logs" / f"{number}.log")
 
     print("\nTime of each stage")
     for title, duration in seconds.items():
@@ -59,16 +62,44 @@ def main() -> None:
     print(f'Translate: nemo-emmett translate --model {model} --to de "half of it is a text or a recording.wav"')
 
 
-def run(stage: Stage) -> float | None:
+def run(stage: Stage, log: Path) -> float | None:
     """Run a stage unless its result is there; its seconds, or None."""
     if stage.result.exists():
         print(f"{stage.result} is there already.")
         return None
     begun = time.monotonic()
-    done = subprocess.run(stage.command, env={**KEEP_MEMORY, **os.environ}, check=False)
-    if done.returncode != 0:
-        sys.exit(f"'{stage.title}' failed (exit code {done.returncode}). `make demo` goes on from it.")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        streams = {"stderr": output} if stage.shows else {"stdout": output, "stderr": output}
+        process = subprocess.Popen(stage.command, env={**KEEP_MEMORY, **os.environ}, **streams)
+        if not stage.shows:
+            show_progress(process, log)
+        process.wait()
+    if process.returncode != 0:
+        print(log.read_text(errors="replace")[-3000:])
+        sys.exit(f"'{stage.title}' failed (exit code {process.returncode}), see {log}. `make demo` goes on from it.")
     return time.monotonic() - begun
+
+
+def show_progress(process: subprocess.Popen, log: Path) -> None:
+    """Repeat the progress bar that a process writes into its log, until the process ends."""
+    shown = ""
+    while process.poll() is None:
+        time.sleep(0.5)
+        bars = [line for line in re.split(r"[\r\n]", tail(log)) if "it/s" in line or "s/it" in line]
+        if bars and sys.stdout.isatty() and bars[-1] != shown:
+            shown = bars[-1]
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{shown[:width]:<{width}}", end="", flush=True)
+    if shown:
+        print()
+
+
+def tail(log: Path, size: int = 4096) -> str:
+    """The end of a file that is being written."""
+    with log.open("rb") as lines:
+        lines.seek(max(0, log.stat().st_size - size))
+        return lines.read().decode(errors="replace")
 
 
 def script(name: str, *overrides: str) -> list[str]:
@@ -84,6 +115,7 @@ def demo_stages(data: Path, exp: Path) -> list[Stage]:
             "Write and speak the phrasebook",
             [str(Path(sys.executable).with_name("nemo-emmett")), "prepare", "phrasebook", str(data), *PHRASEBOOK],
             data / "phrasebook.json",
+            shows=True,
         ),
         Stage(
             "Pretrain the speech encoder (CTC)",
@@ -105,6 +137,7 @@ def demo_stages(data: Path, exp: Path) -> list[Stage]:
                 "~test_ds.datasets.test_speech",
             ),
             scores / "text_before" / "report.html",
+            shows=True,
         ),
         Stage(
             "Train SALM-T5 on speech and text together",
@@ -122,6 +155,7 @@ def demo_stages(data: Path, exp: Path) -> list[Stage]:
                 f"baseline={scores / 'text_before' / 'evaluation.json'}",
             ),
             scores / "report.html",
+            shows=True,
         ),
     ]
 
@@ -146,6 +180,7 @@ def speech_alone_stages(data: Path, exp: Path) -> list[Stage]:
                 f"baseline={scores / 'text_before' / 'evaluation.json'}",
             ),
             scores / "speech_alone" / "report.html",
+            shows=True,
         ),
     ]
 

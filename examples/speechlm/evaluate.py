@@ -14,10 +14,9 @@ from nemo_emmett.runner import recipe_runner
 @recipe_runner(config_name="evaluate_phrasebook")
 def main(cfg) -> None:
     """Score what the recipe names."""
-    from nemo_emmett.evaluation import evaluate
+    from nemo_emmett.evaluation import evaluate_recipe
 
-    options = ("output", "log_dir", "baseline", "num_beams", "max_new_tokens", "examples")
-    evaluate(cfg.model, cfg, **{name: cfg[name] for name in options})
+    evaluate_recipe(cfg)
 
 
 if __name__ == "__main__":

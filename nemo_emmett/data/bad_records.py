@@ -21,7 +21,7 @@ NAMED_IN_REPORTS = 10
 """So many bad records are named, one by one, when a run stops."""
 
 RECORDS_BEFORE_JUDGING_A_SHARE = 1_000
-"""A source's share of fewer records than this is judged when the data ends: one bad one of the first two is not half."""
+"""A share of fewer records of a source is judged when the data ends: one bad one of the first two is not half."""
 
 
 class Unusable(Exception):
@@ -124,9 +124,9 @@ class BadRecords:
         self._own()
         with self._lock:
             source, place = str(source), str(place)
-            record = BadRecord(source, place, cause, record or (source, place), str(example))
-            self._notes.skipped.append(record)
-            self._count(record)
+            skipped = BadRecord(source, place, cause, record or (source, place), str(example))
+            self._notes.skipped.append(skipped)
+            self._count(skipped)
 
     def drain(self) -> Notes:
         """Take the notes made in this process since the last call."""
@@ -209,7 +209,7 @@ class BadRecords:
             return
         if not (isinstance(limit, float) and limit < 1):
             if self.count() > limit:
-                raise _too_many(self.count(), str(self.read_count), str(int(limit)), self.first)
+                raise _too_many(self.count(), f"{self.read_count} records", str(int(limit)), self.first)
             return
         for source, share in self.shares().items():
             read = self._read[source]

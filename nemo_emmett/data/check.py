@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo.collections.common.data.lhotse.dataloader import (
+    LhotseDataLoadingConfig,
     get_lhotse_sampler_from_config,
     make_structured_with_schema_warnings,
 )
 from nemo.collections.common.prompts import PromptFormatter
-from nemo.utils import logging
+from nemo.utils import logging, logging_mode
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett.config import check_keys, nearest
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.config import ANY_SOURCE_KEYS, KEYS_OF_TYPE, LEGACY_KEYS, OUR_KEYS, MultimodalDataConfig
 from nemo_emmett.data.examples import ExampleKind
-from nemo_emmett.data.files import count_lines, expand_paths, is_local
+from nemo_emmett.data.files import count_lines_of, is_local
 from nemo_emmett.data.fusion import check_fusion
-from nemo_emmett.data.parsers import Reading, defaults_of, known_types, reading
+from nemo_emmett.data.parsers import Reading, known_types, reading
 from nemo_emmett.data.sources import (
     CLASSIC_KEYS,
+    INHERITED_BY_GROUPS,
+    SHARED_BY_GROUPS,
     Source,
     groups_of,
+    languages_of,
     list_sources,
     nemo_keys,
     plain,
@@ -33,23 +37,12 @@ from nemo_emmett.data.sources import (
 )
 from nemo_emmett.data.text_sources import aligned_shards, directions_of, text_layout
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.prompts.languages import check_language
 from nemo_emmett.prompts.translation import register_prompt_formats
 
-RESERVED_DATASET_NAMES = ("audio", "text")
-"""In validation Lightning wraps a batch in its dataset's name, which must not be taken for a modality."""
-
-FILE_KEYS = (
-    "manifest_filepath",
-    "tarred_audio_filepaths",
-    "cuts_path",
-    "shar_path",
-    "source_paths",
-    "target_paths",
-    "paths",
-    "questions_path",
-    "data_dir",
-)
+EFFECTIVE_ABOVE_GROUPS = {*SHARED_BY_GROUPS, *INHERITED_BY_GROUPS, *OUR_KEYS, "cuda_expandable_segments"}
+"""Keys that mean something beside ``multi_config``; all others belong into the groups."""
 
 FILTER_KEYS = (
     "min_duration",
@@ -76,7 +69,7 @@ REMEDIES = {
 
 
 def check_data_config(
-    config: Mapping | DictConfig,
+    config: Mapping | DictConfig | None,
     tokenizer: Any = None,
     where: str = "data.train_ds",
     examples: ExampleKind = ExampleKind.TRANSLATION,
@@ -84,8 +77,9 @@ def check_data_config(
     """Look for mistakes in ``train_ds``, ``validation_ds``, ... before anything expensive is built.
 
     Args:
-        config: a dataset's config, or one with several under ``datasets``.
-        tokenizer: NeMo tokenizer; without one, what depends on tokens is not looked at.
+        config: a dataset's config, or one with several under ``datasets``; None: nothing to check.
+        tokenizer: NeMo tokenizer; without one (there is no model yet), what depends on tokens is not looked at, nor are
+            batch sizes, which the OOMptimizer may yet set.
         where: its place in the recipe, for messages.
         examples: what the dataset takes.
 
@@ -98,6 +92,8 @@ def check_data_config(
         Traceback (most recent call last):
         nemo_emmett.errors.DataError: data.train_ds.manifest_filepath: there is no file 'nowhere.json'; ...
     """
+    if config is None:
+        return
     settings = plain(config)
     datasets = settings.pop("datasets", None)
     if datasets is None:
@@ -110,12 +106,12 @@ def check_data_config(
 
 
 def check_dataset_names(datasets: Mapping, where: str) -> None:
-    """Refuse datasets whose name is that of a modality.
+    """Refuse datasets whose name is that of a modality: Lightning wraps a validation batch in its dataset's name.
 
     Raises:
         ConfigError: naming the dataset.
     """
-    for name in RESERVED_DATASET_NAMES:
+    for name in MODALITIES:
         if name in datasets:
             raise ConfigError(
                 f"{where}.datasets.{name}: a dataset cannot be called '{name}', which is the name of a modality in a "
@@ -138,6 +134,7 @@ def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKi
     if not groups:
         raise ConfigError(f"{where}: multi_config is set, but there are no groups; give each kind of data a section.")
     check_fusion(settings.get("sampler_fusion", "round_robin"), settings.get("sampler_weights"), list(groups), where)
+    _warn_of_keys_without_effect(settings, groups, where)
     for name, group in with_inherited(settings).items():
         check_keys(group, nemo_keys() | OUR_KEYS, f"{where}.{name}", LEGACY_KEYS)
         if "max_bad_records" in group:
@@ -145,6 +142,26 @@ def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKi
                 f"{where}.{name}.max_bad_records: holds for all groups together; set {where}.max_bad_records."
             )
         _check_group(group, tokenizer, f"{where}.{name}", kind)
+
+
+def _warn_of_keys_without_effect(settings: Mapping, groups: Mapping[str, Mapping], where: str) -> None:
+    for key, value in settings.items():
+        if key in nemo_keys() - EFFECTIVE_ABOVE_GROUPS and value is not None:
+            _warn_once(f"{where}.{key}: has no effect beside multi_config; set it in the groups ({', '.join(groups)}).")
+    defaults = OmegaConf.structured(LhotseDataLoadingConfig)
+    for name, group in groups.items():
+        for key in SHARED_BY_GROUPS:
+            shared = settings.get(key, defaults[key])
+            if key in group and group[key] != shared:
+                _warn_once(
+                    f"{where}.{name}.{key}: has no effect, since all groups share {where}.{key}, which is {shared}; "
+                    "set it there."
+                )
+
+
+def _warn_once(message: str) -> None:
+    """A dataset is checked before the model is built and again with its loader."""
+    logging.warning(message, mode=logging_mode.ONCE)
 
 
 def _check_group(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKind) -> None:
@@ -157,7 +174,8 @@ def _check_group(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKin
             _check_languages(source)
         _check_files(source)
         _check_parallel(source)
-    _check_batch_size(settings, where)
+    if tokenizer is not None or kind is ExampleKind.AS_READ:
+        _check_batch_size(settings, where)
     if kind is not ExampleKind.AS_READ:
         _check_sampling(settings, sources, where, kind)
         _check_prompt_format(settings, tokenizer, where)
@@ -193,9 +211,9 @@ def _check_type_and_keys(source: Source) -> None:
 
 
 def _check_languages(source: Source) -> None:
-    defaults = defaults_of(source)
-    targets = defaults.target_lang
-    for key, codes in (("source_lang", defaults.source_lang), ("target_lang", targets)):
+    languages = languages_of(source.config)
+    targets = languages["target_lang"]
+    for key, codes in languages.items():
         for code in [codes] if isinstance(codes, str) else codes or ():
             check_language(code, f"{source.where}.{key}")
     if source.type not in ("parallel_text", "txt_pair"):
@@ -224,33 +242,22 @@ def _check_files(source: Source) -> None:
     needs = {"nemo": "manifest_filepath", "nemo_tarred": "manifest_filepath"}.get(source.type)
     if needs is not None and source.config.get(needs) is None:
         raise ConfigError(f"{source.where}.{needs}: missing; a source of type '{source.type}' needs it.")
-    for key in FILE_KEYS:
-        for path in _paths_in(source.config.get(key)):
-            if is_local(path) and not Path(path).exists():
-                raise DataError(
-                    f"{source.where}.{key}: there is no file '{path}'; correct the path, or prepare the data first."
-                )
-
-
-def _paths_in(value: Any) -> Iterator[str]:
-    """All files in a value that may be a path, a list (perhaps with weights), or a mapping of them."""
-    if isinstance(value, (str, Path)):
-        yield from expand_paths(value)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _paths_in(item)
-    elif isinstance(value, Sequence):
-        for item in value:
-            yield from _paths_in(item)
+    for key, path in source.files():
+        if is_local(path) and not Path(path).exists():
+            raise DataError(
+                f"{source.where}.{key}: there is no file '{path}'; correct the path, or prepare the data first."
+            )
 
 
 def _check_parallel(source: Source) -> None:
     if source.type not in ("parallel_text", "txt_pair") or _text_layout(source) not in ("pair", "many"):
         return
-    for shard in aligned_shards(source.config):
-        counts = {path: count_lines(path) for path in shard.values() if is_local(path)}
-        if len(set(counts.values())) > 1:
-            lengths = ", ".join(f"{path} has {count}" for path, count in counts.items())
+    shards = aligned_shards(source.config)
+    counts = count_lines_of([path for shard in shards for path in shard.values() if is_local(path)])
+    for shard in shards:
+        of_shard = {path: counts[path] for path in shard.values() if path in counts}
+        if len(set(of_shard.values())) > 1:
+            lengths = ", ".join(f"{path} has {count}" for path, count in of_shard.items())
             raise DataError(f"{source.where}: parallel files must have the same number of lines, but {lengths}.")
 
 

@@ -13,7 +13,7 @@ class MultimodalDataConfig:
     """Keys of ``train_ds``, ``validation_ds``, ... beyond those of NeMo's ``LhotseDataLoadingConfig``."""
 
     use_emmett: bool = False  # a stock NeMo recipe takes our dataloader (ours is always taken by MultimodalDataModule)
-    max_bad_records: int | float | None = 0.25  # stop past so many (>= 1), or past this share (< 1) of records read
+    max_bad_records: int | float | None = 0.25  # stop past so many (>= 1), or this share (< 1) of a source's
     source_lang: str | None = None  # language of the source side, for all sources that do not say it themselves
     target_lang: str | list[str] | None = None  # language(s) to translate to, for all sources that do not say it
 

@@ -6,15 +6,18 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 
 from lhotse.dataset.dataloading import resolve_seed
 from lhotse.serialization import open_best
 from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
+from tqdm import tqdm
 
 from nemo_emmett.errors import DataError
+
+SECONDS_WITHOUT_A_BAR = 5.0
+"""Counting that takes no longer than this shows nothing."""
 
 
 def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
@@ -62,17 +65,40 @@ def zip_lines(paths: Sequence[str]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
 
 def count_lines(path: str) -> int:
     """Number of lines in a local text file, gzipped or not; a file that did not change is counted once."""
+    return count_lines_of([path])[path]
+
+
+def count_lines_of(paths: Sequence[str]) -> dict[str, int]:
+    """Number of lines of each local text file; counting for long shows a bar, a file that did not change is quick."""
+    stamps = {path: _stamp(path) for path in paths}
+    new = [path for path, stamp in stamps.items() if stamp not in _counted]
+    total = sum(os.path.getsize(path) for path in new)
+    with tqdm(total=total, desc="Counting lines", unit="B", unit_scale=True, delay=SECONDS_WITHOUT_A_BAR) as bar:
+        for path in new:
+            _counted[stamps[path]] = _count_lines(path, bar)
+    return {path: _counted[stamp] for path, stamp in stamps.items()}
+
+
+_counted: dict[tuple[str, int, int], int] = {}
+"""Number of lines of the files counted in this process, by their stamps."""
+
+
+def _stamp(path: str) -> tuple[str, int, int]:
+    """What stays the same as long as a file does."""
     status = os.stat(path)
-    return _count_lines(path, status.st_size, status.st_mtime_ns)
+    return path, status.st_size, status.st_mtime_ns
 
 
-@lru_cache(maxsize=4096)
-def _count_lines(path: str, size: int, mtime_ns: int) -> int:
+def _count_lines(path: str, bar: tqdm) -> int:
     count, last = 0, b"\n"
+    is_compressed = path.endswith(".gz")
     with open_best(path, "rb") as file:
         while block := file.read(1 << 20):
             count += block.count(b"\n")
             last = block[-1:]
+            bar.update(0 if is_compressed else len(block))
+    if is_compressed:
+        bar.update(os.path.getsize(path))
     return count + (last != b"\n")  # the last line may lack its newline
 
 

@@ -17,7 +17,8 @@ from nemo_emmett.errors import ConfigError, DataError
 SOURCE_TYPE = "emmett_source"
 """NeMo data type under which the sources of our loaders are read; it is made by us, users need not write it."""
 
-LANGUAGE_KEYS = ("source_lang", "target_lang")
+LANGUAGE_KEYS = {"source_lang": "source_language", "target_lang": "target_language"}
+"""Our keys for the languages of a source, with NeMo's for those of a text."""
 
 TEXT_TYPES = frozenset({"txt", "txt_jsonl", "txt_pair", "nemo_sft_jsonl", "parallel_text"})
 """Source types without speech."""
@@ -143,9 +144,9 @@ def _paths_in(value: Any) -> Iterator[str]:
 
 
 def languages_of(config: Mapping) -> dict[str, Any]:
-    """What a source's config says of ``source_lang`` and ``target_lang``: its tags, our keys, or NeMo's, in this order."""
+    """The ``source_lang`` and ``target_lang`` of a source: by its tags, else by our keys, else by NeMo's."""
     tags = config.get("tags") or {}
-    return {key: tags.get(key) or config.get(key) or config.get(f"{key}uage") for key in LANGUAGE_KEYS}
+    return {key: tags.get(key) or config.get(key) or config.get(nemos) for key, nemos in LANGUAGE_KEYS.items()}
 
 
 def plain(config: Mapping | DictConfig) -> dict[str, Any]:

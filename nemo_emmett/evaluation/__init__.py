@@ -1,6 +1,6 @@
 """From a model and test sets to translations, scores, a table, JSON, and one self-contained HTML page.
 
-- :func:`evaluate` (``run``): all of it, for a model and a recipe.
+- :func:`evaluate`, :func:`evaluate_recipe` (``run``): all of it, for a model and a recipe.
 - :func:`translate` (``translation``): batches to translations, with the model's speed.
 - :func:`score`, :func:`average` (``scoring``): sacreBLEU and chrF per direction, and their means.
 - :class:`Evaluation`, :func:`to_json`, :func:`from_json` (``results``): what is kept of a run.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nemo_emmett.evaluation.curves import Curve, read_curves
     from nemo_emmett.evaluation.report import write_report
     from nemo_emmett.evaluation.results import Evaluation, Score, Throughput, Translation, from_json, to_json
-    from nemo_emmett.evaluation.run import evaluate
+    from nemo_emmett.evaluation.run import evaluate, evaluate_recipe
     from nemo_emmett.evaluation.scoring import average, columns, score
     from nemo_emmett.evaluation.table import print_table
     from nemo_emmett.evaluation.translation import translate
@@ -26,7 +26,7 @@ _MODULES = {
     "curves": ("Curve", "read_curves"),
     "report": ("write_report",),
     "results": ("Evaluation", "Score", "Throughput", "Translation", "from_json", "to_json"),
-    "run": ("evaluate",),
+    "run": ("evaluate", "evaluate_recipe"),
     "scoring": ("average", "columns", "score"),
     "table": ("print_table",),
     "translation": ("translate",),
@@ -42,6 +42,7 @@ __all__ = [
     "average",
     "columns",
     "evaluate",
+    "evaluate_recipe",
     "from_json",
     "print_table",
     "read_curves",

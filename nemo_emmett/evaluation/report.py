@@ -22,7 +22,13 @@ from nemo_emmett.evaluation.charts import charts
 from nemo_emmett.evaluation.curves import Curve
 from nemo_emmett.evaluation.results import Evaluation, Score, Translation, write_text
 from nemo_emmett.evaluation.scoring import columns
-from nemo_emmett.evaluation.table import MODALITY_NAMES, direction_title, result_table, throughput_lines
+from nemo_emmett.evaluation.table import (
+    MODALITY_NAMES,
+    direction_title,
+    result_table,
+    skipped_lines,
+    throughput_lines,
+)
 
 TEMPLATE = "report.html.j2"
 MAX_RECORDING_SECONDS = 30.0
@@ -78,6 +84,7 @@ def write_report(
         table=table,
         modality_names=MODALITY_NAMES,
         throughput=throughput_lines(evaluation),
+        skipped=skipped_lines(evaluation),
         test_sets=_test_sets(evaluation),
         # Our own SVG, its texts escaped where it is drawn.
         charts=[(chart, Markup(chart.svg)) for chart in charts(curves or {})],

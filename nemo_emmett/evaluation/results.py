@@ -87,6 +87,7 @@ class Evaluation:
     translations: list[Translation]
     throughput: dict[str, Throughput]  # by modality
     signatures: dict[str, str]  # sacreBLEU's, by metric
+    skipped: dict[str, int] = field(default_factory=dict)  # test set -> records that could not be read
     decoding: dict[str, int | None] = field(default_factory=dict)
     config: dict = field(default_factory=dict)  # the recipe's test_ds
     command: str = ""

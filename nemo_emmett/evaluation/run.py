@@ -65,7 +65,7 @@ def evaluate(
         ModelError: if the model cannot be loaded.
 
     Example:
-        >>> evaluate("exp/model", "conf/salm_t5_phrasebook.yaml", output="exp/evaluation")  # doctest: +SKIP
+        >>> evaluate("exp/model", "conf/evaluate_phrasebook.yaml", output="exp/evaluation")  # doctest: +SKIP
     """
     # What may be wrong with the arguments shows before the translating, not after.
     data_config = _data_config(config)
@@ -75,9 +75,8 @@ def evaluate(
         model_name, model = os.fspath(model), _load(model)
     else:
         model_name = type(model).__qualname__
-    translations, throughput = translate(
-        model, _test_sets(data_config, model), num_beams=num_beams, max_new_tokens=max_new_tokens
-    )
+    test_sets = _test_sets(data_config, model)
+    translations, throughput = translate(model, test_sets, num_beams=num_beams, max_new_tokens=max_new_tokens)
     evaluation = Evaluation(
         model=model_name,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -85,6 +84,7 @@ def evaluate(
         translations=translations,
         throughput=throughput,
         signatures=signatures(),
+        skipped=_skipped(test_sets),
         decoding={"num_beams": num_beams, "max_new_tokens": max_new_tokens},
         config=OmegaConf.to_container(data_config.test_ds, resolve=True),
         command=shlex.join(sys.argv),
@@ -96,6 +96,28 @@ def evaluate(
     if output is not None:
         write_report(evaluation, Path(output) / "report.html", curves=curves, examples=examples, baseline=earlier)
     return evaluation
+
+
+def evaluate_recipe(
+    config: DictConfig | str | os.PathLike[str], model: str | os.PathLike[str] | None = None, **options: Any
+) -> Evaluation:
+    """Evaluate as a recipe says: beside its test sets it may name ``model`` and any argument of :func:`evaluate`.
+
+    Args:
+        config: a recipe, or its YAML file.
+        model: folder of the model; None takes the recipe's.
+        options: arguments of :func:`evaluate`; those that are None are the recipe's.
+
+    Raises:
+        ConfigError: if neither names a model, and as :func:`evaluate` does.
+    """
+    recipe = config if isinstance(config, DictConfig) else _read_yaml(Path(config))
+    model = recipe.get("model") if model is None else model
+    if not isinstance(model, (str, os.PathLike)):
+        raise ConfigError("model: the recipe names no exported model; give the folder that train.py exported to.")
+    known = ("output", "num_beams", "max_new_tokens", "log_dir", "baseline", "examples")
+    chosen = {name: recipe.get(name) for name in known} | {k: v for k, v in options.items() if v is not None}
+    return evaluate(model, recipe, **{name: value for name, value in chosen.items() if value is not None})
 
 
 def _data_config(config: DictConfig | Mapping | str | os.PathLike[str]) -> DictConfig:
@@ -141,6 +163,13 @@ def _test_sets(data_config: DictConfig, model: Any) -> Mapping[str, Iterable]:
     # One set after another: Lightning's combination would give the sets' batches side by side, padded with None.
     assert isinstance(loader, CombinedLoader)
     return loader.iterables
+
+
+def _skipped(test_sets: Mapping[str, Iterable]) -> dict[str, int]:
+    """How many records of each test set could not be read, where there were any."""
+    # NeMo's wrapper around each loader keeps ours as its source.
+    counts = {name: loader._source.bad_records.count() for name, loader in test_sets.items()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _versions() -> dict[str, str]:

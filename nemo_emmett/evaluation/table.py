@@ -137,6 +137,8 @@ def print_table(evaluation: Evaluation, console: Console | None = None, baseline
         console.print(f"{metric}: {signature}", highlight=False, style="dim")
     for line in throughput_lines(evaluation):
         console.print(line, highlight=False)
+    for line in skipped_lines(evaluation):
+        console.print(line, highlight=False, style="bold red")
 
 
 def throughput_lines(evaluation: Evaluation) -> list[str]:
@@ -150,6 +152,14 @@ def throughput_lines(evaluation: Evaluation) -> list[str]:
             line += f", real-time factor {speed.real_time_factor:.3f}"
         lines.append(line)
     return lines
+
+
+def skipped_lines(evaluation: Evaluation) -> list[str]:
+    """One line for each test set of which records could not be read: its scores are over what is left."""
+    return [
+        f"{test_set}: {records:,} records could not be read and are not scored"
+        for test_set, records in evaluation.skipped.items()
+    ]
 
 
 def _identity(one: Score) -> tuple[str, str, str, str]:

@@ -5,10 +5,14 @@ The tables are those of the tokenizers in transformers, so a code is known here 
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
+
+_WITH_SUBTAGS = re.compile(r"(?P<code>[a-z]{2,3})(-[A-Z][a-z]{3})?(-([A-Z]{2}|\d{3}))?")
+"""A language code with a script, a region or both, as BCP 47 writes them: zh-Hant, pt-BR, es-419, zh-Hant-TW."""
 
 
 @cache
@@ -28,8 +32,16 @@ def known_languages() -> frozenset[str]:
 
 
 def is_known_language(code: str) -> bool:
-    """Whether ``code`` is a language code that a recipe may name. Region suffixes (``en-US``) are accepted."""
-    return code in known_languages() or code.split("-")[0] in _names()
+    """Whether ``code`` is a language code that a recipe may name; script and region may follow: ``zh-Hant``, ``en-US``.
+
+    Example:
+        >>> is_known_language("pt-BR"), is_known_language("en-de")
+        (True, False)
+    """
+    if code in known_languages():
+        return True
+    tagged = _WITH_SUBTAGS.fullmatch(code)
+    return tagged is not None and tagged["code"] in known_languages()
 
 
 def check_language(code: str, where: str) -> str:
@@ -44,8 +56,8 @@ def check_language(code: str, where: str) -> str:
     """
     if is_known_language(str(code)):
         return str(code)
-    suggestion = nearest(str(code), known_languages())
-    codes = "use an ISO 639-1 code (de) or a FLORES-200 one (deu_Latn)."
+    suggestion = nearest(str(code).lower(), known_languages())  # a code in capitals is no closer to any other
+    codes = "use an ISO 639-1 code (de; with a region: pt-BR) or a FLORES-200 one (deu_Latn)."
     hint = f"did you mean '{suggestion}'?" if suggestion else codes
     raise ConfigError(f"{where}: '{code}' is not a known language; {hint}")
 

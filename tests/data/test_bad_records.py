@@ -13,7 +13,7 @@ from nemo_emmett.errors import TooManyBadRecords
 
 def filled(bad: int, good: int) -> BadRecords:
     ledger = BadRecords()
-    ledger.read(bad + good)
+    ledger.read("train.json", bad + good)
     for i in range(bad):
         ledger.add("train.json", f"line {i}", "not JSON")
     return ledger
@@ -21,12 +21,12 @@ def filled(bad: int, good: int) -> BadRecords:
 
 def test_a_record_met_again_counts_once() -> None:
     ledger = filled(2, 8)
-    ledger.read(10)
+    ledger.read("train.json", 10)
     ledger.add("train.json", "line 0", "not JSON")
     ledger.add("train.json", "line 1", "not JSON")
     assert ledger.count() == 2
     assert ledger.counts == {("train.json", "not JSON"): 2}
-    assert ledger.share() == pytest.approx(4 / 20)  # both times two of ten
+    assert ledger.shares() == {"train.json": pytest.approx(4 / 20)}  # both times two of ten
 
 
 def test_notes_travel_once() -> None:
@@ -64,7 +64,7 @@ def test_a_share_is_judged_after_a_thousand_records_or_at_the_end() -> None:
     ledger.check(0.1)
     with pytest.raises(TooManyBadRecords):
         ledger.check(0.1, at_end=True)
-    ledger.read()
+    ledger.read("train.json")
     with pytest.raises(TooManyBadRecords):
         ledger.check(0.1)
     ledger.check(0.2)
@@ -79,3 +79,51 @@ def test_the_table_has_a_line_per_source_and_cause() -> None:
         "      2  not JSON    train.json",
         "      1  empty text  dev.de",
     ]
+
+
+def test_a_record_of_several_examples_is_bad_once_per_pass() -> None:
+    ledger = BadRecords()
+    for _ in range(2):
+        ledger.read("train.json", 1000)
+        for line in range(100):
+            for language in ("de", "es", "fr"):
+                where = ("train.json", f"line {line}")
+                ledger.add(where[0], f"{where[1]} ({line}.wav)", "truncated audio", where, f"{line}-{language}")
+        assert ledger.shares() == {"train.json": pytest.approx(0.1)}
+    assert ledger.count() == 100
+    assert ledger.causes() == {"truncated audio": 100}
+    ledger.check(0.1)
+
+
+def test_a_record_with_several_faults_is_one_record() -> None:
+    ledger = BadRecords()
+    ledger.read("train.json", 10)
+    for language in ("de", "es"):
+        ledger.add("train.json", "line 4", f"no translation to '{language}'")
+    ledger.add("train.json", "line 4 (4.wav)", "truncated audio", record=("train.json", "line 4"))
+    assert ledger.count() == 1
+    assert ledger.shares() == {"train.json": 0.1}
+    assert ledger.causes() == {"no translation to 'de'": 1, "no translation to 'es'": 1, "truncated audio": 1}
+    ledger.check(1)
+
+
+def test_each_source_is_judged_by_its_own_share() -> None:
+    ledger = BadRecords(source_of={"speech_0.json": "speech", "speech_1.json": "speech"})
+    ledger.read("train.de", 1_000_000)
+    ledger.add("train.de", "line 1", "empty text")
+    for shard in ("speech_0.json", "speech_1.json"):
+        ledger.read(shard, 499)
+        for line in range(200):
+            ledger.add(shard, f"line {line}", "missing audio")
+    assert ledger.shares() == {"train.de": pytest.approx(1e-6), "speech": pytest.approx(400 / 998)}
+    ledger.check(0.25)  # of speech, less than a thousand records were read
+    ledger.read("speech_0.json", 2)
+    with pytest.raises(TooManyBadRecords) as stopped:
+        ledger.check(0.25)
+    sentence, *named = str(stopped.value).splitlines()
+    assert "400 bad records were skipped in 1000 records of speech read, more than allowed (0.25 of" in sentence
+    assert len(named) == 10
+    assert not any("train.de" in line for line in named)
+    ledger.check(401)
+    with pytest.raises(TooManyBadRecords, match="401 bad records were skipped in 1001000 records read"):
+        ledger.check(400)  # a number is of all sources together

@@ -226,9 +226,10 @@ def test_fusion(good) -> None:
     assert "sampler_weights.speech: 0 is not a share" in refused(good)
 
 
-def test_batch_sizes(good) -> None:
+def test_batch_sizes(good, tokenizer) -> None:
     del good["pairs"]["batch_size"]
-    assert "data.train_ds.pairs.batch_size: missing" in refused(good)
+    check_data_config(good)  # before there is a model, the OOMptimizer may yet set them
+    assert "data.train_ds.pairs.batch_size: missing" in refused(good, tokenizer=tokenizer)
     good["pairs"]["batch_duration"] = 20
     assert "data.train_ds.pairs.batch_duration: measures seconds of speech" in refused(good)
 
@@ -338,3 +339,88 @@ def test_asr_configs_are_not_asked_for_languages(write_tone, write_manifest) -> 
     check_data_config(config, examples=ExampleKind.AS_READ)
     config["min_duration"] = 2
     assert "is left of 1 records" in refused(config, DataError, examples=ExampleKind.AS_READ)
+
+
+def test_a_dataset_set_to_null_is_none() -> None:
+    check_data_config(None, where="data.validation_ds")
+
+
+# Keys without effect
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """What is logged as a warning, counted as NeMo's log counts it."""
+    from nemo.utils import logging, logging_mode
+
+    logged: list[str] = []
+
+    def warning(message: str, *args, mode=logging_mode.EACH, **kwargs) -> None:
+        if mode is not logging_mode.ONCE or message not in logged:
+            logged.append(message)
+
+    monkeypatch.setattr(logging, "warning", warning)
+    return logged
+
+
+def test_keys_of_groups_beside_multi_config_are_warned_of(good, warnings) -> None:
+    for key, value in {"max_duration": 20.0, "batch_size": 4, "min_tokens": 1}.items():
+        good[key] = value
+    check_data_config(good)
+    check_data_config(good)  # again, as when the loader is built
+    assert warnings == [
+        f"data.train_ds.{key}: has no effect beside multi_config; set it in the groups (speech, pairs)."
+        for key in ("max_duration", "batch_size", "min_tokens")
+    ]
+
+
+def test_shared_keys_inside_a_group_are_warned_of(good, warnings) -> None:
+    good["num_workers"] = 1
+    good["speech"] |= {"shuffle": True, "num_workers": 2, "seed": 0}
+    check_data_config(good)
+    assert warnings == [  # the seed is the same as above
+        "data.train_ds.speech.num_workers: has no effect, since all groups share data.train_ds.num_workers, "
+        "which is 1; set it there.",
+        "data.train_ds.speech.shuffle: has no effect, since all groups share data.train_ds.shuffle, "
+        "which is False; set it there.",
+    ]
+
+
+def test_what_has_an_effect_is_not_warned_of(good, warnings) -> None:
+    good |= {"shuffle": True, "num_workers": 0, "token_equivalent_duration": 0.08, "source_lang": "en"}
+    good["speech"] |= {"max_duration": 20.0, "shuffle": True}
+    check_data_config(good)
+    check_data_config({**good["pairs"], "shuffle": True, "max_tokens": 10, "num_workers": 1})
+    assert warnings == []
+
+
+# Counting lines
+
+
+def test_lines_are_counted_once_as_long_as_the_files_stay(good, write_lines, monkeypatch) -> None:
+    from nemo_emmett.data import files
+
+    opened = []
+    open_best = files.open_best
+    monkeypatch.setattr(files, "open_best", lambda path, mode: opened.append(path) or open_best(path, mode))
+    counted = files.count_lines_of
+    source, target = text_source(good)["source_paths"], text_source(good)["target_paths"]
+    assert counted([source, target]) == {source: 3, target: 3}
+    assert opened == [source, target]
+    assert counted([source, target]) == {source: 3, target: 3}
+    assert opened == [source, target]
+    write_lines("train.de", ["eins", "zwei"])
+    assert "train.de has 2" in refused(good, DataError)
+    assert opened.count(source) == 1
+    assert opened.count(target) == 2
+
+
+def test_counting_for_long_shows_a_bar(write_lines, monkeypatch, capfd) -> None:
+    from nemo_emmett.data import files
+
+    path = str(write_lines("a.de", ["eins"] * 1000))
+    files.count_lines_of([path])
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(files, "SECONDS_WITHOUT_A_BAR", 0)
+    files.count_lines_of([str(write_lines("b.de", ["eins"] * 1000))])
+    assert "Counting lines: 100%" in capfd.readouterr().err

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import tarfile
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lhotse import CutSet
@@ -473,3 +475,96 @@ def test_parallel_text_in_a_recipe_without_us(tokenizer, pairs) -> None:
     config = {**SETTINGS, "input_cfg": [{"type": "parallel_text", **pairs(3)}], "force_finite": True}
     loader = get_lhotse_dataloader_from_config(OmegaConf.create(config), 0, 1, SpeechTextDataset(tokenizer), tokenizer)
     assert examples_of(loader) == TEXT_EXAMPLES
+
+
+# The share of bad records
+
+
+def test_a_modality_that_cannot_be_read_is_not_hidden_by_the_other(load, speech, pairs) -> None:
+    manifest = speech(4)
+    for record in manifest.read_text().splitlines():
+        Path(json.loads(record)["audio_filepath"]).unlink()
+    loader = load(fused(manifest, pairs(60), "round_robin", force_finite=True, force_map_dataset=True))
+    with pytest.raises(TooManyBadRecords) as stopped:
+        list(loader)
+    assert f"4 bad records were skipped in 4 records of data.train_ds.speech ({manifest}) read" in str(stopped.value)
+    assert "missing audio" in str(stopped.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("flavour", ["force_map_dataset", "force_iterable_dataset"])
+def test_the_share_is_one_of_records_not_of_their_translations(load, speech, flavour, workers) -> None:
+    manifest = speech(8)
+    lines = manifest.read_text().splitlines()
+    for record in lines[:2]:
+        Path(json.loads(record)["audio_filepath"]).unlink()
+    config = {"manifest_filepath": str(manifest), "target_lang": ["de", "es"], flavour: True, "num_workers": workers}
+    loader = load({**config, "max_bad_records": 0.25})
+    for _ in range(2):
+        readers = max(workers, 1) if flavour == "force_iterable_dataset" else 1
+        assert len(ids_of(loader)) == 2 * 6 * readers
+        assert loader.bad_records.shares() == {f"data.train_ds ({manifest})": 0.25}
+    assert loader.bad_records.count() == 2
+
+
+def test_shards_of_a_source_are_judged_together(load, write_manifest, speech, tmp_path) -> None:
+    records = speech(4).read_text().splitlines()
+    write_manifest("shard_0.json", ["{not json", records[0]])
+    write_manifest("shard_1.json", records[1:])
+    manifest = f"{tmp_path}/shard__OP_0..1_CL_.json"
+    loader = load({"manifest_filepath": manifest, "target_lang": "de", "max_bad_records": 0.25})
+    assert len(ids_of(loader)) == 4
+    assert loader.bad_records.shares() == {f"data.train_ds ({manifest})": 0.2}
+
+
+@pytest.mark.parametrize("kind", ["lhotse_shar", "lhotse_as_conversation"])
+def test_records_that_nemo_reads_are_counted_too(load, speech, tmp_path, kind) -> None:
+    if kind == "lhotse_shar":
+        cuts = list(LazyNeMoIterator(str(speech(4))))
+        del cuts[1].translations["de"]
+        (tmp_path / "shar").mkdir()
+        with SharWriter(str(tmp_path / "shar"), fields={"recording": "wav"}, shard_size=2) as writer:
+            for cut in cuts:
+                writer.write(cut)
+        source = {"shar_path": str(tmp_path / "shar"), "target_lang": "de"}
+    else:
+        source = {"manifest_filepath": str(speech(4)), "tags": {"target_lang": "de"}}
+        Path(json.loads(Path(source["manifest_filepath"]).read_text().splitlines()[1])["audio_filepath"]).unlink()
+    config = {"input_cfg": [{"type": kind, **source}], "force_finite": True, "force_map_dataset": True}
+    loader = load({**config, "max_bad_records": 0.25})
+    assert len(ids_of(loader)) == 3
+    assert loader.bad_records.read_count == 4
+    assert list(loader.bad_records.shares().values()) == [0.25]
+    assert all(source.startswith("data.train_ds.input_cfg[0] (") for source in loader.bad_records.shares())
+
+
+# Epochs and random states
+
+
+def shuffled(speech, pairs, kind: str) -> dict:
+    """A map-style dataset that ends, in another order at each pass."""
+    ends = {"force_finite": True, "force_map_dataset": True, "shuffle": True}
+    if kind == "zip":
+        return {**fused(speech(12), pairs(18), "zip"), **ends}
+    return {"manifest_filepath": str(speech(12)), "target_lang": "de", **ends}
+
+
+@pytest.mark.parametrize("kind", ["single", "zip"])
+def test_each_pass_has_an_order_of_its_own(load, speech, pairs, kind) -> None:
+    config = shuffled(speech, pairs, kind)
+    loader = load(config)
+    first, second, third = ids_of(loader), ids_of(loader), ids_of(loader)
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert first != second != third != first
+    again = load(config)
+    assert [ids_of(again) for _ in range(3)] == [first, second, third]
+
+
+@pytest.mark.parametrize("kind", ["single", "zip"])
+def test_building_a_loader_leaves_the_random_states_alone(load, speech, pairs, kind) -> None:
+    config = shuffled(speech, pairs, kind)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = random.random(), np.random.rand(), torch.rand(()).item()
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    load(config)
+    assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected

@@ -7,6 +7,7 @@ from itertools import islice
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.utilities import CombinedLoader
 from nemo.collections.common.data.lhotse.broadcasting import BroadcastingDataLoader
 from nemo.collections.speechlm2.data.datamodule import DataModule
@@ -130,3 +131,32 @@ def test_lightning_trains_and_validates_with_it(datamodule, tmp_path) -> None:
     assert model.trained == [["audio", "text"]] * 6
     one_pass = [{"dev_text": ["text"], "dev_speech": ["audio"]}] * 2 + [{"dev_text": ["text"], "dev_speech": None}]
     assert model.validated == one_pass * 2
+
+
+@pytest.fixture(params=["single", "zip"])
+def shuffled(request, config, speech, pairs, tokenizer) -> MultimodalDataModule:
+    """Training data that ends, in another order in each epoch."""
+    train = config.train_ds
+    train.update(force_finite=True, force_map_dataset=True, shuffle=True)
+    train.spoken.manifest_filepath = str(speech(12))
+    train.written.input_cfg[0].update(pairs(12))
+    if request.param == "single":
+        common = ("prompt_format", "audio_locator_tag", "seed", "shard_seed", "force_map_dataset", "shuffle")
+        config.train_ds = {**{key: train[key] for key in common}, **train.spoken}
+    return MultimodalDataModule(config, tokenizer, SpeechTextDataset(tokenizer))
+
+
+def ids_of_epoch(loader, epoch: int) -> list[str]:
+    """What Lightning gets in an epoch, whose number it sets before."""
+    _set_sampler_epoch(loader, epoch)
+    return [example["id"] for batch in loader for part in batch.values() for example in part["examples"]]
+
+
+def test_each_epoch_of_lightning_has_an_order_that_a_resumed_run_finds_again(shuffled) -> None:
+    loader = shuffled.train_dataloader()
+    epochs = [ids_of_epoch(loader, epoch) for epoch in range(3)]
+    assert len(epochs[0]) in (12, 24)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    resumed = shuffled.train_dataloader()
+    assert [ids_of_epoch(resumed, 1), ids_of_epoch(resumed, 2)] == epochs[1:]

@@ -198,3 +198,14 @@ def test_speed_perturbation_asks_for_more_of_the_file(write_tone) -> None:
     longer = cut_of(write_tone("b.wav", 1.0), 1.2)
     assert cause_of(longer.perturb_speed(1.1)) == "truncated audio"
     assert cause_of(whole.resample(8000)) is None
+
+
+def test_a_conversation_with_one_fault_leaves_none_of_its_recordings_behind(dataset, write_tone, tmp_path) -> None:
+    """Those read before the fault would be heard in place of the next example's."""
+    cuts = [cut_of(write_tone("good.wav", 0.5), 0.5), cut_of(tmp_path / "missing.wav", 1.0)]
+    talk = NeMoMultimodalConversation("talk", [AudioTurn(cut, "user", "<|audio|>") for cut in cuts], custom={})
+    talk.context_ids, talk.answer_ids = torch.tensor([3, 3]), torch.tensor([5])
+    batch = dataset[CutSet([talk, cut_of(write_tone("next.wav", 1.5), 1.5)])]
+    assert len(batch["audio"]["examples"]) == 1
+    assert batch["audio"]["audio_lens"].tolist() == [24000]
+    assert batch["audio"]["audios"].shape == (1, 24000)

@@ -175,3 +175,40 @@ def test_a_file_that_ends_early_is_an_error_not_a_short_corpus(write_lines) -> N
     }
     with pytest.raises(DataError, match=r"a\.de ends after 1 lines"):
         read({**config, **LANGUAGES})
+
+
+@pytest.mark.parametrize(("name", "line"), [("a.tsv", "one\teins"), ("a.jsonl", '{"source": "one", "target": "eins"}')])
+def test_languages_may_stand_in_the_tags(write_lines, name, line) -> None:
+    config = {"paths": str(write_lines(name, [line])), "source_lang": "en", "tags": {"target_lang": "de"}}
+    assert read(config)[0] == EXPECTED[:1]
+    assert read({**config, "target_lang": "fr"})[0] == EXPECTED[:1], "tags overrule keys, as in speech"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("a.tsv", ["", "one\teins", "  ", "two\tzwei", ""]),
+        ("a.jsonl", ['{"source": "one", "target": "eins"}', "", '{"source": "two", "target": "zwei"}', " ", ""]),
+    ],
+)
+def test_blank_lines_of_one_file_text_are_no_records(write_lines, name, lines) -> None:
+    examples, ledger = read({"paths": str(write_lines(name, lines)), **LANGUAGES})
+    assert examples == EXPECTED
+    assert (ledger.read_count, ledger.count()) == (2, 0)
+    ledger.check(0, at_end=True)
+
+
+def test_a_line_that_is_empty_on_both_sides_is_one_bad_record(write_lines) -> None:
+    config = {
+        "source_paths": str(write_lines("a.en", ["one", "", "two"])),
+        "target_paths": str(write_lines("a.de", ["eins", "", ""])),
+    }
+    examples, ledger = read({**config, **LANGUAGES})
+    assert examples == EXPECTED[:1]
+    assert (ledger.read_count, ledger.count()) == (3, 2)
+    assert ledger.shares() == {config["source_paths"]: pytest.approx(2 / 3)}
+    assert [str(record).removeprefix(str(config["source_paths"])[:-4]) for record in ledger.first] == [
+        "a.en, line 2: empty text",
+        "a.de, line 2: empty text",
+        "a.de, line 3: empty text",
+    ]

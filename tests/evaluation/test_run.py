@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerFast
 
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.evaluation import evaluate, from_json
+from nemo_emmett.evaluation import evaluate, evaluate_recipe, from_json, run
 
 from .samples import DIRECTIONS, LANGUAGES, SAMPLING_RATE, SENTENCES, sentence, tone
 
@@ -49,6 +50,7 @@ class Oracle:
     device = torch.device("cpu")
     pad_id = 0
     sampling_rate = SAMPLING_RATE
+    data_defaults = {"sample_rate": SAMPLING_RATE}  # noqa: RUF012
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -83,7 +85,6 @@ def recipe(tmp_path_factory):
         "batch_size": 5,
         "num_workers": 0,
         "shuffle": False,
-        "sample_rate": SAMPLING_RATE,
         "prompt_format": "emmett_t5",
         "audio_locator_tag": "${tag}",
         "datasets": {
@@ -176,3 +177,36 @@ def test_a_missing_baseline_is_refused_before_the_model_is_loaded(recipe, tmp_pa
 def test_importing_the_package_imports_neither_torch_nor_nemo():
     program = "import nemo_emmett.evaluation, sys; assert not {'torch', 'nemo', 'sacrebleu'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_what_a_test_set_lacks_is_told(recipe, tokenizer, tmp_path):
+    config = OmegaConf.load(recipe)
+    manifest = config.data.test_ds.datasets.test_speech.input_cfg[0].manifest_filepath
+    lines = Path(manifest).read_text().splitlines()
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("\n".join([*lines[:-1], lines[-1].replace(".wav", ".gone.wav"), "{"]) + "\n")
+    config.data.test_ds.datasets.test_speech.input_cfg[0].manifest_filepath = str(damaged)
+    terminal = io.StringIO()
+    evaluation = evaluate(Oracle(tokenizer), config, output=tmp_path, console=Console(file=terminal, width=100))
+    assert evaluation.skipped == {"test_speech": 2}
+    told = "test_speech: 2 records could not be read and are not scored"
+    assert told in terminal.getvalue()
+    assert told in (tmp_path / "report.html").read_text()
+    assert from_json(tmp_path / "evaluation.json") == evaluation
+
+
+def test_a_recipe_may_say_how_it_is_evaluated_and_options_overrule_it(recipe, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_load", lambda folder: Oracle(tokenizer))
+    config = OmegaConf.load(recipe)
+    settings = {"model": "exp/model", "output": str(tmp_path / "recipe"), "examples": 3, "num_beams": 2}
+    config = OmegaConf.merge(config, settings)
+    del config.data.test_ds.datasets["test_speech"]
+    evaluation = evaluate_recipe(config, output=tmp_path / "option", max_new_tokens=None)
+    assert (evaluation.model, evaluation.decoding) == ("exp/model", {"num_beams": 2, "max_new_tokens": None})
+    assert (tmp_path / "option" / "report.html").exists()
+    assert not (tmp_path / "recipe").exists()
+    assert evaluate_recipe(config, "other/model").model == "other/model"
+    assert (tmp_path / "recipe" / "evaluation.json").exists()
+    config.model = {"_target_": "salm_t5"}
+    with pytest.raises(ConfigError, match="names no exported model"):
+        evaluate_recipe(config)

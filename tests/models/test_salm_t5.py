@@ -228,6 +228,16 @@ def test_speech_from_tensors_and_from_a_file_generate_the_same(model, tiny_corpu
     assert model.translate([path], target_lang="de") == [text]
 
 
+def test_translating_a_model_in_training_has_no_dropout_and_leaves_it_in_training(model, tiny_corpus):
+    inputs = ["one red house", tiny_corpus / "audio" / "en-2.wav"]
+    expected = model.eval().translate(inputs, target_lang="de")
+    model.train()
+    model.perception.encoder.eval()
+    assert model.translate(inputs, target_lang="de") == expected
+    assert model.llm.training
+    assert not model.perception.encoder.training
+
+
 def test_translate_keeps_the_order_of_texts_and_recordings(model, tiny_corpus):
     inputs = ["one red house", tiny_corpus / "audio" / "en-3.wav", "six", str(tiny_corpus / "audio" / "en-0.wav")]
     together = model.translate(inputs, target_lang="de", batch_size=2)
@@ -273,6 +283,16 @@ def test_a_loaded_folder_has_every_weight_and_can_be_trained_on(model, tmp_path)
     assert again.options.pretrained_weights is False
 
 
+def test_a_lightning_checkpoint_loads(model, tmp_path):
+    from lightning.pytorch import Trainer
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = SALMT5.load_from_checkpoint(tmp_path / "model.ckpt").eval()
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
 def test_a_model_without_perception_reads_text_only(salm_t5_config):
     model = SALMT5({k: v for k, v in salm_t5_config.items() if k not in ("perception", "pretrained_asr")})
     assert math.isfinite(step_loss(quiet(model), {"text": text_batch(model, PAIRS)}))
@@ -310,6 +330,8 @@ def test_a_decoder_only_backbone_is_refused_by_its_kind(salm_t5_config, tmp_path
         ({"pretrained_llm": None}, "model.pretrained_llm is missing"),
         ({"pretrained_llm": "./no/such/folder"}, "model.pretrained_llm: './no/such/folder' does not exist"),
         ({"pretrained_asr": "nowhere.nemo"}, "model.pretrained_asr: 'nowhere.nemo' does not exist"),
+        ({"modality_loss_weights": {"speech": 1.0}}, "model.modality_loss_weights.speech: there is no such modality"),
+        ({"pretrained_llm": "no-such-model-anywhere"}, "'no-such-model-anywhere' is neither a folder"),
         ({"modality_loss_weights": {"adio": 1.0}}, "model.modality_loss_weights.adio: .* did you mean 'audio'"),
     ],
 )
@@ -320,4 +342,11 @@ def test_mistakes_get_one_sentence(salm_t5_config, change, sentence):
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"is not an exported model: it has no config\.json"):
+        load(tmp_path)
+    for content in ("{", "{}", '{"_target_": "no.such.Class"}', '{"_target_": 3}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ModelError, match="names no model class"):
+            load(tmp_path)
+    (tmp_path / "config.json").write_text('{"_target_": "collections.OrderedDict"}')
+    with pytest.raises(ModelError, match="OrderedDict, which is not a model of ours"):
         load(tmp_path)
