@@ -292,6 +292,7 @@ def damage(corpus: Path) -> None:
 def test_bad_records_are_skipped_counted_by_cause_and_reported(recipe, corpus, tmp_path, monkeypatch, caplog):
     damage(corpus)
     recipe["trainer"]["max_steps"] = 6
+    recipe["data"]["validation_ds"]["max_bad_records"] = None
     loaders = []
     original = MultimodalDataModule.train_dataloader
     monkeypatch.setattr(
