@@ -65,7 +65,7 @@ class TestTranslate:
     def test_a_missing_recording_is_one_sentence(self, invoke, calls) -> None:
         done = invoke("translate", "gone.wav", "--to", "de", "--model", "m")
         assert done.exit_code == 2
-        assert done.output == "Error: gone.wav: there is no such audio file.\n"
+        assert done.output == "Error: audio file 'gone.wav' does not exist.\n"
         assert calls == []
 
     def test_a_model_that_cannot_be_loaded_is_one_sentence(self, invoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,10 @@ def composed(name: str, *overrides: str):
 def demo():
     spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "speechlm" / "demo.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module  # its dataclasses look themselves up
     spec.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules["demo"]
 
 
 @pytest.mark.parametrize("name", ["salm_t5_phrasebook", "pretrain_t5_phrasebook"])

@@ -58,8 +58,10 @@ def main() -> None:
         print(f"  {title:<58} {'there already' if duration is None else f'{duration:6.0f} s'}")
     print(f"  {'together':<58} {time.monotonic() - started:6.0f} s")
     print(f"\nThe report, with recordings to listen to: {options.exp / 'evaluation' / 'report.html'}")
-    model = options.exp / "salm_t5" / "model"
-    print(f'Translate: nemo-emmett translate --model {model} --to de "half of it is a text or a recording.wav"')
+    translate = [installed("nemo-emmett"), "translate", "--model", str(options.exp / "salm_t5" / "model"), "--to", "de"]
+    print("Translate a text, or recordings:")
+    print(f'  {shlex.join(translate)} "ten past four in the morning"')
+    print(f"  {shlex.join(translate)} {options.data / 'audio' / 'test' / 'en'}/*.wav")
 
 
 def run(stage: Stage, log: Path) -> float | None:
@@ -102,6 +104,12 @@ def tail(log: Path, size: int = 4096) -> str:
         return lines.read().decode(errors="replace")
 
 
+def installed(command: str) -> str:
+    """The path of a command that stands beside the interpreter, from here where that is shorter."""
+    path = Path(sys.executable).with_name(command)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def script(name: str, *overrides: str) -> list[str]:
     """One of the scripts beside this one."""
     return [sys.executable, str(EXAMPLES / name), *overrides]
@@ -113,7 +121,7 @@ def demo_stages(data: Path, exp: Path) -> list[Stage]:
     return [
         Stage(
             "Write and speak the phrasebook",
-            [str(Path(sys.executable).with_name("nemo-emmett")), "prepare", "phrasebook", str(data), *PHRASEBOOK],
+            [installed("nemo-emmett"), "prepare", "phrasebook", str(data), *PHRASEBOOK],
             data / "phrasebook.json",
             shows=True,
         ),

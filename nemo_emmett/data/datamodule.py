@@ -59,21 +59,21 @@ class MultimodalDataModule(DataModule, Serialization):
             return None
         return self._loader(self.cfg.train_ds, "data.train_ds")
 
-    def val_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | None:
+    def val_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | list:
         """The loaders of ``validation_ds``, side by side: a batch is ``{dataset: batch or None}``."""
         return self._evaluation_loaders("validation_ds", mode="max_size")
 
-    def test_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | None:
+    def test_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | list:
         """The loaders of ``test_ds``, side by side."""
         return self._evaluation_loaders("test_ds", mode="max_size")
 
-    def predict_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | None:
+    def predict_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | list:
         """The loaders of ``predict_ds``, one after another, as Lightning's ``predict`` wants them."""
         return self._evaluation_loaders("predict_ds", mode="sequential")
 
-    def _evaluation_loaders(self, name: str, mode: str) -> CombinedLoader | BroadcastingDataLoader | None:
+    def _evaluation_loaders(self, name: str, mode: str) -> CombinedLoader | BroadcastingDataLoader | list:
         if self.cfg.get(name) is None:
-            return None
+            return []  # Lightning refuses None where the method exists
         # Each rank gets its share of one pass over the data.
         common = self.cfg[name].copy()
         with open_dict(common):  # a recipe composed by Hydra takes no new keys otherwise

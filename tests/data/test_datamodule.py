@@ -78,8 +78,8 @@ def test_the_recipe_is_not_changed_by_its_loaders(datamodule, config) -> None:
 
 def test_absent_sections_have_no_loader(tokenizer) -> None:
     empty = MultimodalDataModule({}, tokenizer, SpeechTextDataset(tokenizer))
-    assert empty.train_dataloader() is empty.val_dataloader() is empty.test_dataloader() is None
-    assert empty.predict_dataloader() is None
+    assert empty.train_dataloader() is None
+    assert empty.val_dataloader() == empty.test_dataloader() == empty.predict_dataloader() == []
 
 
 def test_a_dataset_called_as_a_modality_is_refused_at_once(config, tokenizer) -> None:

@@ -331,13 +331,21 @@ def test_a_decoder_only_backbone_is_refused_by_its_kind(salm_t5_config, tmp_path
         ({"pretrained_llm": "./no/such/folder"}, "model.pretrained_llm: './no/such/folder' does not exist"),
         ({"pretrained_asr": "nowhere.nemo"}, "model.pretrained_asr: 'nowhere.nemo' does not exist"),
         ({"modality_loss_weights": {"speech": 1.0}}, "model.modality_loss_weights.speech: there is no such modality"),
-        ({"pretrained_llm": "no-such-model-anywhere"}, "'no-such-model-anywhere' is neither a folder"),
         ({"modality_loss_weights": {"adio": 1.0}}, "model.modality_loss_weights.adio: .* did you mean 'audio'"),
     ],
 )
 def test_mistakes_get_one_sentence(salm_t5_config, change, sentence):
     with pytest.raises((ConfigError, ModelError), match=sentence):
         SALMT5(salm_t5_config | change)
+
+
+def test_a_name_that_no_hub_knows_is_told_in_one_sentence(salm_t5_config, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("google/t6 is not a valid model identifier")
+
+    monkeypatch.setattr("nemo_emmett.models.base.AutoTokenizer", refuse)
+    with pytest.raises(ModelError, match="'google/t6' is neither a folder"):
+        SALMT5(salm_t5_config | {"pretrained_llm": "google/t6"})
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path):
