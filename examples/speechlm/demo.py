@@ -60,7 +60,7 @@ def main() -> None:
     print(f"\nThe report, with recordings to listen to: {options.exp / 'evaluation' / 'report.html'}")
     translate = [installed("nemo-emmett"), "translate", "--model", str(options.exp / "salm_t5" / "model"), "--to", "de"]
     print("Translate a text, or recordings:")
-    print(f'  {shlex.join(translate)} "ten past four in the morning"')
+    print(f'  {shlex.join(translate)} "ten twenty in the morning"')
     print(f"  {shlex.join(translate)} {options.data / 'audio' / 'test' / 'en'}/*.wav")
 
 

@@ -1,7 +1,7 @@
 """Translate a text or a recording with an exported model.
 
 Usage:
-    python examples/speechlm/translate.py --model exp/phrasebook/salm_t5/model --to de "twenty past ten" recording.wav
+    python examples/speechlm/translate.py --model exp/phrasebook/salm_t5/model --to de "ten twenty in the morning" recording.wav
 
 The same as ``nemo-emmett translate``.
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from hydra.errors import InstantiationException
@@ -38,4 +40,6 @@ def load(folder: str | Path) -> SpeechTextModel:
         ) from error
     if not (isinstance(model_class, type) and issubclass(model_class, SpeechTextModel)):
         raise ModelError(f"'{config_path}': `_target_` names {model_class.__name__}, which is not a model of ours.")
-    return model_class.from_pretrained(str(folder)).eval()
+    # huggingface_hub prints where it reads from; standard output belongs to the translations.
+    with redirect_stdout(sys.stderr):
+        return model_class.from_pretrained(str(folder)).eval()
