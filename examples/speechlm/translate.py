@@ -1,9 +1,9 @@
 """Translate a text or a recording with an exported model.
 
 Usage:
-    python examples/speechlm/translate.py --model exp/phrasebook/salm_t5/model --to de "ten twenty in the morning" recording.wav
+    python examples/speechlm/translate.py --model MODEL --to de "ten twenty in the morning" recording.wav
 
-The same as ``nemo-emmett translate``.
+MODEL is a folder that train.py exported. The same as ``nemo-emmett translate``.
 """
 
 from nemo_emmett.cli import main
