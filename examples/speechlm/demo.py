@@ -152,19 +152,7 @@ def demo_stages(data: Path, exp: Path) -> list[Stage]:
             script("train.py", f"corpus={data}", f"exp_dir={salm}", *pretrained(exp)),
             salm / "model" / "config.json",
         ),
-        Stage(
-            "Score it on speech and text",
-            script(
-                "evaluate.py",
-                f"model={salm / 'model'}",
-                f"corpus={data}",
-                f"output={scores}",
-                f"log_dir={salm}",
-                f"baseline={scores / 'text_before' / 'evaluation.json'}",
-            ),
-            scores / "report.html",
-            shows=True,
-        ),
+        scoring_stage("Score it on speech and text", data, exp, salm, scores),
     ]
 
 
@@ -177,20 +165,21 @@ def speech_alone_stages(data: Path, exp: Path) -> list[Stage]:
             script("train.py", f"corpus={data}", f"exp_dir={salm}", *pretrained(exp), "~data.train_ds.text"),
             salm / "model" / "config.json",
         ),
-        Stage(
-            "Score it on speech and text",
-            script(
-                "evaluate.py",
-                f"model={salm / 'model'}",
-                f"corpus={data}",
-                f"output={scores / 'speech_alone'}",
-                f"log_dir={salm}",
-                f"baseline={scores / 'text_before' / 'evaluation.json'}",
-            ),
-            scores / "speech_alone" / "report.html",
-            shows=True,
-        ),
+        scoring_stage("Score what learned from speech alone", data, exp, salm, scores / "speech_alone"),
     ]
+
+
+def scoring_stage(title: str, data: Path, exp: Path, trained: Path, output: Path) -> Stage:
+    """Both test sets, beside the T5 as it was before it heard anything."""
+    command = script(
+        "evaluate.py",
+        f"model={trained / 'model'}",
+        f"corpus={data}",
+        f"output={output}",
+        f"log_dir={trained}",
+        f"baseline={exp / 'evaluation' / 'text_before' / 'evaluation.json'}",
+    )
+    return Stage(title, command, output / "report.html", shows=True)
 
 
 def pretrained(exp: Path) -> list[str]:

@@ -6,6 +6,7 @@ Each source is an iterable of NeMo's ``SourceTargetTextExample``; a record that 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import permutations
@@ -80,7 +81,7 @@ def _first_file(shard: Mapping[str, str]) -> str:
     return next(iter(shard.values()))
 
 
-class _OneFileText:
+class _OneFileText(ABC):
     """Text files whose lines hold both sides of an example; what a line looks like is the subclass's business.
 
     Blank lines are no records.
@@ -103,9 +104,9 @@ class _OneFileText:
     def _lines(self, path: str) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(open_lines(path), start=1)
 
+    @abstractmethod
     def _fields(self, path: str, line: str) -> dict:
         """The fields ``source``, ``target`` and, perhaps, ``source_lang`` and ``target_lang`` of one line."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[SourceTargetTextExample]:
         for path in self.order(self.paths):
