@@ -16,6 +16,10 @@ class MultimodalDataConfig:
     max_bad_records: int | float | None = 0.25  # stop past so many (>= 1), or this share (< 1) of a source's
     source_lang: str | None = None  # language of the source side, for all sources that do not say it themselves
     target_lang: str | list[str] | None = None  # language(s) to translate to, for all sources that do not say it
+    sampling: str = "auto"  # who samples: "emmett" (resumable, stationary), "nemo" (NeMo's samplers), or "auto"
+    weights: str | None = None  # "auto": sources and groups weigh what they hold (hours, tokens)
+    index_dir: str | None = None  # folder for indexes and counts where they cannot be written beside the data
+    num_sub_buckets: int | None = None  # output-length buckets in each input-length bucket, for `auto` bins
 
     @classmethod
     def take_from(cls, settings: MutableMapping) -> MultimodalDataConfig:
@@ -86,7 +90,7 @@ LEGACY_KEYS = frozenset(
 )
 """Keys that NeMo's recipes carry from older dataloaders; NeMo warns of them, and so do we."""
 
-ANY_SOURCE_KEYS = frozenset({"type", "weight", "tags", "input_cfg", "source_lang", "target_lang"})
+ANY_SOURCE_KEYS = frozenset({"type", "weight", "weights", "tags", "input_cfg", "source_lang", "target_lang"})
 
 _MANIFEST = frozenset({"manifest_filepath", "tarred_audio_filepaths", "extra_fields"})
 _CUTS = frozenset({"cuts_path", "shar_path"})

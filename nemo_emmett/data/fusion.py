@@ -12,7 +12,7 @@ from lhotse.dataset.sampling.base import CutSampler
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
 
-FUSIONS = ("zip", "round_robin", "randomized_round_robin")
+FUSIONS = ("zip", "round_robin", "randomized_round_robin", "mux")
 
 
 class StationaryRoundRobinSampler(RoundRobinSampler):
