@@ -122,3 +122,73 @@ def doctor() -> None:
     from nemo_emmett.doctor import report
 
     raise SystemExit(report(Console()))
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--section", help="Place of the dataset in the recipe.  [default: data.train_ds]")
+@click.option(
+    "--steps", type=click.IntRange(min=1), help="How far to look ahead.  [default: trainer.max_steps, or 1000]"
+)
+@click.option(
+    "--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: model.pretrained_llm, or words]"
+)
+@click.option(
+    "--index-dir",
+    type=click.Path(file_okay=False),
+    help="Folder for counts that cannot be written beside the data.  [default: the dataset's index_dir]",
+)
+def blend(config: Path, section: str | None, steps: int | None, tokenizer: str | None, index_dir: str | None) -> None:
+    """Show what the data of CONFIG holds, what share of the examples each part has, and how often it will be seen.
+
+    CONFIG is a recipe, the config of a dataset, or a list of sources (input_cfg). No audio is read.
+    """
+    from nemo_emmett.data.blend_report import load_tokenizer, print_blend, read_recipe
+
+    recipe = read_recipe(config, section)
+    folder = tokenizer or recipe.tokenizer
+    text_tokenizer = None if folder is None else load_tokenizer(folder)
+    print_blend(recipe, steps=steps, tokenizer=text_tokenizer, index_dir=index_dir)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--section", help="Place of the dataset in the recipe.  [default: data.train_ds]")
+@click.option("--num-buckets", type=click.IntRange(min=1), help="Buckets of input lengths.  [default: the config's]")
+@click.option(
+    "--num-sub-buckets",
+    type=click.IntRange(min=1),
+    help="Buckets of output lengths in each of them.  [default: the config's, or none]",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Examples to measure of each group.  [default: all]")
+@click.option(
+    "--outliers",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Leave out outputs so many standard deviations too long for their inputs.  [default: none]",
+)
+@click.option("--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: model.pretrained_llm]")
+@click.option(
+    "--token-equivalent-duration",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds of speech that count as one token.  [default: the config's]",
+)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="PNG to draw the lengths and bins in.")
+def bins(
+    config: Path,
+    section: str | None,
+    tokenizer: str | None,
+    token_equivalent_duration: float | None,
+    output: Path | None,
+    **options: Any,
+) -> None:
+    """Find the bins of least padding for the data of CONFIG, of each of its groups, and say what they save.
+
+    CONFIG is a recipe, the config of a dataset, or a list of sources (input_cfg). No audio is read.
+    """
+    from nemo_emmett.data.bins_report import bins_of_dataset, draw_bins, print_bins, read_dataset
+
+    dataset = read_dataset(config, section, tokenizer, token_equivalent_duration)
+    groups = bins_of_dataset(dataset.settings, dataset.where, dataset.tokenizer, **options)
+    print_bins(groups)
+    if output is not None:
+        draw_bins(groups, output)

@@ -23,7 +23,7 @@ def invoke():
 
 def test_version_and_commands(invoke) -> None:
     assert invoke("--version").output == f"nemo-emmett, version {__version__}\n"
-    assert set(cli.main.commands) == {"prepare", "evaluate", "translate", "doctor"}
+    assert set(cli.main.commands) == {"prepare", "blend", "bins", "evaluate", "translate", "doctor"}
 
 
 def test_the_installed_command_starts_without_heavy_imports() -> None:

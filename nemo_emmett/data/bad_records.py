@@ -20,6 +20,9 @@ from nemo_emmett.errors import TooManyBadRecords
 NAMED_IN_REPORTS = 10
 """So many bad records are named, one by one, when a run stops."""
 
+REPORT_WIDTH = 96
+"""Columns of a report: 100, less the four by which NeMo's log indents it."""
+
 RECORDS_BEFORE_JUDGING_A_SHARE = 1_000
 """A share of fewer records of a source is judged when the data ends: one bad one of the first two is not half."""
 
@@ -53,6 +56,18 @@ class Notes:
         return bool(self.read or self.skipped)
 
 
+@dataclass
+class Tally:
+    """What was read and skipped in some stretch of time, by the sources of the recipe.
+
+    A record that is bad in each of three passes was read three times and skipped three times.
+    """
+
+    read: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)  # records, whatever was wrong with them
+    causes: Counter[tuple[str, str]] = field(default_factory=Counter)  # records by source and cause; may overlap
+
+
 class BadRecords:
     """Ledger of the records that were read and of those that had to be skipped.
 
@@ -82,11 +97,11 @@ class BadRecords:
         self._process = os.getpid()
         self._lock = threading.Lock()  # bucketing samplers read ahead in a thread
         self._notes = Notes()
-        self._seen: set[BadRecord] = set()
         self._meetings: defaultdict[tuple[str, str], Counter[tuple[BadRecord, str]]] = defaultdict(Counter)
-        self._read: Counter[str] = Counter()
-        self._times_bad: Counter[tuple[str, str]] = Counter()
-        self._bad: Counter[str] = Counter()
+        self._passes_of_fault: Counter[BadRecord] = Counter()
+        self._passes_of_record: Counter[tuple[str, str]] = Counter()
+        self._total = Tally()
+        self._epoch = Tally()
         self.counts: Counter[tuple[str, str]] = Counter()
         self.first: list[BadRecord] = []
         self._first_of: defaultdict[str, list[BadRecord]] = defaultdict(list)
@@ -145,19 +160,24 @@ class BadRecords:
                 self._count(record)
 
     def _count_read(self, file: str, records: int) -> None:
-        self._read[self.source_of.get(file, file)] += records
+        for tally in (self._total, self._epoch):
+            tally.read[self.source_of.get(file, file)] += records
 
     def _count(self, record: BadRecord) -> None:
         source = self.source_of.get(record.record[0], record.record[0])
-        # In each pass a record meets each of its faults once: it was bad as often as its most frequent fault.
+        # In each pass, every example of a record meets the same fault once. So a fault was met in as many passes as the
+        # example that met it most often, and the record was bad in as many as its most frequent fault.
         faults = self._meetings[record.record]
         faults[record, record.example] += 1
-        if faults[record, record.example] > self._times_bad[record.record]:
-            self._times_bad[record.record] += 1
-            self._bad[source] += 1
-        if record in self._seen:
+        passes = faults[record, record.example]
+        is_new = record not in self._passes_of_fault
+        for tally in (self._total, self._epoch):
+            tally.causes[source, record.cause] += passes > self._passes_of_fault[record]
+            tally.skipped[source] += passes > self._passes_of_record[record.record]
+        self._passes_of_fault[record] = max(passes, self._passes_of_fault[record])
+        self._passes_of_record[record.record] = max(passes, self._passes_of_record[record.record])
+        if not is_new:
             return
-        self._seen.add(record)
         self.counts[record.source, record.cause] += 1
         if len(self.first) < NAMED_IN_REPORTS:
             self.first.append(record)
@@ -169,15 +189,15 @@ class BadRecords:
     @property
     def read_count(self) -> int:
         """How many records were read, of all sources."""
-        return self._read.total()
+        return self._total.read.total()
 
     def count(self) -> int:
         """How many different records were skipped."""
-        return len(self._times_bad)
+        return len(self._passes_of_record)
 
     def shares(self) -> dict[str, float]:
         """For each source that had bad records, their share of its records read, from 0 to 1."""
-        return {source: bad / max(self._read[source], bad) for source, bad in self._bad.items()}
+        return {source: bad / max(self._total.read[source], bad) for source, bad in self._total.skipped.items()}
 
     def causes(self) -> dict[str, int]:
         """Number of different records skipped, per cause; a record may have several."""
@@ -187,12 +207,37 @@ class BadRecords:
         return dict(causes)
 
     def table(self) -> str:
-        """One line per source and cause, the most frequent first."""
+        """One line per file and cause, the most frequent first."""
         rows = [(str(count), cause, source) for (source, cause), count in self.counts.most_common()]
         header = ("skipped", "cause", "source")
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(2)]
-        lines = [f"{n:>{widths[0]}}  {cause:<{widths[1]}}  {source}" for n, cause, source in [header, *rows]]
-        return "\n".join(lines)
+        room = REPORT_WIDTH - sum(widths) - 4
+        return "\n".join(
+            f"{n:>{widths[0]}}  {cause:<{widths[1]}}  {_shortened(source, room)}"
+            for n, cause, source in [header, *rows]
+        )
+
+    def end_epoch(self) -> str:
+        """End an epoch: what was read and skipped since the last one ended, and in total, as a table.
+
+        Returns:
+            a line for each source that had bad records in this epoch, and one for each of their causes (a record may
+            have several); empty if nothing was skipped.
+        """
+        self._own()
+        with self._lock:
+            epoch, self._epoch = self._epoch, Tally()
+        rows: list[tuple[str, ...]] = [("this epoch", "", "in total", "", ""), ("read", "skipped") * 2 + ("source",)]
+        for source, skipped in epoch.skipped.most_common():
+            numbers = (epoch.read[source], skipped, self._total.read[source], self._total.skipped[source])
+            rows.append((*(f"{number:,}" for number in numbers), source))
+            for (of, cause), count in epoch.causes.most_common():
+                if of == source:
+                    rows.append(("", f"{count:,}", "", f"{self._total.causes[source, cause]:,}", f"  {cause}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        room = REPORT_WIDTH - sum(widths) - 8
+        lines = ["  ".join([*map(str.rjust, row, widths), _shortened(row[4], room)]).rstrip() for row in rows]
+        return "\n".join(lines) if epoch.skipped else ""
 
     def check(self, limit: int | float | None, at_end: bool = False) -> None:
         """Stop the run if more was skipped than allowed.
@@ -212,10 +257,12 @@ class BadRecords:
                 raise _too_many(self.count(), f"{self.read_count} records", str(int(limit)), self.first)
             return
         for source, share in self.shares().items():
-            read = self._read[source]
+            read = self._total.read[source]
             if share > limit and (at_end or read >= RECORDS_BEFORE_JUDGING_A_SHARE):
                 allowed = f"{limit:.4g} of the records read"
-                raise _too_many(self._bad[source], f"{read} records of {source}", allowed, self._first_of[source])
+                raise _too_many(
+                    self._total.skipped[source], f"{read} records of {source}", allowed, self._first_of[source]
+                )
 
 
 def _too_many(bad: int, read: str, allowed: str, first: Sequence[BadRecord]) -> TooManyBadRecords:
@@ -224,3 +271,11 @@ def _too_many(bad: int, read: str, allowed: str, first: Sequence[BadRecord]) -> 
         f"max_bad_records: {bad} bad records were skipped in {read} read, more than allowed "
         f"({allowed}); mend the data, or raise max_bad_records (null: no limit). The first of them:\n{named}"
     )
+
+
+def _shortened(source: str, width: int) -> str:
+    """A source in at most so many columns. It loses its middle, since files differ in the end of their paths."""
+    if len(source) <= width:
+        return source
+    end = width // 2
+    return f"{source[: width - end - 3]}...{source[-end:]}"

@@ -17,7 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett.config import check_keys, nearest
 from nemo_emmett.data.bad_records import BadRecords
-from nemo_emmett.data.config import ANY_SOURCE_KEYS, KEYS_OF_TYPE, LEGACY_KEYS, OUR_KEYS, MultimodalDataConfig
+from nemo_emmett.data.config import (
+    ANY_SOURCE_KEYS,
+    AUTO_BINS,
+    KEYS_OF_TYPE,
+    LEGACY_KEYS,
+    OUR_KEYS,
+    MultimodalDataConfig,
+)
 from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.data.files import count_lines_of, is_local
 from nemo_emmett.data.fusion import check_fusion
@@ -383,7 +390,8 @@ def _probe_config(source: Source, settings: Mapping, tokenizer: Any) -> DictConf
     }
     if tokenizer is None:
         probe |= {"pretokenize": False, "use_multimodal_sampling": False, "min_tokens": None, "max_tokens": None}
-    if tokenizer is None or probe.get("bucket_duration_bins") is None or probe.get("bucket_batch_size") is None:
+    bins = probe.get("bucket_duration_bins")
+    if tokenizer is None or bins in (None, AUTO_BINS) or probe.get("bucket_batch_size") is None:
         # Without bins, a bucketing sampler would read the data to estimate them.
         probe |= {"use_bucketing": False, "bucket_duration_bins": None, "bucket_batch_size": None, "batch_size": 1}
         probe |= {"batch_duration": None, "batch_tokens": None}

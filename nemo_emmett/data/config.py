@@ -7,6 +7,12 @@ from dataclasses import dataclass, fields
 
 from nemo_emmett.errors import ConfigError
 
+AUTO_BINS = "auto"
+"""``bucket_duration_bins: auto``: the bins of least padding are found when the loader is built."""
+
+SAMPLINGS = ("auto", "emmett", "nemo")
+"""Who may sample."""
+
 
 @dataclass
 class MultimodalDataConfig:
@@ -26,9 +32,17 @@ class MultimodalDataConfig:
         """Remove our keys from ``settings`` and return them.
 
         Raises:
-            ConfigError: if ``max_bad_records`` is neither a number of records nor a share of them.
+            ConfigError: if ``max_bad_records`` is neither a number of records nor a share of them, or ``sampling`` or
+                ``weights`` is unknown.
         """
         taken = cls(**{f.name: settings.pop(f.name) for f in fields(cls) if f.name in settings})
+        if taken.sampling not in SAMPLINGS:
+            raise ConfigError(f"sampling: {taken.sampling!r} is unknown; it can be {', '.join(SAMPLINGS)}.")
+        if taken.weights not in (None, "auto"):
+            raise ConfigError(
+                f"weights: {taken.weights!r} is unknown; it can be auto, and single weights are set by `weight` in "
+                "input_cfg (for groups of a multi_config, by sampler_weights)."
+            )
         limit = taken.max_bad_records
         number = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
         share = isinstance(limit, float) and (0 < limit < 1 or (limit.is_integer() and limit >= 0))

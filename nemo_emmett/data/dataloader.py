@@ -5,6 +5,7 @@ Drop-in for NeMo's ``get_lhotse_dataloader_from_config``: it takes every config 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,31 +17,39 @@ from lhotse.utils import fix_random_seed
 from nemo.collections.common.data.lhotse.dataloader import (
     LhotseDataLoadingConfig,
     get_lhotse_sampler_from_config,
-    make_structured_with_schema_warnings,
     maybe_set_cuda_expandable_segments,
 )
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.bins import auto_bins
 from nemo_emmett.data.check import check_dataset
-from nemo_emmett.data.config import OUR_KEYS, MultimodalDataConfig
-from nemo_emmett.data.delivery import DeliveringDataset, DeliveringIterable, Delivery, is_empty, prepare_dataset
+from nemo_emmett.data.config import AUTO_BINS, MultimodalDataConfig
+from nemo_emmett.data.delivery import (
+    DeliveringDataset,
+    DeliveringIterable,
+    Delivery,
+    ResumableDeliveries,
+    is_empty,
+    prepare_dataset,
+)
 from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.data.fusion import fuse
 from nemo_emmett.data.parsers import Reading, reading, register_data_types
+from nemo_emmett.data.progress import Progress
+from nemo_emmett.data.sampling.plan import plan_sampling, why_nemo_samples
 from nemo_emmett.data.sources import (
-    CLASSIC_KEYS,
     SHARED_BY_GROUPS,
     Source,
     groups_of,
     list_all_sources,
     plain,
-    route_to_our_reader,
     source_of_files,
+    structured_config,
     with_inherited,
 )
-from nemo_emmett.errors import DataError
+from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.modules.random_state import random_state, restore_random_state
 from nemo_emmett.prompts.translation import register_prompt_formats
 
@@ -49,10 +58,16 @@ EMPTY_BATCHES_IN_A_ROW = 100
 
 
 class MultimodalDataLoader(torch.utils.data.DataLoader):
-    """A torch ``DataLoader`` that keeps the ledger of what was skipped and leaves out batches of which nothing is left.
+    """A torch ``DataLoader`` that keeps the ledger of what was skipped, and knows where training is in its data.
+
+    A batch of which nothing is left is left out; where ranks step together (our own samplers, more than one rank) it is
+    an empty dict, so that no rank falls out of step.
+
+    With our own samplers (:attr:`progress` is not None) iterating anew goes on behind the last batch trained on, and
+    with the next epoch where finite data has ended; :meth:`state_dict` makes another loader go on there.
 
     Args:
-        dataset: delivers batches with their notes (:class:`DeliveringDataset` or :class:`DeliveringIterable`).
+        dataset: delivers batches with their notes; :class:`ResumableDeliveries` with the state of the data besides.
         bad_records: ledger of everything skipped so far, of all workers.
         max_bad_records: stop past so many bad records, or past this share of those read of any source; None: never.
         kwargs: of ``torch.utils.data.DataLoader``.
@@ -60,7 +75,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
 
     def __init__(
         self,
-        dataset: DeliveringDataset | DeliveringIterable,
+        dataset: DeliveringDataset | DeliveringIterable | ResumableDeliveries,
         bad_records: BadRecords | None = None,
         max_bad_records: int | float | None = None,
         **kwargs: Any,
@@ -68,11 +83,42 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         super().__init__(dataset, **kwargs)
         self.bad_records = BadRecords(announce=True) if bad_records is None else bad_records
         self.max_bad_records = max_bad_records
+        self.filtered: Counter[str] = Counter()  # examples that NeMo's filters left out, by their keys; "": those kept
         self._epoch_of_last_pass: int | None = None
+        self.progress: Progress | None = None
+        if isinstance(dataset, ResumableDeliveries):
+            self.progress = Progress(self.num_workers, dataset.plan.world_size)
 
     @property
     def _delivering(self) -> DeliveringDataset:
-        return self.dataset.dataset if isinstance(self.dataset, DeliveringIterable) else self.dataset
+        return self.dataset if isinstance(self.dataset, DeliveringDataset) else self.dataset.dataset
+
+    @property
+    def _ranks_step_together(self) -> bool:
+        return isinstance(self.dataset, ResumableDeliveries) and self.dataset.plan.world_size > 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is in the data: behind the last batch trained on, as far as that is counted
+        (:class:`~nemo_emmett.callbacks.ResumableData`), else behind the last one handed out. The same on all ranks.
+        Empty with NeMo's samplers, which cannot go on.
+        """
+        return {} if self.progress is None else self.progress.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state when iteration begins.
+
+        Raises:
+            DataError: if this loader cannot go on from that state.
+        """
+        if not state_dict:
+            logging.warning("The checkpoint does not tell where training was in its data: the epoch starts over.")
+            return
+        if self.progress is None:
+            raise DataError(
+                "the checkpoint tells where training was in its data, but this run's dataset is sampled by NeMo, which "
+                "cannot go on there; set sampling: emmett, as it was."
+            )
+        self.progress.load_state_dict(state_dict)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield batches.
@@ -82,22 +128,34 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             DataError: if nothing can be read any more.
         """
         self._shuffle_anew()
-        reported = self.bad_records.count()
+        if self.progress is not None:
+            self.dataset.start = self.progress.start()
         empty_in_a_row = 0
         try:
             for delivery in super().__iter__():
                 self._account_for(delivery)
-                if is_empty(delivery.batch):
-                    empty_in_a_row += 1
-                    self._check_progress(empty_in_a_row)
-                    continue
-                empty_in_a_row = 0
-                yield delivery.batch
+                empty_in_a_row = empty_in_a_row + 1 if is_empty(delivery.batch) else 0
+                self._check_progress(empty_in_a_row)
+                hand_out = not empty_in_a_row or (self._ranks_step_together and not delivery.is_last)
+                if self.progress is not None:
+                    self.progress.hand_out(delivery, is_batch=hand_out)
+                if hand_out:
+                    yield delivery.batch or {}
             self._merge_notes_of_this_process()
             self.bad_records.check(self.max_bad_records, at_end=True)
         finally:
-            if self.bad_records.count() > reported:
-                logging.warning(f"Bad records skipped so far:\n{self.bad_records.table()}")
+            self._report_epoch()
+
+    def _report_epoch(self) -> None:
+        """Say what did not reach training, and why; "" counts what did."""
+        if report := self.bad_records.end_epoch():
+            logging.warning(f"Bad records skipped so far:\n{report}")
+        kept = self.filtered.pop("", 0)
+        if self.filtered:
+            total = kept + self.filtered.total()
+            left_out = ", ".join(f"{count:,} by {keys}" for keys, count in self.filtered.most_common())
+            logging.info(f"Of {total:,} examples {kept / total:.1%} passed NeMo's filters; left out were {left_out}.")
+        self.filtered.clear()
 
     def _shuffle_anew(self) -> None:
         """Give the sampler a new epoch, by which it shuffles, unless somebody (Lightning) has done so already."""
@@ -109,8 +167,11 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
 
     def _account_for(self, delivery: Delivery) -> None:
         self.bad_records.merge(delivery.notes)
+        self.filtered.update(delivery.filtered)
         self._merge_notes_of_this_process()
         self.bad_records.check(self.max_bad_records)
+        if delivery.farewell:
+            logging.info(f"The data has ended: {delivery.farewell}.")
         if delivery.error is not None:
             raise delivery.error
 
@@ -124,6 +185,10 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 f"nothing could be read of the last {empty_in_a_row} batches; what was skipped so far:\n"
                 f"{self.bad_records.table()}"
             )
+
+
+def _as_it_is(delivery: Delivery) -> Delivery:
+    return delivery
 
 
 def get_multimodal_dataloader(
@@ -164,24 +229,66 @@ def get_multimodal_dataloader(
     maybe_set_cuda_expandable_segments(enabled=settings.get("cuda_expandable_segments", True))
 
     bad_records = BadRecords()
-    build = _fused_sampler if groups_of(settings) is not None else _single_sampler
     sources = list_all_sources(settings, where)
+    dataset = DeliveringDataset(dataset, bad_records)
     states = random_state()
     try:  # the samplers are seeded with the dataset's own seed; the training's dropout is none of their business
-        sampler, is_iterable, shared = build(
-            settings, sources, where, global_rank, world_size, tokenizer, kind, bad_records
-        )
+        if _we_sample(settings, ours, kind, where):
+            plan = plan_sampling(settings, where, tokenizer, kind, bad_records, world_size, ours.index_dir)
+            flavour = {"dataset": ResumableDeliveries(dataset, plan, global_rank)}
+            shared = _shared_by_groups(settings)
+        else:
+            _refuse_what_nemo_cannot(settings, ours, where)
+            settings = _with_bins(settings, tokenizer, kind, where)
+            build = _fused_sampler if groups_of(settings) is not None else _single_sampler
+            sampler, is_iterable, shared = build(
+                settings, sources, where, global_rank, world_size, tokenizer, kind, bad_records
+            )
+            flavour = _flavour(dataset, sampler, is_iterable, shared, global_rank, world_size)
     finally:
         restore_random_state(states)
-    dataset = DeliveringDataset(dataset, bad_records)
     return MultimodalDataLoader(
-        **_flavour(dataset, sampler, is_iterable, shared, global_rank, world_size),
+        **flavour,
         bad_records=BadRecords(announce=True, source_of=source_of_files(sources)),
         max_bad_records=ours.max_bad_records,
         batch_size=None,
+        # These batches are all tensors already, which torch's own conversion would take apart for nothing.
+        collate_fn=None if kind is ExampleKind.AS_READ else _as_it_is,
         num_workers=shared.num_workers,
         pin_memory=shared.pin_memory,
     )
+
+
+def _we_sample(settings: Mapping, ours: MultimodalDataConfig, kind: ExampleKind, where: str) -> bool:
+    """Whether our own samplers are to be used."""
+    if ours.sampling != "auto":
+        return ours.sampling == "emmett"
+    reason = why_nemo_samples(settings, kind)
+    if reason is not None and kind is not ExampleKind.AS_READ and not settings.get("force_finite"):
+        logging.info(f"{where}: NeMo samples, so that training cannot resume where it was in the data: {reason}.")
+    return reason is None
+
+
+def _with_bins(settings: Mapping, tokenizer: Any, kind: ExampleKind, where: str) -> dict:
+    """A dataset's config, or one of groups, with bins in the place of ``bucket_duration_bins: auto``."""
+    if settings.get("bucket_duration_bins") == AUTO_BINS:
+        return {**settings, "bucket_duration_bins": auto_bins(settings, tokenizer, kind, where)}
+    solved = {
+        name: _with_bins(group, tokenizer, kind, f"{where}.{name}") for name, group in with_inherited(settings).items()
+    }
+    return {**settings, **solved}
+
+
+def _refuse_what_nemo_cannot(settings: Mapping, ours: MultimodalDataConfig, where: str) -> None:
+    """What only our own samplers can do.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if ours.weights is not None:
+        raise ConfigError(f"{where}.weights: NeMo's samplers do not know {ours.weights}; set sampling: emmett.")
+    if settings.get("sampler_fusion") == "mux":
+        raise ConfigError(f"{where}.sampler_fusion: NeMo's samplers do not know mux; set sampling: emmett.")
 
 
 def _single_sampler(
@@ -195,7 +302,7 @@ def _single_sampler(
     bad_records: BadRecords,
 ) -> tuple[CutSampler, bool, DictConfig]:
     """The sampler of a dataset without groups, whether it lives in the workers, and the config that it was made of."""
-    structured = _structured({**settings, **_flavour_flags(sources, settings)}, where)
+    structured = structured_config({**settings, **_flavour_flags(sources, settings)}, where)
     structured.seed = resolve_seed(structured.seed)
     fix_random_seed(structured.seed)
     if kind is not ExampleKind.AS_READ:
@@ -223,7 +330,7 @@ def _fused_sampler(
     how = Reading(bad_records, kind, endless=kind is not ExampleKind.AS_READ and not shared.force_finite)
     samplers, in_workers = {}, False
     for name, group in groups.items():
-        structured = _structured({**group, **_flavour_flags(sources, group)}, f"{where}.{name}")
+        structured = structured_config({**group, **_flavour_flags(sources, group)}, f"{where}.{name}")
         structured.merge_with(shared)
         if kind is not ExampleKind.AS_READ:
             _agree_on_order(structured, sources, world_size)
@@ -237,14 +344,6 @@ def _shared_by_groups(settings: Mapping) -> DictConfig:
     shared = OmegaConf.create({key: settings.get(key, defaults[key]) for key in SHARED_BY_GROUPS})
     shared.seed = resolve_seed(shared.seed)
     return shared
-
-
-def _structured(settings: Mapping, where: str) -> DictConfig:
-    """NeMo's config of a sampler, with all its sources read by us."""
-    routed = {key: value for key, value in settings.items() if key not in OUR_KEYS | CLASSIC_KEYS}
-    return make_structured_with_schema_warnings(
-        OmegaConf.create({**routed, "input_cfg": route_to_our_reader(settings, where)})
-    )
 
 
 def _flavour_flags(sources: Sequence[Source], settings: Mapping) -> dict[str, bool]:

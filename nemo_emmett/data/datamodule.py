@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_emmett.data.check import check_dataset_names
 from nemo_emmett.data.dataloader import get_multimodal_dataloader
+from nemo_emmett.data.resumable import ResumableData
 
 EVALUATION_SETS = ("validation_ds", "test_ds", "predict_ds")
 
@@ -54,9 +55,11 @@ class MultimodalDataModule(DataModule, Serialization):
         super().__init__(cfg, tokenizer, dataset)
 
     def train_dataloader(self) -> BroadcastingDataLoader | None:
-        """The loader of ``train_ds``."""
+        """The loader of ``train_ds``; a trainer gets the callback that counts what was trained on."""
         if self.cfg.get("train_ds") is None:
             return None
+        if self.trainer is not None and not any(isinstance(c, ResumableData) for c in self.trainer.callbacks):
+            self.trainer.callbacks.insert(0, ResumableData())  # before those that write checkpoints
         return self._loader(self.cfg.train_ds, "data.train_ds")
 
     def val_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | list:

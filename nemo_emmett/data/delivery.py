@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +18,8 @@ from nemo.collections.common.data.lhotse.text_adapters import NeMoMultimodalConv
 from nemo_emmett.data.audio import AudioFault, check_audio
 from nemo_emmett.data.bad_records import BadRecords, Notes
 from nemo_emmett.data.examples import ExampleKind, origin_of
+from nemo_emmett.data.sampling.leaves import Share
+from nemo_emmett.data.sampling.sampler import SamplingPlan, WorkerSampler
 from nemo_emmett.errors import ConfigError, EmmettError
 
 
@@ -24,6 +29,11 @@ class Delivery(NamedTuple):
     batch: Any  # None where nothing is left of it
     notes: Notes  # what this process has read and skipped since its last delivery
     error: EmmettError | None = None  # raised in the main process, for its sentence to be seen
+    worker: int = 0  # which of our own samplers made it
+    state: bytes | None = None  # of that sampler after this batch, pickled
+    is_last: bool = False  # the worker has come to the end of its data; there is no batch
+    filtered: Mapping[str, int] = {}  # examples left out since the last delivery, by the keys of NeMo's filters
+    farewell: str = ""  # what the log shall say of what was left when finite data ended
 
 
 class DeliveringDataset(torch.utils.data.Dataset):
@@ -81,6 +91,65 @@ class DeliveringIterable(IterableDatasetWrapper):
         except EmmettError as error:
             self._ended = True
             return self.dataset.deliver(None, error)
+
+
+class ResumableDeliveries(torch.utils.data.IterableDataset):
+    """Our own samplers' flavour: each worker runs its part of a plan, and each batch brings the state behind it.
+
+    Args:
+        dataset: makes the batches.
+        plan: of the samplers.
+        rank: whose batches to make.
+    """
+
+    def __init__(self, dataset: DeliveringDataset, plan: SamplingPlan, rank: int) -> None:
+        self.dataset = dataset
+        self.plan = plan
+        self.rank = rank
+        self.start = Start()
+
+    def __iter__(self) -> Iterator[Delivery]:
+        info = torch.utils.data.get_worker_info()
+        num_workers = 1 if info is None else info.num_workers
+        if info is not None:  # the workers are the parallelism; tokenizers would start threads in each of them
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        worker = ((0 if info is None else info.id) + self.start.first_worker) % num_workers
+        sampler = WorkerSampler(self.plan, Share(worker, num_workers), self.rank, self.start.epoch)
+        state = self.start.states[worker] if self.start.states else None
+        goes_on = True
+        while goes_on:
+            delivery = self._next_of(sampler, state)
+            state = None
+            goes_on = not (delivery.is_last or delivery.error)
+            yield delivery._replace(worker=worker, filtered=sampler.take_filtered())
+
+    def _next_of(self, sampler: WorkerSampler, state: bytes | None) -> Delivery:
+        try:
+            if state is not None:
+                sampler.load_state_dict(pickle.loads(state))
+                self.dataset.bad_records.drain()  # what is read again has been noted before
+            examples = sampler.next()
+        except StopIteration:
+            last = self.dataset.deliver(None)._replace(is_last=True, farewell=sampler.farewell)
+            return last._replace(state=pickle.dumps(sampler.state_dict()))
+        except EmmettError as error:
+            return self.dataset.deliver(None, error)
+        return self.dataset[examples]._replace(state=pickle.dumps(sampler.state_dict()))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the workers begin.
+
+    Args:
+        states: of each worker's sampler, pickled; None: at the epoch's beginning.
+        first_worker: the worker whose turn it is.
+        epoch: of finite data.
+    """
+
+    states: tuple[bytes | None, ...] = ()
+    first_worker: int = 0
+    epoch: int = 0
 
 
 class SpeechConversations(torch.utils.data.Dataset):

@@ -8,7 +8,7 @@ here, before it is tokenised.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -62,13 +62,35 @@ def reading(how: Reading) -> Iterator[Reading]:
         _reading.reset(token)
 
 
+_fed: ContextVar[Iterable | None] = ContextVar("nemo_emmett_fed", default=None)
+
+FEED_TYPE = "emmett_feed"
+"""NeMo data type that stands for examples which are put in by hand; it is made by us, users need not write it."""
+
+
+@contextmanager
+def feeding(examples: Iterable) -> Iterator[list[dict]]:
+    """An ``input_cfg`` that NeMo, inside this context, takes to be these examples."""
+    token = _fed.set(examples)
+    try:
+        yield [{"type": FEED_TYPE}]
+    finally:
+        _fed.reset(token)
+
+
+def read_feed(_: DictConfig) -> tuple[CutSet, bool]:
+    """NeMo parser of the type ``emmett_feed``."""
+    return CutSet(_fed.get()), True
+
+
 def register_data_types() -> None:
-    """Make our data types known to NeMo: ``parallel_text`` for everyone, ``emmett_source`` for our own loaders.
+    """Make our data types known to NeMo: ``parallel_text`` for everyone, the others for our own loaders.
 
     Calling it again changes nothing.
     """
     data_type_parser("parallel_text")(read_parallel_text)
     data_type_parser(SOURCE_TYPE)(read_source)
+    data_type_parser(FEED_TYPE)(read_feed)
 
 
 def read_parallel_text(config: DictConfig) -> tuple[CutSet, bool]:
@@ -116,11 +138,11 @@ def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> t
         What it holds, with the source's tags attached, and whether it is read in the workers.
     """
     config = source.config
-    if _is_nemo(config):
+    if is_nemo(config):
         cuts, is_tarred = _open_nemo(config, bad_records)
-    elif _is_lhotse_jsonl(config):
+    elif is_lhotse_jsonl(config):
         cuts, is_tarred = CutSet(LhotseManifest(config["cuts_path"], bad_records)), False
-    elif source.type == "parallel_text" or (source.type == "txt_pair" and _reads_pairs_ourselves(config, kind)):
+    elif source.type == "parallel_text" or (source.type == "txt_pair" and reads_pairs_ourselves(config, kind)):
         cuts, is_tarred = _repeated(CutSet(open_parallel_text(config, bad_records)), config), True
     else:
         inside = _with_our_reader_inside(source)
@@ -132,13 +154,15 @@ def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> t
     return cuts, is_tarred
 
 
-def _is_nemo(config: Mapping) -> bool:
+def is_nemo(config: Mapping) -> bool:
+    """Whether we read a source as NeMo manifests, plain or tarred."""
     # NeMo's batched reads from AIStore bypass the tar files; its own reader knows how.
     from_aistore = os.environ.get("USE_AIS_GET_BATCH", "False").lower() == "true"
     return config["type"] in ("nemo", "nemo_tarred") and not (from_aistore and config.get("tarred_audio_filepaths"))
 
 
-def _is_lhotse_jsonl(config: Mapping) -> bool:
+def is_lhotse_jsonl(config: Mapping) -> bool:
+    """Whether a source is a lhotse manifest of lines."""
     path = str(config.get("cuts_path") or "")
     return (
         config["type"] in ("lhotse", "lhotse_shar")
@@ -147,7 +171,8 @@ def _is_lhotse_jsonl(config: Mapping) -> bool:
     )
 
 
-def _reads_pairs_ourselves(config: Mapping, kind: ExampleKind) -> bool:
+def reads_pairs_ourselves(config: Mapping, kind: ExampleKind) -> bool:
+    """Whether we read a ``txt_pair`` source: not for datasets of others, nor with questions."""
     return kind is not ExampleKind.AS_READ and config.get("questions_path") is None
 
 
@@ -189,18 +214,16 @@ def _open_nemo(config: Mapping, bad_records: BadRecords) -> tuple[CutSet, bool]:
     from_tar = is_tarred and not metadata_only
     manifests = config["manifest_filepath"]
     if isinstance(manifests, str):
-        reader = _nemo_reader(
-            config, manifests, config.get("tarred_audio_filepaths") if from_tar else None, bad_records
-        )
+        reader = nemo_reader(config, manifests, config.get("tarred_audio_filepaths") if from_tar else None, bad_records)
         cuts = CutSet(reader)
         return (_repeated(cuts, config) if from_tar else cuts), is_tarred
 
     cutsets, weights = [], []
     for entry, tars in zip(manifests, config["tarred_audio_filepaths"] if is_tarred else repeat(None), strict=False):
-        path, weight = _manifest_and_weight(entry)
+        path, weight = manifest_and_weight(entry)
         if isinstance(tars, Sequence) and not isinstance(tars, str):
             (tars,) = tars
-        reader = _nemo_reader(config, path, tars if from_tar else None, bad_records)
+        reader = nemo_reader(config, path, tars if from_tar else None, bad_records)
         weight = len(reader) if weight is None else weight
         split = config.get("max_open_streams") is not None and from_tar
         for part in reader.to_shards() if split else [reader]:
@@ -216,7 +239,7 @@ def _open_nemo(config: Mapping, bad_records: BadRecords) -> tuple[CutSet, bool]:
     return cuts, is_tarred
 
 
-def _manifest_and_weight(entry: str | Sequence) -> tuple[str, float | None]:
+def manifest_and_weight(entry: str | Sequence) -> tuple[str, float | None]:
     """NeMo's forms of a list of manifests: ``path``, ``[path]`` or ``[path, weight]``."""
     if isinstance(entry, str):
         return entry, None
@@ -224,9 +247,10 @@ def _manifest_and_weight(entry: str | Sequence) -> tuple[str, float | None]:
     return path, weight[0] if weight else None
 
 
-def _nemo_reader(
+def nemo_reader(
     config: Mapping, manifest: str, tars: str | None, bad_records: BadRecords
 ) -> NeMoManifest | NeMoTarredManifest:
+    """The reader of one NeMo manifest, with tar files where they are given."""
     settings = {key: config[key] for key in ("text_field", "lang_field", "shard_seed", "extra_fields") if key in config}
     settings["shuffle_shards"] = config.get("shuffle", False)
     if tars is None:
@@ -244,4 +268,4 @@ def _nemo_reader(
 def known_types() -> list[str]:
     """The source types that a config may name."""
     register_data_types()
-    return sorted(set(get_known_config_data_types()) - {SOURCE_TYPE})
+    return sorted(set(get_known_config_data_types()) - {SOURCE_TYPE, FEED_TYPE})

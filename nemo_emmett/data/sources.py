@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lhotse.serialization import load_yaml
-from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
+from nemo.collections.common.data.lhotse.dataloader import (
+    LhotseDataLoadingConfig,
+    make_structured_with_schema_warnings,
+)
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_emmett.data.config import OUR_KEYS
 from nemo_emmett.data.files import expand_paths
 from nemo_emmett.errors import ConfigError, DataError
 
@@ -77,10 +81,27 @@ INHERITED_BY_GROUPS = (
     "sample_rate",
     "source_lang",
     "target_lang",
+    "weights",
+    "index_dir",
     "force_map_dataset",
     "force_iterable_dataset",
 )
 """Keys of a ``multi_config`` that hold for the groups which do not set them."""
+
+
+_KEYS_OF_A_BATCH = (
+    "batch_size",
+    "batch_duration",
+    "batch_tokens",
+    "quadratic_duration",
+    "quadratic_factor",
+    "use_bucketing",
+    "bucket_batch_size",
+    "bucket_duration_bins",
+    "num_buckets",
+    "use_multimodal_sampling",
+)
+"""Keys of how a batch is put together, which under ``mux`` there is but one of."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +188,38 @@ def with_inherited(settings: Mapping) -> dict[str, dict]:
     """The groups of a ``multi_config`` with what they inherit from it."""
     inherited = {key: settings[key] for key in INHERITED_BY_GROUPS if settings.get(key) is not None}
     return {name: {**inherited, **group} for name, group in (groups_of(settings) or {}).items()}
+
+
+def as_one_stream(settings: Mapping, where: str) -> dict[str, Any]:
+    """``sampler_fusion: mux``: the groups of a ``multi_config`` as the members of one stream with one kind of batch.
+
+    The weights of the groups (``sampler_weights``) become their shares of the examples.
+
+    Raises:
+        ConfigError: if a group says how its batches are put together.
+    """
+    groups = groups_of(settings) or {}
+    for name, group in groups.items():
+        for key in group:
+            if key in _KEYS_OF_A_BATCH:
+                raise ConfigError(
+                    f"{where}.{name}.{key}: under sampler_fusion: mux all groups share their batches; "
+                    f"set {where}.{key}."
+                )
+            if key != "input_cfg" and key in nemo_keys():
+                raise ConfigError(
+                    f"{where}.{name}.{key}: under sampler_fusion: mux a group has an input_cfg and nothing else; "
+                    f"set {where}.{key} for all groups, or another fusion."
+                )
+    weights = settings.get("sampler_weights")
+    if weights is None and settings.get("weights") is None:
+        weights = dict.fromkeys(groups, 1.0)
+    members = [
+        {"type": "group", "input_cfg": group["input_cfg"], **({} if weights is None else {"weight": weights[name]})}
+        for name, group in groups.items()
+    ]
+    dropped = {*groups, "multi_config", "sampler_fusion", "sampler_weights"}
+    return {**{key: value for key, value in settings.items() if key not in dropped}, "input_cfg": members}
 
 
 def list_sources(settings: Mapping, where: str) -> list[Source]:
@@ -267,10 +320,24 @@ def route_to_our_reader(settings: Mapping, where: str) -> list[dict]:
     return rewrite_sources(settings, where, wrap)
 
 
+def structured_config(settings: Mapping, where: str) -> DictConfig:
+    """NeMo's config of a sampler (without our keys), with all its sources read by us."""
+    routed = {key: value for key, value in settings.items() if key not in OUR_KEYS | CLASSIC_KEYS}
+    return make_structured_with_schema_warnings(
+        OmegaConf.create({**routed, "input_cfg": route_to_our_reader(settings, where)})
+    )
+
+
 def unwrap(config: Mapping) -> Source:
     """The source inside an ``emmett_source``, with what NeMo has passed down to it."""
     passed_down = {key: config[key] for key in _PASSED_DOWN_BY_NEMO if key in config}
     return Source({**passed_down, **config["source"]}, config["where"])
+
+
+def with_keys_of_dataset(source: Source, structured: DictConfig) -> Source:
+    """A source with the keys of its dataset that hold for the sources which do not set them."""
+    passed_down = {key: structured[key] for key in _PASSED_DOWN_BY_NEMO}
+    return Source({**passed_down, **source.config}, source.where)
 
 
 def nemo_keys() -> frozenset[str]:

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import soundfile
 from lhotse import AudioSource, Recording, SupervisionSegment
@@ -54,6 +54,11 @@ class Record(NamedTuple):
         """How a report names it."""
         return f"line {self.number}"
 
+    @property
+    def is_left_out(self) -> bool:
+        """Whether it is marked as not to be used, as NeMo's tools do."""
+        return bool(self.data.get("_skipme", False))
+
 
 class JsonRecords:
     """The JSON objects of a file, one a line. Lines that hold something else are noted; blank ones are no records."""
@@ -64,21 +69,26 @@ class JsonRecords:
 
     def __iter__(self) -> Iterator[Record]:
         for number, line in enumerate(open_lines(self.path), start=1):
-            if not line.strip():
-                continue
-            self.bad_records.read(self.path)
-            note = partial(self.bad_records.add, self.path, f"line {number}")
-            if (text := decoded(line, note)) is None:
-                continue
-            try:
-                data = json.loads(text)
-            except ValueError:
-                note("not JSON")
-                continue
-            if isinstance(data, dict):
-                yield Record(self.path, number, data)
-            else:
-                note("not a JSON object")
+            if (record := self.parse(number, line)) is not None:
+                yield record
+
+    def parse(self, number: int, line: bytes) -> Record | None:
+        """The record in a line, counted from 1; None where there is none."""
+        if not line.strip():
+            return None
+        self.bad_records.read(self.path)
+        note = partial(self.bad_records.add, self.path, f"line {number}")
+        if (text := decoded(line, note)) is None:
+            return None
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):  # the latter where it is nested too deeply
+            note("not JSON")
+            return None
+        if not isinstance(data, dict):
+            note("not a JSON object")
+            return None
+        return Record(self.path, number, data)
 
     def __len__(self) -> int:
         return count_lines(self.path)
@@ -96,7 +106,12 @@ def _check_times(data: Mapping) -> None:
 
 
 def _is_seconds(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 class _ExtraFields:
@@ -127,19 +142,26 @@ class NeMoManifest(LazyNeMoIterator):
     def __init__(self, path: str, bad_records: BadRecords, **kwargs) -> None:
         super().__init__(path, **kwargs)
         self.bad_records = bad_records
-        shards = [JsonRecords(shard, bad_records) for shard in expand_paths(path)]
-        self.source = LazyIteratorChain(*shards, shuffle_iters=self.shuffle_shards, seed=self.shard_seed)
+        self.shards = [JsonRecords(shard, bad_records) for shard in expand_paths(path)]
+        self.source = LazyIteratorChain(*self.shards, shuffle_iters=self.shuffle_shards, seed=self.shard_seed)
 
     def __iter__(self) -> Iterator[Cut]:
         extra_fields = _ExtraFields(self.extra_fields, resolve_seed(self.shard_seed))
         for record in self.source:
-            if record.data.get("_skipme", False):
+            if record.is_left_out:
                 continue
-            try:
-                yield extra_fields.attach_to(self._cut(record))
-            except (Unusable, AudioFault) as cause:
-                self.bad_records.add(record.path, record.place, str(cause))
+            if (cut := self.cut_of(record)) is not None:
+                yield extra_fields.attach_to(cut)
+            else:
                 extra_fields.skip()
+
+    def cut_of(self, record: Record) -> Cut | None:
+        """The cut of one record, without extra fields; None, and a note of the cause, where there is none."""
+        try:
+            return self._cut(record)
+        except (Unusable, AudioFault) as cause:
+            self.bad_records.add(record.path, record.place, str(cause))
+            return None
 
     def _cut(self, record: Record) -> Cut:
         data = dict(record.data)
@@ -282,15 +304,26 @@ class NeMoTarredManifest:
                 yield self.tars[number], list(JsonRecords(paths[number], self.bad_records))
             return
         of_shard = defaultdict(list)
-        sole_shard = numbers[0] if len(numbers) == 1 else None
         for record in JsonRecords(self.manifests[0], self.bad_records):
-            number = record.data.get("shard_id", sole_shard)
-            if number in self.tars:
-                of_shard[number].append(record)
-            else:
-                self.bad_records.add(record.path, record.place, "no such shard_id")
+            try:
+                of_shard[self.shard_of(record)].append(record)
+            except Unusable as cause:
+                self.bad_records.add(record.path, record.place, str(cause))
         for number in numbers:
             yield self.tars[number], of_shard[number]
+
+    def shard_of(self, record: Record) -> int:
+        """Number of the tar file that a record's audio lies in.
+
+        Raises:
+            Unusable: if the record names none that there is.
+        """
+        if len(self.manifests) > 1:
+            return int(_MANIFEST_SHARD.search(record.path)[1])
+        number = record.data.get("shard_id", next(iter(self.tars)) if len(self.tars) == 1 else None)
+        if not isinstance(number, (int, float)) or number not in self.tars:
+            raise Unusable("no such shard_id")
+        return int(number)
 
     def _cuts_of_shard(
         self, tar_path: str, records: Sequence[Record], rng: random.Random, extra_fields: _ExtraFields
@@ -301,12 +334,10 @@ class NeMoTarredManifest:
             found.add(name)
             cuts = []
             for record in sorted(of_member[name], key=lambda record: record.data["audio_filepath"]):
-                if record.data.get("_skipme", False):
+                if record.is_left_out:
                     continue
                 try:
-                    cut = self._cut(name, audio, record)
-                    cut.tar_origin = tar_path
-                    cuts.append(extra_fields.attach_to(cut))
+                    cuts.append(extra_fields.attach_to(self._cut(tar_path, name, audio, record)))
                 except (Unusable, AudioFault) as cause:
                     self.bad_records.add(record.path, record.place, str(cause))
                     extra_fields.skip()
@@ -320,13 +351,10 @@ class NeMoTarredManifest:
     def _group_by_member(self, records: Sequence[Record]) -> dict[str, list[Record]]:
         of_member = defaultdict(list)
         for record in records:
-            name = record.data.get("audio_filepath")
-            if not isinstance(name, str):
-                self.bad_records.add(record.path, record.place, "no audio_filepath")
-                continue
-            if (segment := _SEGMENT.match(name)) is not None:
-                name = segment["stem"] + (segment["ext"] or "")
-            of_member[name].append(record)
+            try:
+                of_member[member_of(record)].append(record)
+            except Unusable as cause:
+                self.bad_records.add(record.path, record.place, str(cause))
         return dict(of_member)
 
     def _members(
@@ -353,31 +381,19 @@ class NeMoTarredManifest:
         except (tarfile.ReadError, EOFError):
             self.bad_records.add(tar_path, f"after {name}", "unreadable tar")
 
-    def _cut(self, name: str, audio: bytes, record: Record) -> Cut:
-        data = record.data
-        _check_times(data)
-        if not audio:
-            raise AudioFault("empty audio")
+    def _cut(self, tar_path: str, name: str, audio: bytes, record: Record) -> Cut:
+        offset, duration = times_of(record)
+        header = read_header(io.BytesIO(audio), len(audio), offset + duration)
         try:
-            header = soundfile.info(io.BytesIO(audio))
-        except soundfile.SoundFileError as error:
-            raise AudioFault("unreadable audio") from error
-        offset, duration = data.get("offset") or 0.0, data["duration"]
-        if header.frames == 0:
-            raise AudioFault("empty audio")
-        if offset + duration > header.duration + TRUNCATION_TOLERANCE:
-            raise AudioFault("truncated audio")
-        recording = Recording(
-            id=name,
-            sources=[AudioSource(type="memory", channels=list(range(header.channels)), source=audio)],
-            sampling_rate=int(header.samplerate),
-            num_samples=header.frames,
-            duration=header.duration,
-        )
-        try:
+            recording = recording_in_memory(name, audio, header)
             cut = make_cut_with_subset_inmemory_recording(recording, offset=offset, duration=duration)
         except Exception as error:  # each decoder raises its own kind
             raise AudioFault("unreadable audio") from error
+        return self.labelled(cut, record, tar_path)
+
+    def labelled(self, cut: Cut, record: Record, tar_path: str) -> Cut:
+        """The cut of a record's audio with what its manifest says of it."""
+        data = record.data
         cut.supervisions.append(
             SupervisionSegment(
                 id=cut.id,
@@ -389,8 +405,75 @@ class NeMoTarredManifest:
             )
         )
         cut.custom = {key: value for key, value in data.items() if key not in ("duration", "audio_filepath")}
-        cut.manifest_origin, cut.manifest_place = record.path, record.place
+        cut.manifest_origin, cut.manifest_place, cut.tar_origin = record.path, record.place, tar_path
         return cut
+
+
+def member_of(record: Record) -> str:
+    """Name of the tar member that a record's audio lies in, which it may share with other segments.
+
+    Raises:
+        Unusable: if the record names none.
+    """
+    name = record.data.get("audio_filepath")
+    if not isinstance(name, str):
+        raise Unusable("no audio_filepath")
+    if (segment := _SEGMENT.match(name)) is not None:
+        return segment["stem"] + (segment["ext"] or "")
+    return name
+
+
+def times_of(record: Record) -> tuple[float, float]:
+    """Offset and duration of a record in its recording, in seconds.
+
+    Raises:
+        Unusable: if they are missing, or no times.
+    """
+    _check_times(record.data)
+    return record.data.get("offset") or 0.0, record.data["duration"]
+
+
+class Header(NamedTuple):
+    """What a recording says of itself before any of it is decoded."""
+
+    sampling_rate: int
+    num_samples: int
+    num_channels: int
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.num_samples / self.sampling_rate
+
+
+def read_header(audio: BinaryIO, size: int, end: float) -> Header:
+    """Read the header of encoded audio of ``size`` bytes, and refuse what does not reach to ``end`` seconds.
+
+    Raises:
+        AudioFault: its text is the cause.
+    """
+    if size == 0:
+        raise AudioFault("empty audio")
+    try:
+        info = soundfile.info(audio)
+    except soundfile.SoundFileError as error:
+        raise AudioFault("unreadable audio") from error
+    header = Header(int(info.samplerate), info.frames, info.channels)
+    if header.num_samples == 0:
+        raise AudioFault("empty audio")
+    if end > header.duration + TRUNCATION_TOLERANCE:
+        raise AudioFault("truncated audio")
+    return header
+
+
+def recording_from(name: str, source: AudioSource, header: Header) -> Recording:
+    """A recording as long as its header says."""
+    return Recording(name, [source], header.sampling_rate, header.num_samples, header.duration)
+
+
+def recording_in_memory(name: str, audio: bytes, header: Header) -> Recording:
+    """A recording that holds its encoded audio."""
+    return recording_from(name, AudioSource("memory", list(range(header.num_channels)), audio), header)
 
 
 def _by_shard_number(paths: Sequence[str], pattern: re.Pattern, key: str) -> dict[int, str]:
@@ -420,14 +503,31 @@ class LhotseManifest:
 
     def __iter__(self) -> Iterator[Cut]:
         for record in self.records:
-            try:
-                cut = deserialize_item(record.data)
-            except Exception:  # lhotse raises whatever its constructors trip over
-                self.bad_records.add(record.path, record.place, "not a lhotse cut")
-                continue
-            if not isinstance(cut, Cut):
-                self.bad_records.add(record.path, record.place, "not a lhotse cut")
-                continue
-            cut = resolve_relative_paths(cut, manifest_path=self.path)
-            mark_origin(cut, record.path, record.place)
-            yield cut
+            if (cut := self.cut_of(record)) is not None:
+                yield cut
+
+    def cut_of(self, record: Record) -> Cut | None:
+        """The cut of one record; None, and a note of the cause, where it is none."""
+        try:
+            cut = lhotse_cut(record)
+        except Unusable as cause:
+            self.bad_records.add(record.path, record.place, str(cause))
+            return None
+        cut = resolve_relative_paths(cut, manifest_path=self.path)
+        mark_origin(cut, record.path, record.place)
+        return cut
+
+
+def lhotse_cut(record: Record) -> Cut:
+    """The cut that a record describes.
+
+    Raises:
+        Unusable: if it describes something else.
+    """
+    try:
+        cut = deserialize_item(record.data)
+    except Exception as error:  # lhotse raises whatever its constructors trip over
+        raise Unusable("not a lhotse cut") from error
+    if not isinstance(cut, Cut):
+        raise Unusable("not a lhotse cut")
+    return cut

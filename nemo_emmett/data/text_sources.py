@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import permutations
 
@@ -49,18 +50,24 @@ class AlignedText:
     def __iter__(self) -> Iterator[SourceTargetTextExample]:
         for shard in self.order(self.shards):
             for number, lines in zip_lines(list(shard.values())):
-                self.bad_records.read(_first_file(shard))
-                texts = self._usable_texts(shard, number, lines)
-                for source, target in self.directions:
-                    if source in texts and target in texts:
-                        identity = f"{shard[source]}:{number}"
-                        if len(self.directions) > 1:
-                            identity += f":{source}-{target}"
-                        pair = _text_pair(
-                            identity, texts[source], texts[target], self.languages[source], self.languages[target]
-                        )
-                        mark_origin(pair, _first_file(shard), f"line {number}")
-                        yield pair
+                yield from self.examples_of(shard, number, lines)
+
+    def examples_of(
+        self, shard: Mapping[str, str], number: int, lines: Sequence[bytes]
+    ) -> Iterator[SourceTargetTextExample]:
+        """The examples of one line of a shard, one per direction; ``number`` is from 1, ``lines`` has one per side."""
+        self.bad_records.read(_first_file(shard))
+        texts = self._usable_texts(shard, number, lines)
+        for source, target in self.directions:
+            if source in texts and target in texts:
+                identity = f"{shard[source]}:{number}"
+                if len(self.directions) > 1:
+                    identity += f":{source}-{target}"
+                pair = _text_pair(
+                    identity, texts[source], texts[target], self.languages[source], self.languages[target]
+                )
+                mark_origin(pair, _first_file(shard), f"line {number}")
+                yield pair
 
     def _usable_texts(self, shard: Mapping[str, str], number: int, lines: Sequence[bytes]) -> dict[str, str]:
         texts = {}
@@ -111,18 +118,24 @@ class _OneFileText(ABC):
     def __iter__(self) -> Iterator[SourceTargetTextExample]:
         for path in self.order(self.paths):
             for number, line in self._lines(path):
-                if not line.strip(b" "):  # a line of tabs is a row of empty cells
-                    continue
-                self.bad_records.read(path)
-                note = partial(self.bad_records.add, path, f"line {number}")
-                if (text := decoded(line, note)) is None:
-                    continue
-                try:
-                    pair = self._example(f"{path}:{number}", self._fields(path, text))
-                    mark_origin(pair, path, f"line {number}")
+                if (pair := self.example_of(path, number, line)) is not None:
                     yield pair
-                except Unusable as cause:
-                    note(str(cause))
+
+    def example_of(self, path: str, number: int, line: bytes) -> SourceTargetTextExample | None:
+        """The example of one line of a file, counted from 1; None where there is none."""
+        if not line.strip(b" "):  # a line of tabs is a row of empty cells
+            return None
+        self.bad_records.read(path)
+        note = partial(self.bad_records.add, path, f"line {number}")
+        if (text := decoded(line, note)) is None:
+            return None
+        try:
+            pair = self._example(f"{path}:{number}", self._fields(path, text))
+        except Unusable as cause:
+            note(str(cause))
+            return None
+        mark_origin(pair, path, f"line {number}")
+        return pair
 
     def _example(self, identity: str, fields: Mapping) -> SourceTargetTextExample:
         source, target = fields["source"], fields["target"]
@@ -157,14 +170,27 @@ class TsvText(_OneFileText):
         """Whether the first line of each file names its columns."""
         return any(isinstance(column, str) for column in self.columns)
 
+    def example_of(self, path: str, number: int, line: bytes) -> SourceTargetTextExample | None:
+        """The example of one line of a file, counted from 1; None where there is none, as in the header."""
+        return None if self.has_header and number == 1 else super().example_of(path, number, line)
+
     def _lines(self, path: str) -> Iterator[tuple[int, bytes]]:
         lines = super()._lines(path)
         if self.has_header:
             _, header = next(lines, (0, b""))
-            self._numbers[path] = self._find_columns(path, header.decode("utf-8", errors="replace").split("\t"))
-        else:
-            self._numbers[path] = list(self.columns)
+            self._read_header(path, header)
         yield from lines
+
+    def _columns_of(self, path: str) -> Sequence[int]:
+        if not self.has_header:
+            return self.columns
+        if path not in self._numbers:  # its lines are not read in their order
+            with closing(open_lines(path)) as lines:
+                self._read_header(path, next(lines, b""))
+        return self._numbers[path]
+
+    def _read_header(self, path: str, header: bytes) -> None:
+        self._numbers[path] = self._find_columns(path, header.decode("utf-8", errors="replace").split("\t"))
 
     def _find_columns(self, path: str, header: list[str]) -> list[int]:
         names = [name.strip() for name in header]
@@ -177,7 +203,7 @@ class TsvText(_OneFileText):
 
     def _fields(self, path: str, line: str) -> dict:
         cells = line.split("\t")
-        source, target = self._numbers[path]
+        source, target = self._columns_of(path)
         if max(source, target) >= len(cells):
             raise Unusable("missing column")
         return {"source": cells[source], "target": cells[target]}
@@ -197,7 +223,7 @@ class JsonlText(_OneFileText):
     def _fields(self, path: str, line: str) -> dict:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter where it is nested too deeply
             raise Unusable("not JSON") from None
         if not isinstance(record, dict):
             raise Unusable("not a JSON object")

@@ -268,9 +268,12 @@ class SpeechTextModel(LightningModule, HFHubMixin):
         return [RandomState()]
 
     def training_step(self, batch: Mapping, batch_idx: int) -> Tensor:
-        """The weighted sum of the modalities' losses, in nats per token; logs each modality apart."""
+        """The weighted sum of the modalities' losses, in nats per token; logs each modality apart.
+
+        A rank whose batch has nothing left of it (an empty dict) steps along with the others, with a loss of zero.
+        """
         self._hold_frozen_parts()
-        parts = split_modalities(batch, self.pad_id)
+        parts = split_modalities(batch, self.pad_id) if batch else {}
         loss_sums, token_counts = [], []
         for modality in MODALITIES:
             loss_sum, num_tokens = torch.zeros((), device=self.device), 0
@@ -281,6 +284,8 @@ class SpeechTextModel(LightningModule, HFHubMixin):
             token_counts.append(torch.as_tensor(num_tokens, device=self.device))
         loss_sums_M, token_counts_M = torch.stack(loss_sums), torch.stack(token_counts)
         loss = modality_loss(loss_sums_M, token_counts_M, self._loss_weights)
+        if not parts:
+            loss = loss + sum(0.0 * parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
         if self._step_log is None:
             self._step_log = StepLog(self.trainer.log_every_n_steps if self._trainer is not None else 1)
         self._step_log.add(parts, loss_sums_M, token_counts_M)

@@ -1,6 +1,12 @@
 """Translation prompts and the languages they name.
 
-- :mod:`nemo_emmett.prompts.languages`: which language codes there are, and their English names.
-- :mod:`nemo_emmett.prompts.translation`: registers our prompt formats with NeMo.
+- :mod:`nemo_emmett.prompts.languages`: which language codes there are, their English names, and what each family of
+  models calls them.
+- :mod:`nemo_emmett.prompts.translation`: registers our prompt formats with NeMo; the instruction in plain words.
+- :mod:`nemo_emmett.prompts.request`: what a format asks of an example.
 - :mod:`nemo_emmett.prompts.t5`: the ``emmett_t5`` format, ``<de> text`` for T5-like encoder-decoders.
+- :mod:`nemo_emmett.prompts.language_tokens`: ``emmett_m2m100``, ``emmett_nllb``, ``emmett_mbart50``, ``emmett_mbart``.
+- :mod:`nemo_emmett.prompts.chat`: ``emmett_llama3`` and the like, an instruction in NeMo's chat formats.
+- :mod:`nemo_emmett.prompts.formatting`: ``format_many``, examples prompted together.
+- :mod:`nemo_emmett.prompts.seq2seq`, :mod:`nemo_emmett.prompts.encoding`: what the formats share.
 """

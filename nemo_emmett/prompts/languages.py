@@ -1,6 +1,7 @@
 """Language codes: ISO 639-1 as Whisper lists them, M2M100's, and FLORES-200's as NLLB writes them.
 
-The tables are those of the tokenizers in transformers, so a code is known here if one of the backbones knows it.
+The tables are those of the tokenizers in transformers, so a code is known here if one of the backbones knows it. What a
+family of backbones calls a language: :func:`m2m100_code`, :func:`flores_code` (NLLB) and :func:`mbart_code`.
 """
 
 from __future__ import annotations
@@ -14,21 +15,117 @@ from nemo_emmett.errors import ConfigError
 _WITH_SUBTAGS = re.compile(r"(?P<code>[a-z]{2,3})(-[A-Z][a-z]{3})?(-([A-Z]{2}|\d{3}))?")
 """A language code with a script, a region or both, as BCP 47 writes them: zh-Hant, pt-BR, es-419, zh-Hant-TW."""
 
+_ISO_AND_FLORES = """
+    af:afr_Latn ak:aka_Latn am:amh_Ethi ar:arb_Arab as:asm_Beng ay:ayr_Latn az:azj_Latn ba:bak_Cyrl be:bel_Cyrl
+    bg:bul_Cyrl bm:bam_Latn bn:ben_Beng bo:bod_Tibt bs:bos_Latn ca:cat_Latn cs:ces_Latn cy:cym_Latn da:dan_Latn
+    de:deu_Latn dz:dzo_Tibt ee:ewe_Latn el:ell_Grek en:eng_Latn eo:epo_Latn es:spa_Latn et:est_Latn eu:eus_Latn
+    fa:pes_Arab ff:fuv_Latn fi:fin_Latn fj:fij_Latn fo:fao_Latn fr:fra_Latn ga:gle_Latn gd:gla_Latn gl:glg_Latn
+    gn:grn_Latn gu:guj_Gujr ha:hau_Latn he:heb_Hebr hi:hin_Deva hr:hrv_Latn ht:hat_Latn hu:hun_Latn hy:hye_Armn
+    id:ind_Latn ig:ibo_Latn is:isl_Latn it:ita_Latn ja:jpn_Jpan jv:jav_Latn ka:kat_Geor kg:kon_Latn ki:kik_Latn
+    kk:kaz_Cyrl km:khm_Khmr kn:kan_Knda ko:kor_Hang kr:knc_Latn ks:kas_Arab ku:kmr_Latn ky:kir_Cyrl lb:ltz_Latn
+    lg:lug_Latn li:lim_Latn ln:lin_Latn lo:lao_Laoo lt:lit_Latn lv:lvs_Latn mg:plt_Latn mi:mri_Latn mk:mkd_Cyrl
+    ml:mal_Mlym mn:khk_Cyrl mr:mar_Deva ms:zsm_Latn mt:mlt_Latn my:mya_Mymr nb:nob_Latn ne:npi_Deva nl:nld_Latn
+    nn:nno_Latn no:nob_Latn ny:nya_Latn oc:oci_Latn om:gaz_Latn or:ory_Orya pa:pan_Guru pl:pol_Latn ps:pbt_Arab
+    pt:por_Latn qu:quy_Latn rn:run_Latn ro:ron_Latn ru:rus_Cyrl rw:kin_Latn sa:san_Deva sc:srd_Latn sd:snd_Arab
+    sg:sag_Latn si:sin_Sinh sk:slk_Latn sl:slv_Latn sm:smo_Latn sn:sna_Latn so:som_Latn sq:als_Latn sr:srp_Cyrl
+    ss:ssw_Latn st:sot_Latn su:sun_Latn sv:swe_Latn sw:swh_Latn ta:tam_Taml te:tel_Telu tg:tgk_Cyrl th:tha_Thai
+    ti:tir_Ethi tk:tuk_Latn tl:tgl_Latn tn:tsn_Latn tr:tur_Latn ts:tso_Latn tt:tat_Cyrl tw:twi_Latn ug:uig_Arab
+    uk:ukr_Cyrl ur:urd_Arab uz:uzn_Latn vi:vie_Latn wo:wol_Latn xh:xho_Latn yi:ydd_Hebr yo:yor_Latn zh:zho_Hans
+    zu:zul_Latn
+"""
+_FLORES_OF_ISO = dict(pair.split(":") for pair in _ISO_AND_FLORES.split())
+"""The FLORES-200 code of each ISO 639-1 language that NLLB has; of a macrolanguage, its standard (ar: Modern Standard
+Arabic; no: Bokmål), and of a language with several scripts the one it is mostly written in."""
+
+_ALIASES = {"jw": "jv", "ns": "nso"}
+"""Codes that are not ISO 639: Whisper's of Javanese and M2M100's of Northern Sotho."""
+
+_TRADITIONAL_CHINESE = ("TW", "HK", "MO")  # regions that write Chinese in the traditional script
+
+_MORE_NAMES = {
+    "ak": "Akan",
+    "ast": "Asturian",
+    "ay": "Aymara",
+    "bm": "Bambara",
+    "ceb": "Cebuano",
+    "dz": "Dzongkha",
+    "ee": "Ewe",
+    "eo": "Esperanto",
+    "ff": "Fulah",
+    "fj": "Fijian",
+    "fy": "Western Frisian",
+    "ga": "Irish",
+    "gd": "Scottish Gaelic",
+    "gn": "Guarani",
+    "ig": "Igbo",
+    "ilo": "Iloko",
+    "jv": "Javanese",
+    "kg": "Kongo",
+    "ki": "Kikuyu",
+    "kr": "Kanuri",
+    "ks": "Kashmiri",
+    "ku": "Kurdish",
+    "ky": "Kyrgyz",
+    "lg": "Ganda",
+    "li": "Limburgish",
+    "nb": "Norwegian Bokmål",
+    "ns": "Northern Sotho",
+    "ny": "Nyanja",
+    "om": "Oromo",
+    "or": "Odia",
+    "qu": "Quechua",
+    "rn": "Rundi",
+    "rw": "Kinyarwanda",
+    "sc": "Sardinian",
+    "sg": "Sango",
+    "sm": "Samoan",
+    "ss": "Swati",
+    "st": "Southern Sotho",
+    "ti": "Tigrinya",
+    "tn": "Tswana",
+    "ts": "Tsonga",
+    "tw": "Twi",
+    "ug": "Uyghur",
+    "wo": "Wolof",
+    "xh": "Xhosa",
+    "zu": "Zulu",
+}
+"""English names of languages that Whisper does not list."""
+
 
 @cache
 def _names() -> dict[str, str]:
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-    return {code: name.title() for code, name in LANGUAGES.items()}
+    return _MORE_NAMES | {code: name.title() for code, name in LANGUAGES.items()}
+
+
+@cache
+def _m2m100_codes() -> frozenset[str]:
+    from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES
+
+    return frozenset(FAIRSEQ_LANGUAGE_CODES["m2m100"])
+
+
+@cache
+def _flores_codes() -> frozenset[str]:
+    from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
+
+    return frozenset(FAIRSEQ_LANGUAGE_CODES)
+
+
+@cache
+def _mbart_codes() -> dict[str, str]:
+    """``de: de_DE``; mBART-50's, among which are all of mBART's."""
+    from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES
+
+    return {code.split("_")[0]: code for code in FAIRSEQ_LANGUAGE_CODES}
 
 
 @cache
 def known_languages() -> frozenset[str]:
     """All language codes that a recipe may name: ``de``, ``ast``, ``deu_Latn``, ..."""
-    from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as M2M100_CODES
-    from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as FLORES_CODES
-
-    return frozenset(_names()) | frozenset(M2M100_CODES["m2m100"]) | frozenset(FLORES_CODES)
+    return frozenset(_names()) | frozenset(_FLORES_OF_ISO) | _m2m100_codes() | _flores_codes()
 
 
 def is_known_language(code: str) -> bool:
@@ -70,3 +167,63 @@ def language_name(code: str) -> str:
         ('German', 'English', 'deu_Latn')
     """
     return _names().get(code) or _names().get(code.split("-")[0], code)
+
+
+@cache
+def flores_code(code: str) -> str | None:
+    """The FLORES-200 code of a language, as NLLB writes it; None if NLLB does not have it in that script.
+
+    Example:
+        >>> flores_code("de"), flores_code("zh-Hant"), flores_code("pt-BR"), flores_code("deu_Latn"), flores_code("la")
+        ('deu_Latn', 'zho_Hant', 'por_Latn', 'deu_Latn', None)
+    """
+    if code in _flores_codes():
+        return code
+    language, *subtags = code.split("-")
+    language = _ALIASES.get(language, language)
+    found = _FLORES_OF_ISO.get(language) or _only_flores_code(language)
+    if found is None:
+        return None
+    script = next((tag for tag in subtags if len(tag) == 4), None)
+    if script is None and language == "zh" and not set(_TRADITIONAL_CHINESE).isdisjoint(subtags):
+        script = "Hant"
+    written = f"{found[:3]}_{script}" if script else found
+    return written if written in _flores_codes() else None
+
+
+def _only_flores_code(language: str) -> str | None:
+    """The FLORES-200 code that begins with a code of three letters, if there is one and no other."""
+    codes = [code for code in _flores_codes() if code.split("_")[0] == language]
+    return codes[0] if len(codes) == 1 else None
+
+
+@cache
+def m2m100_code(code: str) -> str | None:
+    """M2M100's code of a language, whatever its script and region; None if M2M100 does not have it.
+
+    Example:
+        >>> m2m100_code("de"), m2m100_code("pt-BR"), m2m100_code("deu_Latn"), m2m100_code("la")
+        ('de', 'pt', 'de', None)
+    """
+    return next((known for known in _shorter_codes(code) if known in _m2m100_codes()), None)
+
+
+@cache
+def mbart_code(code: str) -> str | None:
+    """mBART's code of a language, whatever its script and region; None if mBART-50 does not have it.
+
+    Example:
+        >>> mbart_code("de"), mbart_code("pt-BR"), mbart_code("deu_Latn"), mbart_code("la")
+        ('de_DE', 'pt_XX', 'de_DE', None)
+    """
+    return next((_mbart_codes()[known] for known in _shorter_codes(code) if known in _mbart_codes()), None)
+
+
+def _shorter_codes(code: str) -> list[str]:
+    """The codes by which families that do not tell scripts apart may know a language, its own first."""
+    language = re.split("[-_]", code)[0]
+    standard = _ALIASES.get(language, language)
+    iso_639_3 = _FLORES_OF_ISO.get(standard, standard)[:3]
+    same = [iso for iso, flores in _FLORES_OF_ISO.items() if flores[:3] == iso_639_3]
+    aliases = [alias for alias, meant in _ALIASES.items() if meant == standard]
+    return [language, standard, *same, *aliases]

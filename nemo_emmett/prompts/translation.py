@@ -6,17 +6,23 @@ from nemo_emmett.prompts.languages import language_name
 
 
 def register_prompt_formats() -> None:
-    """Make ``prompt_format: emmett_t5`` known to NeMo. NeMo registers a formatter when its class is defined."""
+    """Make ``prompt_format: emmett_t5`` and the others known to NeMo, which registers a class as it is defined."""
+    import nemo_emmett.prompts.chat
+    import nemo_emmett.prompts.language_tokens
     import nemo_emmett.prompts.t5  # noqa: F401
 
 
 def translation_instruction(target_lang: str, source_lang: str | None = None) -> str:
     """The request for a translation in plain English, for language models that follow instructions.
 
+    Where both languages are the same it asks for a transcript.
+
     Example:
-        >>> translation_instruction("de", "en")
-        'Translate from English to German:'
+        >>> translation_instruction("de", "en"), translation_instruction("de")
+        ('Translate from English to German:', 'Translate to German:')
     """
+    if source_lang == target_lang:
+        return f"Transcribe in {language_name(target_lang)}:"
     if source_lang is None:
         return f"Translate to {language_name(target_lang)}:"
     return f"Translate from {language_name(source_lang)} to {language_name(target_lang)}:"
@@ -36,10 +42,8 @@ def translation_turns(formatter, message: str, target_lang: str, source_lang: st
         as an instruction in front of the message otherwise.
     """
     slots = formatter.get_slots("user")
-    if "target_lang" not in slots:
+    if not {"source_lang", "target_lang"} & set(slots):
         instruction = translation_instruction(target_lang, source_lang)
         return [{"role": "user", "slots": {"message": f"{instruction} {message}"}}]
-    values = {"message": message, "target_lang": target_lang}
-    if "source_lang" in slots:
-        values["source_lang"] = source_lang
-    return [{"role": "user", "slots": values}]
+    values = {"message": message, "target_lang": target_lang, "source_lang": source_lang}
+    return [{"role": "user", "slots": {name: values[name] for name in values if name in slots}}]

@@ -127,3 +127,53 @@ def test_each_source_is_judged_by_its_own_share() -> None:
     ledger.check(401)
     with pytest.raises(TooManyBadRecords, match="401 bad records were skipped in 1001000 records read"):
         ledger.check(400)  # a number is of all sources together
+
+
+def test_an_epoch_is_reported_by_itself_and_in_total() -> None:
+    ledger = BadRecords(source_of={"speech_0.json": "speech", "speech_1.json": "speech"})
+    for epoch in range(2):
+        for shard in ("speech_0.json", "speech_1.json"):
+            ledger.read(shard, 1000)
+            for language in ("de", "es"):  # two examples of one record
+                ledger.add(shard, "line 7 (a.wav)", "missing audio", (shard, "line 7"), f"a-{language}")
+        ledger.read("train.de", 50)
+        if epoch:
+            ledger.add("train.de", "line 1", "empty text")
+            ledger.add("train.de", "line 1", "not UTF-8")
+            ledger.add("speech_0.json", "line 9", "not JSON")
+        report = ledger.end_epoch()
+    assert report.splitlines() == [
+        "this epoch           in total",
+        "      read  skipped      read  skipped  source",
+        "     2,000        3     4,000        5  speech",
+        "                  2                  4    missing audio",
+        "                  1                  1    not JSON",
+        "        50        1       100        1  train.de",
+        "                  1                  1    empty text",
+        "                  1                  1    not UTF-8",
+    ]
+    ledger.read("train.de", 50)
+    assert ledger.end_epoch() == ""
+    assert ledger.shares() == {"speech": pytest.approx(5 / 4000), "train.de": pytest.approx(1 / 150)}
+
+
+def test_reports_stay_readable_with_long_paths() -> None:
+    path = f"/data/{'corpora/' * 20}manifest_0.json"
+    title = f"data.train_ds.input_cfg[0] ({path})"
+    ledger = BadRecords(source_of={path: title})
+    ledger.read(path, 2_000_000)
+    ledger.add(path, "line 1", "several target languages, but no translations")
+    for report in (ledger.table(), ledger.end_epoch()):
+        assert max(map(len, report.splitlines())) <= 96
+        assert "manifest_0.json" in report
+    ledger.add(path, "line 1", "several target languages, but no translations")
+    assert "data.train_ds.input_cfg" in ledger.end_epoch()
+
+
+def test_what_several_workers_noted_is_one_epoch() -> None:
+    total = BadRecords()
+    for _ in range(2):
+        for worker in (filled(1, 99), filled(1, 99)):  # each has read all of the data
+            total.merge(worker.drain())
+        assert "       200        2" in total.end_epoch()
+    assert total.count() == 1

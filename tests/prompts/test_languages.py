@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as MBART50_CODES
 
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.prompts.languages import check_language, is_known_language, language_name
+from nemo_emmett.prompts import languages
+from nemo_emmett.prompts.languages import (
+    check_language,
+    flores_code,
+    is_known_language,
+    language_name,
+    m2m100_code,
+    mbart_code,
+)
 
 
 @pytest.mark.parametrize("code", ["de", "ast", "yue", "deu_Latn", "en-US", "pt-BR", "es-419", "zh-Hant", "zh-Hant-TW"])
@@ -42,3 +51,86 @@ def test_names() -> None:
         "Chinese",
         "deu_Latn",
     ]
+
+
+FLORES = {
+    "en": "eng_Latn",
+    "de": "deu_Latn",
+    "es": "spa_Latn",
+    "fr": "fra_Latn",
+    "zh": "zho_Hans",
+    "zh-Hant": "zho_Hant",
+    "zh-TW": "zho_Hant",
+    "zh-Hans-SG": "zho_Hans",
+    "pt-BR": "por_Latn",
+    "no": "nob_Latn",
+    "nn": "nno_Latn",
+    "ar": "arb_Arab",
+    "jw": "jav_Latn",
+    "ns": "nso_Latn",
+    "ast": "ast_Latn",
+    "yue": "yue_Hant",
+    "ks-Deva": "kas_Deva",
+    "arz_Arab": "arz_Arab",
+    "la": None,
+    "sr-Latn": None,
+    "xx": None,
+}
+
+
+@pytest.mark.parametrize(("code", "flores"), FLORES.items())
+def test_flores_codes(code, flores) -> None:
+    assert flores_code(code) == flores
+
+
+@pytest.mark.parametrize(
+    ("code", "m2m100", "mbart"),
+    [
+        ("de", "de", "de_DE"),
+        ("deu_Latn", "de", "de_DE"),
+        ("pt-BR", "pt", "pt_XX"),
+        ("zho_Hant", "zh", "zh_CN"),
+        ("nb", "no", None),
+        ("nob_Latn", "no", None),
+        ("jw", "jv", None),
+        ("nso_Latn", "ns", None),
+        ("ast", "ast", None),
+        ("arz_Arab", None, None),
+        ("la", None, None),
+    ],
+)
+def test_codes_of_the_other_families(code, m2m100, mbart) -> None:
+    assert (m2m100_code(code), mbart_code(code)) == (m2m100, mbart)
+
+
+def test_every_flores_code_in_the_table_is_one_and_stands_for_its_iso_code() -> None:
+    """CLDR, by way of Babel, is the independent witness; it knows no macrolanguages that it does not use itself."""
+    get_global = pytest.importorskip("babel.core", reason="Babel holds CLDR's aliases").get_global
+    aliases = get_global("language_aliases")
+    differs = {}
+    for iso, flores in languages._FLORES_OF_ISO.items():
+        assert flores in languages._flores_codes()
+        if (alias := aliases.get(flores[:3])) != iso:
+            differs[iso] = (flores, alias)
+    # Members of macrolanguages that CLDR does not fold in, and where it prefers another code for the same language.
+    assert differs == {
+        "ff": ("fuv_Latn", None),
+        "no": ("nob_Latn", "nb"),
+        "ps": ("pbt_Arab", None),
+        "qu": ("quy_Latn", None),
+        "tl": ("tgl_Latn", "fil"),
+        "tw": ("twi_Latn", "ak"),
+    }
+
+
+def test_each_family_finds_all_of_its_own_languages() -> None:
+    codes = languages._m2m100_codes()
+    assert {m2m100_code(code) for code in codes} == codes
+    assert {flores_code(code) for code in languages._flores_codes()} == languages._flores_codes()
+    assert [code for code in sorted(codes) if flores_code(code) is None] == ["br", "fy"]
+    assert [mbart_code(code) for code in languages._mbart_codes()] == MBART50_CODES
+
+
+def test_every_language_of_two_letters_has_a_name() -> None:
+    two_letters = {code for code in languages.known_languages() if len(code) == 2}
+    assert [code for code in sorted(two_letters) if language_name(code) == code] == []

@@ -1,0 +1,671 @@
+"""Where each line of a text file and each member of a tar file stands: found in one pass, then kept beside the data.
+
+An index is a few arrays in a small file named after the data (``train.de.emmett-index``), mapped into memory, so that
+all workers share one copy. It carries the data file's size and time: when these differ, it is built anew. Where nothing
+can be written beside the data, indexes go into ``index_dir``; without one they last as long as the process.
+
+Text that is compressed, remote, or the output of a command cannot be entered in the middle. Of such a file only the
+number of lines is kept, and it is read forward, a stretch at a time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import mmap
+import multiprocessing
+import os
+import tarfile
+import uuid
+import zlib
+from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from typing import Any, BinaryIO, ClassVar, NamedTuple
+
+import numpy as np
+from lhotse.serialization import open_best
+from nemo.utils import logging
+from tqdm import tqdm
+
+from nemo_emmett.data.files import SECONDS_WITHOUT_A_BAR, is_local, open_lines
+from nemo_emmett.errors import ConfigError, DataError
+
+INDEX_SUFFIX = ".emmett-index"
+
+_VERSION = 1
+"""Of the format of index files; files of another version are built anew."""
+
+_PAGE = 8192
+"""Bytes. One block is looked up and read at once: the lines that begin in the same page of the file."""
+
+_CHUNK = 1 << 20
+"""Bytes read at once while an index is built."""
+
+_CACHED_BLOCK = 1 << 16
+"""Bytes. Longer blocks (of very long lines) are read again rather than kept."""
+
+_PARALLEL_FROM = 32 << 20
+"""Bytes. Less is indexed faster than processes start."""
+
+_MAX_PROCESSES = 16
+
+Progress = Callable[[int], Any]
+"""Is told how many more bytes have been read."""
+
+
+class FileState(NamedTuple):
+    """A file as it was when it was looked at. Of a remote file nothing but its name is known."""
+
+    path: str
+    size: int = -1  # bytes
+    mtime_ns: int = -1
+
+    @classmethod
+    def of(cls, path: str) -> FileState:
+        """
+        Raises:
+            DataError: if a local file does not exist or cannot be looked at.
+        """
+        if not is_local(path):
+            return cls(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+
+class _Descriptor:
+    """An open file, closed when nobody uses it any more: a thread may still read what the cache has let go."""
+
+    def __init__(self, state: FileState) -> None:
+        self.number = os.open(state.path, os.O_RDONLY)
+        status = os.fstat(self.number)
+        if (status.st_size, status.st_mtime_ns) != (state.size, state.mtime_ns):
+            raise DataError(f"{state.path}: has changed since it was indexed; start again to index it anew.")
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):  # opening failed, or the interpreter is going down
+            os.close(self.number)
+
+
+@lru_cache(maxsize=256)
+def _opened(state: FileState) -> _Descriptor:
+    """Reading at a position moves no pointer, so that a descriptor inherited by a forked worker serves both."""
+    return _Descriptor(state)
+
+
+def _read_at(state: FileState, offset: int, size: int) -> bytes:
+    """So many bytes of a local file from an offset on; fewer where it ends.
+
+    Raises:
+        DataError: if the file is no longer in this state.
+        OSError: if it cannot be read.
+    """
+    file = _opened(state)
+    parts = []
+    while size > 0 and (part := os.pread(file.number, size, offset)):
+        parts.append(part)
+        offset, size = offset + len(part), size - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+@lru_cache(maxsize=1024)
+def _cached_lines(state: FileState, offset: int, size: int) -> list[bytes]:
+    return _read_at(state, offset, size).split(b"\n")
+
+
+@dataclass
+class Contents:
+    """What an index holds: arrays by name, and facts that fit into its header."""
+
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Index(ABC):
+    """What was found in a data file by reading it once. Subclasses say what to look for.
+
+    Made, it has read nothing; the first use loads the index or builds it (:func:`build_indexes` does so for many).
+    It can be pickled, and goes to forked workers as it is. That of remote data is taken to fit as long as it exists.
+
+    Args:
+        path: the data file, or a URL.
+        index_dir: folder for the index where it cannot be written beside the data.
+        beside: where the index is written first of all; by default the data file's name with ``.emmett-index``.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, path: str, index_dir: str | None = None, beside: str | None = None) -> None:
+        self.path = path
+        self.index_dir = index_dir
+        self.beside = beside or path + INDEX_SUFFIX
+        self.state: FileState | None = None
+        self._contents: Contents | None = None
+        self._is_mapped = False
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        if self._is_mapped:  # the process that unpickles it maps the file, too
+            state.update(_contents=None, _is_mapped=False)
+        return state
+
+    @property
+    def contents(self) -> Contents:
+        """The arrays, loaded or built when they are first asked for."""
+        if self._contents is None:
+            build_indexes([self])
+        return self._contents
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it can be used without reading a file."""
+        return self._contents is not None
+
+    @property
+    def places(self) -> list[str]:
+        """Where its file may be, in the order of preference."""
+        places = [self.beside] if is_local(self.path) else []
+        if self.index_dir is not None:
+            name = self.path if not is_local(self.path) else os.path.abspath(self.path)
+            stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in os.path.basename(name))[-80:]
+            digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+            places.append(os.path.join(self.index_dir, f"{stem}-{digest}{INDEX_SUFFIX}"))
+        return places
+
+    def load(self) -> bool:
+        """Take the index from its file, if there is one that fits the data as it is now.
+
+        Raises:
+            DataError: if the data file cannot be looked at.
+        """
+        self.state = FileState.of(self.path)
+        for place in self.places:
+            if (contents := _read_index(place, self.kind, self.state)) is not None:
+                self._contents, self._is_mapped = contents, True
+                return True
+        return False
+
+    def build(self, progress: Progress) -> tuple[FileState, Contents | None]:
+        """Read the data and write the index.
+
+        Returns:
+            The data file as it was read, and what was found, or None in place of it where it has been written.
+
+        Raises:
+            DataError: if the data cannot be read.
+            ConfigError: if ``index_dir`` is given, and the index cannot be written there either.
+        """
+        state = FileState.of(self.path)
+        try:
+            contents = self._find(state, progress)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{self.path}: cannot be read to its end ({error}).") from error
+        return state, None if self._is_written(state, contents) else contents
+
+    def adopt(self, state: FileState, contents: Contents | None) -> None:
+        """Take over what :meth:`build` returned, perhaps in another process."""
+        self.state = state
+        if contents is not None:
+            self._contents = contents
+        elif not self.load():
+            raise DataError(f"{self.path}: changes while it is being indexed; start again when it is complete.")
+
+    def _is_written(self, state: FileState, contents: Contents) -> bool:
+        for place in self.places:
+            try:
+                _write_index(place, self.kind, state, contents)
+                return True
+            except OSError as error:
+                if self.index_dir is not None and place == self.places[-1]:
+                    raise ConfigError(
+                        f"index_dir: cannot write to '{self.index_dir}' ({error.strerror}); name a folder that can "
+                        "be written."
+                    ) from error
+        return False
+
+    @abstractmethod
+    def _find(self, state: FileState, progress: Progress) -> Contents:
+        """Read the data file once."""
+
+
+class Lines(Index):
+    """The lines of a text file by number, from 0; they end at a newline only, as :func:`open_lines` has it."""
+
+    is_sequential: ClassVar[bool]  # whether only reading forward is cheap
+
+    def __len__(self) -> int:
+        return self.contents.facts["lines"]
+
+    def prepare(self, start: int, stop: int) -> None:
+        """Expect lines from ``start`` to before ``stop`` to be read next."""
+
+    def release(self) -> None:
+        """Forget what :meth:`prepare` has read, and close the file."""
+
+    @abstractmethod
+    def read(self, number: int) -> bytes:
+        """One line, without its line end.
+
+        Raises:
+            IndexError: if there is none of this number.
+            DataError: if the file has changed since it was indexed.
+        """
+
+    def _none_with(self, number: int) -> IndexError:
+        return IndexError(f"{self.path} has {len(self)} lines, numbered from 0; there is none with number {number}.")
+
+
+def open_numbered_lines(path: str, index_dir: str | None = None, beside: str | None = None) -> Lines:
+    """The lines of a text file by number; arguments are those of :class:`Index`."""
+    is_plain = is_local(path) and not path.endswith(".gz")
+    return (LineIndex if is_plain else LineCount)(path, index_dir, beside)
+
+
+class LineIndex(Lines):
+    """Lines of a local, uncompressed file: one read of about 8 KiB finds any of them.
+
+    Lines that begin in the same page of the file are a block; the index holds each block's offset and first line.
+    """
+
+    kind = "lines"
+    is_sequential = False
+    _views: tuple[memoryview, memoryview] | None = None  # single numbers come faster out of these than out of arrays
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_views": None}
+
+    def read(self, number: int) -> bytes:
+        """See :meth:`Lines.read`."""
+        if self._views is None:
+            arrays = self.contents.arrays
+            self._views = memoryview(arrays["first_lines"]), memoryview(arrays["offsets"])
+        first_lines, offsets = self._views
+        if not 0 <= number < first_lines[-1]:
+            raise self._none_with(number)
+        block = bisect_right(first_lines, number) - 1
+        offset, size = offsets[block], offsets[block + 1] - offsets[block]
+        read = _cached_lines if size <= _CACHED_BLOCK else _cached_lines.__wrapped__
+        return read(self.state, offset, size)[number - first_lines[block]].rstrip(b"\r")
+
+    def _find(self, state: FileState, progress: Progress) -> Contents:
+        offsets, first_lines = [[0]], [[0]]
+        size, newlines, last = 0, 0, b"\n"
+        with open(state.path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                starts = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (size + 1)
+                begins_block = np.diff(starts // _PAGE, prepend=-1) > 0
+                offsets.append(starts[begins_block])
+                first_lines.append(newlines + 1 + np.flatnonzero(begins_block))
+                newlines += len(starts)
+                size += len(chunk)
+                last = chunk[-1:]
+                progress(len(chunk))
+        lines = newlines + (last != b"\n")  # the last line may lack its newline
+        arrays = {
+            "offsets": np.concatenate([*offsets, [size]], dtype=np.int64),
+            "first_lines": np.concatenate([*first_lines, [lines]], dtype=np.int64),
+        }
+        return Contents(arrays, {"lines": lines})
+
+
+class LineCount(Lines):
+    """Lines of a file that is compressed, remote, or the output of a command: counted, and read forward."""
+
+    kind = "count"
+    is_sequential = True
+
+    def __init__(self, path: str, index_dir: str | None = None, beside: str | None = None) -> None:
+        super().__init__(path, index_dir, beside)
+        self.release()
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_reader": None, "_lines": [], "_start": 0}
+
+    def release(self) -> None:
+        """See :meth:`Lines.release`."""
+        self._reader: Iterator[bytes] | None = None
+        self._lines: list[bytes] = []  # the stretch in memory; the reader stands behind it
+        self._start = 0  # number of its first line
+        self._process = os.getpid()
+
+    def prepare(self, start: int, stop: int) -> None:
+        """Read this stretch into memory, and forget what came before it.
+
+        Raises:
+            DataError: if the file has become shorter.
+        """
+        if self._process != os.getpid():  # a forked worker shares the position in the file with its parent
+            self.release()
+        stop = min(stop, len(self))
+        if self._reader is None or not self._start <= start <= self._start + len(self._lines):
+            self._go_to(start)
+        del self._lines[: start - self._start]
+        self._start = start
+        self._lines.extend(islice(self._reader, max(stop - start - len(self._lines), 0)))
+        if len(self._lines) < stop - start:
+            raise self._changed()
+
+    def read(self, number: int) -> bytes:
+        """See :meth:`Lines.read`; outside the stretch that was prepared, it reads forward to the line."""
+        if not 0 <= number < len(self):
+            raise self._none_with(number)
+        if self._process != os.getpid() or not self._start <= number < self._start + len(self._lines):
+            self.prepare(number, number + 1)
+        return self._lines[number - self._start]
+
+    def _go_to(self, number: int) -> None:
+        behind = self._start + len(self._lines)
+        if self._reader is None or number < behind:
+            self._reader, behind = open_lines(self.path), 0
+        self._lines, self._start = [], number
+        skipped = sum(1 for _ in islice(self._reader, number - behind))
+        if skipped < number - behind:
+            raise self._changed()
+
+    def _changed(self) -> DataError:
+        kept = f"delete its index ({' or '.join(self.places)}) and " if self.places else ""
+        return DataError(f"{self.path}: no longer has {len(self)} lines, as its index says; {kept}start again.")
+
+    def _find(self, state: FileState, progress: Progress) -> Contents:
+        lines, last = 0, b"\n"
+        with _opened_to_count(state, progress) as file:
+            while block := file.read(_CHUNK):
+                lines += block.count(b"\n")
+                last = block[-1:]
+        return Contents({}, {"lines": lines + (last != b"\n")})
+
+
+@contextmanager
+def _opened_to_count(state: FileState, progress: Progress) -> Iterator[BinaryIO]:
+    """Open text of any kind; progress is told in bytes of the file, compressed as they are."""
+    if not is_local(state.path):
+        with open_best(state.path, "rb") as file:
+            yield file
+        return
+    with open(state.path, "rb") as raw, gzip.open(_Watched(raw, progress)) as file:
+        yield file
+
+
+class _Watched(io.RawIOBase):
+    """A file that tells how much is read of it."""
+
+    def __init__(self, file: BinaryIO, progress: Progress) -> None:
+        self.file = file
+        self.progress = progress
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.progress(len(data))
+        return data
+
+
+class Member(NamedTuple):
+    """The bytes of one member of a tar file, read when they are asked for."""
+
+    file: FileState
+    offset: int
+    size: int  # bytes
+
+    def read(self) -> bytes:
+        """All of them.
+
+        Raises:
+            OSError: if the tar file cannot be read.
+        """
+        return _read_at(self.file, self.offset, self.size)
+
+    def open(self) -> BinaryIO:
+        """They as a file, of which only what is read of it is read from disk."""
+        return io.BufferedReader(_MemberFile(self), buffer_size=4096)
+
+
+class _MemberFile(io.RawIOBase):
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.member.size}[whence]
+        self.position = max(base + offset, 0)
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: memoryview) -> int:
+        wanted = max(min(len(buffer), self.member.size - self.position), 0)
+        data = _read_at(self.member.file, self.member.offset + self.position, wanted)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+class TarIndex(Index):
+    """The members of a local, uncompressed tar file, by name and by number.
+
+    Members behind a damage are not there; :attr:`damage` tells where it is.
+    """
+
+    kind = "tar"
+
+    def __len__(self) -> int:
+        return len(self.contents.arrays["offsets"])
+
+    @property
+    def damage(self) -> str | None:
+        """The last member's name before the file breaks off, None if it is whole."""
+        return self.contents.facts["damage"]
+
+    def name(self, number: int) -> str:
+        """Name of a member by its number, from 0, in the order of the file."""
+        return self._name(number).decode("utf-8", "surrogateescape")
+
+    def member(self, number: int) -> Member:
+        """A member by its number, from 0, in the order of the file."""
+        arrays = self.contents.arrays
+        return Member(self.state, int(arrays["offsets"][number]), int(arrays["sizes"][number]))
+
+    def find(self, name: str) -> Member | None:
+        """The first member of this name, None if there is none."""
+        wanted = name.encode("utf-8", "surrogateescape")
+        by_name = self.contents.arrays["by_name"]
+        place = bisect_left(by_name, wanted, key=self._name)
+        if place == len(by_name) or self._name(by_name[place]) != wanted:
+            return None
+        return self.member(int(by_name[place]))
+
+    def _name(self, number: int) -> bytes:
+        arrays = self.contents.arrays
+        return arrays["names"][arrays["name_starts"][number] : arrays["name_starts"][number + 1]].tobytes()
+
+    def _find(self, state: FileState, progress: Progress) -> Contents:
+        names, offsets, sizes = [], [], []
+        damage, last = None, "its start"
+        try:
+            for member in _members(state, progress):
+                last = member.name
+                if member.offset_data + member.size > state.size:
+                    raise tarfile.ReadError("the last member breaks off")
+                names.append(member.name.encode("utf-8", "surrogateescape"))
+                offsets.append(member.offset_data)
+                sizes.append(member.size)
+        except tarfile.ReadError:
+            damage = last
+        arrays = {
+            "offsets": np.array(offsets, np.int64),
+            "sizes": np.array(sizes, np.int64),
+            "name_starts": np.cumsum([0, *map(len, names)], dtype=np.int64),
+            "by_name": np.array(sorted(range(len(names)), key=names.__getitem__), np.int64),
+            "names": np.frombuffer(b"".join(names), np.uint8),
+        }
+        return Contents(arrays, {"damage": damage})
+
+
+def _members(state: FileState, progress: Progress) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar file. Sparse ones are left out: their bytes do not lie together."""
+    done = 0
+    with tarfile.open(state.path, "r:") as tar:
+        for member in tar:
+            if member.isfile() and not member.issparse():
+                yield member
+            tar.members.clear()  # otherwise it keeps them all
+            progress(tar.offset - done)
+            done = tar.offset
+
+
+def is_compressed(path: str) -> bool:
+    """Whether a local file begins as gzip, bzip2 or xz data do; their usual suffixes may be missing."""
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
+    return False
+
+
+def build_indexes(indexes: Sequence[Index]) -> None:
+    """Load indexes, and build those that are missing or out of date, in several processes; a bar shows the bytes.
+
+    Ranks may do so at the same time: each writes a file of its own and puts it in place at once.
+
+    Raises:
+        DataError: if data cannot be read.
+        ConfigError: if ``index_dir`` is given, but cannot be written.
+    """
+    missing: dict[tuple[str, str], list[Index]] = {}
+    for index in indexes:
+        if not index.is_loaded and not index.load():
+            missing.setdefault((index.kind, index.path), []).append(index)
+    firsts = [same[0] for same in missing.values()]
+    total = sum(max(index.state.size, 0) for index in firsts)
+    with tqdm(total=total, desc="Indexing data", unit="B", unit_scale=True, delay=SECONDS_WITHOUT_A_BAR) as bar:
+        build = _build_in_processes if total >= _PARALLEL_FROM and _can_fork(len(firsts)) else _build_here
+        build(firsts, bar)
+    for first, *others in missing.values():
+        for index in others:
+            index.adopt(first.state, None if first._is_mapped else first._contents)
+    _tell_of_unwritten([index for index in firsts if not index._is_mapped])
+
+
+def _build_here(indexes: Sequence[Index], bar: tqdm) -> None:
+    for index in indexes:
+        index.adopt(*index.build(bar.update))
+
+
+def _can_fork(files: int) -> bool:
+    return (
+        files > 1
+        and _usable_cores() > 1
+        and "fork" in multiprocessing.get_all_start_methods()
+        and not multiprocessing.current_process().daemon  # a worker of a loader may have no children
+    )
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _build_in_processes(indexes: Sequence[Index], bar: tqdm) -> None:
+    context = multiprocessing.get_context("fork")  # the others would import NeMo anew, ten seconds each
+    done = context.Value("q", 0)
+    workers = min(len(indexes), _usable_cores(), _MAX_PROCESSES)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_share_progress, initargs=(done,)) as pool:
+        built = {pool.submit(_build_in_process, index): index for index in indexes}
+        pending = set(built)
+        while pending:
+            finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            for future in finished:
+                built[future].adopt(*future.result())
+            bar.update(done.value - bar.n)
+
+
+_done: Any = None
+"""In a process that builds indexes: the number of bytes that all of them have read."""
+
+
+def _share_progress(done: Any) -> None:
+    global _done
+    _done = done
+
+
+def _build_in_process(index: Index) -> tuple[FileState, Contents | None]:
+    return index.build(_add_to_done)
+
+
+def _add_to_done(count: int) -> None:
+    with _done.get_lock():
+        _done.value += count
+
+
+def _tell_of_unwritten(indexes: Sequence[Index]) -> None:
+    if indexes:
+        others = f" (and those of {len(indexes) - 1} more files)" if len(indexes) > 1 else ""
+        logging.info(
+            f"The index of {indexes[0].path}{others} cannot be kept beside the data, and is lost when this process "
+            "ends; name a folder for it with index_dir."
+        )
+
+
+def _write_index(place: str, kind: str, state: FileState, contents: Contents) -> None:
+    """Write an index file as a whole or not at all, whoever else does so at the same time."""
+    os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
+    draft = f"{place}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(draft, "xb") as file:
+            file.write(_header(kind, state, contents))
+            for array in contents.arrays.values():
+                file.write(np.ascontiguousarray(array).data)
+        os.replace(draft, place)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(draft)
+
+
+def _header(kind: str, state: FileState, contents: Contents) -> bytes:
+    """One line of JSON, filled up with blanks so that the numbers behind it are aligned."""
+    shapes = {name: [array.dtype.str, len(array)] for name, array in contents.arrays.items()}
+    line = json.dumps({**_identity(kind, state), "arrays": shapes, "facts": contents.facts}).encode()
+    return line.ljust(-(-(len(line) + 1) // 64) * 64 - 1) + b"\n"
+
+
+def _identity(kind: str, state: FileState) -> dict[str, Any]:
+    return {"version": _VERSION, "kind": kind, "size": state.size, "mtime_ns": state.mtime_ns}
+
+
+def _read_index(place: str, kind: str, state: FileState) -> Contents | None:
+    """Map an index file; None if there is none, or it is not that of the data as it is now."""
+    try:
+        with open(place, "rb") as file:
+            line = file.readline()
+            header = json.loads(line)
+            if {key: header.get(key) for key in _identity(kind, state)} != _identity(kind, state):
+                raise ValueError("out of date")
+            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError:
+        return None
+    except (ValueError, AttributeError):  # not JSON, not an object, or another file's
+        logging.info(f"The index {place} does not fit {state.path} as it is now: it is built anew.")
+        return None
+    arrays, offset = {}, len(line)
+    for name, (dtype, count) in header["arrays"].items():
+        if offset + np.dtype(dtype).itemsize * count > len(view):
+            return None  # cut short, by a full disk perhaps
+        arrays[name] = np.frombuffer(view, dtype, count, offset)
+        offset += np.dtype(dtype).itemsize * count
+    return Contents(arrays, header["facts"])

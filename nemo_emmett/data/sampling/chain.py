@@ -1,0 +1,187 @@
+"""NeMo's own chain of maps and filters, applied to a few examples at a time, so that no stage of it has a state."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.cut.set import LazyCutMixer
+from lhotse.dataset.sampling.base import CutSampler, SamplingConstraint
+from lhotse.lazy import LazyFilter, LazyFlattener, LazyMapper
+from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_from_config, tokenize_with_prompt
+from nemo.collections.common.prompts import PromptFormatter
+from omegaconf import DictConfig
+
+from nemo_emmett.data.parsers import feeding
+from nemo_emmett.prompts.formatting import format_many
+
+KEYS_OF_FILTER = {
+    "DurationFilter": "min_duration, max_duration",
+    "TokenCountFilter": "min_tokens, max_tokens",
+    "TokenPerSecondFilter": "min_tps, max_tps",
+    "TokenPerTokenFilter": "min_tpt, max_tpt",
+    "CERFilter": "max_cer",
+    "ContextSpeakerSimilarityFilter": "min_context_speaker_similarity",
+    "ValidationStatusFilter": "keep",
+    "BucketingFilter": "bucket_duration_bins",
+}
+"""By which keys of a recipe NeMo's filters leave examples out."""
+
+Step = Callable[[list], list]
+"""One stage of the chain: what becomes of a list of examples."""
+
+
+class Feed:
+    """What NeMo's chain reads from: the examples that were last put in."""
+
+    def __init__(self, examples: Iterable) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Iterator:
+        return iter(self.examples)
+
+
+class ExampleChain:
+    """What NeMo does to an example between reading and batching it: resampling, tokens, augmentation, filters.
+
+    NeMo builds the chain and everything about batches from the config, as it does for its own samplers; the samplers
+    themselves are not used. Random stages draw from generators that are seeded for each call.
+
+    Args:
+        structured: NeMo's config of one sampler; its ``input_cfg`` is replaced.
+        tokenizer: NeMo tokenizer.
+        sample: examples by which NeMo estimates the bins of buckets where the config names none.
+    """
+
+    def __init__(self, structured: DictConfig, tokenizer: Any, sample: Iterable = ()) -> None:
+        self._feed = Feed(sample)
+        with feeding(self._feed) as input_cfg:
+            structured = structured.copy()
+            structured.input_cfg = input_cfg
+            sampler, _ = get_lhotse_sampler_from_config(structured, 0, 1, tokenizer)
+        self._sampler: CutSampler = sampler
+        self._rng = random.Random()
+        self.constraint: SamplingConstraint = sampler.constraint
+        self.duration_bins: list | None = getattr(sampler, "duration_bins", None)
+        self.drop_last: bool = sampler.drop_last
+        self.filtered: Counter[str] = Counter()  # examples left out, by the keys of the filter; "" for those kept
+        self._head, self._steps = self._taken_apart(sampler.cuts[0])
+
+    def run(self, examples: Sequence, seed: Sequence[int]) -> list:
+        """The examples as they come out of the chain; one may give none or several."""
+        self._rng.seed(repr(list(seed)))
+        self._feed.examples = examples
+        kept = list(self._head)
+        self._feed.examples = ()
+        for step in self._steps:
+            kept = step(kept)
+        self.filtered[""] += len(kept)
+        return kept
+
+    def finish(self, batch: CutSet, seed: Sequence[int]) -> CutSet:
+        """A batch after NeMo's transforms of whole batches (concatenation, reverberation, codecs, ...)."""
+        transforms = self._sampler._transforms
+        if not transforms or not any(isinstance(example, Cut) for example in batch):
+            return batch
+        rng = random.Random(repr(list(seed)))
+        for transform in transforms:
+            for attribute in ("rng", "random"):  # lhotse's names for a transform's generator
+                if hasattr(transform, attribute):
+                    setattr(transform, attribute, rng)
+            batch = transform(batch)
+        return batch
+
+    def _taken_apart(self, cuts: Any) -> tuple[Iterable, list[Step]]:
+        """The chain as plain functions of lists, which are much quicker than lhotse's nested generators.
+
+        Where a stage is neither a map nor a filter, it and what comes before it stay as they are.
+        """
+        steps: list[Step] = []
+        stage = cuts
+        while True:
+            if isinstance(stage, CutSet):
+                stage = stage.data
+            elif isinstance(stage, LazyMapper):
+                steps.insert(0, _mapping(stage))
+                stage = stage.iterator
+            elif isinstance(stage, LazyFilter):
+                steps.insert(0, partial(self._kept_by, stage.predicate))
+                stage = stage.iterator
+            elif isinstance(stage, LazyFlattener):
+                steps.insert(0, _flattened)
+                stage = stage.iterator
+            else:
+                break
+        for other in _stages(stage):
+            self._make_repeatable(other)
+        return stage, steps
+
+    def _kept_by(self, predicate: Callable, examples: list) -> list:
+        kept = [example for example in examples if predicate(example)]
+        if len(kept) < len(examples):
+            name = type(predicate).__name__
+            self.filtered[KEYS_OF_FILTER.get(name, name)] += len(examples) - len(kept)
+        return kept
+
+    def _make_repeatable(self, stage: Any) -> None:
+        """Each call starts the stage anew: what it draws or prepares must not begin anew with it."""
+        if isinstance(stage, LazyCutMixer):
+            stage.seed = self._rng
+            if stage.mix_in_cuts.is_lazy:
+                stage.mix_in_cuts = stage.mix_in_cuts.to_eager()
+        if isinstance(stage, LazyMapper) and _prompts(stage):
+            stage.fn = partial(stage.fn, prompt_format=_formatter_of(stage))
+
+
+def _mapping(stage: LazyMapper) -> Step:
+    if _prompts(stage) and stage.apply_fn is None:
+        return partial(_prompted, _formatter_of(stage))
+    return partial(_mapped, stage.fn, stage.apply_fn)
+
+
+def _mapped(function: Callable, applies: Callable | None, examples: list) -> list:
+    if applies is None:
+        return [function(example) for example in examples]
+    return [function(example) if applies(example) else example for example in examples]
+
+
+def _flattened(examples: list) -> list:
+    return list(chain.from_iterable(examples))
+
+
+def _prompted(formatter: PromptFormatter, examples: list) -> list:
+    format_many(examples, formatter)
+    return examples
+
+
+def _prompts(stage: LazyMapper) -> bool:
+    return isinstance(stage.fn, partial) and stage.fn.func is tokenize_with_prompt
+
+
+def _formatter_of(stage: LazyMapper) -> PromptFormatter:
+    """Made once: NeMo's chain makes one for each example."""
+    name = stage.fn.keywords["prompt_format"]
+    return PromptFormatter.resolve(name)(stage.fn.keywords["tokenizer"]) if isinstance(name, str) else name
+
+
+def _stages(last: Any) -> Iterator[Any]:
+    """All lazy objects of a chain, from its end to its beginning."""
+    waiting = [last]
+    while waiting:
+        stage = waiting.pop()
+        if isinstance(stage, CutSet):
+            stage = stage.data
+        if isinstance(stage, (list, tuple)):
+            waiting.extend(stage)
+            continue
+        if isinstance(stage, Feed) or stage is None:
+            continue
+        yield stage
+        for attribute in ("iterator", "iterators", "source"):
+            waiting.append(getattr(stage, attribute, None))

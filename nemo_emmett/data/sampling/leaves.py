@@ -1,0 +1,285 @@
+"""The examples of one source, by number: a chunk of records is read, made into examples, and sent through NeMo's chain.
+
+A chunk is computed the same whenever it is computed. So the state of a source is two numbers, the chunk and how many of
+its examples are taken, and an example that waits in a bucket is remembered by its chunk and its place in it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.examples import ExampleKind, Examples
+from nemo_emmett.data.parsers import defaults_of, open_source
+from nemo_emmett.data.records import Records
+from nemo_emmett.data.sampling.chain import ExampleChain
+from nemo_emmett.data.sampling.order import RecordOrder
+from nemo_emmett.data.sources import Source
+from nemo_emmett.errors import DataError
+
+CHUNK = 16
+"""Records that are read at a time: enough to make the chain's overhead small, few enough for an early first batch."""
+
+BLOCK = 1024
+"""Examples of a stream that are shuffled together."""
+
+EMPTY_RECORDS_IN_A_ROW = 10_000
+"""A source that has been read through, and at least so far, without one usable example stops the run."""
+
+
+class Share(NamedTuple):
+    """Which part of every source a worker process reads: chunks by turns."""
+
+    worker: int = 0
+    num_workers: int = 1
+
+
+class ChunkReader(ABC):
+    """The records of a source in chunks, which the workers take by turns."""
+
+    @abstractmethod
+    def read(self, chunk: int, epoch: int, share: Share) -> list | None:
+        """The examples of a worker's chunk number ``chunk``, before NeMo's chain; None past the end of an epoch."""
+
+    @abstractmethod
+    def records_in_a_pass(self) -> int | None:
+        """How many records there are; None where nobody has counted."""
+
+
+class RecordChunks(ChunkReader):
+    """Chunks of a source whose records can be read by number.
+
+    Args:
+        source: the source.
+        records: reads its records.
+        order: in which they come.
+        kind: what the dataset takes.
+        bad_records: ledger for records that make no example.
+        finite: whether each epoch is one pass; otherwise passes follow one another without end.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        records: Records,
+        order: RecordOrder,
+        kind: ExampleKind,
+        bad_records: BadRecords,
+        finite: bool,
+    ) -> None:
+        self.source = source
+        self.records = records
+        self.order = order
+        self.kind = kind
+        self.bad_records = bad_records
+        self.finite = finite
+        self._defaults = defaults_of(source)
+        self._prepared: list[tuple[int, int, int]] = []
+
+    def records_in_a_pass(self) -> int | None:
+        """How many records there are."""
+        return len(self.order)
+
+    def read(self, chunk: int, epoch: int, share: Share) -> list | None:
+        """See :meth:`ChunkReader.read`."""
+        total = len(self.order)
+        first = chunk * CHUNK * share.num_workers + share.worker
+        positions = range(first, first + CHUNK * share.num_workers, share.num_workers)
+        if self.finite:
+            positions = [epoch * total + position for position in positions if position < total]
+            if not positions:
+                return None
+        found = []
+        for position in positions:
+            self._prepare(position)
+            found.extend(self.records.read(*self.order.locate(position)))
+        if self.kind is ExampleKind.AS_READ:
+            return found
+        return list(Examples(found, self.kind, self._defaults, self.bad_records))
+
+    def _prepare(self, position: int) -> None:
+        if any(self.order.is_sequential):
+            stretches = self.order.stretches_to_prepare(position)
+            for stretch in stretches:
+                if stretch not in self._prepared:
+                    self.records.prepare(*stretch)
+            self._prepared = stretches
+
+
+class StreamChunks(ChunkReader):
+    """Chunks of a source that can only be read from its beginning; going back reads it again.
+
+    Args:
+        source: the source; its readers shuffle shards by the seed given here.
+        kind: what the dataset takes.
+        bad_records: ledger for records that make no example.
+        finite: whether each epoch is one pass.
+        shuffle: whether examples of a block are shuffled.
+        seed: of all shuffling.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        kind: ExampleKind,
+        bad_records: BadRecords,
+        finite: bool,
+        shuffle: bool,
+        seed: Sequence[int],
+    ) -> None:
+        self.source = source
+        self.kind = kind
+        self.bad_records = bad_records
+        self.finite = finite
+        self.shuffle = shuffle
+        self.seed = list(seed)
+        self._epoch: int | None = None
+        self._stream: Iterator = iter(())
+        self._block: list = []
+        self._number = -1  # of the block at hand
+
+    def records_in_a_pass(self) -> int | None:
+        """Unknown."""
+        return None
+
+    def read(self, chunk: int, epoch: int, share: Share) -> list | None:
+        """See :meth:`ChunkReader.read`."""
+        start = (chunk * share.num_workers + share.worker) * CHUNK
+        wanted, offset = divmod(start, BLOCK)
+        if epoch != self._epoch or wanted < self._number:
+            self._open(epoch)
+        while self._number < wanted:
+            self._block = list(islice(self._stream, BLOCK))
+            self._number += 1
+            if not self._block:
+                break
+            if self.shuffle:
+                order = np.random.default_rng([*self.seed, epoch, self._number]).permutation(len(self._block))
+                self._block = [self._block[index] for index in order]
+        examples = self._block[offset : offset + CHUNK]
+        return examples or None
+
+    def _open(self, epoch: int) -> None:
+        config = {**self.source.config, "shard_seed": sum(self.seed) + epoch, "force_finite": self.finite}
+        cuts, _ = open_source(Source(config, self.source.where), self.bad_records, self.kind)
+        if self.kind is not ExampleKind.AS_READ:
+            cuts = Examples(cuts, self.kind, defaults_of(self.source), self.bad_records)
+        self._stream = iter(cuts) if self.finite else _without_end(cuts)
+        self._epoch, self._number, self._block = epoch, -1, []
+
+
+def _without_end(cuts: Any) -> Iterator:
+    while True:
+        nothing = True
+        for cut in cuts:
+            nothing = False
+            yield cut
+        if nothing:
+            return
+
+
+class Leaf:
+    """The examples of one source in the order in which one worker draws them.
+
+    Args:
+        reader: reads its records.
+        chain: NeMo's chain for the group that the source belongs to.
+        seed: of the chain's random stages.
+        share: the worker's.
+        epoch: which epoch of finite data this is.
+        name: of the source, for messages.
+    """
+
+    def __init__(
+        self,
+        reader: ChunkReader,
+        chain: ExampleChain,
+        seed: Sequence[int],
+        share: Share,
+        epoch: int = 0,
+        name: str = "",
+    ) -> None:
+        self.reader = reader
+        self.chain = chain
+        self.seed = list(seed)
+        self.share = share
+        self.epoch = epoch
+        self.name = name
+        self._chunk = 0  # the one whose examples wait
+        self._taken = 0  # examples taken of it
+        self._waiting: deque | None = None
+        self._empty = 0
+
+    def next(self) -> tuple[Any, tuple[int, int]]:
+        """The next example, with its chunk and its place in it.
+
+        Raises:
+            StopIteration: at the end of finite data.
+            DataError: if the source is endless but nothing of it can be used.
+        """
+        while True:
+            if self._waiting is None:
+                examples = self._examples_of(self._chunk)
+                if examples is None:
+                    raise StopIteration
+                self._waiting = deque(examples[self._taken :])
+                self._note_empty(examples)
+            if self._waiting:
+                example = self._waiting.popleft()
+                self._taken += 1
+                return example, (self._chunk, self._taken - 1)
+            self._chunk, self._taken, self._waiting = self._chunk + 1, 0, None
+
+    def examples_at(self, places: Sequence[tuple[int, int]]) -> list[Any]:
+        """The examples at these chunks and places in them; None where the data has changed and there is none."""
+        found = {}
+        for chunk in sorted({chunk for chunk, _ in places}):
+            found[chunk] = self._examples_of(chunk) or []
+        return [found[chunk][index] if index < len(found[chunk]) else None for chunk, index in places]
+
+    def state_dict(self) -> list[int]:
+        """The chunk, and how many of its examples are taken."""
+        return [self._chunk, self._taken]
+
+    def load_state_dict(self, state: Sequence[int]) -> None:
+        """Go on from a state."""
+        self._chunk, self._taken = state
+        self._waiting = None
+
+    def _examples_of(self, chunk: int) -> list | None:
+        examples = self.reader.read(chunk, self.epoch, self.share)
+        if examples is None:
+            return None
+        return self.chain.run(examples, [*self.seed, self.share.worker, self.epoch, chunk])
+
+    def _note_empty(self, examples: list) -> None:
+        self._empty = 0 if examples else self._empty + CHUNK
+        limit = max(self.reader.records_in_a_pass() or 0, EMPTY_RECORDS_IN_A_ROW)
+        if self._empty > limit:
+            raise DataError(
+                f"{self.name}: of the last {self._empty} records nothing could be used, or the filters leave nothing "
+                "of them; look at the report of bad records, and at the filters (min_/max_ keys, bucket_duration_bins)."
+            )
+
+
+def make_reader(
+    source: Source,
+    records: Records | None,
+    kind: ExampleKind,
+    bad_records: BadRecords,
+    finite: bool,
+    shuffle: bool,
+    seed: Sequence[int],
+    group_size: int,
+) -> ChunkReader:
+    """The reader of a source: by number where that can be done, as a stream otherwise."""
+    if records is None:
+        return StreamChunks(source, kind, bad_records, finite, shuffle, seed)
+    order = RecordOrder(records.shard_sizes, records.is_sequential, shuffle, seed, group_size)
+    return RecordChunks(source, records, order, kind, bad_records, finite)

@@ -1,0 +1,176 @@
+"""From a dataset's config to what its samplers are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from lhotse.dataset.dataloading import resolve_seed
+from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
+from omegaconf import OmegaConf
+
+from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.bins import auto_bins
+from nemo_emmett.data.blend import blend_of
+from nemo_emmett.data.config import AUTO_BINS
+from nemo_emmett.data.examples import ExampleKind
+from nemo_emmett.data.parsers import Reading, reading
+from nemo_emmett.data.records import build_indexes, open_records
+from nemo_emmett.data.sampling.chain import ExampleChain
+from nemo_emmett.data.sampling.draws import StationaryDraws
+from nemo_emmett.data.sampling.leaves import ChunkReader, Share, make_reader
+from nemo_emmett.data.sampling.order import STRETCH
+from nemo_emmett.data.sampling.sampler import GroupPlan, SamplingPlan
+from nemo_emmett.data.sources import (
+    SHARED_BY_GROUPS,
+    as_one_stream,
+    groups_of,
+    list_sources,
+    structured_config,
+    with_inherited,
+    with_keys_of_dataset,
+)
+from nemo_emmett.errors import ConfigError
+
+
+def why_nemo_samples(settings: Mapping, kind: ExampleKind) -> str | None:
+    """Why a dataset with ``sampling: auto`` gets NeMo's samplers; None if it gets ours."""
+    if kind is ExampleKind.AS_READ:
+        return "its dataset takes examples as NeMo reads them"
+    if settings.get("force_map_dataset") or any(
+        g.get("force_map_dataset") for g in (groups_of(settings) or {}).values()
+    ):
+        return "force_map_dataset is set"
+    return _why_noise_needs_nemo(settings)
+
+
+def _why_noise_needs_nemo(settings: Mapping) -> str | None:
+    for group in (groups_of(settings) or {"": settings}).values():
+        noise = group.get("noise_path")
+        if isinstance(noise, Mapping) and (noise.get("tarred_audio_filepaths") or noise.get("shar_path")):
+            return "noise_path names tar files, which cannot be read at any place"
+    return None
+
+
+def plan_sampling(
+    settings: Mapping,
+    where: str,
+    tokenizer: Any,
+    kind: ExampleKind,
+    bad_records: BadRecords,
+    world_size: int,
+    index_dir: str | None = None,
+) -> SamplingPlan:
+    """Open the sources of a dataset, weigh them, and build NeMo's chains.
+
+    Args:
+        settings: plain config of the dataset, with or without groups.
+        where: its place in the recipe, for messages.
+        tokenizer: NeMo tokenizer.
+        kind: what the dataset takes.
+        bad_records: ledger for records that cannot be used.
+        world_size: number of ranks.
+        index_dir: folder for indexes that cannot be written beside the data.
+
+    Raises:
+        ConfigError: if a key has a value that cannot work.
+        DataError: if a source holds nothing.
+    """
+    if (reason := _why_noise_needs_nemo(settings)) is not None:
+        raise ConfigError(f"{where}.noise_path: {reason}; give a manifest of audio files, or set sampling: nemo.")
+    settings = as_one_stream(settings, where) if settings.get("sampler_fusion") == "mux" else settings
+    groups = with_inherited(settings) if groups_of(settings) is not None else {"": dict(settings)}
+    defaults = OmegaConf.structured(LhotseDataLoadingConfig)
+    shared = {key: settings.get(key, defaults[key]) for key in SHARED_BY_GROUPS}
+    seed = _agreed_seed(shared["seed"], shared["shard_seed"])
+    finite = bool(shared["force_finite"]) or (len(groups) == 1 and "" in groups and _nemo_ends(groups[""], where))
+
+    structured = {
+        name: structured_config({**group, **shared, "shard_seed": seed, "seed": seed}, _place(where, name))
+        for name, group in groups.items()
+    }
+    opened = {}
+    for name, group in groups.items():
+        sources = [with_keys_of_dataset(s, structured[name]) for s in list_sources(group, _place(where, name))]
+        opened[name] = [(source, open_records(source, bad_records, kind, index_dir)) for source in sources]
+    build_indexes([records for group in opened.values() for _, records in group if records is not None])
+    plans = []
+    for number, (name, group) in enumerate(groups.items()):
+        config = structured[name]
+        blend = blend_of(group, _place(where, name), tokenizer=tokenizer, index_dir=index_dir)
+        shares = [leaf.share for leaf in blend.leaves()]
+        readers = []
+        for index, ((source, records), share) in enumerate(zip(opened[name], shares, strict=True)):
+            group_size = max(STRETCH, int((config.shuffle_buffer_size or 0) * share))
+            seeds = [seed, number, index]
+            readers.append(make_reader(source, records, kind, bad_records, finite, config.shuffle, seeds, group_size))
+        config.reweight_temperature = None  # it is in the shares
+        sample = _Sample(readers, shares, config.num_cuts_for_bins_estimate)
+        if config.bucket_duration_bins == AUTO_BINS:
+            solved = {**group, **shared}
+            config.bucket_duration_bins = auto_bins(solved, tokenizer, kind, _place(where, name), sample)
+        with reading(Reading(bad_records, kind)):
+            chain = ExampleChain(config, tokenizer, sample)
+        plans.append(GroupPlan(name, readers, [source.name for source, _ in opened[name]], shares, chain))
+    weights = shared["sampler_weights"] or dict.fromkeys(groups, 1.0)
+    return SamplingPlan(
+        groups=plans,
+        fusion="round_robin" if len(plans) == 1 else shared["sampler_fusion"],
+        weights=[float(weights[name]) for name in groups] if len(plans) > 1 else [1.0],
+        world_size=world_size,
+        shuffle=bool(shared["shuffle"]),
+        finite=finite,
+        seed=seed,
+    )
+
+
+class _Sample:
+    """The first examples of the blend, by which bins are found where the config names none; not prompted yet."""
+
+    def __init__(self, readers: Sequence[ChunkReader], shares: Sequence[float], limit: int) -> None:
+        self.readers = readers
+        self.shares = shares
+        self.limit = limit
+
+    def __iter__(self) -> Iterator:
+        return islice(self._all(), self.limit)
+
+    def _all(self) -> Iterator:
+        draws = StationaryDraws(self.shares)
+        streams = [self._examples_of(reader) for reader in self.readers]
+        while not draws.is_empty:
+            number = draws.next()
+            try:
+                yield next(streams[number])
+            except StopIteration:
+                draws.remove(number)
+
+    def _examples_of(self, reader: ChunkReader) -> Iterator:
+        for chunk in range(self.limit):
+            if (examples := reader.read(chunk, 0, Share())) is None:
+                return
+            yield from examples
+
+
+def _place(where: str, name: str) -> str:
+    return f"{where}.{name}" if name else where
+
+
+def _nemo_ends(settings: Mapping, where: str) -> bool:
+    """Whether NeMo reads the data once in an epoch: a single source of plain manifests."""
+    sources = list_sources(settings, where)
+    if len(sources) != 1 or sources[0].is_tarred or sources[0].is_text:
+        return False
+    return isinstance(sources[0].config.get("manifest_filepath", ""), str)
+
+
+def _agreed_seed(seed: int | str, shard_seed: int | str) -> int:
+    """One seed for all ranks and workers: ``shard_seed`` where it is a number, else ``seed``."""
+    if isinstance(shard_seed, int):
+        return shard_seed
+    agreed = [resolve_seed(seed)]
+    if isinstance(seed, str) and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(agreed, src=0)
+    return int(agreed[0])

@@ -1,0 +1,645 @@
+"""What the sources of a blend hold: examples, seconds of speech, tokens of text; counted once, then looked up.
+
+Only manifests and text are read, never audio. Lines that cannot be used are left out. The counts are kept beside the
+data (``train.de.sizes.json``), or in ``index_dir`` where nothing can be written there. They are used as long as the
+size and the time of the files stay the same and, for tokens, the tokenizer does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import uuid
+import zlib
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from nemo.utils import logging
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from nemo_emmett.data.files import SECONDS_WITHOUT_A_BAR, expand_paths, is_local, open_lines, zip_lines
+from nemo_emmett.data.sources import Source, languages_of, list_sources
+from nemo_emmett.data.text_sources import aligned_shards, directions_of, text_layout
+from nemo_emmett.errors import ConfigError, DataError
+
+INDEX_SUFFIX = ".sizes.json"
+
+VERSION = 1
+"""Of the index: raised when what is counted changes, so that older counts are not believed."""
+
+BATCH_BYTES = 1 << 20
+"""So much text is counted at a time: enough to outweigh handing it to another process."""
+
+PARALLEL_FROM = 16 << 20
+"""Bytes. Less is counted faster than processes start."""
+
+PROBE = "One two, 3.50 €! Schöne Grüße; ¿qué más? Où est l'été? 漢字 Привет <de> xyzzy."
+"""Tokenizers of the same vocabulary that split differently (merges, scores, normalisation) differ here."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a source, or a part of it, holds.
+
+    Each example counts: a recording that is translated into two languages makes two, as does a line of text.
+    """
+
+    examples: int = 0
+    seconds: float = 0.0  # of speech
+    tokens: int = 0  # of text without speech, source and target together; words where there is no tokenizer
+
+    @property
+    def hours(self) -> float:
+        """Of speech."""
+        return self.seconds / 3600
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.examples + other.examples, self.seconds + other.seconds, self.tokens + other.tokens)
+
+
+class TokenCounter:
+    """Counts the tokens of texts.
+
+    Args:
+        tokenizer: NeMo tokenizer; without one, words between blanks are counted.
+    """
+
+    def __init__(self, tokenizer: Any = None) -> None:
+        self.tokenizer = tokenizer
+        self.unit = "words" if tokenizer is None else "tokens"
+        self._fast = _fast_tokenizer(tokenizer)
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Number of tokens of each text."""
+        if not texts:
+            return []
+        if self.tokenizer is None:
+            return [len(text.split()) for text in texts]
+        if self._fast is not None:
+            # Masks and types would take as long again.
+            options = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids"), False)
+            return [len(ids) for ids in self._fast(list(texts), **options)["input_ids"]]
+        return [len(self.tokenizer.text_to_ids(text)) for text in texts]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for tokenizers that split text alike; tokens that were added to the vocabulary do not matter."""
+        if self.tokenizer is None:
+            return "words"
+        if self._fast is not None:
+            added = self._fast.get_added_vocab()
+            vocabulary = sorted(token for token in self._fast.get_vocab() if token not in added)
+        else:
+            vocabulary = list(map(str, getattr(self.tokenizer, "vocab", ())))
+        probe = self.count(PROBE.split()), list(map(int, self.tokenizer.text_to_ids(PROBE)))
+        return hashlib.sha256(json.dumps([vocabulary, probe]).encode()).hexdigest()[:16]
+
+
+def _fast_tokenizer(tokenizer: Any) -> PreTrainedTokenizerFast | None:
+    """The tokenizer inside NeMo's that takes many texts at once, if it has one that gives the same tokens."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    if isinstance(inner, PreTrainedTokenizerFast) and not getattr(tokenizer, "include_special_tokens", False):
+        return inner
+    return None
+
+
+class Measure(ABC):
+    """What is counted in the lines of some kind of file. Measures are dataclasses: their fields identify counts."""
+
+    uses_tokens: bool = False
+
+    @abstractmethod
+    def count(self, lines: Sequence[tuple[bytes, ...]], counter: TokenCounter) -> Size:
+        """Count in lines, each of which is given with those of the files parallel to it."""
+
+
+@dataclass(frozen=True)
+class TextMeasure(Measure):
+    """Text, with one or several sides in each line.
+
+    Args:
+        layout: ``aligned`` (a file is a side), ``tsv`` or ``jsonl``.
+        fields: of the sides: column numbers or the names of JSON fields.
+        examples: for each example that a line makes, the numbers of the sides in it.
+    """
+
+    layout: str
+    fields: tuple[int | str, ...]
+    examples: tuple[tuple[int, ...], ...]
+
+    uses_tokens = True
+
+    def count(self, lines: Sequence[tuple[bytes, ...]], counter: TokenCounter) -> Size:
+        """See :meth:`Measure.count`."""
+        records = [self._sides(line) for line in lines]
+        lengths = iter(counter.count([side for sides in records for side in sides if side is not None]))
+        examples = tokens = 0
+        for sides in records:
+            of_side = [None if side is None else next(lengths) for side in sides]
+            for members in self.examples:
+                if all(of_side[member] is not None for member in members):
+                    examples += 1
+                    tokens += sum(of_side[member] for member in members)
+        return Size(examples=examples, tokens=tokens)
+
+    def _sides(self, lines: tuple[bytes, ...]) -> list[str | None]:
+        """The text of each side, None where it cannot be used."""
+        if self.layout == "aligned":
+            return [_text(_decoded(line)) for line in lines]
+        if self.layout == "tsv":
+            cells = (_decoded(lines[0]) or "").split("\t")
+            return [_text(cells[column]) if column < len(cells) else None for column in self.fields]
+        record = _json_object(lines[0]) or {}
+        return [_text(record.get(field)) for field in self.fields]
+
+
+@dataclass(frozen=True)
+class SpeechMeasure(Measure):
+    """Records of speech: how long they are, and how many examples their translations make.
+
+    Args:
+        is_cuts: lhotse cuts rather than records of a NeMo manifest.
+        source_lang: spoken language, where the records do not say it.
+        target_lang: the languages to translate to, where the records do not say them; None: all that they have.
+        overrules: whether that holds for records that do say them.
+    """
+
+    is_cuts: bool
+    source_lang: str | None = None
+    target_lang: str | tuple[str, ...] | None = None
+    overrules: bool = False
+
+    def count(self, lines: Sequence[tuple[bytes, ...]], counter: TokenCounter) -> Size:
+        """See :meth:`Measure.count`."""
+        examples, seconds = 0, 0.0
+        for (line,) in lines:
+            # A value of a wrong type may stand anywhere in a record: such records are the reader's to report.
+            with suppress(AttributeError, LookupError, TypeError, ArithmeticError):
+                record = _json_object(line) or {}
+                length = _seconds_of_cut(record) if self.is_cuts else _seconds_of_record(record)
+                made = 0 if length is None else self._examples(record)
+                if made:
+                    examples += made
+                    seconds += made * length
+        return Size(examples=examples, seconds=seconds)
+
+    def _examples(self, record: Mapping) -> int:
+        custom, spoken = (_first_cut(record), None) if self.is_cuts else (record, record.get("lang"))
+        transcript = record.get("text")
+        if self.is_cuts:
+            supervisions = custom.get("supervisions") or [{}]
+            transcript, spoken = supervisions[0].get("text"), supervisions[0].get("language")
+            custom = custom.get("custom") or {}
+        if "translations" not in custom:
+            return 1
+        texts = custom["translations"]
+        if not isinstance(texts, Mapping):
+            return 0
+        spoken = custom.get("source_lang") or self.source_lang or custom.get("lang") or spoken
+        wanted = custom.get("target_lang") or self.target_lang
+        if self.overrules:
+            wanted = self.target_lang
+        targets = [wanted] if isinstance(wanted, str) else list(wanted or texts)
+        return sum(_text(texts.get(t, transcript if t == spoken else None)) is not None for t in targets)
+
+
+def _seconds_of_record(record: Mapping) -> float | None:
+    """Length of a NeMo manifest's record; None if it cannot be used, or is to be skipped."""
+    offset = record.get("offset") or 0.0
+    if record.get("_skipme", False) or not isinstance(record.get("audio_filepath"), str):
+        return None
+    if not _is_number(offset) or offset < 0:
+        return None
+    return _positive(record.get("duration"))
+
+
+def _seconds_of_cut(cut: Mapping) -> float | None:
+    """Length of a lhotse cut, which a mixed one does not say itself."""
+    if cut.get("type") == "MixedCut":
+        ends = [_positive((track.get("cut") or {}).get("duration")) for track in cut.get("tracks") or ()]
+        if not ends or None in ends:
+            return None
+        starts = [track.get("offset") or 0.0 for track in cut["tracks"]]
+        return max(start + end for start, end in zip(starts, ends, strict=True))
+    return _positive(cut.get("duration")) if cut.get("type") in ("MonoCut", "MultiCut") else None
+
+
+def _first_cut(cut: Mapping) -> Mapping:
+    """The one whose fields are those of the whole: of a mixed cut, the first that is not padding."""
+    tracks = [track["cut"] for track in cut.get("tracks") or ()]
+    return next((track for track in tracks if track.get("type") != "PaddingCut"), cut)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(seconds: object) -> float | None:
+    return float(seconds) if _is_number(seconds) and seconds > 0 else None
+
+
+def _decoded(line: bytes) -> str | None:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _text(value: object) -> str | None:
+    """A text that is one, and not blank."""
+    return (value.strip() or None) if isinstance(value, str) else None
+
+
+def _json_object(line: bytes) -> dict | None:
+    with suppress(ValueError, RecursionError):  # not JSON, not UTF-8, or nested a thousand times
+        if isinstance(record := json.loads(line), dict):
+            return record
+    return None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Files of a source that are counted together: a shard.
+
+    Args:
+        files: paths; of aligned text one for each side.
+        measure: what is counted in them.
+        home: the path beside which the counts are kept.
+        header_lines: lines at the beginning of each file that are no records.
+    """
+
+    files: tuple[str, ...]
+    measure: Measure
+    home: str
+    header_lines: int = 0
+
+    def lines(self) -> Iterator[tuple[bytes, ...]]:
+        """The lines of the files, side by side.
+
+        Raises:
+            DataError: if a file cannot be read, or ends before those parallel to it.
+        """
+        try:
+            for number, lines in zip_lines(self.files):
+                if number > self.header_lines:
+                    yield lines
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{self.home}: cannot be read to its end ({error}).") from error
+
+    def key(self, counter: TokenCounter) -> str:
+        """What identifies a count, apart from the state of the files; it stays the same when a folder is moved."""
+        folder = os.path.dirname(self.home) or "."
+        names = [os.path.relpath(file, folder) if is_local(file) else file for file in self.files]
+        what = {"kind": type(self.measure).__name__, **asdict(self.measure), "files": names}
+        what["header_lines"] = self.header_lines
+        if self.measure.uses_tokens:
+            what["tokenizer"] = counter.fingerprint
+        return json.dumps(what, sort_keys=True)
+
+    def stamps(self) -> list[list[int] | None]:
+        """Size in bytes and time of each file, None where it is remote.
+
+        Raises:
+            DataError: if a file does not exist.
+        """
+        try:
+            return [_stamp(file) if is_local(file) else None for file in self.files]
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
+
+
+def _stamp(path: str) -> list[int]:
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def parts_of(source: Source) -> list[Part] | None:
+    """The files of a source and what to count in them; None if there is no telling what its type holds.
+
+    Raises:
+        ConfigError: if its keys do not fit together.
+        DataError: if a file that says how to read the others cannot be read.
+    """
+    config = source.config
+    if source.type in ("parallel_text", "txt_pair"):
+        try:
+            return _parts_of_parallel_text(config)
+        except ConfigError as error:
+            raise ConfigError(f"{source.where}.{error}") from None
+    if source.type in ("txt", "txt_jsonl"):
+        fields = () if source.type == "txt" else (config.get("text_field", "text"),)
+        measure = TextMeasure("jsonl" if fields else "aligned", fields, ((0,),))
+        return _parts_of_files(_paths(source, "paths"), measure)
+    if source.type in ("nemo", "nemo_tarred", "lhotse", "lhotse_shar") or source.type.endswith("_as_conversation"):
+        return _parts_of_speech(source)
+    return None
+
+
+def _paths(source: Source, key: str) -> list[str]:
+    """The files that a key of a source names."""
+    if not (paths := [path for of_key, path in source.files() if of_key == key]):
+        raise ConfigError(f"{source.where}.{key}: missing; a source of type '{source.type}' needs it.")
+    return paths
+
+
+def _parts_of_parallel_text(config: Mapping) -> list[Part]:
+    layout = text_layout(config)
+    if layout in ("pair", "many"):
+        examples = ((0, 1),)
+        if layout == "many":
+            sides = [str(language) for language in config["paths"]]
+            examples = tuple((sides.index(source), sides.index(target)) for source, target in directions_of(config))
+        measure = TextMeasure("aligned", (), examples)
+        return [Part(tuple(shard.values()), measure, next(iter(shard.values()))) for shard in aligned_shards(config)]
+    paths = expand_paths(config["paths"])
+    if layout == "jsonl":
+        fields = config.get("source_field", "source"), config.get("target_field", "target")
+        return _parts_of_files(paths, TextMeasure("jsonl", fields, ((0, 1),)))
+    columns = config.get("source_column", 0), config.get("target_column", 1)
+    if not any(isinstance(column, str) for column in columns):
+        return _parts_of_files(paths, TextMeasure("tsv", columns, ((0, 1),)))
+    parts = []
+    for path in paths:
+        measure = TextMeasure("tsv", _column_numbers(path, columns), ((0, 1),))
+        parts.append(Part((path,), measure, path, header_lines=1))
+    return parts
+
+
+def _column_numbers(path: str, columns: Sequence[int | str]) -> tuple[int, ...]:
+    try:
+        header = next(open_lines(path), b"").decode("utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    names = [name.strip() for name in header.split("\t")]
+    for column in columns:
+        if isinstance(column, str) and column not in names:
+            raise ConfigError(
+                f"source_column/target_column: {path} has no column '{column}'; its columns are {', '.join(names)}."
+            )
+    return tuple(names.index(column) if isinstance(column, str) else column for column in columns)
+
+
+def _parts_of_speech(source: Source) -> list[Part] | None:
+    config = source.config
+    if config.get("input_cfg") is not None:  # the sources of a conversation type
+        inner = [parts_of(part) for part in list_sources(config, source.where)]
+        return None if None in inner else [part for parts in inner for part in parts]
+    if config.get("shar_path") is not None:
+        return _parts_of_shar(config["shar_path"], _speech_measure(config, is_cuts=True))
+    if config.get("cuts_path") is not None:
+        paths = _paths(source, "cuts_path")
+        if not all(path.removesuffix(".gz").endswith(".jsonl") for path in paths):
+            return None
+        return _parts_of_files(paths, _speech_measure(config, is_cuts=True))
+    return _parts_of_files(_paths(source, "manifest_filepath"), _speech_measure(config, is_cuts=False))
+
+
+def _speech_measure(config: Mapping, is_cuts: bool) -> SpeechMeasure:
+    languages = languages_of(config)
+    target = languages["target_lang"]
+    return SpeechMeasure(
+        is_cuts=is_cuts,
+        source_lang=languages["source_lang"],
+        target_lang=target if target is None or isinstance(target, str) else tuple(target),
+        overrules=(config.get("tags") or {}).get("target_lang") is not None,
+    )
+
+
+def _parts_of_files(paths: Iterable[str], measure: Measure) -> list[Part]:
+    return [Part((path,), measure, path) for path in paths]
+
+
+def _parts_of_shar(value: Any, measure: Measure) -> list[Part]:
+    """The cuts of Shar archives: a folder, several (perhaps with weights), or the files of each field."""
+    if isinstance(value, Mapping):
+        return _parts_of_files(expand_paths(value.get("cuts", ())), measure)
+    folders = [value] if isinstance(value, (str, Path)) else [v if isinstance(v, (str, Path)) else v[0] for v in value]
+    parts = []
+    for folder in folders:
+        cuts = sorted(str(path) for path in Path(folder).glob("cuts.*") if ".jsonl" in path.suffixes)
+        # All that lies in a Shar folder is taken for one of its fields: the counts are kept beside it.
+        parts += [Part((path,), measure, str(folder).rstrip("/")) for path in cuts]
+    return parts
+
+
+class SizeIndex:
+    """The counts kept for the files of one place, by what was counted.
+
+    Args:
+        home: the path beside which they are kept.
+        index_dir: folder where they are kept if nothing can be written there.
+    """
+
+    def __init__(self, home: str, index_dir: str | None = None) -> None:
+        self.home = home
+        self.places = [home + INDEX_SUFFIX] if is_local(home) else []
+        if index_dir is not None:
+            # Several files may have one name: the hash of where it lies tells them apart.
+            place = os.path.abspath(home) if is_local(home) else home
+            digest = hashlib.sha256(place.encode()).hexdigest()[:16]
+            self.places.append(os.path.join(index_dir, f"{os.path.basename(home)}-{digest}{INDEX_SUFFIX}"))
+
+    def get(self, key: str, stamps: Sequence) -> Size | None:
+        """What was counted under this key, if the files are still as they were then."""
+        for entries in (_in_memory.get(self.home, {}), *(_read_entries(place) for place in self.places)):
+            entry = entries.get(key)
+            if entry is not None and entry["stamps"] == stamps:
+                return Size(**entry["size"])
+        return None
+
+    def put(self, counted: Mapping[str, tuple[Sequence, Size]]) -> bool:
+        """Keep counts, with the stamps of their files, by their keys; they replace those of files that have changed.
+
+        Returns:
+            Whether they could be written, and do not end with the process.
+        """
+        new = {key: {"stamps": list(stamps), "size": asdict(size)} for key, (stamps, size) in counted.items()}
+        for place in self.places:
+            try:
+                _write_entries(place, {**_still_valid(_read_entries(place), new), **new})
+                return True
+            except OSError:
+                continue
+        _in_memory.setdefault(self.home, {}).update(new)
+        return False
+
+
+_in_memory: dict[str, dict[str, dict]] = {}
+"""Counts that could not be written, by the path beside which they belong, for as long as the process lasts."""
+
+
+def _read_entries(path: str) -> dict[str, dict]:
+    """The counts in an index; none if it is missing, broken, or of another version."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return content["counts"] if content["version"] == VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write_entries(path: str, entries: Mapping[str, dict]) -> None:
+    """Write an index at once: whoever reads it meanwhile, or writes it too, sees the old one or the new one."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        Path(temporary).write_text(json.dumps({"version": VERSION, "counts": entries}, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+def _still_valid(old: Mapping[str, dict], new: Mapping[str, dict]) -> dict[str, dict]:
+    """The old counts without those of files that have changed since."""
+    now = dict(stamp for key, entry in new.items() for stamp in _stamps_by_file(key, entry))
+    return {
+        key: entry
+        for key, entry in old.items()
+        if all(now.get(file, stamp) == stamp for file, stamp in _stamps_by_file(key, entry))
+    }
+
+
+def _stamps_by_file(key: str, entry: Mapping) -> list[tuple[str, Any]]:
+    return list(zip(json.loads(key)["files"], entry["stamps"], strict=True))
+
+
+def sizes_of(sources: Sequence[Source], tokenizer: Any = None, index_dir: str | None = None) -> list[Size | None]:
+    """What each source holds; None for those of which nobody can tell.
+
+    What has not been counted yet is read once, by all cores; more than five seconds of it show a bar.
+
+    Args:
+        sources: whose files are looked at.
+        tokenizer: NeMo tokenizer that counts the tokens of text; without one, words are counted.
+        index_dir: folder for the counts where they cannot be written beside the data.
+
+    Raises:
+        ConfigError: if the keys of a source do not fit together.
+        DataError: if a file cannot be read, or parallel files have different lengths.
+    """
+    counter = TokenCounter(tokenizer)
+    of_source = [parts_of(source) for source in sources]
+    parts = list(dict.fromkeys(part for parts in of_source for part in parts or ()))
+    sizes = _sizes_of_parts(parts, counter, index_dir)
+    return [None if parts is None else sum((sizes[part] for part in parts), Size()) for parts in of_source]
+
+
+def _sizes_of_parts(parts: Sequence[Part], counter: TokenCounter, index_dir: str | None) -> dict[Part, Size]:
+    """What each part holds: looked up, or counted and then kept, one place of counts after the other."""
+    of_home = defaultdict(list)
+    for part in parts:
+        of_home[part.home].append(part)
+    indexes = {home: SizeIndex(home, index_dir) for home in of_home}
+    labels = {part: (part.key(counter), part.stamps()) for part in parts}
+    kept = {part: indexes[part.home].get(*labels[part]) for part in parts}
+    sizes = {part: size for part, size in kept.items() if size is not None}
+    homeless = []
+    missing = {home: [p for p in members if p not in sizes] for home, members in of_home.items()}
+    with _counting([part for members in missing.values() for part in members], counter) as counts:
+        for home, members in missing.items():
+            if members:
+                new = {part: next(counts) for part in members}
+                is_kept = indexes[home].put({labels[part][0]: (labels[part][1], size) for part, size in new.items()})
+                sizes |= new
+                if not is_kept:
+                    homeless.append(home)
+    if homeless:
+        logging.info(
+            f"The counts of {homeless[0]}{f' and {len(homeless) - 1} more' if homeless[1:] else ''} cannot be kept "
+            "beside the data, nor in index_dir, and are made anew at each start; set index_dir to a folder that can be "
+            "written."
+        )
+    return sizes
+
+
+@contextmanager
+def _counting(parts: Sequence[Part], counter: TokenCounter) -> Iterator[Iterator[Size]]:
+    """An iterator over the sizes of parts; its reading and counting are done when the context is left."""
+    total = sum(os.path.getsize(file) for part in parts for file in part.files if is_local(file))
+    workers = _num_workers() if total >= PARALLEL_FROM else 1
+    shown = {"desc": "Counting the data", "unit": "B", "unit_scale": True, "delay": SECONDS_WITHOUT_A_BAR}
+    is_quiet = os.environ.get("LOCAL_RANK", "0") != "0"  # the processes of a training count alike
+    with tqdm(total=total, disable=is_quiet, **shown) as bar, _pool(workers, counter) as submit:
+        yield _counts(parts, submit, 2 * workers, bar)
+
+
+def _counts(parts: Sequence[Part], submit: Callable[..., Future], ahead: int, bar: tqdm) -> Iterator[Size]:
+    """The size of each part in turn, while up to ``ahead`` batches beyond the one awaited are being counted."""
+    batches = ((number, part.measure, *batch) for number, part in enumerate(parts) for batch in _batches(part))
+    counting: deque[tuple[int, int, Future]] = deque()
+    for number in range(len(parts)):
+        size = Size()
+        while True:
+            for of_part, measure, lines, progress in islice(batches, ahead + 1 - len(counting)):
+                counting.append((of_part, progress, submit(measure, lines)))
+            if not counting or counting[0][0] != number:
+                break
+            _, progress, future = counting.popleft()
+            size += future.result()
+            bar.update(progress)
+        yield size
+
+
+def _batches(part: Part) -> Iterator[tuple[list[tuple[bytes, ...]], int]]:
+    """The lines of a part in batches, each with the bytes by which the bar advances."""
+    compressed = sum(os.path.getsize(file) for file in part.files if is_local(file) and file.endswith(".gz"))
+    plain = [number for number, file in enumerate(part.files) if is_local(file) and not file.endswith(".gz")]
+    batch, size, progress = [], 0, 0
+    for lines in part.lines():
+        batch.append(lines)
+        size += sum(map(len, lines))
+        progress += sum(len(lines[number]) + 1 for number in plain)
+        if size >= BATCH_BYTES:
+            yield batch, progress
+            batch, size, progress = [], 0, 0
+    yield batch, progress + compressed
+
+
+def _num_workers() -> int:
+    """The processes of a training all count at once; a daemon, such as a loader's worker, may start no others."""
+    if multiprocessing.current_process().daemon:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+@contextmanager
+def _pool(workers: int, counter: TokenCounter) -> Iterator[Callable[..., Future]]:
+    """A function that has a batch counted: by one of several processes, or by this one."""
+    if workers == 1:
+        yield partial(_count_here, counter)
+        return
+    context = multiprocessing.get_context("fork")  # any other would import NeMo anew, ten seconds each
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker, initargs=(counter,)) as pool:
+        yield partial(pool.submit, _count_in_worker)
+
+
+def _count_here(counter: TokenCounter, measure: Measure, lines: Sequence[tuple[bytes, ...]]) -> Future:
+    done: Future = Future()
+    done.set_result(measure.count(lines, counter))
+    return done
+
+
+_counter_of_worker: TokenCounter | None = None
+
+
+def _prepare_worker(counter: TokenCounter) -> None:
+    global _counter_of_worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    _counter_of_worker = counter
+
+
+def _count_in_worker(measure: Measure, lines: Sequence[tuple[bytes, ...]]) -> Size:
+    return measure.count(lines, _counter_of_worker)

@@ -1,0 +1,110 @@
+"""``emmett_llama3``, ``emmett_qwen``, ...: translation asked of chat models in plain words, in NeMo's chat formats.
+
+A NeMo chat format says how turns are written; what our examples become in turns is said here, once for all of them: the
+user's turn is the instruction and the message (the text, or the audio locator), the assistant's the answer.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from lhotse.cut import Cut
+from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample
+from nemo.collections.common.data.prompt_fn import registered_prompt_format_fn
+from nemo.collections.common.prompts import PromptFormatter
+from nemo.collections.common.prompts.formatter import BOS_SLOT, EOS_SLOT
+from nemo.collections.common.prompts.nemotron_nano_v3 import NemotronNanoV3PromptFormatter
+from nemo.collections.common.prompts.qwen import QWEN_EOT, Qwen3PromptFormatter
+
+from nemo_emmett.errors import DataError
+from nemo_emmett.prompts.encoding import encode_texts
+from nemo_emmett.prompts.request import Request, request_of, target_language
+from nemo_emmett.prompts.translation import translation_instruction
+
+CHAT_FORMATS = ("gemma", "llama2", "llama3", "mistral", "nemotron-h", "phi2_chat", "phi2_qa", "qwen")
+"""NeMo's chat formats that are taken as they are, with ``emmett_`` in front of their names; those of models that reason
+before they answer are written out below."""
+
+
+class TranslationChat:
+    """Mixin that makes a NeMo chat format ask for translations of our examples, text and speech in the same words."""
+
+    def turns_of(self, request: Request) -> list[dict]:
+        """NeMo's turns of a request: the custom fields ``context`` and ``system_prompt`` are said as they are.
+
+        Raises:
+            DataError: if the target language is not known, or the format has no place for a system prompt.
+        """
+        instruction = request.custom.get("context")
+        if not instruction:
+            instruction = translation_instruction(target_language(request), request.source_lang)
+        message = f"{instruction} {request.message}"
+        turns = self._turns_to_model(message, request)
+        if request.answer is not None:
+            turns.append({"role": self.OUTPUT_ROLE, "slots": {"message": request.answer}})
+        return turns
+
+    def _turns_to_model(self, message: str, request: Request) -> list[dict]:
+        user = {"role": "user", "slots": {"message": message}}
+        system = request.custom.get("system_prompt")
+        if not system:
+            return [user]
+        if "system" in self.TEMPLATE:
+            return [{"role": "system", "slots": {"message": system}}, user]
+        if "system_and_user" in self.TEMPLATE:
+            return [{"role": "system_and_user", "slots": {"system": system, "message": message}}]
+        raise DataError(
+            f"example {request.example_id}: it has a system_prompt, for which prompt_format {self.NAME} has no place; "
+            "take it out of the source's tags, or say it in their `context`."
+        )
+
+    def _apply_tokenizer(self, text: str, lang: str | None = None) -> list[int]:
+        """NeMo's, which puts ids for the slots of BOS and EOS, but by the tokenizer's fast way."""
+        bos = [self.tokenizer.bos] if text.startswith(BOS_SLOT) else []
+        eos = [self.tokenizer.eos] if text.endswith(EOS_SLOT) else []
+        (ids,) = encode_texts(self.tokenizer, [text.removeprefix(BOS_SLOT).removesuffix(EOS_SLOT)])
+        return [*bos, *ids, *eos]
+
+
+@registered_prompt_format_fn(Cut, TranslationChat)
+@registered_prompt_format_fn(SourceTargetTextExample, TranslationChat)
+def chat_prompt(example: Cut | SourceTargetTextExample, prompt: TranslationChat) -> dict[str, torch.Tensor]:
+    """Prompt for one example; conversations are NeMo's own matter, since they say all that is to be said."""
+    return prompt.encode_dialog(prompt.turns_of(request_of(example)))
+
+
+class EmmettNemotronNanoV3PromptFormatter(TranslationChat, NemotronNanoV3PromptFormatter):
+    """NeMo's ``nemotron-nano-v3``, asked to translate without reasoning first."""
+
+    NAME = "emmett_nemotron-nano-v3"
+
+    def encode_dialog(self, turns: list[dict], enable_thinking: bool = False) -> dict[str, torch.Tensor]:
+        """NeMo's, which in generation lets the model reason unless told otherwise."""
+        return super().encode_dialog(turns, enable_thinking=enable_thinking)
+
+
+class EmmettQwen3PromptFormatter(TranslationChat, Qwen3PromptFormatter):
+    """NeMo's ``qwen3``, asked to translate without reasoning first: every answer begins with an empty thought.
+
+    NeMo writes ``/no_think`` into the user's turn, in front or at its end as drawn at random, so that an example may
+    have another length when a run is resumed. Here nothing is drawn and nothing is written there.
+    """
+
+    NAME = "emmett_qwen3"
+    INFERENCE_PREFIX = Qwen3PromptFormatter.INFERENCE_PREFIX + Qwen3PromptFormatter.NO_THINK_PREFIX
+    TEMPLATE: ClassVar[dict] = Qwen3PromptFormatter.TEMPLATE | {
+        "assistant": {
+            "template": f"{INFERENCE_PREFIX}|message|{QWEN_EOT}\n",
+            "slots": Qwen3PromptFormatter.TEMPLATE["assistant"]["slots"],
+        }
+    }
+
+    def encode_dialog(self, turns: list[dict], **_: object) -> dict[str, torch.Tensor]:
+        """As any other format does it, by the template alone."""
+        return PromptFormatter.encode_dialog(self, turns)
+
+
+for _name in CHAT_FORMATS:
+    _original = PromptFormatter.resolve(_name)  # defining a subclass registers it under its NAME
+    type(f"Emmett{_original.__name__}", (TranslationChat, _original), {"NAME": f"emmett_{_name}"})
