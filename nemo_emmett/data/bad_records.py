@@ -171,11 +171,14 @@ class BadRecords:
         faults[record, record.example] += 1
         passes = faults[record, record.example]
         is_new = record not in self._passes_of_fault
-        for tally in (self._total, self._epoch):
-            tally.causes[source, record.cause] += passes > self._passes_of_fault[record]
-            tally.skipped[source] += passes > self._passes_of_record[record.record]
-        self._passes_of_fault[record] = max(passes, self._passes_of_fault[record])
-        self._passes_of_record[record.record] = max(passes, self._passes_of_record[record.record])
+        if passes > self._passes_of_fault[record]:
+            self._passes_of_fault[record] = passes
+            for tally in (self._total, self._epoch):
+                tally.causes[source, record.cause] += 1
+        if passes > self._passes_of_record[record.record]:
+            self._passes_of_record[record.record] = passes
+            for tally in (self._total, self._epoch):
+                tally.skipped[source] += 1
         if not is_new:
             return
         self.counts[record.source, record.cause] += 1

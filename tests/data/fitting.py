@@ -14,7 +14,8 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Run:
         checkpoint_every: save a checkpoint each time after so many steps; None: never.
         kill_in_step: die by SIGKILL in this step (from 0), on all ranks.
         checkpoint: resume from this one.
+        environment: variables of the environment.
     """
 
     folder: Path
@@ -58,6 +60,7 @@ class Run:
     checkpoint_every: int | None = None
     kill_in_step: int | None = None
     checkpoint: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def with_changes(self, folder: str, **changes) -> Run:
         """Another run, whose folder lies beside this one's."""
@@ -106,6 +109,7 @@ class Recorder(LightningModule):
 
 def fit(run: Run, rank: int, port: int) -> None:
     """Train in this process, which is one rank of the run."""
+    os.setpgrp()  # the data workers die with it
     run.folder.mkdir(parents=True, exist_ok=True)
     log = os.open(run.folder / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, sys.stdout.fileno())
@@ -113,6 +117,7 @@ def fit(run: Run, rank: int, port: int) -> None:
     multiprocessing.set_start_method("fork", force=True)  # for the data workers, as in any training
     faulthandler.dump_traceback_later(SECONDS_UNTIL_DEADLOCK - 5, file=sys.stderr)
     # What Lightning reads to find that its ranks are started by somebody else.
+    os.environ |= run.environment
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
     torch.manual_seed(rank + 1)  # what the data is must not depend on it
     callbacks = []
@@ -159,8 +164,9 @@ def run_ranks(run: Run) -> list[int]:
     for process in processes:
         process.join(max(deadline - time.monotonic(), 0))
     hangs = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for rank in hangs:
-        processes[rank].kill()
+    for process in processes:
+        with suppress(ProcessLookupError):  # nothing is left of it
+            os.killpg(process.pid, signal.SIGKILL)
     if hangs:
         logs = "\n".join(f"rank {rank}:\n{run.log(rank)[-2000:]}" for rank in range(run.world_size))
         raise TimeoutError(f"ranks {hangs} have not ended in {SECONDS_UNTIL_DEADLOCK} s\n{logs}")
@@ -170,6 +176,8 @@ def run_ranks(run: Run) -> list[int]:
 def start_server() -> None:
     """Have everything imported by the process that all runs are forked from."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.pop("TOKENIZERS_PARALLELISM", None)
+    os.unsetenv("TOKENIZERS_PARALLELISM")  # NeMo sets it behind os.environ's back
     root = str(Path(__file__).parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])

@@ -11,6 +11,7 @@ import gzip
 import json
 import random
 import tarfile
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -177,13 +178,15 @@ def with_field(record: dict, name: str, value: Any) -> dict:
     return record
 
 
-def strewn(
-    good: Sequence[bytes], bad: Sequence[bytes], rng: random.Random, end: bytes = b"\n"
-) -> tuple[bytes, dict[bytes, int]]:
-    """A file of good lines with bad ones and blank ones among them, and the number of each good line, from 1."""
-    lines = [*good, *bad, *[b""] * 3]
+def strewn(good: Sequence[bytes], bad: Sequence[bytes], rng: random.Random) -> tuple[bytes, dict[bytes, int]]:
+    """A file of good lines with bad ones and blank ones among them, and the number of each good line, from 1.
+
+    The first line is good, so that what stands before it at the beginning of a file is put to the test as well.
+    """
+    lines = [*good[1:], *bad, *[b""] * 3]
     rng.shuffle(lines)
-    return b"".join(line + end for line in lines), {line: number for number, line in enumerate(lines, start=1)}
+    lines.insert(0, good[0])
+    return b"".join(line + b"\n" for line in lines), {line: number for number, line in enumerate(lines, start=1)}
 
 
 # Sources
@@ -216,7 +219,7 @@ def nemo(folder: Path, rng: random.Random) -> Fuzzed:
     lines[-1] = b'{"duration": "x", "audio_filepath": 3, ' + lines[-1][1:]
     lines[-2] += b"\r"
     content, _ = strewn(lines, [line for line, _ in bad], rng)
-    (folder / "speech.json").write_bytes(content)
+    (folder / "speech.json").write_bytes(BOM_UTF8 + content)
     source = {"type": "nemo", "manifest_filepath": str(folder / "speech.json")}
     ids = [r["audio_filepath"] if "sampling_rate" in r else Path(r["audio_filepath"]).stem for r in good]
     return Fuzzed(source, ids, Counter(cause for _, cause in bad))
@@ -318,7 +321,7 @@ def lhotse(folder: Path, rng: random.Random) -> Fuzzed:
         bad.append((as_line(with_field(good[-1], "recording.sources.0.source", str(folder / name))), cause))
     bad += broken_json(good[-1], rng)
     content, _ = strewn([as_line(r) for r in good], [line for line, _ in bad], rng)
-    (folder / "cuts.jsonl").write_bytes(content)
+    (folder / "cuts.jsonl").write_bytes(BOM_UTF8 + content)
     source = {"type": "lhotse", "cuts_path": str(folder / "cuts.jsonl")}
     return Fuzzed(source, [r["id"] for r in good], Counter(cause for _, cause in bad))
 
@@ -394,14 +397,14 @@ def parallel_text_in_both_directions(folder: Path, rng: random.Random) -> Fuzzed
 
 def parallel_tsv(folder: Path, rng: random.Random) -> Fuzzed:
     """A table whose columns are named in its first line, behind a byte order mark."""
-    good = [b"\t".join((b"other", sentence, b"eins")) for sentence in GOOD_SENTENCES]
-    good.append(b"x" * (MEGABYTES << 20) + b"\tone\teins")
-    bad = [(b"other\t" + b"\t".join(pair), cause) for s, cause in BAD_SENTENCES for pair in ((s, b"eins"), (b"one", s))]
-    bad += [(b"one", "missing column"), (b"other\tone", "missing column"), (b"\t\t", "empty text")]
+    good = [b"\t".join((sentence, b"other", b"eins")) for sentence in GOOD_SENTENCES]
+    good.append(b"one\t" + b"x" * (MEGABYTES << 20) + b"\teins")
+    bad = [(b"\tother\t".join(p), cause) for s, cause in BAD_SENTENCES for p in ((s, b"eins"), (b"one", s))]
+    bad += [(b"one", "missing column"), (b"one\tother", "missing column"), (b"\t\t", "empty text")]
     bad += [(b"\xff", "not UTF-8"), (b"\0" * 50, "missing column")]
     content, numbers = strewn(good, [line for line, _ in bad], rng)
     path = folder / "text.tsv"
-    path.write_bytes(b"\xef\xbb\xbfdomain\tenglish\tgerman\r\n" + content)
+    path.write_bytes(BOM_UTF8 + b"english\tdomain\tgerman\r\n" + content)
     keys = {"source_column": "english", "target_column": "german", "source_lang": "en", "target_lang": "de"}
     source = {"type": "parallel_text", "paths": str(path), **keys}
     return Fuzzed(source, [f"{path}:{numbers[line] + 1}" for line in good], Counter(cause for _, cause in bad))
@@ -437,7 +440,7 @@ def parallel_jsonl(folder: Path, rng: random.Random) -> Fuzzed:
     bad += broken_json(pair, rng)
     content, numbers = strewn(good, [line for line, _ in bad], rng)
     path = folder / "text.jsonl"
-    path.write_bytes(content)
+    path.write_bytes(BOM_UTF8 + content)
     source = {"type": "parallel_text", "paths": str(path), "source_lang": "en", "target_lang": "de"}
     return Fuzzed(source, [f"{path}:{numbers[line]}" for line in good], Counter(cause for _, cause in bad))
 

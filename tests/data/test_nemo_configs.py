@@ -24,13 +24,13 @@ from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 from lhotse.utils import fix_random_seed
 from nemo.collections.common.data.lhotse import dataloader as nemo_dataloader
-from nemo.collections.common.data.lhotse.cutset import get_known_config_data_types
 from nemo.collections.common.data.lhotse.indexed_adapters import create_index, create_tar_index
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 from nemo.collections.common.data.lhotse.text_adapters import AudioTurn
 from omegaconf import OmegaConf
 
 from nemo_emmett.data import get_multimodal_dataloader
+from nemo_emmett.data.parsers import known_types
 
 LOCATOR = "<|audio|>"
 RATE = 16000
@@ -942,8 +942,7 @@ def configs() -> Iterator[Any]:
 
 def test_the_table_holds_every_source_type_of_nemo() -> None:
     tested = {name.split("/")[0] for name in CASES}
-    own = {"parallel_text", "emmett_source"}
-    assert set(get_known_config_data_types()) - own - {"group"} <= tested
+    assert set(known_types()) - {"group", "parallel_text"} <= tested
 
 
 @pytest.mark.parametrize(("name", "rank", "world_size", "workers"), configs())

@@ -144,6 +144,12 @@ def test_finite_data_across_the_end_of_an_epoch(run, sources, train_ds, workers)
         assert [record["epoch"] for record in records] == [record["epoch"] for record in whole.records()[trained:]]
 
 
+def test_workers_do_not_wait_for_threads_that_a_fork_has_left_behind(run, train_ds) -> None:
+    """With this variable set, Hugging Face's tokenizers keep their threads even where a fork has taken them away."""
+    threads = {"TOKENIZERS_PARALLELISM": "true"}
+    complete(run(train_ds("zip", num_workers=2), steps=4, environment=threads))
+
+
 # The state of a loader, without a trainer
 
 
@@ -202,12 +208,12 @@ def test_one_state_serves_all_ranks(load, train_ds, rank, kind) -> None:
 @pytest.mark.parametrize("fusion", ["zip", "mux"])
 def test_data_seen_many_times_over_resumes_in_a_later_pass(load, train_ds, sources, fusion) -> None:
     """150 steps: all sources have started over, the smallest of them dozens of times."""
-    assert_continues_late = train_ds(fusion)
-    loader = load(assert_continues_late)
+    config = train_ds(fusion)
+    loader = load(config)
     seen = [ids_of(batch) for batch in islice(loader, 150)]
     assert sum(seen, []).count("speech_fr_00000.wav") > 1
-    resumed = load(assert_continues_late)
-    interrupted = load(assert_continues_late)
+    resumed = load(config)
+    interrupted = load(config)
     list(islice(interrupted, 140))
     resumed.load_state_dict(through_a_file(interrupted.state_dict()))
     assert [ids_of(batch) for batch in islice(resumed, 10)] == seen[140:]

@@ -45,7 +45,8 @@ def test_the_others_share_what_a_removed_index_had():
         draws.next()
     draws.remove(0)
     drawn = [draws.next() for _ in range(400)]
-    assert drawn.count(1) == 300 and drawn.count(2) == 100
+    assert drawn.count(1) == 300
+    assert drawn.count(2) == 100
     draws.remove(1)
     draws.remove(2)
     assert draws.is_empty

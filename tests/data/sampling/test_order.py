@@ -58,19 +58,20 @@ def test_shuffling_goes_far():
     assert (np.abs(np.diff(numbers)) == 1).mean() < 0.01
     assert abs(np.corrcoef(np.arange(100_000), numbers)[0, 1]) < 0.1
     thousand = numbers[:1000]
-    assert thousand.min() < 20_000 and thousand.max() > 80_000
+    assert thousand.min() < 20_000
+    assert thousand.max() > 80_000
 
 
 def test_sequential_shards_are_read_forward_and_told_what_to_prepare():
     order = order_of([2000, 1500], [True, True], group_size=600)
-    furthest = {}
+    starts = {0: [], 1: []}
     for position in range(3500):
         place = order.locate(position)
-        ((shard, start, stop), *others) = [s for s in order.stretches_to_prepare(position) if s[0] == place.shard]
-        assert not others and start <= place.number < stop
-        assert start >= furthest.get(shard, 0) or start == furthest_start
-        furthest_start = start
-        furthest[shard] = max(furthest.get(shard, 0), start)
+        (start, stop), *others = [s[1:] for s in order.stretches_to_prepare(position) if s[0] == place.shard]
+        assert not others
+        assert start <= place.number < stop
+        starts[place.shard].append(start)
+    assert all(of_shard == sorted(of_shard) for of_shard in starts.values())
 
 
 def test_an_order_of_ten_million_records_is_quick_and_small():

@@ -1,0 +1,73 @@
+"""Buckets: a step as soon as there is a batch for every rank."""
+
+from types import SimpleNamespace
+
+import pytest
+from lhotse.dataset.sampling.base import TimeConstraint
+from nemo.collections.common.data.lhotse.sampling import FixedBucketBatchSizeConstraint2D, MultimodalSamplingConstraint
+
+from nemo_emmett.data.sampling.buckets import Buckets, Drawn
+
+
+def drawn(index: int, seconds: float) -> Drawn:
+    return Drawn(SimpleNamespace(duration=seconds, index=index), 0, 0, index)
+
+
+def steps_of(buckets: Buckets, durations: list[float]) -> list[list[list[int]]]:
+    steps = [buckets.add(drawn(index, seconds)) for index, seconds in enumerate(durations)]
+    return [[[d.index for d in batch] for batch in step] for step in steps if step]
+
+
+def fixed(sizes=(2, 1)) -> FixedBucketBatchSizeConstraint2D:
+    return FixedBucketBatchSizeConstraint2D(max_seq_len_buckets=[1.0, 2.0], batch_sizes=list(sizes))
+
+
+def test_a_bucket_gives_its_batch_as_soon_as_it_is_full():
+    durations = [0.5, 1.5, 0.6, 0.7, 1.0, 2.0]
+    assert steps_of(Buckets(fixed(), [1.0, 2.0], 1, False), durations) == [[[1]], [[0, 2]], [[3, 4]], [[5]]]
+
+
+def test_a_step_holds_a_batch_of_the_same_bucket_for_each_rank():
+    durations = [0.5, 1.5, 0.6, 0.7, 2.0, 0.9]
+    assert steps_of(Buckets(fixed(), [1.0, 2.0], 2, False), durations) == [[[1], [4]], [[0, 2], [3, 5]]]
+
+
+def test_without_bins_there_is_one_bucket_and_lhotse_says_when_a_batch_is_full():
+    durations = [2.0, 3.0, 1.0, 4.0, 1.0]
+    # One more as long as the longest so far would exceed 8 s: lhotse's rule.
+    assert steps_of(Buckets(TimeConstraint(max_duration=8.0), None, 1, False), durations) == [[[0, 1]], [[2, 3]]]
+
+
+def test_constraints_with_counters_inside_are_not_shared_between_buckets():
+    constraint = MultimodalSamplingConstraint(token_equivalent_duration=1.0, batch_size=2)
+    buckets = Buckets(constraint, [1.5], 1, False)
+
+    def text(index, length):
+        from nemo.collections.common.data.lhotse.text_adapters import TextExample
+
+        class Example(TextExample):
+            total_length = input_length = length
+
+        return Drawn(Example(str(index)), 0, 0, index)
+
+    steps = [buckets.add(text(index, length)) for index, length in enumerate([1, 5, 1, 5])]
+    assert [step and [d.index for d in step[0]] for step in steps] == [None, None, [0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("left", "world_size", "batches", "left_out"), [(7, 2, [4, 3], 0), (3, 4, [], 3), (0, 2, [], 0)]
+)
+def test_what_is_left_is_shared_out_or_left_out(left, world_size, batches, left_out):
+    buckets = Buckets(TimeConstraint(max_cuts=5), None, world_size, False)
+    for index in range(left):
+        assert buckets.add(drawn(index, 1.0)) is None
+    steps, count = buckets.flush()
+    assert [len(batch) for step in steps for batch in step] == batches
+    assert count == left_out
+    assert sorted(d.index for step in steps for batch in step for d in batch) == list(range(left - left_out))
+
+
+def test_drop_last_leaves_out_every_incomplete_batch():
+    buckets = Buckets(TimeConstraint(max_cuts=5), None, 1, True)
+    buckets.add(drawn(0, 1.0))
+    assert buckets.flush() == ([], 1)
