@@ -34,6 +34,7 @@ from nemo_emmett.data.sources import (
     INHERITED_BY_GROUPS,
     SHARED_BY_GROUPS,
     Source,
+    as_one_stream,
     groups_of,
     languages_of,
     list_sources,
@@ -131,6 +132,9 @@ def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKi
     register_prompt_formats()
     MultimodalDataConfig.take_from(dict(settings))
     groups = groups_of(settings)
+    if groups and settings.get("sampler_fusion") == "mux":
+        check_fusion("mux", settings.get("sampler_weights"), list(groups), where)
+        settings, groups = as_one_stream(settings, where), None
     own = {key: value for key, value in settings.items() if groups is None or key not in groups}
     strangers = check_keys(own, nemo_keys() | OUR_KEYS, where, LEGACY_KEYS)
     if groups is None:  # NeMo warns of strangers itself

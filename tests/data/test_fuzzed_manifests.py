@@ -23,8 +23,10 @@ import pytest
 import soundfile
 from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.shar import SharWriter
+from nemo.collections.speechlm2.data.salm_dataset import SALMDataset
 
-from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
+from nemo_emmett.data import MultimodalDataLoader, SpeechTextDataset, get_multimodal_dataloader
+from nemo_emmett.data.bad_records import BadRecords
 
 RATE = 16000
 SECONDS = 0.5
@@ -464,12 +466,13 @@ CASES.remove(("lhotse_shar", "nemo"))  # lhotse's own reader, on which NeMo's sa
 # Loading them
 
 
-def load(source: dict, tokenizer: Any, sampling: str, workers: int) -> tuple[list[str], Any]:
-    """The ids of all examples of one pass, and the loader's ledger."""
+def build(
+    source: dict, tokenizer: Any, dataset: Any, sampling: str, workers: int, prompt_format: str = "emmett_t5"
+) -> MultimodalDataLoader:
     is_text = source["type"] in ("parallel_text", "txt_pair")
     config = {
         "input_cfg": [{"target_lang": "de", **source}],
-        "prompt_format": "emmett_t5",
+        "prompt_format": prompt_format,
         "audio_locator_tag": "<|audio|>",
         "token_equivalent_duration": 0.08,
         "use_multimodal_sampling": is_text,
@@ -484,7 +487,12 @@ def load(source: dict, tokenizer: Any, sampling: str, workers: int) -> tuple[lis
         "sampling": sampling,
         "max_bad_records": None,
     }
-    loader = get_multimodal_dataloader(config, 0, 1, SpeechTextDataset(tokenizer), tokenizer)
+    return get_multimodal_dataloader(config, 0, 1, dataset, tokenizer)
+
+
+def load(source: dict, tokenizer: Any, sampling: str, workers: int) -> tuple[list[str], BadRecords]:
+    """The ids of all examples of one pass, and the loader's ledger."""
+    loader = build(source, tokenizer, SpeechTextDataset(tokenizer), sampling, workers)
     ids = [example["id"] for batch in loader for part in batch.values() for example in part["examples"]]
     return ids, loader.bad_records
 
@@ -496,6 +504,30 @@ def test_every_fault_is_counted_and_every_good_record_arrives(tmp_path, tokenize
     ids, bad_records = load(fuzzed.source, tokenizer, sampling, workers)
     assert bad_records.causes() == fuzzed.causes
     assert sorted(ids) == sorted(fuzzed.good)
+
+
+def record(kind: str, folder: Path, name: str) -> dict:
+    """A good record of a kind of source, its audio in a file of that name."""
+    if kind == "parallel_text":
+        return {"source": "one two", "target": "eins zwei", "number": name}
+    tone = write_tone(folder / f"{name}.wav")
+    if kind == "nemo":
+        return {"audio_filepath": tone, "duration": SECONDS, "text": "one two", "lang": "en", "sampling_rate": RATE}
+    return cut_record(tone, name)
+
+
+@pytest.mark.parametrize("sampling", ["nemo", "emmett"])
+def test_instructions_that_are_no_words_cost_their_record_alone(tmp_path, tokenizer, sampling) -> None:
+    """NeMo's SALM is told what to do in the records."""
+    good = record("nemo", tmp_path, "good")
+    values = (3, ["one"], {"en": "one"}, "\ud800")
+    bad = [{**good, field: value} for field in ("context", "system_prompt") for value in values]
+    lines = [as_line(fields) for fields in [{**good, "context": "one"}, *bad, {**good, "context": None}]]
+    (tmp_path / "speech.json").write_bytes(b"\n".join(lines))
+    source = {"type": "nemo", "manifest_filepath": str(tmp_path / "speech.json")}
+    loader = build(source, tokenizer, SALMDataset(tokenizer), sampling, workers=0, prompt_format="plain")
+    assert sum(len(batch["conversations"]) for batch in loader) == 2
+    assert loader.bad_records.causes() == {"context is not a string": 4, "system_prompt is not a string": 4}
 
 
 # Damage drawn at random
@@ -519,16 +551,6 @@ def damaged(line: bytes, rng: random.Random) -> bytes:
                 [b'"', b"\\", b"}", b"-", b"0", b"null", b"[", b"\\ud800", b"\xf0", b"e9"]
             )
     return bytes(content).replace(b"\n", b" ").strip() or b"?"
-
-
-def record(kind: str, folder: Path, name: str) -> dict:
-    """A good record of a kind of source, its audio in a file of that name."""
-    if kind == "parallel_text":
-        return {"source": "one two", "target": "eins zwei", "number": name}
-    tone = write_tone(folder / f"{name}.wav")
-    if kind == "nemo":
-        return {"audio_filepath": tone, "duration": SECONDS, "text": "one two", "lang": "en", "sampling_rate": RATE}
-    return cut_record(tone, name)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from nemo_emmett.data.parsers import register_data_types
 from nemo_emmett.data.sampling.chain import ExampleChain
 from nemo_emmett.prompts.translation import register_prompt_formats
+
 from ..conftest import LOCATOR
 
 
@@ -23,9 +24,7 @@ def config(speech):
     def make(**keys):
         manifest = speech(8, target_lang="de", audio_locator_tag=LOCATOR)
         settings = {
-            "input_cfg": [
-                {"type": "nemo", "manifest_filepath": str(speech(8, target_lang="de", audio_locator_tag=LOCATOR))}
-            ],
+            "input_cfg": [{"type": "nemo", "manifest_filepath": str(manifest)}],
             "batch_size": 4,
             "shard_seed": 0,
             "prompt_format": "emmett_t5",

@@ -1,0 +1,143 @@
+"""From a config to samplers, through the loader."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+
+from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
+from nemo_emmett.errors import ConfigError
+
+from ..conftest import LOCATOR
+from ..corpora import Corpus, dataset_of, ids_of
+
+
+@pytest.fixture
+def load(tokenizer):
+    def build(config: dict, rank: int = 0, world_size: int = 1, dataset=None):
+        config = {
+            "seed": 0,
+            "shard_seed": 0,
+            "shuffle": True,
+            "prompt_format": "emmett_t5",
+            "audio_locator_tag": LOCATOR,
+            "token_equivalent_duration": 0.08,
+            **config,
+        }
+        return get_multimodal_dataloader(config, rank, world_size, dataset or SpeechTextDataset(tokenizer), tokenizer)
+
+    return build
+
+
+@pytest.fixture
+def groups(tmp_path) -> dict:
+    corpus = Corpus(tmp_path)
+    return {
+        "speech": {"input_cfg": [corpus.source("speech_de", 40)]},
+        "text": {"input_cfg": [corpus.source("text_de", 300), corpus.source("text_fr", 20)]},
+    }
+
+
+MUX = {"multi_config": True, "sampler_fusion": "mux", "use_multimodal_sampling": True, "batch_size": 10}
+
+
+def test_mux_puts_all_groups_into_one_batch_by_their_weights(load, groups):
+    loader = load({**MUX, **groups, "sampler_weights": {"speech": 0.3, "text": 0.7}})
+    seen = [dataset_of(i) for batch in islice(loader, 40) for i in ids_of(batch)]
+    shares = {name: seen.count(name) / 400 for name in set(seen)}
+    assert shares == pytest.approx({"speech_de": 0.3, "text_de": 0.35, "text_fr": 0.35}, abs=0.005)
+
+
+def test_mux_with_derived_weights_weighs_speech_and_text_in_tokens(load, groups):
+    loader = load({**MUX, **groups, "weights": "auto"})
+    seen = [dataset_of(i) for batch in islice(loader, 60) for i in ids_of(batch)]
+    assert seen.count("text_de") > 10 * seen.count("text_fr") > 0
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (
+            {"batch_size": 4},
+            r"data.train_ds.text.batch_size: under sampler_fusion: mux .* set data.train_ds.batch_size",
+        ),
+        ({"max_duration": 4.0}, r"data.train_ds.text.max_duration: .* set data.train_ds.max_duration"),
+    ],
+)
+def test_mux_refuses_groups_with_batches_of_their_own(load, groups, group, message):
+    groups["text"].update(group)
+    with pytest.raises(ConfigError, match=message):
+        load({**MUX, **groups})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"sampling": "lhotse"}, "sampling: 'lhotse' is unknown; it can be auto, emmett, nemo"),
+        ({"sampling": "nemo", "weights": "auto"}, r"weights: NeMo's samplers do not know auto; set sampling: emmett"),
+        ({"weights": "hours"}, "weights: 'hours' is unknown; it can be auto"),
+    ],
+)
+def test_what_cannot_work_is_told(load, groups, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        load({"input_cfg": groups["speech"]["input_cfg"], "batch_size": 2, **keys})
+
+
+def test_noise_from_tar_files_is_left_to_nemo_and_refused_by_ours(load, groups, tmp_path):
+    noise = Corpus(tmp_path, tarred=True, seed=1).source("speech_es", 6)
+    config = {
+        "input_cfg": groups["speech"]["input_cfg"],
+        "batch_size": 2,
+        "noise_path": {key: noise[key] for key in ("manifest_filepath", "tarred_audio_filepaths")},
+    }
+    assert load(config).progress is None
+    with pytest.raises(ConfigError, match="noise_path: noise_path names tar files"):
+        load({**config, "sampling": "emmett"})
+
+
+def test_bins_are_found_where_they_are_asked_for(load, groups):
+    text = {**groups["text"], "use_multimodal_sampling": True, "bucket_batch_size": [6, 5, 4], "num_buckets": 3}
+    loader = load({**text, "bucket_duration_bins": "auto", "measure_total_length": False})
+    (group,) = loader.dataset.plan.groups
+    assert len(group.chain.constraint.max_seq_len_buckets) == 3
+    sizes = {len(batch["text"]["examples"]) for batch in islice(loader, 30)}
+    assert sizes == {4, 5, 6}
+
+
+def test_examples_that_fit_into_no_bucket_are_counted(load, groups, caplog):
+    text = {**groups["text"], "use_multimodal_sampling": True, "measure_total_length": False, "force_finite": True}
+    loader = load({**text, "bucket_duration_bins": [5, 8], "bucket_batch_size": [4, 4]})
+    arrived = sum(len(batch["text"]["examples"]) for batch in loader)
+    (line,) = [record.getMessage() for record in caplog.records if "NeMo's filters" in record.getMessage()]
+    assert f"Of 320 examples {arrived / 320:.1%} passed" in line
+    assert f"{320 - arrived} by bucket_duration_bins" in line
+    assert 0 < arrived < 320
+
+
+def test_resuming_with_other_workers_repeats_nothing(load, groups, caplog):
+    config = {**groups["text"], "use_multimodal_sampling": True, "batch_size": 5, "force_finite": True}
+    first = load({**config, "num_workers": 2})
+    iterator = iter(first)
+    seen = [i for _ in range(12) for i in ids_of(next(iterator))]
+    again = load({**config, "num_workers": 0})
+    again.load_state_dict(first.state_dict())
+    rest = [i for batch in again for i in ids_of(batch)]
+    assert not set(seen) & set(rest)
+    assert len(seen) + len(rest) > 320 - 2 * 16 * 2 - 2 * 5
+    assert "2 data workers, this run has 1" in caplog.text
+
+
+def test_resuming_with_other_ranks_keeps_the_order_of_examples(load, groups):
+    config = {**groups["text"], "use_multimodal_sampling": True, "batch_size": 4}
+    whole = [i for batch in islice(load(config), 30) for i in ids_of(batch)]
+    one = load(config)
+    iterator = iter(one)
+    seen = [i for _ in range(10) for i in ids_of(next(iterator))]
+    state = one.state_dict()
+    ranks = [load(config, rank, 2) for rank in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    steps = zip(*(islice(rank, 10) for rank in ranks), strict=True)
+    rest = [i for step in steps for batch in step for i in ids_of(batch)]
+    assert seen + rest == whole
