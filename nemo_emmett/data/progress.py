@@ -145,8 +145,9 @@ def _shared_out_anew(workers: list[dict | None], num_workers: int) -> list[dict 
     for name, group in known[0]["groups"].items():
         leaves = []
         for number in range(len(group["leaves"])):
-            furthest = max(worker["groups"][name]["leaves"][number][0] for worker in known)
-            leaves.append([-(-(furthest + 1) * len(workers) // num_workers), 0])
+            next_chunk = max(worker["groups"][name]["leaves"][number]["next_chunk"] for worker in known)
+            next_chunk = -(-next_chunk * len(workers) // num_workers)
+            leaves.append({"open": [], "next_chunk": next_chunk, "drawn": 0, "at_end": False})
         fresh = {**group["draws"], "counts": [0] * len(leaves), "drawn": 0}
         groups[name] = {**group, "leaves": leaves, "draws": fresh, "waiting": [], "last_steps": None, "left_out": 0}
     return [{**known[0], "groups": groups}] * num_workers

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import random
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
@@ -132,7 +132,7 @@ def test_finite_data_across_the_end_of_an_epoch(run, sources, train_ds, workers)
     config |= {"input_cfg": text[2:], "batch_size": 2, "force_finite": True, "num_workers": workers}  # 17 lines
     whole = complete(run(config, epochs=3, checkpoint_every=1))
     of_epoch = [[record for record in whole.records() if record["epoch"] == epoch] for epoch in range(3)]
-    lines = [sorted(sum(sequence(records), [])) for records in of_epoch]
+    lines = [sorted(chain(*sequence(records))) for records in of_epoch]
     assert lines[0] == lines[1] == lines[2] == sorted(f"text_fr.en:{number}" for number in range(1, 18))
     assert sequence(of_epoch[0]) != sequence(of_epoch[1]) != sequence(of_epoch[2])
 
@@ -211,7 +211,7 @@ def test_data_seen_many_times_over_resumes_in_a_later_pass(load, train_ds, sourc
     config = train_ds(fusion)
     loader = load(config)
     seen = [ids_of(batch) for batch in islice(loader, 150)]
-    assert sum(seen, []).count("speech_fr_00000.wav") > 1
+    assert list(chain(*seen)).count("speech_fr_00000.wav") > 1
     resumed = load(config)
     interrupted = load(config)
     list(islice(interrupted, 140))

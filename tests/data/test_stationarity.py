@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
+import numpy as np
 import pytest
 
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
@@ -20,7 +21,6 @@ POINTS = 0.02
 # Buckets in tokens (a frame of speech is one), as a blend of both modalities measures; for speech alone in seconds.
 TOKEN_BUCKETS = {"bucket_duration_bins": [8, 14, 20, 40], "bucket_batch_size": [10, 8, 6, 4]}
 SECOND_BUCKETS = {"bucket_duration_bins": [0.3, 0.6, 1.2], "bucket_batch_size": [9, 7, 5]}
-
 
 
 class Ids(SpeechTextDataset):
@@ -85,7 +85,7 @@ def nested_blend(sources: Mapping[str, dict]) -> tuple[dict, dict, dict[str, flo
 
 
 def tempered_blend(sources: Mapping[str, dict]) -> tuple[dict, dict, dict[str, float]]:
-    """Weights are the sizes; a temperature of a half takes their square roots: 9.49 : 5.57 : 2.65 and 38.7 : 16.1 : 4.12.
+    """Weights are the sizes; a temperature of a half takes their square roots (9.5 to 5.6 to 2.6 for speech).
 
     Modalities keep 3 to 7, for the blend by a weight at the temperature 1, for the fusion by the batches' weights.
     """
@@ -168,9 +168,7 @@ def test_every_window_holds_the_shares(sources, batches, configure, count, blend
 
 
 def test_independent_draws_would_fail_this_test(sources) -> None:
-    """The bar is not one that chance passes: of 1,600 independent draws, a share of 0.42 strays by 2 points and more."""
-    import numpy as np
-
+    """The bar is not one that chance passes: of 1,600 independent draws, shares stray by 2 points and more."""
     *_, expected = nested_blend(sources)
     shares = list(expected.values())
     windows = np.random.default_rng(0).multinomial(8 * WINDOW, shares, size=100) / (8 * WINDOW)

@@ -1,14 +1,14 @@
 """The examples of one source, by number: a chunk of records is read, made into examples, and sent through NeMo's chain.
 
-A chunk is computed the same whenever it is computed. So the state of a source is two numbers, the chunk and how many of
-its examples are taken, and an example that waits in a bucket is remembered by its chunk and its place in it.
+A chunk is computed the same whenever it is computed. So the state of a source is the number of its chunk and how many
+of its examples are taken, and an example that waits in a bucket is remembered by its chunk and its place in it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -25,6 +25,9 @@ from nemo_emmett.errors import DataError
 
 CHUNK = 16
 """Records that are read at a time: enough to make the chain's overhead small, few enough for an early first batch."""
+
+OPEN_CHUNKS = 16
+"""Chunks that are open at a time where records make several examples: those of 256 records stand among one another."""
 
 BLOCK = 1024
 """Examples of a stream that are shuffled together."""
@@ -187,13 +190,17 @@ def _without_end(cuts: Any) -> Iterator:
 class Leaf:
     """The examples of one source in the order in which one worker draws them.
 
+    Where a record makes several examples (one per target language), they must not all stand in one batch: then several
+    chunks are open at a time, and each example comes from any of them.
+
     Args:
         reader: reads its records.
         chain: NeMo's chain for the group that the source belongs to.
-        seed: of the chain's random stages.
+        seed: of the chain's random stages, and of the order of examples within chunks.
         share: the worker's.
         epoch: which epoch of finite data this is.
         name: of the source, for messages.
+        num_open: chunks that are open at a time; with more than one, the examples of a chunk come in a random order.
     """
 
     def __init__(
@@ -204,6 +211,7 @@ class Leaf:
         share: Share,
         epoch: int = 0,
         name: str = "",
+        num_open: int = 1,
     ) -> None:
         self.reader = reader
         self.chain = chain
@@ -211,9 +219,11 @@ class Leaf:
         self.share = share
         self.epoch = epoch
         self.name = name
-        self._chunk = 0  # the one whose examples wait
-        self._taken = 0  # examples taken of it
-        self._waiting: deque | None = None
+        self.num_open = num_open
+        self._next_chunk = 0
+        self._drawn = 0
+        self._open: list[_OpenChunk] = []
+        self._at_end = False
         self._empty = 0
 
     def next(self) -> tuple[Any, tuple[int, int]]:
@@ -224,17 +234,37 @@ class Leaf:
             DataError: if the source is endless but nothing of it can be used.
         """
         while True:
-            if self._waiting is None:
-                examples = self._examples_of(self._chunk)
-                if examples is None:
-                    raise StopIteration
-                self._waiting = deque(examples[self._taken :])
-                self._note_empty(examples)
-            if self._waiting:
-                example = self._waiting.popleft()
-                self._taken += 1
-                return example, (self._chunk, self._taken - 1)
-            self._chunk, self._taken, self._waiting = self._chunk + 1, 0, None
+            choice = self._choice()
+            if choice == len(self._open):
+                self._open_another()
+                continue
+            chunk = self._open[choice]
+            if chunk.examples is None:  # after a state was restored
+                chunk.examples = self._examples_of(chunk.number) or []
+            if chunk.taken >= len(chunk.examples):
+                del self._open[choice]
+                continue
+            self._drawn += 1
+            chunk.taken += 1
+            return chunk.examples[chunk.taken - 1], (chunk.number, chunk.taken - 1)
+
+    def _choice(self) -> int:
+        """Which of the open chunks gives the next example; one past the last: a new one."""
+        if self._at_end:
+            if not self._open:
+                raise StopIteration
+            return _mixed(self.seed[0], self.seed[-1], self._drawn) % len(self._open)
+        return min(_mixed(self.seed[0], self.seed[-1], self._drawn) % self.num_open, len(self._open))
+
+    def _open_another(self) -> None:
+        examples = self._examples_of(self._next_chunk)
+        if examples is None:
+            self._at_end = True
+            return
+        self._note_empty(examples)
+        if examples:
+            self._open.append(_OpenChunk(self._next_chunk, 0, examples))
+        self._next_chunk += 1
 
     def examples_at(self, places: Sequence[tuple[int, int]]) -> list[Any]:
         """The examples at these chunks and places in them; None where the data has changed and there is none."""
@@ -243,20 +273,25 @@ class Leaf:
             found[chunk] = self._examples_of(chunk) or []
         return [found[chunk][index] if index < len(found[chunk]) else None for chunk, index in places]
 
-    def state_dict(self) -> list[int]:
-        """The chunk, and how many of its examples are taken."""
-        return [self._chunk, self._taken]
+    def state_dict(self) -> dict[str, Any]:
+        """The chunks that are open, with how many examples of each are taken, and how far the source is."""
+        opened = [[chunk.number, chunk.taken] for chunk in self._open]
+        return {"open": opened, "next_chunk": self._next_chunk, "drawn": self._drawn, "at_end": self._at_end}
 
-    def load_state_dict(self, state: Sequence[int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self._chunk, self._taken = state
-        self._waiting = None
+        self._open = [_OpenChunk(number, taken, None) for number, taken in state["open"]]
+        self._next_chunk, self._drawn, self._at_end = state["next_chunk"], state["drawn"], state["at_end"]
 
     def _examples_of(self, chunk: int) -> list | None:
         examples = self.reader.read(chunk, self.epoch, self.share)
         if examples is None:
             return None
-        return self.chain.run(examples, [*self.seed, self.share.worker, self.epoch, chunk])
+        seed = [*self.seed, self.share.worker, self.epoch, chunk]
+        examples = self.chain.run(examples, seed)
+        if self.num_open > 1:
+            examples = [examples[index] for index in np.random.default_rng(seed).permutation(len(examples))]
+        return examples
 
     def _note_empty(self, examples: list) -> None:
         self._empty = 0 if examples else self._empty + CHUNK
@@ -266,6 +301,31 @@ class Leaf:
                 f"{self.name}: of the last {self._empty} records nothing could be used, or the filters leave nothing "
                 "of them; look at the report of bad records, and at the filters (min_/max_ keys, bucket_duration_bins)."
             )
+
+
+@dataclass
+class _OpenChunk:
+    number: int
+    taken: int
+    examples: list | None
+
+
+def _mixed(*numbers: int) -> int:
+    """A number that looks drawn at random, of numbers that do not (the finaliser of SplitMix64)."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return mixed
+
+
+def chunks_to_open(reader: ChunkReader, shuffle: bool) -> int:
+    """How many chunks of a source are to be open at a time: several where its records make several examples each."""
+    if not shuffle or (examples := reader.read(0, 0, Share())) is None:
+        return 1
+    return OPEN_CHUNKS if len(examples) > CHUNK else 1
 
 
 def make_reader(

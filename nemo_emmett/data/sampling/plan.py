@@ -20,7 +20,7 @@ from nemo_emmett.data.parsers import Reading, reading
 from nemo_emmett.data.records import build_indexes, open_records
 from nemo_emmett.data.sampling.chain import ExampleChain
 from nemo_emmett.data.sampling.draws import StationaryDraws
-from nemo_emmett.data.sampling.leaves import ChunkReader, Share, make_reader
+from nemo_emmett.data.sampling.leaves import ChunkReader, Share, chunks_to_open, make_reader
 from nemo_emmett.data.sampling.order import STRETCH
 from nemo_emmett.data.sampling.sampler import GroupPlan, SamplingPlan
 from nemo_emmett.data.sources import (
@@ -113,7 +113,9 @@ def plan_sampling(
             config.bucket_duration_bins = auto_bins(solved, tokenizer, kind, _place(where, name), sample)
         with reading(Reading(bad_records, kind)):
             chain = ExampleChain(config, tokenizer, sample)
-        plans.append(GroupPlan(name, readers, [source.name for source, _ in opened[name]], shares, chain))
+        num_open = [chunks_to_open(reader, config.shuffle) for reader in readers]
+        bad_records.drain()  # what was read here is read again by the workers
+        plans.append(GroupPlan(name, readers, [source.name for source, _ in opened[name]], num_open, shares, chain))
     weights = shared["sampler_weights"] or dict.fromkeys(groups, 1.0)
     return SamplingPlan(
         groups=plans,

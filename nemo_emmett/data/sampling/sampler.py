@@ -29,6 +29,7 @@ class GroupPlan:
         name: of the group; empty where a dataset has none.
         readers: one for each source.
         names: of the sources, by which a state is matched to them.
+        num_open: chunks of each source that are open at a time.
         shares: of the examples, one for each source.
         chain: NeMo's chain of maps and filters.
     """
@@ -36,6 +37,7 @@ class GroupPlan:
     name: str
     readers: list[ChunkReader]
     names: list[str]
+    num_open: list[int]
     shares: list[float]
     chain: ExampleChain
 
@@ -79,8 +81,8 @@ class GroupSampler:
         self.world_size = of_all.world_size
         seed = [of_all.seed, number]
         self.leaves = [
-            Leaf(reader, plan.chain, [*seed, leaf], share, epoch, name)
-            for leaf, (reader, name) in enumerate(zip(plan.readers, plan.names, strict=True))
+            Leaf(reader, plan.chain, [*seed, leaf], share, epoch, name, num_open)
+            for leaf, (reader, name, num_open) in enumerate(zip(plan.readers, plan.names, plan.num_open, strict=True))
         ]
         shift = [*seed, share.worker, epoch] if of_all.shuffle else None
         self.draws = StationaryDraws(plan.shares, shift)

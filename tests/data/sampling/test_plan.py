@@ -141,3 +141,19 @@ def test_resuming_with_other_ranks_keeps_the_order_of_examples(load, groups):
     steps = zip(*(islice(rank, 10) for rank in ranks), strict=True)
     rest = [i for step in steps for batch in step for i in ids_of(batch)]
     assert seen + rest == whole
+
+
+def test_the_directions_of_a_line_do_not_share_a_batch(load, tmp_path):
+    languages = ("de", "en", "es", "fr")
+    for language in languages:
+        (tmp_path / f"train.{language}").write_text("".join(f"un {number}\n" for number in range(2000)))
+    paths = {language: str(tmp_path / f"train.{language}") for language in languages}
+    text = {"input_cfg": [{"type": "parallel_text", "paths": paths}], "use_multimodal_sampling": True}
+    loader = load({**text, "batch_size": 32})
+    batches = [[i.split(":")[1] for i in ids_of(batch)] for batch in islice(loader, 200)]
+    distinct = sum(len(set(lines)) for lines in batches) / len(batches)
+    assert distinct > 29, "32 at random of 2,000 lines in twelve directions would be 31.7"
+
+    finite = load({**text, "batch_size": 32, "force_finite": True, "num_workers": 2})
+    ids = [i for batch in finite for i in ids_of(batch)]
+    assert len(ids) == len(set(ids)) == 2000 * 12
