@@ -24,7 +24,7 @@ from nemo.collections.common.data.lhotse.text_adapters import (
 )
 
 from nemo_emmett.data.bad_records import BadRecords, Unusable
-from nemo_emmett.prompts.languages import is_known_language, language_name
+from nemo_emmett.prompts.languages import is_known_language
 from nemo_emmett.prompts.translation import translation_instruction
 
 
@@ -243,7 +243,4 @@ def as_conversation(example: Cut | SourceTargetTextExample, defaults: SourceDefa
 def _instruction(custom: Mapping, defaults: SourceDefaults) -> str:
     if context := custom.get("context") or defaults.context:
         return context
-    source_lang, target_lang = custom["source_lang"], custom["target_lang"]
-    if source_lang == target_lang:
-        return f"Transcribe in {language_name(target_lang)}:"
-    return translation_instruction(target_lang)
+    return translation_instruction(custom["target_lang"], custom["source_lang"])

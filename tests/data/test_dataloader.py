@@ -451,7 +451,7 @@ def test_nemos_salm_dataset_gets_text_and_speech(load, tokenizer, speech, pairs,
         locator = tokenizer.token_to_id(LOCATOR)
         assert (batch["input_ids"] == locator).sum(dim=1).tolist() == [1, 1, 0, 0, 0]
     text = [c for c in batch["conversations"] if not c.has_audio_turns]
-    assert text[0].turns[0].value == "Translate to German:"
+    assert text[0].turns[0].value == "Translate from English to German:"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -98,8 +98,8 @@ def test_conversations_for_salm() -> None:
     speech = cut("eins", source_lang="en", target_lang="de")
     options = {"kind": ExampleKind.CONVERSATION, "audio_locator_tag": "<|audio|>", "token_equivalent_duration": 0.08}
     (text, audio), _ = made([pair, speech], **options)
-    assert turns(text) == [("user", "Translate to German:"), ("user", "one"), ("assistant", "eins")]
-    assert turns(audio) == [("user", "Translate to German:"), ("user", "<|audio|>"), ("assistant", "eins")]
+    assert turns(text) == [("user", "Translate from English to German:"), ("user", "one"), ("assistant", "eins")]
+    assert turns(audio) == [("user", "Translate from English to German:"), ("user", "<|audio|>"), ("assistant", "eins")]
     assert (text.id, audio.id, audio.token_equivalent_duration) == ("a:1", "c", 0.08)
 
 
