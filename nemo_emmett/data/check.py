@@ -391,6 +391,7 @@ def _probe_config(source: Source, settings: Mapping, tokenizer: Any) -> DictConf
         "reweight_temperature": None,
         "noise_path": None,
         "rir_enabled": False,
+        "channel_selector": None,  # without the audio, nobody knows how many there are
     }
     if tokenizer is None:
         probe |= {"pretokenize": False, "use_multimodal_sampling": False, "min_tokens": None, "max_tokens": None}

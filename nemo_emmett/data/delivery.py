@@ -112,7 +112,7 @@ class ResumableDeliveries(torch.utils.data.IterableDataset):
         info = torch.utils.data.get_worker_info()
         num_workers = 1 if info is None else info.num_workers
         if info is not None:  # the workers are the parallelism; tokenizers would start threads in each of them
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         worker = ((0 if info is None else info.id) + self.start.first_worker) % num_workers
         sampler = WorkerSampler(self.plan, Share(worker, num_workers), self.rank, self.start.epoch)
         state = self.start.states[worker] if self.start.states else None

@@ -24,6 +24,7 @@ from nemo.collections.common.data.lhotse.text_adapters import (
 )
 
 from nemo_emmett.data.bad_records import BadRecords, Unusable
+from nemo_emmett.data.files import is_unicode
 from nemo_emmett.prompts.languages import is_known_language
 from nemo_emmett.prompts.translation import translation_instruction
 
@@ -85,13 +86,14 @@ class Examples:
         for target_lang, text in translations:
             try:
                 _check_example(text, target_lang, source_lang)
+                example = _speech_example(cut, text, source_lang, target_lang, self.defaults.audio_locator_tag)
+                if len(translations) > 1:
+                    example.id = f"{cut.id}-{target_lang}"
+                example = self._finished(example)
             except Unusable as cause:
                 self._note(cut, str(cause))
                 continue
-            example = _speech_example(cut, text, source_lang, target_lang, self.defaults.audio_locator_tag)
-            if len(translations) > 1:
-                example.id = f"{cut.id}-{target_lang}"
-            yield self._finished(example)
+            yield example
 
     def _of_text(self, pair: SourceTargetTextExample) -> Iterator[SourceTargetTextExample | NeMoMultimodalConversation]:
         custom = pair.custom or {}
@@ -152,7 +154,10 @@ def _custom_of(example: Cut | Formattable) -> dict:
 
 def _transcript(cut: Cut) -> str:
     """The text of all its supervisions, as NeMo's Canary prompt joins them."""
-    return " ".join(s.text for s in cut.supervisions if s.text is not None).strip()
+    texts = [s.text for s in cut.supervisions if s.text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unusable("text is not a string")
+    return " ".join(texts).strip()
 
 
 def _spoken_language(cut: Cut, custom: Mapping, defaults: SourceDefaults) -> str | None:
@@ -167,6 +172,9 @@ def _translations(
 ) -> Iterator[tuple[str | None, str]]:
     """The target languages of a cut and the text in each."""
     wanted = custom.get("target_lang") or defaults.target_lang
+    for language in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
+        if language is not None and not (isinstance(language, str) and is_known_language(language)):
+            raise Unusable(f"unknown language '{language}'")
     texts = custom.get("translations")
     if texts is None:
         if wanted is not None and not isinstance(wanted, str):
@@ -196,6 +204,8 @@ def _check_example(text: str | None, target_lang: str | None, source_lang: str |
         raise Unusable("text is not a string")
     if not text.strip():
         raise Unusable("empty text")
+    if not is_unicode(text):
+        raise Unusable("text is not Unicode")
 
 
 def _speech_example(
@@ -230,7 +240,7 @@ def as_conversation(example: Cut | SourceTargetTextExample, defaults: SourceDefa
         answer = example.target.text
         question = TextTurn(value=example.source.text, role="user")
     turns = [TextTurn(value=_instruction(custom, defaults), role="user"), question]
-    if system_prompt := custom.get("system_prompt") or defaults.system_prompt:
+    if system_prompt := _words(custom, "system_prompt") or defaults.system_prompt:
         turns.insert(0, TextTurn(value=system_prompt, role="system"))
     return NeMoMultimodalConversation(
         id=example.id if isinstance(example, Cut) else custom["id"],
@@ -240,7 +250,15 @@ def as_conversation(example: Cut | SourceTargetTextExample, defaults: SourceDefa
     )
 
 
+def _words(custom: Mapping, field: str) -> str | None:
+    """What a record says to the model in words."""
+    words = custom.get(field)
+    if words is not None and not (isinstance(words, str) and is_unicode(words)):
+        raise Unusable(f"{field} is not a string")
+    return words
+
+
 def _instruction(custom: Mapping, defaults: SourceDefaults) -> str:
-    if context := custom.get("context") or defaults.context:
+    if context := _words(custom, "context") or defaults.context:
         return context
     return translation_instruction(custom["target_lang"], custom["source_lang"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -124,10 +125,24 @@ class ShardOrder:
         return shards
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a string can be written: JSON may hold halves of surrogate pairs, which are no characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def without_mark(line: bytes) -> bytes:
+    """The line without the byte order mark that programs under Windows put at the beginning of a file."""
+    return line.removeprefix(codecs.BOM_UTF8)
+
+
 def decoded(line: bytes, note: Callable[[str], None]) -> str | None:
     """The line as text; None, and a note of the cause, if it is not UTF-8."""
     try:
-        return line.decode("utf-8")
+        return without_mark(line).decode("utf-8")
     except UnicodeDecodeError:
         note("not UTF-8")
         return None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-import torch
 from lhotse.dataset import RoundRobinSampler, ZipSampler
 from lhotse.dataset.sampling.base import CutSampler
 
@@ -13,44 +11,6 @@ from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
 
 FUSIONS = ("zip", "round_robin", "randomized_round_robin", "mux")
-
-
-class StationaryRoundRobinSampler(RoundRobinSampler):
-    """Takes the next batch from a group drawn at random, yet so that each group keeps its share in any stretch.
-
-    A group's credit grows by its weight at each step and falls by one when it is drawn. Groups are drawn with
-    probabilities proportional to their credit, as far as it is positive. So no credit falls to -1 or reaches the number
-    of groups G, and over any n steps a group gives n times its weight give or take G batches, where independent draws
-    are off by about the square root of n. Each worker process draws a sequence of its own; all ranks draw the same.
-
-    Args:
-        samplers: one for each group.
-        weights: the groups' shares of the batches; they need not sum to one.
-        seed: of the draws.
-    """
-
-    def __init__(self, *samplers: CutSampler, weights: list[float], seed: int) -> None:
-        total = sum(weights)
-        super().__init__(*samplers, randomize=[weight / total for weight in weights], seed=seed)
-        self._credit = np.zeros(len(samplers))
-
-    def __iter__(self) -> StationaryRoundRobinSampler:
-        resuming = self._just_restored_state
-        super().__iter__()
-        worker = torch.utils.data.get_worker_info()
-        self.rng = np.random.default_rng([self.seed, self.epoch, worker.id if worker else 0])
-        if not resuming:
-            self._credit = np.zeros(len(self.samplers))
-            self._set_next_idx()
-        return self
-
-    def _set_next_idx(self) -> None:
-        alive = self._nondepleted_samplers_indices
-        weights = np.array([self.randomize[index] for index in alive])
-        self._credit[alive] += weights / weights.sum()
-        odds = np.maximum(self._credit[alive], 0.0)
-        self._cur_sampler_idx = int(self.rng.choice(len(alive), p=odds / odds.sum()))
-        self._credit[alive[self._cur_sampler_idx]] -= 1.0
 
 
 def fuse(samplers: Mapping[str, CutSampler], fusion: str, weights: Mapping[str, float] | None, seed: int) -> CutSampler:
@@ -67,8 +27,8 @@ def fuse(samplers: Mapping[str, CutSampler], fusion: str, weights: Mapping[str, 
         return ZipSampler(*samplers.values())
     if fusion == "round_robin":
         return RoundRobinSampler(*samplers.values())
-    shares = [1.0 if weights is None else float(weights[name]) for name in samplers]
-    return StationaryRoundRobinSampler(*samplers.values(), weights=shares, seed=seed)
+    shares = True if weights is None else [float(weights[name]) for name in samplers]
+    return RoundRobinSampler(*samplers.values(), randomize=shares, seed=seed)
 
 
 def check_fusion(fusion: str, weights: Mapping[str, float] | None, groups: list[str], where: str) -> None:

@@ -486,7 +486,10 @@ class TarIndex(Index):
 
     def find(self, name: str) -> Member | None:
         """The first member of this name, None if there is none."""
-        wanted = name.encode("utf-8", "surrogateescape")
+        try:
+            wanted = name.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # no file can be called so
+            return None
         by_name = self.contents.arrays["by_name"]
         place = bisect_left(by_name, wanted, key=self._name)
         if place == len(by_name) or self._name(by_name[place]) != wanted:

@@ -54,6 +54,7 @@ from nemo_emmett.data.speech_sources import (
     NeMoManifest,
     NeMoTarredManifest,
     Record,
+    check_cut,
     lhotse_cut,
     member_of,
     read_header,
@@ -398,6 +399,7 @@ class SharRecords(Records):
                     raise Unusable(f"missing {_spoken(field)}")
                 if (value := _shar_value(tar, number - 1, cut.id, field)) is not None:
                     setattr(cut, field, value)
+            check_cut(cut)
         except (Unusable, AudioFault) as cause:
             self.bad_records.add(str(origin), place, str(cause), record=as_read)
             return
@@ -418,11 +420,14 @@ def _beside_shar(path: str) -> str:
 
 def _json(line: bytes) -> dict:
     try:
-        return json.loads(line.decode("utf-8"))
+        data = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise Unusable("not UTF-8") from None
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # the latter where it is nested too deeply
         raise Unusable("not JSON") from None
+    if not isinstance(data, dict):
+        raise Unusable("not a JSON object")
+    return data
 
 
 def _shar_value(tar: TarIndex, number: int, cut_id: str, field: str) -> object | None:

@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 import soundfile
 from lhotse import AudioSource, Recording, SupervisionSegment
-from lhotse.cut import Cut
+from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.dataset.dataloading import resolve_seed
 from lhotse.lazy import LazyIteratorChain
 from lhotse.serialization import deserialize_item, open_best
@@ -114,6 +114,21 @@ def _is_seconds(value: object) -> bool:
         return False
 
 
+def _check_sampling_rate(rate: object) -> None:
+    """Refuse a sampling rate that is not a number of samples."""
+    if not _is_seconds(rate) or rate <= 0 or rate != int(rate):
+        raise Unusable("invalid sampling_rate")
+
+
+def _check_alternatives(data: Mapping) -> None:
+    """Refuse what NeMo could not make further examples of: ``alt_text`` maps to texts and their languages."""
+    texts = data.get("alt_text")
+    if texts is not None and not (
+        isinstance(texts, dict) and all(isinstance(t, dict) and {"text", "lang"} <= t.keys() for t in texts.values())
+    ):
+        raise Unusable("alt_text is not a mapping of texts")
+
+
 class _ExtraFields:
     """NeMo's ``extra_fields``: values from other files, attached to the records in turn."""
 
@@ -173,6 +188,9 @@ class NeMoManifest(LazyNeMoIterator):
         sampling_rate = data.pop("sampling_rate", None)
         if sampling_rate is None:
             sampling_rate = data.pop("sample_rate", None)
+        if sampling_rate is not None:
+            _check_sampling_rate(sampling_rate)
+        _check_alternatives(data)
         if self.metadata_only:
             data.pop("alt_text", None)  # expanding it reads the audio
         cut = self._cut_of_audio(audio_path, offset, duration, sampling_rate)
@@ -430,6 +448,7 @@ def times_of(record: Record) -> tuple[float, float]:
         Unusable: if they are missing, or no times.
     """
     _check_times(record.data)
+    _check_alternatives(record.data)
     return record.data.get("offset") or 0.0, record.data["duration"]
 
 
@@ -510,6 +529,7 @@ class LhotseManifest:
         """The cut of one record; None, and a note of the cause, where it is none."""
         try:
             cut = lhotse_cut(record)
+            check_cut(cut)
         except Unusable as cause:
             self.bad_records.add(record.path, record.place, str(cause))
             return None
@@ -531,3 +551,28 @@ def lhotse_cut(record: Record) -> Cut:
     if not isinstance(cut, Cut):
         raise Unusable("not a lhotse cut")
     return cut
+
+
+def check_cut(cut: Cut) -> None:
+    """Refuse what lhotse's constructors let pass, since they look at no type.
+
+    Raises:
+        Unusable: if there is no audio, or its place and length are no numbers.
+    """
+    if isinstance(cut, MixedCut):
+        for track in cut.tracks:
+            check_cut(track.cut)
+        return
+    if not isinstance(cut.id, str):
+        raise Unusable("not a lhotse cut")
+    if isinstance(cut, PaddingCut):
+        return
+    if not cut.has_recording:
+        raise Unusable("no audio")
+    if not _is_seconds(cut.start) or cut.start < 0:
+        raise Unusable("invalid start")
+    if not _is_seconds(cut.duration) or cut.duration <= 0:
+        raise Unusable("invalid duration")
+    _check_sampling_rate(cut.recording.sampling_rate)
+    if any(source.type == "file" and not isinstance(source.source, str) for source in cut.recording.sources):
+        raise Unusable("not a lhotse cut")

@@ -16,7 +16,7 @@ from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextEx
 
 from nemo_emmett.data.bad_records import BadRecords, Unusable
 from nemo_emmett.data.examples import mark_origin
-from nemo_emmett.data.files import ShardOrder, decoded, expand_paths, open_lines, zip_lines
+from nemo_emmett.data.files import ShardOrder, decoded, expand_paths, is_unicode, open_lines, without_mark, zip_lines
 from nemo_emmett.data.sources import languages_of
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.languages import is_known_language
@@ -143,6 +143,8 @@ class _OneFileText(ABC):
             raise Unusable("text is not a string")
         if not source.strip() or not target.strip():
             raise Unusable("empty text")
+        if not is_unicode(source) or not is_unicode(target):
+            raise Unusable("text is not Unicode")
         source_lang = fields.get("source_lang") or self.source_lang
         target_lang = fields.get("target_lang") or self.target_lang
         if not target_lang:
@@ -190,7 +192,9 @@ class TsvText(_OneFileText):
         return self._numbers[path]
 
     def _read_header(self, path: str, header: bytes) -> None:
-        self._numbers[path] = self._find_columns(path, header.decode("utf-8", errors="replace").split("\t"))
+        self._numbers[path] = self._find_columns(
+            path, without_mark(header).decode("utf-8", errors="replace").split("\t")
+        )
 
     def _find_columns(self, path: str, header: list[str]) -> list[int]:
         names = [name.strip() for name in header]
