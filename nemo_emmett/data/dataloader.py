@@ -87,7 +87,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self._epoch_of_last_pass: int | None = None
         self.progress: Progress | None = None
         if isinstance(dataset, ResumableDeliveries):
-            self.progress = Progress(self.num_workers, dataset.plan.world_size)
+            self.progress = Progress(self.num_workers, dataset.plan.world_size, dataset.plan.seed)
 
     @property
     def _delivering(self) -> DeliveringDataset:
@@ -235,7 +235,10 @@ def get_multimodal_dataloader(
     try:  # the samplers are seeded with the dataset's own seed; the training's dropout is none of their business
         if _we_sample(settings, ours, kind, where):
             plan = plan_sampling(settings, where, tokenizer, kind, bad_records, world_size, ours.index_dir)
-            flavour = {"dataset": ResumableDeliveries(dataset, plan, global_rank)}
+            flavour = {
+                "dataset": ResumableDeliveries(dataset, plan, global_rank),
+                "worker_init_fn": make_worker_init_fn(rank=global_rank, world_size=world_size, seed=plan.seed),
+            }
             shared = _shared_by_groups(settings)
         else:
             _refuse_what_nemo_cannot(settings, ours, where)

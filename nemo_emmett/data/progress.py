@@ -33,11 +33,13 @@ class Progress:
     Args:
         num_workers: processes that make batches, at least 1.
         world_size: number of ranks.
+        seed: by which the data is shuffled.
     """
 
-    def __init__(self, num_workers: int, world_size: int) -> None:
+    def __init__(self, num_workers: int, world_size: int, seed: int = 0) -> None:
         self.num_workers = max(num_workers, 1)
         self.world_size = world_size
+        self.seed = seed
         self._states: list[bytes | None] = [None] * self.num_workers
         self._ended = [False] * self.num_workers
         self._next_worker = 0
@@ -97,6 +99,7 @@ class Progress:
             "version": VERSION,
             "num_workers": self.num_workers,
             "world_size": self.world_size,
+            "seed": self.seed,
             "epoch": self._epoch,
             "next_worker": self._next_worker,
             "ended": list(self._ended),
@@ -116,6 +119,12 @@ class Progress:
             raise DataError(
                 f"the checkpoint's position in the data has the layout {state.get('version')!r}, this version reads "
                 f"{VERSION}; resume with the nemo_emmett that wrote it, or train on from the weights alone."
+            )
+        if state["seed"] != self.seed:
+            logging.warning(
+                f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: the order "
+                "is another, so records may repeat or be left out in this pass; set seed and shard_seed to "
+                f"{state['seed']}."
             )
         workers, ended, next_worker = list(state["workers"]), list(state["ended"]), state["next_worker"]
         if state["num_workers"] != self.num_workers:

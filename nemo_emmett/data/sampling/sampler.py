@@ -122,6 +122,7 @@ class GroupSampler:
         last = None if self._last_steps is None else [[_places(batch) for batch in step] for step in self._last_steps]
         return {
             "sources": list(self.plan.names),
+            "sizes": [reader.records_in_a_pass() for reader in self.plan.readers],
             "shares": list(self.plan.shares),
             "leaves": [leaf.state_dict() for leaf in self.leaves],
             "draws": self.draws.state_dict(),
@@ -134,6 +135,7 @@ class GroupSampler:
         """Go on from a state. Sources that it does not know begin at their beginning, which is logged."""
         numbers = self._numbers_of(state["sources"])
         for old, number in numbers.items():
+            self._warn_of_change(state["sizes"][old], number)
             self.leaves[number].load_state_dict(state["leaves"][old])
         if list(state["shares"]) == list(self.plan.shares) and len(numbers) == len(self.leaves):
             self.draws.load_state_dict(state["draws"])
@@ -147,6 +149,14 @@ class GroupSampler:
         if state["last_steps"] is not None:
             self._last_steps = [[self._found_again(batch, numbers) for batch in step] for step in state["last_steps"]]
         self.left_out = state["left_out"]
+
+    def _warn_of_change(self, size: int | None, number: int) -> None:
+        now = self.plan.readers[number].records_in_a_pass()
+        if now != size:
+            logging.warning(
+                f"{self.plan.names[number]} has {now} records, {size} when the checkpoint was written: its order is "
+                "another, so records may repeat or be left out in this pass."
+            )
 
     def _numbers_of(self, sources: Sequence[str]) -> dict[int, int]:
         """For each source of a state, by number, the number that it has here."""

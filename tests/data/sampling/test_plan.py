@@ -143,6 +143,21 @@ def test_resuming_with_other_ranks_keeps_the_order_of_examples(load, groups):
     assert seen + rest == whole
 
 
+def test_what_has_changed_since_the_checkpoint_is_told(load, tmp_path, groups, caplog):
+    config = {"input_cfg": groups["text"]["input_cfg"], "use_multimodal_sampling": True, "batch_size": 4}
+    loader = load(config)
+    next(iter(loader))
+    state = loader.state_dict()
+    for language in ("en", "fr"):
+        with open(tmp_path / f"text_fr.{language}", "a") as file:
+            file.write("un\n")
+    changed = load({**config, "seed": 5, "shard_seed": 5})
+    changed.load_state_dict(state)
+    assert len(ids_of(next(iter(changed)))) == 4
+    assert "shuffled by the seed 0, this run's is by 5" in caplog.text
+    assert "has 21 records, 20 when the checkpoint was written" in caplog.text
+
+
 def test_the_directions_of_a_line_do_not_share_a_batch(load, tmp_path):
     languages = ("de", "en", "es", "fr")
     for language in languages:
