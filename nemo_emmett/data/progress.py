@@ -122,8 +122,8 @@ class Progress:
             )
         if state["seed"] != self.seed:
             logging.warning(
-                f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: the order "
-                "is another, so records may repeat or be left out in this pass; set seed and shard_seed to "
+                f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: the "
+                "order is another, so records may repeat or be left out in this pass; set seed and shard_seed to "
                 f"{state['seed']}."
             )
         workers, ended, next_worker = list(state["workers"]), list(state["ended"]), state["next_worker"]
