@@ -4,9 +4,10 @@ Both loaders read the same files with the same config, tokenizer and dataset cla
 lines share 400 recordings. Shuffled, with known bins, 0 and 2 workers. Each measurement has an interpreter of its own,
 the loaders by turns, and the table shows medians of
 
-- the time from the config to the first batch, all imports and our indexes made before (what indexes cost is told apart);
+- the time from the config to the first batch, imports done and our indexes made before (what these cost is told apart);
 - examples per second after the first batches, nothing else to do;
-- the memory of all processes after that, as proportional set size (a page that processes share is counted once).
+- the resident memory of all processes after that, their sum (RSS), and with pages that processes share, with these or
+  with others on the machine, divided among them (PSS).
 
     python benchmarks/dataloading.py [--runs 3] [--seconds 6] [--data FOLDER]
 """
@@ -136,7 +137,7 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, float]:
         where = f"{kind}, {workers} workers"
         ratios[f"{where}: examples per second over NeMo's"] = ours["examples_per_second"] / nemos["examples_per_second"]
         ratios[f"{where}: time to first batch over NeMo's"] = ours["first_batch"] / nemos["first_batch"]
-        ratios[f"{where}: memory at {SIZES[1]} lines over {SIZES[0]}"] = ours["pss"] / small["pss"]
+        ratios[f"{where}: resident memory at {SIZES[1]} lines over {SIZES[0]}"] = ours["rss"] / small["rss"]
     return {name: round(ratio, 3) for name, ratio in ratios.items()}
 
 
@@ -144,7 +145,12 @@ def show(rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
     """Print what was found."""
     table = Table("", "lines", "workers", "loader", "first batch s", "examples/s", "PSS MiB", "RSS MiB")
     for row in rows:
-        cells = (f"{row['first_batch']:.2f}", f"{row['examples_per_second']:.0f}", f"{row['pss']:.0f}", f"{row['rss']:.0f}")
+        cells = (
+            f"{row['first_batch']:.2f}",
+            f"{row['examples_per_second']:.0f}",
+            f"{row['pss']:.0f}",
+            f"{row['rss']:.0f}",
+        )
         table.add_row(row["kind"], str(row["lines"]), str(row["workers"]), row["loader"], *cells)
     console = Console()
     console.print(table)
@@ -162,7 +168,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.task:
         answer(measure(json.loads(arguments.task)))
-        return
     with tempfile.TemporaryDirectory(prefix="nemo_emmett_benchmark_") as temporary:
         data = arguments.data or Path(temporary)
         data.mkdir(parents=True, exist_ok=True)

@@ -9,20 +9,16 @@ scan of its plugins with and without ours. The median of several runs in turn, s
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
-from pathlib import Path
 
+from measuring import keep
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results" / "startup.json"
 PACKAGES = ("nemo_emmett", "hydra-core", "wrapt", "lightning", "nemo_toolkit", "torch")
 
 # Each program prints the milliseconds of its last part; the part above the dash is not counted.
@@ -95,17 +91,11 @@ def main() -> None:
     for name, taken in times.items():
         table.add_row(name, *(f"{value:.0f}" for value in (statistics.median(taken), min(taken), max(taken))))
     Console().print(table)
-    result = {
-        "milliseconds": {
-            name: {"median": round(statistics.median(taken), 1), "runs": [round(value, 1) for value in taken]}
-            for name, taken in times.items()
-        },
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "system": platform.system()},
+    milliseconds = {
+        name: {"median": round(statistics.median(taken), 1), "runs": [round(value, 1) for value in taken]}
+        for name, taken in times.items()
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    keep("startup", {"milliseconds": milliseconds}, PACKAGES)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,26 @@ RECORDINGS = 400
 """Files that all lines of a speech manifest share: read often enough, they are in the page cache for everybody."""
 
 SECONDS = (1.0, 8.0)
-_SYLLABLES = ("ba", "de", "fi", "go", "hu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "wu", "sch", "en", "er")
+_SYLLABLES = (
+    "ba",
+    "de",
+    "fi",
+    "go",
+    "hu",
+    "ka",
+    "le",
+    "mi",
+    "no",
+    "pu",
+    "ra",
+    "se",
+    "ti",
+    "vo",
+    "wu",
+    "sch",
+    "en",
+    "er",
+)
 
 
 def make_text(folder: Path, lines: int) -> dict[str, str]:
@@ -27,7 +46,7 @@ def make_text(folder: Path, lines: int) -> dict[str, str]:
         The path of each language's file.
     """
     paths = {language: folder / f"text-{lines}.{language}" for language in LANGUAGES}
-    for seed, (language, path) in enumerate(paths.items()):
+    for seed, path in enumerate(paths.values()):
         if not path.exists():
             _write(path, _sentences(lines, seed))
     return {language: str(path) for language, path in paths.items()}

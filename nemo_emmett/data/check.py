@@ -148,10 +148,9 @@ def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKi
     _warn_of_keys_without_effect(settings, groups, where)
     for name, group in with_inherited(settings).items():
         check_keys(group, nemo_keys() | OUR_KEYS, f"{where}.{name}", LEGACY_KEYS)
-        if "max_bad_records" in group:
-            raise ConfigError(
-                f"{where}.{name}.max_bad_records: holds for all groups together; set {where}.max_bad_records."
-            )
+        for key in ("max_bad_records", "sampling", "use_emmett"):
+            if key in group:
+                raise ConfigError(f"{where}.{name}.{key}: holds for all groups together; set {where}.{key}.")
         _check_group(group, tokenizer, f"{where}.{name}", kind)
 
 
@@ -192,6 +191,10 @@ def _check_group(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKin
         _check_prompt_format(settings, tokenizer, where)
         if tokenizer is not None:
             _check_speech_settings(settings, sources, tokenizer, where)
+        if settings.get("concatenate_samples"):
+            raise ConfigError(
+                f"{where}.concatenate_samples: would join recordings but not their prompts; set it to false."
+            )
     for source in sources:
         _check_something_is_left(source, settings, tokenizer, kind)
 

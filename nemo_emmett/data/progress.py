@@ -158,5 +158,5 @@ def _shared_out_anew(workers: list[dict | None], num_workers: int) -> list[dict 
             next_chunk = -(-next_chunk * len(workers) // num_workers)
             leaves.append({"open": [], "next_chunk": next_chunk, "drawn": 0, "at_end": False})
         fresh = {**group["draws"], "counts": [0] * len(leaves), "drawn": 0}
-        groups[name] = {**group, "leaves": leaves, "draws": fresh, "waiting": [], "last_steps": None, "left_out": 0}
+        groups[name] = {**group, "leaves": leaves, "draws": fresh, "waiting": [], "ready": [], "left_out": 0}
     return [{**known[0], "groups": groups}] * num_workers

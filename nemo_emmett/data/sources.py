@@ -83,6 +83,7 @@ INHERITED_BY_GROUPS = (
     "target_lang",
     "weights",
     "index_dir",
+    "num_sub_buckets",
     "force_map_dataset",
     "force_iterable_dataset",
 )
@@ -206,18 +207,21 @@ def as_one_stream(settings: Mapping, where: str) -> dict[str, Any]:
                     f"{where}.{name}.{key}: under sampler_fusion: mux all groups share their batches; "
                     f"set {where}.{key}."
                 )
-            if key != "input_cfg" and key in nemo_keys():
+            if key not in ("input_cfg", *LANGUAGE_KEYS):
                 raise ConfigError(
-                    f"{where}.{name}.{key}: under sampler_fusion: mux a group has an input_cfg and nothing else; "
+                    f"{where}.{name}.{key}: under sampler_fusion: mux a group has an input_cfg and languages, no more; "
                     f"set {where}.{key} for all groups, or another fusion."
                 )
     weights = settings.get("sampler_weights")
     if weights is None and settings.get("weights") is None:
         weights = dict.fromkeys(groups, 1.0)
-    members = [
-        {"type": "group", "input_cfg": group["input_cfg"], **({} if weights is None else {"weight": weights[name]})}
-        for name, group in groups.items()
-    ]
+    members = []
+    for name, group in groups.items():
+        if group.get("input_cfg") is None:
+            raise ConfigError(
+                f"{where}.{name}.input_cfg: missing; under sampler_fusion: mux a group lists its sources."
+            )
+        members.append({"type": "group", **group, **({} if weights is None else {"weight": weights[name]})})
     dropped = {*groups, "multi_config", "sampler_fusion", "sampler_weights"}
     return {**{key: value for key, value in settings.items() if key not in dropped}, "input_cfg": members}
 

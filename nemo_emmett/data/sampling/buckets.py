@@ -33,6 +33,10 @@ class _Bucket:
             self.open = []
             self.constraint.reset()
 
+    def batches(self) -> list[list[Drawn]]:
+        """The full ones, and the one that is being filled."""
+        return [*self.full, self.open] if self.open else list(self.full)
+
 
 class Buckets:
     """Puts examples into buckets; as soon as one holds a full batch for each rank, these batches are a step.
@@ -72,24 +76,34 @@ class Buckets:
     def flush(self) -> tuple[list[list[list[Drawn]]], int]:
         """What is left when the data ends, as steps, and the number of examples that fit into none.
 
-        Each rank gets as many examples as the others, give or take one, and none gets an empty batch.
+        Batches are no larger than others; where there is none for some ranks, larger ones are halved.
         """
         steps, left_out = [], 0
         for number in sorted(self._buckets):
-            bucket = self._buckets[number]
-            left = [drawn for batch in (*bucket.full, bucket.open) for drawn in batch]
-            if self.drop_last or len(left) < self.world_size:
+            left = [drawn for batch in self._buckets[number].batches() for drawn in batch]
+            if self.drop_last:
                 left_out += len(left)
-            else:
-                steps.append([left[rank :: self.world_size] for rank in range(self.world_size)])
+                continue
+            batches = self._shared_out(left)
+            complete = len(batches) // self.world_size * self.world_size
+            left_out += sum(len(batch) for batch in batches[complete:])
+            steps += [batches[first : first + self.world_size] for first in range(0, complete, self.world_size)]
         self._buckets = {}
         return steps, left_out
+
+    def _shared_out(self, left: list[Drawn]) -> list[list[Drawn]]:
+        """Batches of like length, as many as make whole steps if there are enough examples for it."""
+        bucket = _Bucket(self.constraint)
+        for drawn in sorted(left, key=lambda drawn: self.constraint.measure_length(drawn.example)):
+            bucket.add(drawn)
+        batches = bucket.batches()
+        while len(batches) % self.world_size and (largest := max(batches, key=len)) and len(largest) > 1:
+            batches.remove(largest)
+            batches += [largest[::2], largest[1::2]]
+        return batches
 
     def waiting(self) -> list[Drawn]:
         """All examples in the buckets, those of a bucket in the order in which they came."""
         return [
-            drawn
-            for number in sorted(self._buckets)
-            for batch in (*self._buckets[number].full, self._buckets[number].open)
-            for drawn in batch
+            drawn for number in sorted(self._buckets) for batch in self._buckets[number].batches() for drawn in batch
         ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
 
+import lhotse.utils
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.cut.set import LazyCutMixer
@@ -77,10 +80,11 @@ class ExampleChain:
         """The examples as they come out of the chain; one may give none or several."""
         self._rng.seed(repr(list(seed)))
         self._feed.examples = examples
-        kept = list(self._head)
+        with _lhotse_draws_from(self._rng):
+            kept = list(self._head)
+            for step in self._steps:
+                kept = step(kept)
         self._feed.examples = ()
-        for step in self._steps:
-            kept = step(kept)
         self.filtered[""] += len(kept)
         return kept
 
@@ -137,6 +141,19 @@ class ExampleChain:
                 stage.mix_in_cuts = stage.mix_in_cuts.to_eager()
         if isinstance(stage, LazyMapper) and _prompts(stage):
             stage.fn = partial(stage.fn, prompt_format=_formatter_of(stage))
+
+
+@contextmanager
+def _lhotse_draws_from(rng: random.Random) -> Iterator[None]:
+    """Some of lhotse's stages draw from Python's global generator, and those that make new cuts draw their ids."""
+    state, ids = random.getstate(), lhotse.utils._lhotse_uuid
+    random.seed(rng.random())
+    lhotse.utils._lhotse_uuid = lambda: uuid.UUID(int=rng.getrandbits(128))
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        lhotse.utils._lhotse_uuid = ids
 
 
 def _mapping(stage: LazyMapper) -> Step:

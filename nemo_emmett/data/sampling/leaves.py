@@ -6,6 +6,7 @@ of its examples are taken, and an example that waits in a bucket is remembered b
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,7 @@ class StreamChunks(ChunkReader):
         self.finite = finite
         self.shuffle = shuffle
         self.seed = list(seed)
+        self._process = os.getpid()
         self._epoch: int | None = None
         self._stream: Iterator = iter(())
         self._block: list = []
@@ -155,7 +157,8 @@ class StreamChunks(ChunkReader):
         """See :meth:`ChunkReader.read`."""
         start = (chunk * share.num_workers + share.worker) * CHUNK
         wanted, offset = divmod(start, BLOCK)
-        if epoch != self._epoch or wanted < self._number:
+        # A forked worker shares its parent's places in open files: it opens them itself.
+        if epoch != self._epoch or wanted < self._number or self._process != os.getpid():
             self._open(epoch)
         while self._number < wanted:
             self._block = list(islice(self._stream, BLOCK))
@@ -174,7 +177,10 @@ class StreamChunks(ChunkReader):
         if self.kind is not ExampleKind.AS_READ:
             cuts = Examples(cuts, self.kind, defaults_of(self.source), self.bad_records)
         self._stream = iter(cuts) if self.finite else _without_end(cuts)
-        self._epoch, self._number, self._block = epoch, -1, []
+        self._process, self._epoch, self._number, self._block = os.getpid(), epoch, -1, []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stream": iter(()), "_block": [], "_epoch": None}
 
 
 def _without_end(cuts: Any) -> Iterator:
@@ -239,8 +245,6 @@ class Leaf:
                 self._open_another()
                 continue
             chunk = self._open[choice]
-            if chunk.examples is None:  # after a state was restored
-                chunk.examples = self._examples_of(chunk.number) or []
             if chunk.taken >= len(chunk.examples):
                 del self._open[choice]
                 continue
@@ -280,7 +284,9 @@ class Leaf:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self._open = [_OpenChunk(number, taken, None) for number, taken in state["open"]]
+        self._open = [_OpenChunk(number, taken, []) for number, taken in state["open"]]
+        for chunk in sorted(self._open, key=lambda chunk: chunk.number):  # a stream is read forward
+            chunk.examples = self._examples_of(chunk.number) or []
         self._next_chunk, self._drawn, self._at_end = state["next_chunk"], state["drawn"], state["at_end"]
 
     def _examples_of(self, chunk: int) -> list | None:
@@ -307,7 +313,7 @@ class Leaf:
 class _OpenChunk:
     number: int
     taken: int
-    examples: list | None
+    examples: list
 
 
 def _mixed(*numbers: int) -> int:
@@ -321,11 +327,14 @@ def _mixed(*numbers: int) -> int:
     return mixed
 
 
-def chunks_to_open(reader: ChunkReader, shuffle: bool) -> int:
-    """How many chunks of a source are to be open at a time: several where its records make several examples each."""
+def chunks_to_open(reader: ChunkReader, chain: ExampleChain, shuffle: bool) -> int:
+    """How many chunks of a source are to be open at a time: several where its records make several examples each, one
+    per target language, speed or window."""
     if not shuffle or (examples := reader.read(0, 0, Share())) is None:
         return 1
-    return OPEN_CHUNKS if len(examples) > CHUNK else 1
+    made = max(len(examples), len(chain.run(examples, [0])))
+    chain.filtered.clear()
+    return OPEN_CHUNKS if made > CHUNK else 1
 
 
 def make_reader(
@@ -338,8 +347,14 @@ def make_reader(
     seed: Sequence[int],
     group_size: int,
 ) -> ChunkReader:
-    """The reader of a source: by number where that can be done, as a stream otherwise."""
+    """The reader of a source: by number where that can be done, as a stream otherwise.
+
+    Raises:
+        DataError: if the source holds nothing.
+    """
     if records is None:
         return StreamChunks(source, kind, bad_records, finite, shuffle, seed)
+    if not sum(records.shard_sizes):
+        raise DataError(f"{source.where}: {source.name} is empty; correct the path, or drop the source.")
     order = RecordOrder(records.shard_sizes, records.is_sequential, shuffle, seed, group_size)
     return RecordChunks(source, records, order, kind, bad_records, finite)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -25,6 +27,7 @@ from nemo_emmett.data.sampling.order import STRETCH
 from nemo_emmett.data.sampling.sampler import GroupPlan, SamplingPlan
 from nemo_emmett.data.sources import (
     SHARED_BY_GROUPS,
+    Source,
     as_one_stream,
     groups_of,
     list_sources,
@@ -94,18 +97,21 @@ def plan_sampling(
     opened = {}
     for name, group in groups.items():
         sources = [with_keys_of_dataset(s, structured[name]) for s in list_sources(group, _place(where, name))]
-        opened[name] = [(source, open_records(source, bad_records, kind, index_dir)) for source in sources]
+        opened[name] = [
+            (source, open_records(source, bad_records, kind, group.get("index_dir") or index_dir)) for source in sources
+        ]
     build_indexes([records for group in opened.values() for _, records in group if records is not None])
     plans = []
-    for number, (name, group) in enumerate(groups.items()):
+    for name, group in groups.items():
         config = structured[name]
         blend = blend_of(group, _place(where, name), tokenizer=tokenizer, index_dir=index_dir)
         shares = [leaf.share for leaf in blend.leaves()]
-        readers = []
-        for index, ((source, records), share) in enumerate(zip(opened[name], shares, strict=True)):
-            group_size = max(STRETCH, int((config.shuffle_buffer_size or 0) * share))
-            seeds = [seed, number, index]
-            readers.append(make_reader(source, records, kind, bad_records, finite, config.shuffle, seeds, group_size))
+        seeds = [[seed, number] for number in _numbers_of_sources(name, [source for source, _ in opened[name]])]
+        group_size = max(STRETCH, config.shuffle_buffer_size or 0)
+        readers = [
+            make_reader(source, records, kind, bad_records, finite, config.shuffle, of_source, group_size)
+            for (source, records), of_source in zip(opened[name], seeds, strict=True)
+        ]
         config.reweight_temperature = None  # it is in the shares
         sample = _Sample(readers, shares, config.num_cuts_for_bins_estimate)
         if config.bucket_duration_bins == AUTO_BINS:
@@ -113,9 +119,10 @@ def plan_sampling(
             config.bucket_duration_bins = auto_bins(solved, tokenizer, kind, _place(where, name), sample)
         with reading(Reading(bad_records, kind)):
             chain = ExampleChain(config, tokenizer, sample)
-        num_open = [chunks_to_open(reader, config.shuffle) for reader in readers]
+        num_open = [chunks_to_open(reader, chain, config.shuffle) for reader in readers]
         bad_records.drain()  # what was read here is read again by the workers
-        plans.append(GroupPlan(name, readers, [source.name for source, _ in opened[name]], num_open, shares, chain))
+        names = [source.name for source, _ in opened[name]]
+        plans.append(GroupPlan(name, readers, names, seeds, num_open, shares, chain))
     weights = shared["sampler_weights"] or dict.fromkeys(groups, 1.0)
     return SamplingPlan(
         groups=plans,
@@ -154,6 +161,16 @@ class _Sample:
             if (examples := reader.read(chunk, 0, Share())) is None:
                 return
             yield from examples
+
+
+def _numbers_of_sources(group: str, sources: Sequence[Source]) -> list[int]:
+    """A number for each source that stays its own when others are added or taken away, to seed its shuffling."""
+    met: Counter[str] = Counter()
+    numbers = []
+    for source in sources:
+        numbers.append(zlib.crc32(f"{group} {source.name} {met[source.name]}".encode()))
+        met[source.name] += 1
+    return numbers
 
 
 def _place(where: str, name: str) -> str:

@@ -29,6 +29,7 @@ class GroupPlan:
         name: of the group; empty where a dataset has none.
         readers: one for each source.
         names: of the sources, by which a state is matched to them.
+        seeds: for each source, of its random stages and of the order of its examples.
         num_open: chunks of each source that are open at a time.
         shares: of the examples, one for each source.
         chain: NeMo's chain of maps and filters.
@@ -37,6 +38,7 @@ class GroupPlan:
     name: str
     readers: list[ChunkReader]
     names: list[str]
+    seeds: list[list[int]]
     num_open: list[int]
     shares: list[float]
     chain: ExampleChain
@@ -79,16 +81,16 @@ class GroupSampler:
     def __init__(self, plan: GroupPlan, number: int, of_all: SamplingPlan, share: Share, epoch: int) -> None:
         self.plan = plan
         self.world_size = of_all.world_size
-        seed = [of_all.seed, number]
         self.leaves = [
-            Leaf(reader, plan.chain, [*seed, leaf], share, epoch, name, num_open)
-            for leaf, (reader, name, num_open) in enumerate(zip(plan.readers, plan.names, plan.num_open, strict=True))
+            Leaf(reader, plan.chain, seed, share, epoch, name, num_open)
+            for reader, seed, name, num_open in zip(plan.readers, plan.seeds, plan.names, plan.num_open, strict=True)
         ]
-        shift = [*seed, share.worker, epoch] if of_all.shuffle else None
+        shift = [of_all.seed, number, share.worker, epoch] if of_all.shuffle else None
         self.draws = StationaryDraws(plan.shares, shift)
         self.buckets = Buckets(plan.chain.constraint, plan.chain.duration_bins, of_all.world_size, plan.chain.drop_last)
         self.left_out = 0  # examples that fit into no step when the data ended
-        self._last_steps: list[list[list[Drawn]]] | None = None
+        self._ready: list[list[list[Drawn]]] = []  # steps that are complete already
+        self._has_ended = False
 
     def next_step(self) -> list[list[Any]]:
         """The examples of a batch for each rank.
@@ -96,10 +98,13 @@ class GroupSampler:
         Raises:
             StopIteration: at the end of finite data.
         """
-        while self._last_steps is None:
+        while not self._ready:
+            if self._has_ended:
+                raise StopIteration
             if self.draws.is_empty:
-                self._last_steps, self.left_out = self.buckets.flush()
-                break
+                self._ready, self.left_out = self.buckets.flush()
+                self._has_ended = True
+                continue
             number = self.draws.next()
             try:
                 example, (chunk, index) = self.leaves[number].next()
@@ -107,10 +112,8 @@ class GroupSampler:
                 self.draws.remove(number)
                 continue
             if (step := self.buckets.add(Drawn(example, number, chunk, index))) is not None:
-                return _examples_of(step)
-        if not self._last_steps:
-            raise StopIteration
-        return _examples_of(self._last_steps.pop(0))
+                self._ready.append(step)
+        return [[drawn.example for drawn in batch] for batch in self._ready.pop(0)]
 
     @property
     def waiting(self) -> int:
@@ -119,7 +122,6 @@ class GroupSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sources are, whose turn it is, and which examples wait in the buckets."""
-        last = None if self._last_steps is None else [[_places(batch) for batch in step] for step in self._last_steps]
         return {
             "sources": list(self.plan.names),
             "sizes": [reader.records_in_a_pass() for reader in self.plan.readers],
@@ -127,7 +129,8 @@ class GroupSampler:
             "leaves": [leaf.state_dict() for leaf in self.leaves],
             "draws": self.draws.state_dict(),
             "waiting": _places(self.buckets.waiting()),
-            "last_steps": last,
+            "ready": [[_places(batch) for batch in step] for step in self._ready],
+            "has_ended": self._has_ended,
             "left_out": self.left_out,
         }
 
@@ -137,18 +140,27 @@ class GroupSampler:
         for old, number in numbers.items():
             self._warn_of_change(state["sizes"][old], number)
             self.leaves[number].load_state_dict(state["leaves"][old])
-        if list(state["shares"]) == list(self.plan.shares) and len(numbers) == len(self.leaves):
+        if list(state["shares"]) == list(self.plan.shares) and numbers == dict(enumerate(range(len(self.leaves)))):
             self.draws.load_state_dict(state["draws"])
         else:
             logging.info(
                 f"{self.plan.name or 'The data'}: sources or weights differ from the checkpoint's; the blend is drawn "
                 "anew, sources that were there before go on where they were."
             )
-        for drawn in self._found_again(state["waiting"], numbers):
-            self.buckets.add(drawn)
-        if state["last_steps"] is not None:
-            self._last_steps = [[self._found_again(batch, numbers) for batch in step] for step in state["last_steps"]]
-        self.left_out = state["left_out"]
+        self._ready = [[self._found_again(batch, numbers) for batch in step] for step in state["ready"]]
+        if any(len(step) != self.world_size for step in self._ready):  # of another number of ranks
+            again, self._ready = [drawn for step in self._ready for batch in step for drawn in batch], []
+            self._put_back(again)
+        self._put_back(self._found_again(state["waiting"], numbers))
+        self._has_ended, self.left_out = state["has_ended"], state["left_out"]
+        if self._has_ended and self.buckets.waiting():
+            steps, left_out = self.buckets.flush()
+            self._ready, self.left_out = self._ready + steps, self.left_out + left_out
+
+    def _put_back(self, waited: Sequence[Drawn]) -> None:
+        for drawn in waited:  # fewer ranks or smaller batches than the checkpoint's complete some steps
+            if (step := self.buckets.add(drawn)) is not None:
+                self._ready.append(step)
 
     def _warn_of_change(self, size: int | None, number: int) -> None:
         now = self.plan.readers[number].records_in_a_pass()
@@ -175,10 +187,6 @@ class GroupSampler:
             Drawn(next(found[leaf]), numbers[leaf], chunk, index) for leaf, chunk, index in places if leaf in numbers
         ]
         return [drawn for drawn in again if drawn.example is not None]
-
-
-def _examples_of(step: Sequence[Sequence[Drawn]]) -> list[list[Any]]:
-    return [[drawn.example for drawn in batch] for batch in step]
 
 
 def _places(batch: Sequence[Drawn]) -> list[list[int]]:
@@ -268,7 +276,7 @@ class WorkerSampler:
             try:
                 taken.extend(self._batch_of(number, group.next_step()))
             except StopIteration:
-                self._say_farewell(ended=group)
+                self._say_farewell(group, len(taken))
                 raise
         return taken
 
@@ -279,6 +287,7 @@ class WorkerSampler:
                 return list(self._batch_of(number, self.groups[number].next_step()))
             except StopIteration:
                 self.turns.ended.append(number)
+                self.turns.credit = []  # those that are left start even
         self._say_farewell()
         raise StopIteration
 
@@ -286,16 +295,18 @@ class WorkerSampler:
         seed = [self.plan.seed, number, self.share.worker, self.epoch, self.steps, self.rank]
         return self.groups[number].plan.chain.finish(CutSet(step[self.rank]), seed)
 
-    def _say_farewell(self, ended: GroupSampler | None = None) -> None:
+    def _say_farewell(self, ended: GroupSampler | None = None, unused: int = 0) -> None:
         said = []
+        if ended is not None and len(self.groups) > 1:
+            unused += sum(group.waiting for group in self.groups if group is not ended)
+            said.append(
+                f"zip ended with {ended.plan.name}, the first group to end; {unused} examples drawn from the others "
+                "were not used"
+            )
         for group in self.groups:
-            what = f"of {group.plan.name} " if group.plan.name else ""
             if group.left_out:
+                what = f"of {group.plan.name} " if group.plan.name else ""
                 said.append(f"{group.left_out} examples {what}did not fill a batch for each rank and were left out")
-            elif ended is not None and group is not ended:
-                said.append(
-                    f"zip ended with {ended.plan.name}, {group.waiting} examples {what}were waiting for a batch"
-                )
         self.farewell = "; ".join(said)
 
     def take_filtered(self) -> Counter[str]:

@@ -55,7 +55,7 @@ def test_constraints_with_counters_inside_are_not_shared_between_buckets():
 
 
 @pytest.mark.parametrize(
-    ("left", "world_size", "batches", "left_out"), [(7, 2, [4, 3], 0), (3, 4, [], 3), (0, 2, [], 0)]
+    ("left", "world_size", "batches", "left_out"), [(7, 2, [5, 2], 0), (5, 2, [3, 2], 0), (3, 4, [], 3), (0, 2, [], 0)]
 )
 def test_what_is_left_is_shared_out_or_left_out(left, world_size, batches, left_out):
     buckets = Buckets(TimeConstraint(max_cuts=5), None, world_size, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 
 import pytest
@@ -172,3 +173,90 @@ def test_the_directions_of_a_line_do_not_share_a_batch(load, tmp_path):
     finite = load({**text, "batch_size": 32, "force_finite": True, "num_workers": 2})
     ids = [i for batch in finite for i in ids_of(batch)]
     assert len(ids) == len(set(ids)) == 2000 * 12
+
+
+@pytest.mark.parametrize("keys", [{"extra_fields": []}, {"slice_length": 1000}])
+def test_streams_are_opened_by_each_worker_itself(load, tmp_path, keys):
+    """A stream that planning has begun to read would share its place in the file with the workers."""
+    manifest = Corpus(tmp_path).source("speech_de", 60)["manifest_filepath"]
+    source = {"type": "nemo", "manifest_filepath": [[manifest, 1.0], [manifest, 2.0]], "target_lang": "de", **keys}
+    loader = load({"input_cfg": [source], "batch_size": 4, "force_finite": True, "num_workers": 2})
+    for _ in range(2):
+        assert len([i for batch in loader for i in ids_of(batch)]) == 120
+    assert loader.bad_records.count() == 0
+
+
+def test_fewer_ranks_lose_nothing_that_waited(load, groups):
+    config = {**groups["text"], "use_multimodal_sampling": True, "batch_size": 4, "force_finite": True}
+    for steps in (3, 12, 19):
+        ranks = [load(config, rank, 4) for rank in range(4)]
+        seen = [i for rank in ranks for batch in islice(rank, steps) for i in ids_of(batch)]
+        one = load(config)
+        one.load_state_dict(ranks[0].state_dict())
+        rest = [i for batch in one for i in ids_of(batch)]
+        assert len(seen) + len(rest) == 320
+        assert len(set(seen + rest)) == 320
+
+
+def test_more_ranks_in_the_last_steps_stay_together(load, groups):
+    config = {**groups["text"], "use_multimodal_sampling": True, "batch_size": 4, "force_finite": True}
+    one = load(config)
+    steps = sum(1 for _ in load(config))
+    seen = [i for batch in islice(one, steps - 1) for i in ids_of(batch)]
+    ranks = [load(config, rank, 2) for rank in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(one.state_dict())
+    rest = [[i for batch in rank for i in ids_of(batch)] for rank in ranks]
+    assert len(seen) + sum(map(len, rest)) == 320
+
+
+def test_a_changed_blend_goes_on_with_the_sources_that_were_there(load, tmp_path):
+    corpus = Corpus(tmp_path)
+    a, b, c = (corpus.source(name, 300) for name in ("text_de", "text_es", "text_fr"))
+    config = {"use_multimodal_sampling": True, "batch_size": 5}
+    before = load({**config, "input_cfg": [a, b]})
+    seen = [i for batch in islice(before, 40) for i in ids_of(batch)]
+    after = load({**config, "input_cfg": [c, b, a]})
+    after.load_state_dict(before.state_dict())
+    rest = [i for batch in islice(after, 50) for i in ids_of(batch)]
+    assert not set(seen) & set(rest)
+    assert sum(dataset_of(i) == "text_fr" for i in rest) > 60
+
+
+def test_mux_keeps_the_languages_of_its_groups(load, groups, tmp_path):
+    manifest = tmp_path / "many.json"
+    record = {"audio_filepath": str(tmp_path / "speech_de_00000.wav"), "duration": 0.1, "sampling_rate": 16000}
+    lines = [json.dumps({**record, "text": "one", "translations": {"de": "eins", "fr": "un"}})] * 10
+    manifest.write_text("\n".join(lines))
+    speech = {"input_cfg": [{"type": "nemo", "manifest_filepath": str(manifest)}], "target_lang": "de"}
+    loader = load({**MUX, "speech": speech, "text": groups["text"], "max_bad_records": None})
+    (found,) = {
+        e["target_lang"] for batch in islice(loader, 10) for e in batch.get("audio", {}).get("examples", [])
+    } or {"none"}
+    assert found == "de"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": {"inptu_cfg": []}}, r"data.train_ds.text.inptu_cfg: under sampler_fusion: mux a group has"),
+        ({"text": {"target_lang": "de"}}, r"data.train_ds.text.input_cfg: missing"),
+    ],
+)
+def test_mux_tells_what_a_group_lacks(load, groups, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load({**MUX, **groups, **change})
+
+
+def test_concatenation_is_refused(load, groups):
+    with pytest.raises(ConfigError, match="concatenate_samples: would join recordings but not their prompts"):
+        load({"input_cfg": groups["speech"]["input_cfg"], "batch_size": 2, "concatenate_samples": True})
+
+
+def test_the_last_batches_are_no_longer_than_others(load, tmp_path):
+    source = Corpus(tmp_path, seconds=(0.1, 2.0)).source("speech_de", 101)
+    ranks = [load({"input_cfg": [source], "batch_duration": 6.0, "force_finite": True}, r, 2) for r in range(2)]
+    batches = [batch["audio"] for rank in ranks for batch in rank]
+    padded = [part["audios"].shape[0] * part["audios"].shape[1] / 16000 for part in batches]
+    assert max(padded) <= 6.0 + 2.0, "lhotse closes a batch when one more as long as the longest would exceed it"
+    assert sum(len(part["examples"]) for part in batches) >= 100
