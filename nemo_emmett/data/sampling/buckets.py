@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-from lhotse.dataset.sampling.base import SamplingConstraint
+from lhotse.dataset.sampling.base import SamplingConstraint, TimeConstraint
 
 
 class Drawn(NamedTuple):
@@ -94,7 +94,10 @@ class Buckets:
     def _shared_out(self, left: list[Drawn]) -> list[list[Drawn]]:
         """Batches of like length, as many as make whole steps if there are enough examples for it."""
         bucket = _Bucket(self.constraint)
-        for drawn in sorted(left, key=lambda drawn: self.constraint.measure_length(drawn.example)):
+        only_counts = isinstance(self.constraint, TimeConstraint) and self.constraint.max_duration is None
+        if not only_counts:  # some examples have no length in seconds
+            left = sorted(left, key=lambda drawn: self.constraint.measure_length(drawn.example))
+        for drawn in left:
             bucket.add(drawn)
         batches = bucket.batches()
         while len(batches) % self.world_size and (largest := max(batches, key=len)) and len(largest) > 1:
