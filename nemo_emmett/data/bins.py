@@ -25,8 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from nemo_emmett.data.bad_records import BadRecords
-from nemo_emmett.data.bucketing import optimal_bins, optimal_bins_2d, within_deviations
+from nemo_emmett.data.bucketing import optimal_bins, optimal_bins_2d
 from nemo_emmett.data.examples import ExampleKind
+from nemo_emmett.data.padding import within_deviations
 from nemo_emmett.data.parsers import Reading, feeding, reading, register_data_types
 from nemo_emmett.data.sources import list_sources, structured_config
 from nemo_emmett.errors import ConfigError, DataError
@@ -83,7 +84,7 @@ class Lengths:
         return len(self.inputs) / (len(self.inputs) + sum(self.dropped.values()))
 
     def without_outliers(self, num_deviations: float, num_strips: int) -> Lengths:
-        """Without the examples that :func:`~nemo_emmett.data.bucketing.within_deviations` finds unusual."""
+        """Without the examples that :func:`~nemo_emmett.data.padding.within_deviations` finds unusual."""
         usual = within_deviations(self.inputs, self.outputs, num_deviations, num_strips)
         dropped = {**self.dropped, OUTLIERS: int((~usual).sum())}
         return replace(self, inputs=self.inputs[usual], outputs=self.outputs[usual], dropped=dropped)

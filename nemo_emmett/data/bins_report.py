@@ -18,8 +18,8 @@ from tokenizers import AddedToken
 
 from nemo_emmett.data.bins import AUTO, Lengths, as_nemo_writes, listed, measure, solve
 from nemo_emmett.data.blend_report import load_tokenizer, read_recipe
-from nemo_emmett.data.bucketing import Padding, equal_mass_bins, equal_mass_bins_2d, largest_ratios, padding_of
 from nemo_emmett.data.examples import ExampleKind
+from nemo_emmett.data.padding import Padding, equal_mass_bins, equal_mass_bins_2d, largest_ratios, padding_of
 from nemo_emmett.data.sampling.plan import as_one_stream
 from nemo_emmett.data.sources import groups_of, with_inherited
 from nemo_emmett.errors import ConfigError, DataError, EmmettError

@@ -60,8 +60,8 @@ EMPTY_BATCHES_IN_A_ROW = 100
 class MultimodalDataLoader(torch.utils.data.DataLoader):
     """A torch ``DataLoader`` that keeps the ledger of what was skipped, and knows where training is in its data.
 
-    A batch of which nothing is left is left out; where ranks step together (our own samplers, more than one rank) it is
-    an empty dict, so that no rank falls out of step.
+    A batch of which nothing is left is left out; with our own samplers, our dataset and more than one rank it is an
+    empty dict, so that no rank falls out of step.
 
     With our own samplers (:attr:`progress` is not None) iterating anew goes on behind the last batch trained on, and
     with the next epoch where finite data has ended; :meth:`state_dict` makes another loader go on there.
@@ -95,7 +95,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
 
     @property
     def _ranks_step_together(self) -> bool:
-        return isinstance(self.dataset, ResumableDeliveries) and self.dataset.plan.world_size > 1
+        return isinstance(self.dataset, ResumableDeliveries) and self.dataset.hands_out_empty
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is in the data: behind the last batch trained on, as far as that is counted
@@ -236,7 +236,13 @@ def get_multimodal_dataloader(
         if _we_sample(settings, ours, kind, where):
             plan = plan_sampling(settings, where, tokenizer, kind, bad_records, world_size, ours.index_dir)
             flavour = {
-                "dataset": ResumableDeliveries(dataset, plan, global_rank),
+                "dataset": ResumableDeliveries(
+                    dataset,
+                    plan,
+                    global_rank,
+                    # Only our models can take an empty batch.
+                    hands_out_empty=world_size > 1 and kind is ExampleKind.TRANSLATION,
+                ),
                 "worker_init_fn": make_worker_init_fn(rank=global_rank, world_size=world_size, seed=plan.seed),
             }
             shared = _shared_by_groups(settings)

@@ -33,8 +33,6 @@ from nemo_emmett.data.index import (
     INDEX_SUFFIX,
     Index,
     Lines,
-    Member,
-    TarIndex,
     is_compressed,
     open_numbered_lines,
 )
@@ -62,6 +60,7 @@ from nemo_emmett.data.speech_sources import (
     recording_in_memory,
     times_of,
 )
+from nemo_emmett.data.tar_index import Member, TarIndex
 from nemo_emmett.data.text_sources import AlignedText, JsonlText, TsvText, open_parallel_text
 from nemo_emmett.errors import DataError
 

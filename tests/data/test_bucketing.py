@@ -13,16 +13,13 @@ from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from nemo.collections.common.data.lhotse.sampling import find_smallest_bucket
 
 from nemo_emmett.data import bucketing
-from nemo_emmett.data.bucketing import (
+from nemo_emmett.data.bucketing import optimal_bins, optimal_bins_2d, solve_bins, solve_bins_2d
+from nemo_emmett.data.padding import (
     bucket_of,
     equal_mass_bins,
     equal_mass_bins_2d,
     largest_ratios,
-    optimal_bins,
-    optimal_bins_2d,
     padding_of,
-    solve_bins,
-    solve_bins_2d,
     within_deviations,
     within_ratio,
 )

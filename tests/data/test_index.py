@@ -16,8 +16,10 @@ import pytest
 import soundfile
 
 from nemo_emmett.data import index as index_module
+from nemo_emmett.data import tar_index
 from nemo_emmett.data.files import open_lines
-from nemo_emmett.data.index import LineCount, LineIndex, TarIndex, build_indexes, is_compressed, open_numbered_lines
+from nemo_emmett.data.index import LineCount, LineIndex, build_indexes, is_compressed, open_numbered_lines
+from nemo_emmett.data.tar_index import TarIndex
 from nemo_emmett.errors import ConfigError, DataError
 
 FORK = multiprocessing.get_context("fork")
@@ -396,8 +398,8 @@ def test_a_tar_file_that_breaks_off_keeps_what_came_before(tmp_path, cut_at, nam
 def test_a_header_is_read_without_the_audio_behind_it(tmp_path, write_tone, monkeypatch, suffix, most) -> None:
     audio = write_tone(f"tone.{suffix}", seconds=30)
     member = TarIndex(write_tar(tmp_path / "a.tar", {"x": b"x", "tone": audio.read_bytes()})).find("tone")
-    read, read_at = [], index_module._read_at
-    monkeypatch.setattr(index_module, "_read_at", lambda *args: read.append(args[2]) or read_at(*args))
+    read, read_at = [], tar_index.read_at
+    monkeypatch.setattr(tar_index, "read_at", lambda *args: read.append(args[2]) or read_at(*args))
     header = soundfile.info(member.open())
     assert (header.frames, header.samplerate, header.channels) == (480_000, 16_000, 1)
     assert sum(read) < most, audio.stat().st_size

@@ -20,7 +20,7 @@ from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 
-from nemo_emmett.data import records as records_module
+from nemo_emmett.data import index as index_module
 from nemo_emmett.data.audio import AudioFault, check_audio, load_waveform
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.examples import ExampleKind
@@ -337,7 +337,7 @@ def test_a_segment_that_cannot_be_decoded_is_unreadable_when_it_is_asked_for(
 
 def test_a_tar_file_that_vanishes_is_missing_audio(tarred, tmp_path) -> None:
     (cut,) = opened(tarred).read(0, 0)
-    records_module.Member.read.__globals__["_opened"].cache_clear()
+    index_module._opened.cache_clear()
     (tmp_path / "audio_0.tar").unlink()
     with pytest.raises(AudioFault, match="missing audio"):
         load_waveform(cut)

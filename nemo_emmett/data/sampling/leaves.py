@@ -38,7 +38,7 @@ EMPTY_RECORDS_IN_A_ROW = 10_000
 
 
 class Share(NamedTuple):
-    """Which part of every source a worker process reads: chunks by turns."""
+    """Which part of every source a worker reads: the workers take its records, or chunks of a stream, by turns."""
 
     worker: int = 0
     num_workers: int = 1

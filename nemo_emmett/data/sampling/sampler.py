@@ -230,6 +230,11 @@ class Turns:
         self.credit[chosen] -= 1.0
         return chosen
 
+    def end(self, group: int) -> None:
+        """Never draw this group again; the others start even, since their credits alone may all be negative."""
+        self.ended.append(group)
+        self.credit = []
+
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on from here."""
         return {"step": self.step, "ended": list(self.ended), "credit": list(self.credit)}
@@ -286,8 +291,7 @@ class WorkerSampler:
             try:
                 return list(self._batch_of(number, self.groups[number].next_step()))
             except StopIteration:
-                self.turns.ended.append(number)
-                self.turns.credit = []  # those that are left start even
+                self.turns.end(number)
         self._say_farewell()
         raise StopIteration
 

@@ -78,3 +78,15 @@ def test_an_order_of_ten_million_records_is_quick_and_small():
     order = order_of([10_000_000])
     assert order.locate(25_000_000) != order.locate(25_000_001)
     assert sum(array.nbytes for array in vars(order._pass[1]).values()) < 2_000_000
+
+
+def test_each_pass_begins_in_other_places():
+    """It is not the same stretches that are shuffled together in every pass."""
+    order = order_of([100_000], group_size=1024)
+    begins = [
+        {place.number // STRETCH for place in one_pass_begin}
+        for one_pass_begin in (
+            [order.locate(number * 100_000 + offset) for offset in range(1024)] for number in range(4)
+        )
+    ]
+    assert len({frozenset(stretches) for stretches in begins}) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -178,17 +179,20 @@ def test_the_directions_of_a_line_do_not_share_a_batch(load, tmp_path):
 @pytest.mark.parametrize("keys", [{"extra_fields": []}, {"slice_length": 1000}])
 def test_streams_are_opened_by_each_worker_itself(load, tmp_path, keys):
     """A stream that planning has begun to read would share its place in the file with the workers."""
-    manifest = Corpus(tmp_path).source("speech_de", 60)["manifest_filepath"]
+    line = Path(Corpus(tmp_path).source("speech_de", 1)["manifest_filepath"]).read_text()
+    manifest = str(tmp_path / "many.json")
+    Path(manifest).write_text(line * 1500)  # more than a reader's buffer holds
     source = {"type": "nemo", "manifest_filepath": [[manifest, 1.0], [manifest, 2.0]], "target_lang": "de", **keys}
-    loader = load({"input_cfg": [source], "batch_size": 4, "force_finite": True, "num_workers": 2})
+    loader = load({"input_cfg": [source], "batch_size": 50, "force_finite": True, "num_workers": 2})
     for _ in range(2):
-        assert len([i for batch in loader for i in ids_of(batch)]) == 120
+        assert len([i for batch in loader for i in ids_of(batch)]) == 3000
     assert loader.bad_records.count() == 0
 
 
 def test_fewer_ranks_lose_nothing_that_waited(load, groups):
-    config = {**groups["text"], "use_multimodal_sampling": True, "batch_size": 4, "force_finite": True}
-    for steps in (3, 12, 19):
+    buckets = {"bucket_duration_bins": [8, 16, 30], "bucket_batch_size": [4, 4, 4]}
+    config = {**groups["text"], "use_multimodal_sampling": True, **buckets, "force_finite": True}
+    for steps in (3, 12, 16):
         ranks = [load(config, rank, 4) for rank in range(4)]
         seen = [i for rank in ranks for batch in islice(rank, steps) for i in ids_of(batch)]
         one = load(config)
