@@ -164,3 +164,13 @@ def test_a_missing_recording_is_told_before_the_model_is_loaded(invoke, tmp_path
     done = invoke("translate", "--model", str(tmp_path), "--to", "de", "Read v1.2 of it.", str(tmp_path / "b.flac"))
     assert done.exit_code == 2
     assert "b.flac' does not exist" in done.output
+
+
+@pytest.mark.parametrize("command", ["blend", "bins"])
+def test_a_misspelt_key_of_the_data_is_told(invoke, tmp_path, command) -> None:
+    (tmp_path / "data.json").write_text("{}\n")
+    config = tmp_path / "data.yaml"
+    config.write_text(f"manifest_filepath: {tmp_path}/data.json\nwieghts: auto\nbatch_size: 4\n")
+    result = invoke(command, str(config))
+    assert result.exit_code == 2
+    assert "data.wieghts: there is no such key; did you mean 'weights'?" in result.output + result.stderr

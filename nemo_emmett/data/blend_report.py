@@ -21,6 +21,7 @@ from rich.text import Text
 from yaml import YAMLError
 
 from nemo_emmett.data.blend import Node, blends_of
+from nemo_emmett.data.check import check_keys_of_dataset
 from nemo_emmett.data.config import MultimodalDataConfig
 from nemo_emmett.data.files import is_local
 from nemo_emmett.data.fusion import check_fusion
@@ -74,11 +75,17 @@ def read_recipe(path: str | os.PathLike[str], section: str | None = None) -> Rec
         section: the dataset's place in it; by default the data that the recipe trains on.
 
     Raises:
-        ConfigError: if the file cannot be read, has no such section, or refers to what it does not hold.
+        ConfigError: if the file cannot be read, has no such section, refers to what it lacks, or misspells a key.
     """
-    content = _load(Path(path))
+    recipe = _read_recipe(Path(path), section)
+    check_keys_of_dataset(recipe.settings, recipe.where)
+    return recipe
+
+
+def _read_recipe(path: Path, section: str | None) -> Recipe:
+    content = _load(path)
     if isinstance(content, ListConfig):
-        return Recipe({"input_cfg": _resolved(content, str(path))}, Path(path).stem)
+        return Recipe({"input_cfg": _resolved(content, str(path))}, path.stem)
     section = _section(content, section, path)
     settings = _resolved(OmegaConf.select(content, section) if section else content, section or str(path))
     if "datasets" in settings:
@@ -86,7 +93,7 @@ def read_recipe(path: str | os.PathLike[str], section: str | None = None) -> Rec
         raise ConfigError(f"--section: '{section or path}' holds several datasets; choose one of {names}.")
     return Recipe(
         settings,
-        section or Path(path).stem,
+        section or path.stem,
         steps=_positive(_look_up(content, "trainer.max_steps")),
         batches_per_step=_processes(content) * (_positive(_look_up(content, "trainer.accumulate_grad_batches")) or 1),
         tokenizer=_tokenizer_folder(content),

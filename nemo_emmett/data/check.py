@@ -37,6 +37,7 @@ from nemo_emmett.data.sources import (
     as_one_stream,
     groups_of,
     languages_of,
+    list_all_sources,
     list_sources,
     nemo_keys,
     plain,
@@ -127,6 +128,31 @@ def check_dataset_names(datasets: Mapping, where: str) -> None:
             )
 
 
+def check_keys_of_dataset(settings: Mapping, where: str) -> list[str]:
+    """Refuse misspelt keys of a dataset, its groups and its sources, and types of sources that do not exist.
+
+    Args:
+        settings: plain config of the dataset.
+        where: its place in the recipe.
+
+    Returns:
+        The dataset's own keys that resemble nothing.
+
+    Raises:
+        ConfigError: naming the key, and the nearest known one.
+    """
+    groups = groups_of(settings)
+    own = {key: value for key, value in settings.items() if groups is None or key not in groups}
+    strangers = check_keys(own, nemo_keys() | OUR_KEYS, where, LEGACY_KEYS)
+    _check_keys_of_groups(settings.get("input_cfg"), f"{where}.input_cfg")
+    for name, group in (groups or {}).items():
+        check_keys(group, nemo_keys() | OUR_KEYS, f"{where}.{name}", LEGACY_KEYS)
+        _check_keys_of_groups(group.get("input_cfg"), f"{where}.{name}.input_cfg")
+    for source in list_all_sources(settings, where):
+        _check_type_and_keys(source)
+    return strangers
+
+
 def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKind) -> None:
     """The checks of :func:`check_data_config` for one dataset, given as plain dicts."""
     register_prompt_formats()
@@ -135,8 +161,7 @@ def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKi
     if groups and settings.get("sampler_fusion") == "mux":
         check_fusion("mux", settings.get("sampler_weights"), list(groups), where)
         settings, groups = as_one_stream(settings, where), None
-    own = {key: value for key, value in settings.items() if groups is None or key not in groups}
-    strangers = check_keys(own, nemo_keys() | OUR_KEYS, where, LEGACY_KEYS)
+    strangers = check_keys_of_dataset(settings, where)
     if groups is None:  # NeMo warns of strangers itself
         _check_group(settings, tokenizer, where, kind)
         return
@@ -147,7 +172,6 @@ def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKi
     check_fusion(settings.get("sampler_fusion", "round_robin"), settings.get("sampler_weights"), list(groups), where)
     _warn_of_keys_without_effect(settings, groups, where)
     for name, group in with_inherited(settings).items():
-        check_keys(group, nemo_keys() | OUR_KEYS, f"{where}.{name}", LEGACY_KEYS)
         for key in ("max_bad_records", "sampling", "use_emmett"):
             if key in group:
                 raise ConfigError(f"{where}.{name}.{key}: holds for all groups together; set {where}.{key}.")
@@ -176,10 +200,8 @@ def _warn_once(message: str) -> None:
 
 def _check_group(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKind) -> None:
     """The checks of what one sampler draws from."""
-    _check_keys_of_groups(settings.get("input_cfg"), f"{where}.input_cfg")
     sources = list_sources(settings, where)
     for source in sources:
-        _check_type_and_keys(source)
         if kind is not ExampleKind.AS_READ:
             _check_languages(source)
         _check_files(source)

@@ -122,9 +122,9 @@ class Progress:
             )
         if state["seed"] != self.seed:
             logging.warning(
-                f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: the "
-                "order is another, so records may repeat or be left out in this pass; set seed and shard_seed to "
-                f"{state['seed']}."
+                f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: "
+                "sources go on in the checkpoint's order to the end of the epoch, but what mixes groups and augments "
+                f"batches is drawn anew; for the very same batches set seed and shard_seed to {state['seed']}."
             )
         workers, ended, next_worker = list(state["workers"]), list(state["ended"]), state["next_worker"]
         if state["num_workers"] != self.num_workers:
@@ -156,7 +156,8 @@ def _shared_out_anew(workers: list[dict | None], num_workers: int) -> list[dict 
         for number in range(len(group["leaves"])):
             next_chunk = max(worker["groups"][name]["leaves"][number]["next_chunk"] for worker in known)
             next_chunk = -(-next_chunk * len(workers) // num_workers)
-            leaves.append({"open": [], "next_chunk": next_chunk, "drawn": 0, "at_end": False})
+            seed = known[0]["groups"][name]["leaves"][number]["seed"]
+            leaves.append({"seed": seed, "open": [], "next_chunk": next_chunk, "drawn": 0, "at_end": False})
         fresh = {**group["draws"], "counts": [0] * len(leaves), "drawn": 0}
         groups[name] = {**group, "leaves": leaves, "draws": fresh, "waiting": [], "ready": [], "left_out": 0}
     return [{**known[0], "groups": groups}] * num_workers

@@ -96,7 +96,8 @@ class Buckets:
         bucket = _Bucket(self.constraint)
         only_counts = isinstance(self.constraint, TimeConstraint) and self.constraint.max_duration is None
         if not only_counts:  # some examples have no length in seconds
-            left = sorted(left, key=lambda drawn: self.constraint.measure_length(drawn.example))
+            # The longest first: then no later one is longer than what a batch was found to have room for.
+            left = sorted(left, key=lambda drawn: self.constraint.measure_length(drawn.example), reverse=True)
         for drawn in left:
             bucket.add(drawn)
         batches = bucket.batches()

@@ -52,6 +52,10 @@ class ChunkReader(ABC):
         """The examples of a worker's chunk number ``chunk``, before NeMo's chain; None past the end of an epoch."""
 
     @abstractmethod
+    def reseed(self, seed: Sequence[int]) -> None:
+        """Shuffle by another seed from now on."""
+
+    @abstractmethod
     def records_in_a_pass(self) -> int | None:
         """How many records there are; None where nobody has counted."""
 
@@ -85,6 +89,10 @@ class RecordChunks(ChunkReader):
         self.finite = finite
         self._defaults = defaults_of(source)
         self._prepared: list[tuple[int, int, int]] = []
+
+    def reseed(self, seed: Sequence[int]) -> None:
+        """See :meth:`ChunkReader.reseed`."""
+        self.order.reseed(seed)
 
     def records_in_a_pass(self) -> int | None:
         """How many records there are."""
@@ -148,6 +156,10 @@ class StreamChunks(ChunkReader):
         self._stream: Iterator = iter(())
         self._block: list = []
         self._number = -1  # of the block at hand
+
+    def reseed(self, seed: Sequence[int]) -> None:
+        """See :meth:`ChunkReader.reseed`."""
+        self.seed, self._epoch = list(seed), None
 
     def records_in_a_pass(self) -> int | None:
         """Unknown."""
@@ -280,10 +292,19 @@ class Leaf:
     def state_dict(self) -> dict[str, Any]:
         """The chunks that are open, with how many examples of each are taken, and how far the source is."""
         opened = [[chunk.number, chunk.taken] for chunk in self._open]
-        return {"open": opened, "next_chunk": self._next_chunk, "drawn": self._drawn, "at_end": self._at_end}
+        return {
+            "seed": list(self.seed),
+            "open": opened,
+            "next_chunk": self._next_chunk,
+            "drawn": self._drawn,
+            "at_end": self._at_end,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state, by the seed that it was shuffled by."""
+        if self.seed != list(state["seed"]):
+            self.seed = list(state["seed"])
+            self.reader.reseed(self.seed)
         self._open = [_OpenChunk(number, taken, []) for number, taken in state["open"]]
         for chunk in sorted(self._open, key=lambda chunk: chunk.number):  # a stream is read forward
             chunk.examples = self._examples_of(chunk.number) or []

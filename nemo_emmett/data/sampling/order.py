@@ -71,6 +71,10 @@ class RecordOrder:
         self._pass: tuple[int, _Pass] | None = None
         self._group: tuple[tuple[int, int], _Group] | None = None
 
+    def reseed(self, seed: Sequence[int]) -> None:
+        """Shuffle by another seed from now on."""
+        self.seed, self._pass, self._group = list(seed), None, None
+
     def __len__(self) -> int:
         """Records in one pass."""
         return sum(self.shard_sizes)

@@ -164,12 +164,13 @@ class _Sample:
 
 
 def _numbers_of_sources(group: str, sources: Sequence[Source]) -> list[int]:
-    """A number for each source that stays its own when others are added or taken away, to seed its shuffling."""
+    """A number for each source, to seed its shuffling: the same wherever it lies and whatever else is in the blend."""
     met: Counter[str] = Counter()
     numbers = []
     for source in sources:
-        numbers.append(zlib.crc32(f"{group} {source.name} {met[source.name]}".encode()))
-        met[source.name] += 1
+        file = source.name.rpartition("/")[2]
+        numbers.append(zlib.crc32(f"{group} {file} {met[file]}".encode()))
+        met[file] += 1
     return numbers
 
 

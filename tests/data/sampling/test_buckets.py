@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from lhotse.dataset.sampling.base import TimeConstraint
 from nemo.collections.common.data.lhotse.sampling import FixedBucketBatchSizeConstraint2D, MultimodalSamplingConstraint
@@ -65,6 +66,21 @@ def test_what_is_left_is_shared_out_or_left_out(left, world_size, batches, left_
     assert [len(batch) for step in steps for batch in step] == batches
     assert count == left_out
     assert sorted(d.index for step in steps for batch in step for d in batch) == list(range(left - left_out))
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_last_batches_hold_no_more_than_a_batch_may(seed, world_size):
+    rng = np.random.default_rng(seed)
+    buckets = Buckets(TimeConstraint(max_duration=20.0), None, world_size, False)
+    durations = rng.choice([0.5, 1.0, 3.0, 10.0], size=40)
+    given = sum(len(batch) for step in steps_of(buckets, durations.tolist()) for batch in step)
+    steps, left_out = buckets.flush()
+    for step in steps:
+        assert len(step) == world_size
+        assert all(len(batch) * max(d.example.duration for d in batch) <= 20.0 for batch in step)
+    assert given + sum(len(batch) for step in steps for batch in step) + left_out == 40
+    assert left_out < world_size
 
 
 def test_drop_last_leaves_out_every_incomplete_batch():

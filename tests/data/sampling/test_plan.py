@@ -257,10 +257,24 @@ def test_concatenation_is_refused(load, groups):
         load({"input_cfg": groups["speech"]["input_cfg"], "batch_size": 2, "concatenate_samples": True})
 
 
-def test_the_last_batches_are_no_longer_than_others(load, tmp_path):
-    source = Corpus(tmp_path, seconds=(0.1, 2.0)).source("speech_de", 101)
-    ranks = [load({"input_cfg": [source], "batch_duration": 6.0, "force_finite": True}, r, 2) for r in range(2)]
-    batches = [batch["audio"] for rank in ranks for batch in rank]
-    padded = [part["audios"].shape[0] * part["audios"].shape[1] / 16000 for part in batches]
-    assert max(padded) <= 6.0 + 2.0, "lhotse closes a batch when one more as long as the longest would exceed it"
-    assert sum(len(part["examples"]) for part in batches) >= 100
+def test_the_order_of_data_does_not_depend_on_where_it_lies(load, tmp_path):
+    seen = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        source = Corpus(tmp_path / folder).source("text_de", 300)
+        loader = load({"input_cfg": [source], "use_multimodal_sampling": True, "batch_size": 10})
+        seen.append([ids_of(batch) for batch in islice(loader, 40)])
+    assert seen[0] == seen[1]
+
+
+def test_a_source_goes_on_by_the_seed_of_its_checkpoint(load, tmp_path):
+    """As with ``seed: trng``, which is another in each run."""
+    config = {"input_cfg": [Corpus(tmp_path).source("text_de", 300)], "use_multimodal_sampling": True, "batch_size": 10}
+    first = load({**config, "seed": 1, "shard_seed": 1})
+    before = [ids_of(batch) for batch in islice(first, 10)]
+    again = load({**config, "seed": 2, "shard_seed": 2})
+    again.load_state_dict(first.state_dict())
+    after = [ids_of(batch) for batch in islice(again, 20)]
+    assert sorted(i for batch in before + after for i in batch) == sorted(
+        f"text_de.en:{number}" for number in range(1, 301)
+    )
