@@ -14,7 +14,8 @@ from typing import Any
 from nemo.collections.common.data.lhotse.cutset import count_input_cfg_levels, temperature_reweighting
 from nemo.utils import logging, logging_mode
 
-from nemo_emmett.data.sizes import Size, sizes_of
+from nemo_emmett.data.measures import Size
+from nemo_emmett.data.sizes import sizes_of
 from nemo_emmett.data.sources import Source, groups_of, rewrite_sources, with_inherited
 from nemo_emmett.errors import ConfigError, DataError
 

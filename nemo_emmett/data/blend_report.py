@@ -25,8 +25,8 @@ from nemo_emmett.data.check import check_keys_of_dataset
 from nemo_emmett.data.config import MultimodalDataConfig
 from nemo_emmett.data.files import is_local
 from nemo_emmett.data.fusion import check_fusion
+from nemo_emmett.data.measures import Size, TokenCounter
 from nemo_emmett.data.parsers import register_data_types
-from nemo_emmett.data.sizes import Size, TokenCounter
 from nemo_emmett.data.sources import Source, as_one_stream, groups_of, with_inherited
 from nemo_emmett.errors import ConfigError
 

@@ -17,7 +17,8 @@ from lhotse.testing.dummies import dummy_recording
 from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 
 from nemo_emmett.data import sizes
-from nemo_emmett.data.sizes import Size, SizeIndex, TokenCounter, sizes_of
+from nemo_emmett.data.measures import Size, TokenCounter
+from nemo_emmett.data.sizes import SizeIndex, sizes_of
 from nemo_emmett.data.sources import Source
 from nemo_emmett.errors import ConfigError, DataError
 
