@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +192,108 @@ def bins(
     print_bins(groups)
     if output is not None:
         draw_bins(groups, output)
+
+
+class Share(click.ParamType):
+    """A number between 0 and 1, or ``auto``."""
+
+    name = "share|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        """Read it."""
+        return (
+            value
+            if value == "auto"
+            else click.FloatRange(0, 1, min_open=True, max_open=True).convert(value, param, ctx)
+        )
+
+
+def _search_options(command: Callable) -> Callable:
+    """The options that both commands share which find batch sizes."""
+    options = (
+        click.argument("config"),
+        click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1),
+        click.option(
+            "--profile",
+            type=click.Path(path_type=Path, dir_okay=False),
+            default="profile.yaml",
+            help="Profile to write, for the OOMptimizer callback to read.",
+        ),
+        click.option(
+            "--memory-fraction",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=0.9,
+            help="Share of the device's memory that a step may take.",
+        ),
+        click.option(
+            "--safety-margin",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.03,
+            help="Share of that which stays free.",
+        ),
+        click.option("--limit", type=click.IntRange(min=1), help="Examples to measure of each group.  [default: all]"),
+        click.option(
+            "--output",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="PNG to draw batch sizes and memory in.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_search_options
+@click.option("--memory-budget", help="What a step may take instead of the fraction, such as 72GiB.")
+@click.option(
+    "--modality-share",
+    type=Share(),
+    default=0.5,
+    help="Share of the memory for speech, where each step holds speech and text.",
+)
+@click.option("--predict-epoch", is_flag=True, help="Measure the data, and predict the time of an epoch.")
+def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
+    """Find the batch size of every bucket of the recipe CONFIG, on the device at hand.
+
+    CONFIG is a YAML file, or the name of a shipped recipe; KEY=VALUE overrides a key of it, as for train.py. A few
+    steps of the training are run on made-up batches, none on the data.
+    """
+    from nemo_emmett.runner import compose_recipe
+
+    recipe = compose_recipe(config, overrides)
+    from nemo_emmett.planning import oomptimize
+    from nemo_emmett.training import build_training
+
+    oomptimize(recipe, build_training, **options)
+
+
+@main.command()
+@_search_options
+@click.option("--memory", help="The device to plan for, such as H100, or its memory, such as 80GiB.")
+@click.option(
+    "--modality-share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.5,
+    help="Share of the memory for speech, where each step holds speech and text.",
+)
+@click.option("--optimise-bins", is_flag=True, help="Measure the data, and find the bins with the shortest epoch.")
+@click.option("--num-buckets", type=click.IntRange(min=1), help="Buckets of input lengths.  [default: the recipe's]")
+@click.option(
+    "--num-sub-buckets",
+    type=click.IntRange(min=1),
+    help="Buckets of output lengths in each of them.  [default: the recipe's]",
+)
+def plan(config: str, overrides: Sequence[str], **options: Any) -> None:
+    """Find the batch size of every bucket of the recipe CONFIG for a device that need not be here.
+
+    CONFIG is a YAML file, or the name of a shipped recipe; KEY=VALUE overrides a key of it, as for train.py. Steps are
+    run without computing anything; no weights are read, and no data unless bins are to be found.
+    """
+    from nemo_emmett.runner import compose_recipe
+
+    recipe = compose_recipe(config, overrides)
+    from nemo_emmett.planning import plan
+    from nemo_emmett.training import build_training
+
+    plan(recipe, build_training, **options)

@@ -5,6 +5,10 @@ from __future__ import annotations
 EXIT_USER_ERROR = 2
 """Exit code of our commands when the user's input was at fault (the shell's convention for misuse)."""
 
+EXIT_TRY_AGAIN = 75
+"""Exit code of a training that ran out of memory and goes on from its last checkpoint when started again
+(``EX_TEMPFAIL`` of ``sysexits.h``)."""
+
 
 class EmmettError(Exception):
     """A mistake in what the user gave: our commands print its sentence, without a traceback, and exit with 2."""

@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -61,6 +61,43 @@ def recipe_runner(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
         return main
 
     return decorate
+
+
+def compose_recipe(config: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Read a recipe as a script with :func:`recipe_runner` would, Hydra's defaults lists and overrides included.
+
+    Args:
+        config: path of a YAML file, or the name of a shipped recipe (``salm_t5_phrasebook``).
+        overrides: ``key=value``, as on the command line of ``train.py``.
+
+    Raises:
+        ConfigError: if there is no such recipe, an override is refused, or a mandatory value is missing.
+
+    Example:
+        >>> compose_recipe("salm_t5_phrasebook", ["trainer.max_steps=7"]).trainer.max_steps
+        7
+    """
+    from hydra import compose, initialize_config_dir, initialize_config_module
+
+    path = Path(config)
+    is_file = path.suffix in (".yaml", ".yml") or path.parent != Path()
+    if is_file and not path.is_file():
+        raise ConfigError(f"The recipe '{config}' cannot be read: there is no such file.")
+    folder = str(path.resolve().parent) if is_file else None
+    if folder is not None:
+        initialized = initialize_config_dir(folder, version_base=None)
+    else:
+        initialized = initialize_config_module(CONFIG_PACKAGE.removeprefix("pkg://"), version_base=None)
+    try:
+        with initialized:
+            cfg = compose(path.name if is_file else config, list(overrides))
+    except Exception as error:
+        sentence = _composition_mistake(error, Namespace(config_path=folder, config_dir=None))
+        if sentence is None:
+            raise
+        raise ConfigError(sentence) from error
+    _refuse_missing_values(cfg)
+    return cfg
 
 
 @contextmanager

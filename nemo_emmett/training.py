@@ -7,11 +7,15 @@ mistakes looked for first, while they cost nothing.
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from nemo.collections.speechlm2.data import SALMDataset
+from nemo.collections.speechlm2.models import SALM
 from nemo.utils import logging
 from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 from nemo.utils.trainer_utils import resolve_trainer_cfg
@@ -30,6 +34,19 @@ DATASETS = ("train_ds", "validation_ds", "test_ds", "predict_ds")
 """The datasets of a recipe's ``data`` section."""
 
 
+@dataclass(frozen=True)
+class Training:
+    """All that a recipe names, ready to fit."""
+
+    trainer: Trainer
+    model: LightningModule
+    datamodule: MultimodalDataModule
+
+    def fit(self) -> None:
+        """Train."""
+        self.trainer.fit(self.model, self.datamodule)
+
+
 def train(cfg: DictConfig) -> LightningModule:
     """Train the model of a recipe on its data; resume from the experiment's last checkpoint if there is one.
 
@@ -46,22 +63,44 @@ def train(cfg: DictConfig) -> LightningModule:
     """
     plugin.register()
     check_recipe(cfg)
-    model_class = plugin.find("models", cfg.model._target_)
     check_data_section(cfg.data)
+    training = build_training(cfg)
+    training.fit()
+    if cfg.get("export_dir") and training.trainer.is_global_zero:
+        training.model.save_pretrained(cfg.export_dir)
+        logging.info(f"The trained model is in {cfg.export_dir}")
+    return training.model
 
+
+def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | None = None) -> Training:
+    """Build what a recipe names: trainer (with the experiment manager), model, data. No file of the data is opened.
+
+    Args:
+        cfg: as for :func:`train`; without ``exp_manager``, nothing is logged and no checkpoint is written or read.
+        construction: entered while the model is built, for example to build it of fake tensors.
+
+    Raises:
+        EmmettError: for a mistake in the recipe.
+    """
+    plugin.register()
+    check_recipe(cfg)
+    model_class = plugin.find("models", cfg.model._target_)
     if cfg.get("num_threads"):
         torch.set_num_threads(cfg.num_threads)
     lightning.seed_everything(cfg.get("seed", 0), workers=True)
     trainer = Trainer(**resolve_trainer_cfg(cfg.trainer))
-    exp_manager(trainer, cfg.get("exp_manager"))
-    with trainer.init_module():
+    if cfg.get("exp_manager") is not None:
+        exp_manager(trainer, cfg.exp_manager)
+    with trainer.init_module(), construction or nullcontext():
         model = model_class(OmegaConf.to_container(cfg.model, resolve=True))
-    dataset = SpeechTextDataset(model.tokenizer)
-    trainer.fit(model, MultimodalDataModule(cfg.data, model.tokenizer, dataset, defaults=model.data_defaults))
-    if cfg.get("export_dir") and trainer.is_global_zero:
-        model.save_pretrained(cfg.export_dir)
-        logging.info(f"The trained model is in {cfg.export_dir}")
-    return model
+    return Training(trainer, model, _datamodule(cfg.data, model))
+
+
+def _datamodule(data: DictConfig, model: LightningModule) -> MultimodalDataModule:
+    """The data in the form that the model takes; NeMo's SALM has its own dataset, and recipes that say all keys."""
+    if isinstance(model, SALM):
+        return MultimodalDataModule(data, model.tokenizer, SALMDataset(model.tokenizer))
+    return MultimodalDataModule(data, model.tokenizer, SpeechTextDataset(model.tokenizer), model.data_defaults)
 
 
 def check_recipe(cfg: DictConfig) -> None:

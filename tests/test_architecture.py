@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "nemo_emmett"
 # From the top to the bottom: a room may import itself and those below it, but none on its own floor.
 FLOORS = (
     ("plugin", "cli", "runner", "training", "doctor", "callbacks"),
-    ("evaluation", "corpora"),
+    ("planning", "evaluation", "corpora"),
     ("models", "data", "oomptimizer"),
     ("modules", "prompts"),
     ("errors", "config"),
@@ -80,6 +80,10 @@ def test_imports_nothing_from_above(path: Path) -> None:
         ("models", "modules", True),
         ("modules", "models", False),
         ("evaluation", "corpora", False),
+        ("planning", "data", True),
+        ("planning", "oomptimizer", True),
+        ("planning", "runner", False),
+        ("oomptimizer", "planning", False),
         ("cli", "runner", True),
         ("config", "errors", True),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +54,7 @@ def report(trainer):
         "loader": type(loader).__module__ + "." + type(loader).__name__,
         "datasets": [type(dataset).__name__ for dataset in datasets],
         "package": package and package.__file__,
+        "batch_sizes": OmegaConf.to_container(trainer.datamodule.cfg.train_ds).get("bucket_batch_size"),
     }))
 
 
@@ -243,6 +245,22 @@ def test_callback_config_group_and_dataloader_from_yaml_alone(train, clean_pytho
 def test_a_callback_listed_by_target(train) -> None:
     found = train("~emmett_callbacks", "+trainer.callbacks=[{_target_: nemo_emmett.callbacks.RandomState}]")
     assert found["callbacks"].count("nemo_emmett.modules.random_state.RandomState") == 1
+
+
+def test_oomptimizer_by_its_yaml_alone_in_an_otherwise_stock_recipe(train, experiment: Path) -> None:
+    """NeMo's model, data module and data loader, bins in the recipe; the budget leaves room for a few examples."""
+    profile = experiment / "profile.yaml"
+    callback = f"{{_target_: nemo_emmett.callbacks.OOMptimizer, memory_budget: 8MiB, profile: {profile}}}"
+    overrides = [
+        *("~emmett_callbacks", "~data.train_ds.use_emmett", f"+trainer.callbacks=[{callback}]"),
+        *("+data.train_ds.use_multimodal_sampling=true", "+data.train_ds.bucket_duration_bins=[20,40]"),
+    ]
+    found = train(*overrides)
+    assert found["steps"] == 2
+    assert found["callbacks"].count("nemo_emmett.oomptimizer.callback.OOMptimizer") == 1
+    assert found["loader"] == "torch.utils.data.dataloader.DataLoader"
+    assert found["batch_sizes"] == yaml.safe_load(profile.read_text())["train_ds"]["bucket_batch_size"]
+    assert found["batch_sizes"][0] > found["batch_sizes"][1] > 1
 
 
 def test_without_the_key_nemo_builds_its_own_loader(train) -> None:

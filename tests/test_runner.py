@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.runner import compose_recipe
+
 SCRIPT = """
 import sys
 from nemo_emmett.errors import DataError
@@ -135,3 +138,53 @@ def test_called_with_a_config_it_just_runs() -> None:
     from nemo_emmett.runner import recipe_runner
 
     assert recipe_runner("any")(lambda cfg: cfg.x)(OmegaConf.create({"x": 3})) == 3
+
+
+# compose_recipe: the same for a command
+
+
+@pytest.fixture
+def recipes(tmp_path: Path) -> Path:
+    (tmp_path / "own.yaml").write_text("defaults:\n  - emmett_callbacks: random_state\n  - _self_\n" + RECIPE)
+    (tmp_path / "needy.yaml").write_text("model:\n  name: ???\n")
+    (tmp_path / "torn.yaml").write_text("fault: [\n")
+    return tmp_path
+
+
+def test_a_file_is_composed_with_its_defaults_and_overrides(recipes: Path, monkeypatch) -> None:
+    cfg = compose_recipe(str(recipes / "own.yaml"), ["trainer.max_steps=7", "+model.extra=1"])
+    assert cfg.trainer.callbacks[0]._target_ == "nemo_emmett.callbacks.RandomState"
+    assert (cfg.trainer.max_steps, cfg.model) == (7, {"name": "small", "extra": 1})
+    assert "hydra" not in cfg
+    monkeypatch.chdir(recipes)
+    assert compose_recipe("own.yaml").trainer.max_steps == 5
+
+
+def test_a_shipped_recipe_goes_by_its_name() -> None:
+    assert compose_recipe("salm_t5_phrasebook", ["seed=9"]).seed == 9
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "sentence"),
+    [
+        ("gone.yaml", [], "The recipe 'gone.yaml' cannot be read: there is no such file."),
+        ("folder/recipe", [], "The recipe 'folder/recipe' cannot be read: there is no such file."),
+        ("salm_t5_phrasebok", [], "there is no recipe 'salm_t5_phrasebok'; did you mean 'salm_t5_phrasebook'?"),
+        ("{}/own.yaml", ["trainer.max_step=7"], "trainer.max_step: there is no such key in the recipe; did you mean"),
+        ("{}/own.yaml", ["trainer.max_steps=[1"], "trainer.max_steps=[1: cannot be read as key=value"),
+        (
+            "{}/own.yaml",
+            ["emmett_callbacks=random_stat"],
+            "there is no recipe 'random_stat'; did you mean 'random_state'",
+        ),
+        ("{}/needy.yaml", [], "model.name: the recipe leaves this to you; give model.name=..."),
+        ("{}/torn.yaml", [], "torn.yaml"),
+    ],
+)
+def test_mistakes_are_told_as_scripts_tell_them(
+    recipes: Path, config: str, overrides: list[str], sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose_recipe(config.format(recipes), overrides)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)

@@ -21,7 +21,7 @@ from nemo.collections.common.data.lhotse.sampling import (
     MultimodalFixedBucketBatchSizeConstraint2D,
 )
 from nemo.utils import logging
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from nemo_emmett.data.bad_records import BadRecords
@@ -29,7 +29,7 @@ from nemo_emmett.data.bucketing import optimal_bins, optimal_bins_2d
 from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.data.padding import within_deviations
 from nemo_emmett.data.parsers import Reading, feeding, reading, register_data_types
-from nemo_emmett.data.sources import list_sources, structured_config
+from nemo_emmett.data.sources import as_one_stream, groups_of, list_sources, structured_config, with_inherited
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.translation import register_prompt_formats
 
@@ -230,18 +230,14 @@ def auto_bins(
         ConfigError: if the config lacks what is needed, or ``bucket_batch_size`` does not go with the bins.
         DataError: if no example is left to measure.
     """
-    defaults = OmegaConf.structured(LhotseDataLoadingConfig)
-    num_buckets, limit = (settings.get(key) or defaults[key] for key in ("num_buckets", "num_cuts_for_bins_estimate"))
     num_sub_buckets, sizes = settings.get("num_sub_buckets"), settings.get("bucket_batch_size")
     if num_sub_buckets is not None and sizes is None:
         raise ConfigError(
-            f"{where}.bucket_batch_size: missing; with num_sub_buckets each of the {num_buckets} x {num_sub_buckets} "
-            "buckets needs its batch size."
+            f"{where}.bucket_batch_size: missing; with num_sub_buckets each of the {_num_buckets(settings)} x "
+            f"{num_sub_buckets} buckets needs its batch size."
         )
-    lengths = measure(
-        settings, tokenizer, kind, where, two_dimensional=num_sub_buckets is not None, limit=limit, sample=sample
-    )
-    bins = solve(lengths, num_buckets, num_sub_buckets)
+    lengths = _measured_for_auto(settings, tokenizer, kind, where, sample)
+    bins = solve(lengths, _num_buckets(settings), num_sub_buckets)
     if sizes is None:
         bins = bins[:-1]
     elif len(sizes) != len(bins):
@@ -249,11 +245,49 @@ def auto_bins(
             f"{where}.bucket_batch_size: has {len(sizes)} sizes for {len(bins)} buckets; give one for each of "
             f"{as_nemo_writes(bins)}."
         )
+    _announce(bins, lengths, where)
+    return bins
+
+
+def groups_with_auto_bins(settings: Mapping[str, Any], where: str) -> dict[str, Mapping[str, Any]]:
+    """The plain configs, by the name of their group, that say ``bucket_duration_bins: auto``.
+
+    By the empty name, the dataset as a whole, if it does.
+    """
+    is_mux = groups_of(settings) is not None and settings.get("sampler_fusion") == "mux"
+    configs = {"": as_one_stream(settings, where) if is_mux else settings, **with_inherited(settings)}
+    return {name: config for name, config in configs.items() if config.get("bucket_duration_bins") == AUTO}
+
+
+def bins_awaiting_sizes(settings: Mapping[str, Any], tokenizer: Any, kind: ExampleKind, where: str) -> list:
+    """What ``bucket_duration_bins: auto`` stands for where the batch sizes are still to be found.
+
+    Every bin has a cap, as batch sizes need it, in one dimension too; ``bucket_batch_size`` is not looked at.
+    Arguments and errors are those of :func:`auto_bins`.
+    """
+    lengths = _measured_for_auto(settings, tokenizer, kind, where)
+    bins = solve(lengths, _num_buckets(settings), settings.get("num_sub_buckets"))
+    _announce(bins, lengths, where)
+    return bins
+
+
+def _num_buckets(settings: Mapping) -> int:
+    return settings.get("num_buckets") or LhotseDataLoadingConfig.num_buckets
+
+
+def _measured_for_auto(
+    settings: Mapping, tokenizer: Any, kind: ExampleKind, where: str, sample: Iterable | None = None
+) -> Lengths:
+    limit = settings.get("num_cuts_for_bins_estimate") or LhotseDataLoadingConfig.num_cuts_for_bins_estimate
+    two_dimensional = settings.get("num_sub_buckets") is not None
+    return measure(settings, tokenizer, kind, where, two_dimensional=two_dimensional, limit=limit, sample=sample)
+
+
+def _announce(bins: list, lengths: Lengths, where: str) -> None:
     logging.info(
         f"{where}: of {len(lengths.inputs)} examples, the bins of least padding are\n"
         f"bucket_duration_bins: {as_nemo_writes(bins)}"
     )
-    return bins
 
 
 def as_nemo_writes(bins: Sequence) -> str:

@@ -12,9 +12,13 @@ from nemo.collections.speechlm2.data.datamodule import DataModule
 from nemo.core.classes.common import Serialization
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_emmett.data.bins import bins_awaiting_sizes, groups_with_auto_bins
 from nemo_emmett.data.check import check_dataset_names
 from nemo_emmett.data.dataloader import get_multimodal_dataloader
+from nemo_emmett.data.delivery import prepare_dataset
 from nemo_emmett.data.resumable import ResumableData
+from nemo_emmett.data.sources import plain
+from nemo_emmett.modules.random_state import random_state, restore_random_state
 
 EVALUATION_SETS = ("validation_ds", "test_ds", "predict_ds")
 
@@ -61,6 +65,30 @@ class MultimodalDataModule(DataModule, Serialization):
         if self.trainer is not None and not any(isinstance(c, ResumableData) for c in self.trainer.callbacks):
             self.trainer.callbacks.insert(0, ResumableData())  # before those that write checkpoints
         return self._loader(self.cfg.train_ds, "data.train_ds")
+
+    def resolve_bins(self) -> None:
+        """Solve for ``bucket_duration_bins: auto`` now, in ``cfg.train_ds`` and its groups, and write the bins there.
+
+        Who needs the bins before the loader is built (OOMptimizer) asks for it; otherwise the loader solves for them.
+
+        Raises:
+            ConfigError: if the config lacks what is needed.
+            DataError: if no example is left to measure.
+        """
+        train_ds = self.cfg.get("train_ds")
+        if train_ds is None:
+            return
+        _, kind = prepare_dataset(self.dataset)
+        where = "data.train_ds"
+        for name, settings in groups_with_auto_bins(plain(train_ds), where).items():
+            states = random_state()  # measuring is no part of the training
+            try:
+                bins = bins_awaiting_sizes(settings, self.tokenizer, kind, f"{where}.{name}".rstrip("."))
+            finally:
+                restore_random_state(states)
+            config = train_ds[name] if name else train_ds
+            with open_dict(config):
+                config.bucket_duration_bins = bins
 
     def val_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | list:
         """The loaders of ``validation_ds``, side by side: a batch is ``{dataset: batch or None}``."""

@@ -10,7 +10,7 @@ R recordings, N samples, M modalities.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
-from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.data.utils import get_pad_id
 from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR, HFHubMixin
@@ -29,15 +28,15 @@ from nemo.core.neural_types import AudioSignal, LabelsType, LengthsType, NeuralT
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AddedToken, AutoConfig, PreTrainedModel
 
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError, ModelError
-from nemo_emmett.models.inputs import check_inputs, is_audio_path, load_recordings
+from nemo_emmett.models.generation import Generation
+from nemo_emmett.models.pieces import PieceSums, TokenCounts, cut_batch, target_counts
 from nemo_emmett.models.step_log import StepLog
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
-from nemo_emmett.modules.batch import MODALITIES, pack_left, split_modalities
+from nemo_emmett.modules.batch import MODALITIES, split_modalities
 from nemo_emmett.modules.loss import (
     IGNORE_INDEX,
     correct_tokens,
@@ -47,8 +46,6 @@ from nemo_emmett.modules.loss import (
 )
 from nemo_emmett.modules.placement import place_audio
 from nemo_emmett.modules.random_state import RandomState
-from nemo_emmett.prompts.languages import check_language
-from nemo_emmett.prompts.translation import register_prompt_formats, translation_turns
 
 
 @dataclass
@@ -75,7 +72,7 @@ class ModelConfig:
 _TOLERATED_KEYS = ("model_type", "architectures", "trust_remote_code", "torch_dtype")
 
 
-class SpeechTextModel(LightningModule, HFHubMixin):
+class SpeechTextModel(Generation, LightningModule, HFHubMixin):
     """A speech encoder and a language model that translate speech and text.
 
     A subclass says how a batch passes through its language model: :meth:`forward` and :meth:`generate_answers`.
@@ -118,6 +115,8 @@ class SpeechTextModel(LightningModule, HFHubMixin):
         self.register_buffer("_loss_weights", torch.tensor([weights[m] for m in MODALITIES]), persistent=False)
         self._tallies: Tallies = {}
         self._step_log: StepLog | None = None
+        self._counts: TokenCounts | None = None  # of the last step's batch
+        self._pieces: PieceSums | None = None  # only while a batch is trained on in pieces
 
     # Construction.
 
@@ -267,6 +266,10 @@ class SpeechTextModel(LightningModule, HFHubMixin):
         """Random states belong in every checkpoint of this model: without them dropout differs after resuming."""
         return [RandomState()]
 
+    def on_train_start(self) -> None:
+        """Log anew."""
+        self._step_log = StepLog(self.trainer.log_every_n_steps)
+
     def training_step(self, batch: Mapping, batch_idx: int) -> Tensor:
         """The weighted sum of the modalities' losses, in nats per token; logs each modality apart.
 
@@ -274,23 +277,24 @@ class SpeechTextModel(LightningModule, HFHubMixin):
         """
         self._hold_frozen_parts()
         parts = split_modalities(batch, self.pad_id) if batch else {}
-        loss_sums, token_counts = [], []
-        for modality in MODALITIES:
-            loss_sum, num_tokens = torch.zeros((), device=self.device), 0
-            if modality in parts:
-                logits, targets = self(parts[modality])
-                loss_sum, num_tokens = token_cross_entropy(logits, targets), (targets != IGNORE_INDEX).sum()
-            loss_sums.append(loss_sum)
-            token_counts.append(torch.as_tensor(num_tokens, device=self.device))
-        loss_sums_M, token_counts_M = torch.stack(loss_sums), torch.stack(token_counts)
-        loss = modality_loss(loss_sums_M, token_counts_M, self._loss_weights)
+        if self._pieces is None:
+            self._counts = TokenCounts(batch, parts, self.device)
+        # The only collective of a forward pass comes before anything large: see modules/loss.py.
+        totals_M = self._counts.over_all_ranks()
+        loss_sums_M = self._loss_sums(parts)
+        loss = modality_loss(loss_sums_M, totals_M, self._loss_weights)
         if not parts:
             loss = loss + sum(0.0 * parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
-        if self._step_log is None:
-            self._step_log = StepLog(self.trainer.log_every_n_steps if self._trainer is not None else 1)
-        self._step_log.add(parts, loss_sums_M, token_counts_M)
-        self._log_step(loss, self._step_log)
+        if self._pieces is None:
+            self._log_step(parts, loss_sums_M, loss)
+        else:
+            self._pieces.add(loss_sums_M, target_counts(parts, self.device))
         return loss
+
+    def _loss_sums(self, parts: Mapping[str, Mapping]) -> Tensor:
+        """(M,) summed cross-entropies of the one-modality batches, nats; 0 where a modality is absent."""
+        sums = [token_cross_entropy(*self(parts[m])) if m in parts else None for m in MODALITIES]
+        return torch.stack([torch.zeros((), device=self.device) if s is None else s for s in sums])
 
     def _hold_frozen_parts(self) -> None:
         """Keep frozen parts in evaluation mode, as NeMo's SALM does: no dropout, no update of batch norm."""
@@ -301,12 +305,45 @@ class SpeechTextModel(LightningModule, HFHubMixin):
             if is_frozen(part):
                 part.eval()
 
-    def _log_step(self, loss: Tensor, step_log: StepLog) -> None:
+    def _log_step(self, parts: Mapping[str, Mapping], loss_sums_M: Tensor, loss: Tensor) -> None:
+        if self._step_log is None:  # a step outside of `fit`
+            self._step_log = StepLog(window=1)
+        self._step_log.add(parts, loss_sums_M, self._counts.here_M)
         lr = self.trainer.optimizers[0].param_groups[0]["lr"] if self._trainer is not None else 0.0
         self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
         self.log("learning_rate", lr, batch_size=1)
-        for name, value in step_log.values().items():
+        for name, value in self._step_log.values().items():
             self.log(name, value, prog_bar=name.startswith(("loss", "examples")), batch_size=1)
+        self._counts.logged = True
+
+    # Training steps in pieces.
+
+    def split_batch(self, batch: Mapping, pieces: int) -> list[Mapping]:
+        """Cut a batch into at most so many smaller ones, each of one modality; see :func:`cut_batch`."""
+        return cut_batch(batch, pieces, self.pad_id, self.audio_locator_id)
+
+    def loss_weight(self, piece: Mapping, whole: Mapping) -> float:
+        """What the loss of a piece counts in that of the whole batch: all of it, for within :meth:`one_step` a piece's
+        tokens are divided by the whole's."""
+        return 1.0
+
+    @contextmanager
+    def one_step(self, batch: Mapping) -> Iterator[None]:
+        """Around the training steps of a batch's pieces: their losses add up to the batch's, and they are logged as one
+        step when all are done, unless the whole batch's forward pass was logged before its backward pass failed.
+        """
+        parts = split_modalities(batch, self.pad_id)
+        if self._counts is None or not self._counts.are_of(batch):
+            self._counts = TokenCounts(batch, parts, self.device)
+        self._pieces = PieceSums(self._counts)
+        try:
+            yield
+            if not self._counts.logged:
+                loss_sums_M = self._pieces.loss_sums()
+                totals_M = self._counts.over_all_ranks()
+                self._log_step(parts, loss_sums_M, modality_loss(loss_sums_M, totals_M, self._loss_weights))
+        finally:
+            self._pieces = None
 
     # Validation.
 
@@ -351,124 +388,6 @@ class SpeechTextModel(LightningModule, HFHubMixin):
         """As in validation."""
         self.on_validation_epoch_end()
 
-    # Generation.
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Tensor | Sequence[Sequence[dict]],
-        audios: Tensor | None = None,
-        audio_lens: Tensor | None = None,
-        **generate_options: Any,
-    ) -> Tensor:
-        """Answer prompts; the arguments are those of NeMo's ``SALM.generate``.
-
-        Args:
-            prompts: (B, T) context ids, padded on either side; or conversations, lists of turns such as
-                ``{"role": "user", "slots": {...}, "audio": ["a.wav"]}``.
-            audios: (R, N) float32 recordings in the order of the locators, unless the conversations name files.
-            audio_lens: (R,) int64, samples.
-            generate_options: passed on to Hugging Face ``generate``.
-
-        Returns:
-            (B, A) int64 generated ids.
-        """
-        if isinstance(prompts, Tensor):
-            context_ids, context_lens = pack_left(prompts, prompts != self.pad_id, self.pad_id)
-        else:
-            formatter = self._prompt_formatter()
-            contexts = [formatter.encode_dialog(turns=list(turns))["context_ids"] for turns in prompts]
-            context_ids, context_lens = self._collate_contexts(contexts)
-            if paths := [path for turns in prompts for turn in turns for path in _paths(turn.get("audio"))]:
-                audios, audio_lens = load_recordings(paths, self.sampling_rate)
-        batch = {"context_ids": context_ids.to(self.device), "context_lens": context_lens.to(self.device)}
-        if audios is not None:
-            batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
-        generate_options.setdefault("max_new_tokens", self.options.max_new_tokens)
-        with self._in_evaluation_mode():
-            return self.generate_answers(batch, **generate_options)
-
-    @contextmanager
-    def _in_evaluation_mode(self) -> Iterator[None]:
-        """Without dropout; every part gets its mode back."""
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-
-    @torch.no_grad()
-    def translate_batch(self, batch: Mapping, num_beams: int = 1, max_new_tokens: int | None = None) -> list[str]:
-        """Translations of the contexts of a one-modality batch, B strings."""
-        with self._in_evaluation_mode():
-            answer_ids = self.generate_answers(
-                batch,
-                num_beams=num_beams,
-                do_sample=False,
-                max_new_tokens=max_new_tokens or self.options.max_new_tokens,
-            )
-        return [text.strip() for text in self.tokenizer.tokenizer.batch_decode(answer_ids, skip_special_tokens=True)]
-
-    @torch.no_grad()
-    def translate(
-        self,
-        inputs: Sequence[str | Path],
-        target_lang: str,
-        source_lang: str | None = None,
-        num_beams: int = 1,
-        batch_size: int = 16,
-    ) -> list[str]:
-        """Translate texts and recordings.
-
-        Args:
-            inputs: sentences, and paths of audio files (a ``Path``, or a string that ends like one).
-            target_lang: language code of the translations.
-            source_lang: language code of the inputs, for prompts that name it.
-            num_beams: beams of the search; 1 is greedy.
-            batch_size: inputs translated at once.
-
-        Returns:
-            One translation per input, in their order.
-
-        Raises:
-            ConfigError: for an unknown language.
-            DataError: for an audio file that is missing or cannot be read.
-        """
-        check_language(target_lang, "target_lang")
-        if source_lang is not None:
-            check_language(source_lang, "source_lang")
-        formatter = self._prompt_formatter()
-        check_inputs(inputs)
-        is_audio = [is_audio_path(item) for item in inputs]
-        translations: list[str] = [""] * len(inputs)
-        for modality in (True, False):
-            indexes = [i for i, audio in enumerate(is_audio) if audio == modality]
-            # Inputs of similar length share a batch.
-            indexes.sort(key=lambda i: Path(inputs[i]).stat().st_size if modality else len(str(inputs[i])))
-            for start in range(0, len(indexes), batch_size):
-                chosen = indexes[start : start + batch_size]
-                messages = [self.options.audio_locator_tag if modality else str(inputs[i]) for i in chosen]
-                turns = [translation_turns(formatter, message, target_lang, source_lang) for message in messages]
-                contexts = [formatter.encode_dialog(turns=turn)["context_ids"] for turn in turns]
-                batch = dict(zip(("context_ids", "context_lens"), self._collate_contexts(contexts), strict=True))
-                if modality:
-                    audios, audio_lens = load_recordings([inputs[i] for i in chosen], self.sampling_rate)
-                    batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
-                for i, translation in zip(chosen, self.translate_batch(batch, num_beams), strict=True):
-                    translations[i] = translation
-        return translations
-
-    def _prompt_formatter(self) -> PromptFormatter:
-        register_prompt_formats()
-        return PromptFormatter.resolve(self.options.prompt_format)(self.tokenizer)
-
-    def _collate_contexts(self, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        lens = torch.tensor([len(ids) for ids in contexts])
-        ids = pad_sequence(list(contexts), batch_first=True, padding_value=self.pad_id)
-        return ids.to(self.device), lens.to(self.device)
-
     # Folders.
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
@@ -507,9 +426,3 @@ def _as_model_error(name: str) -> Iterator[None]:
             f"'{name}' is neither a folder with a Hugging Face model nor the name of one that could be fetched; "
             "check model.pretrained_llm and model.tokenizer_path."
         ) from error
-
-
-def _paths(audio: str | Path | Sequence | None) -> Sequence:
-    if audio is None:
-        return []
-    return [audio] if isinstance(audio, (str, Path)) else audio

@@ -2,7 +2,8 @@
 
 A rank holds a sum and a count per modality. The counts are added over the ranks; the sums need not be, since the
 gradients are averaged by DDP: a rank's sum over the global count, times the number of ranks, averages to the gradient
-that one process would have on the joined batch.
+that one process would have on the joined batch. The counts are known before anything is computed, and are added up
+first: a rank that then runs out of memory leaves no other rank waiting for its count.
 
 Shapes: B examples, T tokens, V vocabulary, M modalities.
 """
@@ -56,17 +57,16 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def modality_loss(loss_sums_M: Tensor, token_counts_M: Tensor, weights_M: Tensor) -> Tensor:
+def modality_loss(loss_sums_M: Tensor, total_tokens_M: Tensor, weights_M: Tensor) -> Tensor:
     """Weighted sum of the modalities' mean token losses.
 
     Args:
         loss_sums_M: (M,) this rank's summed cross-entropies, 0 where a modality is absent.
-        token_counts_M: (M,) this rank's number of target tokens.
+        total_tokens_M: (M,) target tokens on all ranks (:func:`sum_over_ranks`).
         weights_M: (M,) ``modality_loss_weights``.
 
     Returns:
         The loss to call backward on, a scalar; its gradient, averaged over ranks, is that of one process on the joined
         batch.
     """
-    totals_M = sum_over_ranks(token_counts_M)
-    return (weights_M * loss_sums_M / totals_M.clamp(min=1)).sum() * world_size()
+    return (weights_M * loss_sums_M / total_tokens_M.clamp(min=1)).sum() * world_size()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 
 from nemo_emmett.errors import DataError
 from nemo_emmett.modules.batch import length_mask
@@ -50,13 +51,7 @@ def place_audio(
     start_BT = width_BT.cumsum(1) - width_BT
     lens_B = width_BT.sum(1)
 
-    # The only read of the device by the host: the output's size, and the check that nothing is left over.
-    num_locators, S = torch.stack([is_locator_BT.sum(), lens_B.max()]).tolist()
-    if num_locators != R:
-        raise DataError(
-            f"a batch has {R} recordings but {num_locators} audio locator tokens (id {locator_id}): "
-            "each recording needs exactly one locator in its context."
-        )
+    S = _output_width(is_locator_BT, lens_B, audio_lens_R, F)
 
     row_B1 = torch.arange(B, device=token_ids_BT.device)[:, None] * S
     surplus = B * S  # padding goes to one extra row, which is cut off
@@ -74,3 +69,28 @@ def place_audio(
     targets = torch.cat([token_target_BT.flatten(), frame_target_RF.flatten()])
     placed = sources.new_zeros(B * S + 1, H).index_copy(0, targets, sources)
     return placed[:surplus].view(B, S, H), length_mask(lens_B, S)
+
+
+def _output_width(is_locator_BT: Tensor, lens_B: Tensor, audio_lens_R: Tensor, F: int) -> int:
+    """S, the longest row's length; refuses recordings that are left over."""
+    R = len(audio_lens_R)
+    if isinstance(lens_B, FakeTensor):
+        # OOMptimizer plans on tensors without values, in batches whose longest row is full.
+        B, T = is_locator_BT.shape
+        return T + (_longest(audio_lens_R, F) - 1) * (R // B)
+    # The only read of the device by the host.
+    num_locators, S = torch.stack([is_locator_BT.sum(), lens_B.max()]).tolist()
+    if num_locators != R:
+        raise DataError(
+            f"a batch has {R} recordings but {num_locators} audio locator tokens: "
+            "each recording needs exactly one locator in its context."
+        )
+    return S
+
+
+def _longest(fake_lens_R: Tensor, F: int) -> int:
+    """The greatest of the lengths where their values are known all the same, or else what they are padded to."""
+    try:
+        return int(fake_lens_R.max())
+    except DataDependentOutputException:
+        return F

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.core.classes.common import Serialization
 from nemo.utils import logging
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 
 class RandomState(Callback, Serialization):
@@ -68,6 +69,8 @@ class RandomState(Callback, Serialization):
             restore_random_state(self._after_batch)
 
 
+# States are values, also where OOMptimizer plans with tensors that have none.
+@unset_fake_temporarily()
 def random_state() -> dict[str, Any]:
     """The states of this process's global random generators, as what ``torch.load(weights_only=True)`` accepts."""
     generator, keys, position, has_gauss, cached_gaussian = np.random.get_state()
@@ -79,6 +82,7 @@ def random_state() -> dict[str, Any]:
     }
 
 
+@unset_fake_temporarily()
 def restore_random_state(state: dict[str, Any]) -> None:
     """Set the global random generators to what :func:`random_state` returned.
 

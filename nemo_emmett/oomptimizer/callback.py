@@ -1,37 +1,82 @@
-"""The callback that gives every bucket its batch size."""
+"""The callback that gives every bucket its batch size, and keeps training within the memory."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.core.classes.common import Serialization
 from nemo.utils import logging
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.oomptimizer.profile import ONLY_GROUP, Bin, Buckets, Profile, as_bins, shown
+from nemo_emmett.modules.loss import world_size
+from nemo_emmett.oomptimizer.adapters import Adapter, adapter_for
+from nemo_emmett.oomptimizer.buckets import (
+    TOKENS_PER_SECOND,
+    Bucket,
+    Group,
+    bins_of,
+    configs_of_groups,
+    is_zip,
+    read_groups,
+)
+from nemo_emmett.oomptimizer.calibration import AUTO_SHARE, Calibration, Listener, SearchOptions
+from nemo_emmett.oomptimizer.cuda_meter import meter_for
+from nemo_emmett.oomptimizer.fingerprint import check_fingerprint, fingerprint_of, short_hash
+from nemo_emmett.oomptimizer.guard import Guard
+from nemo_emmett.oomptimizer.memory import budget_of, check_fraction, parse_memory
+from nemo_emmett.oomptimizer.memory import shown as shown_bytes
+from nemo_emmett.oomptimizer.meter import Meter, TensorMeter, Unmetered
+from nemo_emmett.oomptimizer.profile import ONLY_GROUP, Bin, Buckets, Event, Profile, shown
+from nemo_emmett.oomptimizer.search import MAX_BATCH_SIZE, PRECISION
 
 PROFILE_VARIABLE = "NEMO_EMMETT_PROFILE"
-"""Environment variable: the profile, where the callback is made without arguments (``NEMO_EMMETT_CALLBACKS``)."""
+"""Environment variable: the profile, where the callback does not name one."""
+
+MODES = ("calibrate", "plan", "guard")
+"""What the callback may do."""
 
 
 class OOMptimizer(Callback, Serialization):
-    """Sets ``bucket_batch_size`` from a stored profile, before the training data loader is built.
+    """Finds the batch size of every bucket before training, and guards the memory during it.
 
-    It does not measure: it neither finds batch sizes nor survives running out of memory. The profile is one that was
-    written by hand or by NeMo's own scripts.
+    It replaces NeMo's OOMptimizer scripts (EMMeTT, arXiv 2409.13523, section 4.3) by a few steps of the training
+    itself on synthetic batches, which leave no trace: a run that is calibrated equals one that is given the same
+    profile by hand. Buckets are read from ``train_ds`` of the datamodule's ``cfg``, or else of the model's, and
+    ``bucket_batch_size`` is written there before the data loader is built.
 
-    The config it sets is ``train_ds`` of the datamodule's ``cfg``, or else of the model's. Recipes without
-    ``bucket_duration_bins`` get those of the profile; in recipes that have them, they must be the profile's.
+    A profile that exists is used, not measured again; one that was measured on something else is refused. Recipes
+    without ``bucket_duration_bins`` get those of the profile; in recipes that have them, they must be the profile's.
 
     Args:
-        profile: path of the profile (:mod:`nemo_emmett.oomptimizer.profile`); by default, the environment variable
-            ``NEMO_EMMETT_PROFILE``.
+        mode: ``calibrate``: measure on the device. ``plan``: work it out on fake tensors, for a device that need not
+            be there. ``guard``: measure nothing; take the profile's batch sizes, or the recipe's.
+        memory_fraction: share of the device's memory that a step may take.
+        memory_budget: what a step may take instead, in bytes or as ``72GiB``; for ``plan`` also a device (``H100``).
+        profile: path of the profile, written if it does not exist; by default the environment variable
+            ``NEMO_EMMETT_PROFILE``, or else a file in the trainer's ``default_root_dir`` that is named by what it was
+            measured on.
+        safety_margin: share of the budget that calibration leaves free, for what real batches and the allocator do
+            otherwise than synthetic ones; guard steps in when it is used up.
+        modality_share: of speech, of the memory that is there for batches, where each step holds speech and text
+            (``sampler_fusion: zip``); ``auto`` takes the share with the most tokens per second.
+        guard: watch the training's steps and redo those that run out of memory; by default, unless the mode is
+            ``plan``.
+        tokens_per_second: of output, for one-dimensional bins in seconds, which do not bound it.
+        precision: a batch size is good enough when none fits that is larger by more than this share.
+        max_batch_size: no bucket gets more examples.
+        listener: is told of each bucket's result as soon as it is there.
 
     Raises:
-        ConfigError: if the profile cannot be read or used.
+        ConfigError: if an argument, or the profile, cannot be used.
 
     Example:
         In a recipe::
@@ -39,61 +84,148 @@ class OOMptimizer(Callback, Serialization):
             trainer:
               callbacks:
                 - _target_: nemo_emmett.callbacks.OOMptimizer
-                  profile: profile.yaml
+                  memory_fraction: 0.9
     """
 
-    def __init__(self, profile: str | os.PathLike | None = None) -> None:
+    def __init__(
+        self,
+        mode: str = "calibrate",
+        memory_fraction: float = 0.9,
+        memory_budget: int | str | None = None,
+        profile: str | os.PathLike | None = None,
+        safety_margin: float = 0.03,
+        modality_share: float | str = 0.5,
+        guard: bool | None = None,
+        tokens_per_second: float = TOKENS_PER_SECOND,
+        precision: float = PRECISION,
+        max_batch_size: int = MAX_BATCH_SIZE,
+        listener: Listener | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"OOMptimizer.mode: '{mode}' is unknown; it can be {', '.join(MODES)}.")
+        if mode == "plan" and memory_budget is None:
+            raise ConfigError("OOMptimizer.memory_budget: is missing; a plan is for some memory: give 80GiB, or H100.")
+        check_fraction(memory_fraction)
+        if memory_budget is not None:
+            parse_memory(memory_budget, "OOMptimizer.memory_budget")
+        _check_share("safety_margin", safety_margin, least=0.0)
+        _check_share("precision", precision, least=0.0)
+        if modality_share != AUTO_SHARE or mode == "plan":  # a plan takes no time that could be compared
+            _check_share("modality_share", modality_share, least=0.01)
+        self.mode = mode
+        self.memory_fraction = memory_fraction
+        self.memory_budget = memory_budget
+        self.safety_margin = safety_margin
+        self.modality_share = modality_share
+        self.guards = mode != "plan" if guard is None else guard
+        self.guard_is_asked_for = guard is True or mode == "guard"
+        self.tokens_per_second = tokens_per_second
+        self.precision = precision
+        self.max_batch_size = max_batch_size
+        self.listener = listener
         path = profile or os.environ.get(PROFILE_VARIABLE)
-        if not path:
-            raise ConfigError(
-                f"OOMptimizer.profile: no profile is given; name its file here or in the variable {PROFILE_VARIABLE}."
-            )
-        self.path = str(path)
-        self.profile = Profile.read(self.path)
+        self.path: str | None = None if path is None else str(path)
+        # Read at once, so that a corrupt profile is told before a model is built.
+        self.profile: Profile | None = Profile.read(self.path) if self.path and Path(self.path).exists() else None
+        self._guard: Guard | None = None
+
+    # Lightning's hooks
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the profile's batch sizes into ``train_ds``."""
-        train_ds = self._train_ds(trainer, pl_module)
+        """Write batch sizes into ``train_ds``: the profile's, or those that are found now."""
+        train_ds, where = _train_ds(trainer, pl_module)
         if trainer.train_dataloader is not None:
             raise ConfigError(
-                f"{self.path}: the profile comes too late, the training data loader has already been built; give the "
+                "OOMptimizer: the batch sizes come too late, the training data loader has already been built; give the "
                 "lr_scheduler its max_steps and the trainer its max_steps, so that nothing has to count the batches."
             )
-        for name, config in self._groups(train_ds).items():
-            self._apply(self.profile.groups[name], config, name)
+        if hasattr(trainer.datamodule, "resolve_bins"):
+            trainer.datamodule.resolve_bins()
+        if self.profile is not None:
+            self._use_profile(self.profile, trainer, pl_module, train_ds, where)
+        else:
+            groups = self._groups(train_ds, where, pl_module)
+            fingerprint = fingerprint_of(trainer, pl_module, groups, planned=self.mode == "plan")
+            self._find_path(trainer, fingerprint)
+            if self.profile is not None:
+                self._use_profile(self.profile, trainer, pl_module, train_ds, where)
+            elif self.mode == "guard":
+                self.profile = _as_in_recipe(groups, where, fingerprint, self._settings(None))
+            else:
+                self.profile = self._calibrated(trainer, pl_module, groups, train_ds, fingerprint)
+                if trainer.is_global_zero:
+                    self.profile.write(self.path)
+                self._apply(self.profile, train_ds, where)
         # NeMo's ASR models have their loader from the constructor on.
         if getattr(pl_module, "_train_dl", None) is not None:
             pl_module.setup_training_data(train_ds)
+        if self.guards and (adapter := self._adapter_for_guard(pl_module)) is not None:
+            self._start_guard(trainer, pl_module, adapter, self._groups(train_ds, where, pl_module))
 
-    def _train_ds(self, trainer: Trainer, pl_module: LightningModule) -> DictConfig:
-        for owner in (getattr(trainer, "datamodule", None), pl_module):
-            train_ds = getattr(getattr(owner, "cfg", None), "train_ds", None)
-            if isinstance(train_ds, DictConfig):
-                return train_ds
-        raise ConfigError(
-            f"{self.path}: there is nowhere to put the profile's batch sizes: neither the datamodule nor the model "
-            "has a cfg.train_ds."
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let guard look at what is there."""
+        if self._guard is not None:
+            self._guard.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the ranks' guards agree, now and then."""
+        if self._guard is not None:
+            self._guard.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the ranks' guards agree for the last time."""
+        if self._guard is not None:
+            self._guard.on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave Lightning as it was; where another rank ran out of memory, leave with it."""
+        self._stop_guard()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave Lightning as it was."""
+        self._stop_guard()
+
+    # The profile
+
+    def _groups(self, train_ds: DictConfig, where: str, module: LightningModule) -> dict[str, Group]:
+        return read_groups(
+            train_ds,
+            where,
+            token_equivalent_duration=getattr(module, "token_equivalent_duration", None),
+            tokens_per_second=self.tokens_per_second,
         )
 
-    def _groups(self, train_ds: DictConfig) -> dict[str, DictConfig]:
-        """The recipe's dataset groups by name; they must be those of the profile."""
-        groups = {ONLY_GROUP: train_ds}
-        if train_ds.get("multi_config", False):
-            groups = {
-                name: group
-                for name, group in train_ds.items()
-                if isinstance(group, DictConfig) and name != "sampler_weights"
-            }
-        if groups.keys() != self.profile.groups.keys():
-            raise ConfigError(
-                f"{self.path}: the profile is for {_named(self.profile.groups)}, the recipe's train_ds has "
-                f"{_named(groups)}."
-            )
-        return groups
+    def _find_path(self, trainer: Trainer, fingerprint: Mapping[str, Any]) -> None:
+        """Where no path is given, runs of the same kind share one."""
+        if self.path is None:
+            name = f"oomptimizer-{short_hash(fingerprint)}.yaml"
+            self.path = trainer.strategy.broadcast(os.path.join(trainer.default_root_dir, name))
+        # One rank looks, since one may write while another is late.
+        if trainer.strategy.broadcast(Path(self.path).exists()):
+            self.profile = Profile.read(self.path)
 
-    def _apply(self, buckets: Buckets, config: DictConfig, name: str) -> None:
-        where = f"train_ds.{name}".rstrip(".")
-        asked = _bins(config, where)
+    def _use_profile(
+        self, profile: Profile, trainer: Trainer, module: LightningModule, train_ds: DictConfig, where: str
+    ) -> None:
+        self._apply(profile, train_ds, where)
+        if profile.fingerprint:
+            planned = profile.settings.get("mode") == "plan"
+            groups = self._groups(train_ds, where, module)
+            check_fingerprint(profile.fingerprint, fingerprint_of(trainer, module, groups, planned=planned), self.path)
+
+    def _apply(self, profile: Profile, train_ds: DictConfig, where: str) -> None:
+        configs = configs_of_groups(train_ds)
+        if configs.keys() != profile.groups.keys():
+            raise ConfigError(
+                f"{self.path}: the profile is for {_named(profile.groups)}, the recipe's {where} has {_named(configs)}."
+            )
+        for name, config in configs.items():
+            self._apply_to_group(profile.groups[name], config, f"{where}.{name}".rstrip("."))
+
+    def _apply_to_group(self, buckets: Buckets, config: DictConfig, where: str) -> None:
+        asked = bins_of(config, where)
         if asked is not None and asked != buckets.bucket_duration_bins:
             raise ConfigError(
                 f"{where}.bucket_duration_bins: the recipe has {shown(asked)}, but the profile {self.path} is for "
@@ -108,17 +240,172 @@ class OOMptimizer(Callback, Serialization):
             f"{shown(buckets.bucket_duration_bins)}, from {self.path}."
         )
 
+    def _settings(self, budget: int | None) -> dict[str, Any]:
+        return {
+            "mode": self.mode,
+            "memory_fraction": None if self.memory_budget is not None else self.memory_fraction,
+            "memory_budget": self.memory_budget,
+            "budget": budget,
+            "safety_margin": self.safety_margin,
+            "modality_share": self.modality_share,
+            "tokens_per_second": self.tokens_per_second,
+            "precision": self.precision,
+            "max_batch_size": self.max_batch_size,
+        }
 
-def _bins(config: DictConfig, where: str) -> tuple[Bin, ...] | None:
-    bins = config.get("bucket_duration_bins")
-    return None if bins is None else as_bins(OmegaConf.to_container(bins, resolve=True), where)
+    # Finding batch sizes
+
+    def _calibrated(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        groups: Mapping[str, Group],
+        train_ds: DictConfig,
+        fingerprint: dict[str, Any],
+    ) -> Profile:
+        adapter = adapter_for(module)
+        budget = self._budget(trainer)
+        options = SearchOptions(
+            budget=round(budget * (1 - self.safety_margin)),
+            zipped=is_zip(train_ds),
+            modality_share=self.modality_share,
+            precision=self.precision,
+            max_batch_size=self.max_batch_size,
+            timed=self.mode != "plan",
+        )
+        logging.info(
+            f"OOMptimizer: finding batch sizes for {sum(len(g.buckets) for g in groups.values())} buckets in "
+            f"{shown_bytes(options.budget)} ({self.mode})."
+        )
+        with self._stage(trainer, module, adapter) as meter:
+            calibration = Calibration(trainer, module, adapter, meter, options, self.listener)
+            calibration.run(list(groups.values()))
+        return Profile(
+            groups={
+                name: Buckets(group.bins, tuple(calibration.results[b].batch_size for b in group.buckets))
+                for name, group in groups.items()
+            },
+            settings=self._settings(budget),
+            fingerprint=fingerprint,
+            measures={name: calibration.measures(group) for name, group in groups.items()},
+        )
+
+    def _budget(self, trainer: Trainer) -> int:
+        if self.mode == "plan":
+            return parse_memory(self.memory_budget, "OOMptimizer.memory_budget")
+        budget = budget_of(trainer.strategy.root_device, self.memory_fraction, self.memory_budget)
+        # What is free differs between devices; all must decide the same.
+        least = torch.tensor(budget, device=trainer.strategy.root_device)
+        if world_size() > 1:
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return int(least)
+
+    @contextmanager
+    def _stage(self, trainer: Trainer, module: LightningModule, adapter: Adapter) -> Iterator[Meter]:
+        """Where steps are run: on the device, or on fake tensors."""
+        if self.mode != "plan":
+            yield meter_for(trainer.strategy.root_device)
+            return
+        from nemo_emmett.oomptimizer.fake import fake_model
+
+        with ExitStack() as stack:
+            stack.enter_context(fake_model(module, trainer.optimizers))
+            stack.enter_context(adapter.planning())
+            yield TensorMeter(trainer.strategy.root_device)
+
+    # Guard
+
+    def _adapter_for_guard(self, module: LightningModule) -> Adapter | None:
+        try:
+            return adapter_for(module)
+        except ConfigError as error:
+            if self.guard_is_asked_for:
+                raise
+            logging.warning(f"OOMptimizer: batch sizes are set, but nothing guards the training: {error}")
+            return None
+
+    def _start_guard(
+        self, trainer: Trainer, module: LightningModule, adapter: Adapter, groups: Mapping[str, Group]
+    ) -> None:
+        assert self.profile is not None
+        sizes = {
+            bucket: size
+            for name, group in groups.items()
+            for bucket, size in zip(group.buckets, self.profile.groups[name].bucket_batch_size, strict=True)
+        }
+        slopes = {
+            bucket: measure.memory.slope
+            for name, of_group in self.profile.measures.items()
+            for bucket, measure in zip(groups[name].buckets, of_group, strict=True)
+            if measure.memory is not None
+        }
+        self._guard = Guard(
+            adapter,
+            list(groups.values()),
+            sizes,
+            self._guard_meter(trainer),
+            budget_of(trainer.strategy.root_device, self.memory_fraction, self.memory_budget),
+            self._save,
+            slopes,
+        )
+        self._guard.install(trainer, module)
+
+    def _stop_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.uninstall()
+            self._guard = None
+
+    def _guard_meter(self, trainer: Trainer) -> Meter:
+        device = trainer.strategy.root_device
+        # On the CPU each operation would be followed, which takes time: only where a budget asks for it.
+        return Unmetered() if device.type == "cpu" and self.memory_budget is None else meter_for(device)
+
+    def _save(self, sizes: dict[Bucket, int], events: list[Event]) -> None:
+        assert self.profile is not None
+        of_group: dict[str, list[int]] = {}
+        for bucket, size in sizes.items():  # in the order of the buckets
+            of_group.setdefault(bucket.group, []).append(size)
+        lowered = replace(self.profile, events=()).with_batch_sizes(of_group)
+        replace(lowered, events=(*self.profile.events, *events)).write(self.path)
+
+
+def _train_ds(trainer: Trainer, module: LightningModule) -> tuple[DictConfig, str]:
+    """The config of the training data, and its place."""
+    for owner in (getattr(trainer, "datamodule", None), module):
+        train_ds = getattr(getattr(owner, "cfg", None), "train_ds", None)
+        if isinstance(train_ds, DictConfig):
+            return train_ds, "train_ds"
+    raise ConfigError(
+        "OOMptimizer: there is nowhere to put batch sizes: neither the datamodule nor the model has a cfg.train_ds."
+    )
+
+
+def _as_in_recipe(
+    groups: Mapping[str, Group], where: str, fingerprint: dict[str, Any], settings: dict[str, Any]
+) -> Profile:
+    """The recipe's own batch sizes as a profile, which is written once guard lowers one of them."""
+    buckets = {}
+    for name, group in groups.items():
+        sizes = group.config.get("bucket_batch_size")
+        if sizes is None or len(sizes) != len(group.buckets):
+            raise ConfigError(
+                f"{f'{where}.{name}'.rstrip('.')}.bucket_batch_size: one is needed for each of the "
+                f"{len(group.buckets)} bins, since mode 'guard' measures nothing; write them, or use mode 'calibrate'."
+            )
+        buckets[name] = Buckets(group.bins, tuple(int(size) for size in sizes))
+    return Profile(buckets, settings=settings, fingerprint=fingerprint)
+
+
+def _check_share(name: str, value: Any, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1:
+        raise ConfigError(f"OOMptimizer.{name}: {value!r} is no share; give a number from {least:g} to below 1.")
 
 
 def _plain(item: Bin) -> Any:
     return list(item) if isinstance(item, tuple) else item
 
 
-def _named(groups: dict[str, Any]) -> str:
+def _named(groups: Mapping[str, Any]) -> str:
     if list(groups) == [ONLY_GROUP]:
         return "one dataset without groups"
     return "the groups " + ", ".join(f"'{name}'" for name in groups)

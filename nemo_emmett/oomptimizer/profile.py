@@ -15,22 +15,37 @@ or, as with NeMo's ``multi_config``, for several groups ::
       text:
         bucket_duration_bins: [[16, 12], [16, 24], [48, 40]]
         bucket_batch_size: [96, 80, 24]
+
+That alone is a profile, for somebody to write by hand. One that was measured says below it with which ``settings``, on
+what (``fingerprint``), and what was measured of each bucket (``measures``); guard adds what happened later
+(``events``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.oomptimizer.yaml_file import Line, as_yaml, write_atomically
 
 ONLY_GROUP = ""
 """Name of the group of a ``train_ds`` that is not a ``multi_config``."""
+
+SECTIONS = ("train_ds", "settings", "fingerprint", "epoch_seconds", "measures", "events")
+"""Keys of a profile."""
+
+HEADER = """\
+# Batch sizes for each bucket, by nemo_emmett's OOMptimizer. Paste `train_ds` into a recipe, or let the callback
+# nemo_emmett.callbacks.OOMptimizer read this file (profile: ...). Sizes are in bytes, times in seconds. To measure
+# anew, delete the file.
+"""
 
 Bin = float | tuple[float, float]
 """Upper bound of a bucket: of the input's length (seconds or tokens), or of input and output lengths."""
@@ -45,17 +60,108 @@ class Buckets:
 
 
 @dataclass(frozen=True)
+class MemoryLine:
+    """The peak of a step of n examples of a bucket: ``max(floor, intercept + slope * n)`` bytes.
+
+    Args:
+        floor: bytes that the optimizer's step needs, whatever the batch.
+        intercept: bytes that are there beside the examples.
+        slope: bytes per example.
+    """
+
+    floor: float
+    intercept: float
+    slope: float
+
+    def peak(self, examples: int) -> float:
+        """Bytes at the worst moment of a step with so many examples."""
+        return max(self.floor, self.intercept + self.slope * examples)
+
+
+@dataclass(frozen=True)
+class TimeLine:
+    """The time of a step of n examples of a bucket: ``overhead + per_example * n`` seconds."""
+
+    overhead: float
+    per_example: float
+
+    def seconds(self, examples: int) -> float:
+        """Seconds that a step with so many examples takes."""
+        return self.overhead + self.per_example * examples
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What was found out about a bucket.
+
+    Args:
+        bin: the bucket's bin.
+        batch_size: examples; what was measured, though guard may have lowered it since.
+        predicted_peak: bytes that its line gives for this batch size.
+        confirmed_peak: bytes that a step of this batch size took; None if none was made.
+        reserved: bytes that the allocator held then; None where there is none.
+        seconds: of a step of this batch size; None where time was not measured.
+        memory: its line.
+        time: its line; None where time was not measured.
+    """
+
+    bin: Bin
+    batch_size: int
+    predicted_peak: int
+    confirmed_peak: int | None = None
+    reserved: int | None = None
+    seconds: float | None = None
+    memory: MemoryLine | None = None
+    time: TimeLine | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A bucket's batch size was lowered during training.
+
+    Args:
+        when: date and time, ISO 8601 with the time zone.
+        step: of the optimizer.
+        bucket: as ``str(bucket)`` says it: ``audio: bucket 3 [16, 12]``.
+        cause: ``out of memory in backward``, ``above the watermark``, ...
+        before: the batch size until then (``from`` in the file).
+        after: the batch size since then (``to`` in the file).
+    """
+
+    when: str
+    step: int
+    bucket: str
+    cause: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Buckets by the name of their dataset group; ``ONLY_GROUP`` where there are no groups."""
+    """Buckets by the name of their dataset group; ``ONLY_GROUP`` where there are no groups.
+
+    Args:
+        groups: bins and batch sizes; what training uses.
+        settings: with which the profile was made: mode, budget in bytes, ...
+        fingerprint: what it was measured on (:mod:`~nemo_emmett.oomptimizer.fingerprint`); empty if written by hand.
+        measures: by group, for each of its buckets in the order of the bins.
+        epoch_seconds: predicted time of an epoch on one device; None where lengths or times are not known.
+        events: what guard did, oldest first.
+    """
 
     groups: dict[str, Buckets]
+    settings: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    measures: dict[str, tuple[Measure, ...]] = field(default_factory=dict)
+    epoch_seconds: float | None = None
+    events: tuple[Event, ...] = ()
 
     @classmethod
     def read(cls, path: str | Path) -> Profile:
         """Read a profile.
 
         Raises:
-            ConfigError: if the file is missing, is no YAML, or holds bins and batch sizes that cannot be used.
+            ConfigError: if the file is missing, is no YAML, or holds what cannot be used.
         """
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -63,12 +169,63 @@ class Profile:
             raise ConfigError(f"{path}: the profile cannot be read: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: the profile is corrupt: {' '.join(str(error).split())}.") from error
-        train_ds = content.get("train_ds") if isinstance(content, dict) else None
-        if not isinstance(train_ds, dict) or not train_ds:
-            raise ConfigError(f"{path}: the profile is corrupt: it has no mapping `train_ds`.")
-        if "bucket_batch_size" in train_ds or "bucket_duration_bins" in train_ds:
-            return cls({ONLY_GROUP: _buckets(train_ds, f"{path}: train_ds")})
-        return cls({name: _buckets(group, f"{path}: train_ds.{name}") for name, group in train_ds.items()})
+        groups = _groups(content, path)
+        check_keys(content, SECTIONS, f"{path}: profile")
+        return cls(
+            groups=groups,
+            settings=_mapping(content, "settings", path),
+            fingerprint=_mapping(content, "fingerprint", path),
+            measures=_measures(content.get("measures"), groups, f"{path}: measures"),
+            epoch_seconds=_number(content, "epoch_seconds", str(path), optional=True),
+            events=_events(content.get("events"), f"{path}: events"),
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Write it as a whole or not at all: a process that dies meanwhile leaves the file as it was.
+
+        Folders that are missing are made. No collective is involved: one rank may write while others fail.
+
+        Raises:
+            ConfigError: if the file cannot be written.
+        """
+        # `train_ds` stands first, to be found and pasted.
+        sections = [HEADER, self.block()]
+        sections += [
+            as_yaml({name: content})
+            for name, content in (
+                ("settings", self.settings),
+                ("fingerprint", self.fingerprint),
+                ("epoch_seconds", self.epoch_seconds),
+                ("measures", self._measures_content()),
+                ("events", [_event_content(event) for event in self.events]),
+            )
+            if content not in (None, {}, [])
+        ]
+        write_atomically(path, "\n".join(sections))
+
+    def block(self) -> str:
+        """``train_ds`` with bins and batch sizes, YAML to be pasted into a recipe; ends in a line break."""
+        groups = {
+            name: {
+                "bucket_duration_bins": list(buckets.bucket_duration_bins),
+                "bucket_batch_size": list(buckets.bucket_batch_size),
+            }
+            for name, buckets in self.groups.items()
+        }
+        return as_yaml({"train_ds": groups.get(ONLY_GROUP, groups)})
+
+    def _measures_content(self) -> Any:
+        content = {name: [_measure_content(m) for m in of_group] for name, of_group in self.measures.items()}
+        return content.get(ONLY_GROUP, content)
+
+    def with_batch_sizes(self, sizes: Mapping[str, Sequence[int]], *events: Event) -> Profile:
+        """The same with other batch sizes for some groups, and with what happened; measures stay as measured."""
+        groups = dict(self.groups)
+        for name, of_group in sizes.items():
+            if len(of_group) != len(groups[name].bucket_duration_bins):
+                raise ValueError(f"{name!r} has {len(groups[name].bucket_duration_bins)} bins, not {len(of_group)}")
+            groups[name] = replace(groups[name], bucket_batch_size=tuple(int(size) for size in of_group))
+        return replace(self, groups=groups, events=(*self.events, *events))
 
 
 def as_bins(bins: Any, where: str) -> tuple[Bin, ...]:
@@ -103,6 +260,18 @@ def shown(bins: Bin | Iterable[Bin]) -> str:
     return f"[{', '.join(shown(item) for item in bins)}]"
 
 
+# What stands in the file
+
+
+def _groups(content: Any, path: str | Path) -> dict[str, Buckets]:
+    train_ds = content.get("train_ds") if isinstance(content, dict) else None
+    if not isinstance(train_ds, dict) or not train_ds:
+        raise ConfigError(f"{path}: the profile is corrupt: it has no mapping `train_ds`.")
+    if "bucket_batch_size" in train_ds or "bucket_duration_bins" in train_ds:
+        return {ONLY_GROUP: _buckets(train_ds, f"{path}: train_ds")}
+    return {str(name): _buckets(group, f"{path}: train_ds.{name}") for name, group in train_ds.items()}
+
+
 def _buckets(group: Any, where: str) -> Buckets:
     if not isinstance(group, dict):
         raise ConfigError(f"{where}: a mapping with bucket_duration_bins and bucket_batch_size is needed.")
@@ -115,6 +284,101 @@ def _buckets(group: Any, where: str) -> Buckets:
     if len(bins) != len(sizes):
         raise ConfigError(f"{where}: there are {len(bins)} bins, but {len(sizes)} batch sizes; each bin needs one.")
     return Buckets(bins, tuple(sizes))
+
+
+def _measure_content(measure: Measure) -> dict[str, Any]:
+    content = asdict(measure)
+    if measure.seconds is not None:
+        content["seconds"] = float(f"{measure.seconds:.6g}")
+    if measure.memory is not None:
+        content["memory"] = Line({name: round(value) for name, value in content["memory"].items()})
+    if measure.time is not None:
+        content["time"] = Line({name: float(f"{value:.6g}") for name, value in content["time"].items()})
+    return content
+
+
+def _measures(content: Any, groups: Mapping[str, Buckets], where: str) -> dict[str, tuple[Measure, ...]]:
+    if content is None:
+        return {}
+    by_group = {ONLY_GROUP: content} if ONLY_GROUP in groups else content
+    if not isinstance(by_group, dict) or by_group.keys() != groups.keys():
+        raise ConfigError(f"{where}: measures of each group of train_ds are needed; remove what was added by hand.")
+    measures = {}
+    for name, entries in by_group.items():
+        place = f"{where}.{name}".rstrip(".")
+        if not isinstance(entries, list):
+            raise ConfigError(f"{place}: a list of measures is needed, not {entries!r}.")
+        measures[name] = tuple(_measure(entry, f"{place}[{number}]") for number, entry in enumerate(entries))
+        if tuple(m.bin for m in measures[name]) != groups[name].bucket_duration_bins:
+            raise ConfigError(
+                f"{place}: the measures are of other bins than those of train_ds; remove the measures, "
+                "or delete the file to measure anew."
+            )
+    return measures
+
+
+def _measure(entry: Any, where: str) -> Measure:
+    _check_record(entry, where)
+    (bin_,) = as_bins([entry.get("bin")], f"{where}.bin")
+    return Measure(
+        bin=bin_,
+        batch_size=_number(entry, "batch_size", where),
+        predicted_peak=_number(entry, "predicted_peak", where),
+        confirmed_peak=_number(entry, "confirmed_peak", where, optional=True),
+        reserved=_number(entry, "reserved", where, optional=True),
+        seconds=_number(entry, "seconds", where, optional=True),
+        memory=_line(MemoryLine, entry, "memory", ("floor", "intercept", "slope"), where),
+        time=_line(TimeLine, entry, "time", ("overhead", "per_example"), where),
+    )
+
+
+def _line(kind: type, entry: Mapping, key: str, names: Sequence[str], where: str) -> Any:
+    if entry.get(key) is None:
+        return None
+    _check_record(entry[key], f"{where}.{key}")
+    return kind(**{name: float(_number(entry[key], name, f"{where}.{key}")) for name in names})
+
+
+def _event_content(event: Event) -> dict[str, Any]:
+    content = asdict(event)
+    return Line({**content, "from": content.pop("before"), "to": content.pop("after")})
+
+
+def _events(content: Any, where: str) -> tuple[Event, ...]:
+    if content is not None and not isinstance(content, list):
+        raise ConfigError(f"{where}: a list of events is needed, not {content!r}.")
+    return tuple(_event(entry, f"{where}[{number}]") for number, entry in enumerate(content or ()))
+
+
+def _event(entry: Any, where: str) -> Event:
+    _check_record(entry, where)
+    return Event(
+        when=str(entry.get("when")),
+        step=_number(entry, "step", where),
+        bucket=str(entry.get("bucket")),
+        cause=str(entry.get("cause")),
+        before=_number(entry, "from", where),
+        after=_number(entry, "to", where),
+    )
+
+
+def _mapping(content: Mapping, key: str, path: str | Path) -> dict[str, Any]:
+    value = content.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {key}: a mapping is needed, not {value!r}.")
+    return value
+
+
+def _check_record(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: a mapping is needed, not {entry!r}.")
+
+
+def _number(entry: Mapping, key: str, where: str, optional: bool = False) -> Any:
+    value = entry.get(key)
+    if not (_is_number(value) or (optional and value is None)):
+        raise ConfigError(f"{where}.{key}: a number is needed, not {value!r}.")
+    return value
 
 
 def _is_number(value: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
@@ -15,6 +17,9 @@ from nemo.core.classes.common import Serialization
 from omegaconf import OmegaConf
 
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
+from nemo_emmett.data.bins import measure
+from nemo_emmett.data.bucketing import optimal_bins, optimal_bins_2d
+from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.errors import ConfigError
 
 
@@ -160,3 +165,54 @@ def test_each_epoch_of_lightning_has_an_order_that_a_resumed_run_finds_again(shu
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     resumed = shuffled.train_dataloader()
     assert [ids_of_epoch(resumed, 1), ids_of_epoch(resumed, 2)] == epochs[1:]
+
+
+class TestResolveBins:
+    """`bucket_duration_bins: auto`, solved for before the loader is built."""
+
+    @pytest.fixture
+    def with_auto(self, config, tokenizer) -> MultimodalDataModule:
+        for group in (config.train_ds.spoken, config.train_ds.written):
+            del group.batch_size
+            group.update(use_bucketing=True, bucket_duration_bins="auto", num_buckets=2, use_multimodal_sampling=True)
+        config.train_ds.written.num_sub_buckets = 2
+        config.train_ds.spoken.measure_total_length = False
+        config.train_ds.token_equivalent_duration = 0.1
+        OmegaConf.set_struct(config, True)
+        return MultimodalDataModule(config, tokenizer, SpeechTextDataset(tokenizer))
+
+    def test_every_group_gets_bins_that_all_its_examples_fit_into(self, with_auto, tokenizer) -> None:
+        with_auto.resolve_bins()
+        train_ds = with_auto.cfg.train_ds
+        spoken, written = (
+            OmegaConf.to_container(group.bucket_duration_bins) for group in (train_ds.spoken, train_ds.written)
+        )
+        assert spoken == optimal_bins(self.lengths(with_auto, "spoken")[:, 0], 2)
+        lengths = self.lengths(with_auto, "written")
+        assert written == optimal_bins_2d(lengths[:, 0], lengths[:, 1], 2, 2)
+        assert max(cap for cap, _ in written) == lengths[:, 0].max()
+
+    def lengths(self, datamodule, group: str):
+        settings = {
+            **OmegaConf.to_container(datamodule.cfg.train_ds),
+            **OmegaConf.to_container(datamodule.cfg.train_ds[group]),
+        }
+        settings.pop("multi_config")
+        measured = measure(settings, datamodule.tokenizer, ExampleKind.TRANSLATION, group, two_dimensional=True)
+        return np.stack(measured.sides, axis=1)
+
+    def test_bins_of_the_recipe_stay(self, datamodule) -> None:
+        before = OmegaConf.to_container(datamodule.cfg)
+        datamodule.resolve_bins()
+        assert OmegaConf.to_container(datamodule.cfg) == before
+
+    def test_no_random_number_is_drawn(self, with_auto) -> None:
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
+        expected = torch.rand(1), random.random(), np.random.rand()
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
+        with_auto.resolve_bins()
+        assert (torch.rand(1), random.random(), np.random.rand()) == expected

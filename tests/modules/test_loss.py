@@ -12,6 +12,7 @@ from nemo_emmett.modules.loss import (
     example_cross_entropies,
     mask_padding,
     modality_loss,
+    sum_over_ranks,
     token_cross_entropy,
 )
 
@@ -56,7 +57,7 @@ def local_loss(weight: torch.Tensor, inputs: dict) -> torch.Tensor:
     """Every token's loss is weight * its number, so the gradient can be told by hand."""
     sums = torch.stack([(weight * torch.tensor(inputs[m])).sum() for m in ("audio", "text")])
     counts = torch.tensor([len(inputs[m]) for m in ("audio", "text")])
-    return modality_loss(sums, counts, torch.tensor([1.0, 0.5]))
+    return modality_loss(sums, sum_over_ranks(counts), torch.tensor([1.0, 0.5]))
 
 
 def rank_gradient(rank: int, port: int, queue) -> None:

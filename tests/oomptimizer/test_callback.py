@@ -8,11 +8,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett.callbacks import OOMptimizer
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.models import SALMT5
+from nemo_emmett.oomptimizer.profile import Profile
+from tests.models.batches import audio_batch
+from tests.oomptimizer.fits import Data as BatchData
+from tests.oomptimizer.fits import trainer_with
+from tests.oomptimizer.injected import Bomb
 
 AUDIO = {"bucket_duration_bins": [4.0, 8.0], "bucket_batch_size": [32, 14]}
 TEXT = {"bucket_duration_bins": [[16.0, 12.0], [48.0, 40.0]], "bucket_batch_size": [96, 24]}
@@ -145,7 +151,7 @@ def test_nowhere_to_put_batch_sizes_is_told(fit) -> None:
 
 
 def test_a_loader_that_was_built_too_early_is_told(fit) -> None:
-    with pytest.raises(ConfigError, match="the profile comes too late"):
+    with pytest.raises(ConfigError, match="the batch sizes come too late"):
         fit(AUDIO, NeedsNumberOfSteps(), Data({}))
 
 
@@ -155,5 +161,186 @@ def test_the_profile_may_come_from_the_environment(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("NEMO_EMMETT_PROFILE", str(path))
     assert OOMptimizer().path == str(path)
     monkeypatch.delenv("NEMO_EMMETT_PROFILE")
-    with pytest.raises(ConfigError, match="no profile is given; name its file here or in the variable"):
-        OOMptimizer()
+    assert OOMptimizer().path is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"mode": "calibrat"}, "OOMptimizer.mode: 'calibrat' is unknown; it can be calibrate, plan, guard."),
+        ({"mode": "plan"}, "OOMptimizer.memory_budget: is missing; a plan is for some memory"),
+        ({"safety_margin": 1}, "OOMptimizer.safety_margin: 1 is no share"),
+        ({"modality_share": 0}, "OOMptimizer.modality_share: 0 is no share"),
+        ({"modality_share": "most"}, "OOMptimizer.modality_share: 'most' is no share"),
+        ({"precision": -0.1}, "OOMptimizer.precision: -0.1 is no share"),
+        ({"memory_fraction": 1.5}, "OOMptimizer.memory_fraction: 1.5 is no share"),
+        ({"memory_budget": "much"}, "OOMptimizer.memory_budget: "),
+    ],
+)
+def test_an_argument_that_cannot_work_is_told_at_once(arguments: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        OOMptimizer(**arguments)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# Calibration in a training
+
+
+BINS = {"bucket_duration_bins": [[1, 8], [2, 8], [2, 20]]}
+
+
+class Losses(Callback):
+    """The losses of the training's steps."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def losses_of(folder: Path, model: LightningModule, batches: list, callback: Callback, train_ds: dict) -> tuple:
+    losses, data = Losses(), BatchData(train_ds, batches)
+    torch.manual_seed(7)  # for dropout
+    trainer_with(folder, callback, losses).fit(model, datamodule=data)
+    return losses.values, data.seen
+
+
+def built(config: dict) -> SALMT5:
+    torch.manual_seed(1)
+    return SALMT5(config)
+
+
+def fifty_batches(config: dict) -> list[dict]:
+    model = built(config)
+    return [audio_batch(model, [(0.4 + 0.02 * i, "ein rotes haus"), (0.9, "zwei autos")], seed=i) for i in range(50)]
+
+
+def test_a_run_that_is_calibrated_equals_one_that_is_given_the_profile(tmp_path: Path, salm_t5_config: dict) -> None:
+    batches, path = fifty_batches(salm_t5_config), tmp_path / "profile.yaml"
+    options = {"profile": path, "memory_budget": "40MiB"}
+    first = losses_of(tmp_path, built(salm_t5_config), batches, OOMptimizer(**options), dict(BINS))
+    assert path.exists()
+    (tmp_path / "by_hand.yaml").write_text(Profile.read(path).block())
+    by_hand = OOMptimizer(profile=tmp_path / "by_hand.yaml", guard=False)
+    second = losses_of(tmp_path, built(salm_t5_config), batches, by_hand, dict(BINS))
+    nothing = losses_of(tmp_path, built(salm_t5_config), batches, Callback(), dict(BINS))
+    assert len(first[0]) == 50
+    assert first[0] == second[0] == nothing[0]  # to the last bit
+    assert first[1] == second[1]
+    assert len(first[1]["bucket_batch_size"]) == 3
+
+
+def test_a_profile_that_is_there_is_used_and_not_measured_again(tmp_path: Path, salm_t5_config: dict) -> None:
+    path, heard = tmp_path / "profile.yaml", []
+    for _ in range(2):
+        callback = OOMptimizer(profile=path, memory_budget="40MiB", listener=heard.append)
+        trainer_with(tmp_path, callback).fit(built(salm_t5_config), datamodule=BatchData(dict(BINS)))
+    assert len(heard) == 3
+
+
+def test_without_a_path_runs_of_the_same_kind_share_a_profile(tmp_path: Path, salm_t5_config: dict) -> None:
+    def fit(bins: list) -> None:
+        callback = OOMptimizer(memory_budget="40MiB", guard=False)
+        data = BatchData({"bucket_duration_bins": bins})
+        trainer_with(tmp_path, callback).fit(built(salm_t5_config), datamodule=data)
+
+    for bins in ([1, 2], [1, 2], [1, 3]):
+        fit(bins)
+    assert len(list(tmp_path.glob("oomptimizer-*.yaml"))) == 2
+
+
+def test_a_profile_of_something_else_is_refused_with_what_differs(tmp_path: Path, salm_t5_config: dict) -> None:
+    options = {"profile": tmp_path / "profile.yaml", "memory_budget": "40MiB"}
+    trainer_with(tmp_path, OOMptimizer(**options)).fit(built(salm_t5_config), datamodule=BatchData(dict(BINS)))
+    trainer = trainer_with(tmp_path, OOMptimizer(**options), precision="bf16-mixed", accumulate_grad_batches=2)
+    with pytest.raises(ConfigError) as error:
+        trainer.fit(built(salm_t5_config), datamodule=BatchData(dict(BINS)))
+    assert "precision" in str(error.value)
+    assert "accumulate_grad_batches" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_gives_the_batch_sizes_that_calibration_gives(tmp_path: Path, salm_t5_config: dict) -> None:
+    train_ds = {"bucket_duration_bins": [[s, o] for s in (1, 3) for o in (6, 20)]}
+    found = {}
+    for mode in ("calibrate", "plan"):
+        path = tmp_path / f"{mode}.yaml"
+        model = built(salm_t5_config)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        callback = OOMptimizer(mode=mode, profile=path, memory_budget="40MiB", guard=False)
+        trainer_with(tmp_path, callback).fit(model, datamodule=BatchData(dict(train_ds)))
+        found[mode] = Profile.read(path)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert found["plan"].groups == found["calibrate"].groups
+    for planned, measured in zip(found["plan"].measures[""], found["calibrate"].measures[""], strict=True):
+        assert planned.confirmed_peak == pytest.approx(measured.confirmed_peak, rel=0.01)
+        assert planned.seconds is None
+
+
+def test_a_plan_made_elsewhere_is_used_where_its_training_runs(tmp_path: Path, salm_t5_config: dict) -> None:
+    path = tmp_path / "plan.yaml"
+    plan = OOMptimizer(mode="plan", profile=path, memory_budget="40MiB")
+    trainer_with(tmp_path, plan).fit(built(salm_t5_config), datamodule=BatchData(dict(BINS)))
+    data = BatchData(dict(BINS))
+    trainer_with(tmp_path, OOMptimizer(profile=path)).fit(built(salm_t5_config), datamodule=data)
+    assert tuple(data.seen["bucket_batch_size"]) == Profile.read(path).groups[""].bucket_batch_size
+
+
+def test_guard_alone_takes_the_recipes_batch_sizes(tmp_path: Path, salm_t5_config: dict) -> None:
+    data = BatchData(BINS | {"bucket_batch_size": [3, 2, 1]})
+    callback = OOMptimizer(mode="guard", profile=tmp_path / "profile.yaml")
+    trainer_with(tmp_path, callback).fit(built(salm_t5_config), datamodule=data)
+    assert data.seen["bucket_batch_size"] == [3, 2, 1]
+    assert not (tmp_path / "profile.yaml").exists()
+    with pytest.raises(ConfigError, match=r"train_ds\.bucket_batch_size: one is needed for each of the 3 bins"):
+        trainer_with(tmp_path, OOMptimizer(mode="guard")).fit(built(salm_t5_config), datamodule=BatchData(dict(BINS)))
+
+
+@pytest.mark.parametrize(
+    ("bins", "sentence"),
+    [
+        ([2, 1], "train_ds.bucket_duration_bins: bins must rise"),
+        ([1, [2, 3]], "train_ds.bucket_duration_bins: bins are all numbers or all pairs"),
+        (None, "train_ds.bucket_duration_bins: is missing"),
+        ("auto", "train_ds.bucket_duration_bins: 'auto' is not solved for by this datamodule"),
+    ],
+)
+def test_bins_that_cannot_be_used_are_told(tmp_path: Path, salm_t5_config: dict, bins: Any, sentence: str) -> None:
+    train_ds = {} if bins is None else {"bucket_duration_bins": bins}
+    with pytest.raises(ConfigError) as error:
+        trainer_with(tmp_path, OOMptimizer(memory_budget="40MiB")).fit(
+            built(salm_t5_config), datamodule=BatchData(train_ds)
+        )
+    assert str(error.value).startswith(sentence)
+
+
+def test_a_model_without_a_schema_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Model has no `oomptimizer_schema`"):
+        trainer_with(tmp_path, OOMptimizer(memory_budget="40MiB")).fit(Model(), datamodule=BatchData(dict(BINS)))
+
+
+def test_a_step_that_runs_out_of_memory_is_redone_and_the_profile_on_disk_lowered(
+    tmp_path: Path, salm_t5_config: dict
+) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text("train_ds: {bucket_duration_bins: [[1.5, 8], [3, 8]], bucket_batch_size: [4, 2]}\n")
+    model = built(salm_t5_config)
+    batches = [audio_batch(model, [(0.5 + 0.1 * i, "ein rotes haus") for i in range(4)], seed=s) for s in range(6)]
+    bomb = Bomb(model.perception)
+
+    class Charged(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            bomb.phase = "backward" if batch_idx == 3 else None
+
+    losses = Losses()
+    trainer = trainer_with(tmp_path, OOMptimizer(profile=path), Charged(), losses)
+    trainer.fit(model, datamodule=BatchData({}, batches))
+    assert bomb.fired == 1
+    assert trainer.global_step == 6
+    assert len(losses.values) == 6
+    after = Profile.read(path)
+    assert after.groups[""].bucket_batch_size == (3, 2)
+    (event,) = after.events
+    assert (event.step, event.before, event.after, event.cause) == (3, 4, 3, "out of memory in backward")

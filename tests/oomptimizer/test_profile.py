@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.oomptimizer.profile import ONLY_GROUP, Buckets, Profile, as_bins, shown
+from nemo_emmett.oomptimizer.profile import (
+    ONLY_GROUP,
+    Buckets,
+    Event,
+    Measure,
+    MemoryLine,
+    Profile,
+    TimeLine,
+    as_bins,
+    shown,
+)
 
 
 def written(folder: Path, text: str) -> Path:
@@ -82,3 +96,125 @@ def test_a_missing_profile_is_told(tmp_path: Path) -> None:
 def test_bins_are_shown_as_one_writes_them() -> None:
     assert shown(as_bins([1, 2.5], "x")) == "[1, 2.5]"
     assert shown(as_bins([[1, 2], [3, 4.5]], "x")) == "[[1, 2], [3, 4.5]]"
+
+
+# Profiles that were measured
+
+GIB = 2**30
+MEASURED = Profile(
+    groups={
+        "audio": Buckets((4.0, 8.5), (32, 14)),
+        "text": Buckets(((16.0, 12.0), (16.0, 24.0)), (96, 80)),
+    },
+    settings={"mode": "calibrate", "memory_budget": 70 * GIB, "safety_margin": 1e-7},
+    fingerprint={"model": {"class": "nemo_emmett.models.SALMT5"}, "optimizers": [{"class": "AdamW"}], "world_size": 2},
+    measures={
+        "audio": (
+            Measure(
+                bin=4.0,
+                batch_size=32,
+                predicted_peak=69 * GIB,
+                confirmed_peak=69 * GIB + 1,
+                reserved=70 * GIB,
+                seconds=0.25,
+                memory=MemoryLine(5.0 * GIB, 3.0 * GIB, 2.0 * GIB),
+                time=TimeLine(0.05, 0.00625),
+            ),
+            Measure(bin=8.5, batch_size=14, predicted_peak=68 * GIB),
+        ),
+        "text": tuple(Measure(bin=item, batch_size=9, predicted_peak=GIB) for item in ((16.0, 12.0), (16.0, 24.0))),
+    },
+    epoch_seconds=1234.5,
+    events=(Event("2030-01-02T03:04:05+00:00", 17, "audio: bucket 2 [8.5]", "out of memory in backward", 15, 14),),
+)
+
+
+@pytest.mark.parametrize("group", [None, "audio", "text"], ids=["groups", "one group", "one group in two dimensions"])
+def test_what_is_written_is_read(tmp_path: Path, group: str | None) -> None:
+    profile = MEASURED
+    if group is not None:
+        measures = {ONLY_GROUP: MEASURED.measures[group]}
+        profile = replace(MEASURED, groups={ONLY_GROUP: MEASURED.groups[group]}, measures=measures)
+    path = tmp_path / "new" / "folder" / "profile.yaml"
+    profile.write(path)
+    assert Profile.read(path) == profile
+    assert [file.name for file in path.parent.iterdir()] == ["profile.yaml"]
+
+
+def test_the_first_block_can_be_pasted_into_a_recipe(tmp_path: Path) -> None:
+    MEASURED.write(tmp_path / "profile.yaml")
+    text = (tmp_path / "profile.yaml").read_text()
+    block = text[text.index("train_ds:") : text.index("settings:")]
+    assert block.strip() == MEASURED.block().strip()
+    assert "    bucket_duration_bins: [[16, 12], [16, 24]]\n    bucket_batch_size: [96, 80]\n" in block
+    recipe = OmegaConf.create("data:\n" + textwrap.indent(block, "  ") + "  validation_ds: {batch_size: 1}\n")
+    assert recipe.data.train_ds.audio == {"bucket_duration_bins": [4, 8.5], "bucket_batch_size": [32, 14]}
+    assert recipe.data.validation_ds.batch_size == 1
+
+
+def test_sizes_are_told_for_people_as_well(tmp_path: Path) -> None:
+    MEASURED.write(tmp_path / "profile.yaml")
+    lines = (tmp_path / "profile.yaml").read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert f"  memory_budget: {70 * GIB}  # 70.0 GiB" in lines
+    assert f"    confirmed_peak: {69 * GIB + 1}  # 69.0 GiB" in lines
+
+
+def test_a_writer_that_dies_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "profile.yaml"
+    MEASURED.write(path)
+    before = path.read_text()
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(ConfigError, match=r"profile\.yaml: the file cannot be written: No space left on device"):
+        MEASURED.with_batch_sizes({"audio": [1, 1]}).write(path)
+    assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["profile.yaml"]
+
+
+def test_batch_sizes_are_lowered_with_the_reason() -> None:
+    event = Event("2030-01-02T03:04:05+00:00", 18, "text: bucket 1 [16, 12]", "above the watermark", 96, 90)
+    lowered = MEASURED.with_batch_sizes({"text": [90, 80]}, event)
+    assert lowered.groups["text"].bucket_batch_size == (90, 80)
+    assert lowered.groups["audio"] is MEASURED.groups["audio"]
+    assert lowered.events == (*MEASURED.events, event)
+    assert lowered.measures == MEASURED.measures
+    with pytest.raises(ValueError, match="'text' has 2 bins, not 1"):
+        MEASURED.with_batch_sizes({"text": [90]})
+
+
+def test_lines_tell_peaks_and_times() -> None:
+    line = MemoryLine(floor=100.0, intercept=10.0, slope=20.0)
+    assert [line.peak(n) for n in (1, 4, 5)] == [100.0, 100.0, 110.0]
+    assert TimeLine(0.5, 0.25).seconds(4) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"finger_print": {}}, ": profile.finger_print: there is no such key; did you mean 'fingerprint'?"),
+        ({"settings": [1]}, "settings: a mapping is needed, not [1]"),
+        ({"epoch_seconds": "long"}, "epoch_seconds: a number is needed, not 'long'"),
+        ({"events": {}}, "events: a list of events is needed, not {}"),
+        ({"events": [{"step": None}]}, "events[0].step: a number is needed, not None"),
+        ({"measures": [1]}, "measures of each group of train_ds are needed"),
+        ({"measures": {"audio": [], "text": 1}}, "measures.audio: the measures are of other bins"),
+        ({"measures": {"audio": [3], "text": []}}, "measures.audio[0]: a mapping is needed, not 3"),
+        ({"measures": {"audio": [{"bin": 4}], "text": []}}, "measures.audio[0].batch_size: a number is needed"),
+        (
+            {"measures": {"audio": [{"bin": 4, "batch_size": 1, "predicted_peak": 1, "time": {}}], "text": []}},
+            "measures.audio[0].time.overhead: a number is needed, not None",
+        ),
+    ],
+)
+def test_a_damaged_part_is_told_in_one_sentence(tmp_path: Path, changed: dict, sentence: str) -> None:
+    path = tmp_path / "profile.yaml"
+    MEASURED.write(path)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changed))
+    with pytest.raises(ConfigError) as error:
+        Profile.read(path)
+    assert str(error.value).startswith(str(path))
+    assert sentence in str(error.value)

@@ -1,0 +1,29 @@
+"""Families of models, as OOMptimizer sees them: how to make up a batch, tell its lengths, and cut it in pieces.
+
+- :func:`adapter_for`: the adapter of a model.
+- :func:`register_adapter`: for families of your own.
+- :class:`Adapter`, :class:`Extent`: what an adapter is, and what it tells of a batch.
+- :class:`SpeechTextAdapter` (ours), :class:`SALMAdapter` (NeMo's SALM), :class:`TranscriptAdapter` (CTC, RNN-T),
+  :class:`MultiTaskAdapter` (Canary), :class:`SchemaAdapter` (any other model with NeMo's ``oomptimizer_schema``).
+"""
+
+from __future__ import annotations
+
+from nemo_emmett.oomptimizer.adapters.asr import MultiTaskAdapter, TranscriptAdapter
+from nemo_emmett.oomptimizer.adapters.base import Adapter, Extent
+from nemo_emmett.oomptimizer.adapters.generic import SchemaAdapter
+from nemo_emmett.oomptimizer.adapters.registry import adapter_for, register_adapter
+from nemo_emmett.oomptimizer.adapters.salm import SALMAdapter
+from nemo_emmett.oomptimizer.adapters.speech_text import SpeechTextAdapter
+
+__all__ = [
+    "adapter_for",
+    "register_adapter",
+    "Adapter",
+    "Extent",
+    "SpeechTextAdapter",
+    "SALMAdapter",
+    "TranscriptAdapter",
+    "MultiTaskAdapter",
+    "SchemaAdapter",
+]

@@ -1,0 +1,92 @@
+"""Random token ids and recordings that a model may read.
+
+They are drawn without touching the random states of the training. Token ids and lengths are made by ``torch.tensor``,
+whose values are known under fake tensors too (:mod:`nemo_emmett.oomptimizer.adapters.fakes`).
+
+Shapes: B examples, T tokens, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_emmett.errors import ConfigError
+
+SEED = 20240913
+"""Of the draws: the same shape and size always give the same batch."""
+
+_OF_TOKENIZER = ("pad_id", "eos_id", "bos_id", "unk_id", "pad", "eos", "bos")
+_OF_MODEL = ("audio_locator_id", "audio_locator_tag_id", "text_pad_id", "pad_id")
+
+
+def random_ids(size: int, length: int, vocab_size: int, banned: Collection[int], device: torch.device) -> Tensor:
+    """(B, T) int64, each below ``vocab_size`` and none of them banned.
+
+    Raises:
+        ConfigError: if that leaves nothing.
+    """
+    allowed = np.setdiff1d(np.arange(vocab_size), np.fromiter(banned, dtype=np.int64, count=len(banned)))
+    if not len(allowed):
+        raise ConfigError(
+            f"oomptimizer_schema: a vocabulary of {vocab_size} holds nothing but special tokens; "
+            "give the vocab_size of the embedding table."
+        )
+    draws = np.random.default_rng(SEED).integers(len(allowed), size=(size, length))
+    return torch.tensor(allowed[draws], device=device)
+
+
+def random_recordings(size: int, samples: int, device: torch.device) -> Tensor:
+    """(B, N) float32 noise of a tenth of full scale."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    return torch.randn(size, samples, generator=generator, device=device).mul_(0.1)
+
+
+def full_lengths(size: int, length: int, device: torch.device) -> Tensor:
+    """(B,) int64: every example is as long as the longest."""
+    return torch.tensor([length] * size, device=device)
+
+
+def special_ids(model: Any) -> set[int]:
+    """Ids of the tokenizer's special tokens and of the audio locator: they mean something wherever they stand."""
+    tokenizer = getattr(model, "tokenizer", None)
+    found = [getattr(tokenizer, name, None) for name in _OF_TOKENIZER]
+    found += [getattr(model, name, None) for name in _OF_MODEL]
+    return {value for value in found if isinstance(value, int) and value >= 0}
+
+
+def sampling_rate(model: Any) -> int:
+    """Samples per second that a model expects.
+
+    Raises:
+        ConfigError: if the model does not tell.
+    """
+    for path in (
+        "sampling_rate",
+        "preprocessor._sample_rate",
+        "preprocessor.featurizer.sample_rate",
+        "cfg.sample_rate",
+        "cfg.preprocessor.sample_rate",
+    ):
+        value = _attribute(model, path)
+        if value:
+            return int(value)
+    raise ConfigError(
+        f"model: {type(model).__name__} does not tell how many samples a second of speech has; give it an attribute "
+        "`sampling_rate`."
+    )
+
+
+def samples_of(model: Any, seconds: float) -> int:
+    """Samples of a recording so long, at least one."""
+    return max(1, round(seconds * sampling_rate(model)))
+
+
+def _attribute(holder: Any, path: str) -> Any:
+    for name in path.split("."):
+        holder = getattr(holder, name, None)
+    return holder

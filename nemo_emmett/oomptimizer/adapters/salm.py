@@ -1,0 +1,154 @@
+"""NeMo's SALM: one flat batch, a locator token in it for each recording.
+
+Its batch: ``input_ids`` (B, T) int64, padded on the left; ``loss_mask`` (B, T) bool, true on the answer; ``audios``
+(R, N) float32 and ``audio_lens`` (R,) int64, in the order of the locators.
+
+Shapes: B examples, T tokens, R recordings, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.oomptimizer.adapters.base import Adapter, Extent
+from nemo_emmett.oomptimizer.adapters.draws import (
+    full_lengths,
+    random_ids,
+    random_recordings,
+    samples_of,
+    sampling_rate,
+    special_ids,
+)
+from nemo_emmett.oomptimizer.adapters.fakes import fake_values
+from nemo_emmett.oomptimizer.adapters.lengths import decoder_only_lengths
+from nemo_emmett.oomptimizer.adapters.rows import split_rows, stack_padded, take_rows
+from nemo_emmett.oomptimizer.buckets import Shape
+
+_OF_RECORDINGS = ("audios", "audio_lens")
+
+
+class SALMAdapter(Adapter):
+    """NeMo's ``speechlm2.SALM`` and models that take its batch.
+
+    It cannot train on a batch without recordings: text comes to it only beside speech (``sampler_fusion: zip``).
+    """
+
+    @property
+    def can_split(self) -> bool:  # type: ignore[override]
+        """Only where the loss is known to be SALM's own: the mean over the tokens of the answers."""
+        return any(kind.__name__ == "SALM" for kind in type(self.model).__mro__)
+
+    pads_together = True
+
+    def check_alone(self, modality: str) -> None:
+        """See :meth:`Adapter.check_alone`."""
+        if modality == "text":
+            raise ConfigError(
+                f"train_ds: {type(self.model).__name__} cannot train on a batch of text alone; give "
+                "sampler_fusion: zip, so that each batch holds speech too."
+            )
+
+    def synthetic_batch(self, shape: Shape, size: int, device: torch.device) -> dict[str, Tensor]:
+        """See :meth:`Adapter.synthetic_batch`."""
+        lengths = decoder_only_lengths(shape)
+        recordings = 1 if shape.modality == "audio" else 0
+        context = lengths.context + recordings
+        ids = random_ids(size, context + lengths.answer, self._vocab_size(), special_ids(self.model), device)
+        if recordings:
+            ids[:, context // 2] = self.model.audio_locator_tag_id
+        if size > 1 and context > 1:
+            # One token of padding: without any, attention needs no mask, and batches of real data need one.
+            ids[0, 0] = self.model.text_pad_id
+        answer_columns = [column >= context for column in range(ids.shape[1])]
+        samples = samples_of(self.model, lengths.seconds) if recordings else 0
+        return {
+            "audios": random_recordings(size * recordings, samples, device),
+            "audio_lens": full_lengths(size * recordings, samples, device),
+            "input_ids": ids,
+            "loss_mask": torch.tensor([answer_columns] * size, device=device),
+        }
+
+    def _vocab_size(self) -> int:
+        (size,) = (item["vocab_size"] for item in self.model.oomptimizer_schema["inputs"] if "vocab_size" in item)
+        return size
+
+    def join(self, batches: Sequence[Mapping]) -> dict[str, Tensor]:
+        """See :meth:`Adapter.join`."""
+        speech = [batch for batch in batches if len(batch["audios"])]
+        if not speech:
+            self.check_alone("text")
+        return {
+            "audios": stack_padded([batch["audios"] for batch in speech]),
+            "audio_lens": stack_padded([batch["audio_lens"] for batch in speech]),
+            "input_ids": stack_padded([batch["input_ids"] for batch in batches], self.model.text_pad_id, left=True),
+            "loss_mask": stack_padded([batch["loss_mask"] for batch in batches], False, left=True),
+        }
+
+    def extents(self, batch: Mapping) -> list[Extent]:
+        """See :meth:`Adapter.extents`."""
+        counts, seconds = self._recordings_of_rows(batch), self._seconds_of_rows(batch)
+        answer = batch["loss_mask"].bool()
+        context = (batch["input_ids"] != self.model.text_pad_id) & ~answer & ~self._locators(batch)
+        contexts, answers = context.sum(1).tolist(), answer.sum(1).tolist()
+        found = []
+        for modality in ("audio", "text"):
+            rows = [row for row, count in enumerate(counts) if bool(count) == (modality == "audio")]
+            if rows:
+                longest = (max(values[row] for row in rows) for values in (seconds, contexts, answers))
+                found.append(Extent(modality, len(rows), *longest))
+        return found
+
+    def split_batch(self, batch: Mapping, pieces: int) -> list[dict[str, Any]]:
+        """See :meth:`Adapter.split_batch`; every piece holds a recording, since SALM takes no batch without."""
+        counts = self._recordings_of_rows(batch)
+        speech = split_rows(sum(map(bool, counts)), pieces)
+        with_speech = [row for row, count in enumerate(counts) if count]
+        without = [row for row, count in enumerate(counts) if not count]
+        text = split_rows(len(without), len(speech))
+        text += [[]] * (len(speech) - len(text))
+        rows_of_pieces = (
+            sorted([*(with_speech[i] for i in mine), *(without[i] for i in beside)])
+            for mine, beside in zip(speech, text, strict=True)
+        )
+        return [self._piece(batch, rows, counts) for rows in rows_of_pieces]
+
+    def loss_weight(self, piece: Mapping, whole: Mapping) -> float:
+        """See :meth:`Adapter.loss_weight`: the loss is the mean over all tokens that have a target."""
+        return self._targets(piece) / max(1, self._targets(whole))
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """See :meth:`Adapter.planning`."""
+        with fake_values():
+            yield
+
+    def _piece(self, batch: Mapping, rows: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
+        starts = [sum(counts[:row]) for row in range(len(counts))]
+        recordings = [index for row in rows for index in range(starts[row], starts[row] + counts[row])]
+        return {
+            key: take_rows(value, recordings, sum(counts))
+            if key in _OF_RECORDINGS
+            else take_rows(value, rows, len(counts))
+            for key, value in batch.items()
+        }
+
+    def _locators(self, batch: Mapping) -> Tensor:
+        return batch["input_ids"] == self.model.audio_locator_tag_id
+
+    def _recordings_of_rows(self, batch: Mapping) -> list[int]:
+        return self._locators(batch).sum(1).tolist()
+
+    def _seconds_of_rows(self, batch: Mapping) -> list[float]:
+        rate, lens = sampling_rate(self.model), iter(batch["audio_lens"].tolist())
+        return [sum(next(lens) for _ in range(count)) / rate for count in self._recordings_of_rows(batch)]
+
+    def _targets(self, batch: Mapping) -> int:
+        # As SALM counts: padding and locators have no target wherever the mask is true.
+        has_target = batch["loss_mask"].bool() & (batch["input_ids"] != self.model.text_pad_id)
+        return int((has_target & ~self._locators(batch)).sum())

@@ -1,0 +1,229 @@
+"""The buckets of a recipe's training data, and the worst batch that each of them may give.
+
+A ``train_ds`` has one group of data, or several (NeMo's ``multi_config``). A group's ``bucket_duration_bins`` are in
+seconds or in tokens, in one or two dimensions; what they bound is told here once, as the :class:`Shape` of the longest
+example of a bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.oomptimizer.profile import ONLY_GROUP, Bin, as_bins, shown
+
+TEXT_TYPES = frozenset({"txt", "txt_jsonl", "txt_pair", "parallel_text", "nemo_sft_jsonl"})
+"""Types of sources (NeMo's ``input_cfg``) that hold no speech."""
+
+AUTO_BINS = "auto"
+"""Bins that are solved for when the data is opened."""
+
+TOKENS_PER_SECOND = 12.0
+"""Output tokens beside a second of speech where the bins do not bound them (the default of NeMo's OOMptimizer)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The longest example of a bucket.
+
+    Args:
+        modality: ``audio`` or ``text``.
+        seconds: of speech; 0 for text.
+        input_tokens: of the context; for speech, of what stands beside it in the prompt (0: the prompt alone).
+        output_tokens: of the answer.
+        total: the bin bounds input and output together: a decoder-only model's sequence has ``input_tokens``
+            positions, outputs included.
+    """
+
+    modality: str
+    seconds: float
+    input_tokens: int
+    output_tokens: int
+    total: bool = False
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One bucket of a group.
+
+    Args:
+        group: name of the group of data; ``ONLY_GROUP`` where there is but one.
+        index: its place among the group's bins, from 0.
+        bin: the bin, as the recipe has it.
+        shape: of its longest example.
+    """
+
+    group: str
+    index: int
+    bin: Bin
+    shape: Shape
+
+    def __str__(self) -> str:
+        where = f"{self.group}: " if self.group else ""
+        return f"{where}bucket {self.index + 1} {shown(self.bin)}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of data that is bucketed by itself.
+
+    Args:
+        name: its key in ``train_ds``; ``ONLY_GROUP`` where there is but one.
+        config: its part of the recipe; batch sizes are written into it.
+        buckets: in rising order.
+    """
+
+    name: str
+    config: DictConfig
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def bins(self) -> tuple[Bin, ...]:
+        """The bins, as the recipe has them."""
+        return tuple(bucket.bin for bucket in self.buckets)
+
+    @property
+    def modality(self) -> str:
+        """``audio`` or ``text``."""
+        return self.buckets[0].shape.modality
+
+
+def read_groups(
+    train_ds: DictConfig,
+    where: str = "train_ds",
+    *,
+    token_equivalent_duration: float | None = None,
+    tokens_per_second: float = TOKENS_PER_SECOND,
+) -> dict[str, Group]:
+    """The groups of a ``train_ds`` by name, each with its buckets.
+
+    Args:
+        train_ds: of a recipe.
+        where: its place in the recipe, for messages.
+        token_equivalent_duration: seconds of speech in a token, where the recipe leaves that to the model.
+        tokens_per_second: of output, for one-dimensional bins in seconds.
+
+    Raises:
+        ConfigError: if a group has no bins, bins that do not rise or mix one and two dimensions, or bins in tokens
+            for speech without a ``token_equivalent_duration``.
+    """
+    return {
+        name: _read_group(name, config, train_ds, _place(where, name), token_equivalent_duration, tokens_per_second)
+        for name, config in configs_of_groups(train_ds).items()
+    }
+
+
+def configs_of_groups(train_ds: DictConfig) -> dict[str, DictConfig]:
+    """The configs of a ``train_ds``'s groups by name; itself under ``ONLY_GROUP`` where it has none."""
+    if not train_ds.get("multi_config", False):
+        return {ONLY_GROUP: train_ds}
+    return {
+        str(name): group
+        for name, group in train_ds.items()
+        if isinstance(group, DictConfig) and name != "sampler_weights"
+    }
+
+
+def is_zip(train_ds: DictConfig) -> bool:
+    """Whether each step holds a batch of every group."""
+    return bool(train_ds.get("multi_config", False)) and train_ds.get("sampler_fusion", "round_robin") == "zip"
+
+
+def bins_of(config: DictConfig, where: str) -> tuple[Bin, ...] | None:
+    """The checked bins of a group; None where it has none."""
+    bins = config.get("bucket_duration_bins")
+    if bins is None:
+        return None
+    if bins == AUTO_BINS:
+        raise ConfigError(
+            f"{where}.bucket_duration_bins: 'auto' is not solved for by this datamodule; write the bins "
+            "(`nemo-emmett bins` finds them), or use nemo_emmett.data.MultimodalDataModule."
+        )
+    return as_bins(OmegaConf.to_container(bins, resolve=True) if OmegaConf.is_config(bins) else bins, where)
+
+
+def _read_group(
+    name: str,
+    config: DictConfig,
+    train_ds: DictConfig,
+    where: str,
+    token_equivalent_duration: float | None,
+    tokens_per_second: float,
+) -> Group:
+    bins = bins_of(config, where)
+    if bins is None:
+        raise ConfigError(
+            f"{where}.bucket_duration_bins: is missing; OOMptimizer finds a batch size for each bucket, so write the "
+            "bins (`nemo-emmett bins` finds them)."
+        )
+    modality = "text" if _is_text(config, where) else "audio"
+    in_tokens = bool(config.get("use_multimodal_sampling", train_ds.get("use_multimodal_sampling", False)))
+    if modality == "text" and not in_tokens:
+        raise ConfigError(
+            f"{where}.use_multimodal_sampling: is false, so the bins are in seconds, but the group holds text alone; "
+            "set it to true."
+        )
+    frame = config.get("token_equivalent_duration", train_ds.get("token_equivalent_duration"))
+    frame = frame or token_equivalent_duration
+    if modality == "audio" and in_tokens and not frame:
+        raise ConfigError(
+            f"{where}.token_equivalent_duration: is missing; the bins are in tokens, so the seconds of speech in a "
+            "token must be known."
+        )
+    total = in_tokens and bool(config.get("measure_total_length", True))
+    measure = _Measure(modality, float(frame or 0), in_tokens, total, tokens_per_second)
+    buckets = tuple(Bucket(name, index, item, measure.shape(item)) for index, item in enumerate(bins))
+    return Group(name, config, buckets)
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """How a group measures its examples."""
+
+    modality: str
+    seconds_per_token: float
+    in_tokens: bool
+    total: bool
+    tokens_per_second: float
+
+    def shape(self, item: Bin) -> Shape:
+        if isinstance(item, tuple):
+            longest, outputs, total = item[0], math.floor(item[1]), False
+        elif self.in_tokens:
+            # One number bounds the input, or both together: neither can be longer, so both are taken to be as long.
+            longest, outputs, total = item, math.floor(item), self.total
+        else:
+            longest, outputs, total = item, math.ceil(item * self.tokens_per_second), False
+        if self.modality == "text":
+            return Shape("text", 0.0, math.floor(longest), outputs, total)
+        # The worst batch of a bucket in tokens is all speech.
+        seconds = longest * self.seconds_per_token if self.in_tokens else longest
+        return Shape("audio", seconds, math.floor(longest) if total else 0, outputs, total)
+
+
+def _is_text(config: DictConfig, where: str) -> bool:
+    """Whether all sources of a group surely hold text alone."""
+    types = [str(entry.get("type")) for entry in _sources(config.get("input_cfg"), where)]
+    return bool(types) and all(kind in TEXT_TYPES for kind in types)
+
+
+def _sources(input_cfg: Any, where: str) -> Iterator[Mapping]:
+    if isinstance(input_cfg, str):
+        try:
+            input_cfg = OmegaConf.load(input_cfg)
+        except OSError as error:
+            raise ConfigError(f"{where}.input_cfg: {input_cfg} cannot be read: {error.strerror}.") from error
+    for entry in input_cfg or ():
+        if entry.get("type") == "group":
+            yield from _sources(entry.get("input_cfg"), where)
+        else:
+            yield entry
+
+
+def _place(where: str, name: str) -> str:
+    return f"{where}.{name}" if name else where

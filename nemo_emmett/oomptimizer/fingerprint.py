@@ -1,0 +1,182 @@
+"""What a profile was measured on: a batch size that fits one model, optimizer and device may not fit another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.oomptimizer.buckets import Group
+from nemo_emmett.oomptimizer.profile import ONLY_GROUP, shown
+
+LIBRARIES = ("torch", "nemo_toolkit", "lightning", "transformers")
+"""Distributions whose versions decide how much memory a step takes."""
+
+RUN_SPECIFIC_KEYS = frozenset(
+    {
+        "train_ds",
+        "validation_ds",
+        "test_ds",
+        "predict_ds",
+        "pretrained_weights",
+        "tokenizer",  # its vocabulary shows in the parameters
+        "tokenizer_path",
+        "lr",
+        "sched",
+        "lr_scheduler",
+        "modality_loss_weights",
+        "max_new_tokens",
+        "validation_bleu",
+        "log_prediction",
+        "nemo_version",
+    }
+)
+"""Keys of a model's config that change from run to run and take no memory in training."""
+
+HASH_DIGITS = 12
+SHORT_HASH_DIGITS = 8
+
+
+def fingerprint_of(
+    trainer: Trainer, module: LightningModule, groups: Mapping[str, Group], *, planned: bool = False
+) -> dict[str, Any]:
+    """What decides the memory of a training step, as plain values for a profile.
+
+    Args:
+        trainer: with its optimizers set up, as it is at the start of the fit.
+        module: the model, not wrapped.
+        groups: buckets of the training data (:func:`~nemo_emmett.oomptimizer.buckets.read_groups`).
+        planned: nothing was run: device, strategy and world size are those of the machine that plans, so they are left
+            out, and a training compares only the rest.
+    """
+    fingerprint = {
+        "model": {"class": _class_name(module), "config": config_hash(getattr(module, "cfg", None))},
+        "parameters": _parameters(module),
+        "optimizers": [_optimizer(optimizer) for optimizer in trainer.optimizers],
+        "precision": str(trainer.precision),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        # Of a local build ("2.13.0+cpu") the release alone counts.
+        "versions": {library: metadata.version(library).partition("+")[0] for library in LIBRARIES},
+        "bins": _bins(groups),
+    }
+    if not planned:
+        fingerprint |= {
+            "strategy": type(trainer.strategy).__name__,
+            "world_size": trainer.world_size,
+            "device": _device(trainer.strategy.root_device),
+        }
+    return fingerprint
+
+
+def check_fingerprint(stored: Mapping[str, Any], actual: Mapping[str, Any], path: str) -> None:
+    """Refuse a profile that was measured on something else.
+
+    Only what is stored is compared: a profile written by hand has no fingerprint, one that was planned no device.
+
+    Raises:
+        ConfigError: naming every field that differs, with both values.
+
+    Example:
+        >>> check_fingerprint({"world_size": 1}, {"world_size": 1, "precision": "bf16"}, "profile.yaml")
+    """
+    actual_values = dict(_flat(actual))
+    differing = [
+        f"{field} was {_in_words(value)} and is {_in_words(actual_values.get(field))}"
+        for field, value in _flat(stored)
+        if value != actual_values.get(field)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path}: the profile was made for something else ({'; '.join(differing)}); delete the file to measure "
+            "anew, or name another profile."
+        )
+
+
+def short_hash(fingerprint: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits, for a file name: the same for equal fingerprints, whatever the order of their keys."""
+    return _hash(fingerprint)[:SHORT_HASH_DIGITS]
+
+
+def config_hash(cfg: Any) -> str | None:
+    """Hash of a model's config: blind to the order of keys, to run-specific ones, and to the folders of files."""
+    if cfg is None:
+        return None
+    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
+    return _hash(_essence(plain))[:HASH_DIGITS]
+
+
+def _essence(value: Any) -> Any:
+    """A config without what may differ between two runs that take the same memory."""
+    if isinstance(value, Mapping):
+        return {str(key): _essence(item) for key, item in value.items() if str(key) not in RUN_SPECIFIC_KEYS}
+    if isinstance(value, (list, tuple)):
+        return [_essence(item) for item in value]
+    if isinstance(value, str):
+        return value.rstrip("/").rpartition("/")[2]  # the same model may lie elsewhere on another machine
+    return value
+
+
+def _parameters(module: LightningModule) -> dict[str, Any]:
+    parameters = list(module.named_parameters())
+    described = sorted((name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in parameters)
+    return {
+        "total": sum(p.numel() for _, p in parameters),
+        "trainable": sum(p.numel() for _, p in parameters if p.requires_grad),
+        "hash": _hash(described)[:HASH_DIGITS],
+    }
+
+
+def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its class, and the settings that decide how much state it keeps: switches (``amsgrad``), and momentum or none."""
+    settings = {
+        name: value
+        for name, value in sorted(optimizer.defaults.items())
+        if isinstance(value, (bool, str, type(None))) and name not in RUN_SPECIFIC_KEYS
+    }
+    if "momentum" in optimizer.defaults:
+        settings["momentum"] = bool(optimizer.defaults["momentum"])
+    return {"class": _class_name(optimizer), **settings}
+
+
+def _bins(groups: Mapping[str, Group]) -> Any:
+    bins = {name: shown(group.bins) for name, group in groups.items()}
+    return bins.get(ONLY_GROUP, bins)
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    """Name and memory in bytes. A CPU shares its memory with everything else: there the budget alone counts."""
+    if device.type != "cuda":
+        return {"name": device.type}
+    properties = torch.cuda.get_device_properties(device)
+    return {"name": properties.name, "memory": properties.total_memory}
+
+
+def _class_name(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _flat(fields: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings and lists, each with its path: ``device.name``."""
+    if isinstance(fields, Mapping):
+        for key, value in fields.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(fields, (list, tuple)):
+        for number, value in enumerate(fields):
+            yield from _flat(value, f"{name}[{number}]")
+    else:
+        yield name, fields
+
+
+def _in_words(value: Any) -> str:
+    return "nothing" if value is None else str(value)

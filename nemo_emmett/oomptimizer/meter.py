@@ -1,0 +1,260 @@
+"""How much memory a training step takes: one interface, whatever measures it."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one step took.
+
+    Args:
+        peak: bytes of tensors alive at the worst moment, weights and optimizer state included.
+        resident: bytes alive before the step began (weights, optimizer state, held gradients).
+        held: bytes alive at the end of the forward pass.
+        seconds: wall time of the step; 0 where nothing is computed.
+        reserved: bytes that the allocator held at most; None where there is none. ``reserved - peak`` is fragmentation.
+        out_of_memory: the device ran out of memory: ``peak`` is then what was reached before.
+    """
+
+    peak: int
+    resident: int
+    held: int
+    seconds: float
+    reserved: int | None = None
+    out_of_memory: bool = False
+
+
+class Meter(ABC):
+    """Counts bytes on one device."""
+
+    @abstractmethod
+    def track(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that exist already (weights, buffers, optimizer state); a no-op where the device knows."""
+
+    @abstractmethod
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measure what runs inside; the peak starts anew from what is alive."""
+
+    @property
+    @abstractmethod
+    def alive(self) -> int:
+        """Bytes alive now."""
+
+    @property
+    @abstractmethod
+    def peak(self) -> int:
+        """Most bytes alive at once since :meth:`measuring` began."""
+
+    @property
+    def reserved(self) -> int | None:
+        """Most bytes that the allocator held since :meth:`measuring` began, if there is an allocator."""
+        return None
+
+    def synchronize(self) -> None:  # noqa: B027 - nothing to wait for, where a device computes at once
+        """Wait until the device has done what it was told."""
+
+
+class Unmetered(Meter):
+    """Measures nothing, at no cost: every step takes 0 bytes."""
+
+    def track(self, tensors: Iterable[Tensor]) -> None:
+        """Nothing is counted."""
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Nothing is measured."""
+        yield
+
+    @property
+    def alive(self) -> int:
+        """0."""
+        return 0
+
+    @property
+    def peak(self) -> int:
+        """0."""
+        return 0
+
+
+class TensorMeter(Meter):
+    """Exact bytes of tensors, whatever the device: counts storages as operations hand them out.
+
+    Every storage counts once, from the operation that makes it until nothing holds it any more: views share it, and
+    operations in place keep it. What autograd saves for the backward pass counts as long as autograd holds it. Under
+    ``FakeTensorMode``, entered before :meth:`measuring`, the numbers are those of the real step. Not seen is what a
+    kernel allocates and frees within itself, and what existed before, unless it is given to :meth:`track` or an
+    operation hands it out.
+
+    Between two measurements nothing new is counted, but what dies is subtracted; so a loop may measure every one of
+    its steps.
+
+    Args:
+        device: the device whose tensors count; without an index, every device of its type.
+
+    Example:
+        >>> meter = TensorMeter(torch.device("cpu"))
+        >>> x = torch.zeros(1000)  # 4,000 bytes
+        >>> meter.track([x])
+        >>> with meter.measuring():
+        ...     y = (x + 1).view(10, 100).exp()
+        >>> meter.alive, meter.peak
+        (8000, 12000)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = torch.device(device)
+        self._entries: dict[int, _Entry] = {}  # by the id of the storage, which its entry outlives by nothing
+        self._alive = 0
+        self._peak = 0
+
+    def track(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that exist already; what is counted is not counted again."""
+        for tensor in tensors:
+            for part in _parts(tensor):
+                self._count(part)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measure what runs inside; the peak starts anew from what is alive."""
+        self._peak = self._alive
+        with _Watch(self._count), _resizes_told_to(self._resized):
+            yield
+
+    @property
+    def alive(self) -> int:
+        """Bytes of the counted storages that still exist."""
+        return self._alive
+
+    @property
+    def peak(self) -> int:
+        """Most bytes alive at once since :meth:`measuring` began."""
+        return self._peak
+
+    def _count(self, tensor: Tensor) -> None:
+        # Every result of every operation comes through here: two look-ups, if its storage is known.
+        if tensor.layout is not torch.strided:
+            self.track([tensor])
+            return
+        storage = tensor.untyped_storage()
+        entry = self._entries.get(id(storage))
+        if entry is not None:
+            if entry.nbytes != storage.nbytes():
+                self._resized(storage)
+        elif self._is_on_device(tensor.device):
+            self._entries[id(storage)] = _Entry(storage, self._freed)
+            self._add(storage.nbytes())
+
+    def _is_on_device(self, device: torch.device) -> bool:
+        return device.type == self._device.type and self._device.index in (None, device.index)
+
+    def _add(self, nbytes: int) -> None:
+        self._alive += nbytes
+        if self._alive > self._peak:
+            self._peak = self._alive
+
+    def _resized(self, storage: UntypedStorage) -> None:
+        entry = self._entries.get(id(storage))
+        if entry is not None:
+            difference, entry.nbytes = storage.nbytes() - entry.nbytes, storage.nbytes()
+            self._add(difference)
+
+    def _freed(self, entry: _Entry) -> None:
+        del self._entries[entry.key]
+        self._alive -= entry.nbytes
+
+
+class _Entry(weakref.ref):
+    """A storage that is counted: known without being kept alive."""
+
+    __slots__ = ("key", "nbytes")
+
+    def __new__(cls, storage: UntypedStorage, when_freed: Callable[[_Entry], None]) -> _Entry:
+        return super().__new__(cls, storage, when_freed)
+
+    def __init__(self, storage: UntypedStorage, when_freed: Callable[[_Entry], None]) -> None:
+        super().__init__(storage, when_freed)
+        self.key = id(storage)
+        self.nbytes = storage.nbytes()
+
+
+_DEVICE = torch.ops.prim.device.default
+
+
+class _Watch(TorchDispatchMode):
+    """Shows every tensor that an operation returns, on its way back to whoever called it."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, show: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._show = show
+
+    def __torch_dispatch__(self, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if types and _has_wrapper(types):
+            return NotImplemented  # wrappers (DTensor) come back as operations on the tensors that they wrap
+        if func is _DEVICE:
+            return args[0].device  # what autograd asks of every fake tensor; their own property answers much faster
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(result, Tensor):
+            self._show(result)
+        elif isinstance(result, (tuple, list)):
+            self._show_all(result)
+        return result
+
+    def _show_all(self, results: Iterable[Any]) -> None:
+        for result in results:
+            if isinstance(result, Tensor):
+                self._show(result)
+            elif isinstance(result, (tuple, list)):
+                self._show_all(result)
+
+
+@functools.lru_cache
+def _has_wrapper(types: tuple[type, ...]) -> bool:
+    return any(is_traceable_wrapper_subclass_type(kind) for kind in types)
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """What holds the memory of a tensor that has no storage itself: sparse ones, and wrappers such as DTensor."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            if isinstance(part := getattr(tensor, name), Tensor):  # a DTensor lists its device mesh as well
+                yield from _parts(part)
+    elif tensor.layout is torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout is torch.strided:
+        yield tensor
+
+
+@contextmanager
+def _resizes_told_to(listener: Callable[[UntypedStorage], None]) -> Iterator[None]:
+    """FSDP frees and regains parameters by ``UntypedStorage.resize_``, which is no operation that a mode sees."""
+    original = UntypedStorage.resize_
+
+    def resize_(storage: UntypedStorage, nbytes: int) -> None:
+        original(storage, nbytes)
+        listener(storage)
+
+    UntypedStorage.resize_ = resize_
+    try:
+        yield
+    finally:
+        UntypedStorage.resize_ = original

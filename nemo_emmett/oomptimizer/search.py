@@ -1,0 +1,353 @@
+"""The largest batch size of each bucket whose step stays within a memory budget, from few steps.
+
+The peak f(n) of a step with n examples is the most that is alive at any point of the program: at each point what does
+not depend on n plus n times what does. So f is convex and piecewise linear, and two facts bracket it after a reading
+(m, p) for all n >= m:
+
+- from above: no point holds less without examples than what lives through the whole step (``base``: weights and
+  optimizer state), so f(n) <= p + (n - m) * (p - base) / m;
+- from below: f is convex, so it lies above the line through two readings; where there is but one, what a bucket of
+  longer examples took at least stands in for f(0): f(n) >= p + (n - m) * (p - nothing) / m.
+
+A probe is made only where the line through what is known, checked by the bound from above when it reaches far, stays
+within the budget, and the search ends when the bound from below shows that no larger batch fits, or none that is larger
+by more than ``precision``. The first buckets take a few probes. They give the line of all others
+(:class:`~nemo_emmett.oomptimizer.lines.MemoryModel`), most of which then need one probe, the one that confirms the
+answer, or two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.oomptimizer.buckets import Bucket
+from nemo_emmett.oomptimizer.lines import MemoryModel, Sample, lengths
+from nemo_emmett.oomptimizer.memory import shown
+from nemo_emmett.oomptimizer.meter import Reading
+from nemo_emmett.oomptimizer.profile import MemoryLine
+
+Probe = Callable[[Bucket, int], Reading]
+"""Runs one step with so many examples of a bucket's worst case."""
+
+PRECISION = 0.01
+"""A batch size is good enough when none fits that is larger by more than this share."""
+
+MAX_BATCH_SIZE = 8192
+"""No bucket gets more examples, whatever the memory."""
+
+FAR, FAR_ALONE, FAR_KNOWN = 1.1, 1.03, 1.5
+"""Up to this factor beyond the last of two readings, beyond the only one, or beyond either where other buckets tell
+where lines begin, the line is trusted; further, the bound from above must agree."""
+
+NEAR = 0.8
+"""Where a second, smaller probe must tell whether a larger size may fit, it has this share of the examples."""
+
+OF_OTHERS = 1.1
+"""The line of a bucket may begin higher than those of others by this factor."""
+
+_ENOUGH = 4
+"""From so many buckets on, their common model is trusted with the next one."""
+
+_LEAST_ERROR, _MOST_ERROR = 0.002, 0.2
+"""How wrong a prediction for an unseen bucket may be at least and at most, as a share of the peak."""
+
+_ERROR_OF_DISTANCE = 0.03
+"""How much more for a size twice that of a known bucket of longer examples."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found for a bucket.
+
+    Args:
+        bucket: which.
+        batch_size: examples.
+        predicted_peak: bytes that the step was expected to take, before the probe that confirmed it.
+        confirmed: the reading of a step of this size; worked out from a larger one's where not ``measured``.
+        line: of the bucket's memory.
+        probes: steps that were run for it.
+        measured: whether a step of this very size was run.
+    """
+
+    bucket: Bucket
+    batch_size: int
+    predicted_peak: float
+    confirmed: Reading
+    line: MemoryLine
+    probes: int
+    measured: bool = True
+
+
+@dataclass
+class _Readings:
+    """What is known of one bucket."""
+
+    bucket: Bucket
+    base: float
+    of_size: dict[int, Reading] = field(default_factory=dict)
+    most: int = MAX_BATCH_SIZE  # a larger size is known not to fit
+    exceeded: tuple[int, float] | None = None  # the smallest size that was seen not to fit, and its peak
+    predicted: float = 0.0  # of the last probe
+
+    @property
+    def fitting(self) -> int:
+        """The largest size that was seen to fit; 0 if none was."""
+        return max(self.of_size, default=0)
+
+    @property
+    def last(self) -> Reading:
+        return self.of_size[self.fitting]
+
+    def rise_at_most(self) -> float:
+        """Bytes that one more example can take."""
+        return (self.last.peak - self.base) / self.fitting
+
+    @property
+    def smallest_peak(self) -> float:
+        """Of all its steps."""
+        return min((reading.peak for reading in self.of_size.values()), default=math.inf)
+
+    def intercept(self) -> float | None:
+        """Where the line through the two largest sizes that fit begins."""
+        secant = self.secant()
+        return None if secant is None else self.last.peak - secant * self.fitting
+
+    def rise_at_least(self, nothing: float) -> float:
+        """Bytes that one more example does take, where a step without examples takes ``nothing`` at most."""
+        rises = [(self.last.peak - min(nothing, self.last.peak)) / self.fitting]
+        if (secant := self.secant()) is not None:
+            rises.append(secant)
+        return max(rises)
+
+    def secant(self) -> float | None:
+        """Slope of the line through the two largest sizes that fit."""
+        if len(self.of_size) < 2:
+            return None
+        smaller, larger = sorted(self.of_size)[-2:]
+        return (self.of_size[larger].peak - self.of_size[smaller].peak) / (larger - smaller)
+
+
+class Search:
+    """Finds batch sizes, bucket after bucket, and learns from each for the next.
+
+    Args:
+        probe: runs a step; its readings above the budget, or out of memory, tell that a size does not fit.
+        budget: bytes that a step may take.
+        base: bytes alive throughout every step (weights and optimizer state).
+        precision: see ``PRECISION``.
+        max_batch_size: no bucket gets more.
+        floor: bytes that the optimizer's step takes, whatever the batch.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        budget: int,
+        base: float,
+        *,
+        precision: float = PRECISION,
+        max_batch_size: int = MAX_BATCH_SIZE,
+        floor: float = 0.0,
+    ) -> None:
+        self._probe = probe
+        self._budget = budget
+        self._base = base
+        self._precision = precision
+        self._max_batch_size = max_batch_size
+        self._floor = floor
+        self._found: list[Result] = []
+        self._known: list[_Readings] = []
+        self._samples: list[Sample] = []
+        self._errors: list[float] = []
+        self._model: MemoryModel | None = None
+
+    @property
+    def model(self) -> MemoryModel | None:
+        """The memory of all buckets seen so far; None before there were enough."""
+        return self._model
+
+    def run(self, buckets: Sequence[Bucket]) -> Iterator[Result]:
+        """Find the batch size of each bucket, in an order from which most is learnt (not theirs).
+
+        Raises:
+            ConfigError: if a bucket does not fit with a single example.
+        """
+        for position in spread_out(len(buckets)):
+            yield self.find(buckets[position])
+
+    def find(self, bucket: Bucket) -> Result:
+        """Find the batch size of one bucket.
+
+        Raises:
+            ConfigError: if it does not fit with a single example.
+        """
+        known = _Readings(bucket, self._base, most=self._most(bucket))
+        probes = 0
+        while known.most - known.fitting > self._precision * known.fitting:
+            size = self._next_size(known)
+            known.predicted = self._predict(known, size)
+            self._note(known, size, self._probe(bucket, size))
+            probes += 1
+        return self._result(known, probes)
+
+    def _most(self, bucket: Bucket) -> int:
+        """No bucket holds more than one whose examples are shorter."""
+        sizes = [r.batch_size * (1 + self._precision) for r in self._found if _within(r.bucket, bucket)]
+        return math.floor(min([self._max_batch_size, *sizes]))
+
+    def _next_size(self, known: _Readings) -> int:
+        if not known.of_size and known.exceeded is None:
+            return min(self._first_guess(known.bucket), known.most)
+        guess = self._between(known) if known.exceeded is not None else self._guess(known)
+        if guess <= known.fitting and known.secant() is None and known.fitting > 1:
+            # Nothing larger is expected to fit: a smaller probe tells for sure, without exceeding the budget.
+            return min(math.ceil(NEAR * known.fitting), known.fitting - 1)
+        return min(max(guess, known.fitting + 1), known.most)
+
+    def _first_guess(self, bucket: Bucket) -> int:
+        """A size that fits, as far as other buckets tell."""
+        # What fits of longer examples fits of these.
+        surely = max((r.batch_size for r in self._found if _within(bucket, r.bucket)), default=1)
+        if self._model is None or len(self._found) < _ENOUGH or (slope := self._model.slope(bucket.shape)) <= 0:
+            return surely
+        guess = (self._budget - self._model.intercept) / slope
+        # The further from what is known, the less is known.
+        error = self._error() + _ERROR_OF_DISTANCE * max(0.0, guess / surely - 1)
+        room = self._budget / (1 + min(error, _MOST_ERROR)) - self._model.intercept
+        return max(surely, math.floor(room / slope))
+
+    def _guess(self, known: _Readings) -> int:
+        """The largest size that fits by the line of the readings so far."""
+        room = self._budget - known.last.peak
+        farthest = known.fitting + _steps(room, self._rise(known))
+        trusted = math.floor(self._trust(known) * known.fitting)
+        if farthest > trusted:
+            safe = known.fitting + _steps(room, known.rise_at_most())
+            farthest = max(safe, min(farthest, trusted))
+        return farthest
+
+    def _trust(self, known: _Readings) -> float:
+        """How far beyond the last reading the line is trusted, as a factor."""
+        if len(self._intercepts()) >= _ENOUGH:
+            return FAR_KNOWN
+        return FAR_ALONE if known.secant() is None else FAR
+
+    def _between(self, known: _Readings) -> int:
+        """The largest size that fits by the line from the readings to one that exceeded the budget."""
+        size, peak = known.exceeded
+        below, low = (known.fitting, known.last.peak) if known.of_size else (0, self._base)
+        rise = (peak - low) / (size - below)
+        if not math.isfinite(rise) or rise <= 0:
+            return (below + size) // 2
+        return min(below + _steps(self._budget - low, rise), size - 1)
+
+    def _rise(self, known: _Readings) -> float:
+        """Bytes that one more example is expected to take."""
+        secant = known.secant()
+        if secant is not None and secant > 0:
+            return secant
+        # Rather too steep than too flat: the next probe must not exceed the budget.
+        intercept = min(self._intercepts(), default=self._base)
+        return (known.last.peak - min(intercept, known.last.peak)) / known.fitting
+
+    def _predict(self, known: _Readings, size: int) -> float:
+        if known.of_size:
+            return known.last.peak + (size - known.fitting) * self._rise(known)
+        return 0.0 if self._model is None else self._model.peak(known.bucket.shape, size)
+
+    def _note(self, known: _Readings, size: int, reading: Reading) -> None:
+        if not known.of_size and known.predicted and not reading.out_of_memory:
+            self._errors.append(abs(reading.peak / known.predicted - 1))
+        if reading.out_of_memory or reading.peak > self._budget:
+            if size == 1:
+                raise ConfigError(_too_long(known.bucket, reading, self._budget))
+            known.most = min(known.most, size - 1)
+            known.exceeded = (size, math.inf if reading.out_of_memory else reading.peak)
+            return
+        known.of_size[size] = reading
+        rise = known.rise_at_least(self._nothing(known))
+        if rise > 0:
+            known.most = min(known.most, size + _steps(self._budget - reading.peak, rise))
+        if size == 1 and not self._second_fits(reading):
+            known.most = 1
+
+    def _nothing(self, known: _Readings) -> float:
+        """What a step would take, at most, without any example, or what the line of the last reading begins with."""
+        longer = [other for other in self._known if _within(known.bucket, other.bucket)]
+        intercepts = [found for other in longer if (found := other.intercept()) is not None]
+        peaks = [other.smallest_peak for other in (*longer, known)]
+        return min([*peaks, *([OF_OTHERS * max(intercepts)] if intercepts else [])])
+
+    def _second_fits(self, reading: Reading) -> bool:
+        """Whether two examples may fit where one takes so much: beside one there is no smaller probe to tell."""
+        intercepts = self._intercepts()
+        return not intercepts or 2 * reading.peak - OF_OTHERS**2 * max(intercepts) <= self._budget
+
+    def _intercepts(self) -> list[float]:
+        """Where the lines of the buckets so far begin, as far as two readings tell."""
+        return [found for known in self._known if (found := known.intercept()) is not None]
+
+    def _result(self, known: _Readings, probes: int) -> Result:
+        size, reading = known.fitting, known.last
+        for examples, of_size in known.of_size.items():
+            if of_size.peak > self._base + (self._budget - self._base) / 2:  # far above the floor
+                self._samples.append(Sample(known.bucket.shape, examples, of_size.peak))
+        if self._samples:
+            self._model = MemoryModel.fit(self._samples)
+        line = self._line(known)
+        result = Result(known.bucket, size, known.predicted or reading.peak, reading, line, probes)
+        self._found.append(result)
+        self._known.append(known)
+        return result
+
+    def _line(self, known: _Readings) -> MemoryLine:
+        size, peak = known.fitting, known.last.peak
+        intercepts = self._intercepts()
+        of_others = float(np.median(intercepts)) if intercepts else self._base
+        of_own = known.intercept()
+        intercept = min(of_others if of_own is None else of_own, peak)
+        return MemoryLine(self._floor, intercept, (peak - intercept) / size)
+
+    def _error(self) -> float:
+        """How wrong the next prediction for an unseen bucket may be, as a share of the peak."""
+        return float(np.clip(3 * max(self._errors[-6:], default=_MOST_ERROR), _LEAST_ERROR, _MOST_ERROR))
+
+
+def spread_out(count: int) -> list[int]:
+    """The numbers 0 to ``count - 1`` in an order that begins with the ends and then halves the gaps.
+
+    Example:
+        >>> spread_out(5)
+        [0, 4, 2, 1, 3]
+    """
+    order = [0, count - 1] if count > 1 else list(range(count))
+    gaps = [(0, count - 1)]
+    for low, high in gaps:
+        middle = (low + high) // 2
+        if middle not in (low, high):
+            order.append(middle)
+            gaps += [(low, middle), (middle, high)]
+    return order
+
+
+def _within(shorter: Bucket, longer: Bucket) -> bool:
+    """Whether the examples of one bucket are no longer than those of the other, in input and output."""
+    return all(a <= b for a, b in zip(lengths(shorter.shape), lengths(longer.shape), strict=True))
+
+
+def _steps(room: float, rise: float) -> int:
+    """How often a rise has room."""
+    return MAX_BATCH_SIZE if rise <= 0 else math.floor(room / rise)
+
+
+def _too_long(bucket: Bucket, reading: Reading, budget: int) -> str:
+    needs = "runs out of memory" if reading.out_of_memory else f"needs {shown(reading.peak)}"
+    return (
+        f"bucket_duration_bins: {bucket} {needs} with one example, but the budget is {shown(budget)}; "
+        "shorten the bins, raise the budget, or make the model lighter (freeze, LoRA, activation checkpointing)."
+    )

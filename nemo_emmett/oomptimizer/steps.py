@@ -1,0 +1,308 @@
+"""The training's own step on synthetic batches: measured, and without a trace.
+
+A step is what Lightning's automatic optimization makes of a batch once training is under way: the forward pass runs
+while the gradients of the step before are still held, they are dropped (unless gradients are accumulated), the backward
+pass makes new ones, the optimizer steps. The model, its wrapper, precision and hooks are those of the training.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import chain
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.memory import garbage_collection_cuda
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from nemo_emmett.errors import ConfigError, ModelError
+from nemo_emmett.modules.loss import world_size
+from nemo_emmett.oomptimizer.memory import is_out_of_memory
+from nemo_emmett.oomptimizer.meter import Meter, Reading
+from nemo_emmett.oomptimizer.trace import local_part, no_trace
+
+
+class TrainingSteps:
+    """Measures steps of a training that is about to begin, and leaves it as if there had been none.
+
+    With several ranks every rank makes the same calls, and all get the same readings: the most of any rank. Under DDP
+    gradients are not averaged meanwhile: that takes no memory beyond the buckets, which are there, and a rank that runs
+    out of memory in its backward pass leaves no other waiting.
+
+    Args:
+        trainer: in ``on_fit_start`` or later, so that the model is on its device and has its optimizer.
+        module: that it trains.
+        meter: of the device that the module is on.
+
+    Raises:
+        ConfigError: if the module or its optimizer takes steps of another kind, or if a model that is sharded by FSDP2
+            runs out of memory.
+
+    Example:
+        >>> with TrainingSteps(trainer, module, meter) as steps:
+        ...     floor = steps.warm_up(adapter.synthetic_batch(shape, 1, device))
+        ...     reading = steps.run(adapter.synthetic_batch(shape, 8, device))
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, meter: Meter) -> None:
+        _check_kind_of_steps(trainer, module)
+        self._trainer = trainer
+        self._module = module
+        self._meter = meter
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._no_trace: AbstractContextManager = no_trace(trainer, module)
+        self._device = trainer.strategy.root_device
+        self._floor: Reading | None = None
+        self._optimizer_seconds = 0.0
+
+    def __enter__(self) -> TrainingSteps:
+        self._no_trace.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._no_trace.__exit__(kind, error, trace)
+        garbage_collection_cuda()
+
+    @property
+    def floor(self) -> Reading:
+        """What :meth:`warm_up` read: no step takes less."""
+        assert self._floor is not None, "warm_up comes first"
+        return self._floor
+
+    def warm_up(self, batch: Any) -> Reading:
+        """Take two whole steps, optimizer included: the first allocates the optimizer's state, the second is measured.
+
+        The optimizer steps with gradients of zero, so that none is too large for the loss scale, and with one for every
+        trained parameter, also where the batch lacks a modality.
+
+        Args:
+            batch: a small one; the peak is then that of the optimizer's step.
+
+        Returns:
+            The second step's reading, or the first's if that ran out of memory.
+        """
+        for _ in range(2):
+            step = _Step(self._trainer, self._module, self._meter, batch)
+            self._floor = self._measure(step, step.optimize)
+            (self._optimizer_seconds,) = _most([step.optimizer_seconds], self._device)
+            if self._floor.out_of_memory:
+                break
+        return self._floor
+
+    def run(self, batch: Any) -> Reading:
+        """Take a step up to the optimizer's part, which no batch makes larger.
+
+        Args:
+            batch: as an adapter makes it.
+
+        Returns:
+            The reading; its seconds include the optimizer's part, as :meth:`warm_up` took it.
+        """
+        assert self._floor is not None, "warm_up comes first"
+        step = _Step(self._trainer, self._module, self._meter, batch)
+        reading = self._measure(step, step.forward, step.backward)
+        optimizer_seconds = self._optimizer_seconds / self._trainer.accumulate_grad_batches
+        return replace(reading, seconds=reading.seconds + optimizer_seconds)
+
+    def _measure(self, step: _Step, *parts: Callable[[], None]) -> Reading:
+        meter = self._meter
+        fits = self._fits(step, step.receive) and self._fits(step, self._hold_gradients)
+        meter.track(self._tensors())
+        batch = [leaf for leaf in tree_leaves(step.batch) if isinstance(leaf, Tensor)]
+        meter.track(batch)
+        resident = meter.alive - sum(tensor.nbytes for tensor in batch)
+        with _without_averaging(self._trainer), meter.measuring():
+            started = time.perf_counter()
+            for part in parts:
+                # All ranks enter the next part, or none: there may be collectives in it.
+                fits = _on_all_ranks(fits and self._fits(step, part), self._device)
+            meter.synchronize()
+            seconds = time.perf_counter() - started
+        if not fits:
+            self._discard(step)
+        held = resident if step.held is None else step.held
+        reading = Reading(meter.peak, resident, held, seconds, meter.reserved, not fits)
+        return _most_of_any_rank(reading, self._device)
+
+    def _fits(self, step: _Step, part: Callable[[], None]) -> bool:
+        """Whether a part of a step finds the memory that it needs; if not, what it took is free again."""
+        try:
+            part()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._check_can_go_on(error)
+            _let_go(error)
+        else:
+            return True
+        # Only now: the error, which leads to all that the failed functions held, is gone with its clause.
+        self._discard(step)
+        return False
+
+    def _check_can_go_on(self, error: Exception) -> None:
+        # What FSDP2 has gathered, and expects next, cannot be put back; and the other ranks wait for this one's shards.
+        if any(isinstance(part, FSDPModule) for part in self._module.modules()):
+            raise ConfigError(
+                "OOMptimizer: a step ran out of memory while it was measured, after which a model that is sharded by "
+                "FSDP2 cannot go on; lower OOMptimizer.memory_fraction or memory_budget."
+            ) from error
+
+    def _discard(self, step: _Step) -> None:
+        step.release()
+        for parameter in self._parameters:
+            parameter.grad = None
+        garbage_collection_cuda()
+
+    def _hold_gradients(self) -> None:
+        """Every step but a training's first begins with the gradients of the one before."""
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """What is there before a step: weights, buffers, gradients, the optimizer's state; of this rank."""
+        state = tree_leaves([optimizer.state for optimizer in self._trainer.optimizers])
+        gradients = (parameter.grad for parameter in self._parameters)
+        for tensor in chain(self._module.parameters(), self._module.buffers(), gradients, state):
+            if isinstance(tensor, Tensor):
+                yield local_part(tensor)
+
+
+class _Step:
+    """One step, in the parts that Lightning's closure and optimizer step have."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule, meter: Meter, batch: Any) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._meter = meter
+        self._optimizer: Optimizer = trainer.optimizers[0]
+        self._output: Any = None
+        self._loss: Tensor | None = None
+        self._closed = 0.0  # when forward and backward pass were done
+        self.batch = batch
+        self.held: int | None = None  # bytes alive at the end of the forward pass
+        self.optimizer_seconds = 0.0
+
+    def receive(self) -> None:
+        """Bring the batch to the device and into the training's precision."""
+        batch = self._trainer.precision_plugin.convert_input(self.batch)
+        self.batch = self._trainer.strategy.batch_to_device(batch)
+
+    def forward(self) -> None:
+        """Compute the loss."""
+        with_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
+        arguments = (self.batch, 0) if with_index else (self.batch,)
+        # What training_step returns beside the loss is held through the backward pass, as Lightning does.
+        self._output = self._trainer.strategy.training_step(*arguments)
+        loss = self._output.get("loss") if isinstance(self._output, Mapping) else self._output
+        if loss is None:
+            raise ModelError(
+                f"{type(self._module).__name__}.training_step returned no loss for a synthetic batch, so its memory "
+                "cannot be measured; leave OOMptimizer out, or return a loss."
+            )
+        self._loss = loss / self._trainer.accumulate_grad_batches
+        self.held = self._meter.alive
+
+    def backward(self) -> None:
+        """Drop the gradients of the step before, or add to them, and compute new ones."""
+        if self._trainer.accumulate_grad_batches == 1:
+            self._module.optimizer_zero_grad(self._trainer.current_epoch, 0, self._optimizer)
+        self._trainer.strategy.backward(self._loss, self._optimizer)
+        self.release()
+
+    def optimize(self) -> None:
+        """Take the whole step."""
+        self._trainer.strategy.optimizer_step(self._optimizer, self._closure, model=self._module)
+        self._meter.synchronize()
+        self.optimizer_seconds = time.perf_counter() - self._closed
+
+    def release(self) -> None:
+        """Let go of the loss and all that it was computed from."""
+        self._output = self._loss = None
+
+    @torch.enable_grad()
+    def _closure(self) -> Tensor:
+        self.forward()
+        loss = self._loss.detach()
+        self.backward()
+        for parameter in self._module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+        self._meter.synchronize()
+        self._closed = time.perf_counter()
+        return loss
+
+
+def _check_kind_of_steps(trainer: Trainer, module: LightningModule) -> None:
+    if not module.automatic_optimization:
+        raise ConfigError(
+            f"OOMptimizer: {type(module).__name__} optimizes by itself (automatic_optimization is false), so its steps "
+            "cannot be measured; leave OOMptimizer out and set bucket_batch_size by hand."
+        )
+    for optimizer in trainer.optimizers:
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ConfigError(
+                f"OOMptimizer: {type(optimizer).__name__} runs the model several times in a step, so its steps cannot "
+                "be measured; take another optimizer, or leave OOMptimizer out and set bucket_batch_size by hand."
+            )
+
+
+def _without_averaging(trainer: Trainer) -> AbstractContextManager:
+    """Keep DDP from averaging gradients, which would also arrange its buckets anew: a trace."""
+    strategy = trainer.strategy
+    # Where gradients live in the buckets they get there by being averaged; apart, they would take their memory twice.
+    if not isinstance(strategy, ParallelStrategy) or getattr(strategy.model, "gradient_as_bucket_view", False):
+        return nullcontext()
+    return strategy.block_backward_sync()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Cut an error, and those before it, off the functions that they came through, whose variables hold tensors."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def _on_all_ranks(fits: bool, device: torch.device) -> bool:
+    return not _most([not fits], device)[0]
+
+
+def _most_of_any_rank(reading: Reading, device: torch.device) -> Reading:
+    peak, resident, held, seconds, reserved, out_of_memory = _most(
+        [reading.peak, reading.resident, reading.held, reading.seconds, reading.reserved or 0, reading.out_of_memory],
+        device,
+    )
+    return Reading(
+        int(peak),
+        int(resident),
+        int(held),
+        seconds,
+        None if reading.reserved is None else int(reserved),
+        bool(out_of_memory),
+    )
+
+
+def _most(values: Sequence[float], device: torch.device) -> list[float]:
+    """The greatest of all ranks' values, each apart."""
+    if world_size() == 1:
+        return list(values)
+    gathered = torch.tensor(values, dtype=torch.float64, device=device)  # exact for bytes: whole numbers below 2^53
+    dist.all_reduce(gathered, dist.ReduceOp.MAX)
+    return gathered.tolist()

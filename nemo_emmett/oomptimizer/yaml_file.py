@@ -1,0 +1,85 @@
+"""YAML as one would write it by hand, put on the disk as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.oomptimizer.memory import shown
+
+_UNBROKEN = 1_000_000
+"""Columns of a line: lists that are to be pasted are not broken."""
+
+_BYTES = re.compile(r"^( *(?:- )?)(\w*(?:peak|reserved|budget|memory)): (\d+)$", re.MULTILINE)
+"""Lines with a key whose value is in bytes."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists whose items are scalars or short lists stand on one line, and whole numbers have no fraction."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class Line(dict):
+    """A mapping that is written on one line."""
+
+
+def _write_list(dumper: yaml.SafeDumper, items: list) -> yaml.Node:
+    on_one_line = not any(isinstance(item, dict) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=on_one_line)
+
+
+def _write_number(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
+    if value.is_integer() and abs(value) < 1e15:
+        return dumper.represent_int(int(value))
+    return yaml.SafeDumper.represent_float(dumper, value)
+
+
+_Dumper.add_representer(list, _write_list)
+_Dumper.add_representer(tuple, lambda dumper, items: _write_list(dumper, list(items)))
+_Dumper.add_representer(float, _write_number)
+_Dumper.add_representer(
+    Line, lambda dumper, entries: dumper.represent_mapping("tag:yaml.org,2002:map", entries.items(), flow_style=True)
+)
+
+
+def as_yaml(content: dict[str, Any]) -> str:
+    """Nested dicts, lists and scalars as YAML; sizes in bytes are told for people beside them.
+
+    Example:
+        >>> print(as_yaml({"bins": [[4.0, 2.5], [8.0, 9.0]], "peak": 3221225472}), end="")
+        bins: [[4, 2.5], [8, 9]]
+        peak: 3221225472  # 3.0 GiB
+    """
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_UNBROKEN)
+    return _BYTES.sub(lambda line: f"{line.group()}  # {shown(int(line.group(3)))}", text)
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write a file; a process that dies meanwhile leaves the old one whole. Missing folders are made.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with unfinished.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, target)
+        finally:
+            with suppress(OSError):
+                unfinished.unlink()
+    except OSError as error:
+        raise ConfigError(f"{path}: the file cannot be written: {error.strerror}; name another place.") from error

@@ -1,0 +1,188 @@
+"""Batch sizes for steps that hold a batch of every group at once (``sampler_fusion: zip``).
+
+The memory of a step is split once between the modalities. The groups before the last get batch sizes for their share,
+each alone. The last group's are then found in whole steps, beside the heaviest batches of the others, so that what
+modalities really share (activations of the one are freed while the other is computed) is measured, not assumed.
+
+Which batch of a group is the heaviest depends on when the model frees what: either the one with the highest peak of its
+own, or the one that leaves most behind for the backward pass. The first is the companion; with the second the heaviest
+steps are run at the end, and where they exceed the budget, batches that leave so much behind are made smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from nemo_emmett.oomptimizer.buckets import Bucket, Group
+from nemo_emmett.oomptimizer.meter import Reading
+from nemo_emmett.oomptimizer.search import Result, Search
+
+JointProbe = Callable[[Mapping[Bucket, int]], Reading]
+"""Runs one step with so many examples of one bucket of each of some groups."""
+
+SHARES = [share / 20 for share in range(2, 19)]
+"""What ``modality_share: auto`` chooses from."""
+
+
+class ZipSearch:
+    """Finds the batch sizes of groups whose batches share their steps.
+
+    Args:
+        groups: two or more.
+        probe: runs a step.
+        budget: bytes that a step may take.
+        base: bytes alive throughout every step.
+        resident: bytes alive before a step begins.
+        audio_share: of the memory above ``resident``, for groups of speech together; the rest is for text.
+        padded_together: the model pads all groups' examples to one width, so that batches of many short ones and of
+            few long ones are the worse the more they differ: the last group is tried beside both.
+        search_options: of :class:`~nemo_emmett.oomptimizer.search.Search`.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        probe: JointProbe,
+        budget: int,
+        base: float,
+        resident: float,
+        audio_share: float,
+        padded_together: bool = False,
+        **search_options: float,
+    ) -> None:
+        # Speech comes last: its batches are few and large, so text fills what they leave the least well.
+        self._groups = sorted(groups, key=lambda group: group.modality == "audio")
+        self._probe = probe
+        self._budget = budget
+        self._base = base
+        self._resident = resident
+        self._shares = shares_of(self._groups, audio_share)
+        self._padded_together = padded_together
+        self._options = search_options
+
+    def run(self) -> Iterator[Result]:
+        """Find all batch sizes.
+
+        Raises:
+            ConfigError: if a bucket does not fit with a single example in its share.
+        """
+        *others, last = self._groups
+        found = {group.name: list(self._alone(group)) for group in others}
+        companion = {result.bucket: result.batch_size for result in map(_highest, found.values())}
+        companions = [companion, *self._extremes(found)] if self._padded_together else [companion]
+        search = Search(
+            lambda bucket, size: self._worst([{**beside, bucket: size} for beside in companions]),
+            self._budget,
+            self._base,
+            **self._options,
+        )
+        of_last = []
+        for result in search.run(last.buckets):
+            of_last.append(result)
+            yield result
+        for group in others:
+            yield from self._checked(found[group.name], companion, of_last)
+
+    def _extremes(self, found: Mapping[str, Sequence[Result]]) -> list[dict[Bucket, int]]:
+        """The most short examples, and the longest."""
+        most = [max(results, key=lambda result: result.batch_size) for results in found.values()]
+        longest = [max(results, key=lambda result: result.bucket.index) for results in found.values()]
+        return [{result.bucket: result.batch_size for result in results} for results in (most, longest)]
+
+    def _worst(self, steps: Sequence[Mapping[Bucket, int]]) -> Reading:
+        """The reading of the step with the highest peak; one that runs out of memory is the worst."""
+        distinct = {frozenset(step.items()): step for step in steps}
+        readings = [self._probe(step) for step in distinct.values()]
+        return max(readings, key=lambda reading: (reading.out_of_memory, reading.peak))
+
+    def _alone(self, group: Group) -> Iterator[Result]:
+        budget = self._resident + self._shares[group.name] * (self._budget - self._resident)
+        search = Search(lambda bucket, size: self._probe({bucket: size}), round(budget), self._base, **self._options)
+        yield from search.run(group.buckets)
+
+    def _checked(
+        self, results: Sequence[Result], companion: Mapping[Bucket, int], of_last: Sequence[Result]
+    ) -> list[Result]:
+        """The results of a group, lowered where batches leave too much behind beside the heaviest of the last group."""
+        rest = {bucket: size for bucket, size in companion.items() if bucket.group != results[0].bucket.group}
+        results = list(results)
+        beside = _held(_highest(results))
+        while (leaves_most := max(results, key=_held)).bucket not in companion:
+            step = {**rest, leaves_most.bucket: leaves_most.batch_size}
+            more = _held(leaves_most) - beside
+            peak = max(self._peak_beside(step, more, heavy) for heavy in (_highest(of_last), max(of_last, key=_held)))
+            if peak <= self._budget or leaves_most.batch_size == 1:
+                break
+            allowed = _held(leaves_most) - (peak - self._budget)
+            results = [self._leaving_at_most(allowed, result) for result in results]
+        return results
+
+    def _peak_beside(self, step: Mapping[Bucket, int], more: float, heavy: Result) -> float:
+        """Peak of a step beside a batch of the last group, which leaves ``more`` behind than the companion did.
+
+        Where that might exceed the budget, a smaller batch is tried and its line followed.
+        """
+        rise = max(heavy.line.slope, 1.0)
+        excess = heavy.confirmed.peak + max(more, 0.0) - self._budget
+        fewer = min(max(0, math.ceil(excess / rise)), heavy.batch_size - 1)
+        return self._probe({**step, heavy.bucket: heavy.batch_size - fewer}).peak + fewer * rise
+
+    def _leaving_at_most(self, allowed: float, result: Result) -> Result:
+        held = _held(result)
+        if held <= allowed:
+            return result
+        share = max(0.0, allowed - self._resident) / (held - self._resident)
+        size = max(1, min(math.floor(share * result.batch_size), result.batch_size - 1))
+        held = self._resident + (held - self._resident) * size / result.batch_size
+        confirmed = replace(result.confirmed, peak=round(result.line.peak(size)), held=round(held))
+        return replace(
+            result, batch_size=size, predicted_peak=result.line.peak(size), confirmed=confirmed, measured=False
+        )
+
+
+def shares_of(groups: Sequence[Group], audio_share: float) -> dict[str, float]:
+    """What each group may take of the memory: groups of one modality share evenly; one modality alone has it all."""
+    members = {m: [g.name for g in groups if g.modality == m] for m in ("audio", "text")}
+    if not members["audio"] or not members["text"]:
+        return {group.name: 1 / len(groups) for group in groups}
+    share = {"audio": audio_share, "text": 1 - audio_share}
+    return {name: share[modality] / len(names) for modality, names in members.items() for name in names}
+
+
+def best_share(results: Sequence[Result]) -> float:
+    """The share of the memory for speech with the most tokens (and frames' worth of seconds) per second.
+
+    Args:
+        results: of all groups, each found alone; steps must have been timed.
+
+    The step that is judged holds the mean batch of each modality; its time is the sum of theirs.
+    """
+    by_modality = {m: [r for r in results if r.bucket.shape.modality == m] for m in ("audio", "text")}
+
+    def rate(share: float) -> float:
+        parts = {"audio": share, "text": 1 - share}
+        tokens = seconds = 0.0
+        for modality, members in by_modality.items():
+            for result in members:
+                size = parts[modality] * result.batch_size / len(members)
+                tokens += size * _tokens(result.bucket)
+                seconds += size * result.confirmed.seconds / result.batch_size
+        return tokens / seconds
+
+    return max(SHARES, key=rate)
+
+
+def _tokens(bucket: Bucket) -> float:
+    """Output tokens of an example: what both modalities are trained on."""
+    return float(bucket.shape.output_tokens)
+
+
+def _highest(results: Sequence[Result]) -> Result:
+    return max(results, key=lambda result: result.confirmed.peak)
+
+
+def _held(result: Result) -> float:
+    """Bytes alive at the end of the forward pass."""
+    return float(result.confirmed.held)

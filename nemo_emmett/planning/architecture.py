@@ -1,0 +1,75 @@
+"""A model without its weights: to plan its memory, shapes are enough."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from nemo.collections.asr.models import ASRModel
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig
+
+from nemo_emmett.errors import ModelError
+
+
+def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:
+    """The ``model`` section of a recipe that builds the same architecture with random weights.
+
+    Neither the language model's weights nor those of the speech encoder are read; of the encoder's ``.nemo`` file only
+    its config is. What is said there reaches ``perception`` as it does in NeMo's ``setup_speech_encoder``, the recipe's
+    own keys of the encoder included.
+
+    Args:
+        model: of one of our models, or of NeMo's ``SALM``.
+
+    Raises:
+        ModelError: if the config of a pretrained part cannot be read.
+    """
+    section = OmegaConf.to_container(model, resolve=True) if isinstance(model, DictConfig) else dict(model)
+    was_pretrained, section["pretrained_weights"] = section.get("pretrained_weights", True), False
+    if was_pretrained and section.get("perception") is not None:
+        section["perception"] = _perception(section)
+    return section
+
+
+def _perception(section: Mapping[str, Any]) -> dict[str, Any]:
+    perception = dict(section["perception"])
+    asr = _config_of_asr_model(section.get("pretrained_asr"))
+    own = {key: value for key, value in (perception.get("encoder") or {}).items() if value is not None}
+    perception["preprocessor"] = asr["preprocessor"]
+    perception["encoder"] = {**asr["encoder"], **own}
+    width = _width_of_llm(section)
+    perception["output_dim"] = width
+    adapter = perception.get("modality_adapter")
+    if adapter is not None and "output_dim" in adapter:
+        perception["modality_adapter"] = {**adapter, "output_dim": width}
+    return perception
+
+
+def _config_of_asr_model(name: str | None) -> dict[str, Any]:
+    try:
+        with logging.temp_verbosity(logging.ERROR):
+            read = ASRModel.restore_from if name and os.path.exists(name) else ASRModel.from_pretrained
+            return OmegaConf.to_container(read(name, return_config=True), resolve=True)
+    except Exception as error:  # NeMo's own kinds, those of Hugging Face and of the network
+        raise ModelError(
+            f"model.pretrained_asr: the config of '{name}' cannot be read ({_first_line(error)}); give a .nemo file or "
+            "the name of a NeMo ASR model."
+        ) from error
+
+
+def _width_of_llm(section: Mapping[str, Any]) -> int:
+    name = section.get("pretrained_llm")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=section.get("trust_remote_code", False)).hidden_size
+    except Exception as error:
+        raise ModelError(
+            f"model.pretrained_llm: the config of '{name}' cannot be read ({_first_line(error)}); give a folder or a "
+            "Hugging Face name."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,247 @@
+"""Bins and batch sizes as one plan, whose figure of merit is the time of an epoch.
+
+Bins decide how much is padded, and, through the memory that their longest examples take, how large batches can be. An
+example in a bucket of caps (x, y), which has the batch size b, costs
+
+    seconds(x, y) = overhead / b + per_example(x, y),        b = (budget - intercept) / slope(x, y)  rounded down,
+
+a function of the caps alone that does not fall with them: just what the exact solver of
+:mod:`nemo_emmett.data.bucketing` minimises. ``slope`` and ``per_example`` come from a few buckets that were probed, and
+the solver asks for caps that were not; so the bins that it finds are probed in turn, until the time stops falling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import nnls
+
+from nemo_emmett.data.bins import Lengths
+from nemo_emmett.data.bucketing import solve_bins, solve_bins_2d
+from nemo_emmett.data.padding import bucket_of, padding_of
+from nemo_emmett.oomptimizer.profile import MemoryLine
+from nemo_emmett.oomptimizer.search import MAX_BATCH_SIZE
+
+WORTH_ANOTHER_ROUND = 1e-3
+"""Bins that save a smaller share of the time are not followed any further."""
+
+MAX_ROUNDS = 5
+"""Searches for bins at most; the second or third seldom changes anything."""
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A function of a bucket's caps that does not fall: a quadratic polynomial whose coefficients are not negative.
+
+    Args:
+        coefficients: (6,) of 1, x, y, x^2, x*y, y^2, where x is the cap of inputs and y that of outputs; in one
+            dimension y is 0.
+    """
+
+    coefficients: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, caps: ArrayLike, values: ArrayLike) -> Surface:
+        """Least squares of the relative errors.
+
+        Args:
+            caps: (N,) caps or (N, 2) pairs of caps.
+            values: (N,) positive.
+        """
+        values_N = np.asarray(values, dtype=float)
+        rows_N6 = _terms(*_sides(caps)) / values_N[:, None]
+        # Columns of like size: a quadratic term is millions of times its linear one.
+        scale_6 = np.maximum(np.linalg.norm(rows_N6, axis=0), np.finfo(float).tiny)
+        solution_6, _ = nnls(rows_N6 / scale_6, np.ones(len(values_N)), maxiter=1000)
+        return cls(tuple((solution_6 / scale_6).tolist()))
+
+    def __call__(self, inputs: ArrayLike, outputs: ArrayLike = 0.0) -> np.ndarray:
+        """The value at each pair of caps; inputs and outputs broadcast."""
+        return _terms(np.asarray(inputs, dtype=float), np.asarray(outputs, dtype=float)) @ np.array(self.coefficients)
+
+
+def _terms(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    x, y = np.broadcast_arrays(inputs, outputs)
+    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
+
+
+def _sides(caps: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    array = np.asarray(caps, dtype=float)
+    return (array, np.zeros_like(array)) if array.ndim == 1 else (array[:, 0], array[:, 1])
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """The memory of a step with n examples of a bucket: ``intercept + slope(caps) * n`` bytes.
+
+    Args:
+        intercept: bytes beside the examples.
+        slope: bytes per example.
+        max_batch_size: no bucket gets more examples.
+    """
+
+    intercept: float
+    slope: Surface
+    max_batch_size: int = MAX_BATCH_SIZE
+
+    @classmethod
+    def fit(cls, bins: Sequence, sizes: Sequence[int], lines: Sequence[MemoryLine]) -> MemoryModel:
+        """From the batch sizes that were found for some buckets, and the lines that they were found by."""
+        intercept = float(np.median([line.intercept for line in lines]))
+        slopes = [
+            (line.intercept + line.slope * size - intercept) / size for line, size in zip(lines, sizes, strict=True)
+        ]
+        return cls(intercept, Surface.fit(bins, np.maximum(slopes, np.finfo(float).tiny)))
+
+    def batch_sizes(self, budget: float, inputs: ArrayLike, outputs: ArrayLike = 0.0) -> np.ndarray:
+        """The most examples within a budget of bytes, for each pair of caps; 1 where not even one fits."""
+        most = np.floor((budget - self.intercept) / self.slope(inputs, outputs))
+        return np.clip(most, 1, self.max_batch_size)
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """The time of a step with n examples of a bucket: ``overhead + per_example(caps) * n`` seconds."""
+
+    overhead: float
+    per_example: Surface
+
+    def of_example(self, sizes: ArrayLike, inputs: ArrayLike, outputs: ArrayLike = 0.0) -> np.ndarray:
+        """Seconds that one example takes in a batch of each size."""
+        return self.overhead / np.asarray(sizes, dtype=float) + self.per_example(inputs, outputs)
+
+    def of_step(self, size: int, bin_: Any) -> float:
+        """Seconds of a step with so many examples of a bucket."""
+        return float(size * self.of_example(size, *np.atleast_1d(np.asarray(bin_, dtype=float))))
+
+
+@dataclass(frozen=True)
+class BinPlan:
+    """Bins, their batch sizes, and what an epoch with them is like.
+
+    Args:
+        bins: caps, or pairs of caps.
+        sizes: examples of each bucket's batch.
+        examples: that fit into the buckets, of those measured.
+        padding: share of padding in what the batches hold, from 0 to 1.
+        epoch_seconds: predicted, on one device.
+    """
+
+    bins: list
+    sizes: tuple[int, ...]
+    examples: int
+    padding: float
+    epoch_seconds: float
+
+    @classmethod
+    def of(cls, bins: list, sizes: Sequence[int], lengths: Lengths, time: TimeModel) -> BinPlan:
+        """Judge bins and batch sizes by the lengths of a dataset's examples."""
+        padding = padding_of(bins, *lengths.sides)
+        return cls(list(bins), tuple(sizes), padding.kept, padding.share, epoch_seconds(bins, sizes, lengths, time))
+
+    @property
+    def examples_per_second(self) -> float:
+        """Predicted, on one device."""
+        return self.examples / self.epoch_seconds
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Buckets whose batch sizes were found.
+
+    Args:
+        bins: caps, or pairs of caps.
+        sizes: examples of each bucket's batch.
+        lines: of each bucket's memory.
+    """
+
+    bins: list
+    sizes: tuple[int, ...]
+    lines: tuple[MemoryLine, ...]
+
+
+def examples_per_bucket(bins: Sequence, lengths: Lengths) -> np.ndarray:
+    """(K,) how many of the examples each bucket takes; those that fit into none are left out."""
+    buckets = bucket_of(bins, *lengths.sides)
+    return np.bincount(buckets[buckets >= 0], minlength=len(bins))
+
+
+def epoch_seconds(bins: Sequence, sizes: Sequence[int], lengths: Lengths, time: TimeModel) -> float:
+    """Predicted time on one device to train once on every example that fits into a bucket, in full batches."""
+    counts_K, caps = examples_per_bucket(bins, lengths), _sides(bins)
+    return float(counts_K @ time.of_example(sizes, *caps))
+
+
+def fastest_bins(
+    lengths: Lengths, num_buckets: int, num_sub_buckets: int | None, memory: MemoryModel, time: TimeModel, budget: float
+) -> list:
+    """The bins with the shortest epoch, as far as the two models hold: no other bins are faster.
+
+    Args:
+        lengths: of the examples.
+        num_buckets: how many strips of input lengths.
+        num_sub_buckets: how many buckets of output lengths in each; None for one-dimensional bins.
+        memory: gives each bucket its batch size.
+        time: gives each example its time.
+        budget: bytes that a step may take.
+    """
+
+    def cost(*caps: np.ndarray) -> np.ndarray:
+        return time.of_example(memory.batch_sizes(budget, *caps), *caps)
+
+    if num_sub_buckets is None:
+        return solve_bins(lengths.inputs, num_buckets, cost=cost).bins
+    return solve_bins_2d(*lengths.sides, num_buckets, num_sub_buckets, cost=cost).bins
+
+
+def plan_bins(
+    lengths: Lengths,
+    num_buckets: int,
+    num_sub_buckets: int | None,
+    first: Probed,
+    probe: Callable[[list], Probed],
+    time: TimeModel,
+    budget: float,
+) -> BinPlan:
+    """From bins to batch sizes to bins, as long as the predicted time of an epoch falls.
+
+    Args:
+        lengths: of the examples.
+        num_buckets: how many strips of input lengths.
+        num_sub_buckets: how many buckets of output lengths in each; None for one-dimensional bins.
+        first: bins to start from, such as those of least padding, with their batch sizes.
+        probe: finds the batch sizes of other bins.
+        time: what an example takes.
+        budget: bytes that a step may take.
+
+    Returns:
+        The fastest plan that was probed; that of ``first``, if nothing is faster.
+    """
+    seen = [first]
+    best = BinPlan.of(first.bins, first.sizes, lengths, time)
+    for _ in range(MAX_ROUNDS):
+        memory = MemoryModel.fit(*map(list, _joined(seen)))
+        bins = fastest_bins(lengths, num_buckets, num_sub_buckets, memory, time, budget)
+        if any(_same(bins, probed.bins) for probed in seen):
+            break
+        seen.append(probe(bins))
+        plan = BinPlan.of(bins, seen[-1].sizes, lengths, time)
+        gained = plan.epoch_seconds < (1 - WORTH_ANOTHER_ROUND) * best.epoch_seconds
+        best = min(best, plan, key=lambda candidate: candidate.epoch_seconds)
+        if not gained:
+            break
+    return best
+
+
+def _joined(probed: Iterable[Probed]) -> tuple[Iterable, Iterable, Iterable]:
+    """Bins, sizes and lines of several rounds, one after another."""
+    rounds = list(probed)
+    return tuple([item for r in rounds for item in getattr(r, name)] for name in ("bins", "sizes", "lines"))
+
+
+def _same(bins: Sequence, others: Sequence) -> bool:
+    return np.array_equal(np.asarray(bins, dtype=float), np.asarray(others, dtype=float))

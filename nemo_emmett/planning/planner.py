@@ -1,0 +1,207 @@
+"""The search for batch sizes without a device, and for the bins that go with them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
+from nemo.utils import logging
+from omegaconf import DictConfig
+from rich.console import Console
+
+from nemo_emmett.data import MultimodalDataModule
+from nemo_emmett.data.bins import AUTO, Lengths, groups_with_auto_bins, solve
+from nemo_emmett.data.sources import plain
+from nemo_emmett.oomptimizer import OOMptimizer, Profile
+from nemo_emmett.oomptimizer.adapters import adapter_for
+from nemo_emmett.oomptimizer.buckets import configs_of_groups, is_zip, read_groups
+from nemo_emmett.oomptimizer.profile import Measure, TimeLine
+from nemo_emmett.planning.bins_and_sizes import BinPlan, Probed, TimeModel, epoch_seconds, plan_bins
+from nemo_emmett.planning.fake_training import fake_training
+from nemo_emmett.planning.lengths import lengths_of_groups, numbers_of_buckets
+from nemo_emmett.planning.recipe import Build, Training, ddp_bucket_bytes, with_bins, with_groups, without_device
+from nemo_emmett.planning.report import LiveTable, comparison
+from nemo_emmett.planning.timing import Rate, operations_per_example
+
+LEAST_PADDING, SHORTEST_EPOCH = "least padding", "shortest epoch"
+"""What the report calls the two plans."""
+
+
+def fit(training: Training, optimizer: OOMptimizer, table: LiveTable, *others: Callback) -> None:
+    """Begin a training, so that the callback finds its batch sizes, and show them as they are found."""
+    optimizer.listener = table.add
+    training.trainer.callbacks += [optimizer, *others]
+    # The table says what the callback would log, and a line of the log would tear it.
+    with logging.temp_verbosity(logging.WARNING), table.shown():
+        training.trainer.fit(training.model, training.datamodule)
+
+
+@dataclass
+class Planner:
+    """Plans a recipe, with its own bins or others.
+
+    Args:
+        cfg: recipe without its training (:func:`~nemo_emmett.planning.recipe.without_training`).
+        build: builds what it names.
+        budget: bytes that a step may take on each device.
+        safety_margin: share of the budget that stays free.
+        modality_share: of speech, in steps that hold speech and text.
+        title: above the table of results.
+        console: where it is drawn.
+    """
+
+    cfg: DictConfig
+    build: Build
+    budget: int
+    safety_margin: float
+    modality_share: float
+    title: str
+    console: Console
+    operations: dict[str, tuple[list, list[float]]] = field(default_factory=dict)
+    ddp_bytes: int = 0  # of the buckets in which gradients are averaged; known once a model was built
+
+    @property
+    def search_budget(self) -> float:
+        """Bytes that the search may fill."""
+        return (self.budget - self.ddp_bytes) * (1 - self.safety_margin)
+
+    def data(self) -> MultimodalDataModule:
+        """The recipe's data."""
+        with fake_training():
+            return self.build(without_device(self.cfg)).datamodule
+
+    def solve_for_bins(self) -> None:
+        """Put bins in the place of ``bucket_duration_bins: auto``, which needs the data, and so real tensors."""
+        if groups_with_auto_bins(plain(self.cfg.data.train_ds), "data.train_ds"):
+            datamodule = self.data()
+            datamodule.resolve_bins()
+            self.cfg.data.train_ds = datamodule.cfg.train_ds
+
+    def search(
+        self, bins: Mapping[str, Sequence] | None = None, only: str | None = None, *, count_operations: bool = False
+    ) -> Profile:
+        """Find the batch sizes.
+
+        Args:
+            bins: of groups, instead of the recipe's.
+            only: look at this group alone, whose batches must have steps of their own.
+            count_operations: of steps of each group as well, into :attr:`operations`.
+
+        Raises:
+            ConfigError: if a bucket does not fit, or if what the model does cannot be planned.
+        """
+        cfg = with_bins(self.cfg, bins or {})
+        cfg = cfg if only is None else with_groups(cfg, [only])
+        # The model, too, exists on fake tensors only: it would not fit into most machines that plan.
+        with tempfile.TemporaryDirectory() as folder, fake_training():
+            training = self.build(without_device(cfg))
+            self.ddp_bytes = ddp_bucket_bytes(self.cfg.trainer, training.model)
+            path = Path(folder, "profile.yaml")
+            optimizer = OOMptimizer(
+                mode="plan",
+                memory_budget=self.budget - self.ddp_bytes,
+                profile=path,
+                safety_margin=self.safety_margin,
+                modality_share=self.modality_share,
+            )
+            counting = [_CountOperations(self.operations)] if count_operations else []
+            table = LiveTable(self.title, lambda: self.search_budget, self.console, is_timed=False)
+            fit(training, optimizer, table, *counting)
+            return Profile.read(path)
+
+
+class _CountOperations(Callback):
+    """Counts the operations of some steps, once the bins are known.
+
+    Args:
+        counts: receives them, by group.
+    """
+
+    def __init__(self, counts: dict[str, tuple[list, list[float]]]) -> None:
+        self.counts = counts
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count."""
+        groups = read_groups(trainer.datamodule.cfg.train_ds)
+        with adapter_for(pl_module).planning():
+            self.counts.update(operations_per_example(trainer, pl_module, groups))
+
+
+def with_fastest_bins(
+    planner: Planner, rate: Rate, num_buckets: int | None, num_sub_buckets: int | None, limit: int | None
+) -> Profile:
+    """The profile of the bins with the shortest predicted epoch; prints them beside those of least padding.
+
+    Args:
+        planner: finds batch sizes.
+        rate: of the device.
+        num_buckets: strips of input lengths; by default as the recipe has them.
+        num_sub_buckets: buckets of output lengths in each; by default as the recipe has them.
+        limit: examples to measure of each group; by default each example once.
+    """
+    train_ds = planner.cfg.data.train_ds
+    numbers = {name: _numbers(c, num_buckets, num_sub_buckets) for name, c in configs_of_groups(train_ds).items()}
+    two_dimensional = {name: sub_buckets is not None for name, (_, sub_buckets) in numbers.items()}
+    lengths = lengths_of_groups(planner.data(), two_dimensional, limit)
+    least_padding = {name: solve(lengths[name], *numbers[name]) for name in numbers}
+    bins = dict(least_padding)
+    first = planner.search(bins, count_operations=True)
+    times = {name: rate.time_model(*counts) for name, counts in planner.operations.items()}
+    for name in bins:
+        only = None if is_zip(train_ds) else name
+        start = _probed(first, name)
+        best = plan_bins(
+            lengths[name],
+            *numbers[name],
+            start,
+            lambda others, name=name, only=only: _probed(planner.search({**bins, name: others}, only), name),
+            times[name],
+            _budget_of(first, name) if is_zip(train_ds) else planner.search_budget,
+        )
+        bins[name] = best.bins
+        plans = {LEAST_PADDING: BinPlan.of(start.bins, start.sizes, lengths[name], times[name]), SHORTEST_EPOCH: best}
+        planner.console.print("", comparison(plans, f"data.train_ds.{name}".rstrip(".")), sep="\n")
+    planner.console.print(f"Times are predicted, not measured ({rate}); an epoch is one device's.", highlight=False)
+    found = first if bins == least_padding else planner.search(bins)
+    return _with_times(found, times, lengths)
+
+
+def _numbers(config: DictConfig, num_buckets: int | None, num_sub_buckets: int | None) -> tuple[int, int | None]:
+    """How many strips and sub-buckets a group's bins shall have."""
+    bins = config.get("bucket_duration_bins")
+    if bins is None or bins == AUTO:
+        own = config.get("num_buckets") or LhotseDataLoadingConfig.num_buckets, config.get("num_sub_buckets")
+    else:
+        own = numbers_of_buckets([list(b) if not isinstance(b, (int, float)) else b for b in bins])
+    return num_buckets or own[0], num_sub_buckets or own[1]
+
+
+def _probed(profile: Profile, name: str) -> Probed:
+    bins = [list(b) if isinstance(b, tuple) else b for b in profile.groups[name].bucket_duration_bins]
+    lines = tuple(measure.memory for measure in profile.measures[name])
+    return Probed(bins, profile.groups[name].bucket_batch_size, lines)
+
+
+def _budget_of(profile: Profile, name: str) -> float:
+    """What a group may take of steps that it shares with others: as much as its fullest batch does."""
+    return max(measure.confirmed_peak or measure.predicted_peak for measure in profile.measures[name])
+
+
+def _with_times(profile: Profile, times: Mapping[str, TimeModel], lengths: Mapping[str, Lengths]) -> Profile:
+    measures = {name: tuple(_timed(m, times[name]) for m in of_group) for name, of_group in profile.measures.items()}
+    seconds = sum(
+        epoch_seconds(buckets.bucket_duration_bins, buckets.bucket_batch_size, lengths[name], times[name])
+        for name, buckets in profile.groups.items()
+    )
+    return replace(profile, measures=measures, epoch_seconds=float(f"{seconds:.6g}"))
+
+
+def _timed(measure: Measure, time: TimeModel) -> Measure:
+    seconds: Any = time.of_step(measure.batch_size, measure.bin)
+    line = TimeLine(time.overhead, (seconds - time.overhead) / measure.batch_size)
+    return replace(measure, seconds=float(f"{seconds:.6g}"), time=line)

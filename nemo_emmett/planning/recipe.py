@@ -1,0 +1,143 @@
+"""A recipe, changed so that its training ends where batch sizes are known, before the first batch of data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from lightning.pytorch import LightningModule, Trainer
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from nemo_emmett.data import MultimodalDataModule
+from nemo_emmett.data.check import check_keys_of_dataset
+from nemo_emmett.data.sources import plain
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.oomptimizer.buckets import configs_of_groups
+from nemo_emmett.planning.architecture import architecture_only
+
+_NO_TRAINING = {
+    "limit_train_batches": 0,  # the fit begins, with all its hooks, and ends before a loader is built
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Keys of ``trainer`` that keep a fit from training, and from writing anything."""
+
+_HERE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+"""Keys of ``trainer`` for a plan, which is made by one process without a device."""
+
+_SHARDING = ("fsdp", "modelparallel", "automodel", "deepspeed", "megatron")
+"""What the names of strategies hold that put parts of the model on each device."""
+
+
+class Training(Protocol):
+    """All that a recipe names, ready to fit (:class:`nemo_emmett.training.Training`)."""
+
+    trainer: Trainer
+    model: LightningModule
+    datamodule: MultimodalDataModule
+
+
+class Build(Protocol):
+    """Builds what a recipe names (:func:`nemo_emmett.training.build_training`)."""
+
+    def __call__(self, cfg: DictConfig, construction: AbstractContextManager[Any] | None = None) -> Training:
+        """Build it; ``construction`` is entered while the model is built."""
+
+
+def without_training(cfg: DictConfig) -> DictConfig:
+    """The same recipe, whose fit neither trains nor writes, and needs no data beside ``train_ds``.
+
+    Raises:
+        ConfigError: if there is no ``data.train_ds``, or a key of it is misspelt.
+    """
+    if OmegaConf.select(cfg, "data.train_ds") is None:
+        raise ConfigError("data.train_ds: the recipe has none, so there are no buckets to find batch sizes for.")
+    check_keys_of_dataset(plain(cfg.data.train_ds), "data.train_ds")
+    # Resolved as a whole: sections may refer to one another.
+    changed = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    for key in ("exp_manager", "export_dir"):
+        changed.pop(key, None)
+    changed.data = {"train_ds": changed.data.train_ds}
+    changed.trainer.pop("callbacks", None)
+    changed.trainer.update(_NO_TRAINING)
+    return changed
+
+
+def without_device(cfg: DictConfig) -> DictConfig:
+    """The same recipe for a plan: one process on the CPU, and the model's architecture without its weights.
+
+    Raises:
+        ModelError: if the config of a pretrained part cannot be read.
+    """
+    changed = cfg.copy()
+    changed.trainer.update(_HERE)
+    target = changed.model.get("_target_")
+    changed.model = architecture_only(changed.model)
+    changed.model._target_ = target
+    return changed
+
+
+def refuse_sharding(trainer: DictConfig) -> None:
+    """What a device holds of a sharded model is known on the devices only.
+
+    Raises:
+        ConfigError: if the strategy shards the model.
+    """
+    name = strategy_name(trainer)
+    if any(word in name.lower().replace("_", "") for word in _SHARDING):
+        raise ConfigError(
+            f"trainer.strategy: '{name}' puts parts of the model on each device, which cannot be planned without them; "
+            "run `nemo-emmett oomptimize` on the devices."
+        )
+
+
+def strategy_name(trainer: DictConfig) -> str:
+    """Of the trainer's strategy, its alias or the name of its class."""
+    strategy = trainer.get("strategy", "auto")
+    if isinstance(strategy, DictConfig):
+        strategy = str(strategy.get("_target_", "auto")).rpartition(".")[2]
+    return str(strategy)
+
+
+def ddp_bucket_bytes(trainer: DictConfig, model: LightningModule) -> int:
+    """Bytes that each rank takes to average gradients (``DistributedDataParallel``); 0 on one device.
+
+    The buckets hold a copy of every gradient, unless gradients live in them (``gradient_as_bucket_view``).
+    """
+    strategy = trainer.get("strategy", "auto")
+    in_buckets = isinstance(strategy, DictConfig) and strategy.get("gradient_as_bucket_view", False)
+    if in_buckets or not (_has_several_devices(trainer) or "ddp" in strategy_name(trainer).lower()):
+        return 0
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def _has_several_devices(trainer: DictConfig) -> bool:
+    devices = trainer.get("devices", "auto")
+    count = len(devices) if isinstance(devices, ListConfig) else devices
+    return str(count) not in ("1", "auto") or int(trainer.get("num_nodes", 1)) > 1
+
+
+def with_bins(cfg: DictConfig, bins: Mapping[str, Sequence]) -> DictConfig:
+    """The same recipe with other bins for some groups of ``data.train_ds``."""
+    changed = cfg.copy()
+    groups = configs_of_groups(changed.data.train_ds)
+    for name, of_group in bins.items():
+        with open_dict(groups[name]):
+            groups[name].bucket_duration_bins = [list(b) if isinstance(b, (list, tuple)) else b for b in of_group]
+            groups[name].pop("bucket_batch_size", None)
+    return changed
+
+
+def with_groups(cfg: DictConfig, names: Iterable[str]) -> DictConfig:
+    """The same recipe with some groups of ``data.train_ds`` only; for those whose batches have steps of their own."""
+    changed, kept = cfg.copy(), set(names)
+    train_ds = changed.data.train_ds
+    for name in set(configs_of_groups(train_ds)) - kept:
+        train_ds.pop(name)
+    train_ds.pop("sampler_weights", None)
+    return changed

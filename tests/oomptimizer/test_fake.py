@@ -1,0 +1,197 @@
+"""Planning equals measuring: a step on fake tensors reads what the real step reads."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.models import SALMT5
+from nemo_emmett.oomptimizer import fake
+from nemo_emmett.oomptimizer.adapters import adapter_for
+from nemo_emmett.oomptimizer.buckets import Shape
+from nemo_emmett.oomptimizer.fake import fake_construction, fake_model
+from nemo_emmett.oomptimizer.meter import TensorMeter
+from nemo_emmett.oomptimizer.steps import TrainingSteps
+from tests.oomptimizer.fits import AtFitStart, Data, trainer_with
+from tests.oomptimizer.models import tiny_ctc, tiny_salm
+
+CPU = torch.device("cpu")
+SPEECH = Shape("audio", seconds=2.0, input_tokens=4, output_tokens=9)
+TEXT = Shape("text", seconds=0.0, input_tokens=17, output_tokens=12)
+BATCHES = [{SPEECH: 1}, {SPEECH: 5}, {TEXT: 7}, {SPEECH: 3, TEXT: 4}]
+
+
+def read_steps(folder, model, batches, on_fakes: bool, **trainer_options) -> list:
+    """The readings of the optimizer's step and of a step of each batch, in `on_fit_start` of a real `fit`."""
+    readings = []
+
+    def measure(trainer, module):
+        adapter, meter = adapter_for(module), TensorMeter(CPU)
+        with ExitStack() as stack:
+            if on_fakes:
+                stack.enter_context(fake_model(module, trainer.optimizers))
+                stack.enter_context(adapter.planning())
+            steps = stack.enter_context(TrainingSteps(trainer, module, meter))
+            made = [[adapter.synthetic_batch(shape, n, CPU) for shape, n in sizes.items()] for sizes in batches]
+            made = [parts[0] if len(parts) == 1 else adapter.join(parts) for parts in made]
+            readings.append(steps.warm_up(made[0]))
+            readings.extend(steps.run(batch) for batch in made)
+        raise _Measured
+
+    trainer = trainer_with(folder, AtFitStart(measure), **trainer_options)
+    with pytest.raises(_Measured):
+        trainer.fit(model, Data({"bucket_duration_bins": [1.0]}))
+    return [(reading.peak, reading.resident, reading.held) for reading in readings]
+
+
+class _Measured(Exception):
+    """Ends a `fit` before it trains."""
+
+
+def with_lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    model.llm = get_peft_model(model.llm, LoraConfig(r=4, target_modules=["q", "v"], lora_dropout=0.1))
+
+
+def with_checkpointing(model):
+    model.llm.gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize(
+    ("changes", "change", "trainer_options"),
+    [
+        pytest.param({}, None, {}, id="dropout, float32"),
+        pytest.param({}, None, {"precision": "bf16-mixed"}, id="autocast bf16"),
+        pytest.param({}, None, {"precision": "bf16-true"}, id="weights bf16"),
+        pytest.param({}, with_lora, {"precision": "bf16-mixed"}, id="LoRA"),
+        pytest.param({"freeze_params": [r"^perception\.encoder\..+$"]}, None, {}, id="frozen encoder"),
+        pytest.param({}, with_checkpointing, {"precision": "bf16-mixed"}, id="activation checkpointing"),
+        pytest.param({}, None, {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2}, id="accumulated, clipped"),
+        pytest.param({"optimizer": {"_target_": "torch.optim.Adafactor", "lr": 1e-3}}, None, {}, id="Adafactor"),
+    ],
+)
+def test_planned_peaks_of_salm_t5_are_the_measured_ones(tmp_path, salm_t5_config, changes, change, trainer_options):
+    model = SALMT5(salm_t5_config | changes)
+    if change is not None:
+        change(model)
+    planned = read_steps(tmp_path, model, BATCHES, on_fakes=True, **trainer_options)
+    assert planned == read_steps(tmp_path, model, BATCHES, on_fakes=False, **trainer_options)
+    assert planned[2][0] > planned[1][0]
+
+
+def test_a_lent_model_is_what_it_was(tmp_path, salm_t5_config):
+    model = SALMT5(salm_t5_config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.perception.preprocessor.featurizer.extra = torch.ones(3)
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    objects = dict([*model.named_parameters(), *model.named_buffers()])
+    values = {name: tensor.clone() for name, tensor in objects.items()}
+    state = {p: dict(s) for p, s in optimizer.state.items()}
+    attributes = {name: dict(vars(part)) for name, part in model.named_modules()}
+    with fake_model(model, [optimizer]):
+        assert all(type(p).__name__ == "FakeTensor" for p in model.parameters())
+        assert model.llm.shared.weight is model.llm.encoder.embed_tokens.weight
+        assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], model.parameters(), strict=True))
+        assert not optimizer.state
+        adapter = adapter_for(model)
+        with adapter.planning():
+            model.training_step(adapter.synthetic_batch(SPEECH, 2, CPU), 0).backward()
+        optimizer.step()
+        model.extra = 1
+    found = dict([*model.named_parameters(), *model.named_buffers()])
+    assert found.keys() == objects.keys()
+    assert all(found[name] is objects[name] for name in objects)
+    assert all(torch.equal(found[name], values[name]) for name in values)
+    assert {p: dict(s) for p, s in optimizer.state.items()} == state
+    assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], model.parameters(), strict=True))
+    for name, part in model.named_modules():
+        assert vars(part).keys() == attributes[name].keys()
+        assert all(vars(part)[key] is value for key, value in attributes[name].items())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_model_built_of_fake_tensors_has_the_peaks_of_the_real_one(tmp_path, salm_t5_config, precision):
+    model = SALMT5(salm_t5_config)
+    config = dict(model.cfg) | {"pretrained_weights": False}
+    measured = read_steps(tmp_path, model, BATCHES, on_fakes=False, precision=precision)
+    with fake_construction():
+        planned = read_steps(tmp_path, SALMT5(config), BATCHES, on_fakes=True, precision=precision)
+    assert planned == measured
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("build", "batches"),
+    [
+        pytest.param(tiny_salm, [{SPEECH: 1}, {SPEECH: 4}, {SPEECH: 2, TEXT: 3}], id="SALM"),
+        pytest.param(tiny_ctc, [{SPEECH: 1}, {SPEECH: 4}], id="CTC"),
+    ],
+)
+def test_planned_peaks_of_nemo_s_models_are_the_measured_ones(tmp_path, build, batches, precision):
+    planned = read_steps(tmp_path, build(tmp_path), batches, on_fakes=True, precision=precision)
+    assert planned == read_steps(tmp_path, build(tmp_path), batches, on_fakes=False, precision=precision)
+
+
+class Reads(LightningModule):
+    """Its step asks for a value."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read, self.layer = read, torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.read(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("read", "operation"),
+    [
+        (lambda x: x.sum().item(), "_local_scalar_dense"),
+        (lambda x: x[x > 0], "aten.(index.Tensor|nonzero)"),
+        (lambda x: x.detach().numpy(), "a kernel that is none of PyTorch's own"),
+        (lambda x: torch.unique(x), "unique"),
+    ],
+)
+def test_what_needs_values_is_refused_by_name(read, operation):
+    with pytest.raises(ConfigError, match=rf"{operation}.*calibrate") as refusal, fake_model(Reads(read)) as _:
+        Reads(read)(torch.ones(1, 2))
+    assert "Reads.forward (" in str(refusal.value)
+
+
+def test_recalled_outcomes_are_those_of_fake_tensor_mode(tmp_path, salm_t5_config, monkeypatch):
+    model = SALMT5(salm_t5_config)
+    recalled = read_steps(tmp_path, model, BATCHES[-1:], on_fakes=True)
+
+    def ask(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(fake._Recall, "__torch_dispatch__", ask)
+    assert recalled == read_steps(tmp_path, model, BATCHES[-1:], on_fakes=True)
+
+
+def test_recall_keeps_numbers_of_different_types_and_aliases_apart():
+    with fake_construction():
+        x = torch.ones(2, 3, dtype=torch.int64)
+        for _ in range(2):
+            assert [(x + one).dtype for one in (1, 1.0, True)] == [torch.int64, torch.float32, torch.int64]
+            assert x.add_(1) is x
+            view, copied = x.view(3, 2), x.clone()
+            assert view.untyped_storage() is x.untyped_storage() is not copied.untyped_storage()
+        assert x.t_().shape == (3, 2)
+        assert x.t_().shape == (2, 3)
+
+
+def test_tied_weights_and_recurrent_layers_stay_what_they_are():
+    lstm = torch.nn.LSTM(3, 3)
+    lists = lstm._flat_weights, list(lstm._flat_weights)
+    with fake_model(lstm):
+        assert all(type(weight).__name__ == "FakeTensor" for weight in lstm._flat_weights)
+        assert lstm(torch.ones(4, 2, 3))[0].shape == (4, 2, 3)
+    assert lstm._flat_weights is lists[0]
+    assert all(a is b for a, b in zip(*lists, strict=True))

@@ -1,0 +1,189 @@
+"""Batch sizes from a recipe: on this machine, for another, and with the bins that go with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from nemo_emmett.callbacks import OOMptimizer
+from nemo_emmett.data.bins import measure, solve
+from nemo_emmett.data.examples import ExampleKind
+from nemo_emmett.data.sources import plain
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.models import SALMT5
+from nemo_emmett.oomptimizer.profile import Profile
+from nemo_emmett.planning import oomptimize, plan
+from nemo_emmett.training import build_training
+
+from ..oomptimizer.models import tiny_salm
+
+BUDGET = 24 * 2**20
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(record=True, width=140, quiet=False, file=open("/dev/null", "w"))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "profile.yaml"
+
+
+def test_on_the_device_at_hand(recipe, path: Path, tmp_path: Path, console: Console) -> None:
+    options = {"memory_budget": BUDGET, "predict_epoch": True, "output": tmp_path / "sizes.png"}
+    found = oomptimize(recipe, build_training, profile=path, console=console, **options)
+
+    assert Profile.read(path).groups == found.groups
+    assert found.groups["audio"].bucket_duration_bins == (0.6, 1.0)
+    peaks = [m.confirmed_peak or m.predicted_peak for of_group in found.measures.values() for m in of_group]
+    assert all(0.95 * BUDGET < peak / 0.97 <= BUDGET for peak in peaks)
+    # All that fits into the buckets, in full batches, in the measured time of each.
+    lengths = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0] * 2
+    first, second = found.measures["audio"]
+    audio = 4 * first.seconds / first.batch_size + 8 * second.seconds / second.batch_size
+    assert len(lengths) == 12
+    assert found.epoch_seconds > audio
+    text = console.export_text()
+    for shown in ("audio: bucket 2 1", "text: bucket 3 [12, 9]", found.block().splitlines()[-1], str(path)):
+        assert shown in text
+    assert (tmp_path / "sizes.png").read_bytes()[1:4] == b"PNG"
+
+
+class Sizes(Callback):
+    """Notes the batch sizes that training begins with."""
+
+    def on_train_start(self, trainer, module) -> None:
+        self.seen = list(trainer.datamodule.cfg.train_ds.bucket_batch_size)
+
+
+def test_a_plan_finds_what_is_measured_and_a_training_takes_it(
+    text_recipe, tmp_path: Path, console: Console, monkeypatch
+) -> None:
+    built = []
+    original = SALMT5.__init__
+
+    def note(self, cfg) -> None:
+        original(self, cfg)
+        built.append(type(next(self.parameters())).__name__)
+
+    monkeypatch.setattr(SALMT5, "__init__", note)
+    options = {"memory": str(BUDGET), "memory_fraction": 1.0, "console": console}
+    planned = plan(text_recipe, build_training, profile=tmp_path / "plan.yaml", **options)
+    assert built == ["FakeTensor"]  # no weights were made, nor read
+    assert type(torch.ones(1)) is torch.Tensor
+    assert torch.utils.swap_tensors.__module__ == "torch.utils"
+    assert (planned.settings["memory"], planned.epoch_seconds) == (str(BUDGET), None)
+
+    options = {"memory_budget": BUDGET, "console": console}
+    measured = oomptimize(text_recipe, build_training, profile=tmp_path / "measured.yaml", **options)
+    assert planned.groups == measured.groups
+    for of_plan, of_device in zip(planned.measures[""], measured.measures[""], strict=True):
+        assert of_plan.confirmed_peak == of_device.confirmed_peak
+
+    quiet = {"max_steps": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    training = build_training(OmegaConf.merge(text_recipe, {"trainer": quiet}))
+    sizes = Sizes()
+    training.trainer.callbacks += [OOMptimizer(profile=tmp_path / "plan.yaml"), sizes]
+    training.fit()
+    assert sizes.seen == list(planned.groups[""].bucket_batch_size)
+
+
+def test_ddp_leaves_less(text_recipe, path: Path, console: Console) -> None:
+    text_recipe.trainer.devices = 8
+    options = {"memory": str(BUDGET), "memory_fraction": 1.0, "console": console}
+    found = plan(text_recipe, build_training, profile=path, **options)
+    gradients = 4 * found.fingerprint["parameters"]["trainable"]
+    assert found.settings["budget"] == BUDGET - gradients
+
+
+def test_bins_with_the_shortest_epoch(text_recipe, path: Path, console: Console) -> None:
+    options = {"optimise_bins": True, "num_buckets": 2, "num_sub_buckets": 2, "console": console}
+    found = plan(text_recipe, build_training, memory="40MiB", profile=path, **options)
+    bins = found.groups[""].bucket_duration_bins
+    assert len(bins) <= 4
+    measures = found.measures[""]
+    assert all(m.seconds == pytest.approx(m.time.seconds(m.batch_size)) for m in measures)
+    assert found.epoch_seconds == pytest.approx(self_made_epoch(text_recipe, found), rel=1e-3)
+    text = console.export_text()
+    for shown in ("least padding", "shortest epoch", "examples/s", "A100-80GB: 312 TFLOP/s at 35 %"):
+        assert shown in text
+
+
+def self_made_epoch(recipe, profile: Profile) -> float:
+    """Each example's share of a full batch of the smallest bucket that it fits into."""
+    settings = plain(recipe.data.train_ds) | {"prompt_format": "emmett_t5", "audio_locator_tag": "<|audio|>"}
+    tokenizer = SALMT5({k: v for k, v in plain(recipe.model).items() if k != "_target_"}).tokenizer
+    lengths = measure(settings, tokenizer, ExampleKind.TRANSLATION, "x", two_dimensional=True)
+    assert solve(lengths, 2, 2)
+    total = 0.0
+    for pair in zip(*lengths.sides, strict=True):
+        fitting = [
+            m for m in profile.measures[""] if all(cap >= length for cap, length in zip(m.bin, pair, strict=True))
+        ]
+        strip = min(m.bin[0] for m in fitting)
+        measure_of = min((m for m in fitting if m.bin[0] == strip), key=lambda m: m.bin[1])
+        total += measure_of.seconds / measure_of.batch_size
+    return total
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"memory": None}, "--memory: is missing; name the device to plan for"),
+        ({"memory": "much"}, "--memory: 'much' is no device that is known and no amount of memory"),
+        ({"memory": "80GX"}, "--memory: '80GX' has the unit 'gx'"),
+        ({"memory": "10KiB"}, "the optimizer's step alone needs"),
+    ],
+)
+def test_memory_that_cannot_be(text_recipe, path: Path, console: Console, options: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan(text_recipe, build_training, profile=path, console=console, **options)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_sharded_model_is_refused(text_recipe, path: Path, console: Console) -> None:
+    text_recipe.trainer.strategy = {"_target_": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    with pytest.raises(ConfigError, match=r"trainer\.strategy: 'ModelParallelStrategy' puts parts of the model"):
+        plan(text_recipe, build_training, memory="80GiB", profile=path, console=console)
+
+
+def test_a_profile_is_not_overwritten(text_recipe, path: Path) -> None:
+    path.touch()
+    for command in (
+        lambda: oomptimize(text_recipe, build_training, profile=path),
+        lambda: plan(text_recipe, build_training, memory="80GiB", profile=path),
+    ):
+        with pytest.raises(ConfigError, match=r"--profile: '.*profile\.yaml' is there already; delete it, or name"):
+            command()
+
+
+def test_nemos_own_salm(tmp_path: Path, console: Console) -> None:
+    model = OmegaConf.to_container(tiny_salm(tmp_path).cfg)
+    train_ds = {
+        "prompt_format": model["prompt_format"],
+        "audio_locator_tag": model["audio_locator_tag"],
+        "token_equivalent_duration": 0.08,
+        "use_bucketing": True,
+        "use_multimodal_sampling": True,
+        "bucket_duration_bins": [20, 60],
+        "input_cfg": [{"type": "multimodal_conversation", "manifest_filepath": "unread.jsonl"}],
+    }
+    recipe = OmegaConf.create(
+        {
+            "model": {"_target_": "nemo.collections.speechlm2.models.SALM", **model},
+            "data": {"train_ds": train_ds},
+            "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 4},
+        }
+    )
+    options = {"memory_budget": BUDGET, "console": console}
+    measured = oomptimize(recipe, build_training, profile=tmp_path / "measured.yaml", **options)
+    options = {"memory": str(BUDGET), "memory_fraction": 1.0, "console": console}
+    planned = plan(recipe, build_training, profile=tmp_path / "plan.yaml", **options)
+    assert planned.groups == measured.groups
