@@ -23,6 +23,9 @@ TEXT_TYPES = frozenset({"txt", "txt_jsonl", "txt_pair", "parallel_text", "nemo_s
 AUTO_BINS = "auto"
 """Bins that are solved for when the data is opened."""
 
+MUX = "mux"
+"""``sampler_fusion: mux``: groups are but shares of one stream, whose bins stand above them."""
+
 TOKENS_PER_SECOND = 12.0
 """Output tokens beside a second of speech where the bins do not bound them (the default of NeMo's OOMptimizer)."""
 
@@ -120,8 +123,12 @@ def read_groups(
 
 def configs_of_groups(train_ds: DictConfig) -> dict[str, DictConfig]:
     """The configs of a ``train_ds``'s groups by name; itself under ``ONLY_GROUP`` where it has none."""
-    if not train_ds.get("multi_config", False):
+    if not train_ds.get("multi_config", False) or train_ds.get("sampler_fusion") == MUX:
         return {ONLY_GROUP: train_ds}
+    return _groups_in(train_ds)
+
+
+def _groups_in(train_ds: DictConfig) -> dict[str, DictConfig]:
     return {
         str(name): group
         for name, group in train_ds.items()
@@ -208,7 +215,8 @@ class _Measure:
 
 def _is_text(config: DictConfig, where: str) -> bool:
     """Whether all sources of a group surely hold text alone."""
-    types = [str(entry.get("type")) for entry in _sources(config.get("input_cfg"), where)]
+    configs = _groups_in(config).values() if config.get("sampler_fusion") == MUX else [config]
+    types = [str(entry.get("type")) for each in configs for entry in _sources(each.get("input_cfg"), where)]
     return bool(types) and all(kind in TEXT_TYPES for kind in types)
 
 

@@ -35,7 +35,7 @@ class SearchOptions:
         modality_share: of speech, of the memory above what is always there; only where ``zipped``; or ``AUTO_SHARE``.
         precision: a batch size is good enough when none fits that is larger by more than this share.
         max_batch_size: no bucket gets more.
-        timed: steps are really computed, so their times mean something.
+        timed: steps are really computed: their times mean something, and those over the budget may run out of memory.
     """
 
     budget: int
@@ -112,6 +112,7 @@ class Calibration:
             precision=options.precision,
             max_batch_size=options.max_batch_size,
             floor=self._steps.floor.peak,
+            careful=options.timed,
         )
         yield from search.run(group.buckets)
 
@@ -130,6 +131,7 @@ class Calibration:
             precision=self.options.precision,
             max_batch_size=self.options.max_batch_size,
             floor=floor.peak,
+            careful=self.options.timed,
         )
 
     def _probe(self, sizes: Mapping[Bucket, int]) -> Reading:

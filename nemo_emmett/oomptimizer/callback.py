@@ -16,7 +16,7 @@ from nemo.core.classes.common import Serialization
 from nemo.utils import logging
 from omegaconf import DictConfig, open_dict
 
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.modules.loss import world_size
 from nemo_emmett.oomptimizer.adapters import Adapter, adapter_for
 from nemo_emmett.oomptimizer.buckets import (
@@ -193,7 +193,7 @@ class OOMptimizer(Callback, Serialization):
         return read_groups(
             train_ds,
             where,
-            token_equivalent_duration=getattr(module, "token_equivalent_duration", None),
+            token_equivalent_duration=_token_equivalent_duration(module),
             tokens_per_second=self.tokens_per_second,
         )
 
@@ -367,6 +367,14 @@ class OOMptimizer(Callback, Serialization):
             of_group.setdefault(bucket.group, []).append(size)
         lowered = replace(self.profile, events=()).with_batch_sizes(of_group)
         replace(lowered, events=(*self.profile.events, *events)).write(self.path)
+
+
+def _token_equivalent_duration(module: LightningModule) -> float | None:
+    """Seconds of speech behind one position, of models that know it and read speech."""
+    try:
+        return getattr(module, "token_equivalent_duration", None)
+    except ModelError:  # ours, without a speech encoder
+        return None
 
 
 def _train_ds(trainer: Trainer, module: LightningModule) -> tuple[DictConfig, str]:

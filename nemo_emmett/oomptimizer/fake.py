@@ -72,7 +72,7 @@ def _forget(*_: Any) -> None:
 
 
 @contextmanager
-def fake_model(module: Module, optimizers: Iterable[Optimizer] = ()) -> Iterator[None]:
+def fake_model(module: Module, optimizers: Sequence[Optimizer] = ()) -> Iterator[None]:
     """Lend a model fake weights: inside, its steps compute nothing; afterwards it is what it was, to the object.
 
     Parameters, buffers and tensors in attributes of its modules are exchanged for fake ones of the same shape, type

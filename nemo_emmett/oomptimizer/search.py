@@ -40,7 +40,7 @@ PRECISION = 0.01
 MAX_BATCH_SIZE = 8192
 """No bucket gets more examples, whatever the memory."""
 
-FAR, FAR_ALONE, FAR_KNOWN = 1.1, 1.03, 1.5
+FAR, FAR_ALONE, FAR_KNOWN = 1.25, 1.03, 1.5
 """Up to this factor beyond the last of two readings, beyond the only one, or beyond either where other buckets tell
 where lines begin, the line is trusted; further, the bound from above must agree."""
 
@@ -142,6 +142,7 @@ class Search:
         precision: see ``PRECISION``.
         max_batch_size: no bucket gets more.
         floor: bytes that the optimizer's step takes, whatever the batch.
+        careful: steps over the budget are to be avoided; on fake tensors they do no harm, and fewer steps are needed.
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class Search:
         precision: float = PRECISION,
         max_batch_size: int = MAX_BATCH_SIZE,
         floor: float = 0.0,
+        careful: bool = True,
     ) -> None:
         self._probe = probe
         self._budget = budget
@@ -160,6 +162,7 @@ class Search:
         self._precision = precision
         self._max_batch_size = max_batch_size
         self._floor = floor
+        self._careful = careful
         self._found: list[Result] = []
         self._known: list[_Readings] = []
         self._samples: list[Sample] = []
@@ -216,6 +219,8 @@ class Search:
         if self._model is None or len(self._found) < _ENOUGH or (slope := self._model.slope(bucket.shape)) <= 0:
             return surely
         guess = (self._budget - self._model.intercept) / slope
+        if not self._careful:
+            return max(surely, math.floor(guess))
         # The further from what is known, the less is known.
         error = self._error() + _ERROR_OF_DISTANCE * max(0.0, guess / surely - 1)
         room = self._budget / (1 + min(error, _MOST_ERROR)) - self._model.intercept
@@ -225,14 +230,16 @@ class Search:
         """The largest size that fits by the line of the readings so far."""
         room = self._budget - known.last.peak
         farthest = known.fitting + _steps(room, self._rise(known))
-        trusted = math.floor(self._trust(known) * known.fitting)
+        trusted = min(self._trust(known) * known.fitting, self._max_batch_size) // 1
         if farthest > trusted:
             safe = known.fitting + _steps(room, known.rise_at_most())
-            farthest = max(safe, min(farthest, trusted))
+            farthest = max(safe, min(farthest, int(trusted)))
         return farthest
 
     def _trust(self, known: _Readings) -> float:
         """How far beyond the last reading the line is trusted, as a factor."""
+        if not self._careful:
+            return math.inf
         if len(self._intercepts()) >= _ENOUGH:
             return FAR_KNOWN
         return FAR_ALONE if known.secant() is None else FAR

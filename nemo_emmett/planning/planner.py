@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 from nemo.utils import logging
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from nemo_emmett.data import MultimodalDataModule
@@ -64,6 +64,7 @@ class Planner:
     console: Console
     operations: dict[str, tuple[list, list[float]]] = field(default_factory=dict)
     ddp_bytes: int = 0  # of the buckets in which gradients are averaged; known once a model was built
+    _found: dict[str, Profile] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def search_budget(self) -> float:
@@ -85,7 +86,7 @@ class Planner:
     def search(
         self, bins: Mapping[str, Sequence] | None = None, only: str | None = None, *, count_operations: bool = False
     ) -> Profile:
-        """Find the batch sizes.
+        """Find the batch sizes, once for the same bins.
 
         Args:
             bins: of groups, instead of the recipe's.
@@ -97,6 +98,12 @@ class Planner:
         """
         cfg = with_bins(self.cfg, bins or {})
         cfg = cfg if only is None else with_groups(cfg, [only])
+        key = OmegaConf.to_yaml(cfg.data)
+        if key not in self._found:
+            self._found[key] = self._search(cfg, count_operations)
+        return self._found[key]
+
+    def _search(self, cfg: DictConfig, count_operations: bool) -> Profile:
         # The model, too, exists on fake tensors only: it would not fit into most machines that plan.
         with tempfile.TemporaryDirectory() as folder, fake_training():
             training = self.build(without_device(cfg))
@@ -148,8 +155,7 @@ def with_fastest_bins(
     numbers = {name: _numbers(c, num_buckets, num_sub_buckets) for name, c in configs_of_groups(train_ds).items()}
     two_dimensional = {name: sub_buckets is not None for name, (_, sub_buckets) in numbers.items()}
     lengths = lengths_of_groups(planner.data(), two_dimensional, limit)
-    least_padding = {name: solve(lengths[name], *numbers[name]) for name in numbers}
-    bins = dict(least_padding)
+    bins = {name: solve(lengths[name], *numbers[name]) for name in numbers}
     first = planner.search(bins, count_operations=True)
     times = {name: rate.time_model(*counts) for name, counts in planner.operations.items()}
     for name in bins:
@@ -167,8 +173,7 @@ def with_fastest_bins(
         plans = {LEAST_PADDING: BinPlan.of(start.bins, start.sizes, lengths[name], times[name]), SHORTEST_EPOCH: best}
         planner.console.print("", comparison(plans, f"data.train_ds.{name}".rstrip(".")), sep="\n")
     planner.console.print(f"Times are predicted, not measured ({rate}); an epoch is one device's.", highlight=False)
-    found = first if bins == least_padding else planner.search(bins)
-    return _with_times(found, times, lengths)
+    return _with_times(planner.search(bins), times, lengths)
 
 
 def _numbers(config: DictConfig, num_buckets: int | None, num_sub_buckets: int | None) -> tuple[int, int | None]:

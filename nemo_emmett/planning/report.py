@@ -51,6 +51,8 @@ class LiveTable:
         with Live(self._drawing(), console=self.console, auto_refresh=False) as self._live:
             yield self
         self._live = None
+        if not self.console.is_terminal:
+            self.console.print()  # where it does not draw, Live leaves the line open
 
     def _drawing(self) -> Group:
         steps = sum(result.probes for result in self.results)

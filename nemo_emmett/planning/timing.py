@@ -4,7 +4,7 @@ A step of n examples is predicted to take ``overhead + n * operations(caps) / (r
 are those of matrix products, convolutions and attention, forward and backward, which grow exactly linearly with the
 batch, so that one small step of a bucket tells of all. How much of a device's peak rate is reached and what a step
 costs beside its examples are assumptions, :data:`EFFICIENCY` and :data:`OVERHEAD_SECONDS`: the predicted seconds are as
-good as these, while which of two plans is the faster depends on them little.
+good as these.
 """
 
 from __future__ import annotations
