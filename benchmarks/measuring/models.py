@@ -8,14 +8,17 @@ from typing import Any
 WORDS = "one two three four five six seven eight nine ten eins zwei drei vier fünf sechs sieben acht neun zehn"
 
 
-def build_salm_t5(folder: Path, width: int, layers: int, encoder_layers: int, vocab_size: int = 512) -> Any:
-    """SALM-T5 of random weights: FastConformer and T5 of one width.
+def build_salm_t5(
+    folder: Path, width: int, layers: int, encoder_layers: int, encoder_width: int | None = None, vocab_size: int = 512
+) -> Any:
+    """SALM-T5 of random weights.
 
     Args:
         folder: receives the language model's config and tokenizer.
-        width: of both, a multiple of 64.
+        width: of T5, a multiple of 64.
         layers: of T5's encoder, and of its decoder.
         encoder_layers: of FastConformer.
+        encoder_width: of FastConformer, a multiple of 64; by default that of T5.
         vocab_size: rows of the embedding table.
     """
     import torch
@@ -41,17 +44,17 @@ def build_salm_t5(folder: Path, width: int, layers: int, encoder_layers: int, vo
             "pretrained_llm": str(folder),
             "pretrained_weights": False,
             "prompt_format": "emmett_t5",
-            "perception": _perception(width, encoder_layers),
+            "perception": _perception(encoder_width or width, encoder_layers, width),
             "optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-4},
         }
     )
 
 
-def _perception(width: int, layers: int) -> dict[str, Any]:
+def _perception(width: int, layers: int, output_width: int) -> dict[str, Any]:
     asr = "nemo.collections.asr.modules"
     return {
         "target": "nemo.collections.speechlm2.modules.perception.AudioPerceptionModule",
-        "output_dim": width,
+        "output_dim": output_width,
         "preprocessor": {
             "_target_": f"{asr}.AudioToMelSpectrogramPreprocessor",
             "sample_rate": 16000,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, open_dict
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.modules.loss import world_size
 from nemo_emmett.oomptimizer.adapters import Adapter, adapter_for
+from nemo_emmett.oomptimizer.arguments import check_positive, check_share, check_switch
 from nemo_emmett.oomptimizer.buckets import (
     TOKENS_PER_SECOND,
     Bucket,
@@ -29,9 +29,10 @@ from nemo_emmett.oomptimizer.buckets import (
     read_groups,
 )
 from nemo_emmett.oomptimizer.calibration import AUTO_SHARE, Calibration, Listener, SearchOptions
-from nemo_emmett.oomptimizer.cuda_meter import meter_for
+from nemo_emmett.oomptimizer.cuda_meter import CudaMeter, meter_for
 from nemo_emmett.oomptimizer.fingerprint import check_fingerprint, fingerprint_of, short_hash
 from nemo_emmett.oomptimizer.guard import Guard
+from nemo_emmett.oomptimizer.in_recipe import profile_of_recipe, train_ds_of
 from nemo_emmett.oomptimizer.memory import budget_of, check_fraction, parse_memory
 from nemo_emmett.oomptimizer.memory import shown as shown_bytes
 from nemo_emmett.oomptimizer.meter import Meter, TensorMeter, Unmetered
@@ -53,8 +54,9 @@ class OOMptimizer(Callback, Serialization):
     profile by hand. Buckets are read from ``train_ds`` of the datamodule's ``cfg``, or else of the model's, and
     ``bucket_batch_size`` is written there before the data loader is built.
 
-    A profile that exists is used, not measured again; one that was measured on something else is refused. Recipes
-    without ``bucket_duration_bins`` get those of the profile; in recipes that have them, they must be the profile's.
+    A profile that exists is used, not measured again; one that was measured on something else is refused, one that was
+    measured with other arguments is warned of. Recipes without ``bucket_duration_bins`` get those of the profile; in
+    recipes that have them, they must be the profile's.
 
     Args:
         mode: ``calibrate``: measure on the device. ``plan``: work it out on fake tensors, for a device that need not
@@ -63,7 +65,7 @@ class OOMptimizer(Callback, Serialization):
         memory_budget: what a step may take instead, in bytes or as ``72GiB``; for ``plan`` also a device (``H100``).
         profile: path of the profile, written if it does not exist; by default the environment variable
             ``NEMO_EMMETT_PROFILE``, or else a file in the trainer's ``default_root_dir`` that is named by what it was
-            measured on.
+            measured on and by these arguments.
         safety_margin: share of the budget that calibration leaves free, for what real batches and the allocator do
             otherwise than synthetic ones; guard steps in when it is used up.
         modality_share: of speech, of the memory that is there for batches, where each step holds speech and text
@@ -108,10 +110,13 @@ class OOMptimizer(Callback, Serialization):
         check_fraction(memory_fraction)
         if memory_budget is not None:
             parse_memory(memory_budget, "OOMptimizer.memory_budget")
-        _check_share("safety_margin", safety_margin, least=0.0)
-        _check_share("precision", precision, least=0.0)
+        check_share("safety_margin", safety_margin, least=0.0)
+        check_share("precision", precision, least=0.0)
         if modality_share != AUTO_SHARE or mode == "plan":  # a plan takes no time that could be compared
-            _check_share("modality_share", modality_share, least=0.01)
+            check_share("modality_share", modality_share, least=0.01)
+        check_positive("tokens_per_second", tokens_per_second, (int, float))
+        check_positive("max_batch_size", max_batch_size, int)
+        check_switch("guard", guard)
         self.mode = mode
         self.memory_fraction = memory_fraction
         self.memory_budget = memory_budget
@@ -125,6 +130,7 @@ class OOMptimizer(Callback, Serialization):
         self.listener = listener
         path = profile or os.environ.get(PROFILE_VARIABLE)
         self.path: str | None = None if path is None else str(path)
+        self._path_is_given = path is not None
         # Read at once, so that a corrupt profile is told before a model is built.
         self.profile: Profile | None = Profile.read(self.path) if self.path and Path(self.path).exists() else None
         self._guard: Guard | None = None
@@ -133,7 +139,8 @@ class OOMptimizer(Callback, Serialization):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write batch sizes into ``train_ds``: the profile's, or those that are found now."""
-        train_ds, where = _train_ds(trainer, pl_module)
+        _check_is_alone(trainer)
+        train_ds, where = train_ds_of(trainer, pl_module)
         if trainer.train_dataloader is not None:
             raise ConfigError(
                 "OOMptimizer: the batch sizes come too late, the training data loader has already been built; give the "
@@ -141,16 +148,17 @@ class OOMptimizer(Callback, Serialization):
             )
         if hasattr(trainer.datamodule, "resolve_bins"):
             trainer.datamodule.resolve_bins()
+        self._agree_on_profile(trainer)
         if self.profile is not None:
             self._use_profile(self.profile, trainer, pl_module, train_ds, where)
         else:
             groups = self._groups(train_ds, where, pl_module)
-            fingerprint = fingerprint_of(trainer, pl_module, groups, planned=self.mode == "plan")
+            fingerprint = self._fingerprint(trainer, pl_module, groups, train_ds, planned=self.mode == "plan")
             self._find_path(trainer, fingerprint)
             if self.profile is not None:
                 self._use_profile(self.profile, trainer, pl_module, train_ds, where)
             elif self.mode == "guard":
-                self.profile = _as_in_recipe(groups, where, fingerprint, self._settings(None))
+                self.profile = profile_of_recipe(groups, where, fingerprint, self._settings(None))
             else:
                 self.profile = self._calibrated(trainer, pl_module, groups, train_ds, fingerprint)
                 if trainer.is_global_zero:
@@ -197,14 +205,30 @@ class OOMptimizer(Callback, Serialization):
             tokens_per_second=self.tokens_per_second,
         )
 
+    def _agree_on_profile(self, trainer: Trainer) -> None:
+        """All ranks go by what rank 0 has read: others may see another disk, or have looked at another time."""
+        if not self._path_is_given:
+            self.path = self.profile = None  # an earlier fit may have been of another model
+        self.path, self.profile = trainer.strategy.broadcast((self.path, self.profile))
+
     def _find_path(self, trainer: Trainer, fingerprint: Mapping[str, Any]) -> None:
-        """Where no path is given, runs of the same kind share one."""
+        """Where no path is given, runs of the same kind with the same settings share one."""
         if self.path is None:
-            name = f"oomptimizer-{short_hash(fingerprint)}.yaml"
-            self.path = trainer.strategy.broadcast(os.path.join(trainer.default_root_dir, name))
-        # One rank looks, since one may write while another is late.
-        if trainer.strategy.broadcast(Path(self.path).exists()):
+            name = f"oomptimizer-{short_hash({**fingerprint, 'asked': self._asked()})}.yaml"
+            self.path = os.path.join(trainer.default_root_dir, name)
+        if self.profile is None and trainer.is_global_zero and Path(self.path).exists():
             self.profile = Profile.read(self.path)
+        self.path, self.profile = trainer.strategy.broadcast((self.path, self.profile))
+
+    def _fingerprint(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        groups: Mapping[str, Group],
+        train_ds: DictConfig,
+        planned: bool,
+    ) -> dict[str, Any]:
+        return fingerprint_of(trainer, module, groups, planned=planned) | {"zip": is_zip(train_ds)}
 
     def _use_profile(
         self, profile: Profile, trainer: Trainer, module: LightningModule, train_ds: DictConfig, where: str
@@ -213,7 +237,23 @@ class OOMptimizer(Callback, Serialization):
         if profile.fingerprint:
             planned = profile.settings.get("mode") == "plan"
             groups = self._groups(train_ds, where, module)
-            check_fingerprint(profile.fingerprint, fingerprint_of(trainer, module, groups, planned=planned), self.path)
+            actual = self._fingerprint(trainer, module, groups, train_ds, planned)
+            check_fingerprint(profile.fingerprint, actual, self.path)
+        if self.mode == profile.settings.get("mode") == "calibrate":
+            self._tell_of_other_settings(profile.settings)
+
+    def _tell_of_other_settings(self, stored: Mapping[str, Any]) -> None:
+        """A profile may well have been measured with other settings than the callback has, but not unnoticed."""
+        differing = [
+            f"{name} was {stored[name]} and is {value}"
+            for name, value in self._asked().items()
+            if name in stored and stored[name] != value
+        ]
+        if differing:
+            logging.warning(
+                f"OOMptimizer: {self.path}: the profile was measured with other settings ({'; '.join(differing)}); its "
+                "batch sizes are used as they are; delete the file to measure anew."
+            )
 
     def _apply(self, profile: Profile, train_ds: DictConfig, where: str) -> None:
         configs = configs_of_groups(train_ds)
@@ -241,11 +281,13 @@ class OOMptimizer(Callback, Serialization):
         )
 
     def _settings(self, budget: int | None) -> dict[str, Any]:
+        return {"mode": self.mode, "budget": budget, **self._asked()}
+
+    def _asked(self) -> dict[str, Any]:
+        """The arguments that decide batch sizes."""
         return {
-            "mode": self.mode,
             "memory_fraction": None if self.memory_budget is not None else self.memory_fraction,
             "memory_budget": self.memory_budget,
-            "budget": budget,
             "safety_margin": self.safety_margin,
             "modality_share": self.modality_share,
             "tokens_per_second": self.tokens_per_second,
@@ -353,20 +395,26 @@ class OOMptimizer(Callback, Serialization):
     def _stop_guard(self) -> None:
         if self._guard is not None:
             self._guard.uninstall()
+            self.profile = self._lowered(self._guard.sizes, self._guard.events)  # for another fit
             self._guard = None
 
     def _guard_meter(self, trainer: Trainer) -> Meter:
         device = trainer.strategy.root_device
         # On the CPU each operation would be followed, which takes time: only where a budget asks for it.
-        return Unmetered() if device.type == "cpu" and self.memory_budget is None else meter_for(device)
+        if device.type == "cpu" and self.memory_budget is None:
+            return Unmetered()
+        return CudaMeter(device, empties_cache=False) if device.type == "cuda" else meter_for(device)
 
     def _save(self, sizes: dict[Bucket, int], events: list[Event]) -> None:
+        self._lowered(sizes, events).write(self.path)
+
+    def _lowered(self, sizes: Mapping[Bucket, int], events: Sequence[Event]) -> Profile:
+        """The profile that the fit began with, after what guard did since."""
         assert self.profile is not None
         of_group: dict[str, list[int]] = {}
         for bucket, size in sizes.items():  # in the order of the buckets
             of_group.setdefault(bucket.group, []).append(size)
-        lowered = replace(self.profile, events=()).with_batch_sizes(of_group)
-        replace(lowered, events=(*self.profile.events, *events)).write(self.path)
+        return self.profile.with_batch_sizes(of_group, *events)
 
 
 def _token_equivalent_duration(module: LightningModule) -> float | None:
@@ -377,36 +425,12 @@ def _token_equivalent_duration(module: LightningModule) -> float | None:
         return None
 
 
-def _train_ds(trainer: Trainer, module: LightningModule) -> tuple[DictConfig, str]:
-    """The config of the training data, and its place."""
-    for owner in (getattr(trainer, "datamodule", None), module):
-        train_ds = getattr(getattr(owner, "cfg", None), "train_ds", None)
-        if isinstance(train_ds, DictConfig):
-            return train_ds, "train_ds"
-    raise ConfigError(
-        "OOMptimizer: there is nowhere to put batch sizes: neither the datamodule nor the model has a cfg.train_ds."
-    )
-
-
-def _as_in_recipe(
-    groups: Mapping[str, Group], where: str, fingerprint: dict[str, Any], settings: dict[str, Any]
-) -> Profile:
-    """The recipe's own batch sizes as a profile, which is written once guard lowers one of them."""
-    buckets = {}
-    for name, group in groups.items():
-        sizes = group.config.get("bucket_batch_size")
-        if sizes is None or len(sizes) != len(group.buckets):
-            raise ConfigError(
-                f"{f'{where}.{name}'.rstrip('.')}.bucket_batch_size: one is needed for each of the "
-                f"{len(group.buckets)} bins, since mode 'guard' measures nothing; write them, or use mode 'calibrate'."
-            )
-        buckets[name] = Buckets(group.bins, tuple(int(size) for size in sizes))
-    return Profile(buckets, settings=settings, fingerprint=fingerprint)
-
-
-def _check_share(name: str, value: Any, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1:
-        raise ConfigError(f"OOMptimizer.{name}: {value!r} is no share; give a number from {least:g} to below 1.")
+def _check_is_alone(trainer: Trainer) -> None:
+    count = sum(isinstance(callback, OOMptimizer) for callback in trainer.callbacks)
+    if count > 1:
+        raise ConfigError(
+            f"trainer.callbacks: OOMptimizer stands there {count} times; leave one (NEMO_EMMETT_CALLBACKS may add it)."
+        )
 
 
 def _plain(item: Bin) -> Any:

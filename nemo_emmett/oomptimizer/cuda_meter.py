@@ -22,10 +22,13 @@ class CudaMeter(Meter):
 
     Args:
         device: a CUDA device.
+        empties_cache: before each measurement; false to watch a training, which must neither wait for the device nor
+            for the driver in each of its steps.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, empties_cache: bool = True) -> None:
         self._device = device
+        self._empties_cache = empties_cache
         self._measured: tuple[int, int] | None = None  # peak and reserved of the last measurement, once it is over
 
     def track(self, tensors: Iterable[Tensor]) -> None:
@@ -34,9 +37,10 @@ class CudaMeter(Meter):
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Measure what runs inside; the peak starts anew from what is alive."""
-        gc.collect()
-        self.synchronize()
-        torch.cuda.empty_cache()
+        if self._empties_cache:
+            gc.collect()
+            self.synchronize()
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
         self._measured = None
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -64,7 +65,9 @@ def fingerprint_of(
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         # Of a local build ("2.13.0+cpu") the release alone counts.
         "versions": {library: metadata.version(library).partition("+")[0] for library in LIBRARIES},
-        "bins": _bins(groups),
+        "bins": _by_group({name: shown(group.bins) for name, group in groups.items()}),
+        # Equal bins may be in seconds or in tokens, of speech or of text, with or without the output.
+        "longest_example": _by_group({name: asdict(group.buckets[-1].shape) for name, group in groups.items()}),
     }
     if not planned:
         fingerprint |= {
@@ -145,9 +148,8 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"class": _class_name(optimizer), **settings}
 
 
-def _bins(groups: Mapping[str, Group]) -> Any:
-    bins = {name: shown(group.bins) for name, group in groups.items()}
-    return bins.get(ONLY_GROUP, bins)
+def _by_group(values: dict[str, Any]) -> Any:
+    return values.get(ONLY_GROUP, values)
 
 
 def _device(device: torch.device) -> dict[str, Any]:

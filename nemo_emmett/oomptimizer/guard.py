@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from nemo.utils import logging
 
-from nemo_emmett.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR
+from nemo_emmett.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, ConfigError
 from nemo_emmett.modules.loss import world_size
 from nemo_emmett.oomptimizer.adapters.base import Adapter, Extent
 from nemo_emmett.oomptimizer.buckets import Bucket, Group
@@ -191,7 +191,11 @@ class Guard:
                 self._departure.leave(_TOO_LONG.format(_named(buckets)), EXIT_USER_ERROR)
             for bucket in buckets:
                 self._set(bucket, max(1, self._sizes[bucket] // 2), reason)
-        self._save(self.sizes, self.events)
+        try:
+            self._save(self.sizes, self.events)
+        except ConfigError as error:
+            # Started again it would fail in the same step; and no rank may be left waiting.
+            self._departure.leave(f"a step of {_named(buckets)} ran out of memory, and {error}", EXIT_USER_ERROR)
         told = _TRY_AGAIN.format(f"a step of {_named(buckets)} ran out of memory, and {reason}")
         self._departure.leave(told, EXIT_TRY_AGAIN)
 
@@ -204,6 +208,13 @@ class Guard:
         """
         buckets = [b for b in self._buckets if b.shape.modality == extent.modality] or self._buckets
         possible = [bucket for bucket in buckets if _may_hold(bucket, extent)] or buckets[-1:]
+        names = dict.fromkeys(bucket.group for bucket in possible)
+        of_groups = [self._of_one_group([b for b in possible if b.group == name], extent) for name in names]
+        # Several groups may hold such examples, but not so many: a full batch tells its group, and no batch is fuller.
+        large_enough = [bucket for bucket in of_groups if self._first_sizes[bucket] >= extent.examples]
+        return min(large_enough or of_groups[:1], key=self._first_sizes.__getitem__)
+
+    def _of_one_group(self, possible: Sequence[Bucket], extent: Extent) -> Bucket:
         surely = next((i for i, bucket in enumerate(possible) if _holds(bucket, extent)), len(possible) - 1)
         for bucket in possible[:surely]:
             if self._first_sizes[bucket] == extent.examples:
@@ -230,7 +241,14 @@ class Guard:
             f"{before} to {size}, and larger batches are run in pieces."
         )
         if self._trainer.is_global_zero:
+            self._save_or_tell()
+
+    def _save_or_tell(self) -> None:
+        """A training that goes on does not end for want of a file."""
+        try:
             self._save(self.sizes, self.events)
+        except ConfigError as error:
+            logging.warning(f"OOMptimizer: the lowered batch size holds for this run only: {error}")
 
     def _agree(self) -> None:
         """All ranks take the least size that any has."""

@@ -92,7 +92,7 @@ class _Readings:
     of_size: dict[int, Reading] = field(default_factory=dict)
     most: int = MAX_BATCH_SIZE  # a larger size is known not to fit
     exceeded: tuple[int, float] | None = None  # the smallest size that was seen not to fit, and its peak
-    predicted: float = 0.0  # of the last probe
+    predicted: dict[int, float] = field(default_factory=dict)  # peaks, before they were read
 
     @property
     def fitting(self) -> int:
@@ -113,9 +113,15 @@ class _Readings:
         return min((reading.peak for reading in self.of_size.values()), default=math.inf)
 
     def intercept(self) -> float | None:
-        """Where the line through the two largest sizes that fit begins."""
+        """Where the line through the two largest sizes that fit begins.
+
+        Readings of sizes that lie close together, and that waver by a percent, give lines that begin anywhere; none
+        begins below ``base`` or above a peak.
+        """
         secant = self.secant()
-        return None if secant is None else self.last.peak - secant * self.fitting
+        if secant is None:
+            return None
+        return max(self.base, min(self.last.peak - secant * self.fitting, self.smallest_peak))
 
     def rise_at_least(self, nothing: float) -> float:
         """Bytes that one more example does take, where a step without examples takes ``nothing`` at most."""
@@ -169,11 +175,6 @@ class Search:
         self._errors: list[float] = []
         self._model: MemoryModel | None = None
 
-    @property
-    def model(self) -> MemoryModel | None:
-        """The memory of all buckets seen so far; None before there were enough."""
-        return self._model
-
     def run(self, buckets: Sequence[Bucket]) -> Iterator[Result]:
         """Find the batch size of each bucket, in an order from which most is learnt (not theirs).
 
@@ -193,7 +194,7 @@ class Search:
         probes = 0
         while known.most - known.fitting > self._precision * known.fitting:
             size = self._next_size(known)
-            known.predicted = self._predict(known, size)
+            known.predicted[size] = self._predict(known, size)
             self._note(known, size, self._probe(bucket, size))
             probes += 1
         return self._result(known, probes)
@@ -268,8 +269,8 @@ class Search:
         return 0.0 if self._model is None else self._model.peak(known.bucket.shape, size)
 
     def _note(self, known: _Readings, size: int, reading: Reading) -> None:
-        if not known.of_size and known.predicted and not reading.out_of_memory:
-            self._errors.append(abs(reading.peak / known.predicted - 1))
+        if not known.of_size and known.predicted[size] and not reading.out_of_memory:
+            self._errors.append(abs(reading.peak / known.predicted[size] - 1))
         if reading.out_of_memory or reading.peak > self._budget:
             if size == 1:
                 raise ConfigError(_too_long(known.bucket, reading, self._budget))
@@ -307,7 +308,7 @@ class Search:
         if self._samples:
             self._model = MemoryModel.fit(self._samples)
         line = self._line(known)
-        result = Result(known.bucket, size, known.predicted or reading.peak, reading, line, probes)
+        result = Result(known.bucket, size, known.predicted[size] or reading.peak, reading, line, probes)
         self._found.append(result)
         self._known.append(known)
         return result

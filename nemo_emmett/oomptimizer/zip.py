@@ -26,6 +26,10 @@ SHARES = [share / 20 for share in range(2, 19)]
 """What ``modality_share: auto`` chooses from."""
 
 
+OF_WHAT_IS_LEFT = 0.02
+"""Share of the memory for batches by which a step that ran out of memory is taken to exceed the budget."""
+
+
 class ZipSearch:
     """Finds the batch sizes of groups whose batches share their steps.
 
@@ -127,7 +131,10 @@ class ZipSearch:
         rise = max(heavy.line.slope, 1.0)
         excess = heavy.confirmed.peak + max(more, 0.0) - self._budget
         fewer = min(max(0, math.ceil(excess / rise)), heavy.batch_size - 1)
-        return self._probe({**step, heavy.bucket: heavy.batch_size - fewer}).peak + fewer * rise
+        reading = self._probe({**step, heavy.bucket: heavy.batch_size - fewer})
+        if reading.out_of_memory:  # the peak is then what was reached before
+            return max(reading.peak, self._budget) + OF_WHAT_IS_LEFT * (self._budget - self._resident)
+        return reading.peak + fewer * rise
 
     def _leaving_at_most(self, allowed: float, result: Result) -> Result:
         held = _held(result)

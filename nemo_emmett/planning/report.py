@@ -48,11 +48,13 @@ class LiveTable:
     @contextmanager
     def shown(self) -> Iterator[LiveTable]:
         """Draw it while the search runs; it stays on the screen."""
-        with Live(self._drawing(), console=self.console, auto_refresh=False) as self._live:
-            yield self
-        self._live = None
-        if not self.console.is_terminal:
-            self.console.print()  # where it does not draw, Live leaves the line open
+        try:
+            with Live(self._drawing(), console=self.console, auto_refresh=False) as self._live:
+                yield self
+        finally:
+            self._live = None
+            if not self.console.is_terminal:
+                self.console.print()  # where it does not draw, Live leaves the line open
 
     def _drawing(self) -> Group:
         steps = sum(result.probes for result in self.results)

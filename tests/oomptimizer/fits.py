@@ -37,13 +37,12 @@ class AtFitStart(Callback):
 
 
 def trainer_with(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    """A quiet trainer on the CPU, for one pass."""
+    """A quiet trainer, for one pass; on the CPU unless told otherwise."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return Trainer(
-        accelerator="cpu",
         devices=1,
         callbacks=list(callbacks),
         default_root_dir=folder,
         enable_model_summary=False,
-        **{"max_epochs": 1, "num_sanity_val_steps": 0, **quiet, **options},
+        **{"accelerator": "cpu", "max_epochs": 1, "num_sanity_val_steps": 0, **quiet, **options},
     )

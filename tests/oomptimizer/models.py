@@ -123,6 +123,7 @@ def tiny_multitask(folder: Path, width: int = 16, layers: int = 1, **overrides: 
     config = {
         "sample_rate": SAMPLING_RATE,
         "prompt_format": "canary",
+        "restore_timestamps_model": False,  # which NeMo looks for once any .nemo file was restored in the process
         "model_defaults": {"asr_enc_hidden": width, "lm_enc_hidden": width, "lm_dec_hidden": width},
         "tokenizer": {
             "dir": None,

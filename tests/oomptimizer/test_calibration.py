@@ -16,6 +16,7 @@ from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMT5
 from nemo_emmett.oomptimizer.adapters import adapter_for
 from nemo_emmett.oomptimizer.buckets import Bucket, read_groups
+from nemo_emmett.oomptimizer.cuda_meter import meter_for
 from nemo_emmett.oomptimizer.meter import TensorMeter
 from nemo_emmett.oomptimizer.profile import Profile
 from nemo_emmett.oomptimizer.steps import TrainingSteps
@@ -67,7 +68,7 @@ def calibrated(folder: Path, model: LightningModule, train_ds: dict, **options) 
 
 
 CASES = {
-    "SALMT5, speech": ("salm_t5", {"bucket_duration_bins": SPEECH_BINS}, 30),
+    "SALMT5, speech": ("salm_t5", {"bucket_duration_bins": SPEECH_BINS}, 22),
     "SALMT5, text": (
         "salm_t5",
         {
@@ -77,8 +78,8 @@ CASES = {
         },
         16,
     ),
-    "SALM": ("salm", {"bucket_duration_bins": SPEECH_BINS}, 20),
-    "CTC": ("ctc", {"bucket_duration_bins": SPEECH_BINS}, 20),
+    "SALM": ("salm", {"bucket_duration_bins": SPEECH_BINS}, 16),
+    "CTC": ("ctc", {"bucket_duration_bins": SPEECH_BINS}, 16),
 }
 
 
@@ -185,9 +186,8 @@ def test_zip_with_a_model_that_needs_speech_in_every_batch(tmp_path: Path) -> No
 
     def compare(buckets: list[Bucket], peak: Callable) -> None:
         sized = {b: profile.groups[b.group].bucket_batch_size[b.index] for b in buckets}
-        audio, text = (
-            [(b, n) for b, n in sized.items() if b.group == group and b.index in (0, 3, 7)] for group in ("audio", "text")
-        )
+        some = [(bucket, size) for bucket, size in sized.items() if bucket.index in (0, 3, 7)]
+        audio, text = ([pair for pair in some if pair[0].group == group] for group in ("audio", "text"))
         peaks = [peak(*pair) for pair in product(audio, text)]
         assert max(peaks) <= 30 * MIB
 
@@ -198,3 +198,25 @@ def test_a_model_that_cannot_train_on_text_alone_is_told(tmp_path: Path) -> None
     train_ds = zip_of_speech_and_text() | {"sampler_fusion": "round_robin"}
     with pytest.raises(ConfigError, match="SALM cannot train on a batch of text alone; give sampler_fusion: zip"):
         calibrated(tmp_path, tiny_salm(tmp_path), train_ds, memory_budget=30 * MIB)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_steps_fill_the_budget_and_do_not_run_out_of_memory(tmp_path: Path, salm_t5_config: dict) -> None:
+    budget, on_gpu = 2 * 2**30, {"accelerator": "gpu", "precision": "bf16-mixed"}
+    train_ds = {"bucket_duration_bins": [[s, o] for s in (2, 5, 10, 20) for o in (20, 80)]}
+    results: list = []
+    callback = OOMptimizer(
+        profile=tmp_path / "profile.yaml", memory_budget=budget, safety_margin=0.0, guard=False, listener=results.append
+    )
+    trainer_with(tmp_path, callback, **on_gpu).fit(SALMT5(salm_t5_config), datamodule=Data(train_ds))
+    assert all(0.9 * budget <= result.confirmed.peak <= budget for result in results)
+
+    def train(trainer: Trainer, module: LightningModule) -> None:
+        adapter, device = adapter_for(module), trainer.strategy.root_device
+        with TrainingSteps(trainer, module, meter_for(device)) as steps:
+            steps.warm_up(adapter.synthetic_batch(results[0].bucket.shape, 1, device))
+            for result in random.Random(0).choices(results, k=200):
+                batch = adapter.synthetic_batch(result.bucket.shape, result.batch_size, device)
+                assert not steps.run(batch).out_of_memory
+
+    trainer_with(tmp_path, AtFitStart(train), **on_gpu).fit(SALMT5(salm_t5_config), datamodule=Data(train_ds))
