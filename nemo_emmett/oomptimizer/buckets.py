@@ -169,7 +169,7 @@ def _read_group(
             "bins (`nemo-emmett bins` finds them)."
         )
     modality = "text" if _is_text(config, where) else "audio"
-    in_tokens = bool(config.get("use_multimodal_sampling", train_ds.get("use_multimodal_sampling", False)))
+    in_tokens = bool(config.get("use_multimodal_sampling", False))  # which groups do not inherit
     if modality == "text" and not in_tokens:
         raise ConfigError(
             f"{where}.use_multimodal_sampling: is false, so the bins are in seconds, but the group holds text alone; "

@@ -40,7 +40,7 @@ PRECISION = 0.01
 MAX_BATCH_SIZE = 8192
 """No bucket gets more examples, whatever the memory."""
 
-FAR, FAR_ALONE, FAR_KNOWN = 1.25, 1.03, 1.5
+FAR, FAR_ALONE, FAR_KNOWN = 1.1, 1.03, 1.5
 """Up to this factor beyond the last of two readings, beyond the only one, or beyond either where other buckets tell
 where lines begin, the line is trusted; further, the bound from above must agree."""
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import Bucket, Group
 from nemo_emmett.oomptimizer.meter import Reading
 from nemo_emmett.oomptimizer.search import Result, Search
@@ -104,7 +105,13 @@ class ZipSearch:
     def _alone(self, group: Group) -> Iterator[Result]:
         budget = self._resident + self._shares[group.name] * (self._budget - self._resident)
         search = Search(lambda bucket, size: self._probe({bucket: size}), round(budget), self._base, **self._options)
-        yield from search.run(group.buckets)
+        try:
+            yield from search.run(group.buckets)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{str(error).rstrip('.')}; that budget is what modality_share leaves to '{group.name}', so another "
+                "share may do as well."
+            ) from error
 
     def _checked(
         self, results: Sequence[Result], companion: Mapping[Bucket, int], of_last: Sequence[Result]

@@ -250,3 +250,10 @@ def test_the_best_share_goes_to_what_makes_more_tokens_in_a_second() -> None:
 
     assert best_share(timed([audio, text], {"audio": 1.0, "text": 0.001})) == 0.1
     assert best_share(timed([audio, text], {"audio": 0.0001, "text": 1.0})) == 0.9
+
+
+def test_zip_a_bucket_that_exceeds_its_groups_share_is_told_with_the_share() -> None:
+    with pytest.raises(ConfigError) as error:
+        list(ZipSearch(two_groups(), JointProgram().probe, int(1.5 * GIB), GIB, GIB, 0.9).run())
+    assert "text: bucket" in str(error.value)
+    assert "what modality_share leaves to 'text'" in str(error.value)
