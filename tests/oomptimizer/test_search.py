@@ -257,3 +257,22 @@ def test_zip_a_bucket_that_exceeds_its_groups_share_is_told_with_the_share() -> 
         list(ZipSearch(two_groups(), JointProgram().probe, int(1.5 * GIB), GIB, GIB, 0.9).run())
     assert "text: bucket" in str(error.value)
     assert "what modality_share leaves to 'text'" in str(error.value)
+
+
+def test_zip_of_a_model_that_pads_all_to_one_width_every_pair_fits() -> None:
+    """Many short examples of the one become wide beside few long ones of the other."""
+
+    def peak(sizes: dict[Bucket, int]) -> int:
+        width = max(bucket.shape.input_tokens + 20 * bucket.shape.seconds for bucket in sizes)
+        return int(GIB + 2e6 * width * sum(sizes.values()))
+
+    def probe(sizes: dict[Bucket, int]) -> Reading:
+        # It cannot run on text alone.
+        speech = sizes if any(b.shape.seconds for b in sizes) else {**sizes, groups[0].buckets[-1]: 1}
+        return Reading(peak(speech), GIB, peak(speech), 0.0)
+
+    groups = two_groups()
+    search = ZipSearch(groups, probe, 40 * GIB, GIB, GIB, 0.5, padded_together=True)
+    sizes = {result.bucket: result.batch_size for result in search.run()}
+    pairs = [{a: sizes[a], t: sizes[t]} for a, t in product(groups[0].buckets, groups[1].buckets)]
+    assert 0.9 * 40 * GIB <= max(peak(pair) for pair in pairs) <= 40 * GIB
