@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning
 import torch
+from hydra.errors import InstantiationException
 from lightning.pytorch import LightningModule, Trainer
 from nemo.collections.speechlm2.data import SALMDataset
 from nemo.collections.speechlm2.models import SALM
@@ -25,7 +26,7 @@ from nemo_emmett import plugin
 from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.check import check_data_config
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, EmmettError
 
 RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "seed", "num_threads")
 """The keys of a recipe that mean something here; a recipe may hold others for its own interpolations."""
@@ -88,7 +89,7 @@ def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | 
     if cfg.get("num_threads"):
         torch.set_num_threads(cfg.num_threads)
     lightning.seed_everything(cfg.get("seed", 0), workers=True)
-    trainer = Trainer(**resolve_trainer_cfg(cfg.trainer))
+    trainer = Trainer(**_trainer_options(cfg.trainer))
     if cfg.get("exp_manager") is not None:
         exp_manager(trainer, cfg.exp_manager)
     with trainer.init_module(), construction or nullcontext():
@@ -101,6 +102,22 @@ def _datamodule(data: DictConfig, model: LightningModule) -> MultimodalDataModul
     if isinstance(model, SALM):
         return MultimodalDataModule(data, model.tokenizer, SALMDataset(model.tokenizer))
     return MultimodalDataModule(data, model.tokenizer, SpeechTextDataset(model.tokenizer), model.data_defaults)
+
+
+def _trainer_options(trainer: DictConfig) -> dict[str, Any]:
+    """The arguments of the trainer, its callbacks made.
+
+    Raises:
+        EmmettError: what a callback was given, and cannot use, in its own words; Hydra hides them in its own.
+    """
+    try:
+        return resolve_trainer_cfg(trainer)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, EmmettError):
+            raise error.__cause__ from error
+        if isinstance(error.__cause__, TypeError):
+            raise ConfigError(f"trainer: {error.__cause__}; correct or remove what it was given.") from error
+        raise
 
 
 def check_recipe(cfg: DictConfig) -> None:

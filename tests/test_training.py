@@ -272,6 +272,24 @@ def test_a_misspelt_key_on_the_command_line(recipe, tmp_path, monkeypatch, capfd
     assert "'max_steps'" in sentence
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"mode": "guess"}, "OOMptimizer.mode: 'guess' is unknown"),
+        ({"memory_fracton": 0.9}, "memory_fracton"),
+        ({"profile": "corrupt.yaml"}, "corrupt.yaml: the profile is corrupt"),
+    ],
+)
+def test_a_callback_that_cannot_use_what_it_is_given(recipe, tmp_path, monkeypatch, capfd, arguments, expected):
+    (tmp_path / "corrupt.yaml").write_text("train_ds: [")
+    if "profile" in arguments:
+        arguments = {"profile": str(tmp_path / arguments["profile"])}
+    recipe["trainer"]["callbacks"] = [{"_target_": "nemo_emmett.callbacks.OOMptimizer", **arguments}]
+    sentence = sentence_of_mistake(recipe, tmp_path, monkeypatch, capfd)
+    assert expected in sentence
+    assert "InstantiationException" not in sentence
+
+
 def test_nemos_legacy_keys_pass(recipe, tmp_path, monkeypatch):
     recipe["data"]["train_ds"]["audio"] |= {"labels": None, "trim_silence": False, "is_tarred": False}
     run_train_py(recipe, tmp_path, monkeypatch)
