@@ -89,7 +89,7 @@ def translate(inputs: Sequence[str], target_lang: str, source_lang: str | None, 
     check_inputs(inputs)
     from nemo_emmett.models import load
 
-    for translation in load(model).translate(list(inputs), target_lang=target_lang, source_lang=source_lang):
+    for translation in load(model).translate(list(inputs), source_lang=source_lang, target_lang=target_lang):
         click.echo(translation)
 
 

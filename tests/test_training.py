@@ -111,7 +111,7 @@ def sentence_of_mistake(recipe: dict, tmp_path: Path, monkeypatch, capfd, *overr
 def test_a_recipe_trains_validates_exports_and_resumes(recipe, tmp_path, monkeypatch):
     run_train_py(recipe, tmp_path, monkeypatch)
     exported = load(recipe["export_dir"])
-    assert len(exported.translate(["one red house"], target_lang="de")) == 1
+    assert len(exported.translate(["one red house"], "en", "de")) == 1
     assert list((tmp_path / "exp").glob("events.out.tfevents.*"))
     checkpoints = [path.name for path in (tmp_path / "exp" / "checkpoints").glob("*.ckpt")]
     assert any("val_bleu" in name for name in checkpoints)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,20 @@ from nemo_emmett.data.dataloader import get_multimodal_dataloader
 from nemo_emmett.data.delivery import prepare_dataset
 from nemo_emmett.data.resumable import ResumableData
 from nemo_emmett.data.sources import plain
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.modules.random_state import random_state, restore_random_state
 
 EVALUATION_SETS = ("validation_ds", "test_ds", "predict_ds")
+
+SAID_BY_MODEL = {
+    "sample_rate": "the speech encoder reads {model} samples per second, not {data}; leave the key out, and recordings "
+    "are resampled",
+    "audio_locator_tag": "the model takes {model} for speech, not {data}; leave the key out, or say the same in "
+    "model.audio_locator_tag",
+    "prompt_format": "the model translates with {model}, but this data would train it on {data}; leave the key out, or "
+    "say the same in model.prompt_format",
+}
+"""Keys in which data and model must not differ, and what to say of those that do."""
 
 
 class MultimodalDataModule(DataModule, Serialization):
@@ -34,10 +45,10 @@ class MultimodalDataModule(DataModule, Serialization):
         tokenizer: NeMo tokenizer.
         dataset: examples to batches; :class:`~nemo_emmett.data.SpeechTextDataset`, or NeMo's ``SALMDataset``.
         defaults: keys that every dataset gets unless it sets them, such as what the model knows anyway
-            (``SALMT5.data_defaults``).
+            (``SALMT5.data_defaults``). In the keys of :data:`SAID_BY_MODEL` no dataset, group or source may differ.
 
     Raises:
-        ConfigError: if a dataset has the name of a modality.
+        ConfigError: if a dataset has the name of a modality, or says something else than the model.
     """
 
     def __init__(
@@ -48,6 +59,9 @@ class MultimodalDataModule(DataModule, Serialization):
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
         cfg = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg)
+        for name in ("train_ds", *EVALUATION_SETS):
+            if cfg.get(name) is not None:
+                _check_agreement(plain(cfg[name]), defaults or {}, f"data.{name}")
         with open_dict(cfg):
             for name in ("train_ds", *EVALUATION_SETS):
                 for key, value in (defaults or {}).items():
@@ -135,6 +149,24 @@ class _Loader(BroadcastingDataLoader):
     def sampler(self) -> Any:
         """That of the loader inside, None on ranks that are sent their batches."""
         return getattr(self._source, "sampler", None)
+
+
+def _check_agreement(settings: Mapping, defaults: Mapping[str, Any], where: str) -> None:
+    """Refuse data that would reach the model in another form than it expects: nothing later would tell."""
+    for place, key, value in _settings_within(settings, where):
+        if key in SAID_BY_MODEL and value is not None and key in defaults and value != defaults[key]:
+            said = SAID_BY_MODEL[key].format(model=repr(defaults[key]), data=repr(value))
+            raise ConfigError(f"{place}.{key}: {said}.")
+
+
+def _settings_within(node: Any, where: str) -> Iterator[tuple[str, str, Any]]:
+    """The place, key and value of each setting of a dataset, of what is in it, and so on; but for ``tags``."""
+    entries = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in entries:
+        if isinstance(key, str) and key != "tags":
+            yield where, key, value
+        if key != "tags":
+            yield from _settings_within(value, f"{where}.{key}" if isinstance(key, str) else f"{where}[{key}]")
 
 
 def _merged(common: DictConfig, config: DictConfig) -> DictConfig:

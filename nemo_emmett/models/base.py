@@ -3,82 +3,61 @@
 A model is built as NeMo's speechlm2 models are, from a config dict, with NeMo's perception module (speech encoder and
 modality adapter), NeMo's freezing and NeMo's optimizer set-up.
 
-Shapes: B examples, T context tokens, S positions after audio is placed, A answer tokens, V vocabulary, H hidden size,
-R recordings, N samples, M modalities.
+Shapes: B examples, T tokens, A answer tokens, V vocabulary, H hidden size, R recordings, N samples, F frames,
+M modalities.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
-from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.data.utils import get_pad_id
-from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR, HFHubMixin
+from nemo.collections.speechlm2.parts.encoder_chunking import encode_audio_with_optional_chunking
+from nemo.collections.speechlm2.parts.hf_hub import HFHubMixin
 from nemo.collections.speechlm2.parts.optim_setup import configure_optimizers, is_frozen
-from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
 from nemo.core.neural_types import AudioSignal, LabelsType, LengthsType, NeuralType
-from nemo.utils import logging
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from transformers import AddedToken, AutoConfig, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
 
-from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError, ModelError
+from nemo_emmett.models.building import (
+    build_llm,
+    build_perception,
+    build_tokenizer,
+    compile_blocks,
+    install_lora,
+    save_memory,
+)
+from nemo_emmett.models.config import ModelConfig
+from nemo_emmett.models.export import Export
 from nemo_emmett.models.generation import Generation
+from nemo_emmett.models.head import LLMInputs, answer_logits, answer_loss, answer_scores
 from nemo_emmett.models.pieces import PieceSums, TokenCounts, cut_batch, target_counts
+from nemo_emmett.models.sharding import shard, stand_in
 from nemo_emmett.models.step_log import StepLog
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
 from nemo_emmett.modules.batch import MODALITIES, split_modalities
-from nemo_emmett.modules.loss import (
-    IGNORE_INDEX,
-    correct_tokens,
-    example_cross_entropies,
-    modality_loss,
-    token_cross_entropy,
-)
-from nemo_emmett.modules.placement import place_audio
+from nemo_emmett.modules.loss import IGNORE_INDEX, modality_loss
+from nemo_emmett.modules.placement import Placed, place_audio
 from nemo_emmett.modules.random_state import RandomState
+from nemo_emmett.prompts.families import default_prompt_format
 
 
-@dataclass
-class ModelConfig:
-    """The keys of a recipe's ``model`` section. Those up to ``lr_scheduler`` mean what they mean for NeMo's SALM."""
-
-    pretrained_llm: str  # folder or Hugging Face name of the language model
-    pretrained_asr: str | None = None  # .nemo file or NGC/Hugging Face name of the speech encoder's ASR model
-    pretrained_weights: bool = True  # False: the same architecture with random weights
-    tokenizer_path: str | None = None  # folder or name of the tokenizer; default: that of pretrained_llm
-    audio_locator_tag: str = "<|audio|>"  # stands in the prompt where a recording belongs
-    prompt_format: str = "emmett_t5"  # name of a NeMo prompt format
-    perception: dict | None = None  # NeMo's AudioPerceptionModule; None: a model that reads text only
-    freeze_params: list[str] = field(default_factory=list)  # regular expressions of parameters that stay as they are
-    prevent_freeze_params: list[str] = field(default_factory=list)  # exceptions to freeze_params
-    optimizer: dict | None = None
-    lr_scheduler: dict | None = None
-    modality_loss_weights: dict[str, float] = field(default_factory=dict)  # {"audio": 1.0, "text": 1.0} by default
-    max_new_tokens: int = 256  # longest translation that is generated, in tokens
-    validation_bleu: bool = True  # translate the validation sets and log their BLEU
-
-
-# What else stands in the config of an exported folder, or is read by NeMo's own functions.
-_TOLERATED_KEYS = ("model_type", "architectures", "trust_remote_code", "torch_dtype")
-
-
-class SpeechTextModel(Generation, LightningModule, HFHubMixin):
+class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
     """A speech encoder and a language model that translate speech and text.
 
-    A subclass says how a batch passes through its language model: :meth:`forward` and :meth:`generate_answers`.
+    A subclass says what its language model reads of a batch, :meth:`llm_inputs`, and how it answers,
+    :meth:`generate_answers`.
 
     Args:
-        cfg: the ``model`` section of a recipe, see :class:`ModelConfig`.
+        cfg: the ``model`` section of a recipe, see :class:`~nemo_emmett.models.config.ModelConfig`.
 
     Raises:
         ConfigError: for a misspelt or missing key.
@@ -91,75 +70,45 @@ class SpeechTextModel(Generation, LightningModule, HFHubMixin):
     def __init__(self, cfg: dict | DictConfig) -> None:
         super().__init__()
         cfg = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
-        known = [f.name for f in fields(ModelConfig)]
-        for key in check_keys(cfg, known, "model", tolerated=_TOLERATED_KEYS):
-            logging.warning(f"model.{key} is not a key that {type(self).__name__} knows; it is ignored.")
-        if not cfg.get("pretrained_llm"):
-            raise ConfigError("model.pretrained_llm is missing: give a folder or a Hugging Face name.")
+        self.options = ModelConfig.from_section(cfg, type(self).__name__)
+        # NeMo's helpers ask `"key" in cfg`, so keys that are not set stay out; those that NeMo's SALM needs stay in.
+        cfg = {key: value for key, value in cfg.items() if value is not None} | {
+            "pretrained_weights": self.options.pretrained_weights,
+            "audio_locator_tag": self.options.audio_locator_tag,
+            "freeze_params": self.options.frozen_parameters(),
+            "prevent_freeze_params": self.options.trainable_parameters(),
+        }
+        self.cfg = DictConfig(cfg)
+        self.audio_locator_tag = self.options.audio_locator_tag
+        self.tokenizer = build_tokenizer(self)
+        self.llm = build_llm(self)
+        if self.options.prompt_format is None:
+            self.options.prompt_format = default_prompt_format(self.tokenizer, self.llm.config)
+        self.cfg.prompt_format = cfg["prompt_format"] = self.options.prompt_format
         self.save_hyperparameters({"cfg": cfg})
-        self.options = ModelConfig(**{k: v for k, v in cfg.items() if k in known and v is not None})
-        # NeMo's helpers ask `"key" in cfg`, so keys that are not set stay out.
-        self.cfg = DictConfig({k: v for k, v in cfg.items() if v is not None})
-        self.cfg.pretrained_weights = self.options.pretrained_weights
-
-        self.tokenizer = self._build_tokenizer()
-        self.llm = self._build_llm()
+        self._take_parts()
+        if self.options.lora is not None:
+            install_lora(self)
         self.perception = None
         if self.options.perception is not None:
-            self._build_perception()
-        weights = dict.fromkeys(MODALITIES, 1.0) | dict(self.options.modality_loss_weights)
-        for stranger in check_keys(weights, MODALITIES, "model.modality_loss_weights"):
-            raise ConfigError(
-                f"model.modality_loss_weights.{stranger}: there is no such modality; use {' and '.join(MODALITIES)}."
-            )
-        self.register_buffer("_loss_weights", torch.tensor([weights[m] for m in MODALITIES]), persistent=False)
+            build_perception(self)
+        if self.options.activation_checkpointing:
+            save_memory(self)
+        if self.options.compile:
+            compile_blocks(self.llm, self.options.compile)
+        self.register_buffer("_loss_weights", torch.tensor(self.options.loss_weights()), persistent=False)
         self._tallies: Tallies = {}
         self._step_log: StepLog | None = None
         self._counts: TokenCounts | None = None  # of the last step's batch
         self._pieces: PieceSums | None = None  # only while a batch is trained on in pieces
+        self._is_sharded = False
 
-    # Construction.
+    def _take_parts(self) -> None:
+        """What a subclass makes of the language model before anything is added to it."""
 
-    def _build_tokenizer(self) -> AutoTokenizer:
-        source = self.options.tokenizer_path or self.options.pretrained_llm
-        _check_local_path(source, "model.tokenizer_path" if self.options.tokenizer_path else "model.pretrained_llm")
-        with _as_model_error(source):
-            tokenizer = AutoTokenizer(source, use_fast=True, trust_remote_code=self.cfg.get("trust_remote_code", False))
-        # Not NeMo's add_special_tokens: it replaces the list in which multilingual tokenizers keep their languages.
-        tokenizer.tokenizer.add_tokens(
-            [AddedToken(self.options.audio_locator_tag, special=True, normalized=False)], special_tokens=True
-        )
-        return tokenizer
-
-    def _build_llm(self) -> PreTrainedModel:
-        name = self.options.pretrained_llm
-        trust = {"trust_remote_code": self.cfg.get("trust_remote_code", False)}
-        with _as_model_error(name):
-            config = AutoConfig.from_pretrained(name, **trust)
-        if config.is_encoder_decoder != self.is_encoder_decoder:
-            kinds = {True: "an encoder-decoder", False: "a decoder-only model"}
-            raise ModelError(
-                f"model.pretrained_llm: '{name}' is {kinds[config.is_encoder_decoder]} ({config.model_type}), "
-                f"but {type(self).__name__} is built on {kinds[self.is_encoder_decoder]}; choose another of either."
-            )
-        if self.options.pretrained_weights:
-            llm = self.auto_class.from_pretrained(name, dtype=torch.float32, **trust)
-        else:
-            llm = self.auto_class.from_config(config, dtype=torch.float32, **trust)
-        # transformers hands it over in evaluation mode, and Lightning's fit leaves modes as they are.
-        return llm.train()
-
-    def _build_perception(self) -> None:
-        if self.options.pretrained_weights:
-            if not self.options.pretrained_asr:
-                raise ConfigError("model.pretrained_asr is missing: give a .nemo file or the name of a NeMo ASR model.")
-            _check_local_path(self.options.pretrained_asr, "model.pretrained_asr")
-        with open_dict(self.cfg):
-            # FastConformer all-reduces its longest input by default: a rank that has only text would leave the others
-            # waiting in that collective.
-            self.cfg.perception.setdefault("encoder", {})
-            self.cfg.perception.encoder.sync_max_audio_length = False
-        setup_speech_encoder(self, pretrained_weights=self.options.pretrained_weights)
+    def embeddings_inside(self) -> AbstractContextManager[None]:
+        """While it lasts the language model has its token embeddings where transformers has them."""
+        return nullcontext()
 
     # What others ask of a model.
 
@@ -171,7 +120,12 @@ class SpeechTextModel(Generation, LightningModule, HFHubMixin):
     @property
     def audio_locator_id(self) -> int:
         """The id of the token that stands in the prompt where a recording belongs."""
-        return self.tokenizer.token_to_id(self.options.audio_locator_tag)
+        return self.tokenizer.token_to_id(self.audio_locator_tag)
+
+    @property
+    @abstractmethod
+    def token_embedding(self) -> torch.nn.Module:
+        """Token ids to embeddings of the language model."""
 
     @property
     def sampling_rate(self) -> int:
@@ -211,7 +165,7 @@ class SpeechTextModel(Generation, LightningModule, HFHubMixin):
         if schema not in MODALITIES:
             raise ConfigError(f"oomptimizer schema: '{schema}' is not a modality; use one of {', '.join(MODALITIES)}.")
         ids, lengths = NeuralType(("B", "T"), LabelsType()), NeuralType(("B",), LengthsType())
-        vocab_size = self.llm.get_input_embeddings().num_embeddings
+        vocab_size = self.token_embedding.num_embeddings
         context = {"seq_length": "input", "vocab_size": vocab_size}
         answer = {"seq_length": "output", "vocab_size": vocab_size}
         inputs = [
@@ -233,30 +187,67 @@ class SpeechTextModel(Generation, LightningModule, HFHubMixin):
     # Forward.
 
     @abstractmethod
-    def forward(self, batch: Mapping) -> tuple[Tensor, Tensor]:
-        """Logits (B, A, V) and targets (B, A) of a one-modality batch."""
+    def llm_inputs(self, batch: Mapping) -> LLMInputs:
+        """What the language model reads of a one-modality batch, and what it should say."""
 
     @abstractmethod
     def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
         """Generated ids (B, A) for the contexts of a one-modality batch."""
 
-    def embed_with_audio(
-        self, context_ids_BT: Tensor, context_lens_B: Tensor, audios_RN: Tensor, audio_lens_R: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings of the context with encoded speech at its locators: (B, S, H), and their (B, S) bool mask."""
-        audio_embeds, audio_embed_lens = self._perception()(input_signal=audios_RN, input_signal_length=audio_lens_R)
-        # The locator may lie beyond the embedding table; its own embedding is never used.
-        ids_BT = context_ids_BT.masked_fill(context_ids_BT == self.audio_locator_id, self.pad_id)
-        return place_audio(
-            token_embeds_BTH=self.llm.get_input_embeddings()(ids_BT),
-            token_ids_BT=context_ids_BT,
-            token_lens_B=context_lens_B,
-            audio_embeds_RFH=audio_embeds,
-            audio_lens_R=audio_embed_lens,
-            locator_id=self.audio_locator_id,
+    def forward(self, batch: Mapping) -> tuple[Tensor, Tensor]:
+        """Predict the answers of a one-modality batch.
+
+        Args:
+            batch: see docs/architecture.md, "The batch".
+
+        Returns:
+            (B, A, V) logits and (B, A) targets, which are ``IGNORE_INDEX`` on padding.
+        """
+        inputs = self.llm_inputs(batch)
+        return answer_logits(self.llm, inputs), inputs.targets_BA
+
+    def encode_speech(self, audios_RN: Tensor, audio_lens_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Recordings as the language model reads them: (R, F, H) embeddings and (R,) frames.
+
+        Recordings longer than ``encoder_chunk_size_seconds`` are encoded in chunks of it, as NeMo's SALM does it.
+        """
+        chunk_seconds = self.cfg.get("encoder_chunk_size_seconds")
+        if chunk_seconds is None:
+            return self._perception()(input_signal=audios_RN, input_signal_length=audio_lens_R)
+        rows = encode_audio_with_optional_chunking(
+            self._perception(),
+            audios_RN,
+            audio_lens_R,
+            chunk_size_seconds=chunk_seconds,
+            sampling_rate=self.sampling_rate,
         )
+        lens = torch.tensor([len(frames) for frames in rows], device=audios_RN.device)
+        return pad_sequence(rows, batch_first=True), lens
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """(B, T, H) embeddings; those of audio locators, which may lie beyond the table, mean nothing."""
+        return self.token_embedding(ids_BT.masked_fill(ids_BT == self.audio_locator_id, 0))
+
+    def place(self, batch: Mapping, ids_BT: Tensor, mask_BT: Tensor, **options: Any) -> Placed:
+        """Embeddings of tokens, with the batch's encoded recordings at their locators.
+
+        Args:
+            batch: one-modality batch, for its ``audios`` and ``audio_lens``.
+            ids_BT: (B, T) int64.
+            mask_BT: (B, T) bool, false where no token stands.
+            options: of :func:`~nemo_emmett.modules.placement.place_audio`.
+        """
+        has_audio = batch.get("audios") is not None
+        audio = self.encode_speech(batch["audios"], batch["audio_lens"]) if has_audio else (None, None)
+        return place_audio(self.embed(ids_BT), ids_BT, mask_BT, *audio, self.audio_locator_id, **options)
 
     # Training.
+
+    def configure_model(self) -> None:
+        """Shard the model where Lightning's ModelParallelStrategy has made a device mesh (FSDP2)."""
+        if self.device_mesh is not None and not self._is_sharded:
+            shard(self, self.device_mesh)
+            self._is_sharded = True
 
     def configure_optimizers(self) -> dict:
         """NeMo's: freezing, optimizer and schedule by the config."""
@@ -276,14 +267,15 @@ class SpeechTextModel(Generation, LightningModule, HFHubMixin):
         A rank whose batch has nothing left of it (an empty dict) steps along with the others, with a loss of zero.
         """
         self._hold_frozen_parts()
-        parts = split_modalities(batch, self.pad_id) if batch else {}
+        parts = self._parts(batch)
         if self._pieces is None:
             self._counts = TokenCounts(batch, parts, self.device)
         # The only collective of a forward pass comes before anything large: see modules/loss.py.
         totals_M = self._counts.over_all_ranks()
-        loss_sums_M = self._loss_sums(parts)
+        loss_sums_M = self._loss_sums(parts, self._absent(parts, totals_M))
         loss = modality_loss(loss_sums_M, totals_M, self._loss_weights)
-        if not parts:
+        if not loss.requires_grad and torch.is_grad_enabled():
+            # Nothing in this step can learn: the batch is empty, or text, and only what hears is trained.
             loss = loss + sum(0.0 * parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
         if self._pieces is None:
             self._log_step(parts, loss_sums_M, loss)
@@ -291,10 +283,37 @@ class SpeechTextModel(Generation, LightningModule, HFHubMixin):
             self._pieces.add(loss_sums_M, target_counts(parts, self.device))
         return loss
 
-    def _loss_sums(self, parts: Mapping[str, Mapping]) -> Tensor:
+    def _parts(self, batch: Mapping) -> dict[str, Mapping]:
+        parts = split_modalities(batch, self.pad_id) if batch else {}
+        if not self.is_encoder_decoder:
+            return parts
+        # The decoder says one answer; what stands in the context is only read.
+        return {m: {k: v for k, v in part.items() if k != "context_targets"} for m, part in parts.items()}
+
+    def _absent(self, parts: Mapping[str, Mapping], totals_M: Tensor) -> list[str]:
+        """Modalities that other ranks have in this step, and this one has not, where that matters: every rank must
+        enter every part of a sharded model."""
+        if not self._is_sharded:
+            return []
+        present = [m for m, total in zip(MODALITIES, totals_M.tolist(), strict=True) if total]
+        return [m for m in present or ["text"] if m not in parts]
+
+    def _loss_sums(self, parts: Mapping[str, Mapping], absent: list[str]) -> Tensor:
         """(M,) summed cross-entropies of the one-modality batches, nats; 0 where a modality is absent."""
-        sums = [token_cross_entropy(*self(parts[m])) if m in parts else None for m in MODALITIES]
-        return torch.stack([torch.zeros((), device=self.device) if s is None else s for s in sums])
+        sums = []
+        for modality in MODALITIES:
+            if modality in parts:
+                sums.append(self._loss_sum(parts[modality]))
+            elif modality in absent:
+                with stand_in(self, modality) as batch:
+                    sums.append(0.0 * self._loss_sum(batch))
+            else:
+                sums.append(torch.zeros((), device=self.device))
+        return torch.stack(sums)
+
+    def _loss_sum(self, part: Mapping) -> Tensor:
+        options = self.options
+        return answer_loss(self.llm, self.llm_inputs(part), options.label_smoothing, options.loss_implementation)
 
     def _hold_frozen_parts(self) -> None:
         """Keep frozen parts in evaluation mode, as NeMo's SALM does: no dropout, no update of batch norm."""
@@ -332,7 +351,7 @@ class SpeechTextModel(Generation, LightningModule, HFHubMixin):
         """Around the training steps of a batch's pieces: their losses add up to the batch's, and they are logged as one
         step when all are done, unless the whole batch's forward pass was logged before its backward pass failed.
         """
-        parts = split_modalities(batch, self.pad_id)
+        parts = self._parts(batch)
         if self._counts is None or not self._counts.are_of(batch):
             self._counts = TokenCounts(batch, parts, self.device)
         self._pieces = PieceSums(self._counts)
@@ -356,19 +375,28 @@ class SpeechTextModel(Generation, LightningModule, HFHubMixin):
         for dataset, dataset_batch in batch.items():
             if dataset_batch is None:
                 continue  # this set is shorter than the others
-            for modality, part in split_modalities(dataset_batch, self.pad_id).items():
-                logits, targets = self(part)
-                examples = part.get("examples")
-                count_batch(
-                    self._tallies,
-                    dataset,
-                    modality,
-                    examples,
-                    losses_B=example_cross_entropies(logits, targets),
-                    tokens_B=(targets != IGNORE_INDEX).sum(1),
-                    correct_B=correct_tokens(logits, targets),
-                    hypotheses=self.translate_batch(part) if self.options.validation_bleu and examples else None,
-                )
+            for modality, part in self._parts(dataset_batch).items():
+                self._validate(dataset, modality, part)
+
+    def _validate(self, dataset: str, modality: str, part: Mapping) -> None:
+        inputs = self.llm_inputs(part)
+        losses_BA, correct_BA = answer_scores(self.llm, inputs)
+        examples = part.get("examples")
+        count_batch(
+            self._tallies,
+            dataset,
+            modality,
+            examples,
+            losses_B=losses_BA.sum(1),
+            tokens_B=(inputs.targets_BA != IGNORE_INDEX).sum(1),
+            correct_B=(correct_BA & (inputs.targets_BA != IGNORE_INDEX)).sum(1),
+            hypotheses=self.translate_batch(part) if self._translates_in_validation and examples else None,
+        )
+
+    @property
+    def _translates_in_validation(self) -> bool:
+        # Generation runs as long as its longest answer, which differs between ranks; a sharded model's must not.
+        return self.options.validation_bleu and not self._is_sharded
 
     def on_validation_epoch_end(self) -> None:
         """Log what :func:`validation_metrics` makes of all ranks' counts."""
@@ -387,42 +415,3 @@ class SpeechTextModel(Generation, LightningModule, HFHubMixin):
     def on_test_epoch_end(self) -> None:
         """As in validation."""
         self.on_validation_epoch_end()
-
-    # Folders.
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write a folder in Hugging Face's layout, which :func:`nemo_emmett.models.load` reads.
-
-        It holds ``model.safetensors``, ``config.json``, the tokenizer, and the language model's own config under
-        ``llm_backbone``; nothing else is needed to load it.
-        """
-        folder = Path(save_directory)
-        config = OmegaConf.to_container(self.cfg, resolve=True)
-        config |= {
-            "_target_": f"{type(self).__module__}.{type(self).__qualname__}",
-            "model_type": "nemo_emmett",
-            "architectures": [type(self).__name__],
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.tokenizer.save_pretrained(folder)
-        self.llm.config.save_pretrained(folder / LLM_BACKBONE_DIR)
-        return super().save_pretrained(folder, config=config, **kwargs)
-
-
-def _check_local_path(source: str, key: str) -> None:
-    """Refuse what is plainly a path on this machine and is not there; other names may be a hub's."""
-    looks_local = source.startswith((".", "/", "~")) or source.endswith(".nemo") or source.count("/") > 1
-    if looks_local and not Path(source).expanduser().exists():
-        raise ModelError(f"{key}: '{source}' does not exist; give a folder or file that does, or the name of a model.")
-
-
-@contextmanager
-def _as_model_error(name: str) -> Iterator[None]:
-    """What transformers and NeMo raise where a name leads to nothing, in one sentence."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"'{name}' is neither a folder with a Hugging Face model nor the name of one that could be fetched; "
-            "check model.pretrained_llm and model.tokenizer_path."
-        ) from error

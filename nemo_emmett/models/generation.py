@@ -5,8 +5,9 @@ Shapes: B examples, T context tokens, A answer tokens, R recordings, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,42 @@ import torch
 from nemo.collections.common.prompts import PromptFormatter
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
-from nemo_emmett.models.inputs import check_inputs, is_audio_path, load_recordings
-from nemo_emmett.modules.batch import pack_left
+from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.models.inputs import check_inputs, fill_batches, is_audio_path, load_recordings, recording_seconds
+from nemo_emmett.modules.batch import pack_left, padding_mask
+from nemo_emmett.prompts.families import prompt_formatter, stop_ids
 from nemo_emmett.prompts.languages import check_language
-from nemo_emmett.prompts.translation import register_prompt_formats, translation_turns
+from nemo_emmett.prompts.translation import translation_turns
+
+BATCH_TOKENS = 4096
+"""Positions of the language model's input in a batch to translate: about ten recordings of half a minute."""
+
+_PLAIN_SEARCH: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "max_length": None,
+    "max_new_tokens": None,
+}
+"""Hugging Face's own defaults. They are said anew each time, since pretrained checkpoints bring others: Qwen's sample
+and punish repetition, NLLB's search with beams, mBART's force an ending."""
 
 
 class Generation:
@@ -30,34 +62,167 @@ class Generation:
         prompts: Tensor | Sequence[Sequence[dict]],
         audios: Tensor | None = None,
         audio_lens: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        enable_thinking: bool | None = None,
+        target_lang: str | Sequence[str | None] | None = None,
         **generate_options: Any,
     ) -> Tensor:
-        """Answer prompts; the arguments are those of NeMo's ``SALM.generate``.
+        """Answer prompts; the arguments up to ``enable_thinking`` are those of NeMo's ``SALM.generate``.
+
+        The search is greedy unless told otherwise, whatever the pretrained checkpoint's generation config says.
 
         Args:
             prompts: (B, T) context ids, padded on either side; or conversations, lists of turns such as
                 ``{"role": "user", "slots": {...}, "audio": ["a.wav"]}``.
             audios: (R, N) float32 recordings in the order of the locators, unless the conversations name files.
             audio_lens: (R,) int64, samples.
+            generation_config: of transformers; what it sets holds unless ``generate_options`` say otherwise.
+            enable_thinking: passed on to prompt formats of models that reason before they answer.
+            target_lang: language of the answers, of all or of each, for encoder-decoders whose decoder begins with a
+                language's token; default: the slot ``target_lang`` of each conversation.
             generate_options: passed on to Hugging Face ``generate``.
 
         Returns:
-            (B, A) int64 generated ids.
+            (B, A) int64 generated ids, without what the decoder was begun with.
+
+        Raises:
+            DataError: if a conversation has another number of locators than of audio files, or a batch of recordings.
+            ConfigError: if audio is given in two ways, or a language is needed and not known, or not the model's.
         """
         if isinstance(prompts, Tensor):
-            context_ids, context_lens = pack_left(prompts, prompts != self.pad_id, self.pad_id)
+            context_ids, context_lens = pack_left(prompts, padding_mask(prompts, self.pad_id), self.pad_id)
         else:
-            formatter = self._prompt_formatter()
-            contexts = [formatter.encode_dialog(turns=list(turns))["context_ids"] for turns in prompts]
+            contexts = self._contexts_of(prompts, enable_thinking)
             context_ids, context_lens = self._collate_contexts(contexts)
-            if paths := [path for turns in prompts for turn in turns for path in _paths(turn.get("audio"))]:
+            if paths := [path for turns in prompts for path in _audio_paths(turns)]:
+                if audios is not None:
+                    raise ConfigError(
+                        "audio is given twice, as `audios` and as files in the prompts; leave out either."
+                    )
                 audios, audio_lens = load_recordings(paths, self.sampling_rate)
+            target_lang = [_target_lang(turns) for turns in prompts] if target_lang is None else target_lang
         batch = {"context_ids": context_ids.to(self.device), "context_lens": context_lens.to(self.device)}
         if audios is not None:
             batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
-        generate_options.setdefault("max_new_tokens", self.options.max_new_tokens)
+        languages = [target_lang] * len(context_ids) if isinstance(target_lang, str) else target_lang
+        if languages is not None:
+            batch["examples"] = [{"target_lang": language} for language in languages]
+        if generation_config is not None:
+            generate_options = _settings_of(generation_config) | generate_options
+        return self._generate_answers(batch, generate_options)
+
+    @torch.no_grad()
+    def translate_batch(self, batch: Mapping, num_beams: int = 1, max_new_tokens: int | None = None) -> list[str]:
+        """Translations of the contexts of a one-modality batch, B strings."""
+        answer_ids = self._generate_answers(batch, {"num_beams": num_beams, "max_new_tokens": max_new_tokens})
+        stops = set(stop_ids(self._prompt_formatter(), self.tokenizer))
+        answers = [_before_stop(answer, stops) for answer in answer_ids.tolist()]
+        return [text.strip() for text in self.tokenizer.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def translate(
+        self,
+        inputs: Sequence[str | Path],
+        source_lang: str | None,
+        target_lang: str,
+        *,
+        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[str]:
+        """Translate texts and recordings.
+
+        Args:
+            inputs: sentences, and paths of audio files (a ``Path``, or a string that ends like one).
+            source_lang: language code of the inputs, for prompts that name it; None if it is not known.
+            target_lang: language code of the translations.
+            num_beams: beams of the search; 1 is greedy.
+            max_new_tokens: longest translation; default: the model's.
+            batch_tokens: positions of the language model's input that are worked on at once, padding included.
+
+        Returns:
+            One translation per input, in their order.
+
+        Raises:
+            ConfigError: for a language that is unknown, or that the model does not have.
+            DataError: for an audio file that is missing or cannot be read.
+
+        Example:
+            >>> model.translate(["ten past nine", Path("nine.wav")], "en", "de")
+            ['zehn nach neun', 'neun']
+        """
+        check_language(target_lang, "target_lang")
+        if source_lang is not None:
+            check_language(source_lang, "source_lang")
+        check_inputs(inputs)
+        recordings = {i: item for i, item in enumerate(inputs) if is_audio_path(item)}
+        messages = [self.options.audio_locator_tag if i in recordings else str(item) for i, item in enumerate(inputs)]
+        formatter = self._prompt_formatter()
+        contexts = self._contexts_of(
+            [translation_turns(formatter, message, target_lang, source_lang) for message in messages]
+        )
+        translations: dict[int, str] = {}
+        for chosen in self._batches(contexts, recordings, batch_tokens):
+            context_ids, context_lens = self._collate_contexts([contexts[i] for i in chosen])
+            examples = [{"target_lang": target_lang}] * len(chosen)
+            batch = {"context_ids": context_ids, "context_lens": context_lens, "examples": examples}
+            if chosen[0] in recordings:
+                audios, audio_lens = load_recordings([recordings[i] for i in chosen], self.sampling_rate)
+                batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
+            translations |= zip(chosen, self.translate_batch(batch, num_beams, max_new_tokens), strict=True)
+        return [translations[i] for i in range(len(inputs))]
+
+    def _prompt_formatter(self) -> PromptFormatter:
+        """The model's prompt format, made with its tokenizer."""
+        return prompt_formatter(self.options.prompt_format, self.tokenizer)
+
+    def _contexts_of(
+        self, conversations: Sequence[Sequence[dict]], enable_thinking: bool | None = None
+    ) -> list[Tensor]:
+        """What the model reads of each conversation, (T,) ids."""
+        formatter = self._prompt_formatter()
+        hints = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        contexts = []
+        for number, turns in enumerate(conversations):
+            # Copied, since formats of NeMo write into the turns.
+            encoded = formatter.encode_dialog(turns=[dict(turn) for turn in turns], **hints)
+            contexts.append(encoded["context_ids"])
+            locators, files = int((contexts[-1] == self.audio_locator_id).sum()), len(_audio_paths(turns))
+            if files not in (0, locators):
+                raise DataError(
+                    f"conversation {number}: its turns name {files} audio files, but the audio locators "
+                    f"({self.options.audio_locator_tag}) in their messages are {locators}; "
+                    "put one where each recording belongs."
+                )
+        return contexts
+
+    def _batches(
+        self, contexts: Sequence[Tensor], recordings: Mapping[int, str | Path], batch_tokens: int
+    ) -> Iterator[list[int]]:
+        """Batches of one modality, speech first."""
+        tokens = {i: float(len(context)) for i, context in enumerate(contexts)}
+        for i, path in recordings.items():
+            tokens[i] += ceil(recording_seconds(path) / self.token_equivalent_duration) - 1
+        for is_speech in (True, False):
+            sizes = {i: size for i, size in tokens.items() if (i in recordings) == is_speech}
+            yield from fill_batches(sizes, batch_tokens)
+
+    def _collate_contexts(self, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        lens = torch.tensor([len(ids) for ids in contexts])
+        ids = pad_sequence(list(contexts), batch_first=True, padding_value=self.pad_id)
+        return ids.to(self.device), lens.to(self.device)
+
+    def _generate_answers(self, batch: Mapping, options: Mapping[str, Any]) -> Tensor:
+        """(B, A) ids, by the options and, where they say nothing, a plain search up to the end of the answer."""
+        search = _PLAIN_SEARCH | {
+            "eos_token_id": stop_ids(self._prompt_formatter(), self.tokenizer),
+            "pad_token_id": self.pad_id,
+        }
+        search |= options
+        if search["max_new_tokens"] is None and search["max_length"] is None:
+            search["max_new_tokens"] = self.options.max_new_tokens
         with self._in_evaluation_mode():
-            return self.generate_answers(batch, **generate_options)
+            return self.generate_answers(batch, **search)
 
     @contextmanager
     def _in_evaluation_mode(self) -> Iterator[None]:
@@ -70,78 +235,26 @@ class Generation:
             for module, training in modes.items():
                 module.training = training
 
-    @torch.no_grad()
-    def translate_batch(self, batch: Mapping, num_beams: int = 1, max_new_tokens: int | None = None) -> list[str]:
-        """Translations of the contexts of a one-modality batch, B strings."""
-        with self._in_evaluation_mode():
-            answer_ids = self.generate_answers(
-                batch,
-                num_beams=num_beams,
-                do_sample=False,
-                max_new_tokens=max_new_tokens or self.options.max_new_tokens,
-            )
-        return [text.strip() for text in self.tokenizer.tokenizer.batch_decode(answer_ids, skip_special_tokens=True)]
 
-    @torch.no_grad()
-    def translate(
-        self,
-        inputs: Sequence[str | Path],
-        target_lang: str,
-        source_lang: str | None = None,
-        num_beams: int = 1,
-        batch_size: int = 16,
-    ) -> list[str]:
-        """Translate texts and recordings.
-
-        Args:
-            inputs: sentences, and paths of audio files (a ``Path``, or a string that ends like one).
-            target_lang: language code of the translations.
-            source_lang: language code of the inputs, for prompts that name it.
-            num_beams: beams of the search; 1 is greedy.
-            batch_size: inputs translated at once.
-
-        Returns:
-            One translation per input, in their order.
-
-        Raises:
-            ConfigError: for an unknown language.
-            DataError: for an audio file that is missing or cannot be read.
-        """
-        check_language(target_lang, "target_lang")
-        if source_lang is not None:
-            check_language(source_lang, "source_lang")
-        formatter = self._prompt_formatter()
-        check_inputs(inputs)
-        is_audio = [is_audio_path(item) for item in inputs]
-        translations: list[str] = [""] * len(inputs)
-        for modality in (True, False):
-            indexes = [i for i, audio in enumerate(is_audio) if audio == modality]
-            # Inputs of similar length share a batch.
-            indexes.sort(key=lambda i: Path(inputs[i]).stat().st_size if modality else len(str(inputs[i])))
-            for start in range(0, len(indexes), batch_size):
-                chosen = indexes[start : start + batch_size]
-                messages = [self.options.audio_locator_tag if modality else str(inputs[i]) for i in chosen]
-                turns = [translation_turns(formatter, message, target_lang, source_lang) for message in messages]
-                contexts = [formatter.encode_dialog(turns=turn)["context_ids"] for turn in turns]
-                batch = dict(zip(("context_ids", "context_lens"), self._collate_contexts(contexts), strict=True))
-                if modality:
-                    audios, audio_lens = load_recordings([inputs[i] for i in chosen], self.sampling_rate)
-                    batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
-                for i, translation in zip(chosen, self.translate_batch(batch, num_beams), strict=True):
-                    translations[i] = translation
-        return translations
-
-    def _prompt_formatter(self) -> PromptFormatter:
-        register_prompt_formats()
-        return PromptFormatter.resolve(self.options.prompt_format)(self.tokenizer)
-
-    def _collate_contexts(self, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        lens = torch.tensor([len(ids) for ids in contexts])
-        ids = pad_sequence(list(contexts), batch_first=True, padding_value=self.pad_id)
-        return ids.to(self.device), lens.to(self.device)
+def _settings_of(config: GenerationConfig) -> dict[str, Any]:
+    """What a generation config sets, as arguments of ``generate``."""
+    settings = config.to_diff_dict()
+    return {name: value for name, value in settings.items() if name != "transformers_version" and value is not None}
 
 
-def _paths(audio: str | Path | Sequence | None) -> Sequence:
-    if audio is None:
-        return []
-    return [audio] if isinstance(audio, (str, Path)) else audio
+def _before_stop(answer: Sequence[int], stops: Collection[int]) -> list[int]:
+    """The answer alone: padding that follows it may be an ordinary token, where a tokenizer has none for it."""
+    end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
+    return list(answer[:end])
+
+
+def _target_lang(turns: Sequence[dict]) -> str | None:
+    """The language that a conversation asks for, if its turns say it."""
+    languages = [(turn.get("slots") or {}).get("target_lang") for turn in turns]
+    return next((language for language in reversed(languages) if language), None)
+
+
+def _audio_paths(turns: Sequence[dict]) -> list[str | Path]:
+    """The audio files of a conversation."""
+    named = [turn.get("audio") or [] for turn in turns]
+    return [path for audio in named for path in ([audio] if isinstance(audio, (str, Path)) else audio)]

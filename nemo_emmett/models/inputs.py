@@ -1,13 +1,13 @@
-"""What a user asks to translate: texts, and audio files as a padded batch.
+"""What a user asks to translate: texts, and audio files; how they fill batches.
 
 Cheap to import, so that a command can look at its arguments before it loads a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_emmett.errors import DataError
 
@@ -34,6 +34,41 @@ def check_inputs(inputs: Sequence[str | Path]) -> None:
             raise DataError(f"audio file '{item}' does not exist.")
 
 
+def fill_batches(sizes: Mapping[int, float], batch_tokens: float) -> Iterator[list[int]]:
+    """Put items of similar size together, the smallest first.
+
+    Args:
+        sizes: item -> tokens.
+        batch_tokens: most tokens of a batch, counted as it is padded: items times the longest of them. An item that is
+            longer than that makes a batch of its own.
+
+    Yields:
+        The items of each batch, at least one.
+
+    Example:
+        >>> list(fill_batches({0: 9, 1: 2, 2: 3}, batch_tokens=6))
+        [[1, 2], [0]]
+    """
+    batch: list[int] = []
+    for item in sorted(sizes, key=sizes.__getitem__):
+        if batch and (len(batch) + 1) * sizes[item] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def recording_seconds(path: str | Path) -> float:
+    """How long a recording is.
+
+    Raises:
+        DataError: if the file is missing or cannot be read.
+    """
+    check_inputs([Path(path)])
+    return _open_recording(path).duration
+
+
 def load_recordings(paths: Sequence[str | Path], sampling_rate: int) -> tuple[Tensor, Tensor]:
     """Read recordings, mixed down to one channel and resampled.
 
@@ -51,18 +86,30 @@ def load_recordings(paths: Sequence[str | Path], sampling_rate: int) -> tuple[Te
     from torch.nn.utils.rnn import pad_sequence
 
     check_inputs([Path(path) for path in paths])
-    signals = [_load_recording(Path(path), sampling_rate) for path in paths]
+    signals = [_load_recording(path, sampling_rate) for path in paths]
     lens = torch.tensor([len(signal) for signal in signals])
     return pad_sequence(signals, batch_first=True), lens
 
 
-def _load_recording(path: Path, sampling_rate: int) -> Tensor:
-    import torch
+def _open_recording(path: str | Path) -> Any:
     from lhotse import Recording
 
     try:
-        recording = Recording.from_file(path)
+        return Recording.from_file(path)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _load_recording(path: str | Path, sampling_rate: int) -> Tensor:
+    import torch
+
+    recording = _open_recording(path)
+    try:
         samples = recording.resample(sampling_rate).load_audio()
     except Exception as error:
-        raise DataError(f"audio file '{path}' cannot be read ({type(error).__name__}); is it complete?") from error
+        raise _unreadable(path, error) from error
     return torch.from_numpy(samples).mean(0)
+
+
+def _unreadable(path: str | Path, error: Exception) -> DataError:
+    return DataError(f"audio file '{path}' cannot be read ({type(error).__name__}); is it complete?")

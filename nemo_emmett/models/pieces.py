@@ -59,8 +59,9 @@ def _recordings_before(part: Mapping, locator_id: int) -> list[int]:
 def _examples(part: Mapping, rows: slice, recordings: slice) -> dict[str, Any]:
     """Some examples of a one-modality batch, with their recordings."""
     piece = {key: value[rows] for key, value in part.items() if value is not None and not key.startswith("audio")}
-    for name in ("context", "answer"):
-        piece[f"{name}_ids"] = _trimmed(piece[f"{name}_ids"], piece[f"{name}_lens"])
+    for name in ("context_ids", "context_targets", "answer_ids"):
+        if name in piece:
+            piece[name] = _trimmed(piece[name], piece[f"{name.partition('_')[0]}_lens"])
     if part.get("audios") is not None and recordings.start < recordings.stop:
         piece["audio_lens"] = part["audio_lens"][recordings]
         piece["audios"] = _trimmed(part["audios"][recordings], piece["audio_lens"])
@@ -74,7 +75,14 @@ def _trimmed(padded: Tensor, lens: Tensor) -> Tensor:
 def target_counts(parts: Mapping[str, Mapping], device: torch.device) -> Tensor:
     """(M,) int64 target tokens of the one-modality batches of a step; 0 where a modality is absent."""
     none = torch.zeros((), dtype=torch.long, device=device)
-    return torch.stack([parts[m]["answer_lens"].sum() if m in parts else none for m in MODALITIES])
+    return torch.stack([_target_count(parts[m]) if m in parts else none for m in MODALITIES])
+
+
+def _target_count(part: Mapping) -> Tensor:
+    """Tokens of the answers, and of the answers of earlier turns."""
+    count = part["answer_lens"].sum()
+    earlier = part.get("context_targets")
+    return count if earlier is None else count + earlier.sum()
 
 
 class TokenCounts:

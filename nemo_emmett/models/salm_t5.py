@@ -4,26 +4,43 @@ Speech is encoded to embeddings of the language model's width and stands in the 
 has its audio locator token, so that speech and text translation differ in nothing but the input's origin
 (EMMeTT, arXiv 2409.13523, section 3.1). The decoder is the language model's own.
 
-Shapes: B examples, T context tokens, S encoder positions, A answer tokens, V vocabulary, H hidden size.
+How a family names languages is its prompt format's matter (:class:`~nemo_emmett.prompts.seq2seq.Seq2SeqPrompt`): what
+stands in the context, in the answer, and what the decoder is begun with in generation.
+
+Shapes: B examples, T context tokens, S encoder positions, A answer tokens, D tokens that begin the decoder, H hidden
+size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM
 
+from nemo_emmett.errors import DataError
 from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.models.head import LLMInputs
 from nemo_emmett.modules.batch import length_mask
 from nemo_emmett.modules.loss import mask_padding
+from nemo_emmett.modules.placement import Placed
+from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
+
+_BEGINS_WITH_LAST_LABEL = frozenset({"mbart"})
+"""Model types that have no start token: the decoder first reads what the answer ends in."""
+
+
+_COUNTED_POSITIONS = frozenset({"mbart"})
+"""Model types with a learned embedding for each position, of which there are so many and no more."""
 
 
 class SALMT5(SpeechTextModel):
-    """Speech and text translation by one encoder-decoder (T5, mT5/UMT5 and their kin).
+    """Speech and text translation by one encoder-decoder (T5, mT5, UMT5, UL2, M2M100, NLLB, mBART, mBART-50).
 
     Args:
-        cfg: the ``model`` section of a recipe; :class:`~nemo_emmett.models.base.ModelConfig` lists its keys.
+        cfg: the ``model`` section of a recipe; :class:`~nemo_emmett.models.config.ModelConfig` lists its keys.
 
     Raises:
         ModelError: if ``pretrained_llm`` is not an encoder-decoder, or a pretrained part cannot be found.
@@ -33,38 +50,105 @@ class SALMT5(SpeechTextModel):
     auto_class = AutoModelForSeq2SeqLM
     is_encoder_decoder = True
 
-    def encoder_inputs(self, batch: Mapping) -> tuple[Tensor, Tensor]:
-        """What the text encoder reads: (B, S, H) embeddings and their (B, S) bool mask, right-padded."""
-        if batch.get("audios") is not None:
-            return self.embed_with_audio(
-                batch["context_ids"], batch["context_lens"], batch["audios"], batch["audio_lens"]
-            )
-        context_ids_BT = batch["context_ids"]
-        mask_BT = length_mask(batch["context_lens"], context_ids_BT.shape[1])
-        return self.llm.get_input_embeddings()(context_ids_BT), mask_BT
+    def _take_parts(self) -> None:
+        self.register_load_state_dict_pre_hook(_untie_output_layer)
 
-    def forward(self, batch: Mapping) -> tuple[Tensor, Tensor]:
-        """Predict the answers of a one-modality batch.
+    @property
+    def token_embedding(self) -> nn.Module:
+        """The table that encoder and decoder share."""
+        return self.llm.get_input_embeddings()
+
+    def llm_inputs(self, batch: Mapping) -> LLMInputs:
+        """The context for the encoder, and for the decoder the answer, each token of which those before it predict."""
+        placed = self.encoder_inputs(batch)
+        answer_ids_BA, answer_lens_B = batch["answer_ids"], batch["answer_lens"]
+        return LLMInputs(
+            {
+                "inputs_embeds": placed.embeds_BSH,
+                "attention_mask": placed.mask_BS,
+                "decoder_input_ids": self.decoder_inputs(answer_ids_BA, answer_lens_B),
+            },
+            mask_padding(answer_ids_BA, length_mask(answer_lens_B, answer_ids_BA.shape[1])),
+        )
+
+    def encoder_inputs(self, batch: Mapping) -> Placed:
+        """What the text encoder reads, padded on the right, since some families count positions from the left.
+
+        Raises:
+            DataError: if an example is longer than the language model has positions for.
+        """
+        context_ids_BT = batch["context_ids"]
+        placed = self.place(batch, context_ids_BT, length_mask(batch["context_lens"], context_ids_BT.shape[1]))
+        config, S = self.llm.config, placed.embeds_BSH.shape[1]
+        if config.model_type in _COUNTED_POSITIONS and config.max_position_embeddings < S:
+            raise DataError(
+                f"an example is {S} tokens long, speech included, but the language model reads at most "
+                f"{config.max_position_embeddings}; lower the longest duration or number of tokens in the dataset's "
+                "config, or choose a modality adapter that shortens speech."
+            )
+        return placed
+
+    def decoder_inputs(self, answer_ids_BA: Tensor, answer_lens_B: Tensor) -> Tensor:
+        """(B, A) ids that the decoder reads to predict the answers: these, one position later, as the Hugging Face
+        model makes them of its ``labels``."""
+        if self.llm.config.model_type in _BEGINS_WITH_LAST_LABEL:
+            first_B1 = answer_ids_BA.gather(1, (answer_lens_B[:, None] - 1).clamp(min=0))
+        else:
+            first_B1 = torch.full_like(answer_ids_BA[:, :1], self.llm.config.decoder_start_token_id)
+        return torch.cat([first_B1, answer_ids_BA[:, :-1]], 1)
+
+    def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
+        """Answer the contexts of a one-modality batch.
 
         Args:
-            batch: see docs/architecture.md, "The batch".
+            batch: its ``examples`` say the target languages, where the family needs to know.
+            generate_options: of Hugging Face ``generate``; the caller's own ``decoder_input_ids`` (B, D),
+                ``decoder_start_token_id`` or ``forced_bos_token_id`` stand for what the target languages would give.
 
         Returns:
-            (B, A, V) logits and (B, A) targets, which are ``IGNORE_INDEX`` on padding.
-        """
-        embeds_BSH, mask_BS = self.encoder_inputs(batch)
-        answer_ids_BA = batch["answer_ids"]
-        targets_BA = mask_padding(answer_ids_BA, length_mask(batch["answer_lens"], answer_ids_BA.shape[1]))
-        logits_BAV = self.llm(
-            inputs_embeds=embeds_BSH,
-            attention_mask=mask_BS,
-            decoder_input_ids=self.llm.prepare_decoder_input_ids_from_labels(targets_BA),
-            use_cache=False,
-        ).logits
-        return logits_BAV, targets_BA
+            (B, A) generated ids, without those that the decoder was begun with.
 
-    def generate_answers(self, batch: Mapping, **generate_options) -> Tensor:
-        """(B, A) ids that Hugging Face ``generate`` gives for the contexts of a one-modality batch."""
-        embeds_BSH, mask_BS = self.encoder_inputs(batch)
-        llm: PreTrainedModel = self.llm
-        return llm.generate(inputs_embeds=embeds_BSH, attention_mask=mask_BS, **generate_options)
+        Raises:
+            ConfigError: if the target language is needed and not known, or not the model's.
+        """
+        placed = self.encoder_inputs(batch)
+        start_BD = self._decoder_start(batch, generate_options)
+        own = {"decoder_input_ids": start_BD, "decoder_start_token_id": start_BD[:, 0].tolist()}
+        said = self.llm.generate(
+            inputs_embeds=placed.embeds_BSH,
+            attention_mask=placed.mask_BS.long(),
+            **generate_options | own,
+        )
+        return said[:, start_BD.shape[1] :]
+
+    def _decoder_start(self, batch: Mapping, options: Mapping[str, Any]) -> Tensor:
+        """(B, D) ids that the decoder reads before it generates."""
+        if options.get("decoder_input_ids") is not None:
+            return options["decoder_input_ids"].to(self.device)
+        B = len(batch["context_ids"])
+        start, forced = options.get("decoder_start_token_id"), options.get("forced_bos_token_id")
+        prompt = self._prompt_formatter()
+        own_start = self.llm.config.decoder_start_token_id
+        if start is not None or forced is not None:
+            begun = [[own_start if start is None else start] + ([] if forced is None else [forced])] * B
+        elif isinstance(prompt, Seq2SeqPrompt):
+            languages = [example.get("target_lang") for example in batch.get("examples") or [{}] * B]
+            begun = [prompt.decoder_start(language) or [own_start] for language in languages]
+        else:
+            begun = [[own_start]] * B
+        return torch.tensor(begun, device=self.device)
+
+
+def _untie_output_layer(model: SALMT5, weights: Mapping[str, Tensor], *_: Any) -> None:
+    """Give the output layer weights of its own before such are loaded into it.
+
+    T5 1.1, mT5, UMT5 and UL2 have them, but transformers takes all of them for tied until it meets the published
+    weights, which a model that is built from its config alone never does.
+    """
+    for names in model.shared_weights():
+        heads = [name for name in names if name.endswith("lm_head.weight") and name in weights]
+        others = [weights[name] for name in names if name in weights and name not in heads]
+        for name in heads:
+            if any(not torch.equal(weights[name], other) for other in others):
+                layer = model.get_submodule(name.rpartition(".")[0])
+                layer.weight = nn.Parameter(layer.weight.detach().clone())

@@ -3,6 +3,7 @@
 - :mod:`nemo_emmett.modules.batch`: the batch's modalities, and NeMo's flat SALM batch in our terms.
 - :mod:`nemo_emmett.modules.placement`: recordings put where their locator tokens stand.
 - :mod:`nemo_emmett.modules.loss`: token cross-entropy per modality over all ranks.
+- :mod:`nemo_emmett.modules.linear_cross_entropy`: cross-entropy of an output layer without its logits.
 - :mod:`nemo_emmett.modules.bleu`: sacreBLEU as everything here uses it.
 - :mod:`nemo_emmett.modules.random_state`: random states in Lightning checkpoints.
 """

@@ -44,25 +44,36 @@ def split_modalities(batch: Mapping, pad_id: int) -> dict[str, Mapping]:
 
 
 def from_salm_batch(batch: Mapping, pad_id: int) -> dict[str, Tensor | None]:
-    """NeMo's flat SALM batch as a one-modality batch: the tokens before the answer are the context.
+    """NeMo's flat SALM batch as a one-modality batch: the last answer is the answer, what comes before it the context.
+
+    Answers of earlier turns belong to the context and are trained on all the same (``context_targets``). What follows
+    the last answer, such as the end of its turn, is dropped: nothing is predicted from it.
 
     Args:
-        batch: ``input_ids`` (B, T) int64, padded on either side; ``loss_mask`` (B, T) bool, true on the answer;
+        batch: ``input_ids`` (B, T) int64, padded on either side; ``loss_mask`` (B, T) bool, true on the answers;
             ``audios`` (R, S) float32 and ``audio_lens`` (R,) int64, both empty for text.
-        pad_id: the id of padding in ``input_ids``.
+        pad_id: the id of padding in ``input_ids``; inside a row it is a token like any other.
 
     Returns:
-        A dict with ``context_ids``, ``context_lens``, ``answer_ids``, ``answer_lens``, ``audios``, ``audio_lens``.
+        A dict with ``context_ids``, ``context_lens``, ``context_targets``, ``answer_ids``, ``answer_lens``, ``audios``,
+        ``audio_lens``. ``context_targets`` is (B, T_context) bool, without the first token of a row, which nothing
+        predicts.
     """
-    ids_BT, answer_BT = batch["input_ids"], batch["loss_mask"].bool()
-    context_BT = (ids_BT != pad_id) & ~answer_BT & (answer_BT.cumsum(1) == 0)
-    context_ids, context_lens = pack_left(ids_BT, context_BT, pad_id)
-    answer_ids, answer_lens = pack_left(ids_BT, answer_BT, pad_id)
+    ids_BT, is_answer_BT = batch["input_ids"], batch["loss_mask"].bool()
+    is_real_BT = _from_first_to_last((ids_BT != pad_id) | is_answer_BT)
+    is_last_BT = _last_run(is_answer_BT)
+    is_context_BT = is_real_BT & ~_so_far(is_last_BT)
+
+    context_lens, answer_lens = is_context_BT.sum(1), is_last_BT.sum(1)
+    T_context, T_answer = torch.stack([context_lens.max(), answer_lens.max()]).tolist()
+    context_targets = pack(is_answer_BT, is_context_BT, T_context, False)
+    context_targets[:, :1] = False
     has_audio = batch.get("audios") is not None and batch["audios"].numel() > 0
     return {
-        "context_ids": context_ids,
+        "context_ids": pack(ids_BT, is_context_BT, T_context, pad_id),
         "context_lens": context_lens,
-        "answer_ids": answer_ids,
+        "context_targets": context_targets,
+        "answer_ids": pack(ids_BT, is_last_BT, T_answer, pad_id),
         "answer_lens": answer_lens,
         "audios": batch["audios"] if has_audio else None,
         "audio_lens": batch["audio_lens"] if has_audio else None,
@@ -74,7 +85,7 @@ def pack_left(ids_BT: Tensor, keep_BT: Tensor, pad_id: int) -> tuple[Tensor, Ten
 
     Args:
         ids_BT: (B, T) int64.
-        keep_BT: (B, T) bool.
+        keep_BT: (B, T) bool, such as :func:`padding_mask` gives.
         pad_id: what fills the rest.
 
     Returns:
@@ -86,13 +97,52 @@ def pack_left(ids_BT: Tensor, keep_BT: Tensor, pad_id: int) -> tuple[Tensor, Ten
     """
     lens_B = keep_BT.sum(1)
     width = int(lens_B.max()) if len(lens_B) else 0
-    # Positions that are dropped all land in one extra column, which is cut off.
+    return pack(ids_BT, keep_BT, width, pad_id), lens_B
+
+
+def pack(values_BT: Tensor, keep_BT: Tensor, width: int, fill: float) -> Tensor:
+    """The kept values of each row, moved to its left end, in ``width`` columns, which none has more of; then ``fill``.
+
+    Unlike :func:`pack_left` it reads nothing from the device.
+    """
+    # What is dropped all lands in one extra column, which is cut off.
     columns_BT = torch.where(keep_BT, keep_BT.cumsum(1) - 1, width)
-    packed = ids_BT.new_full((ids_BT.shape[0], width + 1), pad_id)
-    packed.scatter_(1, columns_BT, ids_BT)
-    return packed[:, :width], lens_B
+    packed = values_BT.new_full((values_BT.shape[0], width + 1), fill)
+    return packed.scatter_(1, columns_BT, values_BT)[:, :width]
+
+
+def padding_mask(ids_BT: Tensor, pad_id: int) -> Tensor:
+    """Which ids are tokens, whichever side the padding is on: (B, T) bool, true from the first to the last other id.
+
+    Padding is often the end-of-sequence or the unknown token (Qwen, TinyLlama), which may well stand inside a row.
+
+    Example:
+        >>> padding_mask(torch.tensor([[0, 7, 0, 8, 0, 0]]), pad_id=0)
+        tensor([[False,  True,  True,  True, False, False]])
+    """
+    return _from_first_to_last(ids_BT != pad_id)
 
 
 def length_mask(lens_B: Tensor, width: int) -> Tensor:
     """(B, width) bool, true in the first ``lens_B[b]`` columns of row b."""
     return torch.arange(width, device=lens_B.device)[None, :] < lens_B[:, None]
+
+
+def _from_first_to_last(marks_BT: Tensor) -> Tensor:
+    return _so_far(marks_BT) & _from_here(marks_BT)
+
+
+def _last_run(marks_BT: Tensor) -> Tensor:
+    """The last marks of each row that stand side by side."""
+    gaps_BT = ~marks_BT & _from_here(marks_BT)
+    return marks_BT & ~_from_here(gaps_BT)
+
+
+def _so_far(marks_BT: Tensor) -> Tensor:
+    """Whether there is a mark here or before."""
+    return marks_BT.cumsum(1) > 0
+
+
+def _from_here(marks_BT: Tensor) -> Tensor:
+    """Whether there is a mark here or after."""
+    return _so_far(marks_BT.flip(1)).flip(1)

@@ -1,91 +1,167 @@
 """Recordings take the place of their locator tokens: ``<de> <|audio|></s>`` becomes one sequence of embeddings.
 
 Everything is a fixed number of tensor operations, whatever the batch: each token's width (1, or the frames of the
-recording it stands for) is summed up to its position in the output, and one scatter moves all embeddings there.
+recording it stands for) is summed up to its position in the output, and embeddings are copied there once, tokens and
+frames each in one go. Only the longest row's length has to be known on the host; it is the one thing that is read.
 
-Shapes: B examples, T tokens, R recordings, F frames, S positions in the output, H hidden size.
+NeMo does this in ``replace_placeholders_and_build_targets`` (``speechlm2/models/salm.py``), row by row.
+
+Shapes: B examples, T tokens, R recordings, F frames, S positions in the output, A target tokens, H hidden size;
+N all tokens of the batch, M all frames.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch.autograd.function import once_differentiable
 
 from nemo_emmett.errors import DataError
-from nemo_emmett.modules.batch import length_mask
+from nemo_emmett.modules.batch import pack
+from nemo_emmett.modules.loss import IGNORE_INDEX
+
+_WORD = torch.complex128
+"""The widest type there is; of what is copied as such, no value is ever looked at."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What a language model reads: sequences of embeddings, and what it has to predict where.
+
+    Attributes:
+        embeds_BSH: (B, S, H) embeddings, zero where padded.
+        mask_BS: (B, S) bool, true where an embedding stands.
+        lens_B: (B,) int64, embeddings per row.
+        targets_BA: (B, A) int64, the target tokens of each row in their order, then ``IGNORE_INDEX``; None if no
+            targets were asked for. A target that is the first of its row is ``IGNORE_INDEX``: nothing predicts it.
+        positions_BA: (B, A) int64, the position whose output predicts each target: the one before it; 0 where there
+            is no target.
+    """
+
+    embeds_BSH: Tensor
+    mask_BS: Tensor
+    lens_B: Tensor
+    targets_BA: Tensor | None = None
+    positions_BA: Tensor | None = None
 
 
 def place_audio(
     token_embeds_BTH: Tensor,
     token_ids_BT: Tensor,
-    token_lens_B: Tensor,
-    audio_embeds_RFH: Tensor,
-    audio_lens_R: Tensor,
+    token_mask_BT: Tensor,
+    audio_embeds_RFH: Tensor | None,
+    audio_lens_R: Tensor | None,
     locator_id: int,
-) -> tuple[Tensor, Tensor]:
-    """Replace each locator token by the frames of its recording; pad on the right.
+    *,
+    is_target_BT: Tensor | None = None,
+    max_targets: int | None = None,
+    pad_left: bool = False,
+) -> Placed:
+    """Replace each locator token by the frames of its recording, and close the gaps that masked tokens leave.
 
     Args:
         token_embeds_BTH: (B, T, H) embeddings of the tokens; those of locators are ignored.
-        token_ids_BT: (B, T) int64, right-padded.
-        token_lens_B: (B,) int64, tokens per row.
-        audio_embeds_RFH: (R, F, H) encoded recordings in the order of their locators, row by row.
-        audio_lens_R: (R,) int64, frames per recording.
+        token_ids_BT: (B, T) int64.
+        token_mask_BT: (B, T) bool, true on tokens. Padding may stand anywhere, so that contexts and answers, each
+            padded, can lie side by side.
+        audio_embeds_RFH: (R, F, H) encoded recordings in the order of their locators, row by row, of any floating
+            type; None for text.
+        audio_lens_R: (R,) integers, frames per recording; None for text.
         locator_id: the locator token's id.
+        is_target_BT: (B, T) bool, the tokens to predict; padding and locators never are.
+        max_targets: A, at least the most targets of a row, such as the width of the answers; None: the most. Tensors
+            without values, on which OOMptimizer plans, cannot tell the most; A is then T.
+        pad_left: whether rows end, instead of begin, together: a decoder-only model generates from that.
 
     Returns:
-        (B, S, H) embeddings, zero where padded, and a (B, S) bool mask, true where an embedding stands.
+        The sequences; the embeddings have the tokens' type.
 
     Raises:
         DataError: if the number of locators differs from the number of recordings.
+
+    Example:
+        >>> ids, embeds, speech = torch.tensor([[5, 9, 6]]), torch.zeros(1, 3, 4), torch.ones(1, 2, 4)
+        >>> place_audio(embeds, ids, ids > 0, speech, torch.tensor([2]), locator_id=9).embeds_BSH[0, :, 0]
+        tensor([0., 1., 1., 0.])
     """
     B, T, H = token_embeds_BTH.shape
+    if audio_embeds_RFH is None:
+        audio_embeds_RFH, audio_lens_R = token_embeds_BTH.new_empty(0, 0, H), token_ids_BT.new_empty(0)
     R, F, _ = audio_embeds_RFH.shape
-    is_token_BT = length_mask(token_lens_B, T)
-    is_locator_BT = is_token_BT & (token_ids_BT == locator_id)
+    audio_lens_R = audio_lens_R.long()
 
-    # The r-th locator, counted through the whole batch, stands for the r-th recording.
-    recording_BT = (is_locator_BT.flatten().cumsum(0) - 1).clamp(0, R - 1).view(B, T)
-    width_BT = torch.where(is_locator_BT, audio_lens_R.long()[recording_BT], is_token_BT.long())
-    start_BT = width_BT.cumsum(1) - width_BT
-    lens_B = width_BT.sum(1)
+    is_locator_BT = token_mask_BT & (token_ids_BT == locator_id)
+    # Of a given size, so that the host need not wait for it; a count that differs is refused below.
+    locator_R = is_locator_BT.flatten().nonzero_static(size=R, fill_value=0).flatten()
+    width_BT = token_mask_BT.long().flatten().index_copy(0, locator_R, audio_lens_R).view(B, T)
+    end_BT = width_BT.cumsum(1)
+    start_BT, lens_B = end_BT - width_BT, end_BT[:, -1]
 
-    S = _output_width(is_locator_BT, lens_B, audio_lens_R, F)
+    if is_target_BT is not None:
+        is_target_BT = is_target_BT & token_mask_BT & ~is_locator_BT
+    S, A = _sizes(is_locator_BT, lens_B, audio_lens_R, F, is_target_BT, max_targets)
+    margin_B1 = (S - lens_B if pad_left else torch.zeros_like(lens_B))[:, None]
+    position_S = torch.arange(S, device=lens_B.device)
 
-    row_B1 = torch.arange(B, device=token_ids_BT.device)[:, None] * S
-    surplus = B * S  # padding goes to one extra row, which is cut off
-    token_target_BT = torch.where(is_token_BT & ~is_locator_BT, row_B1 + start_BT, surplus)
+    targets_BA = positions_BA = None
+    if is_target_BT is not None:
+        targets_BA = pack(token_ids_BT.masked_fill(start_BT == 0, IGNORE_INDEX), is_target_BT, A, IGNORE_INDEX)
+        positions_BA = pack((start_BT + margin_B1 - 1).clamp(min=0), is_target_BT, A, 0)
 
-    recording_start_R = torch.zeros(R + 1, dtype=torch.long, device=token_ids_BT.device)
-    slot_BT = torch.where(is_locator_BT, recording_BT, R)
-    recording_start_R = recording_start_R.scatter(0, slot_BT.flatten(), (row_B1 + start_BT).flatten())[:R]
-    frame_F = torch.arange(F, device=token_ids_BT.device)
-    frame_target_RF = torch.where(
-        frame_F[None, :] < audio_lens_R[:, None], recording_start_R[:, None] + frame_F[None, :], surplus
+    row_BT = torch.arange(B, device=lens_B.device)[:, None] * S + margin_B1 + start_BT
+    token_row_BT = torch.where(token_mask_BT & ~is_locator_BT, row_BT, B * S)
+    frame_row_RF = _frame_rows(row_BT.flatten()[locator_R], audio_lens_R, F, beyond=B * S)
+    rows = _CopyRows.apply(
+        B * S,
+        token_embeds_BTH.flatten(0, 1),
+        token_row_BT.flatten(),
+        audio_embeds_RFH.flatten(0, 1).to(token_embeds_BTH.dtype),
+        frame_row_RF.flatten(),
+    )
+    return Placed(
+        embeds_BSH=rows.view(B, S, H),
+        mask_BS=position_S >= margin_B1 if pad_left else position_S < lens_B[:, None],
+        lens_B=lens_B,
+        targets_BA=targets_BA,
+        positions_BA=positions_BA,
     )
 
-    sources = torch.cat([token_embeds_BTH.reshape(B * T, H), audio_embeds_RFH.reshape(R * F, H).to(token_embeds_BTH)])
-    targets = torch.cat([token_target_BT.flatten(), frame_target_RF.flatten()])
-    placed = sources.new_zeros(B * S + 1, H).index_copy(0, targets, sources)
-    return placed[:surplus].view(B, S, H), length_mask(lens_B, S)
 
-
-def _output_width(is_locator_BT: Tensor, lens_B: Tensor, audio_lens_R: Tensor, F: int) -> int:
-    """S, the longest row's length; refuses recordings that are left over."""
+def _sizes(
+    is_locator_BT: Tensor,
+    lens_B: Tensor,
+    audio_lens_R: Tensor,
+    F: int,
+    is_target_BT: Tensor | None,
+    max_targets: int | None,
+) -> tuple[int, int]:
+    """S, the longest row's length, and A, the most targets of a row; refuses recordings that are left over."""
     R = len(audio_lens_R)
     if isinstance(lens_B, FakeTensor):
         # OOMptimizer plans on tensors without values, in batches whose longest row is full.
         B, T = is_locator_BT.shape
-        return T + (_longest(audio_lens_R, F) - 1) * (R // B)
+        S = T + (_longest(audio_lens_R, F) - 1) * (R // B) if R else T
+        return S, T if max_targets is None else max_targets
+    most_targets = (lens_B if is_target_BT is None else is_target_BT.sum(1)).max()
     # The only read of the device by the host.
-    num_locators, S = torch.stack([is_locator_BT.sum(), lens_B.max()]).tolist()
+    num_locators, S, A = torch.stack([is_locator_BT.sum(), lens_B.max(), most_targets]).tolist()
     if num_locators != R:
         raise DataError(
             f"a batch has {R} recordings but {num_locators} audio locator tokens: "
             "each recording needs exactly one locator in its context."
         )
-    return S
+    assert max_targets is None or is_target_BT is None or max_targets >= A
+    return S, A if max_targets is None else max_targets
+
+
+def _frame_rows(first_R: Tensor, audio_lens_R: Tensor, F: int, beyond: int) -> Tensor:
+    """(R, F) rows of the output that frames go to, from each recording's first on; padding goes ``beyond``."""
+    frame_F = torch.arange(F, device=first_R.device)
+    return torch.where(frame_F < audio_lens_R[:, None], first_R[:, None] + frame_F, beyond)
 
 
 def _longest(fake_lens_R: Tensor, F: int) -> int:
@@ -94,3 +170,47 @@ def _longest(fake_lens_R: Tensor, F: int) -> int:
         return int(fake_lens_R.max())
     except DataDependentOutputException:
         return F
+
+
+class _CopyRows(torch.autograd.Function):
+    """Rows of two matrices, copied into a third, which is zero elsewhere.
+
+    Composed of PyTorch's own differentiable operations, this would copy the whole gradient twice more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, num_rows: int, tokens_NH: Tensor, row_N: Tensor, frames_MH: Tensor, row_M: Tensor) -> Tensor:
+        """``num_rows`` rows. What goes to row ``num_rows`` is dropped; all others are named once at most."""
+        ctx.save_for_backward(row_N, row_M)
+        # What is dropped all lands in one extra row.
+        rows = tokens_NH.new_zeros(num_rows + 1, tokens_NH.shape[1])
+        to, tokens, frames = _in_words(rows, tokens_NH.contiguous(), frames_MH.contiguous())
+        to.index_copy_(0, row_N, tokens).index_copy_(0, row_M, frames)
+        return rows[:num_rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Each row's gradient is that of the row it went to; what was dropped has none."""
+        _, needs_tokens, _, needs_frames, _ = ctx.needs_input_grad
+        row_N, row_M = ctx.saved_tensors
+        tokens = _rows_at(grad, row_N) if needs_tokens else None
+        frames = _rows_at(grad, row_M) if needs_frames else None
+        return None, tokens, None, frames, None
+
+
+def _in_words(*matrices: Tensor) -> tuple[Tensor, ...]:
+    """The same memory as words of 16 bytes, where rows consist of whole ones.
+
+    An element takes as long to copy as a word: in words, bfloat16 takes a fifth to a quarter of the time on a CPU.
+    """
+    starts_and_widths = [n * m.element_size() for m in matrices for n in (m.storage_offset(), m.shape[1])]
+    if matrices[0].device.type == "mps" or any(n % _WORD.itemsize for n in starts_and_widths):
+        return matrices  # MPS has no numbers of that size
+    return tuple(matrix.view(_WORD) for matrix in matrices)
+
+
+def _rows_at(rows: Tensor, index: Tensor) -> Tensor:
+    """The rows of an index; zero beyond the last row."""
+    found = rows.index_select(0, index.clamp(max=len(rows) - 1))
+    return found.mul_((index < len(rows))[:, None].to(rows.dtype))

@@ -4,7 +4,8 @@
   models calls them.
 - :mod:`nemo_emmett.prompts.translation`: registers our prompt formats with NeMo; the instruction in plain words.
 - :mod:`nemo_emmett.prompts.request`: what a format asks of an example.
-- :mod:`nemo_emmett.prompts.t5`: the ``emmett_t5`` format, ``<de> text`` for T5-like encoder-decoders.
+- :mod:`nemo_emmett.prompts.families`: which format a backbone was made for, and the tokens that end its answers.
+- :mod:`nemo_emmett.prompts.t5`: ``emmett_t5``, ``<de> text`` for T5-like encoder-decoders, and ``emmett_ul2``.
 - :mod:`nemo_emmett.prompts.language_tokens`: ``emmett_m2m100``, ``emmett_nllb``, ``emmett_mbart50``, ``emmett_mbart``.
 - :mod:`nemo_emmett.prompts.chat`: ``emmett_llama3`` and the like, an instruction in NeMo's chat formats.
 - :mod:`nemo_emmett.prompts.formatting`: ``format_many``, examples prompted together.

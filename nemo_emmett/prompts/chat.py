@@ -2,10 +2,15 @@
 
 A NeMo chat format says how turns are written; what our examples become in turns is said here, once for all of them: the
 user's turn is the instruction and the message (the text, or the audio locator), the assistant's the answer.
+
+Two things differ from NeMo. What opens the assistant's turn (``<|im_start|>assistant``) belongs to the context in
+training as it does in generation, so that the answer is the translation and nothing else, and a batch made for training
+can be translated as it is. And every answer ends in a token, EOS where the format itself ends in none.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -59,6 +64,38 @@ class TranslationChat:
             "take it out of the source's tags, or say it in their `context`."
         )
 
+    def encode_turn(self, prompt_template: str, expected_slots: dict, slot_values: dict) -> list[int]:
+        """NeMo's; what opens the assistant's turn is tokenised apart from the answer, as it is in generation."""
+        opening = self.INFERENCE_PREFIX or ""
+        if not (opening and prompt_template.startswith(opening)):
+            return super().encode_turn(prompt_template, expected_slots, slot_values)
+        answer = super().encode_turn(prompt_template.removeprefix(opening), expected_slots, slot_values)
+        return [*self._apply_tokenizer(opening), *answer]
+
+    def encode_dialog(self, turns: list[dict], **options: object) -> dict[str, torch.Tensor]:
+        """NeMo's, with the opening of the last assistant's turn in the context."""
+        encoded = self._encode_turns(turns, **options)
+        if "answer_ids" not in encoded:
+            return encoded
+        start = len(encoded["context_ids"]) + self._opening_tokens
+        mask = encoded["mask"].clone()
+        mask[start - self._opening_tokens : start] = False
+        ids = encoded["input_ids"]
+        return encoded | {"context_ids": ids[:start], "answer_ids": ids[start:], "mask": mask}
+
+    @cached_property
+    def _opening_tokens(self) -> int:
+        """With how many tokens an assistant's turn opens that generation finds in its context."""
+        user, assistant = ({"role": role, "slots": {"message": "a"}} for role in ("user", self.OUTPUT_ROLE))
+        asked = self._encode_turns([dict(user)])["context_ids"]
+        said = self._encode_turns([dict(user), assistant])
+        context = len(said["context_ids"])
+        return min(len(asked), len(said["input_ids"])) - context
+
+    def _encode_turns(self, turns: list[dict], **options: object) -> dict[str, torch.Tensor]:
+        """As the NeMo format does it."""
+        return super().encode_dialog(turns, **options)
+
     def _apply_tokenizer(self, text: str, lang: str | None = None) -> list[int]:
         """NeMo's, which puts ids for the slots of BOS and EOS, but by the tokenizer's fast way."""
         bos = [self.tokenizer.bos] if text.startswith(BOS_SLOT) else []
@@ -79,9 +116,9 @@ class EmmettNemotronNanoV3PromptFormatter(TranslationChat, NemotronNanoV3PromptF
 
     NAME = "emmett_nemotron-nano-v3"
 
-    def encode_dialog(self, turns: list[dict], enable_thinking: bool = False) -> dict[str, torch.Tensor]:
+    def _encode_turns(self, turns: list[dict], enable_thinking: bool = False) -> dict[str, torch.Tensor]:
         """NeMo's, which in generation lets the model reason unless told otherwise."""
-        return super().encode_dialog(turns, enable_thinking=enable_thinking)
+        return super()._encode_turns(turns, enable_thinking=enable_thinking)
 
 
 class EmmettQwen3PromptFormatter(TranslationChat, Qwen3PromptFormatter):
@@ -100,11 +137,17 @@ class EmmettQwen3PromptFormatter(TranslationChat, Qwen3PromptFormatter):
         }
     }
 
-    def encode_dialog(self, turns: list[dict], **_: object) -> dict[str, torch.Tensor]:
+    def _encode_turns(self, turns: list[dict], **_: object) -> dict[str, torch.Tensor]:
         """As any other format does it, by the template alone."""
         return PromptFormatter.encode_dialog(self, turns)
 
 
+def _define(name: str) -> None:
+    original = PromptFormatter.resolve(name)
+    ends_in_nothing = original.get_template(original.OUTPUT_ROLE).endswith("|message|")
+    own = {"NAME": f"emmett_{name}", "INSERT_EOS": original.INSERT_EOS or ends_in_nothing}
+    type(f"Emmett{original.__name__}", (TranslationChat, original), own)  # which registers it under its NAME
+
+
 for _name in CHAT_FORMATS:
-    _original = PromptFormatter.resolve(_name)  # defining a subclass registers it under its NAME
-    type(f"Emmett{_original.__name__}", (TranslationChat, _original), {"NAME": f"emmett_{_name}"})
+    _define(_name)

@@ -1,4 +1,4 @@
-"""Text to token ids, as NeMo's tokenizers give them, without what they do beside encoding."""
+"""Text and tokens to ids, as NeMo's tokenizers give them, without what they do beside encoding."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if len(texts) < _WORTH_A_BATCH:
         return [backend.encode(text, add_special_tokens=False).ids for text in texts]
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def token_id(tokenizer: Any, token: str) -> int | None:
+    """The id of a token; None if the tokenizer does not have it.
+
+    Its id must lead back to it: unknown tokens get the id of ``<unk>``, and M2M100's tokenizer counts languages from
+    the end of its vocabulary file, where another token may have been added.
+    """
+    number = tokenizer.token_to_id(token) if token else None
+    return number if number is not None and tokenizer.ids_to_tokens([number]) == [token] else None
 
 
 def _fast_backend(tokenizer: Any) -> Any | None:

@@ -30,6 +30,7 @@ from typing import ClassVar
 from nemo.collections.common.prompts.formatter import EOS_SLOT, Modality, PromptFormatter
 
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.encoding import token_id
 from nemo_emmett.prompts.languages import flores_code, m2m100_code, mbart_code
 from nemo_emmett.prompts.seq2seq import Segment, Seq2SeqPrompt
 
@@ -63,10 +64,8 @@ class LanguageTokenPrompt(Seq2SeqPrompt):
                 f"prompt_format {self.NAME}: this family of models has no token for the language '{language}'; "
                 "leave out the data in that language, or use another model."
             )
-        number = self.tokenizer.token_to_id(token)
-        # Its id must lead back to it: M2M100's tokenizer counts languages from the end of its vocabulary file, where
-        # another token may have been added.
-        if number is None or self.tokenizer.ids_to_tokens([number]) != [token]:
+        number = token_id(self.tokenizer, token)
+        if number is None:
             raise ConfigError(
                 f"prompt_format {self.NAME}: the tokenizer has no token '{token}' for the language '{language}'; "
                 "use the prompt format of the tokenizer's own family."
@@ -83,9 +82,17 @@ class LanguageTokenPrompt(Seq2SeqPrompt):
             raise ConfigError(f"prompt_format {self.NAME}: an answer needs the slot target_lang, such as 'de'.")
         return self._side(answer, target_lang)
 
-    def decoder_start(self, target_lang: str) -> list[int]:
+    def decoder_start(self, target_lang: str | None) -> list[int]:
         """``</s> __fr__``, the start token of these families and the target language's."""
-        return [self.eos_id, self.language_id(target_lang)]
+        return [self.eos_id, self._first_id(target_lang)]
+
+    def _first_id(self, target_lang: str | None) -> int:
+        if not target_lang:
+            raise ConfigError(
+                f"prompt_format {self.NAME}: an answer begins with its language's token, but the language is not "
+                "known; give `target_lang`, such as 'de', to generate or in the slots of the user's turn."
+            )
+        return self.language_id(target_lang)
 
     def _side(self, text: str, language: str | None) -> Segment:
         before = (self.language_id(language),) if language else ()
@@ -156,9 +163,9 @@ class EmmettMBartPromptFormatter(LanguageTokenPrompt, PromptFormatter):
         """``de_DE``."""
         return mbart_code(language)
 
-    def decoder_start(self, target_lang: str) -> list[int]:
+    def decoder_start(self, target_lang: str | None) -> list[int]:
         """``fr_XX``, which is where the labels' last token goes in training."""
-        return [self.language_id(target_lang)]
+        return [self._first_id(target_lang)]
 
     def _side(self, text: str, language: str | None) -> Segment:
         after = (self.language_id(language),) if language else ()

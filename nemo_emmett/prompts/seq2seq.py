@@ -59,11 +59,14 @@ class Seq2SeqPrompt:
             ConfigError: for a language that the model does not have.
         """
 
-    def decoder_start(self, target_lang: str) -> list[int] | None:
+    def decoder_start(self, target_lang: str | None) -> list[int] | None:
         """Ids that the decoder reads before the first one it generates; None: the model's own start token alone.
 
         Hand them to Hugging Face ``generate`` as ``decoder_input_ids`` (B, len) with their first as
         ``decoder_start_token_id``: unlike ``forced_bos_token_id`` they may differ within a batch.
+
+        Raises:
+            ConfigError: if the family needs the language and it is not known, or not the model's.
         """
         return None
 

@@ -1,8 +1,11 @@
-"""``emmett_t5``: the prompt of multilingual encoder-decoders of the T5 kind, ``<de> text</s>``.
+"""``emmett_t5``: the prompt of multilingual encoder-decoders of the T5 kind, ``<de> text</s>``; ``emmett_ul2`` for UL2.
 
 The target language stands in front as a tag, as EMMeTT's T5 backbone has it (arXiv 2409.13523, section 3; NeMo's
 ``t5nmt``). Speech stands where the text would: ``<de> <|audio|></s>``. Where the tokenizer has the tag as one token
 it is one token, otherwise it is spelled in pieces. NeMo's own ``t5nmt`` has no place for an audio locator.
+
+UL2 was pretrained with a token in front that says what is asked of it, ``[S2S]`` where a text is to be continued by
+another (arXiv 2205.05131, section 3.1.2).
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from nemo.collections.common.prompts.formatter import EOS_SLOT, Modality, Prompt
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.seq2seq import Segment, Seq2SeqPrompt
+
+_MODE = "[S2S]"
 
 
 class EmmettT5PromptFormatter(Seq2SeqPrompt, PromptFormatter):
@@ -38,3 +43,18 @@ class EmmettT5PromptFormatter(Seq2SeqPrompt, PromptFormatter):
     def answer_segment(self, answer: str, target_lang: str | None) -> Segment:
         """``answer</s>``."""
         return Segment((), answer, (self.eos_id,))
+
+
+class EmmettUL2PromptFormatter(EmmettT5PromptFormatter):
+    """``emmett_t5`` behind UL2's token for sequence to sequence: ``[S2S] <de> message</s>``."""
+
+    NAME = "emmett_ul2"
+    TEMPLATE: ClassVar[dict] = EmmettT5PromptFormatter.TEMPLATE | {
+        "user": EmmettT5PromptFormatter.TEMPLATE["user"]
+        | {"template": f"{_MODE} {EmmettT5PromptFormatter.TEMPLATE['user']['template']}"}
+    }
+
+    def context_segment(self, message: str, target_lang: str | None, source_lang: str | None) -> Segment:
+        """``[S2S] <de> message</s>``."""
+        before, text, after = super().context_segment(message, target_lang, source_lang)
+        return Segment(before, f"{_MODE} {text}", after)

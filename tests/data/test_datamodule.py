@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from itertools import islice
 
 import numpy as np
@@ -91,6 +92,35 @@ def test_a_dataset_called_as_a_modality_is_refused_at_once(config, tokenizer) ->
     config.validation_ds.datasets.audio = config.validation_ds.datasets.dev_speech
     with pytest.raises(ConfigError, match=r"data.validation_ds.datasets.audio: a dataset cannot be called 'audio'"):
         MultimodalDataModule(config, tokenizer, SpeechTextDataset(tokenizer))
+
+
+MODEL = {"sample_rate": 16000, "audio_locator_tag": "<|audio|>", "prompt_format": "emmett_t5"}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sentence"),
+    [
+        ("train_ds.sample_rate", 8000, "the speech encoder reads 16000 samples per second, not 8000; leave the key"),
+        ("train_ds.spoken.sample_rate", 44100, "the speech encoder reads 16000 samples per second, not 44100; leave"),
+        ("validation_ds.datasets.dev_speech.sample_rate", 8000, "the speech encoder reads 16000"),
+        ("train_ds.audio_locator_tag", "<|speech|>", r"the model takes '<\|audio\|>' for speech, not '<\|speech\|>'; "),
+        ("train_ds.written.input_cfg[0].audio_locator_tag", "<a>", "the model takes"),
+        ("train_ds.prompt_format", "emmett_nllb", "the model translates with 'emmett_t5', but this data would train "),
+        ("test_ds.prompt_format", "emmett_nllb", "the model translates with 'emmett_t5'"),
+    ],
+)
+def test_data_that_differs_from_the_model_is_refused(config, tokenizer, place, value, sentence) -> None:
+    OmegaConf.update(config, place, value, force_add=True)
+    MultimodalDataModule(config.copy(), tokenizer, SpeechTextDataset(tokenizer))  # there is no model to differ from
+    with pytest.raises(ConfigError, match=rf"^data\.{re.escape(place)}: {sentence}"):
+        MultimodalDataModule(config, tokenizer, SpeechTextDataset(tokenizer), MODEL)
+
+
+def test_what_the_model_says_holds_where_the_data_says_nothing(config, tokenizer) -> None:
+    config.train_ds.sample_rate = 16000  # the same, said twice
+    del config.train_ds.prompt_format
+    datamodule = MultimodalDataModule(config, tokenizer, SpeechTextDataset(tokenizer), MODEL)
+    assert {key: datamodule.cfg.train_ds[key] for key in MODEL} == MODEL
 
 
 def test_errors_name_the_dataset(config, tokenizer) -> None:

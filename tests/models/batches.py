@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from nemo_emmett.prompts.families import prompt_formatter
+from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
+from nemo_emmett.prompts.translation import translation_turns
+
 
 def encode(model, text: str) -> list[int]:
     return [*model.tokenizer.text_to_ids(text), model.tokenizer.eos_id]
@@ -33,3 +37,48 @@ def audio_batch(model, seconds_and_targets: list[tuple[float, str]], seed: int =
     noise = torch.randn(len(lens), int(lens.max()), generator=torch.Generator().manual_seed(seed)) * 0.1
     noise[torch.arange(noise.shape[1])[None, :] >= lens[:, None]] = 0.0
     return batch | {"audios": noise, "audio_lens": lens}
+
+
+def prompted_batch(
+    model, messages: list[str], answers: list[str], source_lang: str = "en", target_lang: str = "de"
+) -> dict:
+    """Messages and answers as the model's own prompt format writes them."""
+    formatter = prompt_formatter(model.options.prompt_format, model.tokenizer)
+    encoded = [
+        formatter.encode_dialog(
+            [
+                *translation_turns(formatter, message, target_lang, source_lang),
+                {"role": "assistant", "slots": _answer_slots(formatter, answer, target_lang)},
+            ]
+        )
+        for message, answer in zip(messages, answers, strict=True)
+    ]
+    batch = {}
+    for part in ("context", "answer"):
+        rows = [example[f"{part}_ids"].tolist() for example in encoded]
+        batch[f"{part}_ids"], batch[f"{part}_lens"] = padded(rows, model.pad_id)
+    batch["examples"] = [
+        {"id": str(i), "source_lang": source_lang, "target_lang": target_lang, "target_text": answer}
+        for i, answer in enumerate(answers)
+    ]
+    return batch
+
+
+def with_recordings(model, batch: dict, seconds: list[float], seed: int = 0) -> dict:
+    """The batch with a recording of noise for each locator in it."""
+    lens = torch.tensor([round(s * model.sampling_rate) for s in seconds])
+    noise = torch.randn(len(lens), int(lens.max()), generator=torch.Generator().manual_seed(seed)) * 0.1
+    noise[torch.arange(noise.shape[1])[None, :] >= lens[:, None]] = 0.0
+    return batch | {"audios": noise, "audio_lens": lens}
+
+
+def rows(batch: dict, chosen: list[int]) -> dict:
+    """Some rows of a batch whose examples have one recording each, or none."""
+    return {
+        key: [value[i] for i in chosen] if isinstance(value, list) else value[chosen] for key, value in batch.items()
+    }
+
+
+def _answer_slots(formatter, answer: str, target_lang: str) -> dict:
+    slots = {"message": answer, "target_lang": target_lang}
+    return {name: value for name, value in slots.items() if name == "message" or isinstance(formatter, Seq2SeqPrompt)}

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_emmett.models import SALMT5
-from nemo_emmett.models.pieces import cut_batch
+from nemo_emmett.models.pieces import cut_batch, target_counts
 
 from .batches import audio_batch, text_batch
 
@@ -82,6 +82,16 @@ def test_a_locator_in_the_padding_stands_for_nothing() -> None:
     batch["context_ids"] = torch.tensor([[LOCATOR, 5, LOCATOR], [LOCATOR, 5, LOCATOR]])
     first, second = (piece["audio"] for piece in cut_batch({"audio": batch}, 2, PAD, LOCATOR))
     assert (first["audio_lens"].tolist(), second["audio_lens"].tolist()) == ([3], [2])
+
+
+def test_targets_in_the_context_are_cut_with_it_and_counted() -> None:
+    """Answers of 3 and 1 tokens; before them, 2 tokens of earlier answers in the first conversation."""
+    batch = part([[5, 6, 7], [5]]) | {"context_targets": torch.tensor([[False, True, True], [False] * 3])}
+    pieces = [piece["text"] for piece in cut_batch({"text": batch}, 2, PAD, LOCATOR)]
+    assert [piece["context_targets"].tolist() for piece in pieces] == [[[False, True, True]], [[False]]]
+    cpu = torch.device("cpu")
+    assert target_counts({"text": batch}, cpu).tolist() == [0, 6]
+    assert [target_counts({"text": piece}, cpu).tolist() for piece in pieces] == [[0, 5], [0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +214,7 @@ def test_counts_are_added_over_ranks_once_in_a_step_and_before_the_forward_pass(
     def fail(*args) -> None:
         raise torch.OutOfMemoryError
 
-    model.forward = fail
+    model.llm_inputs = fail
     with pytest.raises(torch.OutOfMemoryError):
         model.training_step(both(model), 1)
     assert len(reduced) == 3

@@ -225,34 +225,34 @@ def test_speech_from_tensors_and_from_a_file_generate_the_same(model, tiny_corpu
     from_tensors = model.generate([turns], audios=samples, audio_lens=torch.tensor([samples.shape[1]]))
     assert torch.equal(from_file, from_tensors)
     text = model.tokenizer.tokenizer.batch_decode(from_file, skip_special_tokens=True)[0].strip()
-    assert model.translate([path], target_lang="de") == [text]
+    assert model.translate([path], None, "de") == [text]
 
 
 def test_translating_a_model_in_training_has_no_dropout_and_leaves_it_in_training(model, tiny_corpus):
     inputs = ["one red house", tiny_corpus / "audio" / "en-2.wav"]
-    expected = model.eval().translate(inputs, target_lang="de")
+    expected = model.eval().translate(inputs, None, "de")
     model.train()
     model.perception.encoder.eval()
-    assert model.translate(inputs, target_lang="de") == expected
+    assert model.translate(inputs, None, "de") == expected
     assert model.llm.training
     assert not model.perception.encoder.training
 
 
 def test_translate_keeps_the_order_of_texts_and_recordings(model, tiny_corpus):
     inputs = ["one red house", tiny_corpus / "audio" / "en-3.wav", "six", str(tiny_corpus / "audio" / "en-0.wav")]
-    together = model.translate(inputs, target_lang="de", batch_size=2)
-    assert together == [model.translate([item], target_lang="de")[0] for item in inputs]
+    together = model.translate(inputs, None, "de", batch_tokens=20)
+    assert together == [model.translate([item], None, "de")[0] for item in inputs]
 
 
 def test_translate_refuses_an_unknown_language_and_missing_or_broken_audio(model, tmp_path):
     with pytest.raises(ConfigError, match="'dex' is not a known language; did you mean 'de'"):
-        model.translate(["six"], target_lang="dex")
+        model.translate(["six"], None, "dex")
     with pytest.raises(DataError, match=r"nowhere\.wav' does not exist"):
-        model.translate(["nowhere.wav"], target_lang="de")
+        model.translate(["nowhere.wav"], None, "de")
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF")
     with pytest.raises(DataError, match=r"broken\.wav' cannot be read"):
-        model.translate([broken], target_lang="de")
+        model.translate([broken], None, "de")
 
 
 # What is written and read
@@ -260,13 +260,13 @@ def test_translate_refuses_an_unknown_language_and_missing_or_broken_audio(model
 
 def test_an_exported_folder_translates_the_same_in_a_new_process(model, tmp_path, tiny_corpus):
     inputs = ["one red house", str(tiny_corpus / "audio" / "en-1.wav")]
-    expected = model.translate(inputs, target_lang="de")
+    expected = model.translate(inputs, None, "de")
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     assert (folder / "model.safetensors").exists()
     program = (
         "import json, sys; from nemo_emmett.models import load\n"
-        f"print(json.dumps(load({str(folder)!r}).translate({inputs!r}, target_lang='de')))"
+        f"print(json.dumps(load({str(folder)!r}).translate({inputs!r}, None, 'de')))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == expected
@@ -343,7 +343,7 @@ def test_a_name_that_no_hub_knows_is_told_in_one_sentence(salm_t5_config, monkey
     def refuse(*args, **kwargs):
         raise OSError("google/t6 is not a valid model identifier")
 
-    monkeypatch.setattr("nemo_emmett.models.base.AutoTokenizer", refuse)
+    monkeypatch.setattr("nemo_emmett.models.building.AutoTokenizer", refuse)
     with pytest.raises(ModelError, match="'google/t6' is neither a folder"):
         SALMT5(salm_t5_config | {"pretrained_llm": "google/t6"})
 

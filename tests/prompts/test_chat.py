@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from nemo.collections.common.data.lhotse.text_adapters import (
     NeMoMultimodalConversation,
     SourceTargetTextExample,
@@ -33,6 +34,20 @@ def turns(message: str, answer: str | None = ANSWER) -> list[dict]:
     return asked + ([{"role": "assistant", "slots": {"message": answer}}] if answer else [])
 
 
+def as_trained(original: PromptFormatter, dialog: list[dict]) -> dict:
+    """What NeMo makes of a dialog, divided where its own generation begins; ended by EOS where nothing ends it."""
+    options = {"enable_thinking": False} if original.NAME == "nemotron-nano-v3" else {}
+    asked = original.encode_dialog([dict(turn) for turn in dialog[:-1]], **options)["context_ids"].tolist()
+    ids = original.encode_dialog([dict(turn) for turn in dialog], **options)["input_ids"].tolist()
+    if original.NAME in ("nemotron-h", "phi2_chat", "phi2_qa"):
+        ids.append(original.tokenizer.eos)
+    assert ids[: len(asked)] == asked
+    answer = ids[len(asked) :]
+    parts = {"input_ids": ids, "context_ids": asked, "answer_ids": answer}
+    mask = torch.tensor([False] * len(asked) + [True] * len(answer))
+    return {name: torch.tensor(tokens) for name, tokens in parts.items()} | {"mask": mask}
+
+
 def assert_same(ours: dict, theirs: dict) -> None:
     assert {key: value.tolist() for key, value in ours.items()} == {key: v.tolist() for key, v in theirs.items()}
 
@@ -45,9 +60,9 @@ def test_text_and_speech_are_asked_for_in_the_same_words(tokenizer, pair, cut, n
     original = PromptFormatter.resolve(name)(tokenizer)
     ours = PromptFormatter.resolve(f"emmett_{name}")(tokenizer)
     text = apply_prompt_format_fn(pair(source_lang, "fr"), ours)
-    assert_same(text, original.encode_dialog(turns(f"{instruction} ein rotes haus")))
+    assert_same(text, as_trained(original, turns(f"{instruction} ein rotes haus")))
     speech = apply_prompt_format_fn(cut(source_lang=source_lang, target_lang="fr"), ours)
-    assert_same(speech, original.encode_dialog(turns(f"{instruction} <|audio|>")))
+    assert_same(speech, as_trained(original, turns(f"{instruction} <|audio|>")))
     assert speech["context_ids"].tolist().count(tokenizer.token_to_id("<|audio|>")) == 1
 
 
@@ -55,10 +70,10 @@ def test_the_ids_say_what_llama_3_reads(tokenizer, pair) -> None:
     encoded = apply_prompt_format_fn(pair("de", "fr"), PromptFormatter.resolve("emmett_llama3")(tokenizer))
     assert tokenizer.ids_to_text(encoded["context_ids"].tolist(), remove_special_tokens=False) == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
-        "Translate from German to French: ein rotes haus<|eot_id|>"
+        "Translate from German to French: ein rotes haus<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     )
     assert tokenizer.ids_to_text(encoded["answer_ids"].tolist(), remove_special_tokens=False) == (
-        "<|start_header_id|>assistant<|end_header_id|>\n\nune maison rouge<|eot_id|>"
+        "une maison rouge<|eot_id|>"
     )
 
 
@@ -68,7 +83,8 @@ def test_qwen3_answers_without_a_thought_and_draws_nothing(tokenizer, pair) -> N
     encoded = apply_prompt_format_fn(pair("de", "fr"), prompt)
     assert random.getstate() == state
     user = "<|im_start|>user\nTranslate from German to French: ein rotes haus<|im_end|>\n"
-    answer = "<|im_start|>assistant\n<think>\n\n</think>\n\nune maison rouge<|im_end|>\n"
+    user += "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    answer = "une maison rouge<|im_end|>\n"
     assert tokenizer.ids_to_text(encoded["context_ids"].tolist(), remove_special_tokens=False) == user
     assert tokenizer.ids_to_text(encoded["answer_ids"].tolist(), remove_special_tokens=False) == answer
 
@@ -93,9 +109,9 @@ def test_speech_whose_answer_is_not_known(tokenizer, cut, name) -> None:
 def test_a_context_of_its_own_takes_the_place_of_the_instruction(tokenizer, pair, cut) -> None:
     original, ours = (PromptFormatter.resolve(name)(tokenizer) for name in ("qwen", "emmett_qwen"))
     said = apply_prompt_format_fn(cut(target_lang="fr", context="En français :"), ours)
-    assert_same(said, original.encode_dialog(turns("En français : <|audio|>")))
+    assert_same(said, as_trained(original, turns("En français : <|audio|>")))
     asked = SourceTargetTextExample(TextExample("rot"), TextExample(ANSWER), question=TextExample("In French:"))
-    assert_same(apply_prompt_format_fn(asked, ours), original.encode_dialog(turns("In French: rot")))
+    assert_same(apply_prompt_format_fn(asked, ours), as_trained(original, turns("In French: rot")))
 
 
 def test_a_system_prompt_is_said_where_the_format_has_a_place_for_it(tokenizer, pair) -> None:
@@ -106,7 +122,7 @@ def test_a_system_prompt_is_said_where_the_format_has_a_place_for_it(tokenizer, 
         ("llama3", [{"role": "system", "slots": {"message": "Be brief."}}, turns(message)[0]]),
         ("llama2", [{"role": "system_and_user", "slots": {"system": "Be brief.", "message": message}}]),
     ]:
-        expected = PromptFormatter.resolve(name)(tokenizer).encode_dialog([*first, answer])
+        expected = as_trained(PromptFormatter.resolve(name)(tokenizer), [*first, answer])
         assert_same(apply_prompt_format_fn(example, PromptFormatter.resolve(f"emmett_{name}")(tokenizer)), expected)
     with pytest.raises(DataError) as refused:
         apply_prompt_format_fn(example, PromptFormatter.resolve("emmett_gemma")(tokenizer))
@@ -119,7 +135,7 @@ def test_a_system_prompt_is_said_where_the_format_has_a_place_for_it(tokenizer, 
 def test_conversations_are_as_nemo_has_them(tokenizer) -> None:
     talk = NeMoMultimodalConversation("talk", [TextTurn("say:", "user"), TextTurn("oui", "assistant")])
     original, ours = (PromptFormatter.resolve(name)(tokenizer) for name in ("qwen", "emmett_qwen"))
-    assert_same(apply_prompt_format_fn(talk, ours), original.encode_dialog(turns("say:", "oui")))
+    assert_same(apply_prompt_format_fn(talk, ours), as_trained(original, turns("say:", "oui")))
 
 
 def test_without_a_target_language_nothing_is_prompted(tokenizer, pair) -> None:

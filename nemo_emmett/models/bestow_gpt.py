@@ -1,0 +1,233 @@
+"""BESTOW-GPT: a decoder-only language model whose text looks up in speech what it needs, before the model reads it.
+
+A few causal cross-attention layers stand in front of the language model (BESTOW, arXiv 2406.19954): the embeddings of
+prompt and answer attend to the encoded speech, and what they find is added to them. The language model's sequence stays
+as long as its text: locator tokens stand for nothing in it and are left out. Text batches go past the layers untouched.
+
+Shapes: B examples, T tokens, A target tokens, H hidden size, R recordings, K recordings of an example, F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from nemo_emmett.config import check_keys
+from nemo_emmett.errors import ConfigError, DataError, ModelError
+from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.models.causal import Sequences, bare, context_and_answer, context_only, put_back, take_embeddings
+from nemo_emmett.models.head import LLMInputs
+from nemo_emmett.modules.batch import pack
+from nemo_emmett.modules.cross_attention import SpeechCrossAttention, SpeechMemory
+from nemo_emmett.modules.loss import IGNORE_INDEX
+
+CROSS_ATTENTION_KEYS = ("num_layers", "num_heads", "width", "ffn_ratio", "dropout")
+"""Keys of ``model.cross_attention``: the arguments of :class:`SpeechCrossAttention`, with its defaults."""
+
+
+class BestowGPT(SpeechTextModel):
+    """Speech and text translation by one decoder-only language model (Llama, Qwen, Mistral, Gemma).
+
+    Args:
+        cfg: the ``model`` section of a recipe; :class:`~nemo_emmett.models.config.ModelConfig` lists its keys.
+
+    Raises:
+        ModelError: if ``pretrained_llm`` is an encoder-decoder, or a pretrained part cannot be found.
+        ConfigError: for a misspelt key, or cross-attention that cannot be.
+    """
+
+    auto_class = AutoModelForCausalLM
+    is_encoder_decoder = False
+
+    def _take_parts(self) -> None:
+        self.embed_tokens = take_embeddings(self.llm)
+        options = self.options.cross_attention or {}
+        for stranger in check_keys(options, CROSS_ATTENTION_KEYS, "model.cross_attention"):
+            raise ConfigError(
+                f"model.cross_attention.{stranger}: there is no such key; use {', '.join(CROSS_ATTENTION_KEYS)}."
+            )
+        self.cross_attention = SpeechCrossAttention(self.embed_tokens.embedding_dim, **options)
+
+    @property
+    def token_embedding(self) -> nn.Module:
+        """Kept outside of the language model."""
+        return self.embed_tokens
+
+    def embeddings_inside(self) -> AbstractContextManager[None]:
+        """See :meth:`SpeechTextModel.embeddings_inside`."""
+        return put_back(self.llm, self.embed_tokens)
+
+    def llm_inputs(self, batch: Mapping) -> LLMInputs:
+        """Contexts and answers one after another, padded on the right, which needs no attention mask."""
+        read = context_and_answer(batch)
+        layout = self._layout(batch, read)
+        # Nothing is predicted from the last token of the longest example.
+        ids_BT = pack(read.ids_BT, layout.is_text_BT, layout.T, self.pad_id)[:, :-1]
+        embeds_BTH = self.embed(ids_BT)
+        if (memory := self._memory(batch, layout)) is not None:
+            embeds_BTH = self.cross_attention(embeds_BTH, memory)
+        return LLMInputs({"inputs_embeds": embeds_BTH}, *layout.targets_and_positions(read))
+
+    def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
+        """(B, A) ids that Hugging Face ``generate`` gives for the contexts of a one-modality batch.
+
+        Speech is encoded once, and so are its keys and values; every new token looks them up as the prompt did.
+
+        Raises:
+            ModelError: if the options name a cache other than the usual, growing one.
+        """
+        read = context_only(batch)
+        layout = self._layout(batch, read)
+        # Packed from the other end: generation goes on from the right.
+        ids_BT, mask_BT = (
+            pack(values_BT.flip(1), layout.is_text_BT.flip(1), layout.T, fill).flip(1)
+            for values_BT, fill in ((read.ids_BT, self.pad_id), (layout.is_text_BT, False))
+        )
+        memory = self._memory(batch, layout)
+        with self.embeddings_inside(), self._looking_up(memory):
+            return self.llm.generate(
+                inputs_embeds=self.embed(ids_BT), attention_mask=mask_BT.long(), **generate_options
+            )
+
+    def _layout(self, batch: Mapping, read: Sequences) -> _Layout:
+        num_recordings = 0 if batch.get("audios") is None else len(batch["audio_lens"])
+        answer_ids = batch.get("answer_ids")
+        max_targets = 0 if answer_ids is None else answer_ids.shape[1]
+        return _layout(read, self.audio_locator_id, num_recordings, max_targets)
+
+    def _memory(self, batch: Mapping, layout: _Layout) -> SpeechMemory | None:
+        """What the cross-attention layers know of a batch's speech; None of text."""
+        if batch.get("audios") is None:
+            return None
+        audio_RFH, lens_R = self.encode_speech(batch["audios"], batch["audio_lens"])
+        return self.cross_attention.memory(*layout.by_example(audio_RFH, lens_R))
+
+    @contextmanager
+    def _looking_up(self, memory: SpeechMemory | None) -> Iterator[None]:
+        """Let all that the language model reads pass the cross-attention layers first, unless there is no speech."""
+        if memory is None:
+            yield
+            return
+        look_up = _LookUp(self.embed, self.cross_attention, memory)
+        # peft's wrapper hands `generate` on to the model inside.
+        handle = bare(self.llm).register_forward_pre_hook(look_up, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which tokens of a batch are text, whose its recordings are, and the sizes that the host has to know.
+
+    Attributes:
+        is_text_BT: (B, T) bool, tokens that the language model reads: neither padding nor locators.
+        recordings_B: (B,) int64, recordings per example; in the batch they follow one another in this order.
+        T: most tokens of text in an example.
+        A: most targets in an example.
+        K: most recordings in an example.
+    """
+
+    is_text_BT: Tensor
+    recordings_B: Tensor
+    T: int
+    A: int
+    K: int
+
+    def targets_and_positions(self, read: Sequences) -> tuple[Tensor, Tensor]:
+        """(B, A) targets, ``IGNORE_INDEX`` where there is none, and the positions of text that predict them."""
+        position_BT = self.is_text_BT.cumsum(1) - 1
+        is_target_BT = read.is_target_BT & self.is_text_BT
+        # What comes first is predicted by nothing.
+        ids_BT = read.ids_BT.masked_fill(position_BT == 0, IGNORE_INDEX)
+        return (
+            pack(ids_BT, is_target_BT, self.A, IGNORE_INDEX),
+            pack((position_BT - 1).clamp(min=0), is_target_BT, self.A, 0),
+        )
+
+    def by_example(self, audio_RFH: Tensor, lens_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Recordings beside the others of their example, (B, K, F, H), and their frames, (B, K, F) bool."""
+        B, device = len(self.recordings_B), lens_R.device
+        slot_K = torch.arange(self.K, device=device)
+        is_there_BK = slot_K < self.recordings_B[:, None]
+        first_B = self.recordings_B.cumsum(0) - self.recordings_B
+        recording_BK = torch.where(is_there_BK, first_B[:, None] + slot_K, 0)
+        frame_F = torch.arange(audio_RFH.shape[1], device=device)
+        mask_BKF = (frame_F < lens_R[recording_BK][..., None]) & is_there_BK[..., None]
+        return audio_RFH.index_select(0, recording_BK.flatten()).unflatten(0, (B, self.K)), mask_BKF
+
+
+def _layout(read: Sequences, locator_id: int, num_recordings: int, max_targets: int) -> _Layout:
+    """Tell text and locators apart.
+
+    Args:
+        read: what the batch says.
+        locator_id: the locator token's id.
+        num_recordings: R.
+        max_targets: A of a batch whose tensors have no values.
+
+    Raises:
+        DataError: if the number of locators differs from the number of recordings.
+    """
+    is_locator_BT = read.mask_BT & (read.ids_BT == locator_id)
+    is_text_BT, recordings_B = read.mask_BT & ~is_locator_BT, is_locator_BT.sum(1)
+    if isinstance(is_text_BT, FakeTensor):
+        # OOMptimizer plans on tensors without values, in batches whose longest row is full.
+        B, T = is_text_BT.shape
+        return _Layout(is_text_BT, recordings_B, T - num_recordings // B, max_targets, -(-num_recordings // B))
+    target_lens_B = (read.is_target_BT & is_text_BT).sum(1)
+    sizes = [is_text_BT.sum(1).max(), target_lens_B.max(), recordings_B.max(), recordings_B.sum()]
+    # The only read of the device by the host, before anything large is computed there.
+    T, A, K, num_locators = torch.stack(sizes).tolist()
+    if num_locators != num_recordings:
+        raise DataError(
+            f"a batch has {num_recordings} recordings but {num_locators} audio locator tokens: "
+            "each recording needs exactly one locator in its context."
+        )
+    return _Layout(is_text_BT, recordings_B, T, A, K)
+
+
+class _LookUp:
+    """A hook before each forward pass of a language model that generates: what it is about to read looks up the speech.
+
+    The keys and values of the cross-attention layers' own self-attention are further layers at the end of the language
+    model's cache, so that whatever reorders that for a beam search reorders them as well.
+    """
+
+    def __init__(
+        self, embed: Callable[[Tensor], Tensor], cross_attention: SpeechCrossAttention, memory: SpeechMemory
+    ) -> None:
+        self.embed = embed
+        self.cross_attention = cross_attention
+        self.memory = memory
+        self.cache_layers = [DynamicLayer() for _ in cross_attention.layers]
+
+    def __call__(self, llm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Replace ids or embeddings of text by embeddings that know of the speech."""
+        cache = kwargs.get("past_key_values")
+        past = self.cache_layers[0].get_seq_length()
+        if type(cache) is not DynamicCache or cache.get_seq_length() != past:
+            raise ModelError(
+                "BestowGPT generates with a cache that grows and is its own: leave `past_key_values` and "
+                "`cache_implementation` out of the options."
+            )
+        if past == 0:
+            cache.layers.extend(self.cache_layers)
+        text_BTH = kwargs.get("inputs_embeds")
+        if text_BTH is None:
+            text_BTH = self.embed(kwargs["input_ids"])
+        # Left out by `generate` where there is no padding; then no mask is needed here either.
+        mask_BT = kwargs.get("attention_mask")
+        embeds_BTH = self.cross_attention(
+            text_BTH, self.memory, None if mask_BT is None else mask_BT.bool(), self.cache_layers
+        )
+        return args, kwargs | {"input_ids": None, "inputs_embeds": embeds_BTH}

@@ -1,0 +1,156 @@
+"""What a model is built of: tokenizer, language model, LoRA, speech encoder; each as NeMo's SALM builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from hydra.errors import InstantiationException
+from nemo.collections.common.tokenizers import AutoTokenizer
+from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
+from nemo.utils import logging
+from omegaconf import open_dict
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AddedToken, AutoConfig, PreTrainedModel
+
+from nemo_emmett.errors import ConfigError, EmmettError, ModelError
+from nemo_emmett.modules.modality_adapters import check_modality_adapter, leave_out_collectives
+
+if TYPE_CHECKING:
+    from nemo_emmett.models.base import SpeechTextModel
+
+
+def build_tokenizer(model: SpeechTextModel) -> AutoTokenizer:
+    """The language model's tokenizer, with the audio locator among its special tokens."""
+    options = model.options
+    source = options.tokenizer_path or options.pretrained_llm
+    _check_local_path(source, "model.tokenizer_path" if options.tokenizer_path else "model.pretrained_llm")
+    with _as_model_error(source):
+        tokenizer = AutoTokenizer(source, use_fast=True, trust_remote_code=model.cfg.get("trust_remote_code", False))
+    # Not NeMo's add_special_tokens: it replaces the list in which multilingual tokenizers keep their languages.
+    tokenizer.tokenizer.add_tokens(
+        [AddedToken(options.audio_locator_tag, special=True, normalized=False)], special_tokens=True
+    )
+    return tokenizer
+
+
+def build_llm(model: SpeechTextModel) -> PreTrainedModel:
+    """The language model, in float32 and in training mode.
+
+    Raises:
+        ModelError: if it cannot be found, or is of the kind that the model is not built on.
+    """
+    name, auto_class = model.options.pretrained_llm, model.auto_class
+    trust = {"trust_remote_code": model.cfg.get("trust_remote_code", False)}
+    with _as_model_error(name):
+        config = AutoConfig.from_pretrained(name, **trust)
+    if config.is_encoder_decoder != model.is_encoder_decoder:
+        kinds = {True: "an encoder-decoder", False: "a decoder-only model"}
+        raise ModelError(
+            f"model.pretrained_llm: '{name}' is {kinds[config.is_encoder_decoder]} ({config.model_type}), "
+            f"but {type(model).__name__} is built on {kinds[model.is_encoder_decoder]}; choose another of either."
+        )
+    if model.options.pretrained_weights:
+        llm = auto_class.from_pretrained(name, dtype=torch.float32, **trust)
+    else:
+        llm = auto_class.from_config(config, dtype=torch.float32, **trust)
+    # transformers hands it over in evaluation mode, and Lightning's fit leaves modes as they are.
+    return llm.train()
+
+
+def install_lora(model: SpeechTextModel) -> None:
+    """Put peft's low-rank adapters into the language model (LoRA, arXiv 2106.09685); its parameters get the names that
+    they have in NeMo's SALM.
+
+    Raises:
+        ConfigError: for an argument that peft does not know, or target modules that the language model does not have.
+    """
+    try:
+        # peft looks at the embeddings, which decoder-only models keep outside of their language model.
+        with model.embeddings_inside():
+            model.llm = get_peft_model(model.llm, LoraConfig(**model.options.lora))
+    except (ValueError, TypeError) as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.llm.named_modules() if isinstance(m, nn.Linear)})
+        raise ConfigError(
+            f"model.lora: peft cannot use {model.options.lora} ({str(error).splitlines()[0].rstrip('.')}); "
+            f"the linear layers of this language model are {', '.join(linear)}."
+        ) from error
+    logging.info(f"LoRA in the language model: {model.options.lora}")
+
+
+def build_perception(model: SpeechTextModel) -> None:
+    """Speech encoder and modality adapter: ``model.perception``, completed in ``model.cfg``."""
+    options = model.options
+    if options.pretrained_weights:
+        if not options.pretrained_asr:
+            raise ConfigError("model.pretrained_asr is missing: give a .nemo file or the name of a NeMo ASR model.")
+        _check_local_path(options.pretrained_asr, "model.pretrained_asr")
+    with open_dict(model.cfg):
+        # FastConformer all-reduces its longest input by default: a rank that has only text would leave the others
+        # waiting in that collective.
+        model.cfg.perception.setdefault("encoder", {})
+        model.cfg.perception.encoder.sync_max_audio_length = False
+    try:
+        setup_speech_encoder(model, pretrained_weights=options.pretrained_weights)
+    except InstantiationException as error:  # Hydra hides what an adapter says in its own words
+        if isinstance(error.__cause__, EmmettError):
+            raise error.__cause__ from error
+        raise
+    leave_out_collectives(model.perception)
+    check_modality_adapter(model.perception, model.llm.config.hidden_size)
+
+
+def transformer_blocks(llm: nn.Module) -> list[nn.Module]:
+    """The Transformer blocks of a language model, in order: what it says may not be split between devices."""
+    names = set(getattr(llm, "_no_split_modules", None) or ())
+    return [module for module in llm.modules() if type(module).__name__ in names]
+
+
+def save_memory(model: SpeechTextModel) -> None:
+    """Activation checkpointing (arXiv 1604.06174) of language model and speech encoder, block by block."""
+    model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    if model.perception is not None:
+        model.perception.set_activation_checkpointing(True)
+
+
+def compile_blocks(llm: nn.Module, options: bool | dict) -> None:
+    """``torch.compile`` each Transformer block in place: blocks are alike, so one compilation serves all of them.
+
+    Args:
+        llm: the language model.
+        options: True, or the arguments of ``torch.compile``; lengths vary, so shapes are dynamic unless they say not.
+
+    Raises:
+        ModelError: if the language model does not tell which its blocks are.
+    """
+    arguments = {"dynamic": True} | (options if isinstance(options, dict) else {})
+    blocks = transformer_blocks(llm)
+    if not blocks:
+        raise ModelError(
+            f"model.compile: {type(llm).__name__} does not tell which its Transformer blocks are; leave `compile` out."
+        )
+    for block in blocks:
+        block.compile(**arguments)
+
+
+def _check_local_path(source: str, key: str) -> None:
+    """Refuse what is plainly a path on this machine and is not there; other names may be a hub's."""
+    looks_local = source.startswith((".", "/", "~")) or source.endswith(".nemo") or source.count("/") > 1
+    if looks_local and not Path(source).expanduser().exists():
+        raise ModelError(f"{key}: '{source}' does not exist; give a folder or file that does, or the name of a model.")
+
+
+@contextmanager
+def _as_model_error(name: str) -> Iterator[None]:
+    """What transformers and NeMo raise where a name leads to nothing, in one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"'{name}' is neither a folder with a Hugging Face model nor the name of one that could be fetched; "
+            "check model.pretrained_llm and model.tokenizer_path."
+        ) from error

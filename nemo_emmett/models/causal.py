@@ -1,0 +1,88 @@
+"""What the decoder-only models share: context and answer as one sequence, and embeddings outside of the LLM.
+
+Shapes: B examples, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nemo_emmett.errors import ModelError
+from nemo_emmett.modules.batch import length_mask
+
+
+class Sequences(NamedTuple):
+    """Contexts, and answers beside them, each padded: where ``mask_BT`` is false stands nothing.
+
+    Args:
+        ids_BT: (B, T) int64.
+        mask_BT: (B, T) bool.
+        is_target_BT: (B, T) bool, tokens that the model should predict.
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    is_target_BT: Tensor
+
+
+def context_and_answer(batch: Mapping) -> Sequences:
+    """What a decoder-only model reads of a one-modality batch in training."""
+    contexts, answers = context_only(batch), batch["answer_ids"]
+    answer_mask = length_mask(batch["answer_lens"], answers.shape[1])
+    return Sequences(
+        torch.cat([contexts.ids_BT, answers], 1),
+        torch.cat([contexts.mask_BT, answer_mask], 1),
+        torch.cat([contexts.is_target_BT, answer_mask], 1),
+    )
+
+
+def context_only(batch: Mapping) -> Sequences:
+    """What a decoder-only model reads of a one-modality batch before it generates."""
+    ids_BT = batch["context_ids"]
+    mask_BT = length_mask(batch["context_lens"], ids_BT.shape[1])
+    targets_BT = batch.get("context_targets")
+    return Sequences(ids_BT, mask_BT, torch.zeros_like(mask_BT) if targets_BT is None else targets_BT)
+
+
+def take_embeddings(llm: nn.Module) -> nn.Module:
+    """Take the token embeddings out of a decoder-only LLM, where NeMo's SALM keeps them: what it reads is embedded
+    before it, and FSDP2 shards the two apart.
+
+    Raises:
+        ModelError: if the LLM does not keep them where NeMo expects them.
+    """
+    try:
+        embed_tokens = llm.model.embed_tokens
+        del llm.model.embed_tokens
+    except AttributeError as error:
+        raise ModelError(
+            f"model.pretrained_llm: {type(llm).__name__} has no `model.embed_tokens`, so it cannot be built as NeMo's "
+            "SALM is; use a model of the Llama, Qwen, Mistral or Gemma family, or another of that layout."
+        ) from error
+    return embed_tokens
+
+
+@contextmanager
+def put_back(llm: nn.Module, embed_tokens: nn.Module) -> Iterator[None]:
+    """The token embeddings in their old place for a while, for what looks for them there: ``generate``, and peft.
+
+    Args:
+        llm: the language model, with or without peft around it.
+        embed_tokens: what :func:`take_embeddings` took.
+    """
+    decoder = bare(llm).model
+    decoder.embed_tokens = embed_tokens
+    try:
+        yield
+    finally:
+        del decoder.embed_tokens
+
+
+def bare(llm: nn.Module) -> nn.Module:
+    """The Hugging Face model itself, without peft around it."""
+    return llm.get_base_model() if hasattr(llm, "get_base_model") else llm

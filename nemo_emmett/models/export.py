@@ -1,0 +1,94 @@
+"""A model as one folder, in the layout of Hugging Face and of NeMo's SALM, and weights that must fit.
+
+The folder holds ``model.safetensors``, ``config.json``, the tokenizer, and the language model's own config under
+``llm_backbone``; nothing else is needed to load it with :func:`nemo_emmett.models.load`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR, SAFETENSORS_SINGLE_FILE
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+
+from nemo_emmett.errors import ModelError
+
+
+class Export:
+    """Writing and reading of weights for :class:`~nemo_emmett.models.base.SpeechTextModel`, which brings the rest."""
+
+    model_type: ClassVar[str] = "nemo_emmett"
+    architecture: ClassVar[str | None] = None  # in config.json; None: the class's own name
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write the model to a folder, from rank 0; every rank must call it.
+
+        Args:
+            save_directory: is made if need be.
+            kwargs: of huggingface_hub's ``save_pretrained``.
+        """
+        weights = self._whole_weights()
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+            return None
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.tokenizer.save_pretrained(folder)
+        self.llm.config.save_pretrained(folder / LLM_BACKBONE_DIR)
+        self._weights_to_save = weights
+        try:
+            return super().save_pretrained(folder, config=self._exported_config(), **kwargs)
+        finally:
+            del self._weights_to_save
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """What huggingface_hub calls to have the weights written."""
+        save_file(self._weights_to_save, Path(save_directory) / SAFETENSORS_SINGLE_FILE, metadata={"format": "pt"})
+
+    def _exported_config(self) -> dict[str, Any]:
+        own_class = next(kind for kind in type(self).__mro__ if not issubclass(kind, FSDPModule))
+        return OmegaConf.to_container(self.cfg, resolve=True) | {
+            "_target_": f"{own_class.__module__}.{own_class.__qualname__}",
+            "model_type": self.model_type,
+            "architectures": [self.architecture or own_class.__name__],
+        }
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """All weights on the CPU, shared ones once; of a sharded model, on rank 0."""
+        if isinstance(self, FSDPModule):
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(self, options=options)
+        else:
+            weights = self.state_dict()
+        again = {name for names in self.shared_weights() for name in names[1:]}
+        return {name: value.detach().cpu().contiguous() for name, value in weights.items() if name not in again}
+
+    def shared_weights(self) -> list[list[str]]:
+        """The names of each parameter that has several, such as an output layer tied to the embeddings."""
+        names = defaultdict(list)
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            names[id(parameter)].append(name)
+        return [of_parameter for of_parameter in names.values() if len(of_parameter) > 1]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """PyTorch's, once the shapes fit.
+
+        Raises:
+            ModelError: naming the first parameter that has another shape.
+        """
+        own = self.state_dict()
+        for name, value in state_dict.items():
+            if name in own and own[name].shape != value.shape:
+                raise ModelError(
+                    f"the checkpoint is of another model: its '{name}' has the shape {tuple(value.shape)}, this "
+                    f"model's {tuple(own[name].shape)}; check model.pretrained_llm, model.pretrained_asr and "
+                    "model.perception."
+                )
+        return super().load_state_dict(state_dict, *args, **kwargs)

@@ -1,0 +1,203 @@
+"""The language model's output layer, asked for losses instead of logits.
+
+Vocabularies of 32 k to 256 k tokens make the logits the largest tensor of a training step. So the layer is handed a
+question, and answers it from the hidden states at the answers' positions alone. It does so within the language model's
+own forward pass: whatever is hooked to it (FSDP2's gathering of weights, LoRA, DDP) sees what it knows.
+
+Shapes: B examples, S positions of the language model's output, A answer tokens, N = B x A, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nemo_emmett.models.causal import bare
+from nemo_emmett.modules.linear_cross_entropy import linear_cross_entropy, token_scores
+from nemo_emmett.modules.loss import IGNORE_INDEX
+
+LINEAR_HEADS = frozenset(
+    {
+        *("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"),
+        *("m2m_100", "mbart", "mt5", "t5", "umt5"),
+    }
+)
+"""Model types of transformers whose logits are those of a linear layer, but for a bias and a soft cap that are known
+here. Any other makes its logits as it does, at the answers' positions."""
+
+
+@dataclass(frozen=True)
+class LLMInputs:
+    """What a language model reads of a batch, and what it should say.
+
+    Args:
+        kwargs: arguments of its forward pass.
+        targets_BA: (B, A) int64, ``IGNORE_INDEX`` where there is none.
+        positions_BA: (B, A) int64, the position of its output that predicts each target; None: all of them in order.
+    """
+
+    kwargs: Mapping[str, Tensor | None]
+    targets_BA: Tensor
+    positions_BA: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """How hidden states become logits: ``softcap * tanh((hidden @ weight.T + bias) / softcap)``.
+
+    Args:
+        weight_VH: (V, H).
+        bias_V: (V,) or None.
+        softcap: None for a head without (Gemma 2, arXiv 2408.00118, section 2).
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+
+
+def answer_logits(llm: PreTrainedModel, inputs: LLMInputs) -> Tensor:
+    """(B, A, V) logits at the answers' positions."""
+    return _run(llm, inputs).view(*inputs.targets_BA.shape, -1)
+
+
+def answer_loss(llm: PreTrainedModel, inputs: LLMInputs, label_smoothing: float, implementation: str) -> Tensor:
+    """Sum of the cross-entropies of all answer tokens, nats, a float32 scalar.
+
+    Args:
+        llm: a Hugging Face model with an output layer.
+        inputs: what it reads.
+        label_smoothing: share of a target's probability that goes to all tokens alike.
+        implementation: of :func:`~nemo_emmett.modules.linear_cross_entropy.linear_cross_entropy`.
+    """
+    targets_N = inputs.targets_BA.flatten()
+    if not has_linear_head(llm):
+        return F.cross_entropy(
+            _run(llm, inputs).float(),
+            targets_N,
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=label_smoothing,
+            reduction="sum",
+        )
+    return _run(
+        llm,
+        inputs,
+        lambda hidden_NH, head: linear_cross_entropy(
+            hidden_NH,
+            head.weight_VH,
+            targets_N,
+            bias_V=head.bias_V,
+            softcap=head.softcap,
+            label_smoothing=label_smoothing,
+            implementation=implementation,
+        ),
+    )
+
+
+@torch.no_grad()
+def answer_scores(llm: PreTrainedModel, inputs: LLMInputs) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each answer token, (B, A) float32 nats, 0 where there is none; and whether it is the most likely
+    one, (B, A) bool."""
+    targets_BA = inputs.targets_BA
+    if not has_linear_head(llm):
+        logits_NV, targets_N = _run(llm, inputs).float(), targets_BA.flatten()
+        losses_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none")
+        return losses_N.view_as(targets_BA), (logits_NV.argmax(-1) == targets_N).view_as(targets_BA)
+    scores_2N = _run(
+        llm,
+        inputs,
+        lambda hidden_NH, head: torch.stack(
+            token_scores(hidden_NH, head.weight_VH, targets_BA.flatten(), bias_V=head.bias_V, softcap=head.softcap)
+        ),
+    )
+    return scores_2N[0].view_as(targets_BA), scores_2N[1].bool().view_as(targets_BA)
+
+
+def has_linear_head(llm: PreTrainedModel) -> bool:
+    """Whether the logits are known to be those of a :class:`LinearHead`; LoRA in the output layer makes them others."""
+    return llm.config.model_type in LINEAR_HEADS and _is_linear(output_layer(llm))
+
+
+def output_layer(llm: PreTrainedModel) -> nn.Module:
+    """The layer that makes logits; transformers itself does not find it once the token embeddings are taken out."""
+    owner = bare(llm)
+    return owner.lm_head if hasattr(owner, "lm_head") else owner.get_output_embeddings()
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    # FSDP2 gives a module a subclass of its class.
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+
+
+def _run(
+    llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[[Tensor, LinearHead], Tensor] | None = None
+) -> Tensor:
+    """The language model's forward pass, in which its output layer sees the answers' positions alone, (N, H), and
+    ``answer`` stands for it, if given."""
+    layer = output_layer(llm)
+    with ExitStack() as stack:
+        stack.enter_context(_selecting(layer, inputs))
+        if answer is not None:
+            stack.enter_context(_answering(layer, answer, *stack.enter_context(_bare_logits(llm))))
+        return llm(**inputs.kwargs, use_cache=False).logits
+
+
+@contextmanager
+def _selecting(layer: nn.Module, inputs: LLMInputs) -> Iterator[None]:
+    """Reduce what the output layer is given, (B, S, H), to the answers' positions, (N, H)."""
+
+    def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        (hidden_BSH,) = args
+        hidden_XH = hidden_BSH.flatten(0, 1)
+        if inputs.positions_BA is None:
+            return (hidden_XH,)
+        B, S, _H = hidden_BSH.shape
+        row_B1 = torch.arange(B, device=hidden_BSH.device)[:, None] * S
+        return (hidden_XH.index_select(0, (row_B1 + inputs.positions_BA).flatten()),)
+
+    handle = layer.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _answering(
+    layer: nn.Linear, answer: Callable[[Tensor, LinearHead], Tensor], bias_V: Tensor | None, softcap: float | None
+) -> Iterator[None]:
+    def forward(hidden_NH: Tensor) -> Tensor:
+        # Looked up now: FSDP2 puts the gathered weight in its place only for the forward pass.
+        bias = layer.bias if bias_V is None else bias_V
+        return answer(hidden_NH, LinearHead(layer.weight, bias, softcap))
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+@contextmanager
+def _bare_logits(llm: PreTrainedModel) -> Iterator[tuple[Tensor | None, float | None]]:
+    """Keep a model from changing what its output layer returns; yields the bias and the soft cap it would apply."""
+    owner = bare(llm)
+    softcap = getattr(owner.config, "final_logit_softcapping", None)
+    bias_1V = owner._buffers.get("final_logits_bias")  # mBART's
+    try:
+        if softcap is not None:
+            owner.config.final_logit_softcapping = None
+        if bias_1V is not None:
+            owner._buffers["final_logits_bias"] = bias_1V.new_zeros(())
+        yield (None if bias_1V is None else bias_1V[0]), softcap
+    finally:
+        if softcap is not None:
+            owner.config.final_logit_softcapping = softcap
+        if bias_1V is not None:
+            owner._buffers["final_logits_bias"] = bias_1V

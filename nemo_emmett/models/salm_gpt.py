@@ -1,0 +1,161 @@
+"""SALM-GPT: encoded speech among the prompt's tokens, read by a decoder-only language model.
+
+The layout is that of SALM (arXiv 2310.09424) as NeMo has it (``nemo.collections.speechlm2.models.SALM``): a recording
+stands in the prompt where its locator token is. Parameters have NeMo's names, so checkpoints and folders are exchanged
+with NeMo's SALM. Unlike it, a batch may hold speech, text, or both (EMMeTT, arXiv 2409.13523, section 3.1), and logits
+are never made but for the answers' tokens.
+
+Shapes: B examples, T tokens, S positions after audio is placed, A answer tokens, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.models.causal import context_and_answer, context_only, put_back, take_embeddings
+from nemo_emmett.models.head import LLMInputs
+from nemo_emmett.modules.batch import padding_mask
+from nemo_emmett.modules.loss import IGNORE_INDEX
+
+
+class SALMGPT(SpeechTextModel):
+    """Speech and text translation by one decoder-only language model (Llama, Qwen, Mistral, Gemma).
+
+    Args:
+        cfg: the ``model`` section of a recipe; :class:`~nemo_emmett.models.config.ModelConfig` lists its keys.
+
+    Raises:
+        ModelError: if ``pretrained_llm`` is an encoder-decoder, or a pretrained part cannot be found.
+        ConfigError: for a misspelt key.
+    """
+
+    auto_class = AutoModelForCausalLM
+    is_encoder_decoder = False
+    # What NeMo writes, and vLLM's plugin for NeMo looks for.
+    model_type = "nemo_speechlm"
+    architecture = "NeMoSpeechLMForConditionalGeneration"
+
+    def _take_parts(self) -> None:
+        self.embed_tokens = take_embeddings(self.llm)
+
+    @property
+    def token_embedding(self) -> nn.Module:
+        """Kept outside of the language model."""
+        return self.embed_tokens
+
+    def embeddings_inside(self) -> AbstractContextManager[None]:
+        """See :meth:`SpeechTextModel.embeddings_inside`."""
+        return put_back(self.llm, self.embed_tokens)
+
+    def llm_inputs(self, batch: Mapping) -> LLMInputs:
+        """Contexts and answers one after another, padded on the right.
+
+        There is no attention mask: what stands on the right is out of a causal model's sight.
+        """
+        read = context_and_answer(batch)
+        # Where earlier turns are trained on as well, only the values tell how many targets there are at most.
+        max_targets = batch["answer_ids"].shape[1] if batch.get("context_targets") is None else None
+        placed = self.place(batch, read.ids_BT, read.mask_BT, is_target_BT=read.is_target_BT, max_targets=max_targets)
+        # Nothing is predicted from the last token of the longest example.
+        return LLMInputs({"inputs_embeds": placed.embeds_BSH[:, :-1]}, placed.targets_BA, placed.positions_BA)
+
+    def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
+        """(B, A) ids that Hugging Face ``generate`` gives for the contexts of a one-modality batch."""
+        read = context_only(batch)
+        placed = self.place(batch, read.ids_BT, read.mask_BT, pad_left=True)
+        with self.embeddings_inside():
+            return self.llm.generate(
+                inputs_embeds=placed.embeds_BSH, attention_mask=placed.mask_BS.long(), **generate_options
+            )
+
+    # As NeMo's SALM has it.
+
+    def training_step(self, batch: Mapping, batch_idx: int) -> dict[str, Tensor]:
+        """See :meth:`SpeechTextModel.training_step`; the loss under ``loss``, as NeMo's SALM returns it."""
+        return {"loss": super().training_step(batch, batch_idx)}
+
+    def forward(
+        self, input_embeds: Mapping | Tensor, attention_mask: Tensor | None = None, cache: Any = None
+    ) -> tuple[Tensor, Tensor] | dict[str, Any]:
+        """Predict the answers of a one-modality batch, or what follows embeddings.
+
+        Args:
+            input_embeds: a batch (docs/architecture.md, "The batch"), or (B, S, H) embeddings, as NeMo's SALM takes.
+            attention_mask: (B, S) bool, with embeddings only.
+            cache: key-value cache of transformers, with embeddings only.
+
+        Returns:
+            Of a batch, (B, A, V) logits and (B, A) targets, which are ``IGNORE_INDEX`` on padding; of embeddings, a
+            dict with ``logits`` (B, S, V) and, if one was given, ``cache``.
+        """
+        if isinstance(input_embeds, Mapping):
+            return super().forward(input_embeds)
+        said = self.llm(
+            inputs_embeds=input_embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return {"logits": said.logits} | ({"cache": said.past_key_values} if cache is not None else {})
+
+    def prepare_inputs(self, batch: Mapping) -> dict[str, Tensor]:
+        """What NeMo's SALM makes of its flat batch, padded on the left as there.
+
+        Args:
+            batch: ``input_ids`` (B, T), ``loss_mask`` (B, T), ``audios`` (R, N), ``audio_lens`` (R,).
+
+        Returns:
+            ``input_embeds`` (B, S, H), ``attention_mask`` (B, S) bool, and ``target_ids`` (B, S), the id that each
+            position should predict.
+        """
+        ids_BT = batch["input_ids"]
+        has_audio = batch.get("audios") is not None and batch["audios"].numel() > 0
+        placed = self.place(
+            batch if has_audio else {},
+            ids_BT,
+            padding_mask(ids_BT, self.pad_id),
+            is_target_BT=batch["loss_mask"].bool(),
+            pad_left=True,
+        )
+        S = placed.embeds_BSH.shape[1]
+        # Columns without a target go to one more position, which is cut off.
+        positions_BA = torch.where(placed.targets_BA == IGNORE_INDEX, S, placed.positions_BA)
+        target_ids = torch.full((len(ids_BT), S + 1), IGNORE_INDEX, device=ids_BT.device)
+        target_ids.scatter_(1, positions_BA, placed.targets_BA)
+        return {
+            "input_embeds": placed.embeds_BSH[:, :-1],
+            "attention_mask": placed.mask_BS[:, :-1],
+            "target_ids": target_ids[:, : S - 1],
+        }
+
+    @property
+    def text_vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return self.embed_tokens.num_embeddings
+
+    @property
+    def text_bos_id(self) -> int:
+        """The tokenizer's BOS."""
+        return self.tokenizer.bos_id
+
+    @property
+    def text_eos_id(self) -> int:
+        """The tokenizer's EOS."""
+        return self.tokenizer.eos_id
+
+    @property
+    def text_pad_id(self) -> int:
+        """The id that fills batches of token ids."""
+        return self.pad_id
+
+    @property
+    def audio_locator_tag_id(self) -> int:
+        """The id of the audio locator token."""
+        return self.audio_locator_id

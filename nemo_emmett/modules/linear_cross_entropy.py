@@ -1,0 +1,432 @@
+"""Cross-entropy of a linear layer's logits that are never all there at once.
+
+With a vocabulary of 256 k tokens the logits of 8,192 tokens are 8 GB, and the naive loss holds them three times. Here a
+chunk of rows at a time is made, turned in place into its gradient, and multiplied into the gradients of hidden states
+and weight; so the gradients are known when the forward pass ends, and the backward pass but scales them. (The idea of
+Liger's fused linear cross-entropy, arXiv 2410.10989; cut cross-entropy, arXiv 2411.09009, does without
+a chunk of logits even. On CUDA their kernels are used where they are installed.)
+
+Shapes: N tokens, C tokens of a chunk, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from nemo_emmett.config import nearest
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.modules.loss import IGNORE_INDEX
+
+IMPLEMENTATIONS = ("auto", "chunked", "liger", "cut_cross_entropy", "naive")
+"""Values of ``model.loss_implementation``."""
+
+CHUNK_ELEMENTS = 2**25
+"""Logits of a chunk at most: 128 MiB in float32. 2,048 tokens, d = 1,024, V = 32,000 took one CPU core 5.4 s with
+2**22, 4.8 s with 2**24, 4.7 s with 2**25 and with 2**26, and 5.2 s all at once: small chunks pass over the weight's
+gradient too often."""
+
+MIN_CHUNK_ROWS = 256
+"""Rows of a chunk all the same, since each chunk reads and writes the weight's gradient once, 8 V H bytes for its
+6 C V H operations: by that arithmetic a GPU of 3 TB/s and 500 Tflop/s waits for its memory below some 200 rows."""
+
+_KEY = "model.loss_implementation"
+_KERNELS = {
+    "liger": ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", "liger-kernel"),
+    "cut_cross_entropy": ("cut_cross_entropy", "linear_cross_entropy", "cut-cross-entropy"),
+}
+"""In the order of ``auto``: module, name in it, and the package to install."""
+
+
+def linear_cross_entropy(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    implementation: str = "auto",
+) -> Tensor:
+    """Sum of the cross-entropies of the rows that have a target.
+
+    Logits are ``hidden_NH @ weight_VH.T + bias_V``, computed as ``torch.nn.functional.linear`` would (under autocast:
+    in its type); softmax and sums are float32. Of ``chunked``, the gradients exist once: a second backward pass through
+    the same loss is an error.
+
+    Args:
+        hidden_NH: (N, H).
+        weight_VH: (V, H).
+        targets_N: (N,) int64 below V; rows of ``IGNORE_INDEX`` have no loss and no gradient.
+        bias_V: (V,).
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
+        label_smoothing: as ``torch.nn.functional.cross_entropy`` has it.
+        implementation: ``chunked`` (any device), ``liger`` or ``cut_cross_entropy`` (kernels for CUDA; the latter for
+            16-bit types, without label smoothing, and leaves out gradients below the type's precision), ``naive``
+            (all logits at once), or ``auto``: the first kernel that is installed and able, else ``chunked``. On fake
+            tensors, which no kernel can read, a kernel's memory is that of ``chunked``.
+
+    Returns:
+        A scalar, nats, float32 (float64 of float64 inputs).
+
+    Raises:
+        ConfigError: for an implementation that does not exist, is not installed, or cannot do what is asked of it.
+
+    Example:
+        >>> hidden, weight = torch.zeros(3, 8), torch.zeros(100, 8)
+        >>> linear_cross_entropy(hidden, weight, torch.tensor([7, 99, IGNORE_INDEX]))  # 2 log(100)
+        tensor(9.2103)
+    """
+    check_implementation(implementation, label_smoothing)
+    inputs = _Inputs(hidden_NH, weight_VH, bias_V, targets_N, softcap, label_smoothing)
+    return _COMPUTE[_chosen(implementation, inputs)](inputs)
+
+
+@torch.no_grad()
+def token_scores(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each row's cross-entropy, and whether its most likely prediction is the target; chunk by chunk.
+
+    Args:
+        hidden_NH: (N, H).
+        weight_VH: (V, H).
+        targets_N: (N,) int64; ``IGNORE_INDEX`` where there is none.
+        bias_V: (V,).
+        softcap: as for :func:`linear_cross_entropy`.
+
+    Returns:
+        (N,) float32 nats, 0 where ignored, and (N,) bool, false where ignored. Neither has a gradient.
+    """
+    inputs = _Inputs(hidden_NH, weight_VH, bias_V, targets_N, softcap).cast()
+    losses_N, is_correct_N = inputs.zeros_N(), torch.zeros_like(targets_N, dtype=torch.bool)
+    for rows in inputs.chunks():
+        chunk = inputs.of(rows)
+        logits_CV = chunk.logits()
+        is_correct_N[rows] = logits_CV.argmax(1) == chunk.targets_N
+        losses_N[rows] = _into_losses(logits_CV, chunk)
+        del logits_CV  # before those of the next chunk are made
+    return losses_N, is_correct_N
+
+
+def check_implementation(implementation: str, label_smoothing: float = 0.0) -> None:
+    """Refuse what no device can do, before training.
+
+    Raises:
+        ConfigError: for an unknown name, a smoothing that is no share, or smoothing by ``cut_cross_entropy``.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        suggestion = nearest(str(implementation), IMPLEMENTATIONS)
+        hint = f"did you mean '{suggestion}'?" if suggestion else f"there are {', '.join(IMPLEMENTATIONS)}."
+        raise ConfigError(f"{_KEY}: there is no implementation '{implementation}'; {hint}")
+    if not 0 <= label_smoothing <= 1:
+        raise ConfigError(f"model.label_smoothing: {label_smoothing} is not a share; give a number from 0 to 1.")
+    if implementation == "cut_cross_entropy" and label_smoothing:
+        raise ConfigError(
+            f"{_KEY}: cut_cross_entropy has no label smoothing (here {label_smoothing}); choose liger or chunked, or "
+            "set model.label_smoothing: 0.0."
+        )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The arguments of :func:`linear_cross_entropy`; of a chunk of rows, N is C."""
+
+    hidden_NH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    targets_N: Tensor
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+
+    @property
+    def layer(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What may have a gradient."""
+        return self.hidden_NH, self.weight_VH, self.bias_V
+
+    def cast(self) -> _Inputs:
+        """All in the types that ``torch.nn.functional.linear`` would compute with."""
+        hidden_NH, weight_VH, bias_V = (None if t is None else t.to(_linear_dtype(t)) for t in self.layer)
+        return replace(self, hidden_NH=hidden_NH, weight_VH=weight_VH, bias_V=bias_V)
+
+    def chunks(self) -> Iterator[slice]:
+        """Chunks of rows, as equal as can be."""
+        N, V = len(self.hidden_NH), len(self.weight_VH)
+        most = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // V)
+        count = max(1, -(-N // most))
+        size = max(1, -(-N // count))
+        return (slice(start, min(start + size, N)) for start in range(0, N, size))
+
+    def of(self, rows: slice) -> _Inputs:
+        """A chunk."""
+        return replace(self, hidden_NH=self.hidden_NH[rows], targets_N=self.targets_N[rows])
+
+    def logits(self) -> Tensor:
+        """(N, V) float32, without the soft cap."""
+        logits_NV = F.linear(*self.layer)
+        return logits_NV.to(_sum_dtype(logits_NV.dtype))
+
+    def zeros_N(self) -> Tensor:
+        """(N,) float32."""
+        return self.hidden_NH.new_zeros(len(self.hidden_NH), dtype=_sum_dtype(self.hidden_NH.dtype))
+
+
+# Which implementation.
+
+
+def _chosen(implementation: str, inputs: _Inputs) -> str:
+    if implementation in ("naive", "chunked"):
+        return implementation
+    # Kernels cannot read fake tensors, and have no grid for no rows; then there is nothing to compute.
+    if isinstance(inputs.hidden_NH, FakeTensor) or len(inputs.hidden_NH) == 0:
+        return "chunked"
+    if implementation == "auto":
+        return next((name for name in _KERNELS if _obstacle(name, inputs) is None), "chunked")
+    if obstacle := _obstacle(implementation, inputs):
+        raise ConfigError(f"{_KEY}: {implementation} {obstacle}, or choose auto.")
+    return implementation
+
+
+def _obstacle(name: str, inputs: _Inputs) -> str | None:
+    """Why a kernel cannot be used, and what would help; None if it can."""
+    device, dtype = _device_type(inputs.hidden_NH), _linear_dtype(inputs.hidden_NH)
+    if device != "cuda":
+        return f"runs on CUDA alone, but the model is on {device}; train on a GPU"
+    if _kernel(name) is None:
+        return f"is not installed; install {_KERNELS[name][-1]}"
+    if name == "cut_cross_entropy" and inputs.label_smoothing:
+        return f"has no label smoothing (here {inputs.label_smoothing}); set model.label_smoothing: 0.0"
+    if name == "cut_cross_entropy" and dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in 16 bits, not in {str(dtype).removeprefix('torch.')}; set trainer.precision: bf16-mixed"
+    return None
+
+
+def _device_type(tensor: Tensor) -> str:
+    return tensor.device.type
+
+
+@cache
+def _kernel(name: str) -> Callable[..., Any] | None:
+    module, attribute, _ = _KERNELS[name]
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError:
+        return None
+
+
+# The implementations.
+
+
+def _naive(inputs: _Inputs) -> Tensor:
+    logits_NV = inputs.logits()
+    if inputs.softcap is not None:
+        logits_NV = inputs.softcap * torch.tanh(logits_NV / inputs.softcap)
+    return F.cross_entropy(
+        logits_NV,
+        inputs.targets_N,
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=inputs.label_smoothing,
+        reduction="sum",
+    )
+
+
+def _liger(inputs: _Inputs) -> Tensor:
+    hidden_NH, weight_VH, bias_V = inputs.layer
+    if _wants_gradient(weight_VH, bias_V) and not hidden_NH.requires_grad:
+        # Liger computes no gradient at all unless the hidden states want one.
+        hidden_NH = hidden_NH.detach().requires_grad_()
+    loss = _kernel("liger")(
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=inputs.label_smoothing,
+        reduction="sum",
+        softcap=inputs.softcap,
+    )
+    return loss(weight_VH, hidden_NH, inputs.targets_N, bias_V).float()
+
+
+def _cut_cross_entropy(inputs: _Inputs) -> Tensor:
+    # Its kernels know no autocast.
+    hidden_NH, weight_VH, bias_V = inputs.cast().layer
+    return _kernel("cut_cross_entropy")(
+        hidden_NH,
+        weight_VH,
+        inputs.targets_N,
+        bias=bias_V,
+        ignore_index=IGNORE_INDEX,
+        softcap=inputs.softcap,
+        reduction="sum",
+    ).float()
+
+
+def _chunked(inputs: _Inputs) -> Tensor:
+    if _wants_gradient(*inputs.layer):
+        return _ChunkedLoss.apply(*inputs.layer, inputs)
+    return _sum_of_losses(inputs)
+
+
+_COMPUTE = {"naive": _naive, "liger": _liger, "cut_cross_entropy": _cut_cross_entropy, "chunked": _chunked}
+
+
+# The chunked one.
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss, with the gradients computed beside it in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, inputs: _Inputs) -> Tensor:
+        # Of the inputs once more, the tensors stand alone for autograd to see.
+        gradients = _Gradients(inputs.layer, ctx.needs_input_grad)
+        loss = _sum_of_losses(inputs, gradients)
+        # Not among the saved tensors: they are scaled in place and handed over.
+        ctx.gradients = gradients.in_types_of(inputs.layer)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "linear_cross_entropy: a second backward pass through one loss, but its gradients were handed over in "
+                "the first; compute the loss again, or use the implementation 'naive'."
+            )
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(grad_loss)
+        return *gradients, None
+
+
+class _Gradients:
+    """Gradients of a layer's hidden states, weight and bias, summed up chunk by chunk; None of those that want none."""
+
+    def __init__(self, layer: Sequence[Tensor | None], wanted: Sequence[bool]) -> None:
+        hidden_NH, weight_VH, bias_V = layer
+        self.hidden_NH = torch.empty_like(hidden_NH) if wanted[0] else None
+        self.weight_VH = _zero_sum(weight_VH) if wanted[1] else None
+        self.bias_V = _zero_sum(bias_V) if wanted[2] else None
+
+    def add(self, rows: slice, chunk: _Inputs, dlogits_CV: Tensor) -> None:
+        """Add what follows from the gradient of a chunk's logits."""
+        if self.bias_V is not None:
+            self.bias_V += dlogits_CV.sum(0)
+        dlogits_CV = dlogits_CV.to(chunk.weight_VH.dtype)
+        if self.hidden_NH is not None:
+            self.hidden_NH[rows] = dlogits_CV @ chunk.weight_VH
+        if self.weight_VH is not None:
+            _add_product(self.weight_VH, dlogits_CV, chunk.hidden_NH)
+
+    def in_types_of(self, layer: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The three of them, each of the type of its tensor."""
+        sums = (self.hidden_NH, self.weight_VH, self.bias_V)
+        return [None if s is None else s.to(tensor.dtype) for s, tensor in zip(sums, layer, strict=True)]
+
+
+def _sum_of_losses(inputs: _Inputs, gradients: _Gradients | None = None) -> Tensor:
+    """The sum of all rows' losses; on the way, what follows from them is added to the gradients."""
+    inputs = inputs.cast()
+    losses_N = inputs.zeros_N()
+    for rows in inputs.chunks():
+        losses_N[rows] = _losses_of_chunk(rows, inputs.of(rows), gradients)
+    return losses_N.sum()
+
+
+def _losses_of_chunk(rows: slice, chunk: _Inputs, gradients: _Gradients | None) -> Tensor:
+    # A function of its own, so that a chunk's tensors are gone before those of the next are made.
+    logits_CV = chunk.logits()
+    if gradients is None:
+        return _into_losses(logits_CV, chunk)
+    losses_C, dlogits_CV = _into_gradient(logits_CV, chunk)
+    gradients.add(rows, chunk, dlogits_CV)
+    return losses_C
+
+
+def _into_losses(logits_CV: Tensor, chunk: _Inputs) -> Tensor:
+    """The (C,) losses; the logits are used up."""
+    if chunk.softcap is not None:
+        logits_CV.div_(chunk.softcap).tanh_().mul_(chunk.softcap)
+    losses_C, _ = _into_exponentials(logits_CV, chunk)
+    return losses_C
+
+
+def _into_gradient(logits_CV: Tensor, chunk: _Inputs) -> tuple[Tensor, Tensor]:
+    """The (C,) losses, and their gradient by the logits, in the logits' place."""
+    slope_CV = None
+    if chunk.softcap is not None:
+        logits_CV.div_(chunk.softcap).tanh_()
+        slope_CV = logits_CV.square().neg_().add_(1)
+        logits_CV.mul_(chunk.softcap)
+    losses_C, sums_C1 = _into_exponentials(logits_CV, chunk)
+
+    # (softmax - (1 - smoothing) * one-hot - smoothing / V) of rows with a target, 0 of others.
+    counts_C1 = (chunk.targets_N != IGNORE_INDEX).to(logits_CV.dtype)[:, None]
+    dlogits_CV = logits_CV.mul_(counts_C1 / sums_C1)
+    dlogits_CV.scatter_add_(1, _columns(chunk.targets_N), (chunk.label_smoothing - 1) * counts_C1)
+    if chunk.label_smoothing:
+        dlogits_CV.sub_(counts_C1 * (chunk.label_smoothing / dlogits_CV.shape[1]))
+    if slope_CV is not None:
+        dlogits_CV.mul_(slope_CV)
+    return losses_C, dlogits_CV
+
+
+def _into_exponentials(logits_CV: Tensor, chunk: _Inputs) -> tuple[Tensor, Tensor]:
+    """The (C,) losses, and the (C, 1) sums of each row's exponentials, which take the logits' place."""
+    logits_CV.sub_(logits_CV.amax(1, keepdim=True))
+    expected_C = (1 - chunk.label_smoothing) * logits_CV.gather(1, _columns(chunk.targets_N))[:, 0]
+    if chunk.label_smoothing:
+        expected_C += chunk.label_smoothing * logits_CV.mean(1)
+    sums_C1 = logits_CV.exp_().sum(1, keepdim=True)
+    losses_C = (sums_C1[:, 0].log() - expected_C).masked_fill(chunk.targets_N == IGNORE_INDEX, 0)
+    return losses_C, sums_C1
+
+
+def _columns(targets_C: Tensor) -> Tensor:
+    """(C, 1) columns to read; any will do for a row that is ignored."""
+    return targets_C.masked_fill(targets_C == IGNORE_INDEX, 0)[:, None]
+
+
+def _add_product(sum_VH: Tensor, left_CV: Tensor, right_CH: Tensor) -> None:
+    """Add ``left_CV.T @ right_CH`` to a sum that may be of a wider type."""
+    if sum_VH.dtype == left_CV.dtype:
+        sum_VH.addmm_(left_CV.T, right_CH)
+        return
+    # The product is of the narrower type: so that it takes little memory, a part of the vocabulary at a time.
+    width = max(1, CHUNK_ELEMENTS // sum_VH.shape[1])
+    for part_WH, left_CW in zip(sum_VH.split(width), left_CV.split(width, dim=1), strict=True):
+        part_WH += left_CW.T @ right_CH
+
+
+def _zero_sum(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, dtype=_sum_dtype(tensor.dtype))
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 of float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _linear_dtype(tensor: Tensor) -> torch.dtype:
+    """The type in which ``torch.nn.functional.linear`` reads a tensor."""
+    device = tensor.device.type
+    # float64 is what autocast leaves alone.
+    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -1,0 +1,93 @@
+"""The prompt format that a family of backbones was made for, and the tokens that end what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo.collections.common.prompts import PromptFormatter
+from nemo.collections.common.prompts.formatter import EOS_SLOT
+from transformers import PreTrainedConfig
+
+from nemo_emmett.config import nearest
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.encoding import token_id
+from nemo_emmett.prompts.translation import register_prompt_formats
+
+_OF_MODEL_TYPE = {
+    **dict.fromkeys(("t5", "mt5", "umt5"), "emmett_t5"),
+    "m2m_100": "emmett_m2m100",
+    "mbart": "emmett_mbart",
+    "llama": "emmett_llama2",
+    "mistral": "emmett_mistral",
+    "qwen2": "emmett_qwen",
+    "qwen3": "emmett_qwen3",
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "emmett_gemma"),
+}
+"""transformers' name of an architecture -> our format."""
+
+_OF_TOKEN = {
+    "m2m_100": ("eng_Latn", "emmett_nllb"),
+    "mbart": ("pl_PL", "emmett_mbart50"),  # one of the languages that mBART of 25 does not have
+    "llama": ("<|start_header_id|>", "emmett_llama3"),
+}
+"""Where an architecture serves two families: a token that only one of them has, and that one's format."""
+
+
+def default_prompt_format(tokenizer: Any, config: PreTrainedConfig) -> str:
+    """The prompt format that a backbone was made for.
+
+    Args:
+        tokenizer: NeMo's tokenizer of the backbone.
+        config: its transformers config.
+
+    Raises:
+        ConfigError: if the family is not one that we know.
+
+    Example:
+        >>> default_prompt_format(tokenizer, AutoConfig.from_pretrained("facebook/nllb-200-distilled-600M"))
+        'emmett_nllb'
+    """
+    known = _OF_MODEL_TYPE.get(config.model_type)
+    if known is None:
+        raise ConfigError(
+            f"model.prompt_format is missing, and none is known for models of the kind '{config.model_type}'; "
+            f"choose one of {', '.join(_our_formats())}."
+        )
+    token, its_format = _OF_TOKEN.get(config.model_type, (None, None))
+    if token is not None and token_id(tokenizer, token) is not None:
+        return its_format
+    # UL2 is a T5 that differs from T5 1.1 in its activation (arXiv 2205.05131, section 4.1).
+    if getattr(config, "feed_forward_proj", None) == "gated-silu":
+        return "emmett_ul2"
+    return known
+
+
+def prompt_formatter(name: str, tokenizer: Any) -> PromptFormatter:
+    """A prompt format made with a tokenizer.
+
+    Raises:
+        ConfigError: if neither NeMo nor we have a format of that name.
+    """
+    register_prompt_formats()
+    formats = PromptFormatter._REGISTERED_FORMATTERS
+    if name not in formats:
+        suggestion = nearest(name, formats)
+        hint = f"did you mean '{suggestion}'?" if suggestion else f"choose one of {', '.join(_our_formats())}."
+        raise ConfigError(f"prompt_format: '{name}' is not a prompt format; {hint}")
+    return PromptFormatter.resolve(name)(tokenizer)
+
+
+def stop_ids(formatter: PromptFormatter, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: EOS, and the token with which the format ends the assistant's turn, if it has one.
+
+    Llama 3's turns end in ``<|eot_id|>``, Qwen's in ``<|im_end|>``, Gemma's in ``<end_of_turn>``, whatever the
+    tokenizer's EOS is. Whitespace that follows such a token is not waited for.
+    """
+    after_message = formatter.get_template(formatter.OUTPUT_ROLE).rsplit("|message|", 1)[-1]
+    closing = token_id(tokenizer, after_message.replace(EOS_SLOT, "").strip())
+    return list(dict.fromkeys(number for number in (tokenizer.eos_id, closing) if number is not None))
+
+
+def _our_formats() -> list[str]:
+    register_prompt_formats()
+    return sorted(name for name in PromptFormatter._REGISTERED_FORMATTERS if name.startswith("emmett_"))

@@ -1,0 +1,244 @@
+"""What `generate` and `translate` make of their arguments, whichever model they are asked of."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.models import SALMGPT, SALMT5
+from nemo_emmett.models.inputs import fill_batches
+
+from .backbones import DECODER_ONLY, model_config
+
+TEXTS = ["one red house", "six", "four old doors and five new keys", "two", "three green trees"]
+
+
+def livelier(model):
+    """With weights so large that answers differ."""
+    torch.manual_seed(0)
+    for parameter in model.llm.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("backbones")
+
+
+@pytest.fixture(scope="module")
+def salm_t5(folder, tiny_asr) -> SALMT5:
+    return livelier(SALMT5(model_config("t5", folder, tiny_asr, max_new_tokens=6)).eval())
+
+
+@pytest.fixture(scope="module")
+def salm_gpt_of(folder):
+    made = {}
+
+    def make(family: str) -> SALMGPT:
+        if family not in made:
+            made[family] = livelier(SALMGPT(model_config(family, folder, max_new_tokens=6)).eval())
+        return made[family]
+
+    return make
+
+
+def recordings(tiny_corpus, *numbers: int) -> list:
+    """Of 0.5, 0.6, ..., 1.0 seconds."""
+    return [tiny_corpus / "audio" / f"en-{i}.wav" for i in numbers]
+
+
+def asks(message: str, **turn) -> list[dict]:
+    return [{"role": "user", "slots": {"message": message, "target_lang": "de"}, **turn}]
+
+
+def batches_of(model, monkeypatch) -> list[dict]:
+    """The batches that are translated from now on."""
+    seen, original = [], type(model).generate_answers
+
+    def spy(self, batch, **options):
+        seen.append(batch)
+        return original(self, batch, **options)
+
+    monkeypatch.setattr(type(model), "generate_answers", spy)
+    return seen
+
+
+# Batches
+
+
+def test_batches_hold_what_fits_with_its_padding() -> None:
+    assert list(fill_batches({0: 3, 1: 1, 2: 2, 3: 2, 4: 9, 5: 3}, batch_tokens=6)) == [[1, 2, 3], [0, 5], [4]]
+    assert list(fill_batches({}, batch_tokens=6)) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_batch_is_too_large_and_none_could_take_the_next_item(seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = dict(enumerate(torch.randint(1, 30, (40,), generator=generator).tolist()))
+    batches = list(fill_batches(sizes, batch_tokens=64))
+    assert sorted(i for batch in batches for i in batch) == list(range(40))
+    assert all(len(batch) * max(sizes[i] for i in batch) <= 64 for batch in batches)
+    for batch, following in pairwise(batches):
+        assert (len(batch) + 1) * sizes[following[0]] > 64
+        assert sizes[batch[-1]] <= sizes[following[0]]
+
+
+def test_translations_come_in_the_order_of_the_inputs(salm_t5, tiny_corpus) -> None:
+    first, second = recordings(tiny_corpus, 3, 0)
+    inputs = [TEXTS[0], first, *TEXTS[1:3], str(second), *TEXTS[3:]]
+    together = salm_t5.translate(inputs, "en", "de", batch_tokens=40)
+    assert together == [salm_t5.translate([item], "en", "de")[0] for item in inputs]
+    assert len(set(together)) > 2
+    assert salm_t5.translate([], "en", "de") == []
+
+
+def test_texts_fill_batches_by_their_tokens(salm_t5, monkeypatch) -> None:
+    seen = batches_of(salm_t5, monkeypatch)
+    salm_t5.translate(TEXTS, None, "de", batch_tokens=30)
+    assert sum(len(batch["context_ids"]) for batch in seen) == len(TEXTS)
+    assert 1 < len(seen) < len(TEXTS)
+    for batch in seen:
+        assert batch["context_ids"].numel() <= 30 or len(batch["context_ids"]) == 1
+        assert "audios" not in batch
+
+
+def test_recordings_fill_batches_by_their_frames(salm_t5, tiny_corpus, monkeypatch) -> None:
+    seen = batches_of(salm_t5, monkeypatch)
+    # Each is a prompt of 3 tokens and 7 to 13 frames of 80 ms.
+    assert salm_t5.token_equivalent_duration == pytest.approx(0.08)
+    paths = recordings(tiny_corpus, 5, 1, 2, 0)
+    prompt = len(salm_t5._contexts_of([asks("<|audio|>")])[0]) - 1
+    salm_t5.translate(paths, None, "de", batch_tokens=2 * (8 + prompt))
+    assert [batch["audio_lens"].tolist() for batch in seen] == [[8000, 9600], [11200], [16000]]
+
+
+# Prompts
+
+
+def test_ids_inside_a_prompt_that_look_like_padding_are_read(salm_t5) -> None:
+    pad = salm_t5.pad_id
+    row = [20, 21, pad, 22, 1]
+    alone = salm_t5.generate(torch.tensor([row]))
+    assert torch.equal(salm_t5.generate(torch.tensor([[pad, pad, *row]])), alone)
+    assert torch.equal(salm_t5.generate(torch.tensor([[*row, pad]])), alone)
+    assert not torch.equal(salm_t5.generate(torch.tensor([[20, 21, 22, 1]])), alone)
+
+
+def test_files_and_tensors_are_not_both_taken(salm_t5, tiny_corpus) -> None:
+    (path,) = recordings(tiny_corpus, 0)
+    with pytest.raises(ConfigError, match="audio is given twice, as `audios` and as files in the prompts"):
+        salm_t5.generate(
+            [asks("<|audio|>", audio=[path])], audios=torch.zeros(1, 8000), audio_lens=torch.tensor([8000])
+        )
+
+
+def test_each_conversation_has_a_locator_for_each_of_its_files(salm_t5, tiny_corpus) -> None:
+    two = recordings(tiny_corpus, 0, 1)
+    conversations = [asks("<|audio|>", audio=two), asks("<|audio|>")]
+    with pytest.raises(DataError) as refused:
+        salm_t5.generate(conversations)
+    assert str(refused.value) == (
+        "conversation 0: its turns name 2 audio files, but the audio locators (<|audio|>) in their messages are 1; "
+        "put one where each recording belongs."
+    )
+    both = salm_t5.generate([asks("<|audio|> <|audio|>", audio=two)])
+    samples = torch.stack([torch.zeros(9600)] * 2)
+    with pytest.raises(DataError, match=r"2 recordings.* 1 audio locator"):
+        salm_t5.generate([asks("<|audio|>")], audios=samples, audio_lens=torch.tensor([8000, 9600]))
+    with pytest.raises(DataError, match=r"0 recordings.* 1 audio locator"):
+        salm_t5.generate([asks("<|audio|>")])
+    assert both.shape == (1, 6)
+
+
+def test_the_hint_to_think_reaches_the_format_only_if_given(salm_t5, monkeypatch) -> None:
+    formatter, hints = type(salm_t5._prompt_formatter()), []
+    original = formatter.encode_dialog
+
+    def spy(self, turns, **given):
+        hints.append(given)
+        return original(self, turns)
+
+    monkeypatch.setattr(formatter, "encode_dialog", spy)
+    turns = asks("six")
+    salm_t5.generate([turns])
+    salm_t5.generate([turns], enable_thinking=False)
+    assert hints == [{}, {"enable_thinking": False}]
+
+
+def test_conversations_stay_as_they_are(salm_gpt_of) -> None:
+    model = salm_gpt_of("qwen3")
+    model.options.prompt_format = "qwen3"  # NeMo's, which writes into the turns
+    turns = [{"role": "user", "content": "six"}]
+    model.generate([turns], max_new_tokens=1)
+    model.options.prompt_format = "emmett_qwen3"
+    assert turns == [{"role": "user", "content": "six"}]
+
+
+# Search
+
+
+@pytest.mark.parametrize("family", DECODER_ONLY)
+def test_the_search_is_plain_whatever_the_checkpoint_brings(salm_gpt_of, family, monkeypatch) -> None:
+    model = salm_gpt_of(family)
+    expected = model.translate(TEXTS, "en", "de"), model.generate([asks_chat(TEXTS[0])])
+    disturbing = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, num_beams=3, max_length=3)
+    disturbing.eos_token_id, disturbing.forced_eos_token_id = list(range(100)), 5
+    monkeypatch.setattr(model.llm, "generation_config", disturbing)
+    assert model.translate(TEXTS, "en", "de") == expected[0]
+    assert torch.equal(model.generate([asks_chat(TEXTS[0])]), expected[1])
+    assert expected[1].shape == (1, 6)
+
+
+def asks_chat(message: str) -> list[dict]:
+    return [{"role": "user", "slots": {"message": message}}]
+
+
+def test_greedy_search_is_what_the_logits_say(salm_gpt_of) -> None:
+    model = salm_gpt_of("qwen2")
+    (context,) = model._contexts_of([asks_chat("six")])
+    ids = context[None]
+    with torch.no_grad():
+        for _ in range(6):
+            said = model(model.embed_tokens(ids))["logits"][:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, said], 1)
+    assert model.generate([asks_chat("six")]).tolist() == ids[:, len(context) :].tolist()
+
+
+def test_sampling_on_request_differs_between_seeds(salm_t5) -> None:
+    prompts = torch.tensor([[20, 21, 22, 1]] * 4)
+
+    def sample(seed: int, **options) -> list:
+        torch.manual_seed(seed)
+        return salm_t5.generate(prompts, do_sample=True, **options).tolist()
+
+    hot = {"temperature": 50.0, "top_p": 0.99}
+    assert sample(1, **hot) == sample(1, **hot) != sample(2, **hot)
+    greedy = salm_t5.generate(prompts).tolist()
+    assert sample(1, top_p=1e-6) == greedy
+    config = GenerationConfig(do_sample=True, temperature=50.0, top_p=0.99)
+    torch.manual_seed(1)
+    assert salm_t5.generate(prompts, generation_config=config).tolist() == sample(1, **hot)
+
+
+def test_a_generation_config_holds_unless_an_argument_says_otherwise(salm_t5) -> None:
+    prompts = torch.tensor([[20, 21, 22, 1]])
+    config = GenerationConfig(max_new_tokens=2)
+    assert salm_t5.generate(prompts, generation_config=config).shape == (1, 2)
+    assert salm_t5.generate(prompts, generation_config=config, max_new_tokens=4).shape == (1, 4)
+    assert salm_t5.generate(prompts).shape == (1, 6)
+    assert salm_t5.generate(prompts, max_length=4).shape == (1, 3)  # a length counts the decoder's start
+
+
+def test_a_translation_ends_where_its_answer_does(salm_gpt_of, monkeypatch) -> None:
+    model = salm_gpt_of("llama3")
+    assert model.tokenizer.pad_id is None  # so that answers are padded with an ordinary token
+    end = model.tokenizer.token_to_id("<|eot_id|>")
+    said = [*model.tokenizer.text_to_ids("six"), end, model.pad_id, model.pad_id]
+    monkeypatch.setattr(SALMGPT, "generate_answers", lambda *_, **__: torch.tensor([said]))
+    assert model.translate(["sechs"], "de", "en") == ["six"]

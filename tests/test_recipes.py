@@ -1,0 +1,163 @@
+"""The shipped recipes: each composes, has no key that means nothing, and trains on files laid out as it says."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_emmett import plugin
+from nemo_emmett.data.check import check_keys_of_dataset
+from nemo_emmett.data.sources import plain
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.models.config import ModelConfig
+from nemo_emmett.runner import compose_recipe
+from nemo_emmett.training import check_recipe, train
+
+from .conftest import ENCODER_DIM, SAMPLING_RATE, SENTENCES
+from .models.backbones import backbone
+
+JOINT = ("salm_t5", "salm_gpt", "bestow_gpt")
+BACKBONES = {"salm_t5": "t5", "salm_gpt": "llama", "bestow_gpt": "llama"}
+LANGUAGES = ("en", "de", "es", "fr")
+CONF = Path(__file__).parents[1] / "nemo_emmett" / "conf"
+FREEZING = sorted(path.stem for path in (CONF / "emmett_freezing").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", ["salm_t5_phrasebook", "pretrain_t5_phrasebook", *JOINT])
+def test_a_recipe_composes_and_all_its_keys_mean_something(name):
+    cfg = compose_recipe(name)
+    OmegaConf.resolve(cfg)
+    check_recipe(cfg)
+    for place, settings in datasets_of(cfg.data):
+        assert check_keys_of_dataset(settings, place) == []
+    known = {"_target_", *ModelConfig.__dataclass_fields__}
+    assert set(cfg.model) <= known
+
+
+def datasets_of(data: DictConfig) -> Iterator[tuple[str, dict]]:
+    for name, dataset in data.items():
+        common = plain(dataset)
+        parts = common.pop("datasets", None)
+        for part, settings in ({"": {}} if parts is None else parts).items():
+            yield f"data.{name}.{part}".rstrip("."), {**common, **settings}
+
+
+@pytest.mark.parametrize("freezing", FREEZING)
+def test_each_way_of_freezing_is_chosen_by_a_word(freezing):
+    model = compose_recipe("salm_t5", [f"emmett_freezing={freezing}"]).model
+    expected = {"full": [], "lora": [], "frozen_llm": ["llm"], "frozen_encoder": ["encoder"]}
+    assert model.freeze == expected[freezing]
+    assert (model.lora is not None) is (freezing == "lora")
+
+
+def test_each_way_of_distribution_is_chosen_by_a_word():
+    ddp = hydra.utils.instantiate(compose_recipe("salm_gpt").trainer.strategy)
+    assert ddp._ddp_kwargs == {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+    sharded = ["emmett_strategy=fsdp2", "trainer.strategy.data_parallel_size=64"]
+    fsdp2 = hydra.utils.instantiate(compose_recipe("salm_gpt", sharded).trainer.strategy)
+    assert (fsdp2._data_parallel_size, fsdp2._tensor_parallel_size) == (64, 1)
+    with pytest.raises(ConfigError, match=r"^trainer.strategy.data_parallel_size: the recipe leaves this to you"):
+        compose_recipe("salm_gpt", sharded[:1])
+
+
+# Training.
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, tiny_corpus) -> Path:
+    """Speech and text of four languages as `paths` lays them out, one shard each."""
+    folder = tmp_path_factory.mktemp("joint_translation")
+    (folder / "speech").mkdir()
+    (folder / "text").mkdir()
+    sides = {language: SENTENCES["en" if language == "en" else "de"] for language in LANGUAGES}
+    for language in LANGUAGES:
+        write_speech(folder / "speech", language, tiny_corpus / "audio", sides[language])
+        (folder / "text" / f"dev.{language}").write_text(sides[language][0] + "\n")
+        for side in ("en", language):
+            if language != "en":
+                (folder / "text" / f"train.en-{language}.{side}").write_text("\n".join(sides[side]) + "\n")
+    return folder
+
+
+def write_speech(folder: Path, language: str, audio: Path, sentences: list[str]) -> None:
+    """A tar file with its manifest for training, and a plain manifest of one recording for validation."""
+    other = "de" if language == "en" else "en"
+    records = []
+    (folder / language).mkdir()
+    with tarfile.open(folder / language / "audio_0.tar", "w") as tar:
+        for i, sentence in enumerate(sentences):
+            wav = audio / f"{'en' if language == 'en' else 'de'}-{i}.wav"
+            tar.add(wav, arcname=f"{language}-{i}.wav")
+            record = {"audio_filepath": f"{language}-{i}.wav", "duration": 0.5 + 0.1 * i, "shard_id": 0}
+            records.append(record | {"sampling_rate": SAMPLING_RATE, "text": sentence, "target_lang": other})
+    (folder / language / "manifest_0.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+    dev = records[0] | {"audio_filepath": str(wav.with_name(f"{wav.name[:2]}-0.wav"))}
+    (folder / f"dev.{language}.jsonl").write_text(json.dumps(dev) + "\n")
+
+
+def small(name: str, freezing: str, corpus: Path, asr: Path, folder: Path) -> DictConfig:
+    """A recipe with nothing changed but its size: two steps on the CPU, of a tiny model, on six sentences."""
+    speech = {
+        f"paths.speech.{language}.{key}": f"{corpus}/speech/{language}/{file}"
+        for language in LANGUAGES
+        for key, file in (("manifests", "manifest_0.json"), ("tars", "audio_0.tar"))
+    }
+    adapter = "d_model" if name == "bestow_gpt" else "input_dim"
+    values = {
+        "emmett_freezing": freezing,
+        "corpus": corpus,
+        **speech,
+        "exp_dir": folder,
+        "model.pretrained_llm": backbone(BACKBONES[name], folder),
+        "model.pretrained_asr": asr,
+        f"model.perception.modality_adapter.{adapter}": ENCODER_DIM,
+        "model.perception.spec_augment.freq_width": 4,
+        "model.max_new_tokens": 4,
+        "model.lr_scheduler.warmup_steps": 1,
+        "data.train_ds.num_workers": 0,
+        "data.train_ds.audio.num_buckets": 1,
+        "data.train_ds.text.num_buckets": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.strategy": "auto",
+        "trainer.precision": "32-true",
+        "trainer.max_steps": 2,
+        "trainer.limit_train_batches": 2,
+        "trainer.log_every_n_steps": 1,
+        "+trainer.enable_progress_bar": "false",
+        "+trainer.enable_model_summary": "false",
+        "+trainer.callbacks.0.memory_budget": "24MiB",
+        "+trainer.callbacks.0.max_batch_size": 4,
+    }
+    if name == "bestow_gpt":
+        values["model.cross_attention.num_heads"] = 4
+    overrides = [f"{key}={value}" for key, value in values.items()]
+    return compose_recipe(name, [*overrides, "~data.train_ds.text"] if freezing == "frozen_llm" else overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "freezing"),
+    [("salm_t5", "full"), ("salm_gpt", "lora"), ("bestow_gpt", "frozen_encoder"), ("salm_t5", "frozen_llm")],
+)
+def test_a_recipe_trains_and_what_it_freezes_stays(name, freezing, corpus, tiny_asr, tmp_path):
+    plugin.register()
+    cfg = small(name, freezing, corpus, tiny_asr, tmp_path)
+    model = train(cfg)
+    assert model.trainer.global_step == 2
+    trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert ("llm" in trained) is (freezing != "frozen_llm")
+    assert any(p.requires_grad for p in model.perception.encoder.parameters()) is (freezing != "frozen_encoder")
+    assert all(p.isfinite().all() for p in model.parameters())
+    if freezing == "lora":
+        assert all(".lora_" in n for n, p in model.named_parameters() if n.startswith("llm") and p.requires_grad)
+    groups = OmegaConf.load(tmp_path / "oomptimizer.yaml").train_ds
+    assert [len(group.bucket_batch_size) for group in groups.values()] == [2] * (1 if freezing == "frozen_llm" else 2)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert list((tmp_path / "checkpoints").glob("*val_bleu*.ckpt"))
+    assert torch.is_tensor(model.trainer.callback_metrics["val_bleu"])
