@@ -28,6 +28,9 @@ CONFIG_PACKAGE = "pkg://nemo_emmett.conf"
 _QUIET_HYDRA = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout")
 """No dated output folders, no copies of the config, no log files: a run writes where its recipe says."""
 
+_MISSING = "???"
+"""OmegaConf's mark of a mandatory value."""
+
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable with which Hydra raises what went wrong instead of printing its own version of it."""
 
@@ -153,12 +156,31 @@ def _run(task: Callable[[DictConfig], Any], config_name: str) -> None:
 
 def _refuse_missing_values(cfg: DictConfig) -> None:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    # Unresolved: a value that refers to a missing one is not itself missing.
+    missing = sorted(_missing_keys(OmegaConf.to_container(cfg)))
     if missing:
         raise ConfigError(
             f"{', '.join(missing)}: the recipe leaves this to you; give {missing[0]}=... on the command line."
         )
+    try:
+        OmegaConf.missing_keys(cfg)  # which resolves all
+    except OmegaConfBaseException as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"{error.full_key}: {said}; correct what it refers to.") from error
+
+
+def _missing_keys(value: Any, path: str = "") -> Iterator[str]:
+    """Paths of the mandatory values that are missing, as OmegaConf writes paths."""
+    if value == _MISSING:
+        yield path
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield from _missing_keys(child, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _missing_keys(child, f"{path}[{index}]")
 
 
 def _composition_mistake(error: Exception, arguments: Namespace) -> str | None:

@@ -27,6 +27,7 @@ from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.check import check_data_config
 from nemo_emmett.errors import ConfigError, EmmettError
+from nemo_emmett.models.base import SpeechTextModel
 
 RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "seed", "num_threads")
 """The keys of a recipe that mean something here; a recipe may hold others for its own interpolations."""
@@ -67,10 +68,19 @@ def train(cfg: DictConfig) -> LightningModule:
     check_data_section(cfg.data)
     training = build_training(cfg)
     training.fit()
-    if cfg.get("export_dir") and training.trainer.is_global_zero:
-        training.model.save_pretrained(cfg.export_dir)
-        logging.info(f"The trained model is in {cfg.export_dir}")
+    if cfg.get("export_dir"):
+        _export(training, cfg.export_dir)
     return training.model
+
+
+def _export(training: Training, folder: str) -> None:
+    """Write the trained model from rank 0."""
+    model, trainer = training.model, training.trainer
+    # Ours writes on rank 0 by itself, for what is sharded is gathered from all ranks; NeMo's SALM writes where called.
+    if isinstance(model, SpeechTextModel) or trainer.is_global_zero:
+        model.save_pretrained(folder)
+    if trainer.is_global_zero:
+        logging.info(f"The trained model is in {folder}")
 
 
 def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | None = None) -> Training:

@@ -61,8 +61,12 @@ def test_each_way_of_distribution_is_chosen_by_a_word():
     ddp = hydra.utils.instantiate(compose_recipe("salm_gpt").trainer.strategy)
     assert ddp._ddp_kwargs == {"find_unused_parameters": True, "gradient_as_bucket_view": True}
     sharded = ["emmett_strategy=fsdp2", "trainer.strategy.data_parallel_size=64"]
-    fsdp2 = hydra.utils.instantiate(compose_recipe("salm_gpt", sharded).trainer.strategy)
+    recipe = compose_recipe("salm_gpt", sharded)
+    fsdp2 = hydra.utils.instantiate(recipe.trainer.strategy)
     assert (fsdp2._data_parallel_size, fsdp2._tensor_parallel_size) == (64, 1)
+    # A sharded model does not translate in validation, so there is no BLEU to choose checkpoints by.
+    assert recipe.exp_manager.checkpoint_callback_params.monitor == "val_loss"
+    assert recipe.exp_manager.checkpoint_callback_params.mode == "min"
     with pytest.raises(ConfigError, match=r"^trainer.strategy.data_parallel_size: the recipe leaves this to you"):
         compose_recipe("salm_gpt", sharded[:1])
 

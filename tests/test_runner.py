@@ -147,6 +147,10 @@ def test_called_with_a_config_it_just_runs() -> None:
 def recipes(tmp_path: Path) -> Path:
     (tmp_path / "own.yaml").write_text("defaults:\n  - emmett_callbacks: random_state\n  - _self_\n" + RECIPE)
     (tmp_path / "needy.yaml").write_text("model:\n  name: ???\n")
+    (tmp_path / "referring.yaml").write_text(
+        "folder: ???\npaths:\n  - ${folder}/a\n  - {b: '${folder}/b', c: \"???\"}\n"
+    )
+    (tmp_path / "astray.yaml").write_text("a:\n  b: ${no.such.key}/x\n")
     (tmp_path / "torn.yaml").write_text("fault: [\n")
     return tmp_path
 
@@ -178,6 +182,8 @@ def test_a_shipped_recipe_goes_by_its_name() -> None:
             "there is no recipe 'random_stat'; did you mean 'random_state'",
         ),
         ("{}/needy.yaml", [], "model.name: the recipe leaves this to you; give model.name=..."),
+        ("{}/referring.yaml", [], "folder, paths[1].c: the recipe leaves this to you; give folder=... on the"),
+        ("{}/astray.yaml", [], "a.b: Interpolation key 'no.such.key' not found; correct what it refers to."),
         ("{}/torn.yaml", [], "torn.yaml"),
     ],
 )

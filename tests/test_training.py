@@ -16,9 +16,11 @@ from omegaconf import OmegaConf
 
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.models import SALMT5, load
+from nemo_emmett.training import train
 
 from .conftest import LANGUAGES, SENTENCES, write_tone
 from .models.batches import audio_batch, text_batch
+from .models.two_ranks import run_on_two_ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -160,6 +162,44 @@ def test_randomized_round_robin_trains_by_its_weights(recipe):
     assert batches["steps"] == 500
     assert batches["audio"] + batches["text"] == 500
     assert abs(batches["text"] / 500 - 0.7) < 0.03
+
+
+# Several ranks
+
+
+def train_on_this_rank(rank: int, recipes: list[dict]) -> None:
+    for recipe in recipes:
+        train(OmegaConf.create(recipe))
+
+
+@pytest.fixture
+def parallel_recipe(recipe, tmp_path):
+    """The recipe for two ranks with a strategy of conf/, named by its file."""
+
+    def made(name: str, **trainer: int) -> dict:
+        section = OmegaConf.load(ROOT / "conf" / "emmett_strategy" / f"{name}.yaml")
+        section = section.get("trainer", section)  # one of the files changes more than the trainer
+        if OmegaConf.is_missing(section.strategy, "data_parallel_size"):
+            section.strategy.data_parallel_size = 2
+        own = {"export_dir": str(tmp_path / name), "exp_manager": {"explicit_log_dir": str(tmp_path / f"exp_{name}")}}
+        own["exp_manager"] |= {"resume_if_exists": True, "resume_ignore_no_checkpoint": True}
+        own["exp_manager"]["checkpoint_callback_params"] = {"monitor": "val_loss", "mode": "min", "save_top_k": 1}
+        of_trainer = recipe["trainer"] | {"devices": 2, **OmegaConf.to_container(section), **trainer}
+        return recipe | own | {"trainer": of_trainer}
+
+    return made
+
+
+def test_two_ranks_train_resume_and_export_with_the_strategies_of_the_recipes(parallel_recipe, tmp_path):
+    recipes = [parallel_recipe("ddp"), parallel_recipe("fsdp2"), parallel_recipe("fsdp2", max_steps=6)]
+    run_on_two_ranks(train_on_this_rank, tmp_path, recipes)
+    for name in ("ddp", "fsdp2"):
+        assert len(load(tmp_path / name).translate(["one red house"], "en", "de")) == 1
+    checkpoints = tmp_path / "exp_fsdp2" / "checkpoints"
+    assert [(path / ".metadata").is_file() for path in checkpoints.glob("*-last.ckpt")] == [True]
+    logs = (tmp_path / "rank0.log").read_text()
+    assert logs.count("Restored all states from the checkpoint") == 1
+    assert logs.count("does not translate in validation") == 2
 
 
 # Resuming

@@ -60,8 +60,7 @@ EMPTY_BATCHES_IN_A_ROW = 100
 class MultimodalDataLoader(torch.utils.data.DataLoader):
     """A torch ``DataLoader`` that keeps the ledger of what was skipped, and knows where training is in its data.
 
-    A batch of which nothing is left is left out; with our own samplers, our dataset and more than one rank it is an
-    empty dict, so that no rank falls out of step.
+    A batch of which nothing is left is left out, unless ranks would fall out of step: then it is an empty dict.
 
     With our own samplers (:attr:`progress` is not None) iterating anew goes on behind the last batch trained on, and
     with the next epoch where finite data has ended; :meth:`state_dict` makes another loader go on there.
@@ -70,6 +69,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         dataset: delivers batches with their notes; :class:`ResumableDeliveries` with the state of the data besides.
         bad_records: ledger of everything skipped so far, of all workers.
         max_bad_records: stop past so many bad records, or past this share of those read of any source; None: never.
+        hands_out_empty: an empty dict for a batch of which nothing is left, so that a rank stays in step.
         kwargs: of ``torch.utils.data.DataLoader``.
     """
 
@@ -78,9 +78,11 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         dataset: DeliveringDataset | DeliveringIterable | ResumableDeliveries,
         bad_records: BadRecords | None = None,
         max_bad_records: int | float | None = None,
+        hands_out_empty: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, **kwargs)
+        self.hands_out_empty = hands_out_empty
         self.bad_records = BadRecords(announce=True) if bad_records is None else bad_records
         self.max_bad_records = max_bad_records
         self.filtered: Counter[str] = Counter()  # examples that NeMo's filters left out, by their keys; "": those kept
@@ -92,10 +94,6 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
     @property
     def _delivering(self) -> DeliveringDataset:
         return self.dataset if isinstance(self.dataset, DeliveringDataset) else self.dataset.dataset
-
-    @property
-    def _ranks_step_together(self) -> bool:
-        return isinstance(self.dataset, ResumableDeliveries) and self.dataset.hands_out_empty
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is in the data: behind the last batch trained on, as far as that is counted
@@ -136,7 +134,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 self._account_for(delivery)
                 empty_in_a_row = empty_in_a_row + 1 if is_empty(delivery.batch) else 0
                 self._check_progress(empty_in_a_row)
-                hand_out = not empty_in_a_row or (self._ranks_step_together and not delivery.is_last)
+                hand_out = not empty_in_a_row or (self.hands_out_empty and not delivery.is_last)
                 if self.progress is not None:
                     self.progress.hand_out(delivery, is_batch=hand_out)
                 if hand_out:
@@ -236,13 +234,7 @@ def get_multimodal_dataloader(
         if _we_sample(settings, ours, kind, where):
             plan = plan_sampling(settings, where, tokenizer, kind, bad_records, world_size, ours.index_dir)
             flavour = {
-                "dataset": ResumableDeliveries(
-                    dataset,
-                    plan,
-                    global_rank,
-                    # Only our models can take an empty batch.
-                    hands_out_empty=world_size > 1 and kind is ExampleKind.TRANSLATION,
-                ),
+                "dataset": ResumableDeliveries(dataset, plan, global_rank),
                 "worker_init_fn": make_worker_init_fn(rank=global_rank, world_size=world_size, seed=plan.seed),
             }
             shared = _shared_by_groups(settings)
@@ -260,6 +252,10 @@ def get_multimodal_dataloader(
         **flavour,
         bad_records=BadRecords(announce=True, source_of=source_of_files(sources)),
         max_bad_records=ours.max_bad_records,
+        # Only our models can take an empty batch; and samplers of NeMo's that live in workers share nothing out.
+        hands_out_empty=world_size > 1
+        and kind is ExampleKind.TRANSLATION
+        and not isinstance(flavour["dataset"], DeliveringIterable),
         batch_size=None,
         # These batches are all tensors already, which torch's own conversion would take apart for nothing.
         collate_fn=None if kind is ExampleKind.AS_READ else _as_it_is,

@@ -100,12 +100,10 @@ class ResumableDeliveries(torch.utils.data.IterableDataset):
         dataset: makes the batches.
         plan: of the samplers.
         rank: whose batches to make.
-        hands_out_empty: give training an empty dict for a batch of which nothing is left, so that a rank stays in step.
     """
 
-    def __init__(self, dataset: DeliveringDataset, plan: SamplingPlan, rank: int, hands_out_empty: bool) -> None:
+    def __init__(self, dataset: DeliveringDataset, plan: SamplingPlan, rank: int) -> None:
         self.dataset = dataset
-        self.hands_out_empty = hands_out_empty
         self.plan = plan
         self.rank = rank
         self.start = Start()

@@ -22,6 +22,7 @@ from nemo.collections.speechlm2.parts.encoder_chunking import encode_audio_with_
 from nemo.collections.speechlm2.parts.hf_hub import HFHubMixin
 from nemo.collections.speechlm2.parts.optim_setup import configure_optimizers, is_frozen
 from nemo.core.neural_types import AudioSignal, LabelsType, LengthsType, NeuralType
+from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -40,7 +41,7 @@ from nemo_emmett.models.export import Export
 from nemo_emmett.models.generation import Generation
 from nemo_emmett.models.head import LLMInputs, answer_logits, answer_loss, answer_scores
 from nemo_emmett.models.pieces import PieceSums, TokenCounts, cut_batch, target_counts
-from nemo_emmett.models.sharding import shard, stand_in
+from nemo_emmett.models.sharding import absent_modalities, modality_of_all_parts, shard, stand_in, validated_parts
 from nemo_emmett.models.step_log import StepLog
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
 from nemo_emmett.modules.batch import MODALITIES, split_modalities
@@ -66,11 +67,17 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
     auto_class: ClassVar[type]  # the transformers Auto class that builds the language model
     is_encoder_decoder: ClassVar[bool]
+    has_cross_attention: ClassVar[bool] = False  # whether `cross_attention` means something to it
 
     def __init__(self, cfg: dict | DictConfig) -> None:
         super().__init__()
         cfg = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
         self.options = ModelConfig.from_section(cfg, type(self).__name__)
+        if self.options.cross_attention is not None and not self.has_cross_attention:
+            raise ConfigError(
+                f"model.cross_attention: {type(self).__name__} has no such layers; leave the key out, or set "
+                "model._target_: bestow_gpt."
+            )
         # NeMo's helpers ask `"key" in cfg`, so keys that are not set stay out; those that NeMo's SALM needs stay in.
         cfg = {key: value for key, value in cfg.items() if value is not None} | {
             "pretrained_weights": self.options.pretrained_weights,
@@ -101,7 +108,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         self._step_log: StepLog | None = None
         self._counts: TokenCounts | None = None  # of the last step's batch
         self._pieces: PieceSums | None = None  # only while a batch is trained on in pieces
-        self._is_sharded = False
+        self.is_sharded = False
 
     def _take_parts(self) -> None:
         """What a subclass makes of the language model before anything is added to it."""
@@ -245,9 +252,15 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
     def configure_model(self) -> None:
         """Shard the model where Lightning's ModelParallelStrategy has made a device mesh (FSDP2)."""
-        if self.device_mesh is not None and not self._is_sharded:
-            shard(self, self.device_mesh)
-            self._is_sharded = True
+        if self.device_mesh is None or self.is_sharded:
+            return
+        shard(self, self.device_mesh)
+        self.is_sharded = True
+        if self.options.validation_bleu:
+            logging.info(
+                "Validation does not log val_bleu: a model that is sharded (FSDP2) does not translate in validation; "
+                "monitor val_loss, and run `nemo-emmett evaluate` on the exported model."
+            )
 
     def configure_optimizers(self) -> dict:
         """NeMo's: freezing, optimizer and schedule by the config."""
@@ -272,11 +285,11 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             self._counts = TokenCounts(batch, parts, self.device)
         # The only collective of a forward pass comes before anything large: see modules/loss.py.
         totals_M = self._counts.over_all_ranks()
-        loss_sums_M = self._loss_sums(parts, self._absent(parts, totals_M))
+        loss_sums_M = self._loss_sums(parts, absent_modalities(self, parts, totals_M))
         loss = modality_loss(loss_sums_M, totals_M, self._loss_weights)
         if not loss.requires_grad and torch.is_grad_enabled():
             # Nothing in this step can learn: the batch is empty, or text, and only what hears is trained.
-            loss = loss + sum(0.0 * parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
+            loss = loss + self._zero_loss(modality_of_all_parts(self))
         if self._pieces is None:
             self._log_step(parts, loss_sums_M, loss)
         else:
@@ -290,14 +303,6 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         # The decoder says one answer; what stands in the context is only read.
         return {m: {k: v for k, v in part.items() if k != "context_targets"} for m, part in parts.items()}
 
-    def _absent(self, parts: Mapping[str, Mapping], totals_M: Tensor) -> list[str]:
-        """Modalities that other ranks have in this step, and this one has not, where that matters: every rank must
-        enter every part of a sharded model."""
-        if not self._is_sharded:
-            return []
-        present = [m for m, total in zip(MODALITIES, totals_M.tolist(), strict=True) if total]
-        return [m for m in present or ["text"] if m not in parts]
-
     def _loss_sums(self, parts: Mapping[str, Mapping], absent: list[str]) -> Tensor:
         """(M,) summed cross-entropies of the one-modality batches, nats; 0 where a modality is absent."""
         sums = []
@@ -305,11 +310,15 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             if modality in parts:
                 sums.append(self._loss_sum(parts[modality]))
             elif modality in absent:
-                with stand_in(self, modality) as batch:
-                    sums.append(0.0 * self._loss_sum(batch))
+                sums.append(self._zero_loss(modality))
             else:
                 sums.append(torch.zeros((), device=self.device))
         return torch.stack(sums)
+
+    def _zero_loss(self, modality: str) -> Tensor:
+        """Zero, with a gradient of zero for all parameters that a batch of the modality passes through."""
+        with stand_in(self, modality) as batch:
+            return 0.0 * self._loss_sum(batch)
 
     def _loss_sum(self, part: Mapping) -> Tensor:
         options = self.options
@@ -372,11 +381,14 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
     def validation_step(self, batch: Mapping, batch_idx: int) -> None:
         """Count losses and collect translations of ``{dataset_name: batch or None}``."""
-        for dataset, dataset_batch in batch.items():
-            if dataset_batch is None:
-                continue  # this set is shorter than the others
-            for modality, part in self._parts(dataset_batch).items():
-                self._validate(dataset, modality, part)
+        # None: this set is shorter than the others.
+        parts = {dataset: {} if part is None else self._parts(part) for dataset, part in batch.items()}
+        for dataset, modality in validated_parts(self, parts):
+            if modality in parts[dataset]:
+                self._validate(dataset, modality, parts[dataset][modality])
+            else:
+                with stand_in(self, modality) as batch_of_none:
+                    answer_scores(self.llm, self.llm_inputs(batch_of_none))
 
     def _validate(self, dataset: str, modality: str, part: Mapping) -> None:
         inputs = self.llm_inputs(part)
@@ -396,7 +408,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
     @property
     def _translates_in_validation(self) -> bool:
         # Generation runs as long as its longest answer, which differs between ranks; a sharded model's must not.
-        return self.options.validation_bleu and not self._is_sharded
+        return self.options.validation_bleu and not self.is_sharded
 
     def on_validation_epoch_end(self) -> None:
         """Log what :func:`validation_metrics` makes of all ranks' counts."""

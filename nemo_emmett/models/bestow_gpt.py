@@ -46,6 +46,7 @@ class BestowGPT(SpeechTextModel):
 
     auto_class = AutoModelForCausalLM
     is_encoder_decoder = False
+    has_cross_attention = True
 
     def _take_parts(self) -> None:
         self.embed_tokens = take_embeddings(self.llm)

@@ -11,6 +11,7 @@ import torch
 from hydra.errors import InstantiationException
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
+from nemo.core.classes.common import UnsafeTargetError
 from nemo.utils import logging
 from omegaconf import open_dict
 from peft import LoraConfig, get_peft_model
@@ -96,10 +97,11 @@ def build_perception(model: SpeechTextModel) -> None:
         model.cfg.perception.encoder.sync_max_audio_length = False
     try:
         setup_speech_encoder(model, pretrained_weights=options.pretrained_weights)
-    except InstantiationException as error:  # Hydra hides what an adapter says in its own words
+    except (InstantiationException, UnsafeTargetError) as error:  # Hydra hides what an adapter says in its own words
         if isinstance(error.__cause__, EmmettError):
             raise error.__cause__ from error
-        raise
+        said = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"model.perception cannot be built: {said}; correct the `_target_` or its keys.") from error
     leave_out_collectives(model.perception)
     check_modality_adapter(model.perception, model.llm.config.hidden_size)
 
@@ -111,10 +113,17 @@ def transformer_blocks(llm: nn.Module) -> list[nn.Module]:
 
 
 def save_memory(model: SpeechTextModel) -> None:
-    """Activation checkpointing (arXiv 1604.06174) of language model and speech encoder, block by block."""
-    model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    """Activation checkpointing (arXiv 1604.06174) of language model and speech encoder, block by block, and of the
+    cross-attention layers between them."""
+    with model.embeddings_inside():
+        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers gives every embedding a gradient, which checkpointing of this kind needs not; a language model
+        # that is frozen would keep its activations of text for nothing.
+        model.llm.disable_input_require_grads()
     if model.perception is not None:
         model.perception.set_activation_checkpointing(True)
+    if model.has_cross_attention:
+        model.cross_attention.activation_checkpointing = True
 
 
 def compile_blocks(llm: nn.Module, options: bool | dict) -> None:

@@ -6,7 +6,7 @@ Shapes: B examples, T context tokens, A answer tokens, R recordings, N samples.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,9 @@ class Generation:
         search |= options
         if search["max_new_tokens"] is None and search["max_length"] is None:
             search["max_new_tokens"] = self.options.max_new_tokens
-        with self._in_evaluation_mode():
+        # Compiled blocks are compiled for training: a cache that grows would have them compiled again and again.
+        eager = torch.compiler.set_stance("force_eager") if self.options.compile else nullcontext()
+        with self._in_evaluation_mode(), eager:
             return self.generate_answers(batch, **search)
 
     @contextmanager

@@ -1,13 +1,14 @@
-"""FSDP2: a model's weights, gradients and optimizer states spread over the ranks (docs/scaling.md).
+"""Several ranks: what they must enter together, and FSDP2, which spreads a model's weights, gradients and optimizer
+states over them (docs/scaling.md).
 
-The units are NeMo's SALM's, each Transformer block, the token embeddings, the output layer and the speech encoder with
-its adapter; they are gathered when they are entered. What is left, and embeddings that share their weights with the
-output layer, stays gathered throughout the step.
+FSDP2's units are those of NeMo's SALM, each Transformer block, the token embeddings, the output layer and the speech
+encoder with its adapter; they are gathered when they are entered. What is left, and embeddings that share their weights
+with the output layer, stays gathered throughout the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models.building import transformer_blocks
 from nemo_emmett.models.head import output_layer
+from nemo_emmett.modules.batch import MODALITIES
+from nemo_emmett.modules.loss import sum_over_ranks
 
 if TYPE_CHECKING:
     from nemo_emmett.models.base import SpeechTextModel
@@ -58,9 +62,51 @@ def shard(model: SpeechTextModel, device_mesh: DeviceMesh) -> None:
         register_fsdp_forward_method(model, name)
 
 
+def absent_modalities(model: SpeechTextModel, parts: Mapping[str, Mapping], totals_M: Tensor) -> list[str]:
+    """Modalities that a rank does not have in a training step, and for which a stand-in must enter the model.
+
+    Args:
+        model: in training.
+        parts: the rank's one-modality batches.
+        totals_M: (M,) target tokens on all ranks.
+    """
+    needed: list[str] = []
+    if model.is_sharded:  # all ranks enter what any rank enters
+        needed = [modality for modality, total in zip(MODALITIES, totals_M.tolist(), strict=True) if total]
+    if (model.is_sharded and not needed) or _waits_for_all_gradients(model):
+        needed = [modality_of_all_parts(model)]
+    return [modality for modality in needed if modality not in parts]
+
+
+def modality_of_all_parts(model: SpeechTextModel) -> str:
+    """The modality whose batches pass through every part of a model."""
+    return "text" if model.perception is None else "audio"
+
+
+def _waits_for_all_gradients(model: SpeechTextModel) -> bool:
+    """Whether DDP waits in each step for the gradient of every parameter, used or not: unless it is told to look for
+    unused ones, which takes time in every step, it would wait for ever."""
+    wrapper = None if model._trainer is None else model.trainer.strategy.model
+    return isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters
+
+
+def validated_parts(model: SpeechTextModel, parts: Mapping[str, Mapping[str, Mapping]]) -> list[tuple[str, str]]:
+    """Datasets and modalities that a rank has to enter the model with in a validation step, all ranks in one order.
+
+    Args:
+        model: if it is sharded this is a collective, and what any rank has is entered by all.
+        parts: dataset -> the rank's one-modality batches.
+    """
+    names = [(dataset, modality) for dataset in parts for modality in MODALITIES]
+    numbers = torch.tensor([int(modality in parts[dataset]) for dataset, modality in names], device=model.device)
+    if model.is_sharded:
+        numbers = sum_over_ranks(numbers)
+    return [name for name, number in zip(names, numbers.tolist(), strict=True) if number]
+
+
 @contextmanager
 def stand_in(model: SpeechTextModel, modality: str) -> Iterator[dict[str, Tensor]]:
-    """A batch of one short example, for a rank that has nothing of a modality which other ranks have.
+    """A batch of one short example, for a rank that has nothing of a modality whose parts it must enter.
 
     Meanwhile the speech encoder is in evaluation mode, so that its batch norms do not learn from it.
     """

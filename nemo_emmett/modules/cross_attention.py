@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import CacheLayerMixin
 
 from nemo_emmett.errors import ConfigError
@@ -62,6 +64,10 @@ class SpeechCrossAttention(nn.Module):
         ffn_ratio: inner size of the feed-forward part over W.
         dropout: of each part's output, in training.
 
+    Attributes:
+        activation_checkpointing: compute the layers again in the backward pass instead of keeping what they computed
+            (arXiv 1604.06174).
+
     Raises:
         ConfigError: for a value out of range, or heads that do not divide the width.
 
@@ -84,6 +90,7 @@ class SpeechCrossAttention(nn.Module):
         super().__init__()
         width = hidden_size if width is None else width
         _check_options(num_layers, num_heads, width, ffn_ratio, dropout)
+        self.activation_checkpointing = False
         self.project_in = nn.Identity() if width == hidden_size else nn.Linear(hidden_size, width)
         self.memory_norm = nn.LayerNorm(hidden_size)
         self.layers = nn.ModuleList(
@@ -131,8 +138,10 @@ class SpeechCrossAttention(nn.Module):
         past = cache[0].get_seq_length() if cache else 0
         mask = _self_attention_mask(text_mask_BT, past, text_BTH.shape[1], text_BTH.device)
         hidden_BTW = self.project_in(text_BTH)
+        is_recomputed = self.activation_checkpointing and self.training and not cache
         for i, layer in enumerate(self.layers):
-            hidden_BTW = layer(
+            run = partial(checkpoint, layer, use_reentrant=False) if is_recomputed else layer
+            hidden_BTW = run(
                 hidden_BTW,
                 memory.keys_BNSD[i],
                 memory.values_BNSD[i],

@@ -164,12 +164,11 @@ class _Inputs:
         return replace(self, hidden_NH=hidden_NH, weight_VH=weight_VH, bias_V=bias_V)
 
     def chunks(self) -> Iterator[slice]:
-        """Chunks of rows, as equal as can be."""
+        """Chunks of rows, all but the last of one size: so more rows never take less memory, which OOMptimizer's search
+        for batch sizes relies on."""
         N, V = len(self.hidden_NH), len(self.weight_VH)
         most = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // V)
-        count = max(1, -(-N // most))
-        size = max(1, -(-N // count))
-        return (slice(start, min(start + size, N)) for start in range(0, N, size))
+        return (slice(start, min(start + most, N)) for start in range(0, N, most))
 
     def of(self, rows: slice) -> _Inputs:
         """A chunk."""

@@ -9,6 +9,9 @@ not depend on n plus n times what does. So f is convex and piecewise linear, and
 - from below: f is convex, so it lies above the line through two readings; where there is but one, what a bucket of
   longer examples took at least stands in for f(0): f(n) >= p + (n - m) * (p - nothing) / m.
 
+One thing grows up to some size only, the chunk of logits of a loss that makes them chunk by chunk: small sizes make
+lines too steep then. So both bounds are always taken from the largest readings, beyond it.
+
 A probe is made only where the line through what is known, checked by the bound from above when it reaches far, stays
 within the budget, and the search ends when the bound from below shows that no larger batch fits, or none that is larger
 by more than ``precision``. The first buckets take a few probes. They give the line of all others
@@ -90,9 +93,15 @@ class _Readings:
     bucket: Bucket
     base: float
     of_size: dict[int, Reading] = field(default_factory=dict)
-    most: int = MAX_BATCH_SIZE  # a larger size is known not to fit
+    seen: int = MAX_BATCH_SIZE  # a larger size did not fit, or did not of shorter examples
+    by_line: int = MAX_BATCH_SIZE  # a larger size cannot fit by the bound from below
     exceeded: tuple[int, float] | None = None  # the smallest size that was seen not to fit, and its peak
     predicted: dict[int, float] = field(default_factory=dict)  # peaks, before they were read
+
+    @property
+    def most(self) -> int:
+        """A larger size is known not to fit."""
+        return min(self.seen, self.by_line)
 
     @property
     def fitting(self) -> int:
@@ -190,7 +199,7 @@ class Search:
         Raises:
             ConfigError: if it does not fit with a single example.
         """
-        known = _Readings(bucket, self._base, most=self._most(bucket))
+        known = _Readings(bucket, self._base, seen=self._most(bucket))
         probes = 0
         while known.most - known.fitting > self._precision * known.fitting:
             size = self._next_size(known)
@@ -274,15 +283,16 @@ class Search:
         if reading.out_of_memory or reading.peak > self._budget:
             if size == 1:
                 raise ConfigError(_too_long(known.bucket, reading, self._budget))
-            known.most = min(known.most, size - 1)
+            known.seen = min(known.seen, size - 1)
             known.exceeded = (size, math.inf if reading.out_of_memory else reading.peak)
             return
         known.of_size[size] = reading
         rise = known.rise_at_least(self._nothing(known))
-        if rise > 0:
-            known.most = min(known.most, size + _steps(self._budget - reading.peak, rise))
+        # Anew from the largest sizes: what grows only up to some size, such as a chunk of logits, makes lines through
+        # small ones too steep.
+        known.by_line = known.fitting + _steps(self._budget - known.last.peak, rise)
         if size == 1 and not self._second_fits(reading):
-            known.most = 1
+            known.seen = 1
 
     def _nothing(self, known: _Readings) -> float:
         """What a step would take, at most, without any example, or what the line of the last reading begins with."""

@@ -70,7 +70,7 @@ class TranslationChat:
         if not (opening and prompt_template.startswith(opening)):
             return super().encode_turn(prompt_template, expected_slots, slot_values)
         answer = super().encode_turn(prompt_template.removeprefix(opening), expected_slots, slot_values)
-        return [*self._apply_tokenizer(opening), *answer]
+        return [*self._opening_ids, *answer]
 
     def encode_dialog(self, turns: list[dict], **options: object) -> dict[str, torch.Tensor]:
         """NeMo's, with the opening of the last assistant's turn in the context."""
@@ -82,6 +82,11 @@ class TranslationChat:
         mask[start - self._opening_tokens : start] = False
         ids = encoded["input_ids"]
         return encoded | {"context_ids": ids[:start], "answer_ids": ids[start:], "mask": mask}
+
+    @cached_property
+    def _opening_ids(self) -> list[int]:
+        """Of what opens the assistant's turn, which is the same in every example."""
+        return self._apply_tokenizer(self.INFERENCE_PREFIX)
 
     @cached_property
     def _opening_tokens(self) -> int:

@@ -131,6 +131,16 @@ def test_a_source_smaller_than_the_number_of_ranks(run, corpus) -> None:
     assert left_out(done.log(0)) == left_out(done.log(1)) == 1
 
 
+def test_ranks_validate_in_step_where_a_batch_cannot_be_read(load, corpus) -> None:
+    """4 recordings one by one, the first of which is empty: its rank gets an empty batch in its place."""
+    source = corpus.source("speech_fr", 4)
+    corpus.audio_path("speech_fr", 0).write_bytes(b"")
+    validation = {"input_cfg": [source], "batch_size": 1, "force_finite": True, "force_map_dataset": True}
+    batches = [list(load({**validation, "shuffle": False, "max_bad_records": None}, rank)) for rank in (0, 1)]
+    assert [len(of_rank) for of_rank in batches] == [2, 2]
+    assert sorted(len(batch) == 0 for of_rank in batches for batch in of_rank) == [False, False, False, True]
+
+
 def test_two_epochs_of_finite_data(run, corpus) -> None:
     sources = [corpus.source("text_de", 9, weight=1), corpus.source("text_es", 8, weight=1)]
     config = {"input_cfg": sources, "batch_size": 2, "use_multimodal_sampling": True, "force_finite": True}

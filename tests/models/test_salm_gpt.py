@@ -1,6 +1,7 @@
 """SALMGPT beside NeMo's SALM: one set of weights, one set of numbers."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -317,3 +318,13 @@ def test_a_folder_whose_weights_are_incomplete_is_told(model, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"lacks 'llm\.model\.norm\.weight'"):
         load(tmp_path)
+
+
+def test_activation_checkpointing_gives_frozen_embeddings_no_gradient(folder, tiny_asr, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = SALMGPT(model_config("llama", folder, tiny_asr, activation_checkpointing=True, freeze=["llm"])).train()
+    assert not [record.message for record in caplog.records if "input embeddings" in record.message]
+    assert model.llm.model.layers[0].gradient_checkpointing
+    model.configure_optimizers()
+    # Otherwise text, of which nothing is learned then, would pass through the whole backward pass.
+    assert not model.embed(torch.tensor([[5, 6]])).requires_grad

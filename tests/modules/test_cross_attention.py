@@ -94,6 +94,23 @@ def test_results_and_all_gradients_are_those_of_the_plain_implementation(attend)
     assert not gradients[1][~mask_BKF].any(), "padding has none"
 
 
+def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(attend) -> None:
+    def run() -> tuple[int, list[Tensor]]:
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x
+        ):
+            found = attend(text(), attend.memory(*speech()))
+        return sum(kept), list(torch.autograd.grad(found.square().sum(), list(attend.parameters())))
+
+    kept, gradients = run()
+    attend.activation_checkpointing = True
+    kept_then, gradients_then = run()
+    assert kept_then < 0.6 * kept
+    for gradient, before in zip(gradients_then, gradients, strict=True):
+        torch.testing.assert_close(gradient, before)
+
+
 def test_an_utterance_without_speech_gives_its_text_to_the_bit(attend) -> None:
     speech_BKFH, mask_BKF = speech()
     found = attend(text(), attend.memory(speech_BKFH, mask_BKF))

@@ -103,8 +103,8 @@ def test_float64_is_computed_in_float64(rows_of_a_chunk, options):
         torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize(("N", "sizes"), [(0, []), (1, [1]), (100, [100]), (101, [51, 50]), (250, [84, 84, 82])])
-def test_chunks_are_as_equal_as_can_be(monkeypatch, N, sizes):
+@pytest.mark.parametrize(("N", "sizes"), [(0, []), (1, [1]), (100, [100]), (101, [100, 1]), (250, [100, 100, 50])])
+def test_all_chunks_but_the_last_are_of_one_size(monkeypatch, N, sizes):
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 7 * 100)
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 3)
     inputs = module._Inputs(*problem(N, 7, 2))

@@ -9,13 +9,16 @@ import torch
 from lightning.pytorch import LightningModule
 
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.models import SALMT5
+from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
+from nemo_emmett.modules import linear_cross_entropy
 from nemo_emmett.oomptimizer import fake
 from nemo_emmett.oomptimizer.adapters import adapter_for
 from nemo_emmett.oomptimizer.buckets import Shape
 from nemo_emmett.oomptimizer.fake import fake_construction, fake_model
 from nemo_emmett.oomptimizer.meter import TensorMeter
 from nemo_emmett.oomptimizer.steps import TrainingSteps
+from tests.conftest import ENCODER_DIM
+from tests.models.backbones import model_config
 from tests.oomptimizer.fits import AtFitStart, Data, trainer_with
 from tests.oomptimizer.models import tiny_ctc, tiny_salm
 
@@ -23,6 +26,16 @@ CPU = torch.device("cpu")
 SPEECH = Shape("audio", seconds=2.0, input_tokens=4, output_tokens=9)
 TEXT = Shape("text", seconds=0.0, input_tokens=17, output_tokens=12)
 BATCHES = [{SPEECH: 1}, {SPEECH: 5}, {TEXT: 7}, {SPEECH: 3, TEXT: 4}]
+WHOLE_SPEECH = Shape("audio", seconds=3.2, input_tokens=40, output_tokens=40, total=True)
+WHOLE_TEXT = Shape("text", seconds=0.0, input_tokens=30, output_tokens=30, total=True)
+Q_FORMER = {
+    "_target_": "nemo_emmett.modules.modality_adapters.QFormer",
+    "prompt_size": 5,
+    "target_layer_ids": [0],
+    "qformer_num_hidden_layers": 1,
+    "encoder_config": {"d_model": ENCODER_DIM, "encoder_attention_heads": 4},
+    "output_dim": None,
+}
 
 
 def read_steps(folder, model, batches, on_fakes: bool, **trainer_options) -> list:
@@ -82,6 +95,42 @@ def test_planned_peaks_of_salm_t5_are_the_measured_ones(tmp_path, salm_t5_config
     planned = read_steps(tmp_path, model, BATCHES, on_fakes=True, **trainer_options)
     assert planned == read_steps(tmp_path, model, BATCHES, on_fakes=False, **trainer_options)
     assert planned[2][0] > planned[1][0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "backbone", "changes", "trainer_options"),
+    [
+        pytest.param(SALMGPT, "llama", {}, {}, id="SALMGPT"),
+        pytest.param(BestowGPT, "llama", {}, {}, id="BestowGPT"),
+        pytest.param(SALMGPT, "gemma2", {"label_smoothing": 0.1}, {"precision": "bf16-true"}, id="capped logits"),
+        pytest.param(
+            SALMGPT,
+            "qwen3",
+            {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}},
+            {"precision": "bf16-mixed"},
+            id="LoRA",
+        ),
+        pytest.param(BestowGPT, "qwen3", {"freeze": ["llm"]}, {}, id="frozen LLM, which text cannot train"),
+        pytest.param(
+            BestowGPT,
+            "llama",
+            {"activation_checkpointing": True},
+            {"precision": "bf16-mixed"},
+            id="activation checkpointing",
+        ),
+        pytest.param(SALMGPT, "llama", {"perception": {"modality_adapter": Q_FORMER}}, {}, id="Q-Former"),
+        pytest.param(SALMGPT, "llama", {"encoder_chunk_size_seconds": 0.9}, {}, id="long audio in chunks"),
+    ],
+)
+def test_planned_peaks_of_decoder_only_models_are_the_measured_ones(
+    tmp_path, tmp_path_factory, tiny_asr, monkeypatch, kind, backbone, changes, trainer_options
+):
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(linear_cross_entropy, "MIN_CHUNK_ROWS", 8)
+    model = kind(model_config(backbone, tmp_path_factory.getbasetemp() / "backbones", tiny_asr, **changes))
+    batches = [{SPEECH: 3}, {TEXT: 7}, {WHOLE_SPEECH: 2, WHOLE_TEXT: 3}]
+    planned = read_steps(tmp_path, model, batches, on_fakes=True, **trainer_options)
+    assert planned == read_steps(tmp_path, model, batches, on_fakes=False, **trainer_options)
 
 
 def test_a_lent_model_is_what_it_was(tmp_path, salm_t5_config):

@@ -81,6 +81,26 @@ def test_batch_sizes_are_those_of_a_brute_force_at_few_steps_none_over_the_budge
     assert max(peak for _, peak in of_program.steps) <= budget
 
 
+@pytest.mark.parametrize("careful", [True, False])
+@pytest.mark.parametrize(("chunk", "full_at"), [(300, 3), (1000, 8), (1000, 30)])
+def test_what_grows_up_to_some_size_only_makes_no_batch_smaller(chunk: int, full_at: int, careful: bool) -> None:
+    """A chunk of logits of so many MiB, which so many examples fill."""
+    steps = []
+
+    def peak(examples: int) -> int:
+        return GIB + (10 * examples + chunk * min(examples, full_at) // full_at) * 2**20
+
+    def probe(bucket: Bucket, examples: int) -> Reading:
+        steps.append(peak(examples))
+        return Reading(steps[-1], GIB, 0, 0.0)
+
+    (result,) = Search(probe, 30 * GIB, GIB, careful=careful).run(thirty_buckets()[:1])
+    best = true_maximum(lambda n: peak(n) <= 30 * GIB)
+    assert 0.99 * best <= result.batch_size <= best
+    assert max(steps) <= 30 * GIB
+    assert len(steps) <= 6
+
+
 def test_most_buckets_need_only_the_step_that_confirms_them() -> None:
     of_program = program(4)
     results = list(Search(of_program.probe, 20 * of_program.base, of_program.base).run(thirty_buckets()))

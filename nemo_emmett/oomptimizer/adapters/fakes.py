@@ -24,7 +24,7 @@ LARGEST_KNOWN = 1 << 24
 @contextmanager
 def fake_values() -> Iterator[None]:
     """What every model needs. To be entered inside the ``FakeTensorMode``, and the batch to be made inside it."""
-    with known_integers(), single_rows_unpadded():
+    with known_integers(), single_rows_unpadded(), nothing_packed():
         yield
 
 
@@ -58,6 +58,23 @@ def single_rows_unpadded() -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(masking_utils, name, original)
+
+
+@contextmanager
+def nothing_packed() -> Iterator[None]:
+    """Tell transformers that no row of a batch holds several sequences one after another.
+
+    Where it is given no attention mask it looks for that among the positions. Without values it takes packed rows for
+    granted, and makes a mask of (B, 1, T, T).
+    """
+    from transformers import masking_utils
+
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
 
 
 def _without_single_rows(original: Any) -> Any:

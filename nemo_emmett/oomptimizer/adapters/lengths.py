@@ -25,15 +25,20 @@ class Lengths:
     answer: int
 
 
-def encoder_decoder_lengths(shape: Shape) -> Lengths:
-    """Input and output stand in different sequences; what bounds their sum lets either be as long."""
-    return Lengths(shape.seconds, _context(shape), max(1, shape.output_tokens))
+def encoder_decoder_lengths(shape: Shape, prompt: int = PROMPT_TOKENS) -> Lengths:
+    """Input and output stand in different sequences; what bounds their sum lets either be as long.
+
+    Args:
+        shape: of a bucket.
+        prompt: tokens beside a recording, where the bins do not bound them.
+    """
+    return Lengths(shape.seconds, _context(shape, prompt), max(1, shape.output_tokens))
 
 
-def decoder_only_lengths(shape: Shape) -> Lengths:
-    """Input and output share one sequence, which a bin may bound as a whole."""
+def decoder_only_lengths(shape: Shape, prompt: int = PROMPT_TOKENS) -> Lengths:
+    """Input and output share one sequence, which a bin may bound as a whole; arguments as above."""
     if not shape.total:
-        return Lengths(shape.seconds, _context(shape), max(1, shape.output_tokens))
+        return Lengths(shape.seconds, _context(shape, prompt), max(1, shape.output_tokens))
     positions = max(2, shape.input_tokens)
     if shape.modality == "text":
         answer = positions // 2  # every position costs the same, whichever part it belongs to
@@ -43,7 +48,15 @@ def decoder_only_lengths(shape: Shape) -> Lengths:
     return Lengths(shape.seconds * speech / positions, 1, 1)
 
 
-def _context(shape: Shape) -> int:
+def speech_apart_lengths(shape: Shape, prompt: int = PROMPT_TOKENS) -> Lengths:
+    """Context and answer share one sequence, in which speech has no place; arguments as above."""
+    if shape.modality == "audio" and shape.total:
+        # A position of speech may cost more than one of text or less: either may be as long as both.
+        return Lengths(shape.seconds, prompt, max(1, shape.output_tokens - prompt))
+    return decoder_only_lengths(shape, prompt)
+
+
+def _context(shape: Shape, prompt: int) -> int:
     if shape.modality == "audio" and (shape.total or not shape.input_tokens):
-        return PROMPT_TOKENS
+        return prompt
     return max(1, shape.input_tokens)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,8 +22,16 @@ from nemo_emmett.oomptimizer.adapters.draws import (
     special_ids,
 )
 from nemo_emmett.oomptimizer.adapters.fakes import fake_values
-from nemo_emmett.oomptimizer.adapters.lengths import Lengths, decoder_only_lengths, encoder_decoder_lengths
+from nemo_emmett.oomptimizer.adapters.lengths import (
+    PROMPT_TOKENS,
+    Lengths,
+    decoder_only_lengths,
+    encoder_decoder_lengths,
+    speech_apart_lengths,
+)
 from nemo_emmett.oomptimizer.buckets import Shape
+from nemo_emmett.prompts.families import prompt_formatter
+from nemo_emmett.prompts.translation import translation_turns
 
 
 class SpeechTextAdapter(Adapter):
@@ -54,7 +64,17 @@ class SpeechTextAdapter(Adapter):
         return {shape.modality: batch | recordings}
 
     def _lengths(self, shape: Shape) -> Lengths:
-        return encoder_decoder_lengths(shape) if self.model.is_encoder_decoder else decoder_only_lengths(shape)
+        if self.model.is_encoder_decoder:
+            return encoder_decoder_lengths(shape)
+        lengths_of = speech_apart_lengths if self.model.has_cross_attention else decoder_only_lengths
+        return lengths_of(shape, self._prompt_tokens)
+
+    @cached_property
+    def _prompt_tokens(self) -> int:
+        """Of the prompt beside a recording: chat formats write more around it than ``PROMPT_TOKENS``."""
+        formatter = prompt_formatter(self.model.options.prompt_format, self.model.tokenizer)
+        turns = translation_turns(formatter, self.model.audio_locator_tag, "de", "en")
+        return max(PROMPT_TOKENS, len(formatter.encode_dialog(turns)["context_ids"]) - 1)
 
     def _recordings(self, lengths: Lengths, size: int, device: torch.device) -> dict[str, Tensor]:
         samples = samples_of(self.model, lengths.seconds)
@@ -73,18 +93,23 @@ class SpeechTextAdapter(Adapter):
         return {modality: part for batch in batches for modality, part in batch.items()}
 
     def extents(self, batch: Mapping) -> list[Extent]:
-        """See :meth:`Adapter.extents`."""
+        """See :meth:`Adapter.extents`; a flat batch of NeMo's may hold text beside speech."""
         parts = split_modalities(batch, self.model.pad_id) if batch else {}
-        return [self._extent(modality, parts[modality]) for modality in ("audio", "text") if modality in parts]
+        rows = [row for part in parts.values() for row in self._rows(part)]
+        of_modality = {name: [row for row in rows if row.modality == name] for name in ("audio", "text")}
+        return [_longest(found) for found in of_modality.values() if found]
 
-    def _extent(self, modality: str, part: Mapping) -> Extent:
-        locators_B = (part["context_ids"] == self.model.audio_locator_id).sum(1)
-        seconds = 0.0
-        if modality == "audio":
-            samples, rate = iter(part["audio_lens"].tolist()), sampling_rate(self.model)
-            seconds = max(sum(next(samples) for _ in range(count)) for count in locators_B.tolist()) / rate
-        context = int((part["context_lens"] - locators_B).max())
-        return Extent(modality, len(locators_B), seconds, context, int(part["answer_lens"].max()))
+    def _rows(self, part: Mapping) -> list[Extent]:
+        """The examples of a one-modality batch, each as if it were alone."""
+        counts_B = (part["context_ids"] == self.model.audio_locator_id).sum(1)
+        has_audio = part.get("audios") is not None
+        samples = iter(part["audio_lens"].tolist() if has_audio else ())
+        rate = sampling_rate(self.model) if has_audio else 1
+        contexts, answers = (part["context_lens"] - counts_B).tolist(), part["answer_lens"].tolist()
+        return [
+            Extent("audio" if count else "text", 1, sum(islice(samples, count)) / rate, context, answer)
+            for count, context, answer in zip(counts_B.tolist(), contexts, answers, strict=True)
+        ]
 
     def split_batch(self, batch: Mapping, pieces: int) -> list[Any]:
         """See :meth:`Adapter.split_batch`; the model's own."""
@@ -105,3 +130,13 @@ class SpeechTextAdapter(Adapter):
         """See :meth:`Adapter.planning`."""
         with fake_values():
             yield
+
+
+def _longest(rows: Sequence[Extent]) -> Extent:
+    return Extent(
+        rows[0].modality,
+        len(rows),
+        max(row.seconds for row in rows),
+        max(row.input_tokens for row in rows),
+        max(row.output_tokens for row in rows),
+    )

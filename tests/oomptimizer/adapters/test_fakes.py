@@ -24,7 +24,7 @@ def test_all_is_undone() -> None:
 
     def patched() -> tuple:
         ignores = (masking_utils._ignore_causal_mask_sdpa, masking_utils._ignore_bidirectional_mask_sdpa)
-        return (fake_tensor.CONSTANT_NUMEL_LIMIT, *ignores)
+        return (fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.find_packed_sequence_indices, *ignores)
 
     before = patched()
     with fake_values():

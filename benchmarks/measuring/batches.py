@@ -1,0 +1,104 @@
+"""Batches that the benchmarks make on the spot: random tokens, and noise as speech."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLING_RATE = 16_000
+PROMPT_TOKENS = 12
+_FIRST_ID, _END_ID = 10, 50  # within the tokenizer of measuring.models, between its special tokens
+
+
+@dataclass(frozen=True)
+class Speech:
+    """How long the examples of a speech batch are; spread evenly from the shortest to the longest.
+
+    Args:
+        examples: B.
+        seconds: of the shortest and the longest recording.
+        answer_tokens: of the shortest and the longest answer.
+    """
+
+    examples: int
+    seconds: tuple[float, float]
+    answer_tokens: tuple[int, int]
+
+    def seconds_B(self) -> list[float]:
+        """Seconds of each recording."""
+        return _spread(*self.seconds, self.examples)
+
+    def answer_tokens_B(self) -> list[int]:
+        """Tokens of each answer."""
+        return [round(tokens) for tokens in _spread(*self.answer_tokens, self.examples)]
+
+
+def salm_batch(model: Any, speech: Speech) -> dict[str, Tensor]:
+    """A batch as NeMo's SALM takes it: one recording in the middle of each prompt, padded on the left.
+
+    Args:
+        model: NeMo's SALM, or ours in its likeness.
+        speech: how long the examples are.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    torch.manual_seed(0)
+    rows, masks = [], []
+    for answer_tokens in speech.answer_tokens_B():
+        ids = torch.randint(_FIRST_ID, _END_ID, (PROMPT_TOKENS + 1 + answer_tokens,))
+        ids[PROMPT_TOKENS // 2] = model.audio_locator_tag_id
+        rows.append(ids)
+        masks.append(torch.arange(len(ids)) > PROMPT_TOKENS)
+    recordings = [0.1 * torch.randn(round(seconds * SAMPLING_RATE)) for seconds in speech.seconds_B()]
+    return {
+        "input_ids": pad_sequence(rows, True, model.text_pad_id, padding_side="left"),
+        "loss_mask": pad_sequence(masks, True, False, padding_side="left"),
+        "audios": pad_sequence(recordings, True),
+        "audio_lens": torch.tensor(list(map(len, recordings))),
+    }
+
+
+def speech_batch(model: Any, speech: Speech) -> dict[str, Tensor]:
+    """The same in our form, for any of our models."""
+    import torch
+
+    batch = _text(_spread(PROMPT_TOKENS + 1, PROMPT_TOKENS + 1, speech.examples), speech.answer_tokens_B())
+    batch["context_ids"][:, PROMPT_TOKENS // 2] = model.audio_locator_id
+    recordings = [0.1 * torch.randn(round(seconds * SAMPLING_RATE)) for seconds in speech.seconds_B()]
+    batch["audios"] = torch.nn.utils.rnn.pad_sequence(recordings, True)
+    batch["audio_lens"] = torch.tensor(list(map(len, recordings)))
+    return batch
+
+
+def text_batch(examples: int, tokens: tuple[int, int]) -> dict[str, Tensor]:
+    """Sentences of so many tokens, the shortest and the longest, and their translations of as many."""
+    lens = _spread(*tokens, examples)
+    return _text([PROMPT_TOKENS + length for length in lens], lens)
+
+
+def tensors_of(batch: Mapping[str, Any]) -> Iterator[Tensor]:
+    """All tensors of a batch, of one modality or of several."""
+    for value in batch.values():
+        yield from tensors_of(value) if isinstance(value, Mapping) else [value]
+
+
+def _text(context_lens: list[float], answer_lens: list[float]) -> dict[str, Tensor]:
+    import torch
+
+    torch.manual_seed(0)
+    batch = {}
+    for name, lens in (("context", context_lens), ("answer", answer_lens)):
+        lens_B = torch.tensor([round(length) for length in lens])
+        ids_BT = torch.randint(_FIRST_ID, _END_ID, (len(lens_B), int(lens_B.max())))
+        is_padding_BT = torch.arange(ids_BT.shape[1]) >= lens_B[:, None]
+        batch |= {f"{name}_ids": ids_BT.masked_fill(is_padding_BT, 0), f"{name}_lens": lens_B}
+    return batch
+
+
+def _spread(least: float, most: float, examples: int) -> list[float]:
+    return [least + (most - least) * i / max(1, examples - 1) for i in range(examples)]

@@ -1,0 +1,171 @@
+"""Options of the `model` section that all models share: freezing, LoRA, checkpointing, compilation, smoothing."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
+
+from .backbones import model_config
+from .memorising import MODES, items
+
+MODELS = {"t5": SALMT5, "llama": SALMGPT, "qwen2": BestowGPT}
+LORA = {"r": 2, "target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("backbones")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def make(request, folder, tiny_asr):
+    """Makes the model of a family with further keys in its section; the same random weights each time."""
+
+    def make_with(**overrides):
+        section = model_config(request.param, folder, tiny_asr, **overrides)
+        torch.manual_seed(0)
+        model = MODELS[request.param](section).eval()
+        model.log = lambda *_, **__: None
+        return model
+
+    return make_with
+
+
+def step(model, batch) -> torch.Tensor:
+    said = model.training_step(batch, 0)
+    loss = said["loss"] if isinstance(said, dict) else said
+    model.zero_grad()
+    loss.backward()
+    return loss.detach()
+
+
+def learning(model) -> set[str]:
+    model.configure_optimizers()
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_a_frozen_language_model_leaves_what_hears_to_learn(make):
+    model = make(freeze=["llm"])
+    assert learning(model)
+    assert not [name for name in learning(model) if name.startswith(("llm", "embed_tokens"))]
+    # Text alone teaches nothing then, and must not stop the training.
+    assert step(model, items(model, MODES["text"])) > 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    step(model, items(model, MODES["zip"]))
+    # BESTOW's layers begin by handing nothing on, so they learn before what they listen to.
+    assert any(
+        p.grad.any()
+        for name, p in model.named_parameters()
+        if name.startswith(("perception", "cross_att")) and p.grad is not None
+    )
+
+
+def test_a_frozen_encoder_leaves_adapter_and_language_model_to_learn(make):
+    names = learning(make(freeze=["encoder"]))
+    assert not [name for name in names if name.startswith(("perception.encoder", "perception.preprocessor"))]
+    assert "perception.proj.weight" in names
+    assert [name for name in names if name.startswith("llm")]
+
+
+def test_lora_trains_its_adapters_instead_of_the_language_model(make):
+    model = make(lora=LORA)
+    names = learning(model)
+    of_llm = [name for name in names if name.startswith(("llm", "embed_tokens"))]
+    assert of_llm
+    assert all(".lora_" in name for name in of_llm)
+    step(model, items(model, MODES["zip"]))
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".lora_B" in name)
+
+
+def test_a_folder_with_lora_translates_the_same(make, tmp_path):
+    model = make(lora=LORA, max_new_tokens=5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(str(tmp_path)).eval()
+    batch = items(model, MODES["text"])["text"]
+    assert again.translate_batch(batch) == model.translate_batch(batch)
+
+
+def test_activation_checkpointing_changes_no_name_no_loss_and_no_gradient(make):
+    plain, saving = make(), make(activation_checkpointing=True)
+    assert list(saving.state_dict()) == list(plain.state_dict())
+    batch = items(plain, MODES["zip"])
+    plain.train(), saving.train()
+    for model in (plain, saving):
+        model.perception.spec_augmentation = None
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    torch.testing.assert_close(step(saving, batch), step(plain, copy.deepcopy(batch)))
+    expected = dict(plain.named_parameters())
+    for name, parameter in saving.named_parameters():
+        name = name.replace("_checkpoint_wrapped_module.", "")  # which torch leaves out of state dicts
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_compiled_blocks_give_the_same_loss(make):
+    # The backend that runs what was traced as it is: a compiler would take longer than all the rest.
+    compiled, plain = make(compile={"backend": "eager"}), make()
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    batch = items(plain, MODES["zip"])
+    torch.testing.assert_close(step(compiled, batch), step(plain, batch))
+
+
+def test_generation_goes_round_the_compiled_blocks(make):
+    model = make(compile={"backend": "eager"}, max_new_tokens=3)
+    batch = items(model, MODES["text"])
+    torch._dynamo.reset()
+    counters.clear()
+    model.translate_batch(batch["text"])
+    assert counters["stats"]["unique_graphs"] == 0
+    step(model, batch)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_the_smoothed_loss_is_pytorchs(make):
+    model = make(label_smoothing=0.3)
+    batch = items(model, MODES["text"])
+    logits, targets = model(batch["text"])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.3)
+    torch.testing.assert_close(step(model, batch), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"freeze": ["decoder"]}, "model.freeze: there is no part 'decoder'; name any of llm, encoder."),
+        ({"loss_implementation": "ligr"}, "model.loss_implementation"),
+        ({"label_smoothing": 1.5}, "model.label_smoothing: 1.5"),
+        ({"lora": {"rank": 4}}, "model.lora: peft cannot use"),
+        ({"lora": {"target_modules": ["nowhere"]}}, "the linear layers of this language model are"),
+    ],
+)
+def test_mistakes_get_one_sentence(make, change, sentence):
+    with pytest.raises(ConfigError) as refused:
+        make(**change)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"_target_": "nemo_emmett.modules.modality_adapters.MLPConector"},
+        {"_target_": "nemo_emmett.modules.modality_adapters.MLPConnector", "input_dim": 32, "depth": 3},
+    ],
+)
+def test_a_modality_adapter_that_cannot_be_built_is_told_in_one_sentence(make, adapter):
+    with pytest.raises(ConfigError, match=r"model\.perception cannot be built: ") as refused:
+        make(perception={"modality_adapter": adapter})
+    assert "\n" not in str(refused.value)
+
+
+def test_cross_attention_is_refused_where_it_means_nothing(folder):
+    with pytest.raises(ConfigError, match=r"model\.cross_attention: SALMGPT has no such layers"):
+        SALMGPT(model_config("llama", folder, cross_attention={"num_layers": 1}))
