@@ -26,7 +26,7 @@ from measuring.models import WORDS
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from transformers import AutoConfig, LlamaConfig, MT5Config
+from transformers import AutoConfig, LlamaConfig, MT5Config, PreTrainedTokenizerFast
 
 from nemo_emmett.corpora.tokenizers import train_t5_tokenizer
 from nemo_emmett.oomptimizer.memory import parse_memory
@@ -79,6 +79,8 @@ def write_language_models(folder: Path) -> dict[str, Path]:
         folders[kind] = folder / kind
         train_t5_tokenizer(WORDS.split(), folders[kind], vocab_size=120, languages=("en", "de"))
         config.save_pretrained(folders[kind])
+    # Llama's prompt begins with a token of its own.
+    PreTrainedTokenizerFast.from_pretrained(folders["gpt"], bos_token="</s>").save_pretrained(folders["gpt"])
     return folders
 
 

@@ -300,8 +300,13 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         parts = split_modalities(batch, self.pad_id) if batch else {}
         if not self.is_encoder_decoder:
             return parts
-        # The decoder says one answer; what stands in the context is only read.
-        return {m: {k: v for k, v in part.items() if k != "context_targets"} for m, part in parts.items()}
+        # The decoder says one answer; what stands in the context is only read. Where no example has an answer, it has
+        # nothing to say, and cannot.
+        return {
+            modality: {key: value for key, value in part.items() if key != "context_targets"}
+            for modality, part in parts.items()
+            if part["answer_ids"].shape[1]
+        }
 
     def _loss_sums(self, parts: Mapping[str, Mapping], absent: list[str]) -> Tensor:
         """(M,) summed cross-entropies of the one-modality batches, nats; 0 where a modality is absent."""

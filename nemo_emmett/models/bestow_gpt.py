@@ -70,8 +70,8 @@ class BestowGPT(SpeechTextModel):
         """Contexts and answers one after another, padded on the right, which needs no attention mask."""
         read = context_and_answer(batch)
         layout = self._layout(batch, read)
-        # Nothing is predicted from the last token of the longest example.
-        ids_BT = pack(read.ids_BT, layout.is_text_BT, layout.T, self.pad_id)[:, :-1]
+        # Nothing is predicted from the last token of the longest example, unless there is no other.
+        ids_BT = pack(read.ids_BT, layout.is_text_BT, layout.T, self.pad_id)[:, : max(layout.T - 1, 1)]
         embeds_BTH = self.embed(ids_BT)
         if (memory := self._memory(batch, layout)) is not None:
             embeds_BTH = self.cross_attention(embeds_BTH, memory)
@@ -194,7 +194,8 @@ def _layout(read: Sequences, locator_id: int, num_recordings: int, max_targets: 
             f"a batch has {num_recordings} recordings but {num_locators} audio locator tokens: "
             "each recording needs exactly one locator in its context."
         )
-    return _Layout(is_text_BT, recordings_B, T, A, K)
+    # No language model reads nothing: of a batch of padding, one position of padding is left.
+    return _Layout(is_text_BT, recordings_B, max(T, 1), A, K)
 
 
 class _LookUp:

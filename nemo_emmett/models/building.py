@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AddedToken, AutoConfig, PreTrainedModel
 
 from nemo_emmett.errors import ConfigError, EmmettError, ModelError
+from nemo_emmett.models.causal import bare
 from nemo_emmett.modules.modality_adapters import check_modality_adapter, leave_out_collectives
 
 if TYPE_CHECKING:
@@ -73,13 +74,26 @@ def install_lora(model: SpeechTextModel) -> None:
     try:
         # peft looks at the embeddings, which decoder-only models keep outside of their language model.
         with model.embeddings_inside():
+            embeddings = model.token_embedding
             model.llm = get_peft_model(model.llm, LoraConfig(**model.options.lora))
+            is_out_of_reach = hasattr(model, "embed_tokens") and bare(model.llm).model.embed_tokens is not embeddings
     except (ValueError, TypeError) as error:
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.llm.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(
             f"model.lora: peft cannot use {model.options.lora} ({str(error).splitlines()[0].rstrip('.')}); "
             f"the linear layers of this language model are {', '.join(linear)}."
         ) from error
+    if is_out_of_reach:
+        raise ConfigError(
+            f"model.lora: {type(model).__name__} keeps its token embeddings outside of the language model, where peft "
+            "does not reach them; leave embed_tokens and trainable_token_indices out, and to train all embeddings "
+            "write model.prevent_freeze_params: ['^embed_tokens\\..+$']."
+        )
+    if model.options.lora.get("bias", "none") != "none":
+        raise ConfigError(
+            f"model.lora.bias: '{model.options.lora['bias']}' is not possible, the language model's own biases stay as "
+            "they are; leave the key out, or name them in model.prevent_freeze_params."
+        )
     logging.info(f"LoRA in the language model: {model.options.lora}")
 
 

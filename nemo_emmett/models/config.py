@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,6 +21,9 @@ PARTS = {
 
 LORA_PARAMETERS = r"^.+\.lora_.+$"
 """Parameters that peft adds; NeMo's SALM keeps them from freezing by the same expression."""
+
+PEFT_COPIES = r"^llm\..+\.(modules_to_save|trainable_tokens_\w+)\..+$"
+"""What peft trains beside them: copies of the layers in ``modules_to_save``, rows of ``trainable_token_indices``."""
 
 # What else stands in the config of an exported folder, or is read by NeMo's own functions.
 _TOLERATED_KEYS = ("model_type", "architectures", "trust_remote_code", "torch_dtype", "dtype")
@@ -54,6 +57,9 @@ class ModelConfig:
     validation_bleu: bool = True  # translate the validation sets and log their BLEU
 
     def __post_init__(self) -> None:
+        for key in ("freeze", "freeze_params", "prevent_freeze_params"):
+            if isinstance(value := getattr(self, key), str):
+                raise ConfigError(f"model.{key}: '{value}' is not a list; write ['{value}'].")
         for part in self.freeze:
             if part not in PARTS:
                 raise ConfigError(f"model.freeze: there is no part '{part}'; name any of {', '.join(PARTS)}.")
@@ -61,6 +67,13 @@ class ModelConfig:
             raise ConfigError(
                 f"model.modality_loss_weights.{stranger}: there is no such modality; use {' and '.join(MODALITIES)}."
             )
+        for modality, weight in self.modality_loss_weights.items():
+            _check_number(f"modality_loss_weights.{modality}", weight, "from 0", lambda number: number >= 0)
+        _check_number("label_smoothing", self.label_smoothing, "from 0 to 1", lambda number: 0 <= number <= 1)
+        _check_number("max_new_tokens", self.max_new_tokens, "of at least 1", lambda number: number >= 1)
+        if self.encoder_chunk_size_seconds is not None:
+            seconds = self.encoder_chunk_size_seconds
+            _check_number("encoder_chunk_size_seconds", seconds, "above 0", lambda number: number > 0)
         check_implementation(self.loss_implementation, self.label_smoothing)
 
     @classmethod
@@ -88,9 +101,14 @@ class ModelConfig:
 
     def trainable_parameters(self) -> list[str]:
         """Exceptions to :meth:`frozen_parameters`."""
-        lora = [LORA_PARAMETERS] if self.lora is not None else []
+        lora = [LORA_PARAMETERS, PEFT_COPIES] if self.lora is not None else []
         return list(dict.fromkeys([*self.prevent_freeze_params, *lora]))
 
     def loss_weights(self) -> list[float]:
         """(M,) weights of the modalities' losses."""
         return [float(self.modality_loss_weights.get(modality, 1.0)) for modality in MODALITIES]
+
+
+def _check_number(key: str, value: object, bounds: str, is_possible: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_possible(value):
+        raise ConfigError(f"model.{key}: {value!r} cannot be; give a number {bounds}.")

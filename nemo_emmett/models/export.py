@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR, SAFETENSORS_SINGLE_FILE
 from omegaconf import OmegaConf
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -77,6 +78,17 @@ class Export:
             names[id(parameter)].append(name)
         return [of_parameter for of_parameter in names.values() if len(of_parameter) > 1]
 
+    @classmethod
+    def _load_as_safetensor(cls, model: Export, model_file: str, map_location: str, strict: bool) -> Export:
+        """How huggingface_hub's ``from_pretrained`` reads weights; it leaves those that it does not find at random.
+
+        Raises:
+            ModelError: if the file lacks weights, or holds more than the model's.
+        """
+        loaded = super()._load_as_safetensor(model, model_file, map_location, strict)
+        _check_weights(loaded, Path(model_file))
+        return loaded
+
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """PyTorch's, once the shapes fit.
 
@@ -92,3 +104,24 @@ class Export:
                     "model.perception."
                 )
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def _check_weights(model: Export, path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        found = set(file.keys())
+    expected = set(model.state_dict())
+    for names in model.shared_weights():
+        if found.intersection(names):
+            found.update(names)
+    missing = sorted(expected - found)
+    surplus = sorted(found - expected)
+    if missing or surplus:
+        name, what = (missing[0], "lacks") if missing else (surplus[0], "has beside what the model needs")
+        raise ModelError(
+            f"'{path}' {what} '{name}'{_and_more(missing or surplus)}: it is not of the model that its config.json "
+            "describes; export the model again."
+        )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -89,6 +89,11 @@ class Generation:
             DataError: if a conversation has another number of locators than of audio files, or a batch of recordings.
             ConfigError: if audio is given in two ways, or a language is needed and not known, or not the model's.
         """
+        _check_prompts(prompts)
+        if audios is not None and audios.numel() == 0:  # NeMo's batches of text
+            audios = audio_lens = None
+        if audios is not None and (audio_lens is None or audios.dim() != 2):
+            raise DataError("audios: give them as a tensor (R, N) of R recordings, and their audio_lens, (R,) samples.")
         if isinstance(prompts, Tensor):
             context_ids, context_lens = pack_left(prompts, padding_mask(prompts, self.pad_id), self.pad_id)
         else:
@@ -106,6 +111,11 @@ class Generation:
             batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
         languages = [target_lang] * len(context_ids) if isinstance(target_lang, str) else target_lang
         if languages is not None:
+            if len(languages) != len(context_ids):
+                raise ConfigError(
+                    f"target_lang: {len(languages)} languages for {len(context_ids)} prompts; give one for each, "
+                    "or one for all."
+                )
             batch["examples"] = [{"target_lang": language} for language in languages]
         if generation_config is not None:
             generate_options = _settings_of(generation_config) | generate_options
@@ -154,6 +164,9 @@ class Generation:
         check_language(target_lang, "target_lang")
         if source_lang is not None:
             check_language(source_lang, "source_lang")
+        for name, number in (("num_beams", num_beams), ("max_new_tokens", max_new_tokens)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name}: {number} cannot be; give a number of at least 1.")
         check_inputs(inputs)
         recordings = {i: item for i, item in enumerate(inputs) if is_audio_path(item)}
         messages = [self.options.audio_locator_tag if i in recordings else str(item) for i, item in enumerate(inputs)]
@@ -219,6 +232,8 @@ class Generation:
             "pad_token_id": self.pad_id,
         }
         search |= options
+        if search["min_new_tokens"] is not None and "min_length" not in options:
+            del search["min_length"]  # transformers warns of both
         if search["max_new_tokens"] is None and search["max_length"] is None:
             search["max_new_tokens"] = self.options.max_new_tokens
         # Compiled blocks are compiled for training: a cache that grows would have them compiled again and again.
@@ -236,6 +251,14 @@ class Generation:
         finally:
             for module, training in modes.items():
                 module.training = training
+
+
+def _check_prompts(prompts: Tensor | Sequence[Sequence[dict]]) -> None:
+    is_tensor = isinstance(prompts, Tensor)
+    if not (prompts.dim() == 2 if is_tensor else all(isinstance(turn, Mapping) for turns in prompts for turn in turns)):
+        raise DataError("prompts: give a tensor (B, T) of ids, or a list of conversations, each a list of turns.")
+    if (prompts.numel() if is_tensor else len(prompts)) == 0:
+        raise DataError("prompts: there are none; give at least one.")
 
 
 def _settings_of(config: GenerationConfig) -> dict[str, Any]:

@@ -24,12 +24,16 @@ def is_audio_path(item: str | Path) -> bool:
 
 
 def check_inputs(inputs: Sequence[str | Path]) -> None:
-    """Look for recordings that are not there.
+    """Look for inputs that are none, and recordings that are not there.
 
     Raises:
         DataError: naming the first one.
     """
+    if isinstance(inputs, (str, Path)):
+        raise DataError(f"inputs: '{inputs}' is one input, not a list of them; write ['{inputs}'].")
     for item in inputs:
+        if not isinstance(item, (str, Path)):
+            raise DataError(f"inputs: {item!r} is neither a text nor the path of an audio file; leave it out.")
         if is_audio_path(item) and not Path(item).is_file():
             raise DataError(f"audio file '{item}' does not exist.")
 
@@ -108,6 +112,8 @@ def _load_recording(path: str | Path, sampling_rate: int) -> Tensor:
         samples = recording.resample(sampling_rate).load_audio()
     except Exception as error:
         raise _unreadable(path, error) from error
+    if not samples.size:
+        raise DataError(f"audio file '{path}' holds no samples; leave it out.")
     return torch.from_numpy(samples).mean(0)
 
 

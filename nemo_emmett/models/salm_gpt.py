@@ -63,8 +63,9 @@ class SALMGPT(SpeechTextModel):
         # Where earlier turns are trained on as well, only the values tell how many targets there are at most.
         max_targets = batch["answer_ids"].shape[1] if batch.get("context_targets") is None else None
         placed = self.place(batch, read.ids_BT, read.mask_BT, is_target_BT=read.is_target_BT, max_targets=max_targets)
-        # Nothing is predicted from the last token of the longest example.
-        return LLMInputs({"inputs_embeds": placed.embeds_BSH[:, :-1]}, placed.targets_BA, placed.positions_BA)
+        # Nothing is predicted from the last token of the longest example, unless there is no other.
+        S = max(placed.embeds_BSH.shape[1] - 1, 1)
+        return LLMInputs({"inputs_embeds": placed.embeds_BSH[:, :S]}, placed.targets_BA, placed.positions_BA)
 
     def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
         """(B, A) ids that Hugging Face ``generate`` gives for the contexts of a one-modality batch."""

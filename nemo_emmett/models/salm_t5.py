@@ -60,25 +60,33 @@ class SALMT5(SpeechTextModel):
 
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
         """The context for the encoder, and for the decoder the answer, each token of which those before it predict."""
-        placed = self.encoder_inputs(batch)
         answer_ids_BA, answer_lens_B = batch["answer_ids"], batch["answer_lens"]
+        is_answer_BA = length_mask(answer_lens_B, answer_ids_BA.shape[1])
+        # The decoder has no embedding for a locator, nor a logit.
+        locators = (is_answer_BA & (answer_ids_BA == self.audio_locator_id)).sum()
+        placed = self.encoder_inputs(batch, locators)
         return LLMInputs(
             {
                 "inputs_embeds": placed.embeds_BSH,
                 "attention_mask": placed.mask_BS,
                 "decoder_input_ids": self.decoder_inputs(answer_ids_BA, answer_lens_B),
             },
-            mask_padding(answer_ids_BA, length_mask(answer_lens_B, answer_ids_BA.shape[1])),
+            mask_padding(answer_ids_BA, is_answer_BA),
         )
 
-    def encoder_inputs(self, batch: Mapping) -> Placed:
+    def encoder_inputs(self, batch: Mapping, locators_elsewhere: Tensor | None = None) -> Placed:
         """What the text encoder reads, padded on the right, since some families count positions from the left.
+
+        Args:
+            batch: one-modality batch.
+            locators_elsewhere: of :func:`~nemo_emmett.modules.placement.place_audio`.
 
         Raises:
             DataError: if an example is longer than the language model has positions for.
         """
         context_ids_BT = batch["context_ids"]
-        placed = self.place(batch, context_ids_BT, length_mask(batch["context_lens"], context_ids_BT.shape[1]))
+        is_context_BT = length_mask(batch["context_lens"], context_ids_BT.shape[1])
+        placed = self.place(batch, context_ids_BT, is_context_BT, locators_elsewhere=locators_elsewhere)
         config, S = self.llm.config, placed.embeds_BSH.shape[1]
         if config.model_type in _COUNTED_POSITIONS and config.max_position_embeddings < S:
             raise DataError(
@@ -146,7 +154,8 @@ def _untie_output_layer(model: SALMT5, weights: Mapping[str, Tensor], *_: Any) -
     weights, which a model that is built from its config alone never does.
     """
     for names in model.shared_weights():
-        heads = [name for name in names if name.endswith("lm_head.weight") and name in weights]
+        # peft puts the layer that it adapts, or copies, one level deeper.
+        heads = [name for name in names if ".lm_head." in f".{name}" and name in weights]
         others = [weights[name] for name in names if name in weights and name not in heads]
         for name in heads:
             if any(not torch.equal(weights[name], other) for other in others):

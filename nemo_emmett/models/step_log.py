@@ -38,7 +38,8 @@ class StepLog:
             loss_sums_M: (M,) summed cross-entropies, nats.
             token_counts_M: (M,) target tokens.
         """
-        step = torch.zeros(len(MODALITIES), len(_COLUMNS), device=loss_sums_M.device)
+        # Said, since Lightning's `bf16-true` makes a type of its own the default, in which no one can count to 257.
+        step = torch.zeros(len(MODALITIES), len(_COLUMNS), device=loss_sums_M.device, dtype=torch.float32)
         step[:, 0], step[:, 1] = loss_sums_M.detach(), token_counts_M
         for row, modality in enumerate(MODALITIES):
             if (part := parts.get(modality)) is not None:

@@ -60,6 +60,7 @@ def place_audio(
     is_target_BT: Tensor | None = None,
     max_targets: int | None = None,
     pad_left: bool = False,
+    locators_elsewhere: Tensor | None = None,
 ) -> Placed:
     """Replace each locator token by the frames of its recording, and close the gaps that masked tokens leave.
 
@@ -76,9 +77,11 @@ def place_audio(
         max_targets: A, at least the most targets of a row, such as the width of the answers; None: the most. Tensors
             without values, on which OOMptimizer plans, cannot tell the most; A is then T.
         pad_left: whether rows end, instead of begin, together: a decoder-only model generates from that.
+        locators_elsewhere: () int64, locators that stand where no recording can, to be refused with those that are too
+            many here.
 
     Returns:
-        The sequences; the embeddings have the tokens' type.
+        The sequences, of one position at least; the embeddings have the tokens' type.
 
     Raises:
         DataError: if the number of locators differs from the number of recordings.
@@ -99,11 +102,12 @@ def place_audio(
     locator_R = is_locator_BT.flatten().nonzero_static(size=R, fill_value=0).flatten()
     width_BT = token_mask_BT.long().flatten().index_copy(0, locator_R, audio_lens_R).view(B, T)
     end_BT = width_BT.cumsum(1)
-    start_BT, lens_B = end_BT - width_BT, end_BT[:, -1]
+    start_BT, lens_B = end_BT - width_BT, width_BT.sum(1)
 
     if is_target_BT is not None:
         is_target_BT = is_target_BT & token_mask_BT & ~is_locator_BT
-    S, A = _sizes(is_locator_BT, lens_B, audio_lens_R, F, is_target_BT, max_targets)
+    num_locators = is_locator_BT.sum() + (0 if locators_elsewhere is None else locators_elsewhere)
+    S, A = _sizes(is_locator_BT, num_locators, lens_B, audio_lens_R, F, is_target_BT, max_targets)
     margin_B1 = (S - lens_B if pad_left else torch.zeros_like(lens_B))[:, None]
     position_S = torch.arange(S, device=lens_B.device)
 
@@ -133,6 +137,7 @@ def place_audio(
 
 def _sizes(
     is_locator_BT: Tensor,
+    num_locators: Tensor,
     lens_B: Tensor,
     audio_lens_R: Tensor,
     F: int,
@@ -148,14 +153,15 @@ def _sizes(
         return S, T if max_targets is None else max_targets
     most_targets = (lens_B if is_target_BT is None else is_target_BT.sum(1)).max()
     # The only read of the device by the host.
-    num_locators, S, A = torch.stack([is_locator_BT.sum(), lens_B.max(), most_targets]).tolist()
-    if num_locators != R:
+    found, S, A = torch.stack([num_locators, lens_B.max(), most_targets]).tolist()
+    if found != R:
         raise DataError(
-            f"a batch has {R} recordings but {num_locators} audio locator tokens: "
+            f"a batch has {R} recordings but {found} audio locator tokens: "
             "each recording needs exactly one locator in its context."
         )
     assert max_targets is None or is_target_BT is None or max_targets >= A
-    return S, A if max_targets is None else max_targets
+    # No language model reads nothing: of a batch of padding, one position of padding is left.
+    return max(S, 1), A if max_targets is None else max_targets
 
 
 def _frame_rows(first_R: Tensor, audio_lens_R: Tensor, F: int, beyond: int) -> Tensor:

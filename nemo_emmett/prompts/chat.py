@@ -22,7 +22,7 @@ from nemo.collections.common.prompts.formatter import BOS_SLOT, EOS_SLOT
 from nemo.collections.common.prompts.nemotron_nano_v3 import NemotronNanoV3PromptFormatter
 from nemo.collections.common.prompts.qwen import QWEN_EOT, Qwen3PromptFormatter
 
-from nemo_emmett.errors import DataError
+from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.encoding import encode_texts
 from nemo_emmett.prompts.request import Request, request_of, target_language
 from nemo_emmett.prompts.translation import translation_instruction
@@ -103,10 +103,19 @@ class TranslationChat:
 
     def _apply_tokenizer(self, text: str, lang: str | None = None) -> list[int]:
         """NeMo's, which puts ids for the slots of BOS and EOS, but by the tokenizer's fast way."""
-        bos = [self.tokenizer.bos] if text.startswith(BOS_SLOT) else []
-        eos = [self.tokenizer.eos] if text.endswith(EOS_SLOT) else []
+        bos = [self._special("bos")] if text.startswith(BOS_SLOT) else []
+        eos = [self._special("eos")] if text.endswith(EOS_SLOT) else []
         (ids,) = encode_texts(self.tokenizer, [text.removeprefix(BOS_SLOT).removesuffix(EOS_SLOT)])
         return [*bos, *ids, *eos]
+
+    def _special(self, name: str) -> int:
+        number = getattr(self.tokenizer, name)
+        if number is None:
+            raise ConfigError(
+                f"prompt_format {self.NAME}: it needs the tokenizer's {name.upper()} token, which this tokenizer does "
+                "not have; use the prompt format of the tokenizer's own family."
+            )
+        return number
 
 
 @registered_prompt_format_fn(Cut, TranslationChat)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import GenerationConfig
 
@@ -242,3 +244,42 @@ def test_a_translation_ends_where_its_answer_does(salm_gpt_of, monkeypatch) -> N
     said = [*model.tokenizer.text_to_ids("six"), end, model.pad_id, model.pad_id]
     monkeypatch.setattr(SALMGPT, "generate_answers", lambda *_, **__: torch.tensor([said]))
     assert model.translate(["sechs"], "de", "en") == ["six"]
+
+
+# Wrong use
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "sentence"),
+    [
+        ([], {}, "prompts: there are none"),
+        (torch.zeros(0, 3, dtype=torch.long), {}, "prompts: there are none"),
+        (torch.tensor([20, 21]), {}, r"prompts: give a tensor \(B, T\) of ids"),
+        (asks("six"), {}, r"or a list of conversations"),
+        (torch.tensor([[20], [21]]), {"target_lang": ["de"]}, "target_lang: 1 languages for 2 prompts"),
+        (torch.tensor([[20]]), {"audios": torch.ones(1, 8000)}, "and their audio_lens"),
+    ],
+)
+def test_prompts_that_are_none_are_told(salm_t5, prompts, options, sentence) -> None:
+    with pytest.raises((DataError, ConfigError), match=sentence):
+        salm_t5.generate(prompts, **options)
+
+
+def test_no_recordings_are_no_audio(salm_t5) -> None:
+    prompts = torch.tensor([[20, 21, 22, 1]])
+    said = salm_t5.generate(prompts, torch.zeros(0, 0), torch.zeros(0, dtype=torch.long))
+    assert torch.equal(said, salm_t5.generate(prompts))
+
+
+def test_inputs_that_cannot_be_translated_are_told(salm_t5, tmp_path) -> None:
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    for inputs, sentence in (
+        ("six", "inputs: 'six' is one input, not a list of them"),
+        (["six", None], "inputs: None is neither a text nor"),
+        ([tmp_path / "empty.wav"], "holds no samples"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            salm_t5.translate(inputs, "en", "de")
+    for name in ("num_beams", "max_new_tokens"):
+        with pytest.raises(ConfigError, match=f"{name}: 0 cannot be"):
+            salm_t5.translate(["six"], "en", "de", **{name: 0})

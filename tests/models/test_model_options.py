@@ -81,6 +81,37 @@ def test_lora_trains_its_adapters_instead_of_the_language_model(make):
     assert all(p.grad is not None for name, p in model.named_parameters() if ".lora_B" in name)
 
 
+def test_layers_that_peft_copies_are_trained_as_well(make):
+    names = learning(make(lora=LORA | {"modules_to_save": ["lm_head"]}))
+    assert [name for name in names if "lm_head.modules_to_save." in name]
+    assert not [name for name in names if "lm_head.original_module." in name]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [5]}, {"target_modules": ["embed_tokens"]}],
+)
+def test_embeddings_that_peft_does_not_reach_are_told(folder, options):
+    with pytest.raises(ConfigError, match="SALMGPT keeps its token embeddings outside of the language model"):
+        SALMGPT(model_config("llama", folder, lora=LORA | options))
+
+
+@pytest.mark.parametrize("empty", ["answers of no width", "padding alone", "no column"])
+def test_a_batch_without_answers_is_a_step_in_which_nothing_is_learnt(make, empty):
+    model = make()
+    batch = items(model, MODES["zip"])
+    alone = step(model, {"audio": batch["audio"]})
+    text, none = batch["text"], torch.zeros(2, dtype=torch.long)
+    text |= {"answer_lens": none, "answer_ids": text["answer_ids"][:, :0]} if "width" in empty else {}
+    text |= {"answer_lens": none, "context_lens": none} if empty == "padding alone" else {}
+    if empty == "no column":
+        text |= {f"{part}_lens": none for part in ("context", "answer")}
+        text |= {f"{part}_ids": text[f"{part}_ids"][:, :0] for part in ("context", "answer")}
+    torch.testing.assert_close(step(model, batch), alone)
+    assert step(model, {"text": text}) == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_a_folder_with_lora_translates_the_same(make, tmp_path):
     model = make(lora=LORA, max_new_tokens=5)
     for name, parameter in model.named_parameters():
@@ -143,6 +174,14 @@ def test_the_smoothed_loss_is_pytorchs(make):
         ({"loss_implementation": "ligr"}, "model.loss_implementation"),
         ({"label_smoothing": 1.5}, "model.label_smoothing: 1.5"),
         ({"lora": {"rank": 4}}, "model.lora: peft cannot use"),
+        ({"freeze": "llm"}, "model.freeze: 'llm' is not a list; write ['llm']."),
+        ({"freeze_params": "^llm"}, "model.freeze_params: '^llm' is not a list"),
+        ({"label_smoothing": "0.1"}, "model.label_smoothing: '0.1' cannot be"),
+        ({"modality_loss_weights": {"audio": None}}, "model.modality_loss_weights.audio: None cannot be"),
+        ({"modality_loss_weights": {"text": -1}}, "model.modality_loss_weights.text: -1 cannot be"),
+        ({"max_new_tokens": 0}, "model.max_new_tokens: 0 cannot be"),
+        ({"encoder_chunk_size_seconds": 0}, "model.encoder_chunk_size_seconds: 0 cannot be"),
+        ({"lora": LORA | {"bias": "lora_only"}}, "model.lora.bias: 'lora_only' is not possible"),
         ({"lora": {"target_modules": ["nowhere"]}}, "the linear layers of this language model are"),
     ],
 )

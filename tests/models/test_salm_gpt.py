@@ -316,7 +316,11 @@ def test_a_folder_whose_weights_are_incomplete_is_told(model, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["llm.model.norm.weight"]
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"lacks 'llm\.model\.norm\.weight'"):
+    for load_it in (load, SALMGPT.from_pretrained):
+        with pytest.raises(ModelError, match=r"lacks 'llm\.model\.norm\.weight'"):
+            load_it(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no model\.safetensors"):
         load(tmp_path)
 
 

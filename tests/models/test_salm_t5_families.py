@@ -12,6 +12,7 @@ from nemo_emmett.prompts.request import Request
 from nemo_emmett.prompts.translation import translation_turns
 
 from .backbones import ENCODER_DECODERS, PROMPT_FORMAT, model_config
+from .batches import prompted_batch
 
 PAIRS = [("one red house", "ein rotes haus"), ("six", "sechs"), ("four old doors", "vier alte türen")]
 WITH_LANGUAGE_TOKENS = {
@@ -255,3 +256,21 @@ def test_a_tied_output_layer_stays_tied(model_of, tmp_path) -> None:
     again = SALMT5(dict(model.cfg)).eval()
     again.load_state_dict(model.state_dict())
     assert again.llm.lm_head.weight is again.llm.shared.weight
+
+
+@pytest.mark.parametrize(
+    "lora", [{"target_modules": ["lm_head"]}, {"target_modules": ["q"], "modules_to_save": ["lm_head"]}]
+)
+def test_an_output_layer_of_its_own_survives_export_behind_peft(tmp_path, lora):
+    model = SALMT5(model_config("t5v1_1", tmp_path / "backbones", lora={"r": 2} | lora)).eval()
+    model.save_pretrained(tmp_path / "exported")
+    batch = prompted_batch(model, ["one red house"], ["ein haus"])
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "exported")(batch)[0], model(batch)[0])
+
+
+def test_a_locator_in_an_answer_is_refused(tmp_path):
+    model = SALMT5(model_config("mbart", tmp_path)).eval()
+    batch = prompted_batch(model, ["one red house"], ["ein <|audio|>"])
+    with pytest.raises(DataError, match="0 recordings but 1 audio locator tokens"):
+        model(batch)

@@ -48,3 +48,13 @@ def test_a_modality_that_stops_arriving_falls_to_nothing_within_a_window():
     assert values["examples_text"] == 0
     assert math.isnan(values["loss_text"])
     assert values["loss_audio"] == 1.0
+
+
+def test_tokens_are_counted_exactly_under_any_default_type() -> None:
+    log = StepLog(window=1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        log.add({}, torch.zeros(2), torch.tensor([1001, 257]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert log._steps[0][:, 1].tolist() == [1001, 257]

@@ -15,7 +15,7 @@ from nemo.collections.common.data.lhotse.text_adapters import (
 from nemo.collections.common.data.prompt_fn import apply_prompt_format_fn
 from nemo.collections.common.prompts import PromptFormatter
 
-from nemo_emmett.errors import DataError
+from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.chat import CHAT_FORMATS
 from nemo_emmett.prompts.translation import register_prompt_formats, translation_instruction, translation_turns
 
@@ -145,3 +145,9 @@ def test_without_a_target_language_nothing_is_prompted(tokenizer, pair) -> None:
 
 def test_the_same_language_on_both_sides_asks_for_a_transcript() -> None:
     assert translation_instruction("de", "de") == "Transcribe in German:"
+
+
+def test_a_tokenizer_without_the_formats_first_token_is_told(tokenizer, pair, monkeypatch) -> None:
+    monkeypatch.setattr(type(tokenizer), "bos", None)
+    with pytest.raises(ConfigError, match="prompt_format emmett_llama2: it needs the tokenizer's BOS token"):
+        apply_prompt_format_fn(pair("de", "fr"), PromptFormatter.resolve("emmett_llama2")(tokenizer))
