@@ -31,11 +31,6 @@ LOC = -1  # stands for the locator below
 NEW_TOKENS = 8
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("backbones")
-
-
 def build(name: str, folder, asr, **overrides) -> BestowGPT:
     """In evaluation mode, with layers that have more to say than new ones."""
     torch.manual_seed(0)

@@ -29,11 +29,6 @@ def livelier(model):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("backbones")
-
-
-@pytest.fixture(scope="module")
 def salm_t5(folder, tiny_asr) -> SALMT5:
     return livelier(SALMT5(model_config("t5", folder, tiny_asr, max_new_tokens=6)).eval())
 

@@ -14,11 +14,6 @@ from .backbones import DECODER_ONLY, ENCODER_DECODERS, backbone
 B, S, A = 3, 9, 4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("backbones")
-
-
 @pytest.fixture(scope="module", params=[*ENCODER_DECODERS, *DECODER_ONLY])
 def asked(request, folder):
     """A language model, what it reads, and its own logits (B, A, V) at the answers' positions."""

@@ -8,11 +8,6 @@ from .backbones import DECODER_ONLY
 from .memorising import MODES, built, check_generation, items, memorise
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("backbones")
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", DECODER_ONLY)
 def test_what_is_learned_is_said_exactly(name, mode, folder, tiny_asr):

@@ -16,11 +16,6 @@ MODELS = {"t5": SALMT5, "llama": SALMGPT, "qwen2": BestowGPT}
 LORA = {"r": 2, "target_modules": "all-linear"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("backbones")
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def make(request, folder, tiny_asr):
     """Makes the model of a family with further keys in its section; the same random weights each time."""

@@ -34,11 +34,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("backbones")
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, folder, tiny_asr):
     """NeMo's SALM, and ours with its weights."""
