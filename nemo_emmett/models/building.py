@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,11 @@ def install_lora(model: SpeechTextModel) -> None:
             f"model.lora.bias: '{model.options.lora['bias']}' is not possible, the language model's own biases stay as "
             "they are; leave the key out, or name them in model.prevent_freeze_params."
         )
+    # peft freezes all but its own, and NeMo's freezing never thaws: what the recipe wants to train must be thawed here.
+    wanted = [re.compile(pattern) for pattern in model.options.prevent_freeze_params]
+    for name, parameter in model.named_parameters():
+        if any(pattern.match(name) for pattern in wanted):
+            parameter.requires_grad = True
     logging.info(f"LoRA in the language model: {model.options.lora}")
 
 

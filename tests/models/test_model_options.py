@@ -107,6 +107,13 @@ def test_a_batch_without_answers_is_a_step_in_which_nothing_is_learnt(make, empt
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_what_the_recipe_wants_trained_beside_lora_is_trained(make):
+    names = learning(make(lora=LORA, prevent_freeze_params=[r"^llm\..+norm.+$"]))
+    of_llm = [name for name in names if name.startswith(("llm", "embed_tokens")) and ".lora_" not in name]
+    assert of_llm
+    assert all("norm" in name for name in of_llm)
+
+
 def test_a_folder_with_lora_translates_the_same(make, tmp_path):
     model = make(lora=LORA, max_new_tokens=5)
     for name, parameter in model.named_parameters():
