@@ -5,14 +5,13 @@ gradients are averaged by DDP: a rank's sum over the global count, times the num
 that one process would have on the joined batch. The counts are known before anything is computed, and are added up
 first: a rank that then runs out of memory leaves no other rank waiting for its count.
 
-Shapes: B examples, T tokens, V vocabulary, M modalities.
+Shapes: B examples, T tokens, M modalities.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -22,26 +21,6 @@ IGNORE_INDEX = -100
 def mask_padding(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Targets: the ids where the mask is true, ``IGNORE_INDEX`` elsewhere."""
     return torch.where(mask_BT, ids_BT, IGNORE_INDEX)
-
-
-def token_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Sum of the cross-entropies of all tokens that have a target, in nats, computed in float32."""
-    return F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-
-
-def example_cross_entropies(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """The same sum for each example apart, (B,)."""
-    losses = F.cross_entropy(
-        logits_BTV.transpose(1, 2).float(), targets_BT, ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return losses.sum(1)
-
-
-def correct_tokens(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Number of tokens of each example whose most likely prediction is the target, (B,) int64."""
-    return ((logits_BTV.argmax(-1) == targets_BT) & (targets_BT != IGNORE_INDEX)).sum(1)
 
 
 def world_size() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -433,3 +434,14 @@ def test_what_a_kernel_cannot_do_is_told_in_a_sentence(monkeypatch, calls, cut_c
         chunked(targets, "liger")(*tensors)
     with pytest.raises(ConfigError, match=where + "cut_cross_entropy computes in 16 bits, not in float32"):
         chunked(targets, "cut_cross_entropy")(*tensors)
+
+
+def test_a_loss_worked_out_by_hand():
+    """Logits are handed in as hidden states, by a weight that changes nothing."""
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]))
+    targets = torch.tensor([0, 1, IGNORE_INDEX])
+    by_hand = [-math.log(0.5), -math.log(0.8), 0.0]
+    losses, is_correct = token_scores(logits, torch.eye(3), targets)
+    assert losses.tolist() == pytest.approx(by_hand, rel=1e-6)
+    assert is_correct.tolist() == [True, True, False]
+    assert linear_cross_entropy(logits, torch.eye(3), targets).item() == pytest.approx(sum(by_hand), rel=1e-6)

@@ -1,4 +1,3 @@
-import math
 import os
 
 import pytest
@@ -8,31 +7,10 @@ import torch.multiprocessing as mp
 
 from nemo_emmett.modules.loss import (
     IGNORE_INDEX,
-    correct_tokens,
-    example_cross_entropies,
     mask_padding,
     modality_loss,
     sum_over_ranks,
-    token_cross_entropy,
 )
-
-
-def test_token_cross_entropy_sums_over_tokens_that_have_a_target():
-    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]))
-    targets = torch.tensor([[0, 1, IGNORE_INDEX]])
-    expected = -math.log(0.5) - math.log(0.8)
-    assert token_cross_entropy(logits, targets).item() == pytest.approx(expected, rel=1e-6)
-    assert correct_tokens(logits, targets).tolist() == [2]
-
-
-def test_example_cross_entropies_add_up_to_the_batchs():
-    logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    targets = torch.tensor([[1, 2, 3, 4], [0, IGNORE_INDEX, 1, IGNORE_INDEX], [IGNORE_INDEX] * 4])
-    losses = example_cross_entropies(logits, targets)
-    assert losses[2] == 0
-    assert losses.sum().item() == pytest.approx(token_cross_entropy(logits, targets).item(), rel=1e-6)
-    alone = token_cross_entropy(logits[1:2], targets[1:2]).item()
-    assert losses[1].item() == pytest.approx(alone, rel=1e-6)
 
 
 def test_mask_padding():
