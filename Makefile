@@ -11,7 +11,7 @@ DAMAGED := tests/data/test_fuzzed_manifests.py
 TEST_PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -lt 4 ] && echo $$n || echo 4)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo experiment test lint bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -25,6 +25,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Train SALM-T5 on text and speech translation in four languages and score it
 	@echo "==> Demo: corpus, pretraining, joint training, evaluation (examples/speechlm/demo.py)"
 	$(BIN)/python examples/speechlm/demo.py
+
+experiment: $(INSTALLED) ## Joint training beside text alone and speech alone, three seeds each (EXPERIMENT_ARGS="--captions FOLDER")
+	@echo "==> Experiment: up to three hours on two cores; an interrupted one goes on (examples/speechlm/experiment.py)"
+	$(BIN)/python examples/speechlm/experiment.py $(EXPERIMENT_ARGS)
 
 test: $(INSTALLED) ## Run the tests
 	@echo "==> Testing with $(TEST_PROCESSES) processes"

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from nemo_emmett import __version__
+from nemo_emmett.corpora.commands import CorpusCommands, Names
 from nemo_emmett.runner import mistakes_as_sentences
 
 
@@ -21,25 +22,15 @@ class Commands(click.Group):
             return super().invoke(ctx)
 
 
-class Names(click.ParamType):
-    """Names separated by commas."""
-
-    name = "name,name,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """Split them."""
-        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="nemo-emmett")
 def main() -> None:
     """Train one model on text and speech translation, with NeMo."""
 
 
-@main.group()
+@main.group(cls=CorpusCommands)
 def prepare() -> None:
-    """Turn a corpus into manifests to train on."""
+    """Turn a corpus into manifests to train on: one of those below, from the files that its publisher distributes."""
 
 
 @prepare.command()
@@ -68,6 +59,24 @@ def phrasebook(out: Path, jobs: int | None, **options: Any) -> None:
     for split, items in summary.items.items():
         recordings, hours = sum(summary.recordings[split].values()), sum(summary.hours[split].values())
         click.echo(f"{split:>5}: {items} items, {recordings} recordings, {hours:.2f} hours ({state})")
+
+
+@prepare.command()
+@click.argument("training", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--held-out",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="Test data: text, a manifest or a prepared corpus; may be repeated.",
+)
+@click.option("--examples", type=click.IntRange(min=0), default=10, help="Leaks shown of each kind, at most.")
+@click.option("--near/--no-near", default=True, help="Look for test sentences with a few words changed, too.")
+def leaks(training: Sequence[Path], held_out: Sequence[Path], examples: int, near: bool) -> None:
+    """Find the test sentences that stand in TRAINING: text, manifests or prepared corpora; exit with 1 if there are."""
+    from nemo_emmett.corpora.leaks_command import print_leaks
+
+    raise SystemExit(int(print_leaks(training, held_out, examples=examples, near=near)))
 
 
 @main.command()
@@ -102,12 +111,24 @@ def translate(inputs: Sequence[str], target_lang: str, source_lang: str | None, 
 @click.option("--num-beams", type=click.IntRange(min=1), help="1 is greedy search.  [default: the recipe's, or 1]")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest translation.  [default: the model's]")
 @click.option("--log-dir", type=click.Path(path_type=Path), help="TensorBoard logs of the training, for its curves.")
-@click.option("--baseline", type=click.Path(path_type=Path), help="An earlier evaluation.json to compare with.")
+@click.option("--name", help="What tables call the model.  [default: the end of its folder's path]")
+@click.option(
+    "--metrics",
+    type=Names(),
+    help="Of BLEU, chrF++, chrF, TER, spBLEU and COMET; BLEU is always computed.  [default: BLEU,chrF++]",
+)
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An earlier evaluation.json, its folder, or the folder of a model to compare with; may be repeated.",
+)
 @click.option("--examples", type=click.IntRange(min=0), help="Translations in the report.  [default: 10]")
 def evaluate(model: Path, config: Path, **options: Any) -> None:
     """Translate the test sets of the recipe CONFIG with the model in the folder MODEL, and score the translations.
 
-    Options that are not given are the recipe's.
+    Options that are not given are the recipe's. Started by torchrun or srun, the processes share each test set.
     """
     from nemo_emmett.evaluation import evaluate_recipe
 

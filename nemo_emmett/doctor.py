@@ -28,7 +28,11 @@ PACKAGES = (
 )
 """Distributions whose versions are told, all of them needed."""
 
-EXTRAS = {"demo": ("babel", "espeakng_loader", "num2words"), "report": ("matplotlib",)}
+EXTRAS = {
+    "demo": ("espeakng_loader", "num2words"),
+    "hygiene": ("py3langid",),
+    "report": ("matplotlib",),
+}
 """The modules that each optional extra brings."""
 
 HYDRA_PLUGIN = "hydra_plugins.nemo_emmett_plugin"

@@ -116,10 +116,25 @@ def test_evaluate_hands_its_options_on(invoke, monkeypatch: pytest.MonkeyPatch, 
     calls = []
     record = lambda *args, **kwargs: calls.append((args, kwargs))  # noqa: E731
     monkeypatch.setitem(vars(nemo_emmett.evaluation), "evaluate_recipe", record)
-    done = invoke("evaluate", "model", "recipe.yaml", "--output", tmp_path, "--num-beams", 4, "--baseline", "b.json")
+    done = invoke(
+        "evaluate",
+        "model",
+        "recipe.yaml",
+        "--output",
+        tmp_path,
+        "--num-beams",
+        4,
+        "--baseline",
+        "b.json",
+        "--baseline",
+        "c",
+        "--metrics",
+        "TER,chrF++",
+    )
     assert done.exit_code == 0, done.output
-    options = {"output": tmp_path, "num_beams": 4, "baseline": Path("b.json")}
-    others = {"max_new_tokens": None, "log_dir": None, "examples": None}  # left to the recipe
+    options = {"output": tmp_path, "num_beams": 4, "metrics": ("TER", "chrF++")}
+    options["baselines"] = (Path("b.json"), Path("c"))
+    others = {"name": None, "max_new_tokens": None, "log_dir": None, "examples": None}  # left to the recipe
     assert calls == [((Path("recipe.yaml"), Path("model")), options | others)]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,16 @@ def composed(name: str, *overrides: str):
         return compose(name, overrides=list(overrides))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def scripts_importable():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples" / "speechlm"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "speechlm" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["demo"]
+    return importlib.import_module("demo")
 
 
 @pytest.mark.parametrize("name", ["salm_t5_phrasebook", "pretrain_t5_phrasebook"])

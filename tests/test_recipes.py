@@ -24,13 +24,18 @@ from .conftest import ENCODER_DIM, SAMPLING_RATE, SENTENCES
 from .models.backbones import backbone
 
 JOINT = ("salm_t5", "salm_gpt", "bestow_gpt")
+SMALL = [
+    f"{name}_{corpus}"
+    for corpus in ("phrasebook", "captions")
+    for name in ("salm_t5", "salm_gpt", "pretrain_t5", "pretrain_llm")
+]
 BACKBONES = {"salm_t5": "t5", "salm_gpt": "llama", "bestow_gpt": "llama"}
 LANGUAGES = ("en", "de", "es", "fr")
 CONF = Path(__file__).parents[1] / "nemo_emmett" / "conf"
 FREEZING = sorted(path.stem for path in (CONF / "emmett_freezing").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", ["salm_t5_phrasebook", "pretrain_t5_phrasebook", *JOINT])
+@pytest.mark.parametrize("name", [*SMALL, *JOINT])
 def test_a_recipe_composes_and_all_its_keys_mean_something(name):
     cfg = compose_recipe(name)
     OmegaConf.resolve(cfg)

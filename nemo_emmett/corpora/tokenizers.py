@@ -1,12 +1,15 @@
-"""Tokenizers for models that are trained from nothing: SentencePiece for a CTC encoder, a Hugging Face one for a T5."""
+"""Tokenizers for models that are trained from nothing: SentencePiece for a CTC encoder, Hugging Face ones for a T5 and
+for a decoder-only language model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, cycle, permutations
 from pathlib import Path
 
 from nemo_emmett.errors import DataError
+from nemo_emmett.prompts.translation import translation_instruction
 
 
 def manifest_texts(manifests: Iterable[str | Path]) -> Iterator[str]:
@@ -72,26 +75,50 @@ def train_t5_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int
     Returns:
         The folder.
     """
+    tags = [f"<{lang}>" for lang in languages]
+    # T5's order: <pad> is 0 and starts the decoder, </s> is 1.
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return _train_bpe(texts, folder, vocab_size, special, tags)
+
+
+def train_llama_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int, languages: Sequence[str]) -> Path:
+    """Train a subword tokenizer with Llama's special tokens, for the prompt format ``emmett_llama2``.
+
+    The brackets of an instruction are one token each, and so are its words, for each text is counted with an
+    instruction in front, as it stands in a prompt.
+
+    Args:
+        texts: sentences.
+        folder: receives the tokenizer in Hugging Face's layout.
+        vocab_size: tokens at most, special ones included.
+        languages: language codes that instructions name.
+
+    Returns:
+        The folder.
+    """
+    instructions = cycle(translation_instruction(target, source) for source, target in permutations(languages, 2))
+    prompts = chain.from_iterable(zip(instructions, texts))  # noqa: B905, the instructions have no end
+    # Llama's order: <unk>, <s>, </s>.
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return _train_bpe(prompts, folder, vocab_size, special, ["[INST]", "[/INST]"])
+
+
+def _train_bpe(
+    texts: Iterable[str], folder: str | Path, vocab_size: int, special: Mapping[str, str], more_special: Sequence[str]
+) -> Path:
+    """A BPE whose pieces know where a word begins; ids count from ``special``, in its order, then ``more_special``."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tags = [f"<{lang}>" for lang in languages]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    # T5's order: <pad> is 0 and starts the decoder, </s> is 1.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>", "</s>", "<unk>", *tags], show_progress=False
+        vocab_size=vocab_size, special_tokens=[*special.values(), *more_special], show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=tags,
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(more_special), **special)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(folder)

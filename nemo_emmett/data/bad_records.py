@@ -198,6 +198,10 @@ class BadRecords:
         """How many different records were skipped."""
         return len(self._passes_of_record)
 
+    def records(self) -> frozenset[tuple[str, str]]:
+        """The different records that were skipped, each by its source and its place there."""
+        return frozenset(self._passes_of_record)
+
     def shares(self) -> dict[str, float]:
         """For each source that had bad records, their share of its records read, from 0 to 1."""
         return {source: bad / max(self._total.read[source], bad) for source, bad in self._total.skipped.items()}

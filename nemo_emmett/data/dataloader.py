@@ -26,6 +26,7 @@ from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.bins import auto_bins
 from nemo_emmett.data.check import check_dataset
 from nemo_emmett.data.config import AUTO_BINS, MultimodalDataConfig
+from nemo_emmett.data.dealing import DealtBatches
 from nemo_emmett.data.delivery import (
     DeliveringDataset,
     DeliveringIterable,
@@ -196,6 +197,7 @@ def get_multimodal_dataloader(
     dataset: torch.utils.data.Dataset,
     tokenizer: Any = None,
     where: str = "data.train_ds",
+    deal_batches: bool = False,
 ) -> MultimodalDataLoader:
     """Build the dataloader of a dataset's config.
 
@@ -208,6 +210,9 @@ def get_multimodal_dataloader(
             dataset for lhotse cuts. A ``FallbackDataset`` around it is taken off.
         tokenizer: NeMo tokenizer, applied before batches are sampled.
         where: the config's place in the recipe, for messages.
+        deal_batches: give each rank some of the batches that one process would get, whole, an empty one for each of
+            which nothing could be read (:class:`~nemo_emmett.data.dealing.DealtBatches`). For finite data of our
+            dataset, with ``force_map_dataset``.
 
     Raises:
         ConfigError: if a key is misspelt or has a value that cannot work.
@@ -226,12 +231,15 @@ def get_multimodal_dataloader(
     ours = MultimodalDataConfig.take_from(dict(settings))
     maybe_set_cuda_expandable_segments(enabled=settings.get("cuda_expandable_segments", True))
 
+    if deal_batches and ours.sampling == "emmett":
+        raise ConfigError(f"{where}.sampling: batches are dealt out from NeMo's samplers only; leave the key out.")
+
     bad_records = BadRecords()
     sources = list_all_sources(settings, where)
     dataset = DeliveringDataset(dataset, bad_records)
     states = random_state()
     try:  # the samplers are seeded with the dataset's own seed; the training's dropout is none of their business
-        if _we_sample(settings, ours, kind, where):
+        if not deal_batches and _we_sample(settings, ours, kind, where):
             plan = plan_sampling(settings, where, tokenizer, kind, bad_records, world_size, ours.index_dir)
             flavour = {
                 "dataset": ResumableDeliveries(dataset, plan, global_rank),
@@ -242,9 +250,10 @@ def get_multimodal_dataloader(
             _refuse_what_nemo_cannot(settings, ours, where)
             settings = _with_bins(settings, tokenizer, kind, where)
             build = _fused_sampler if groups_of(settings) is not None else _single_sampler
-            sampler, is_iterable, shared = build(
-                settings, sources, where, global_rank, world_size, tokenizer, kind, bad_records
-            )
+            share = (0, 1) if deal_batches else (global_rank, world_size)
+            sampler, is_iterable, shared = build(settings, sources, where, *share, tokenizer, kind, bad_records)
+            if deal_batches:
+                sampler = DealtBatches(sampler, global_rank, world_size)
             flavour = _flavour(dataset, sampler, is_iterable, shared, global_rank, world_size)
     finally:
         restore_random_state(states)
@@ -253,9 +262,12 @@ def get_multimodal_dataloader(
         bad_records=BadRecords(announce=True, source_of=source_of_files(sources)),
         max_bad_records=ours.max_bad_records,
         # Only our models can take an empty batch; and samplers of NeMo's that live in workers share nothing out.
-        hands_out_empty=world_size > 1
-        and kind is ExampleKind.TRANSLATION
-        and not isinstance(flavour["dataset"], DeliveringIterable),
+        hands_out_empty=deal_batches
+        or (
+            world_size > 1
+            and kind is ExampleKind.TRANSLATION
+            and not isinstance(flavour["dataset"], DeliveringIterable)
+        ),
         batch_size=None,
         # These batches are all tensors already, which torch's own conversion would take apart for nothing.
         collate_fn=None if kind is ExampleKind.AS_READ else _as_it_is,

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_emmett.data.bins import bins_awaiting_sizes, groups_with_auto_bins
 from nemo_emmett.data.check import check_dataset_names
-from nemo_emmett.data.dataloader import get_multimodal_dataloader
+from nemo_emmett.data.dataloader import MultimodalDataLoader, get_multimodal_dataloader
 from nemo_emmett.data.delivery import prepare_dataset
 from nemo_emmett.data.resumable import ResumableData
 from nemo_emmett.data.sources import plain
@@ -112,6 +112,28 @@ class MultimodalDataModule(DataModule, Serialization):
         """The loaders of ``test_ds``, side by side."""
         return self._evaluation_loaders("test_ds", mode="max_size")
 
+    def test_sets(self, rank: int = 0, world_size: int = 1) -> dict[str, MultimodalDataLoader]:
+        """The loaders of ``test_ds.datasets`` by name, for an evaluation: dealt out to its processes by whole batches.
+
+        Unlike :meth:`test_dataloader`, which keeps the ranks of a trainer in step, this gives each example once.
+        Without a ``shard_seed`` of its own a set comes in the same order each time, on every rank.
+        """
+        common, datasets = self._evaluation_configs("test_ds")
+        with open_dict(common):
+            common.setdefault("shard_seed", 0)  # NeMo's default is another one in each process
+        return {
+            name: get_multimodal_dataloader(
+                _merged(common, config),
+                rank,
+                world_size,
+                self.dataset,
+                self.tokenizer,
+                where=f"data.test_ds.datasets.{name}",
+                deal_batches=True,
+            )
+            for name, config in (datasets or {}).items()
+        }
+
     def predict_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | list:
         """The loaders of ``predict_ds``, one after another, as Lightning's ``predict`` wants them."""
         return self._evaluation_loaders("predict_ds", mode="sequential")
@@ -119,18 +141,22 @@ class MultimodalDataModule(DataModule, Serialization):
     def _evaluation_loaders(self, name: str, mode: str) -> CombinedLoader | BroadcastingDataLoader | list:
         if self.cfg.get(name) is None:
             return []  # Lightning refuses None where the method exists
+        common, datasets = self._evaluation_configs(name)
+        if datasets is None:
+            return self._loader(common, f"data.{name}")
+        loaders = {place: self._loader(config, f"data.{name}.datasets.{place}") for place, config in datasets.items()}
+        return CombinedLoader(loaders, mode=mode)
+
+    def _evaluation_configs(self, name: str) -> tuple[DictConfig, dict[str, DictConfig] | None]:
+        """What the datasets of a section share, and the config of each; None where the section is itself one."""
         # Each rank gets its share of one pass over the data.
         common = self.cfg[name].copy()
         with open_dict(common):  # a recipe composed by Hydra takes no new keys otherwise
             common.force_finite = common.force_map_dataset = True
             datasets = common.pop("datasets", None)
         if datasets is None:
-            return self._loader(common, f"data.{name}")
-        loaders = {
-            dataset: self._loader(_merged(common, config), f"data.{name}.datasets.{dataset}")
-            for dataset, config in datasets.items()
-        }
-        return CombinedLoader(loaders, mode=mode)
+            return common, None
+        return common, {dataset: _merged(common, config) for dataset, config in datasets.items()}
 
     def _loader(self, config: DictConfig, where: str) -> BroadcastingDataLoader:
         mesh = self._get_device_mesh()

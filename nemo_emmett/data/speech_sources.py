@@ -202,7 +202,7 @@ class NeMoManifest(LazyNeMoIterator):
         if sampling_rate is None and not self.metadata_only and not is_datastore_path(path):
             check_file(path, (offset or 0.0) + duration)  # without a rate in the manifest, the file is opened here
         try:
-            if offset and sampling_rate is not None and not self.metadata_only:
+            if offset is not None and sampling_rate is not None and not self.metadata_only:
                 return self._segment(path, offset, duration, sampling_rate)
             return self._create_cut(path, offset, duration, sampling_rate)
         except Exception as error:  # each decoder raises its own kind
@@ -213,7 +213,7 @@ class NeMoManifest(LazyNeMoIterator):
 
         NeMo takes the part's length for that of the recording, so that parts lose their end, or are nothing at all.
         """
-        recording = self._create_recording(path, offset + duration, sampling_rate)
+        recording = self._create_recording(path, offset + duration + _BEYOND_A_PART, sampling_rate)
         cut = recording.to_cut().truncate(offset=offset, duration=duration, preserve_id=True)
         cut.id = f"{cut.id}-{round(offset * 1e2):06d}-{round(duration * 1e2):06d}"
         return cut
@@ -229,6 +229,10 @@ class NeMoManifest(LazyNeMoIterator):
             language=data.get(self.lang_field),
         )
 
+
+_BEYOND_A_PART = 0.01
+"""Seconds by which a recording is taken to go on after its part: of one that ends with the part lhotse reads the whole
+file, and refuses what is longer."""
 
 _MANIFEST_SHARD = re.compile(r"manifest[^/]*_(\d+)[^/]*\.json")
 _TAR_SHARD = re.compile(r"audio[^/]*_(\d+)[^/]*\.tar")

@@ -1,4 +1,7 @@
-"""Line charts of training curves as inline SVG: no script, no font, no request; colours follow the page's CSS."""
+"""Line charts as inline SVG: no script, no font, no request; colours follow the page's CSS.
+
+:func:`charts` draws training curves over steps, :func:`bins_chart` BLEU over bins of lengths.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from statistics import fmean
 
+from nemo_emmett.evaluation.breakdown import Breakdown
 from nemo_emmett.evaluation.curves import Curve
 from nemo_emmett.evaluation.table import MODALITY_NAMES
 
@@ -78,9 +82,36 @@ def _draw(panel: Panel, series: Sequence[Series]) -> Chart:
     x = _Linear.over([step for step, _ in points], LEFT, WIDTH - RIGHT)
     y = _value_axis([value for _, value in points])
     lines = [_thin(one, x, y) for one in series] + [_bold(one, x, y) for one in series]
-    label = escape(f"{panel.title} over training steps: {_in_words(series)}", quote=True)
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{_grid(x, y, panel.unit)}'
-    return Chart(panel.title, _note(panel, series, y), list(series), f"{svg}{''.join(lines)}</svg>")
+    label = f"{panel.title} over training steps: {_in_words(series)}"
+    svg = _svg(label, [_value_grid(y, panel.unit), _step_axis(x), *lines])
+    return Chart(panel.title, _note(panel, series, y), list(series), svg)
+
+
+def bins_chart(breakdown: Breakdown, names: Sequence[str]) -> Chart:
+    """Draw BLEU over a breakdown's bins, a line per model.
+
+    Args:
+        breakdown: one modality along one measure of length.
+        names: of the evaluation and of all its baselines, in the order that ``breakdown.models`` counts in.
+    """
+    x = _Linear(0, len(breakdown.bins), LEFT, WIDTH - RIGHT, ())
+    y = _linear_axis([bleu for one in breakdown.bins for bleu in one.bleu])
+    series = []
+    for line, model in enumerate(breakdown.models):
+        # In the middle of each bin; the first colour is this model's alone.
+        points = [(number + 0.5, one.bleu[line]) for number, one in enumerate(breakdown.bins)]
+        series.append(Series(names[model], 1 + (model - 1) % (NUM_COLOURS - 1) if model else 0, points, []))
+    modality = MODALITY_NAMES.get(breakdown.modality, breakdown.modality)
+    title = f"{modality.capitalize()}: BLEU by {breakdown.measure}"
+    # This model is drawn last, over the others.
+    lines = [_dotted(one, breakdown, x, y) for one in reversed(series)]
+    svg = _svg(f"{title}: {_in_words(series)}", [_value_grid(y, "BLEU"), _bin_axis(breakdown, x), *lines])
+    return Chart(title, "", series, svg)
+
+
+def _svg(label: str, parts: Iterable[str]) -> str:
+    opening = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">'
+    return f"{opening}{''.join(parts)}</svg>"
 
 
 def _series(panel: Panel, curves: Mapping[str, Curve]) -> list[Series]:
@@ -186,8 +217,13 @@ def _value_axis(values: list[float]) -> _Linear:
         if len(ticks) > 7:
             ticks = [tick for tick in ticks if math.isclose(math.log10(tick), round(math.log10(tick)), abs_tol=1e-9)]
         return _Logarithmic(low, high, bottom, TOP, tuple(ticks))
-    ticks = _round_ticks(min(low, 0.0) if low >= 0 else low, high)
-    return _Linear(ticks[0], ticks[-1], bottom, TOP, tuple(ticks))
+    return _linear_axis(values)
+
+
+def _linear_axis(values: list[float]) -> _Linear:
+    """From bottom to top, from a round number to a round one; from 0 unless a value is below it."""
+    ticks = _round_ticks(min(*values, 0.0), max(values))
+    return _Linear(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, tuple(ticks))
 
 
 def _round_ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -199,24 +235,46 @@ def _round_ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def _grid(x: _Linear, y: _Linear, unit: str) -> str:
+def _value_grid(y: _Linear, unit: str) -> str:
     bottom = HEIGHT - BOTTOM
     parts = []
     for tick in y.ticks:
         height = _px(y(tick))
         parts.append(f'<line class="gridline" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height}" y2="{height}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{height}" dy="0.32em" text-anchor="end">{tick:g}</text>')
+        parts.append(_text("tick", LEFT - 6, y(tick), f"{tick:g}", 'dy="0.32em" text-anchor="end"'))
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
-    for tick in x.ticks:
-        parts.append(
-            f'<text class="tick" x="{_px(x(tick))}" y="{bottom + 15}" text-anchor="middle">{_steps(tick)}</text>'
-        )
-    centre, middle = (LEFT + WIDTH - RIGHT) / 2, (TOP + bottom) / 2
-    parts.append(f'<text class="label" x="{centre}" y="{HEIGHT - 3}" text-anchor="middle">step</text>')
+    middle = (TOP + bottom) / 2
     parts.append(
         f'<text class="label" transform="translate(10 {middle}) rotate(-90)" text-anchor="middle">{escape(unit)}</text>'
     )
     return "".join(parts)
+
+
+def _step_axis(x: _Linear) -> str:
+    bottom = HEIGHT - BOTTOM
+    ticks = [_text("tick", x(tick), bottom + 15, _steps(tick)) for tick in x.ticks]
+    return "".join([*ticks, _text("label", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, "step")])
+
+
+def _bin_axis(breakdown: Breakdown, x: _Linear) -> str:
+    labels = [
+        _text("tick", x(number + 0.5), HEIGHT - BOTTOM + 15, one.label) for number, one in enumerate(breakdown.bins)
+    ]
+    return "".join([*labels, _text("label", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, breakdown.measure)])
+
+
+def _text(kind: str, x: float, y: float, text: str, placed: str = 'text-anchor="middle"') -> str:
+    return f'<text class="{kind}" x="{_px(x)}" y="{_px(y)}" {placed}>{escape(text)}</text>'
+
+
+def _dotted(series: Series, breakdown: Breakdown, x: _Linear, y: _Linear) -> str:
+    """A model's line over the bins, a dot for each, which tells its numbers to a mouse that rests there."""
+    dots = [
+        f'<circle class="dot series-{series.colour}" cx="{_px(x(place))}" cy="{_px(y(bleu))}" r="3.5">'
+        f"<title>{escape(f'{series.name}: BLEU {bleu:.1f} at {one.label} {breakdown.measure}')}</title></circle>"
+        for (place, bleu), one in zip(series.bold, breakdown.bins, strict=True)
+    ]
+    return _bold(series, x, y) + "".join(dots)
 
 
 def _thin(series: Series, x: _Linear, y: _Linear) -> str:

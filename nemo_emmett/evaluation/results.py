@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nemo_emmett.errors import DataError
 
-FORMAT = "nemo_emmett.evaluation/1"
+FORMAT = "nemo_emmett.evaluation/2"
 """Stands in every JSON file, so that another program's JSON is not read as an evaluation."""
+
+FILE_NAME = "evaluation.json"
+"""The file of an evaluation in its folder."""
+
+SIGNIFICANCE_LEVEL = 0.05
+"""Differences of a lower p-value are marked as significant, as the field does."""
+
+
+Key = tuple[str, str, str, str]
+"""What a score is of: test set, modality, source language, target language."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +41,21 @@ class Translation:
     audio_path: str | None = None
     duration: float | None = None  # seconds of speech
 
+    @property
+    def key(self) -> Key:
+        """The score that it adds to."""
+        return self.test_set, self.modality, self.source_lang, self.target_lang
+
 
 @dataclass(frozen=True)
 class Throughput:
     """How fast one modality was translated: the model's time alone, without loading and collating the data."""
 
-    seconds: float
+    seconds: float  # of the slowest process, where several share the work
     sentences: int
+    tokens: int = 0  # of the translations, by the model's tokenizer
     audio_seconds: float | None = None  # None for text
+    processes: int = 1  # that had a part in it
 
     @property
     def sentences_per_second(self) -> float | None:
@@ -45,36 +63,90 @@ class Throughput:
         return self.sentences / self.seconds if self.seconds else None
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens of the translations per second of the model's time; None as for sentences."""
+        return self.tokens / self.seconds if self.seconds else None
+
+    @property
     def real_time_factor(self) -> float | None:
         """Seconds of the model's time per second of speech: below 1 is faster than real time. None for text."""
         return self.seconds / self.audio_seconds if self.audio_seconds else None
 
     def __add__(self, other: Throughput) -> Throughput:
-        """The throughput of both one after the other."""
+        """The throughput of both one after the other, by the same processes."""
+        return self._with(other, self.seconds + other.seconds, max(self.processes, other.processes))
+
+    def beside(self, other: Throughput) -> Throughput:
+        """The throughput of both at the same time, by other processes: the slower ends it."""
+        return self._with(other, max(self.seconds, other.seconds), self.processes + other.processes)
+
+    def _with(self, other: Throughput, seconds: float, processes: int) -> Throughput:
         durations = [one.audio_seconds for one in (self, other) if one.audio_seconds is not None]
         return Throughput(
-            seconds=self.seconds + other.seconds,
+            seconds=seconds,
             sentences=self.sentences + other.sentences,
+            tokens=self.tokens + other.tokens,
             audio_seconds=sum(durations) if durations else None,
+            processes=processes,
         )
 
 
 @dataclass(frozen=True)
 class Score:
-    """BLEU and chrF, each from 0 to 100, of one direction of one test set in one modality."""
+    """The scores of one direction of one test set in one modality."""
 
     test_set: str
     modality: str
     source_lang: str
     target_lang: str
     sentences: int
-    bleu: float
-    chrf: float
+    metrics: dict[str, float]  # by the metric's name, in the order asked for; BLEU is always among them
+    interval: float | None = None  # BLEU plus or minus this: 95 % of its bootstrap resamples; None: not estimated
+
+    @property
+    def bleu(self) -> float:
+        """BLEU, from 0 to 100."""
+        return self.metrics["BLEU"]
 
     @property
     def direction(self) -> tuple[str, str]:
         """Source and target language."""
         return self.source_lang, self.target_lang
+
+    @property
+    def key(self) -> Key:
+        """What was scored."""
+        return self.test_set, self.modality, self.source_lang, self.target_lang
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of one score beside a baseline's on the same sentences."""
+
+    baseline: str  # its name
+    test_set: str
+    modality: str
+    source_lang: str
+    target_lang: str
+    metric: str
+    score: float
+    baseline_score: float
+    p_value: float | None  # of the difference, by paired bootstrap; None where the metric has no such test
+
+    @property
+    def key(self) -> Key:
+        """What was scored."""
+        return self.test_set, self.modality, self.source_lang, self.target_lang
+
+    @property
+    def difference(self) -> float:
+        """What the metric rose (positive) or fell by against the baseline."""
+        return self.score - self.baseline_score
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the difference is larger than chance explains."""
+        return self.p_value is not None and self.p_value < SIGNIFICANCE_LEVEL
 
 
 @dataclass(frozen=True)
@@ -82,16 +154,28 @@ class Evaluation:
     """One model on its test sets; the unit that is saved, printed, reported and compared."""
 
     model: str  # folder or class of the model
+    name: str  # what tables call it
     date: str  # ISO 8601, UTC
     scores: list[Score]
     translations: list[Translation]
     throughput: dict[str, Throughput]  # by modality
-    signatures: dict[str, str]  # sacreBLEU's, by metric
+    signatures: dict[str, str]  # by metric; "BLEU (zh)" where a target language has its own tokeniser
+    comparisons: list[Comparison] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)  # test set -> records that could not be read
     decoding: dict[str, int | None] = field(default_factory=dict)
     config: dict = field(default_factory=dict)  # the recipe's test_ds
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+
+
+def one_line(text: str | None) -> str:
+    r"""A text as a line of a file, which is what is scored: ``sacrebleu`` on the command line is given files.
+
+    Example:
+        >>> one_line("zwei\nZeilen ")
+        'zwei Zeilen'
+    """
+    return " ".join((text or "").splitlines()).rstrip()
 
 
 def to_json(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
@@ -112,6 +196,7 @@ def from_json(path: str | os.PathLike[str]) -> Evaluation:
             **record
             | {
                 "scores": [Score(**score) for score in record["scores"]],
+                "comparisons": [Comparison(**comparison) for comparison in record["comparisons"]],
                 "translations": [Translation(**translation) for translation in record["translations"]],
                 "throughput": {name: Throughput(**speed) for name, speed in record["throughput"].items()},
             }
@@ -127,9 +212,31 @@ def _read_record(path: Path) -> dict:
         raise DataError(f"The evaluation {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); give an evaluation.json of `nemo-emmett evaluate`.") from error
-    if not isinstance(record, Mapping) or record.get("format") != FORMAT:
+    kept_format = record.get("format") if isinstance(record, Mapping) else None
+    if str(kept_format).startswith(FORMAT.partition("/")[0]) and kept_format != FORMAT:
+        raise DataError(f"{path} is of format {kept_format}, not {FORMAT}: evaluate that model again.")
+    if kept_format != FORMAT:
         raise DataError(f"{path} is not an evaluation of format {FORMAT}; give one of `nemo-emmett evaluate`.")
     return {key: value for key, value in record.items() if key != "format"}
+
+
+def write_hypotheses(evaluation: Evaluation, folder: str | os.PathLike[str]) -> None:
+    """Write what was scored as plain text: ``{test_set}.{modality}.{source}-{target}.hyp`` and ``.ref``.
+
+    One sentence a line, as ``sacrebleu REF -i HYP`` takes them. Such files of other test sets are removed.
+    """
+    folder = Path(folder)
+    texts: dict[str, list[str]] = defaultdict(list)
+    for one in evaluation.translations:
+        test_set = one.test_set.replace("/", "_")
+        name = f"{test_set}.{one.modality}.{one.source_lang}-{one.target_lang}"
+        texts[f"{name}.hyp"].append(one_line(one.hypothesis) + "\n")
+        texts[f"{name}.ref"].append(one_line(one.reference) + "\n")
+    for stale in [*folder.glob("*.hyp"), *folder.glob("*.ref")]:
+        if stale.name not in texts:
+            stale.unlink()
+    for name, lines in texts.items():
+        write_text(folder / name, "".join(lines))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -6,170 +6,271 @@ import copy
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch.utilities import CombinedLoader
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
-from yaml import YAMLError
 
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.evaluation.comet import CometConfig
 from nemo_emmett.evaluation.curves import read_curves
+from nemo_emmett.evaluation.distributed import Processes, joined_processes
+from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, check_metrics, signatures
+from nemo_emmett.evaluation.recipe import config_of_test_sets, read_yaml
 from nemo_emmett.evaluation.report import write_report
-from nemo_emmett.evaluation.results import Evaluation, from_json, to_json
-from nemo_emmett.evaluation.scoring import score, signatures
+from nemo_emmett.evaluation.results import FILE_NAME, Evaluation, from_json, to_json, write_hypotheses
+from nemo_emmett.evaluation.scoring import score
+from nemo_emmett.evaluation.significance import compare, resampling_signature
 from nemo_emmett.evaluation.table import print_table
-from nemo_emmett.evaluation.translation import translate
+from nemo_emmett.evaluation.translation import Translated, put_together, translate
 from nemo_emmett.models import load
 
 PACKAGES = ("nemo_emmett", "nemo_toolkit", "torch", "transformers", "lhotse", "sacrebleu")
 """Whose versions an evaluation records."""
 
+Place = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model has to do: the same for all that are compared."""
+
+    data_config: DictConfig  # holds test_ds
+    num_beams: int
+    max_new_tokens: int | None
+    metrics: tuple[str, ...]
+    comet: CometConfig | None
+
 
 def evaluate(
     model: Any,
-    config: DictConfig | Mapping | str | os.PathLike[str],
+    config: DictConfig | Mapping | Place,
     *,
-    output: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    output: Place | None = None,
     num_beams: int = 1,
     max_new_tokens: int | None = None,
-    log_dir: str | os.PathLike[str] | None = None,
-    baseline: str | os.PathLike[str] | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    comet: Mapping[str, Any] | None = None,
+    baselines: Sequence[Place] = (),
+    log_dir: Place | None = None,
     examples: int = 10,
     console: Console | None = None,
-) -> Evaluation:
-    """Translate test sets, score the translations, print the table, write ``evaluation.json`` and ``report.html``.
+) -> Evaluation | None:
+    """Translate test sets, score the translations, print the table, write JSON, hypotheses and the report.
+
+    Started by ``torchrun`` or ``srun``, the processes share each test set; the first of them scores, prints and writes.
 
     Args:
         model: a folder that ``save_pretrained`` wrote (loaded onto the GPU if there is one), or a model, used on the
             device where it is.
         config: a recipe, or its YAML file, with ``data.test_ds`` or ``test_ds`` at the top.
-        output: folder for the two files; None writes none.
+        name: what tables call the model; None takes the last two parts of its folder.
+        output: folder for ``evaluation.json``, ``hypotheses`` and ``report.html``; None writes nothing.
         num_beams: 1 is greedy search.
         max_new_tokens: longest translation; None leaves it to the model.
+        metrics: of BLEU, chrF++, chrF, TER, spBLEU and COMET; BLEU is always among them.
+        comet: for COMET ``model``, a checkpoint or a name, and ``batch_size``.
+        baselines: what to compare with: each an ``evaluation.json``, its folder, or the folder of another model, which
+            is evaluated first and its result kept under ``output/baselines``.
         log_dir: TensorBoard logs of the training, for the report's curves.
-        baseline: the ``evaluation.json`` of an earlier model, whose BLEU is shown beside this one's.
         examples: translations shown in the report.
         console: where to print; the terminal unless given.
 
+    Returns:
+        The evaluation; None in all processes but the first.
+
     Raises:
-        ConfigError: if the config has no test sets.
-        DataError: if a test set, the baseline or the logs cannot be used.
-        ModelError: if the model cannot be loaded.
+        ConfigError: if the config has no test sets, or a metric cannot be computed.
+        DataError: if a test set, a baseline or the logs cannot be used.
+        ModelError: if a model cannot be loaded.
 
     Example:
         >>> evaluate("exp/model", "conf/evaluate_phrasebook.yaml", output="exp/evaluation")  # doctest: +SKIP
     """
     # What may be wrong with the arguments shows before the translating, not after.
-    data_config = _data_config(config)
-    earlier = None if baseline is None else from_json(baseline)
+    metrics = check_metrics(metrics)
+    comet_config = CometConfig.of_recipe(comet) if "COMET" in metrics else None
+    task = Task(config_of_test_sets(config), num_beams, max_new_tokens, metrics, comet_config)
+    earlier = [_saved_or_folder(baseline) for baseline in baselines]
     curves = None if log_dir is None else read_curves(log_dir)
-    if isinstance(model, (str, os.PathLike)):
-        model_name, model = os.fspath(model), _load(model)
-    else:
-        model_name = type(model).__qualname__
-    test_sets = _test_sets(data_config, model)
-    translations, throughput = translate(model, test_sets, num_beams=num_beams, max_new_tokens=max_new_tokens)
-    evaluation = Evaluation(
-        model=model_name,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        scores=score(translations),
-        translations=translations,
-        throughput=throughput,
-        signatures=signatures(),
-        skipped=_skipped(test_sets),
-        decoding={"num_beams": num_beams, "max_new_tokens": max_new_tokens},
-        config=OmegaConf.to_container(data_config.test_ds, resolve=True),
-        command=shlex.join(sys.argv),
-        versions=_versions(),
-    )
+    loaded = load(model) if isinstance(model, (str, os.PathLike)) else model
+    with joined_processes() as processes:
+        earlier = [
+            _evaluate_baseline(one, task, output, processes) if isinstance(one, Path) else one for one in earlier
+        ]
+        if loaded is not model:
+            loaded = loaded.to(processes.device)
+        model_name = os.fspath(model) if loaded is not model else type(model).__qualname__
+        evaluation = _evaluate(loaded, model_name, name, task, processes)
+    if evaluation is None:
+        return None
     if output is not None:
-        to_json(evaluation, Path(output) / "evaluation.json")
-    print_table(evaluation, console, baseline=earlier)
+        _write(evaluation, Path(output))  # here already: a baseline of other sentences must not cost the translations
+    earlier = _told_apart(evaluation, earlier)
+    evaluation = replace(evaluation, comparisons=[one for baseline in earlier for one in compare(evaluation, baseline)])
     if output is not None:
-        write_report(evaluation, Path(output) / "report.html", curves=curves, examples=examples, baseline=earlier)
+        to_json(evaluation, Path(output) / FILE_NAME)
+    print_table(evaluation, console, earlier)
+    if output is not None:
+        write_report(evaluation, Path(output) / "report.html", curves=curves, examples=examples, baselines=earlier)
     return evaluation
 
 
-def evaluate_recipe(
-    config: DictConfig | str | os.PathLike[str], model: str | os.PathLike[str] | None = None, **options: Any
-) -> Evaluation:
+def evaluate_recipe(config: DictConfig | Place, model: Place | None = None, **options: Any) -> Evaluation | None:
     """Evaluate as a recipe says: beside its test sets it may name ``model`` and any argument of :func:`evaluate`.
 
     Args:
-        config: a recipe, or its YAML file.
+        config: a recipe, or its YAML file; ``baseline`` is one or a list of them.
         model: folder of the model; None takes the recipe's.
-        options: arguments of :func:`evaluate`; those that are None are the recipe's.
+        options: arguments of :func:`evaluate`; those that are None or empty are the recipe's.
 
     Raises:
         ConfigError: if neither names a model, and as :func:`evaluate` does.
     """
-    recipe = config if isinstance(config, DictConfig) else _read_yaml(Path(config))
+    recipe = config if isinstance(config, DictConfig) else read_yaml(Path(config))
     model = recipe.get("model") if model is None else model
     if not isinstance(model, (str, os.PathLike)):
         raise ConfigError("model: the recipe names no exported model; give the folder that train.py exported to.")
-    known = ("output", "num_beams", "max_new_tokens", "log_dir", "baseline", "examples")
-    chosen = {name: recipe.get(name) for name in known} | {k: v for k, v in options.items() if v is not None}
-    return evaluate(model, recipe, **{name: value for name, value in chosen.items() if value is not None})
+    known = ("name", "output", "num_beams", "max_new_tokens", "metrics", "comet", "log_dir", "examples")
+    chosen = {key: _plain(recipe.get(key)) for key in known} | {"baselines": _as_list(recipe.get("baseline"))}
+    chosen |= {key: value for key, value in options.items() if value not in (None, ())}
+    return evaluate(model, recipe, **{key: value for key, value in chosen.items() if value is not None})
 
 
-def _data_config(config: DictConfig | Mapping | str | os.PathLike[str]) -> DictConfig:
-    """A copy of the section that holds ``test_ds``, interpolations into the rest of the recipe intact."""
-    where = "the config"
-    if isinstance(config, (str, os.PathLike)):
-        where = f"'{os.fspath(config)}'"
-        config = _read_yaml(Path(config))
-    recipe = copy.deepcopy(config) if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
-    data = recipe.data if "data" in recipe and "test_ds" in recipe.data else recipe
-    if "test_ds" not in data or not data.test_ds.get("datasets"):
-        raise ConfigError(
-            f"data.test_ds.datasets is missing in {where}: name the test sets there, each with its input_cfg."
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _as_list(baseline: Place | ListConfig | None) -> list[Place]:
+    if baseline is None:
+        return []
+    return list(baseline) if isinstance(baseline, (list, ListConfig)) else [baseline]
+
+
+def _saved_or_folder(baseline: Place) -> Evaluation | Path:
+    """A saved evaluation, or the folder of a model that is still to be evaluated."""
+    path = Path(baseline)
+    if (path / FILE_NAME).is_file():
+        return from_json(path / FILE_NAME)
+    if not path.is_dir():
+        return from_json(path)
+    if not (path / "config.json").is_file():
+        raise DataError(
+            f"The baseline '{path}' holds neither an {FILE_NAME} nor an exported model; give the folder of one of them."
         )
-    return data
+    return path
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    try:
-        config = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"The config '{path}' cannot be read: {error.strerror}.") from error
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"The config '{path}' is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(config, DictConfig):
-        raise ConfigError(f"The config '{path}' holds a list; it must hold keys, among them data.test_ds.")
-    return config
+def _evaluate_baseline(folder: Path, task: Task, output: Place | None, processes: Processes) -> Evaluation | None:
+    model = load(folder).to(processes.device)
+    evaluation = _evaluate(model, os.fspath(folder), None, task, processes)
+    if evaluation is not None and output is not None:
+        _write(evaluation, Path(output) / "baselines" / evaluation.name.replace("/", "_"))
+    return evaluation
 
 
-def _load(folder: str | os.PathLike[str]) -> torch.nn.Module:
-    return load(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _test_sets(data_config: DictConfig, model: Any) -> Mapping[str, Iterable]:
-    """Loaders of the test sets by name."""
+def _evaluate(model: Any, model_name: str, name: str | None, task: Task, processes: Processes) -> Evaluation | None:
+    """Translate together, and score in the first process; None in the others."""
+    data_config = copy.deepcopy(task.data_config)  # to which the model adds what it knows
     datamodule = MultimodalDataModule(
         data_config,
         tokenizer=model.tokenizer,
         dataset=SpeechTextDataset(model.tokenizer),
         defaults=model.data_defaults,
     )
-    loader = datamodule.test_dataloader()
-    # One set after another: Lightning's combination would give the sets' batches side by side, padded with None.
-    assert isinstance(loader, CombinedLoader)
-    return loader.iterables
+    test_sets = datamodule.test_sets(processes.rank, processes.number)
+    translated = translate(
+        model,
+        test_sets,
+        num_beams=task.num_beams,
+        max_new_tokens=task.max_new_tokens,
+        progress=processes.is_first,
+    )
+    shares = processes.gather(_Share.of(translated, test_sets))
+    if shares is None:
+        return None
+    _check_orders(shares)
+    whole = put_together([share.translated for share in shares])
+    scores = score(whole.translations, task.metrics, task.comet)
+    return Evaluation(
+        model=model_name,
+        name=name or "/".join(Path(model_name).parts[-2:]),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        scores=scores,
+        translations=whole.translations,
+        throughput=whole.throughput,
+        signatures=_signatures(task, {one.target_lang for one in scores}),
+        skipped=_skipped(shares),
+        decoding={"num_beams": task.num_beams, "max_new_tokens": task.max_new_tokens},
+        config=OmegaConf.to_container(data_config.test_ds, resolve=True),
+        command=shlex.join(sys.argv),
+        versions=_versions(),
+    )
 
 
-def _skipped(test_sets: Mapping[str, Iterable]) -> dict[str, int]:
-    """How many records of each test set could not be read, where there were any."""
-    # NeMo's wrapper around each loader keeps ours as its source.
-    counts = {name: loader._source.bad_records.count() for name, loader in test_sets.items()}
+@dataclass(frozen=True)
+class _Share:
+    """What one process has to tell."""
+
+    translated: Translated
+    orders: dict[str, str | None]  # by test set: digest of the batches as this process saw them
+    skipped: dict[str, frozenset[tuple[str, str]]]  # by test set: records that this process could not read
+
+    @classmethod
+    def of(cls, translated: Translated, test_sets: Mapping[str, Any]) -> _Share:
+        return cls(
+            translated,
+            {name: loader.sampler.order for name, loader in test_sets.items()},
+            {name: loader.bad_records.records() for name, loader in test_sets.items()},
+        )
+
+
+def _check_orders(shares: Sequence[_Share]) -> None:
+    """Processes that see the data in different orders translate some sentences twice and others never."""
+    for test_set, order in shares[0].orders.items():
+        if any(share.orders[test_set] != order for share in shares):
+            raise DataError(
+                f"The processes read test set '{test_set}' in different orders, so that they cannot share it; set "
+                "shuffle: false and a number for seed and shard_seed, and see that all read the same files."
+            )
+
+
+def _skipped(shares: Sequence[_Share]) -> dict[str, int]:
+    """How many records of each test set could not be read, where there were any; one that several met counts once."""
+    counts = {name: len(frozenset().union(*(share.skipped[name] for share in shares))) for name in shares[0].skipped}
     return {name: count for name, count in counts.items() if count}
+
+
+def _signatures(task: Task, target_langs: set[str]) -> dict[str, str]:
+    found = signatures(task.metrics, target_langs)
+    if task.comet is not None:
+        found["COMET"] = task.comet.signature
+    return found | {"intervals and p-values": resampling_signature()}
+
+
+def _told_apart(evaluation: Evaluation, baselines: Sequence[Evaluation]) -> list[Evaluation]:
+    """The baselines, numbered where another has the same name: comparisons and tables know them by it."""
+    taken, found = {evaluation.name}, []
+    for baseline in baselines:
+        name, number = baseline.name, 1
+        while name in taken:
+            number += 1
+            name = f"{baseline.name} ({number})"
+        taken.add(name)
+        found.append(replace(baseline, name=name))
+    return found
+
+
+def _write(evaluation: Evaluation, folder: Path) -> None:
+    write_hypotheses(evaluation, folder / "hypotheses")
+    to_json(evaluation, folder / FILE_NAME)
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Scores of translations: BLEU and chrF per direction, and their averages over directions.
+"""Scores of translations: each metric per direction, and their averages over directions.
 
 A direction is scored per test set and never pooled across test sets. For averages and tables the scores are laid out in
 **columns**: all test sets of a modality share one column unless two of them hold the same direction; then each test set
@@ -8,15 +8,16 @@ has its own.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-from sacrebleu.metrics import CHRF
+from itertools import islice
+from statistics import fmean
 
 from nemo_emmett.errors import DataError
-from nemo_emmett.evaluation.results import Score, Translation
-from nemo_emmett.modules.bleu import check_parallel, corpus_bleu
-from nemo_emmett.modules.bleu import signature as bleu_signature
+from nemo_emmett.evaluation.comet import CometConfig, comet_scores
+from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, is_sacrebleus, sacrebleu_metric
+from nemo_emmett.evaluation.results import Key, Score, Translation, one_line
+from nemo_emmett.evaluation.significance import interval
 
 MODALITY_ORDER = ("text", "audio")
 """Text first, as the field prints it; further modalities follow by name."""
@@ -44,39 +45,38 @@ class Average:
     test_set: str | None
     directions: int
     sentences: int  # of all these directions together
-    bleu: float
-    chrf: float
+    metrics: dict[str, float]
+
+    @property
+    def bleu(self) -> float:
+        """Mean BLEU."""
+        return self.metrics["BLEU"]
 
 
-def score(translations: Iterable[Translation]) -> list[Score]:
+def score(
+    translations: Iterable[Translation],
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    comet: CometConfig | None = None,
+) -> list[Score]:
     """Score each direction of each test set and modality.
+
+    Args:
+        translations: of any number of test sets.
+        metrics: names of :data:`~nemo_emmett.evaluation.metrics.METRICS`, BLEU among them.
+        comet: needed where COMET is among them.
 
     Raises:
         DataError: if a translation lacks a reference or a language, or if there is none at all.
     """
-    groups: dict[tuple[str, str, str, str], list[Translation]] = defaultdict(list)
+    groups: dict[Key, list[Translation]] = defaultdict(list)
     for translation in translations:
         _check_scorable(translation)
-        key = (translation.test_set, translation.modality, translation.source_lang, translation.target_lang)
-        groups[key].append(translation)
+        groups[translation.key].append(translation)
     if not groups:
         raise DataError("There is no translation to score: the test sets gave no sentence; check test_ds.datasets.")
-    return [_score_group(*key, group) for key, group in sorted(groups.items())]
-
-
-def signatures() -> dict[str, str]:
-    """sacreBLEU's signature of each metric."""
-    return {"BLEU": bleu_signature(), "chrF": str(CHRF(references=[[""]]).get_signature())}
-
-
-def corpus_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """The chrF2 of a whole corpus, from 0 to 100, as ``sacrebleu -m chrf`` computes it (Popović, 2015).
-
-    Raises:
-        DataError: if there is no sentence, or if there are not as many references as hypotheses.
-    """
-    check_parallel(hypotheses, references)
-    return CHRF().corpus_score(list(hypotheses), [list(references)]).score
+    by_key = dict(sorted(groups.items()))
+    of_comet = _comet_means(by_key, comet) if "COMET" in metrics else {}
+    return [_score_group(key, group, metrics, of_comet.get(key)) for key, group in by_key.items()]
 
 
 def columns(scores: Iterable[Score]) -> list[Column]:
@@ -100,8 +100,7 @@ def average(column: Column) -> Average | None:
         test_set=column.test_set,
         directions=len(scores),
         sentences=sum(one.sentences for one in scores),
-        bleu=sum(one.bleu for one in scores) / len(scores),
-        chrf=sum(one.chrf for one in scores) / len(scores),
+        metrics={name: fmean(one.metrics[name] for one in scores) for name in scores[0].metrics},
     )
 
 
@@ -114,20 +113,25 @@ def _check_scorable(translation: Translation) -> None:
             )
 
 
-def _score_group(
-    test_set: str, modality: str, source_lang: str, target_lang: str, translations: list[Translation]
-) -> Score:
-    hypotheses = [translation.hypothesis for translation in translations]
-    references = [translation.reference for translation in translations]
+def _score_group(key: Key, translations: Sequence[Translation], metrics: Sequence[str], comet: float | None) -> Score:
+    hypotheses = [one_line(translation.hypothesis) for translation in translations]
+    references = [one_line(translation.reference) for translation in translations]
+    _, _, _, target_lang = key
+    found = {"COMET": comet}
+    for name in filter(is_sacrebleus, metrics):
+        found[name] = sacrebleu_metric(name, target_lang).corpus_score(hypotheses, [references]).score
     return Score(
-        test_set=test_set,
-        modality=modality,
-        source_lang=source_lang,
-        target_lang=target_lang,
+        *key,
         sentences=len(translations),
-        bleu=corpus_bleu(hypotheses, references),
-        chrf=corpus_chrf(hypotheses, references),
+        metrics={name: found[name] for name in metrics},
+        interval=interval(sacrebleu_metric("BLEU", target_lang), hypotheses, references),
     )
+
+
+def _comet_means(groups: Mapping[Key, Sequence[Translation]], comet: CometConfig) -> dict[Key, float]:
+    """COMET of each group, in one go: its model is large, and starting it slow."""
+    scores = iter(comet_scores([one for group in groups.values() for one in group], comet))
+    return {key: fmean(islice(scores, len(group))) for key, group in groups.items()}
 
 
 def _columns_of(modality: str, scores: list[Score]) -> list[Column]:

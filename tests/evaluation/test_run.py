@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerFast
 
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.evaluation import evaluate, evaluate_recipe, from_json, run
+from nemo_emmett.evaluation import evaluate, evaluate_recipe, from_json, run, significance
 
 from .samples import DIRECTIONS, LANGUAGES, SAMPLING_RATE, SENTENCES, sentence, tone
 
@@ -44,6 +44,12 @@ def tokenizer(tmp_path_factory) -> AutoTokenizer:
     return tokenizer
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """What a thousand find is the matter of test_significance."""
+    monkeypatch.setattr(significance, "RESAMPLES", 20)
+
+
 class Oracle:
     """Knows the references; of speech it leaves out the last word."""
 
@@ -54,6 +60,9 @@ class Oracle:
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
+
+    def to(self, device):
+        return self
 
     def translate_batch(self, batch, num_beams=1, max_new_tokens=None):
         references = [example["target_text"] for example in batch["examples"]]
@@ -122,10 +131,13 @@ def test_a_recipe_becomes_a_table_a_json_file_and_a_page(recipe, tokenizer, tmp_
     assert evaluation.throughput["audio"].audio_seconds == pytest.approx(12 * SENTENCES * 0.1)
     assert evaluation.config["audio_locator_tag"] == LOCATOR
     assert from_json(tmp_path / "out" / "evaluation.json") == evaluation
+    # The tokenizer knows each of the words, eight to a sentence.
+    assert (evaluation.throughput["text"].tokens, evaluation.throughput["audio"].tokens) == (36 * 8, 36 * 7)
+    assert len(list((tmp_path / "out" / "hypotheses").iterdir())) == 2 * 12 * 2
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<audio controls") == 10
+    assert page.count("<audio controls") >= 10
     assert "Training loss" in page
-    assert "│ average   │ 36 │ 100.0 │ 100.0 │" in terminal.getvalue()
+    assert "│ average   │ 36 │ 100.0 │  100.0 │" in terminal.getvalue()
 
 
 def test_the_config_is_left_as_it_was_and_may_hold_test_ds_at_its_top(recipe, tokenizer, tmp_path):
@@ -145,10 +157,63 @@ def test_an_earlier_evaluation_is_the_baseline_of_a_later(recipe, tokenizer, tmp
     evaluate(
         Oracle(tokenizer),
         recipe,
-        baseline=tmp_path / "before" / "evaluation.json",
+        name="after",
+        baselines=[tmp_path / "before" / "evaluation.json"],
         console=Console(file=terminal, width=120),
     )
-    assert terminal.getvalue().count("+0.0") == 2 * 13
+    assert terminal.getvalue().count("+0.0 ") == 2 * 13
+
+
+class Deaf(Oracle):
+    """Leaves out the first words of texts, too."""
+
+    def translate_batch(self, batch, num_beams=1, max_new_tokens=None):
+        found = super().translate_batch(batch)
+        return found if "audios" in batch else [one.split(" ", 2)[-1] for one in found]
+
+
+def test_the_folder_of_another_model_is_evaluated_first_and_its_result_kept(recipe, tokenizer, tmp_path, monkeypatch):
+    other = tmp_path / "exp" / "other"
+    other.mkdir(parents=True)
+    (other / "config.json").touch()
+    monkeypatch.setattr(run, "load", lambda folder: Deaf(tokenizer))
+    quiet = Console(file=io.StringIO())
+
+    evaluation = evaluate(Oracle(tokenizer), recipe, output=tmp_path / "out", baselines=[other], console=quiet)
+
+    kept = from_json(tmp_path / "out" / "baselines" / "exp_other" / "evaluation.json")
+    assert (kept.name, kept.model, evaluation.name) == ("exp/other", str(other), "Oracle")
+    assert (tmp_path / "out" / "baselines" / "exp_other" / "hypotheses" / "test_text.text.de-en.hyp").exists()
+    by_modality = {}
+    for one in evaluation.comparisons:
+        by_modality.setdefault((one.modality, one.metric), []).append(one)
+    assert {key: len(of_key) for key, of_key in by_modality.items()} == {
+        (modality, metric): 12 for modality in ("text", "audio") for metric in ("BLEU", "chrF++")
+    }
+    assert all(one.difference > 10 and one.baseline == "exp/other" for one in by_modality["text", "BLEU"])
+    assert all((one.difference, one.p_value) == (0.0, 1.0) for one in by_modality["audio", "BLEU"])
+
+    again = evaluate(Oracle(tokenizer), recipe, baselines=[tmp_path / "out" / "baselines" / "exp_other"], console=quiet)
+    assert again.comparisons == evaluation.comparisons
+
+
+def test_baselines_of_one_name_are_told_apart(recipe, tokenizer, tmp_path):
+    quiet = Console(file=io.StringIO())
+    evaluate(Oracle(tokenizer), recipe, output=tmp_path, console=quiet)
+    evaluation = evaluate(Oracle(tokenizer), recipe, baselines=[tmp_path, tmp_path], console=quiet)
+    assert {one.baseline for one in evaluation.comparisons} == {"Oracle (2)", "Oracle (3)"}
+
+
+def test_a_baseline_that_does_not_compare_costs_no_translations(recipe, tokenizer, tmp_path):
+    quiet = Console(file=io.StringIO())
+    config = OmegaConf.load(recipe)
+    del config.data.test_ds.datasets["test_text"]
+    evaluate(Oracle(tokenizer), config, output=tmp_path / "speech", console=quiet)
+    config = OmegaConf.load(recipe)
+    del config.data.test_ds.datasets["test_speech"]
+    with pytest.raises(DataError, match="no common direction"):
+        evaluate(Oracle(tokenizer), config, output=tmp_path, baselines=[tmp_path / "speech"], console=quiet)
+    assert len(from_json(tmp_path / "evaluation.json").translations) == 12 * SENTENCES
 
 
 @pytest.mark.parametrize(
@@ -171,7 +236,9 @@ def test_a_config_without_test_sets_is_refused_before_the_model_is_loaded(conten
 
 def test_a_missing_baseline_is_refused_before_the_model_is_loaded(recipe, tmp_path):
     with pytest.raises(DataError, match=r"evaluation .*baseline\.json cannot be read"):
-        evaluate(tmp_path / "no_model", recipe, baseline=tmp_path / "baseline.json")
+        evaluate(tmp_path / "no_model", recipe, baselines=[tmp_path / "baseline.json"])
+    with pytest.raises(DataError, match=r"holds neither an evaluation.json nor an exported model"):
+        evaluate(tmp_path / "no_model", recipe, baselines=[tmp_path])
 
 
 def test_importing_the_package_imports_neither_torch_nor_nemo():
@@ -196,16 +263,21 @@ def test_what_a_test_set_lacks_is_told(recipe, tokenizer, tmp_path):
 
 
 def test_a_recipe_may_say_how_it_is_evaluated_and_options_overrule_it(recipe, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_load", lambda folder: Oracle(tokenizer))
+    monkeypatch.setattr(run, "load", lambda folder: Oracle(tokenizer))
     config = OmegaConf.load(recipe)
     settings = {"model": "exp/model", "output": str(tmp_path / "recipe"), "examples": 3, "num_beams": 2}
+    settings |= {"metrics": ["TER"], "baseline": None}
     config = OmegaConf.merge(config, settings)
     del config.data.test_ds.datasets["test_speech"]
     evaluation = evaluate_recipe(config, output=tmp_path / "option", max_new_tokens=None)
+    assert list(evaluation.scores[0].metrics) == list(evaluation.signatures)[:2] == ["BLEU", "TER"]
     assert (evaluation.model, evaluation.decoding) == ("exp/model", {"num_beams": 2, "max_new_tokens": None})
     assert (tmp_path / "option" / "report.html").exists()
     assert not (tmp_path / "recipe").exists()
-    assert evaluate_recipe(config, "other/model").model == "other/model"
+    config.baseline = str(tmp_path / "option")
+    other = evaluate_recipe(config, "other/model", metrics=("chrF",), name="other")
+    assert (other.model, other.name, list(other.scores[0].metrics)) == ("other/model", "other", ["BLEU", "chrF"])
+    assert {one.baseline for one in other.comparisons} == {"exp/model"}
     assert (tmp_path / "recipe" / "evaluation.json").exists()
     config.model = {"_target_": "salm_t5"}
     with pytest.raises(ConfigError, match="names no exported model"):

@@ -7,7 +7,18 @@ import torch
 
 from nemo_emmett.errors import ModelError
 from nemo_emmett.evaluation import translation as module
-from nemo_emmett.evaluation.translation import translate
+from nemo_emmett.evaluation.translation import put_together, translate
+
+
+class Words:
+    """A tokenizer of which every use takes a second."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def text_to_ids(self, text: str) -> list[int]:
+        self.clock.now += 1.0
+        return [0 for _ in text.split()]
 
 
 class Shouter:
@@ -19,6 +30,7 @@ class Shouter:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
+        self.tokenizer = Words(clock)
         self.calls = []
 
     def translate_batch(self, batch, num_beams=1, max_new_tokens=None):
@@ -73,8 +85,9 @@ def test_every_example_of_every_test_set_is_translated_in_order(clock):
         "news": [{"text": text_batch("a", "b")}, {}, {"text": text_batch("c")}],
         "talks": [{"audio": speech_batch("d", "e", samples=[100, 250]), "text": text_batch("f")}],
     }
-    translations, throughput = translate(Shouter(clock), test_sets, progress=False)
+    translated = translate(Shouter(clock), test_sets, progress=False)
 
+    translations, throughput = translated.translations, translated.throughput
     assert [(one.test_set, one.id, one.modality, one.hypothesis) for one in translations] == [
         ("news", "id-a", "text", "A"),
         ("news", "id-b", "text", "B"),
@@ -89,6 +102,7 @@ def test_every_example_of_every_test_set_is_translated_in_order(clock):
     text, speech = throughput["text"], throughput["audio"]
     assert (text.seconds, text.sentences, text.audio_seconds) == (3.0, 4, None)
     assert (speech.seconds, speech.sentences, speech.audio_seconds) == (1.0, 2, 3.5)
+    assert [len(batch) for batch in translated.batches["news"]] == [2, 0, 1]
 
 
 def test_the_time_of_loading_is_not_the_models(clock):
@@ -97,15 +111,39 @@ def test_the_time_of_loading_is_not_the_models(clock):
             clock.now += 100.0
             yield {"text": text_batch(text)}
 
-    _, throughput = translate(Shouter(clock), {"news": slow_loader()}, progress=False)
+    throughput = translate(Shouter(clock), {"news": slow_loader()}, progress=False).throughput
     assert throughput["text"].seconds == 2.0
+
+
+def test_tokens_of_the_translations_are_counted_outside_the_clock(clock):
+    throughput = translate(Shouter(clock), {"news": [{"text": text_batch("a b c", "d")}]}, progress=False).throughput
+    assert (throughput["text"].tokens, throughput["text"].seconds) == (4, 1.0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_batches_dealt_out_come_together_in_order(clock, ranks):
+    batches = {
+        "news": [{"text": text_batch(*texts)} if texts else {} for texts in ("ab", "", "c", "de")],
+        "talks": [{"audio": speech_batch("f", samples=[100])}],
+    }
+    parts = [
+        translate(Shouter(clock), {name: of_set[rank::ranks] for name, of_set in batches.items()}, progress=False)
+        for rank in range(ranks)
+    ]
+    together = put_together(parts)
+    alone = translate(Shouter(clock), batches, progress=False)
+    assert together.batches == alone.batches
+    assert together.throughput["audio"] == alone.throughput["audio"]
+    text = together.throughput["text"]
+    assert (text.sentences, text.tokens) == (5, 5)
+    assert text.seconds == max(part.throughput["text"].seconds for part in parts if "text" in part.throughput)
 
 
 def test_examples_with_several_recordings_count_in_full_but_have_no_duration_of_their_own(clock):
     batch = speech_batch("a", samples=[100, 300])
-    translations, throughput = translate(Shouter(clock), {"talks": [{"audio": batch}]}, progress=False)
-    assert translations[0].duration is None
-    assert throughput["audio"].audio_seconds == 4.0
+    translated = translate(Shouter(clock), {"talks": [{"audio": batch}]}, progress=False)
+    assert translated.translations[0].duration is None
+    assert translated.throughput["audio"].audio_seconds == 4.0
 
 
 def test_decoding_options_reach_the_model(clock):

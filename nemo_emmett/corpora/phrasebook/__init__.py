@@ -12,7 +12,8 @@ Example:
 
 from nemo_emmett.corpora.phrasebook.config import LANGUAGES, SPLITS, TYPES, PhrasebookConfig
 from nemo_emmett.corpora.phrasebook.items import Item, Phrase, split_phrases
-from nemo_emmett.corpora.phrasebook.prepare import PhrasebookSummary, prepare_phrasebook
+from nemo_emmett.corpora.phrasebook.prepare import prepare_phrasebook
+from nemo_emmett.corpora.phrasebook.speaking import SpokenSummary
 from nemo_emmett.corpora.phrasebook.writing import write_item
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
     "Item",
     "Phrase",
     "PhrasebookConfig",
-    "PhrasebookSummary",
+    "SpokenSummary",
     "prepare_phrasebook",
     "split_phrases",
     "write_item",

@@ -50,46 +50,49 @@ class PhrasebookConfig:
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(value))
-        _check_choices("languages", self.languages, LANGUAGES)
-        _check_choices("types", self.types, TYPES)
-        _check_choices("currencies", self.currencies, CURRENCIES)
-        _check_choices("variants", self.variants, None)
+        check_choices("phrasebook.languages", self.languages, LANGUAGES)
+        check_choices("phrasebook.types", self.types, TYPES)
+        check_choices("phrasebook.currencies", self.currencies, CURRENCIES)
+        check_choices("phrasebook.variants", self.variants, None)
         for name in ("train_items", "test_items", "renditions"):
-            _check_range(name, getattr(self, name), 1, None)
+            check_range(f"phrasebook.{name}", getattr(self, name), 1, None)
         for name in ("dev_items", "seed"):
-            _check_range(name, getattr(self, name), 0, None)
+            check_range(f"phrasebook.{name}", getattr(self, name), 0, None)
         if self.spoken_train_items is not None:
-            _check_range("spoken_train_items", self.spoken_train_items, 0, self.train_items)
-        _check_range("max_number", self.max_number, 1, LARGEST_NUMBER)
-        _check_range("first_year", self.first_year, 1000, 2999)
-        _check_range("last_year", self.last_year, self.first_year, 2999)
-        _check_range("max_price", self.max_price, 1, 999)
-        _check_interval("speed", self.speed, 80, 450)
-        _check_interval("pitch", self.pitch, 0, 99)
+            check_range("phrasebook.spoken_train_items", self.spoken_train_items, 0, self.train_items)
+        check_range("phrasebook.max_number", self.max_number, 1, LARGEST_NUMBER)
+        check_range("phrasebook.first_year", self.first_year, 1000, 2999)
+        check_range("phrasebook.last_year", self.last_year, self.first_year, 2999)
+        check_range("phrasebook.max_price", self.max_price, 1, 999)
+        check_interval("phrasebook.speed", self.speed, 80, 450)
+        check_interval("phrasebook.pitch", self.pitch, 0, 99)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values: what ``phrasebook.json`` keeps and is compared with."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-def _check_choices(name: str, values: Sequence[str], known: Collection[str] | None) -> None:
+def check_choices(name: str, values: Sequence[str], known: Collection[str] | None) -> None:
+    """Refuse names that are none, given twice, or not among ``known``; ``name`` is the key: "phrasebook.types"."""
     if isinstance(values, str) or not values or len(set(values)) != len(values):
-        raise ConfigError(f"phrasebook.{name}: {values!r} must be a list of one or more different names")
+        raise ConfigError(f"{name}: {values!r} must be a list of one or more different names")
     for value in values:
         if known is not None and value not in known:
             suggestion = nearest(value, known)
             hint = f"did you mean '{suggestion}'?" if suggestion else f"choose among {', '.join(known)}"
-            raise ConfigError(f"phrasebook.{name}: there is no '{value}' in the phrasebook; {hint}")
+            raise ConfigError(f"{name}: there is no '{value}' in the {name.partition('.')[0]}; {hint}")
 
 
-def _check_range(name: str, value: int, low: int, high: int | None) -> None:
+def check_range(name: str, value: int, low: int, high: int | None) -> None:
+    """Refuse what is no whole number from ``low`` to ``high``; None: from ``low``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         upper = "or more" if high is None else f"to {high}"
-        raise ConfigError(f"phrasebook.{name}: {value!r} must be a whole number, {low} {upper}")
+        raise ConfigError(f"{name}: {value!r} must be a whole number, {low} {upper}")
 
 
-def _check_interval(name: str, interval: Sequence[int], low: int, high: int) -> None:
+def check_interval(name: str, interval: Sequence[int], low: int, high: int) -> None:
+    """Refuse what is not a lowest and a highest whole number within ``low`` to ``high``."""
     if isinstance(interval, str) or len(interval) != 2:
-        raise ConfigError(f"phrasebook.{name}: {interval!r} must be two numbers, the lowest and the highest")
-    _check_range(name, interval[0], low, high)
-    _check_range(name, interval[1], interval[0], high)
+        raise ConfigError(f"{name}: {interval!r} must be two numbers, the lowest and the highest")
+    check_range(name, interval[0], low, high)
+    check_range(name, interval[1], interval[0], high)

@@ -1,4 +1,4 @@
-"""The eSpeak NG library, as far as the phrasebook needs it: text and a voice to samples."""
+"""The eSpeak NG library, as far as spoken corpora need it: text and a voice to samples."""
 
 from __future__ import annotations
 

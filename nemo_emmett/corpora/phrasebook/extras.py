@@ -1,4 +1,4 @@
-"""The libraries that only the phrasebook needs, loaded on demand."""
+"""The libraries that only spoken corpora need, loaded on demand."""
 
 from __future__ import annotations
 
@@ -34,6 +34,4 @@ def installed_version(library: str) -> str:
 
 
 def _missing(library: str) -> EmmettError:
-    return EmmettError(
-        f"The phrasebook needs '{library}', which is not installed; run: pip install 'nemo_emmett[demo]'"
-    )
+    return EmmettError(f"This corpus needs '{library}', which is not installed; run: pip install 'nemo_emmett[demo]'")

@@ -1,0 +1,131 @@
+"""EMMeTT's claims in miniature: joint training beside text alone and speech alone, and what makes it efficient.
+
+Usage:
+    python examples/speechlm/experiment.py [--captions FOLDER] [--data data] [--exp exp/experiment]
+
+On the phrasebook, and on real captions if their folder is given (Multi30k: train.en, train.de, train.fr, val.en, ...),
+SALM-T5 and SALM-GPT are trained from one pretrained start on text translation, on speech translation, and on both, with
+three seeds each; then, on a corpus with much English speech and little French, with other buckets, batch sizes and
+blends. It ends with the tables, and writes them with the curves and all numbers into the experiment's folder.
+
+Each run is a command of its own whose output is kept beside its results; one that has finished is not run again, so an
+interrupted experiment goes on where it stopped. docs/experiment.md has what came out, and what it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from experiment_runs import SEEDS, Run, all_runs, captions, phrasebook
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from stages import KEEP_MEMORY, tail
+
+
+def main() -> None:
+    """Run what has not been run, then print and write the results."""
+    parser = argparse.ArgumentParser(description="EMMeTT's claims in miniature.")
+    parser.add_argument("--captions", type=Path, help="folder with Multi30k's train.en, train.de, ..., val.fr")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder for the corpora")
+    parser.add_argument("--exp", type=Path, default=Path("exp/experiment"), help="folder of the experiment")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the trainings")
+    options = parser.parse_args()
+
+    corpora = [phrasebook(options.data)]
+    if options.captions is not None:
+        corpora.append(captions(options.data, options.captions))
+    runs = all_runs(corpora, options.exp, options.seeds)
+    console = Console()
+    run_all(runs, options.exp / "logs", options.jobs, console)
+
+    # What reads the results needs NeMo, ten seconds that a first glance at the bar should not wait for.
+    from experiment_results import collect, report
+
+    report(collect(corpora, options.exp, options.seeds), options.exp, console)
+
+
+def run_all(runs: Sequence[Run], logs: Path, jobs: int, console: Console) -> None:
+    """Run everything that is not there yet, each run after those it needs, up to ``jobs`` at a time."""
+    finished = {run.name for run in runs if run.result.exists()}
+    waiting = [run for run in runs if run.name not in finished]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
+        bar = progress.add_task("The experiment's runs", total=len(runs), completed=len(finished))
+        running: dict[Future[float], Run] = {}
+        stop = threading.Event()
+        try:
+            while waiting or running:
+                for run in [one for one in waiting if finished.issuperset(one.after)][: jobs - len(running)]:
+                    waiting.remove(run)
+                    running[pool.submit(start, run, logs, progress, stop)] = run
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    run = running.pop(future)
+                    progress.console.print(f"{run.name}: {future.result():.0f} s", highlight=False)
+                    progress.advance(bar)
+                    finished.add(run.name)
+        finally:
+            stop.set()
+
+
+def start(run: Run, logs: Path, progress: Progress, stop: threading.Event) -> float:
+    """Run one command to its end; its seconds. The last bar that it writes is shown meanwhile."""
+    if run.anew is not None:
+        shutil.rmtree(run.anew, ignore_errors=True)
+    log = logs / f"{run.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = run.command()
+    task = progress.add_task(run.name, total=None)
+    begun = time.monotonic()
+    with log.open("wb") as output:
+        output.write(f"$ {shlex.join(command)}\n".encode())
+        output.flush()
+        process = subprocess.Popen(command, env=_environment(), stdout=output, stderr=output)
+        _watch(process, log, progress, task, stop)
+    progress.remove_task(task)
+    if process.returncode != 0 or not run.result.exists():
+        print(tail(log)[-2000:], file=sys.stderr)
+        raise SystemExit(
+            f"'{run.name}' failed (exit code {process.returncode}), see {log}; started again, all goes on."
+        )
+    return time.monotonic() - begun
+
+
+def _watch(process: subprocess.Popen, log: Path, progress: Progress, task: TaskID, stop: threading.Event) -> None:
+    while process.poll() is None:
+        if stop.wait(1.0):
+            process.terminate()
+            process.wait()
+        if (steps := _steps(tail(log))) is not None:
+            progress.update(task, completed=steps[0], total=steps[1])
+
+
+def _steps(text: str) -> tuple[int, int] | None:
+    """How far the last of Lightning's bars in a log has come: ``Epoch 0:  42%|... | 42/100 [...``."""
+    bars = [part for part in text.replace("\r", "\n").splitlines() if "/" in part and "it/s" in part]
+    for bar in reversed(bars):
+        for word in bar.split():
+            done, slash, total = word.partition("/")
+            if slash and done.isdigit() and total.isdigit():
+                return int(done), int(total)
+    return None
+
+
+def _environment() -> dict[str, str]:
+    # One thread each: two runs side by side are faster than one on two cores.
+    return {**KEEP_MEMORY, "OMP_NUM_THREADS": "1", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+r"""Train a recipe's model and evaluate it in the same process: one run of the experiment (experiment.py).
+
+Usage:
+    python examples/speechlm/train_and_evaluate.py --config-name=salm_t5_phrasebook \
+        +evaluation.recipe=evaluate_phrasebook +evaluation.output=exp/run/evaluation [key=value ...]
+
+``evaluation.recipe`` names the shipped recipe of the test sets, those of the corpus that is trained on;
+``evaluation.output`` receives evaluation.json and report.html.
+"""
+
+from importlib.resources import files
+
+from nemo_emmett.runner import recipe_runner
+
+
+@recipe_runner(config_name="salm_t5_phrasebook")
+def main(cfg):
+    """Train the recipe, then evaluate."""
+    from omegaconf import OmegaConf
+
+    from nemo_emmett.evaluation import evaluate
+    from nemo_emmett.training import train
+
+    recipe = OmegaConf.load(str(files("nemo_emmett.conf") / f"{cfg.evaluation.recipe}.yaml"))
+    model = train(cfg).eval()
+    evaluate(model, OmegaConf.merge(recipe, {"corpus": cfg.corpus}), output=cfg.evaluation.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The commands ``nemo-emmett prepare CORPUS``, one for each public corpus of the registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nemo_emmett.corpora.corpus import Corpus, Selection
+from nemo_emmett.corpora.preparing import AUDIO, SHARD_SIZE, CorpusSummary, prepare_corpus
+from nemo_emmett.corpora.registry import CORPORA, SPEECH, find_corpus
+
+_HYGIENE = ("max_length_ratio", "min_words", "max_words", "language_id", "deduplicate", "held_out")
+
+
+class Names(click.ParamType):
+    """Names separated by commas."""
+
+    name = "name,name,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Split them."""
+        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
+
+
+class CorpusCommands(click.Group):
+    """A group that has a command for each corpus, beside those that are added to it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, sorted."""
+        return sorted({*super().list_commands(ctx), *(_dashed(name) for name in CORPORA)})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name; a corpus's is made when it is asked for."""
+        if (command := super().get_command(ctx, cmd_name)) is not None:
+            return command
+        return corpus_command(find_corpus(cmd_name)) if cmd_name in map(_dashed, CORPORA) else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write all of them with a line on each, for which no reader is imported."""
+        own = {name: command.get_short_help_str(formatter.width) for name, command in self.commands.items()}
+        lines = own | {_dashed(name): line for name, line in CORPORA.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(lines.items()))
+
+
+def corpus_command(corpus: Corpus) -> click.Command:
+    """The command that prepares a corpus."""
+
+    def run(source: Path, out: Path, **options: Any) -> None:
+        click.echo(_report(_prepare(corpus, source, out, options)))
+
+    text = f"Write {corpus.title} into the folder OUT, from SOURCE, the folder or archive with its files."
+    text = f"{text}\n\n{_description(corpus)}"
+    return click.Command(_dashed(corpus.name), callback=run, params=_parameters(corpus), help=text)
+
+
+def _prepare(corpus: Corpus, source: Path, out: Path, options: dict[str, Any]) -> CorpusSummary:
+    beside = {name: path for name in corpus.beside if (path := options.pop(_parameter(name))) is not None}
+    selection = Selection(options.pop("languages"), options.pop("splits"), beside)
+    hygiene = {name: value for name in _HYGIENE if (value := options.pop(name)) not in (None, False, ())}
+    if hygiene:
+        from nemo_emmett.corpora.hygiene import HygieneConfig
+
+        options["hygiene"] = HygieneConfig(**hygiene)
+    return prepare_corpus(corpus, source, out, selection=selection, num_jobs=options.pop("jobs"), **options)
+
+
+def _parameters(corpus: Corpus) -> list[click.Parameter]:
+    path = click.Path(path_type=Path)
+    beside = [click.Option([f"--{_dashed(name)}"], type=path, help=what) for name, what in corpus.beside.items()]
+    return [
+        click.Argument(["source"], type=path),
+        click.Argument(["out"], type=click.Path(path_type=Path)),
+        *beside,
+        click.Option(["--languages"], type=Names(), help="ISO 639-1 codes.  [default: all that are there]"),
+        click.Option(["--splits"], type=Names(), help="The publisher's names.  [default: all that are there]"),
+        *(_audio_parameters() if corpus.name in SPEECH else ()),
+        click.Option(
+            ["--max-length-ratio"],
+            type=click.FloatRange(min=1),
+            help="Leave out training sentences of which one side is so many times as long as the other.",
+        ),
+        click.Option(["--min-words"], type=click.IntRange(min=1), help="Leave out shorter training sentences."),
+        click.Option(["--max-words"], type=click.IntRange(min=1), help="Leave out longer training sentences."),
+        click.Option(["--language-id"], is_flag=True, help="Leave out training sentences in another language."),
+        click.Option(["--deduplicate"], is_flag=True, help="Leave out training text that occurred before."),
+        click.Option(
+            ["--held-out"],
+            type=path,
+            multiple=True,
+            help="Text or manifest of a test set, whose sentences are left out of training; may be repeated.",
+        ),
+        click.Option(
+            ["--jobs"],
+            type=click.IntRange(min=1),
+            help="Processes to work with; the result does not depend on it.  [default: all cores]",
+        ),
+    ]
+
+
+def _audio_parameters() -> list[click.Parameter]:
+    return [
+        click.Option(
+            ["--audio"],
+            type=click.Choice(AUDIO),
+            default="keep",
+            help="Recordings as they are, or in 16 kHz FLAC as files, in NeMo's tars or in Lhotse Shar.",
+        ),
+        click.Option(["--shard-size"], type=click.IntRange(min=1), default=SHARD_SIZE, help="Recordings in a shard."),
+    ]
+
+
+def _description(corpus: Corpus) -> str:
+    return f"Needed: {corpus.files}\n\nRelease: {corpus.release}. Licence: {corpus.licence}. From {corpus.url}"
+
+
+def _report(summary: CorpusSummary) -> str:
+    state = "written" if summary.made_now else "there already"
+    lines = []
+    for part in summary.parts:
+        hours = f", {part.hours:.2f} hours of {part.spoken}" if part.spoken else ""
+        skipped = ", ".join(f"{cause}: {count:,}" for cause, count in part.skipped.items())
+        lines.append(
+            f"{part.name}: {part.sentences:,} sentences in {', '.join(part.languages)}{hours} ({state})"
+            + (f"; skipped: {skipped}" if skipped else "")
+        )
+    return "\n".join(lines)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _parameter(name: str) -> str:
+    return name.replace("-", "_")

@@ -1,0 +1,241 @@
+"""From texts to a folder of text, recordings that eSpeak NG speaks, and manifests.
+
+    text/{split}.{language}              one sentence a line, line-aligned across languages
+    audio/{split}/{language}/*.wav       16 kHz, mono, 16 bits
+    speech/{split}.{language}.jsonl      a NeMo manifest, paths relative to it, each recording with its translations
+    {name}.json                          configuration, counts, hours, versions; written last
+
+The folder can be moved as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import wave
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nemo_emmett.corpora.phrasebook.espeak import SAMPLING_RATE, espeak_version
+from nemo_emmett.corpora.phrasebook.extras import installed_version
+from nemo_emmett.corpora.phrasebook.speaker import Speaker, Utterance
+from nemo_emmett.corpora.phrasebook.voices import Voice
+from nemo_emmett.errors import ConfigError, DataError
+
+_UTTERANCES_A_REQUEST = 16
+"""Some hundred milliseconds of work: short against the whole, long against a pipe's round trip."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A sentence to be spoken in one of its languages."""
+
+    split: str
+    language: str
+    name: str  # fit for a file's name, and no other's in this split and language
+    texts: Mapping[str, str]  # in every language
+    voice: Voice
+    fields: Mapping[str, Any]  # of its manifest entry, beside those of any recording
+
+    @property
+    def path(self) -> Path:
+        """Relative to the corpus's folder."""
+        return Path("audio", self.split, self.language, f"{self.name}.wav")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a corpus is to hold."""
+
+    languages: Sequence[str]  # of its texts
+    texts: Mapping[str, Sequence[Mapping[str, str]]]  # split -> sentences, each in every language
+    spoken_languages: Sequence[str]
+    recordings: Sequence[Spoken]
+
+
+@dataclass(frozen=True)
+class SpokenSummary:
+    """What a corpus holds. ``hours`` and ``recordings`` are by split and language."""
+
+    folder: Path
+    items: Mapping[str, int]  # sentences of each split
+    recordings: Mapping[str, Mapping[str, int]]
+    hours: Mapping[str, Mapping[str, float]]
+    made_now: bool  # False if it was there already
+
+
+def prepare_spoken(
+    out: Path,
+    name: str,
+    title: str,
+    config: Mapping[str, Any],
+    contents: Callable[[], Contents],
+    *,
+    writers: Sequence[str] = (),
+    num_jobs: int | None = None,
+    show_progress: bool = True,
+) -> SpokenSummary:
+    """Write and speak a corpus into ``out``. The same configuration gives the same bytes.
+
+    A finished corpus of the same configuration is left as it is; an unfinished one is completed.
+
+    Args:
+        out: the folder to fill; made if it is not there.
+        name: in the keys of messages and the name of the summary: "phrasebook".
+        title: what messages call the corpus.
+        config: all that the contents depend on, as plain JSON values.
+        contents: gives what to put into the folder; not called where it is finished.
+        writers: libraries that the texts depend on.
+        num_jobs: processes to speak with; by default one for each core. Does not change the result.
+        show_progress: show a bar while the recordings are made.
+
+    Raises:
+        ConfigError: if ``num_jobs`` is below 1.
+        DataError: if ``out`` holds anything else already.
+        EmmettError: if a library is missing or an utterance cannot be spoken.
+    """
+    if num_jobs is not None and num_jobs < 1:
+        raise ConfigError(f"{name}.num_jobs: {num_jobs} must be 1 or more; leave it out for one for each core")
+    versions = {**{library: installed_version(library) for library in (*writers, "soxr")}, "espeak": espeak_version()}
+    plan = {"config": dict(config), "versions": versions}
+    summary_file, started_file = out / f"{name}.json", out / f"{name}.started.json"
+    if (finished := _read_json(summary_file)) is not None:
+        _refuse_difference(out, title, finished["config"], plan["config"])
+        return _summary(out, finished, made_now=False)
+    content = contents()
+    _claim(out, title, started_file, plan)
+    _write_texts(out, content)
+    _speak(out, title, content.recordings, num_jobs or _available_cores(), show_progress)
+    totals = _write_manifests(out, content)
+    _write_json(started_file, {**plan, **totals})
+    os.replace(started_file, summary_file)
+    return _summary(out, totals, made_now=True)
+
+
+def _write_texts(out: Path, content: Contents) -> None:
+    for split, sentences in content.texts.items():
+        for language in content.languages:
+            lines = [f"{texts[language]}\n" for texts in sentences]
+            _write_text(out / "text" / f"{split}.{language}", "".join(lines))
+
+
+def _speak(out: Path, title: str, recordings: Sequence[Spoken], num_jobs: int, show_progress: bool) -> None:
+    # A file that is there is whole and, since it was made for the same plan, right.
+    missing = [recording for recording in recordings if not (out / recording.path).exists()]
+    for folder in {(out / recording.path).parent for recording in missing}:
+        folder.mkdir(parents=True, exist_ok=True)
+    requests: SimpleQueue[list[Utterance]] = SimpleQueue()
+    for start in range(0, len(missing), _UTTERANCES_A_REQUEST):
+        requests.put([_utterance(out, recording) for recording in missing[start : start + _UTTERANCES_A_REQUEST]])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not show_progress) as progress:
+        task = progress.add_task(f"Speaking the {title}", total=len(recordings))
+        progress.advance(task, len(recordings) - len(missing))
+
+        def work() -> None:
+            with Speaker() as speaker:
+                while (utterances := _next(requests)) is not None:
+                    speaker.say(utterances)
+                    progress.advance(task, len(utterances))
+
+        with ThreadPoolExecutor(num_jobs) as pool:
+            try:
+                for worker in as_completed([pool.submit(work) for _ in range(min(num_jobs, requests.qsize()))]):
+                    worker.result()
+            finally:
+                # After a failure or Ctrl-C the others stop at their next request.
+                while _next(requests) is not None:
+                    pass
+
+
+def _utterance(out: Path, recording: Spoken) -> Utterance:
+    return Utterance(recording.texts[recording.language], recording.voice, str(out / recording.path))
+
+
+def _next(requests: SimpleQueue) -> list[Utterance] | None:
+    try:
+        return requests.get_nowait()
+    except Empty:
+        return None
+
+
+def _write_manifests(out: Path, content: Contents) -> dict[str, Any]:
+    """Write a manifest for each split and spoken language; returns the counts and hours."""
+    counts: dict[str, dict[str, int]] = {split: {} for split in content.texts}
+    hours: dict[str, dict[str, float]] = {split: {} for split in content.texts}
+    for split in content.texts:
+        for language in content.spoken_languages:
+            spoken = [r for r in content.recordings if (r.split, r.language) == (split, language)]
+            entries = [_manifest_entry(out, recording) for recording in spoken]
+            lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+            _write_text(out / "speech" / f"{split}.{language}.jsonl", "".join(lines))
+            counts[split][language] = len(entries)
+            hours[split][language] = round(sum(entry["duration"] for entry in entries) / 3600, 4)
+    items = {split: len(sentences) for split, sentences in content.texts.items()}
+    return {"items": items, "recordings": counts, "hours": hours}
+
+
+def _manifest_entry(out: Path, recording: Spoken) -> dict[str, Any]:
+    with wave.open(str(out / recording.path)) as file:
+        samples = file.getnframes()
+    return {
+        "id": f"{recording.split}-{recording.language}-{recording.name}",
+        "audio_filepath": (Path("..") / recording.path).as_posix(),
+        "duration": samples / SAMPLING_RATE,
+        "sampling_rate": SAMPLING_RATE,
+        "text": recording.texts[recording.language],
+        "lang": recording.language,
+        "translations": {other: text for other, text in recording.texts.items() if other != recording.language},
+        **recording.fields,
+    }
+
+
+def _claim(out: Path, title: str, started_file: Path, plan: dict[str, Any]) -> None:
+    """Make ``out`` this plan's folder, unless it holds something else."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; give the {title} a folder")
+    if (started := _read_json(started_file)) is not None:
+        _refuse_difference(out, title, _flat(started), _flat(plan))
+    elif out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty and holds no {title}; give the {title} a folder of its own")
+    _write_json(started_file, plan)
+
+
+def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
+    return {**plan["config"], **{f"version of {name}": version for name, version in plan["versions"].items()}}
+
+
+def _refuse_difference(out: Path, title: str, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    keys = [key for key in asked if there.get(key) != asked[key]] + [key for key in there if key not in asked]
+    if keys:
+        differences = ", ".join(f"{key} ({there.get(key)} there, {asked.get(key)} asked)" for key in keys)
+        raise DataError(f"{out} holds a {title} that differs in {differences}; give another folder or delete this one")
+
+
+def _summary(out: Path, totals: Mapping[str, Any], made_now: bool) -> SpokenSummary:
+    return SpokenSummary(out, totals["items"], totals["recordings"], totals["hours"], made_now)
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    _write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(content, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,114 @@
+"""Corpora of language pairs: which pairs are wanted, and segments of several pairs as one list of recordings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_emmett.corpora.corpus import Recording, Sentence
+from nemo_emmett.corpora.readers.languages import chosen
+from nemo_emmett.errors import DataError
+
+
+@dataclass(frozen=True, order=True)
+class Segment:
+    """A stretch of a talk or speech. What the publisher says of the same stretch in two pairs is equal here."""
+
+    talk: str  # name of the recording, without its ending
+    start: float  # seconds
+    end: float  # seconds
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", round(self.start, 3))
+        object.__setattr__(self, "end", round(self.end, 3))
+
+    @property
+    def id(self) -> str:
+        """``ted_767_00016080_00019580``: the talk and the milliseconds."""
+        return f"{self.talk}_{round(self.start * 1000):08}_{round(self.end * 1000):08}"
+
+
+def wanted_pairs(
+    pairs: Iterable[tuple[str, str]], languages: Sequence[str] | None, title: str
+) -> dict[str, tuple[str, ...]]:
+    """The target languages of each spoken language, of the pairs whose languages are both wanted.
+
+    Args:
+        pairs: (spoken, target) that are there.
+        languages: those wanted; None: all.
+        title: of the corpus, for messages.
+
+    Raises:
+        ConfigError: if a language is in no pair.
+        DataError: if no pair is left.
+    """
+    pairs = sorted(pairs)
+    wanted = chosen(languages, (language for pair in pairs for language in pair), f"languages of {title}")
+    targets: dict[str, tuple[str, ...]] = {}
+    for spoken, target in pairs:
+        if spoken in wanted and target in wanted:
+            targets[spoken] = (*targets.get(spoken, ()), target)
+    if not targets:
+        there = ", ".join("-".join(pair) for pair in pairs)
+        raise DataError(f"No pair of {title} is among the languages {', '.join(wanted)}; there are {there}.")
+    return targets
+
+
+def joined(
+    readings: Iterable[Iterable[tuple[Segment, Mapping[str, str]]]], spoken: str, audio: Callable[[str], Path]
+) -> Iterator[Sentence]:
+    """The segments of all pairs of one spoken language, each once with all of its translations, by talk and time.
+
+    Two pairs have a segment in common if its times and its transcript are the same in both. Where one pair has it
+    twice, its first translation counts.
+
+    Args:
+        readings: for each pair, its segments with their transcript and translation by language.
+        spoken: the language of the transcripts.
+        audio: the recording of a talk.
+    """
+    found: dict[tuple[Segment, str], dict[str, str]] = {}
+    for reading in readings:
+        for segment, texts in reading:
+            there = found.setdefault((segment, texts[spoken]), {})
+            for language, text in texts.items():
+                there.setdefault(language, text)
+    seen: Counter[Segment] = Counter()
+    for (segment, _), texts in sorted(found.items(), key=lambda item: item[0]):
+        seen[segment] += 1
+        again = f"-{seen[segment]}" if seen[segment] > 1 else ""
+        recording = Recording(audio(segment.talk), start=segment.start, duration=round(segment.end - segment.start, 3))
+        yield Sentence(segment.id + again, with_translations(texts, spoken), recording)
+
+
+def with_translations(texts: Mapping[str, str], spoken: str) -> dict[str, str]:
+    """``texts`` without the empty translations, if there is another.
+
+    Where there is none they stay, so that the recording is skipped and counted, not taken for one to transcribe.
+    """
+    translated = {language: text for language, text in texts.items() if text or language == spoken}
+    return translated if len(translated) > 1 else dict(texts)
+
+
+def need(path: Path, what: str) -> Path:
+    """``path``, if it is there.
+
+    Raises:
+        DataError: if it is not; ``what`` says what it would have been and where to get it.
+    """
+    if not path.exists():
+        raise DataError(f"'{path}' is missing: {what}.")
+    return path
+
+
+def need_folder(source: Path, what: str) -> Path:
+    """``source``, if it is a folder: corpora of whole talks are too large to be read out of their archives.
+
+    Raises:
+        DataError: if it is an archive or not there; ``what`` says what the folder would hold.
+    """
+    if source.is_file():
+        raise DataError(f"'{source}' is a file; unpack it and give the folder that holds {what}.")
+    return need(source, f"the folder that holds {what}")

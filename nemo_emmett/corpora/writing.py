@@ -1,0 +1,66 @@
+"""Files that appear whole or not at all, and a note of what is done: a killed preparation goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """The folder in an unfinished corpus where files are made and finished units of work are noted."""
+
+    folder: Path
+
+    @contextmanager
+    def whole(self, path: Path) -> Iterator[Path]:
+        """A file to write to that becomes ``path`` when the block ends without an error."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.folder, suffix=path.suffix)
+        os.close(handle)
+        os.chmod(name, 0o666 & ~_umask())  # temporary files are the owner's only
+        try:
+            yield Path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    def write_text(self, path: Path, content: str) -> None:
+        """Write a small text file."""
+        with self.whole(path) as unfinished:
+            unfinished.write_text(content, encoding="utf-8")
+
+    def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Write a small JSON file."""
+        self.write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def record(self, unit: str) -> dict[str, Any] | None:
+        """What was noted about a unit of work when it was finished; None if it was not."""
+        return read_json(self.folder / "done" / f"{unit}.json")
+
+    def note(self, unit: str, record: Mapping[str, Any]) -> None:
+        """Note that a unit of work is finished; ``record`` is what others need to know about it."""
+        self.write_json(self.folder / "done" / f"{unit}.json", record)
+
+    def clear(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file's content; None where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

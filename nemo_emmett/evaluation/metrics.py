@@ -1,0 +1,91 @@
+"""The metrics of an evaluation: sacreBLEU's by name, each with its signature; COMET is in ``comet``.
+
+A score is what ``sacrebleu`` computes on the command line from the same two files, with the tokeniser that it
+recommends for the target language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.metrics.base import Metric
+from sacrebleu.tokenizers import tokenizer_spm
+
+from nemo_emmett.config import nearest
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.modules.bleu import TOKENIZER, tokenizer_of
+
+METRICS = ("BLEU", "chrF++", "chrF", "TER", "spBLEU", "COMET")
+"""What can be asked for, by the names that tables print."""
+
+DEFAULT_METRICS = ("BLEU", "chrF++")
+
+SPM = "flores200"
+"""The tokeniser of spBLEU: the SentencePiece model of FLORES-200 (NLLB Team, 2022)."""
+
+
+def check_metrics(names: Sequence[str], where: str = "metrics") -> tuple[str, ...]:
+    """The metrics asked for, BLEU first, which all tables and comparisons stand on.
+
+    Raises:
+        ConfigError: if a name is unknown, or spBLEU's SentencePiece model is not at hand.
+    """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{where}: {names!r} is no list of metrics; name some of {', '.join(METRICS)}.")
+    known = {name.lower(): name for name in METRICS}
+    for name in names:
+        if name.lower() not in known:
+            meant = nearest(name, METRICS)
+            hint = f"did you mean {meant}?" if meant else f"name some of {', '.join(METRICS)}."
+            raise ConfigError(f"{where}: there is no metric {name!r}; {hint}")
+    chosen = dict.fromkeys(["BLEU", *(known[name.lower()] for name in names)])
+    if "spBLEU" in chosen:
+        _check_sentencepiece_model(where)
+    return tuple(chosen)
+
+
+def sacrebleu_metric(name: str, target_lang: str) -> Metric:
+    """sacreBLEU's metric of that name for translations into a language."""
+    if name == "BLEU":
+        return BLEU(tokenize=tokenizer_of(target_lang))
+    if name == "spBLEU":
+        return BLEU(tokenize=SPM)
+    if name == "TER":
+        return TER()
+    return CHRF(word_order=2 if name == "chrF++" else 0)
+
+
+def is_sacrebleus(name: str) -> bool:
+    """Whether sacrebleu computes a metric."""
+    return name != "COMET"
+
+
+def signatures(names: Iterable[str], target_langs: Iterable[str]) -> dict[str, str]:
+    """sacreBLEU's signature of each of its metrics; ``BLEU (zh)`` is that of a language with its own tokeniser."""
+    languages = sorted(set(target_langs))
+    found: dict[str, str] = {}
+    for name in filter(is_sacrebleus, names):
+        for language in languages:
+            has_own = name == "BLEU" and tokenizer_of(language) != TOKENIZER
+            title = f"{name} ({language})" if has_own else name
+            if title not in found:
+                found[title] = _signature(sacrebleu_metric(name, language))
+    return found
+
+
+def _signature(metric: Metric) -> str:
+    metric.num_refs = 1  # as after scoring
+    return str(metric.get_signature())
+
+
+def _check_sentencepiece_model(where: str) -> None:
+    """sacrebleu would fetch the model from the network, on every rank and after the translating."""
+    url = tokenizer_spm.SPM_MODELS[SPM]["url"]
+    path = Path(tokenizer_spm.SACREBLEU_DIR, "models", Path(url).name)
+    if not path.is_file():
+        raise ConfigError(
+            f"{where}: spBLEU needs the SentencePiece model of FLORES-200 as '{path}', which is not there; run "
+            f"`sacrebleu --tokenize {SPM}` once where there is a network, or leave spBLEU out."
+        )

@@ -1,0 +1,50 @@
+"""What an evaluation reads of a recipe."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nemo_emmett.errors import ConfigError
+
+
+def config_of_test_sets(config: DictConfig | Mapping | str | os.PathLike[str]) -> DictConfig:
+    """A copy of the section that holds ``test_ds``, interpolations into the rest of the recipe intact.
+
+    Raises:
+        ConfigError: if it names no test set, or the file cannot be read.
+    """
+    where = "the config"
+    if isinstance(config, (str, os.PathLike)):
+        where = f"'{os.fspath(config)}'"
+        config = read_yaml(Path(config))
+    recipe = copy.deepcopy(config) if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    data = recipe.data if "data" in recipe and "test_ds" in recipe.data else recipe
+    if "test_ds" not in data or not data.test_ds.get("datasets"):
+        raise ConfigError(
+            f"data.test_ds.datasets is missing in {where}: name the test sets there, each with its input_cfg."
+        )
+    return data
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """A recipe from its file.
+
+    Raises:
+        ConfigError: if there is none, or it holds no keys.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"The config '{path}' cannot be read: {error.strerror}.") from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"The config '{path}' is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"The config '{path}' holds a list; it must hold keys, among them data.test_ds.")
+    return config

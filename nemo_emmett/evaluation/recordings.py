@@ -1,0 +1,94 @@
+"""Recordings that play from the page itself, as many as leave it quick to open."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+
+from nemo_emmett.errors import DataError
+from nemo_emmett.evaluation.results import Translation
+
+MAX_RECORDING_SECONDS = 30.0
+"""Longer recordings are not put on the page: every browser that opens it has to load them all."""
+PAGE_BYTES = 10_000_000
+"""Of all recordings of a page as they stand in it: about six minutes of speech at 16 kHz."""
+SEGMENT_SECONDS = 0.5
+"""A file that is this much longer than what was translated holds other speech too."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a listener gets: a player, or the reason why there is none."""
+
+    uri: str | None  # a data: URI
+    missing: str = ""  # why there is no player, to follow "Recording left out: "
+
+
+class Recordings:
+    """Puts recordings on one page until its bytes are used up."""
+
+    def __init__(self, budget: int = PAGE_BYTES) -> None:
+        self._left = budget
+        self.budget = budget
+        self.left_out = 0  # recordings that the budget kept from the page
+
+    def recording(self, translation: Translation) -> Recording | None:
+        """The recording behind a translation; None for text.
+
+        Raises:
+            DataError: if its file cannot be read.
+        """
+        if translation.modality != "audio":
+            return None
+        if missing := _not_playable(translation):
+            return Recording(None, missing)
+        uri = _flac_uri(translation.audio_path)
+        if len(uri) > self._left:
+            self.left_out += 1
+            return Recording(None, f"the page holds {self.budget / 1e6:.0f} MB of recordings already")
+        self._left -= len(uri)
+        return Recording(uri)
+
+
+def is_playable(translation: Translation) -> bool:
+    """Whether the page can hold the recording: its file is at hand, short, and holds nothing else."""
+    return not _not_playable(translation)
+
+
+def _not_playable(translation: Translation) -> str:
+    """Why a recording cannot be played; empty if it can."""
+    if translation.audio_path is None:
+        return "there is no file of it alone"
+    if (translation.duration or 0.0) > MAX_RECORDING_SECONDS:
+        return f"longer than {MAX_RECORDING_SECONDS:.0f} s"
+    if not Path(translation.audio_path).is_file():
+        return f"{translation.audio_path} is not there"
+    if translation.duration is not None and _seconds(translation.audio_path) > translation.duration + SEGMENT_SECONDS:
+        return "a segment of a longer file"
+    return ""
+
+
+def _seconds(path: str) -> float:
+    try:
+        return soundfile.info(path).duration
+    except (OSError, RuntimeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _flac_uri(path: str) -> str:
+    """A recording as a ``data:`` URI in FLAC, which all browsers play and which halves a WAV file without loss."""
+    try:
+        samples, sampling_rate = soundfile.read(path, dtype="int16")
+    except (OSError, RuntimeError) as error:
+        raise _unreadable(path, error) from error
+    flac = io.BytesIO()
+    soundfile.write(flac, samples, sampling_rate, format="FLAC", subtype="PCM_16")
+    return "data:audio/flac;base64," + base64.b64encode(flac.getvalue()).decode("ascii")
+
+
+def _unreadable(path: str, error: Exception) -> DataError:
+    return DataError(f"The recording {path} of the test set cannot be read for the report: {error}.")

@@ -1,0 +1,172 @@
+"""The experiment: its runs hang together, each is run once, and its tables say what the runs' numbers say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from rich.console import Console
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "speechlm"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_importable():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        yield
+
+
+@pytest.fixture
+def runs(tmp_path: Path):
+    """All runs on both corpora, with the files that the second part's commands are made from."""
+    from experiment_runs import all_runs, captions, phrasebook
+
+    folder = tmp_path / "efficiency"
+    folder.mkdir()
+    bins = {"audio": [[1.5, 8], [3.0, 16]], "text": [[8, 8], [14, 13]]}
+    (folder / "bins.json").write_text(json.dumps(dict.fromkeys(("optimal_2d", "optimal_1d", "equal_mass_2d"), bins)))
+    profile = {"train_ds": {"audio": {"bucket_batch_size": [40, 17]}, "text": {"bucket_batch_size": [300, 200]}}}
+    for name in ("optimal_2d", "optimal_1d", "equal_mass_2d"):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(profile))
+    return all_runs([phrasebook(Path("data")), captions(Path("data"), Path("multi30k"))], tmp_path)
+
+
+def recipe_of(command: list[str]):
+    """The recipe that a training's command composes; Hydra refuses an override that is none."""
+    name = next(word.partition("=")[2] for word in command if word.startswith("--config-name="))
+    overrides = [word for word in command[2:] if not word.startswith("--")]
+    with initialize_config_module("nemo_emmett.conf", version_base=None):
+        return compose(name, overrides=overrides)
+
+
+def test_every_run_comes_after_those_it_needs_and_has_a_result_of_its_own(runs):
+    seen: set[str] = set()
+    for run in runs:
+        assert seen.issuperset(run.after), run.name
+        seen.add(run.name)
+    assert len(seen) == len(runs) == len({run.result for run in runs})
+
+
+def test_every_override_is_a_key_of_its_recipe(runs):
+    trainings = [run for run in runs if run.name.endswith("/1")]
+    assert len(trainings) == 2 * 2 * 3 + 5
+    for run in trainings:
+        recipe = recipe_of(run.command())
+        assert recipe.seed == recipe.data.train_ds.seed == 1, run.name
+        assert recipe.trainer.callbacks[0]._target_ == "nemo_emmett.callbacks.TrainingClock"
+
+
+def test_the_arms_differ_in_their_data_alone(runs):
+    from omegaconf import OmegaConf
+
+    recipes = {
+        arm: OmegaConf.to_container(
+            recipe_of(next(run for run in runs if run.name == f"phrasebook/salm_gpt/{arm}/2").command()), resolve=False
+        )
+        for arm in ("nmt", "ast", "joint")
+    }
+    groups = {arm: {"audio", "text"} & recipe["data"]["train_ds"].keys() for arm, recipe in recipes.items()}
+    assert groups == {"nmt": {"text"}, "ast": {"audio"}, "joint": {"audio", "text"}}
+    texts = {}
+    for arm, recipe in recipes.items():
+        recipe["data"]["train_ds"] = {
+            key: value for key, value in recipe["data"]["train_ds"].items() if key not in ("audio", "text")
+        }
+        texts[arm] = json.dumps(recipe).replace(f"/{arm}/2", "")
+    assert texts["nmt"] == texts["ast"] == texts["joint"]
+
+
+def test_a_fixed_batch_size_is_the_one_that_fits_every_bucket(runs):
+    fixed, calibrated = (
+        recipe_of(next(run for run in runs if run.name == f"efficiency/{arm}/1").command()).data.train_ds
+        for arm in ("fixed batch size", "reference")
+    )
+    assert list(fixed.audio.bucket_batch_size) == [17, 17]
+    assert list(fixed.text.bucket_batch_size) == [200, 200]
+    assert list(calibrated.audio.bucket_batch_size) == [40, 17]
+    assert fixed.audio.bucket_duration_bins == calibrated.audio.bucket_duration_bins
+
+
+class TestRunning:
+    """``run_all`` on commands that write a file."""
+
+    def run(self, folder: Path, fails: bool = False):
+        import experiment
+        from experiment_runs import Run
+
+        def writes(name: str, code: str, after: tuple[str, ...] = ()) -> Run:
+            return Run(name, lambda: [sys.executable, "-c", code, str(folder / name)], folder / name, after)
+
+        write = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text('x' + (p.parent / '{}').read_text())"
+        first = writes("a", "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('a')")
+        second = writes("b", write.format("a"), ("a",))
+        third = writes("c", "import sys; sys.exit('no')" if fails else write.format("b"), ("b",))
+        experiment.run_all([third, second, first], folder / "logs", 2, Console(file=StringIO()))
+
+    def test_each_run_waits_for_those_it_needs(self, tmp_path: Path):
+        self.run(tmp_path)
+        assert (tmp_path / "c").read_text() == "xxa"
+
+    def test_what_has_finished_is_not_run_again(self, tmp_path: Path):
+        (tmp_path / "a").write_text("earlier")
+        self.run(tmp_path)
+        assert (tmp_path / "c").read_text() == "xxearlier"
+
+    def test_a_failure_names_the_run_and_its_log_and_the_next_attempt_goes_on(self, tmp_path: Path):
+        with pytest.raises(SystemExit, match=rf"'c' failed \(exit code 1\), see {tmp_path}/logs/c.log"):
+            self.run(tmp_path, fails=True)
+        (tmp_path / "a").write_text("earlier")
+        self.run(tmp_path)
+        assert (tmp_path / "c").read_text() == "xxa"  # b was there
+
+
+def results() -> dict:
+    """Two seeds: joint training keeps 90 of 91 in text and brings 50 and 60 in speech, where speech alone has 45."""
+
+    def run(arm: str, seed: int, text: float, speech: float) -> dict:
+        return {"corpus": "c", "model": "salm_t5", "arm": arm, "seed": seed, "text": text, "speech": speech}
+
+    return {
+        "trainings": [
+            *(run("nmt", seed, 91.0, 0.0) for seed in (1, 2)),
+            *(run("ast", seed, 10.0, 45.0) for seed in (1, 2)),
+            run("joint", 1, 90.0, 50.0),
+            run("joint", 2, 90.0, 60.0),
+        ]
+    }
+
+
+def test_joint_training_is_compared_seed_by_seed():
+    from experiment_results import differences
+
+    assert differences(results(), "c", "salm_t5") == {"text": [-1.0, -1.0], "speech": [5.0, 15.0]}
+
+
+def test_the_time_to_a_score_is_interpolated_between_validations():
+    from experiment_results import seconds_to
+
+    curve = [(20, 100.0, 10.0), (40, 240.0, 30.0), (60, 400.0, 25.0)]
+    assert seconds_to(curve, 5.0) == (10.0, 50.0)
+    assert seconds_to(curve, 25.0) == (35.0, 205.0)
+    assert seconds_to(curve, 31.0) is None
+
+
+def test_the_common_target_is_reached_by_every_run():
+    from experiment_results import common_target
+
+    runs = [{"curve": [(1, 1.0, 7.0), (2, 2.0, 6.0)]}, {"curve": [(1, 1.0, 3.0), (2, 2.0, 9.0)]}]
+    assert common_target(runs) == 7.0
+
+
+def test_a_mean_has_the_deviation_of_a_sample_beside_it():
+    from experiment_results import _mean
+
+    assert _mean([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert _mean([-1.0, -2.0, -3.0], "+.1f") == "-2.0 ± 1.0"
+    assert _mean([4.0]) == "4.0"
