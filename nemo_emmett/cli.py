@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nemo_emmett import __version__
 from nemo_emmett.corpora.commands import CorpusCommands, Names
 from nemo_emmett.runner import mistakes_as_sentences
+
+if TYPE_CHECKING:
+    from nemo_emmett.corpora.phrasebook.speaking import SpokenSummary
 
 
 class Commands(click.Group):
@@ -54,11 +57,40 @@ def phrasebook(out: Path, jobs: int | None, **options: Any) -> None:
     from nemo_emmett.corpora.phrasebook import PhrasebookConfig, prepare_phrasebook
 
     config = PhrasebookConfig(**{name: value for name, value in options.items() if value is not None})
-    summary = prepare_phrasebook(out, config, num_jobs=jobs)
+    _tell_spoken(prepare_phrasebook(out, config, num_jobs=jobs), "items")
+
+
+@prepare.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--languages", type=Names(), help="Of the text.  [default: en,de,fr]")
+@click.option("--spoken-languages", type=Names(), help="Among en, de, es and fr.  [default: en]")
+@click.option("--max-words", type=int, help="Leave out captions of more words in any language.  [default: none]")
+@click.option("--train-captions", type=int, help="The first so many of those left.  [default: all]")
+@click.option("--spoken-train-captions", type=int, help="How many of them are spoken as well.  [default: all]")
+@click.option("--dev-captions", type=int, help="Of the validation set; the others are the test split.  [default: 100]")
+@click.option("--accents/--no-accents", default=None, help="Speak English and Spanish in two accents.  [default: no]")
+@click.option("--variants", type=Names(), help="eSpeak NG's voice variants.  [default: f1,m1,m3]")
+@click.option("--speed", type=(int, int), help="Words a minute, slowest and fastest.  [default: 190 210]")
+@click.option("--pitch", type=(int, int), help="Of eSpeak NG's 0 to 99, lowest and highest.  [default: 40 60]")
+@click.option("--seed", type=int, help="Of the voices.  [default: 0]")
+@click.option(
+    "--jobs", type=int, help="Processes to speak with; the result does not depend on it.  [default: all cores]"
+)
+def captions(source: Path, out: Path, jobs: int | None, **options: Any) -> None:
+    """Speak captions that are line-aligned in several languages, from the folder SOURCE (Multi30k), into OUT."""
+    from nemo_emmett.corpora.captions import CaptionsConfig, prepare_captions
+
+    config = CaptionsConfig(**{name: value for name, value in options.items() if value is not None})
+    _tell_spoken(prepare_captions(source, out, config, num_jobs=jobs), "captions")
+
+
+def _tell_spoken(summary: SpokenSummary, unit: str) -> None:
+    """Print what each split of a spoken corpus holds."""
     state = "written" if summary.made_now else "there already"
     for split, items in summary.items.items():
         recordings, hours = sum(summary.recordings[split].values()), sum(summary.hours[split].values())
-        click.echo(f"{split:>5}: {items} items, {recordings} recordings, {hours:.2f} hours ({state})")
+        click.echo(f"{split:>5}: {items} {unit}, {recordings} recordings, {hours:.2f} hours ({state})")
 
 
 @prepare.command()

@@ -165,14 +165,15 @@ def _mean(values: Iterable[float], form: str = ".1f") -> str:
 def _training(folder: Path) -> dict[str, Any]:
     """Scores, seconds and curves of one training."""
     curves = read_curves(folder)
-    speech = curves[DEV_SPEECH]
     seconds = dict(zip(curves["train_cpu_seconds"].steps, curves["train_cpu_seconds"].values, strict=True))
     of_run = {
         **_scores(folder),
         "cpu_seconds": max(seconds.values()),
         "seconds": max(curves["train_seconds"].values),
-        "curve": [[step, seconds[step], bleu] for step, bleu in zip(speech.steps, speech.values, strict=True)],
     }
+    if DEV_SPEECH in curves:
+        speech = zip(curves[DEV_SPEECH].steps, curves[DEV_SPEECH].values, strict=True)
+        of_run["curve"] = [[step, seconds[step], bleu] for step, bleu in speech]
     if DEV_TEXT in curves:
         of_run["text_curve"] = [
             list(point) for point in zip(curves[DEV_TEXT].steps, curves[DEV_TEXT].values, strict=True)

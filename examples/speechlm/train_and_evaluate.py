@@ -4,8 +4,8 @@ Usage:
     python examples/speechlm/train_and_evaluate.py --config-name=salm_t5_phrasebook \
         +evaluation.recipe=evaluate_phrasebook +evaluation.output=exp/run/evaluation [key=value ...]
 
-``evaluation.recipe`` names the shipped recipe of the test sets, those of the corpus that is trained on;
-``evaluation.output`` receives evaluation.json and report.html.
+``evaluation.recipe`` names the shipped recipe of the test sets, those of the corpus that is trained on, and
+``evaluation.without`` a list of those to leave out; ``evaluation.output`` receives evaluation.json and report.html.
 """
 
 from importlib.resources import files
@@ -21,9 +21,12 @@ def main(cfg):
     from nemo_emmett.evaluation import evaluate
     from nemo_emmett.training import train
 
-    recipe = OmegaConf.load(str(files("nemo_emmett.conf") / f"{cfg.evaluation.recipe}.yaml"))
+    test_sets = OmegaConf.load(str(files("nemo_emmett.conf") / f"{cfg.evaluation.recipe}.yaml"))
+    test_sets.corpus = cfg.corpus
+    for name in cfg.evaluation.get("without", []):
+        del test_sets.test_ds.datasets[name]
     model = train(cfg).eval()
-    evaluate(model, OmegaConf.merge(recipe, {"corpus": cfg.corpus}), output=cfg.evaluation.output)
+    evaluate(model, test_sets, output=cfg.evaluation.output)
 
 
 if __name__ == "__main__":

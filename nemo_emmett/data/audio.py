@@ -13,7 +13,7 @@ import soundfile
 import torch
 from lhotse import AudioSource, Recording
 from lhotse.augmentation import AudioTransform
-from lhotse.cut import Cut, MixedCut, PaddingCut
+from lhotse.cut import Cut, MixedCut, MonoCut, PaddingCut
 
 TRUNCATION_TOLERANCE = 0.1
 """Seconds that a file may be shorter than declared: rounded durations and codec padding stay below this."""
@@ -120,3 +120,9 @@ def audio_path(cut: Cut) -> str | None:
         if isinstance(source, AudioSource) and source.type == "file"
     }
     return paths.pop() if len(paths) == 1 else None
+
+
+def audio_start(cut: Cut) -> float | None:
+    """Where in its file a cut's audio begins, in seconds; None unless the file holds it as it is."""
+    is_as_recorded = isinstance(cut, MonoCut) and not cut.recording.transforms
+    return cut.start if is_as_recorded and audio_path(cut) is not None else None

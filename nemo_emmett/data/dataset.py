@@ -19,7 +19,7 @@ from nemo.collections.common.data.lhotse.text_adapters import (
 )
 from nemo.collections.speechlm2.data.utils import get_pad_id
 
-from nemo_emmett.data.audio import AudioFault, audio_path, load_waveform
+from nemo_emmett.data.audio import AudioFault, audio_path, audio_start, load_waveform
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.examples import origin_of
 from nemo_emmett.errors import DataError
@@ -145,4 +145,5 @@ def describe(example: Cut | Formattable) -> dict[str, str | None]:
         "source_text": source_text,
         "target_text": target_text,
         "audio_path": audio_path(recordings[0]) if len(recordings) == 1 else None,
+        "audio_start": audio_start(recordings[0]) if len(recordings) == 1 else None,
     }

@@ -7,6 +7,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import soundfile
 
 from nemo_emmett.errors import DataError
@@ -46,7 +47,7 @@ class Recordings:
             return None
         if missing := _not_playable(translation):
             return Recording(None, missing)
-        uri = _flac_uri(translation.audio_path)
+        uri = _flac_uri(translation)
         if len(uri) > self._left:
             self.left_out += 1
             return Recording(None, f"the page holds {self.budget / 1e6:.0f} MB of recordings already")
@@ -55,7 +56,7 @@ class Recordings:
 
 
 def is_playable(translation: Translation) -> bool:
-    """Whether the page can hold the recording: its file is at hand, short, and holds nothing else."""
+    """Whether the page can hold the recording: its file is at hand, and it is short."""
     return not _not_playable(translation)
 
 
@@ -67,8 +68,10 @@ def _not_playable(translation: Translation) -> str:
         return f"longer than {MAX_RECORDING_SECONDS:.0f} s"
     if not Path(translation.audio_path).is_file():
         return f"{translation.audio_path} is not there"
-    if translation.duration is not None and _seconds(translation.audio_path) > translation.duration + SEGMENT_SECONDS:
-        return "a segment of a longer file"
+    if translation.duration is None or translation.audio_start is not None:
+        return ""
+    if _seconds(translation.audio_path) > translation.duration + SEGMENT_SECONDS:
+        return "somewhere in a longer file"
     return ""
 
 
@@ -79,15 +82,24 @@ def _seconds(path: str) -> float:
         raise _unreadable(path, error) from error
 
 
-def _flac_uri(path: str) -> str:
+def _flac_uri(translation: Translation) -> str:
     """A recording as a ``data:`` URI in FLAC, which all browsers play and which halves a WAV file without loss."""
     try:
-        samples, sampling_rate = soundfile.read(path, dtype="int16")
+        samples, sampling_rate = _samples(translation)
     except (OSError, RuntimeError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(translation.audio_path, error) from error
     flac = io.BytesIO()
     soundfile.write(flac, samples, sampling_rate, format="FLAC", subtype="PCM_16")
     return "data:audio/flac;base64," + base64.b64encode(flac.getvalue()).decode("ascii")
+
+
+def _samples(translation: Translation) -> tuple[np.ndarray, int]:
+    """What was translated, of its file, and the file's sampling rate."""
+    with soundfile.SoundFile(translation.audio_path) as file:
+        if translation.audio_start is None or translation.duration is None:
+            return file.read(dtype="int16"), file.samplerate
+        file.seek(round(translation.audio_start * file.samplerate))
+        return file.read(round(translation.duration * file.samplerate), dtype="int16"), file.samplerate
 
 
 def _unreadable(path: str, error: Exception) -> DataError:

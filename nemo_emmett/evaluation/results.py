@@ -39,6 +39,7 @@ class Translation:
     reference: str | None
     hypothesis: str
     audio_path: str | None = None
+    audio_start: float | None = None  # seconds into the file at audio_path
     duration: float | None = None  # seconds of speech
 
     @property

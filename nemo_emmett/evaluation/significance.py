@@ -49,7 +49,7 @@ def _compare(
     references = [one_line(one.reference) for one in ours]
     before, now = _resampled(sacrebleu_metric(name, key[-1]), {"baseline": earlier, "model": hypotheses}, references)
     # Of a model against itself sacrebleu would say p = 0.001: no resample departs from a difference of nothing.
-    p_value = 1.0 if hypotheses == earlier else now.p_value
+    p_value = 1.0 if now.score == before.score else now.p_value
     return Comparison(baseline.name, *key, name, now.score, before.score, float(p_value))
 
 

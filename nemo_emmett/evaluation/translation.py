@@ -139,6 +139,7 @@ def _records(test_set: str, modality: str, batch: Batch, hypotheses: list[str], 
             reference=example["target_text"],
             hypothesis=hypothesis,
             audio_path=None if example["audio_path"] is None else str(example["audio_path"]),
+            audio_start=example["audio_start"],
             duration=duration,
         )
         for example, hypothesis, duration in zip(

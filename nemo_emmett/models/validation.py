@@ -42,14 +42,18 @@ class Tally:
         self.translations += other.translations
         return self
 
-    def metrics(self) -> dict[str, float]:
-        """``val_loss``, ``val_acc``, and ``val_bleu`` where there are references; NeMo's names."""
+    def metrics(self, target_lang: str | None = None) -> dict[str, float]:
+        """``val_loss``, ``val_acc``, and ``val_bleu`` where there are references; NeMo's names.
+
+        Args:
+            target_lang: of the translations, for BLEU's tokeniser; None takes ``13a``.
+        """
         found = {}
         if self.num_tokens:
             found["val_loss"] = self.loss_sum / self.num_tokens
             found["val_acc"] = self.num_correct / self.num_tokens
         if self.translations:
-            found["val_bleu"] = corpus_bleu(*zip(*self.translations, strict=True))
+            found["val_bleu"] = corpus_bleu(*zip(*self.translations, strict=True), target_lang)
         return found
 
 
@@ -118,7 +122,7 @@ def validation_metrics(tallies: Tallies) -> dict[str, float]:
     for whole, tally in sorted(sets.items()):
         name = f"{whole.dataset}_{whole.modality}" if len(modalities_of[whole.dataset]) > 1 else whole.dataset
         of_directions = {
-            part.direction: tallies[part].metrics()
+            part.direction: tallies[part].metrics(target_lang=part.direction.rpartition("-")[2])
             for part in sorted(tallies, key=str)
             if part.direction is not None and part[:2] == whole[:2]
         }

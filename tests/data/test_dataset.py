@@ -83,8 +83,8 @@ def test_examples_describe_themselves(dataset, write_tone) -> None:
     path = write_tone("a.wav")
     batch = dataset[CutSet([cut_of(path, 1.0), pair(2)])]
     common = {"source_lang": "en", "target_lang": "de", "target_text": "eins"}
-    speech = {"id": str(path), "modality": "audio", "source_text": None, "audio_path": str(path)}
-    text = {"id": "pair-2", "modality": "text", "source_text": "one", "audio_path": None}
+    speech = {"id": str(path), "modality": "audio", "source_text": None, "audio_path": str(path), "audio_start": 0.0}
+    text = {"id": "pair-2", "modality": "text", "source_text": "one", "audio_path": None, "audio_start": None}
     assert batch["audio"]["examples"] == [{**common, **speech}]
     assert batch["text"]["examples"] == [{**common, **text}]
 

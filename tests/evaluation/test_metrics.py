@@ -36,7 +36,7 @@ TOKENIZERS = {
 def translations(language: str, seed: int = 1) -> list[Translation]:
     """With an empty hypothesis, one of two lines, and white space around one."""
     hypotheses, references = noisy_sentences(seed, language=language)
-    hypotheses[:3] = ["", hypotheses[1] + "\n" + hypotheses[2], f"  {hypotheses[2]}\t "]
+    hypotheses[:3] = ["", hypotheses[1] + "-\n" + hypotheses[2], f"  {hypotheses[2]}\t "]
     pairs = zip(hypotheses, references, strict=True)
     return [
         Translation("test", str(number), "text", "en", language, "source", reference, hypothesis)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_what_the_budget_has_no_room_for_is_left_out_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("duration", "reason"), [(31.0, "longer than 30 s"), (0.4, "segment of a longer file"), (None, None), (0.9, None)]
+    ("duration", "reason"), [(31.0, "longer than 30 s"), (0.4, "somewhere in a longer file"), (None, None), (0.9, None)]
 )
 def test_a_recording_that_is_long_or_only_a_part_of_its_file_is_not_played(tmp_path, duration, reason):
     one = spoken(tone(tmp_path / "a.wav", 300, seconds=1.0), duration)
@@ -67,3 +68,15 @@ def test_a_file_that_is_no_recording_is_named(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"not audio")
     with pytest.raises(DataError, match=r"recording .*a\.wav of the test set cannot be read"):
         Recordings().recording(spoken(tmp_path / "a.wav"))
+
+
+def test_a_segment_of_a_talk_is_played_from_where_it_begins(tmp_path):
+    path = tmp_path / "talk.wav"
+    soundfile.write(path, np.arange(48_000, dtype=np.int16), 16_000)  # a sample is its own number
+    segment = replace(spoken(path, 0.5), audio_start=1.25)
+    assert is_playable(segment)
+    samples, rate = soundfile.read(
+        io.BytesIO(base64.b64decode(Recordings().recording(segment).uri.partition(",")[2])), dtype="int16"
+    )
+    assert rate == 16_000
+    assert samples.tolist() == np.arange(20_000, 28_000, dtype=np.int16).tolist()

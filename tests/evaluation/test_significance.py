@@ -66,6 +66,17 @@ def test_a_model_does_not_differ_from_itself():
     assert [(one.difference, one.p_value, one.is_significant) for one in compare(ours, ours)] == [(0.0, 1.0, False)] * 2
 
 
+def test_nothing_is_no_significant_difference_though_the_translations_differ():
+    """Of two models that get everything wrong, each resample has a BLEU of 0, too."""
+    ours, baseline = evaluation(0.1, "exp/ours"), evaluation(0.1, "exp/before")
+    wrong = [
+        replace(one, translations=[replace(each, hypothesis=word) for each in one.translations])
+        for one, word in ((ours, "x"), (baseline, "y"))
+    ]
+    bleu, _ = compare(*wrong)
+    assert (bleu.score, bleu.baseline_score, bleu.p_value) == (0.0, 0.0, 1.0)
+
+
 def test_recordings_that_share_an_id_are_paired_by_what_was_said_and_their_file():
     """As where several speakers read one sentence, and where one file of ids serves two corpora."""
     one = Translation("test", "7", "audio", "en", "de", "one", "eins", "first", audio_path="a.wav")

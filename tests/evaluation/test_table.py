@@ -103,7 +103,7 @@ def test_the_terminal_shows_each_direction_the_averages_and_the_signature(evalua
 
 def test_a_narrow_terminal_gets_a_table_for_each_modality_with_nothing_cut_off(recordings, evaluation):
     baseline = build_evaluation(build_translations(recordings, "text"), model="exp/some_earlier_model")
-    wide, narrow = (printed(evaluation, baselines=[baseline], width=width) for width in (120, 60))
+    wide, narrow = (printed(evaluation, baselines=[baseline], width=width) for width in (120, 75))
     assert sum("average  " in line for line in wide) == 1
     averages = [cells_of(line) for line in narrow if "average  " in line]
     assert averages == [["average", "36", "100.0", "100.0", "100.0", "+0.0"], ["average", "36", "100.0", "100.0"]]

@@ -63,6 +63,7 @@ def example(text: str, modality: str = "text") -> dict:
         "source_text": text,
         "target_text": text.upper(),
         "audio_path": f"{text}.wav" if modality == "audio" else None,
+        "audio_start": 0.0 if modality == "audio" else None,
     }
 
 

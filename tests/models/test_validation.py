@@ -1,4 +1,5 @@
 import pytest
+import sacrebleu
 import torch
 
 from nemo_emmett.models.validation import Part, count_batch, gather_tallies, validation_metrics
@@ -51,3 +52,13 @@ def test_a_batch_without_metadata_has_no_direction():
     assert list(tallies) == [Part("dev", "text", None)]
     metrics = validation_metrics(tallies)
     assert metrics == {"val_loss_dev": 0.5, "val_acc_dev": 0.25, "val_loss": 0.5, "val_acc": 0.25}
+
+
+def test_bleu_has_the_tokeniser_of_the_language_it_is_in():
+    hypothesis, reference = "我喜欢绿色的茶", "我喜欢红色的茶"  # one word to 13a, seven to zh
+    tallies = {}
+    count(tallies, "dev", [("en-zh", 1.0, 1, 1, hypothesis, reference), ("en-de", 1.0, 1, 1, hypothesis, reference)])
+    metrics = validation_metrics(tallies)
+    expected = sacrebleu.corpus_bleu([hypothesis], [[reference]], tokenize="zh").score
+    assert metrics["val_bleu_dev_en-zh"] == pytest.approx(expected)
+    assert metrics["val_bleu_dev_en-zh"] > metrics["val_bleu_dev_en-de"] == 0
