@@ -5,8 +5,8 @@ Usage:
 
 The recipe, conf/evaluate_phrasebook.yaml unless ``--config-name`` says otherwise, names the test sets.
 Prints BLEU and chrF++ per direction and modality, and writes ``evaluation.json``, ``report.html`` and ``hypotheses``.
-``torchrun --nproc-per-node=8 examples/speechlm/evaluate.py ...``, or ``srun`` with a task for each GPU, shares each test
-set out. ``nemo-emmett evaluate MODEL CONFIG`` does the same.
+``torchrun --nproc-per-node=8 examples/speechlm/evaluate.py ...``, or ``srun`` with a task for each GPU, shares each
+test set out. ``nemo-emmett evaluate MODEL CONFIG`` does the same.
 """
 
 from nemo_emmett.runner import recipe_runner

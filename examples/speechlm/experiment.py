@@ -19,7 +19,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -55,28 +54,47 @@ def main() -> None:
     report(collect(corpora, options.exp, options.seeds), options.exp, console)
 
 
+class RunFailed(Exception):
+    """A command that failed; what depends on it is not run, everything else is."""
+
+
 def run_all(runs: Sequence[Run], logs: Path, jobs: int, console: Console) -> None:
-    """Run everything that is not there yet, each run after those it needs, up to ``jobs`` at a time."""
+    """Run everything that is not there yet, each run after those it needs, up to ``jobs`` at a time.
+
+    Raises:
+        SystemExit: if runs failed, when there is nothing left that does not depend on them.
+    """
     finished = {run.name for run in runs if run.result.exists()}
     waiting = [run for run in runs if run.name not in finished]
+    failures: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
         bar = progress.add_task("The experiment's runs", total=len(runs), completed=len(finished))
         running: dict[Future[float], Run] = {}
         stop = threading.Event()
         try:
-            while waiting or running:
+            while True:
                 for run in [one for one in waiting if finished.issuperset(one.after)][: jobs - len(running)]:
                     waiting.remove(run)
                     running[pool.submit(start, run, logs, progress, stop)] = run
+                if not running:
+                    break
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     run = running.pop(future)
-                    progress.console.print(f"{run.name}: {future.result():.0f} s", highlight=False)
+                    try:
+                        progress.console.print(f"{run.name}: {future.result():.0f} s", highlight=False)
+                    except RunFailed as failure:
+                        failures.append(str(failure))
+                        progress.console.print(failures[-1], style="bold red", highlight=False)
+                        continue
                     progress.advance(bar)
                     finished.add(run.name)
         finally:
             stop.set()
+    if failures:
+        left_out = [f"{len(waiting)} runs that need it were left out."] if waiting else []
+        raise SystemExit("\n".join([*failures, *left_out, "Started again, the experiment goes on from here."]))
 
 
 def start(run: Run, logs: Path, progress: Progress, stop: threading.Event) -> float:
@@ -95,10 +113,7 @@ def start(run: Run, logs: Path, progress: Progress, stop: threading.Event) -> fl
         _watch(process, log, progress, task, stop)
     progress.remove_task(task)
     if process.returncode != 0 or not run.result.exists():
-        print(tail(log)[-2000:], file=sys.stderr)
-        raise SystemExit(
-            f"'{run.name}' failed (exit code {process.returncode}), see {log}; started again, all goes on."
-        )
+        raise RunFailed(f"'{run.name}' failed (exit code {process.returncode}): {_last_words(log)} See {log}.")
     return time.monotonic() - begun
 
 
@@ -120,6 +135,12 @@ def _steps(text: str) -> tuple[int, int] | None:
             if slash and done.isdigit() and total.isdigit():
                 return int(done), int(total)
     return None
+
+
+def _last_words(log: Path) -> str:
+    """The last line of a log: an error's sentence, as a rule."""
+    lines = tail(log).replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _environment() -> dict[str, str]:

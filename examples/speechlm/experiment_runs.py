@@ -169,6 +169,7 @@ def efficiency_run(corpus: Corpus, exp: Path, arm: str, seed: int) -> Run:
         return [
             *_training("experiment_efficiency", corpus, exp / corpus.name, "salm_t5", folder, seed),
             f"speech={home / 'speech'}",
+            "~data.validation_ds.datasets.dev_text",
             f"data.train_ds.audio.reweight_temperature={temperature}",
             *bins_overrides(home / "bins.json", bins),
             *batch_size_overrides(home / f"{bins}.yaml", fixed=batch_sizes == "fixed"),

@@ -91,6 +91,13 @@ class ResultTable:
     averaged_directions: int  # the most directions that a column's average is over
 
     @property
+    def average_of(self) -> str:
+        """What the averages are, in words."""
+        if self.averaged_directions == 1:
+            return "of the one direction between different languages"
+        return f"mean over {self.averaged_directions} directions between different languages"
+
+    @property
     def has_significance(self) -> bool:
         """Whether any difference is marked as significant."""
         others = (other for row in self.rows for cell in row.cells if cell is not None for other in cell.others)
@@ -158,7 +165,7 @@ def print_table(evaluation: Evaluation, console: Console | None = None, baseline
     results = result_table(evaluation, baselines)
     for table in _terminal_tables(results, console):
         console.print(table)
-    console.print(f"average: mean over {results.averaged_directions} directions between different languages")
+    console.print(f"average: {results.average_of}")
     if results.has_significance:
         console.print(f"{SIGNIFICANT}: p < {SIGNIFICANCE_LEVEL} by paired bootstrap", highlight=False)
     for metric, signature in evaluation.signatures.items():
