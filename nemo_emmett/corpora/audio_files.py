@@ -6,6 +6,7 @@ Work is done by chunks of recordings, each by itself, so that any number of proc
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -31,6 +32,9 @@ SAMPLING_RATE = 16_000
 
 TRUNCATION_TOLERANCE = 0.1
 """Seconds that a recording may be shorter than its publisher's tables say, as in the dataloader."""
+
+_LONGEST_NAME = 200
+"""Bytes of a file's name before its ending; file systems take 255."""
 
 
 class UnusableRecording(Exception):
@@ -78,28 +82,33 @@ def write_chunk(chunk: Chunk, audio: str, out: Path, workshop: Workshop) -> Writ
     return Written(record["entries"], record["skipped"])
 
 
-def unpack(recordings: Iterable[Recording], folder: Path, workshop: Workshop) -> Callable[[Recording], Recording]:
+def unpack(
+    recordings: Iterable[Recording], folder: Path, workshop: Workshop, advance: Callable[[int], None] = lambda _: None
+) -> Callable[[Recording], Recording]:
     """Unpack the archives that recordings lie in, each in one pass.
 
     Args:
         recordings: those that are needed; the ones outside archives are left where they are.
         folder: receives ``{archive}/{member}``.
         workshop: where files are made.
+        advance: is told of each recording that is unpacked, or was.
 
     Returns:
         Where a recording lies afterwards, whether or not it was there to be unpacked.
 
     Raises:
-        DataError: if an archive is missing or damaged.
+        DataError: if an archive is missing or damaged, or a recording would be unpacked to outside of ``folder``.
     """
     wanted: dict[Path, dict[str, Path]] = defaultdict(dict)
     for recording in recordings:
         if recording.member is not None:
+            _refuse_outside(recording)
             wanted[recording.path][_normal(recording.member)] = _place(recording, folder)
     for archive, members in wanted.items():
         missing = {member: path for member, path in members.items() if not path.exists()}
+        advance(len(members) - len(missing))
         if missing:
-            _unpack_archive(archive, missing, workshop)
+            _unpack_archive(archive, missing, workshop, advance)
     return partial(_unpacked, folder=folder)
 
 
@@ -274,6 +283,9 @@ def read_samples(recording: Recording) -> np.ndarray:
         samples = _read_by_lhotse(recording)
     if not len(samples):
         raise UnusableRecording("empty recording")
+    # An MP3 that was cut off still tells the length that it had.
+    if len(samples) < (recording.duration - TRUNCATION_TOLERANCE) * rate:
+        raise UnusableRecording("truncated recording")
     mono = samples.mean(axis=1)
     return mono if rate == SAMPLING_RATE else soxr.resample(mono, rate, SAMPLING_RATE)
 
@@ -330,11 +342,24 @@ def _stretch(recording: Recording) -> dict[str, float]:
 
 def _file_name(identity: str) -> str:
     """An id as a file's name; different ids have different names."""
-    return quote(identity, safe=" ")
+    name = quote(identity, safe=" ")
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    return f"{name[: _LONGEST_NAME - len(digest)]}{digest}"
 
 
 def _normal(member: str) -> str:
     return str(PurePosixPath(member))  # without a leading "./", which some archives have
+
+
+def _refuse_outside(recording: Recording) -> None:
+    member = PurePosixPath(recording.member)
+    if member.is_absolute() or ".." in member.parts:
+        raise DataError(
+            f"'{recording.path}': '{member}' would be unpacked to outside of its folder; such an archive is not the "
+            "publisher's, download it anew."
+        )
 
 
 def _place(recording: Recording, folder: Path) -> Path:
@@ -345,7 +370,9 @@ def _unpacked(recording: Recording, folder: Path) -> Recording:
     return recording if recording.member is None else replace(recording, path=_place(recording, folder), member=None)
 
 
-def _unpack_archive(archive: Path, members: Mapping[str, Path], workshop: Workshop) -> None:
+def _unpack_archive(
+    archive: Path, members: Mapping[str, Path], workshop: Workshop, advance: Callable[[int], None]
+) -> None:
     left = dict(members)
     try:
         with tarfile.open(archive, "r|*") as tar:
@@ -353,9 +380,12 @@ def _unpack_archive(archive: Path, members: Mapping[str, Path], workshop: Worksh
                 if member.isfile() and (path := left.pop(_normal(member.name), None)) is not None:
                     with workshop.whole(path) as unfinished, open(unfinished, "wb") as copy:
                         shutil.copyfileobj(tar.extractfile(member), copy)
+                    advance(1)
                 if not left:
                     return
     except FileNotFoundError:
         raise DataError(f"'{archive}' does not exist; download it, or correct the path.") from None
     except (tarfile.TarError, EOFError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the machine, such as a full disk, not of the archive
+            raise
         raise DataError(f"'{archive}' cannot be unpacked ({error}); download it again.") from error

@@ -21,6 +21,7 @@ from typing import Any
 from nemo_emmett.corpora.phrasebook.config import LANGUAGES, check_choices, check_interval, check_range
 from nemo_emmett.corpora.phrasebook.speaking import Contents, Spoken, SpokenSummary, prepare_spoken
 from nemo_emmett.corpora.phrasebook.voices import check_variants, draw_voice
+from nemo_emmett.corpora.readers.files import SourceFiles
 from nemo_emmett.errors import ConfigError, DataError
 
 
@@ -103,7 +104,8 @@ def prepare_captions(
     Raises:
         ConfigError: if the configuration asks for more captions than are left or for an unknown voice, or ``num_jobs``
             is below 1.
-        DataError: if a file of the source is missing or as long as no other, or ``out`` holds anything else already.
+        DataError: if a file of the source is missing, not UTF-8 or as long as no other, or ``out`` holds anything else
+            already.
         EmmettError: if a library is missing or an utterance cannot be spoken.
     """
     source, config = Path(source), config or CaptionsConfig()
@@ -126,8 +128,7 @@ def _read_lines(source: Path, split: str, languages: Sequence[str]) -> dict[str,
         path = source / f"{split}.{language}"
         if not path.is_file():
             raise DataError(f"'{path}' does not exist; give the folder of Multi30k's raw text, unpacked, as SOURCE")
-        # Not splitlines: it would also split where other line separators of Unicode stand within a caption.
-        lines[language] = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines[language] = list(SourceFiles(source).lines(path.name))
     first = languages[0]
     for language in languages[1:]:
         if len(lines[language]) != len(lines[first]):

@@ -13,10 +13,11 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from nemo_emmett.corpora.leaks import HeldOut
 from nemo_emmett.corpora.normalisation import count_words, display_width
@@ -55,6 +56,11 @@ class HygieneConfig:
                 raise ConfigError(f"hygiene.{name}: {words!r} must be a whole number of 1 or more")
         if None not in (self.min_words, self.max_words) and self.min_words > self.max_words:
             raise ConfigError(f"hygiene.min_words: {self.min_words} is above max_words, {self.max_words}; swap them")
+
+    def described(self) -> dict[str, Any]:
+        """The fields as plain JSON values; files by paths that mean the same wherever one stands."""
+        held_out = (Path(path).absolute() if Path(path).exists() else path for path in self.held_out)
+        return {**asdict(self), "held_out": [str(path) for path in held_out]}
 
 
 class Hygiene:

@@ -133,14 +133,16 @@ def find_leaks(training: Iterable[PlacedSentence], held_out: HeldOut) -> Iterato
     """The leaks of training data, one a sentence at most, in the order of the data.
 
     Raises:
-        DataError: at the end, if no sentence was in a language of the held-out data: nothing was compared.
+        DataError: at the end, if nothing was compared: no sentence was in a language of the held-out data.
     """
     languages: set[str] = set()
     for sentence in training:
         languages.update(sentence.texts)
         if (leak := held_out.match(sentence.texts)) is not None:
             yield replace(leak, file=sentence.file, line=sentence.line)
-    if languages and {iso_code(language) for language in languages}.isdisjoint(held_out.languages):
+    if not languages:
+        raise DataError("the training data holds no sentence; give files that have some.")
+    if {iso_code(language) for language in languages}.isdisjoint(held_out.languages):
         raise DataError(
             f"the training data is in {', '.join(sorted(languages))}, what is held out in "
             f"{', '.join(held_out.languages)}; give sentences of the same language."

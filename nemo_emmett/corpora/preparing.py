@@ -12,16 +12,24 @@ The same options give the same bytes, whatever the number of processes and howev
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from nemo_emmett.corpora.claim import (
+    STARTED_FILE,
+    SUMMARY_FILE,
+    WORKSHOP,
+    claim,
+    plan_of,
+    refuse_difference,
+    refuse_inside,
+)
 from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
 from nemo_emmett.corpora.writing import Workshop, read_json
 from nemo_emmett.errors import ConfigError, DataError
@@ -29,12 +37,6 @@ from nemo_emmett.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from nemo_emmett.corpora.audio_files import Chunk
     from nemo_emmett.corpora.hygiene import HygieneConfig
-
-SUMMARY_FILE = "corpus.json"
-STARTED_FILE = "corpus.started.json"
-"""Stands in an unfinished corpus: what it is going to hold."""
-
-WORKSHOP = ".unfinished"
 
 AUDIO = ("keep", "flac", "tar", "shar")
 
@@ -113,25 +115,36 @@ def prepare_corpus(
 
     Raises:
         ConfigError: if an option has a value that cannot work.
-        DataError: if files are missing or damaged, or ``out`` holds anything else already.
+        DataError: if files are missing or damaged, ``out`` cannot be written to, holds anything else already, is being
+            written by another process or lies in ``source``.
     """
     source, out, selection = Path(source), Path(out), selection or Selection()
     _check(audio, shard_size, num_jobs)
     job = _Job(out, audio, shard_size, hygiene, num_jobs or _available_cores(), show_progress)
-    plan = _plan(corpus, source, selection, job)
+    options = {"audio": audio, "shard_size": shard_size, "hygiene": None if hygiene is None else hygiene.described()}
+    plan = plan_of(corpus, source, selection, options)
     if (finished := read_json(out / SUMMARY_FILE)) is not None:
-        _refuse_difference(out, finished, plan)
+        refuse_difference(out, finished, plan)
         job.workshop.clear()  # if it was killed between the last two steps
         return _summary(out, finished, made_now=False)
+    refuse_inside(out, source)
     parts = corpus.read(source, selection)
     _check_parts(corpus, parts, hygiene)
-    _claim(job, plan)
+    with _failures_in_words(out):
+        claim(out, job.workshop, plan, parts)
+        with job.workshop.alone():
+            content = _write(job, plan, parts)
+    return _summary(out, content, made_now=True)
+
+
+def _write(job: _Job, plan: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
+    """Write all files; returns what ``corpus.json`` holds."""
     summaries = [asdict(summary) for summary in [*_write_texts(parts, job), *_write_speech(parts, job)]]
     content = {**plan, "parts": summaries}
-    job.workshop.write_json(out / STARTED_FILE, content)
-    os.replace(out / STARTED_FILE, out / SUMMARY_FILE)
+    job.workshop.write_json(job.out / STARTED_FILE, content)
+    os.replace(job.out / STARTED_FILE, job.out / SUMMARY_FILE)
     job.workshop.clear()
-    return _summary(out, content, made_now=True)
+    return content
 
 
 def _write_texts(parts: Sequence[Part], job: _Job) -> list[PartSummary]:
@@ -205,10 +218,14 @@ def _write_spoken(part: Part, job: _Job) -> PartSummary:
 def _chunks(part: Part, job: _Job, skipped: Counter[str]) -> list[Chunk]:
     """The usable sentences of a spoken part by shards, their recordings in files."""
     from nemo_emmett.corpora.audio_files import Chunk, unpack
+    from nemo_emmett.corpora.progress import counting
 
     sentences = list(_usable(part, job.hygiene, skipped))
     folder = job.out / "audio" / part.name if job.audio == "keep" else job.workshop.folder / "audio" / part.name
-    locate = unpack([sentence.recording for sentence in sentences], folder, job.workshop)
+    recordings = [sentence.recording for sentence in sentences]
+    packed = sum(recording.member is not None for recording in recordings)
+    with counting(f"Unpacking {part.name}", packed, job.show_progress and packed > 0) as advance:
+        locate = unpack(recordings, folder, job.workshop, advance)
     sentences = [replace(sentence, recording=locate(sentence.recording)) for sentence in sentences]
     starts = range(0, len(sentences), job.shard_size)
     return [
@@ -345,40 +362,16 @@ def _check_any(part: Part, count: int, skipped: Mapping[str, int]) -> None:
         raise DataError(f"Nothing of '{part.name}' can be used ({causes}); check the source and the options.")
 
 
-def _plan(corpus: Corpus, source: Path, selection: Selection, job: _Job) -> dict[str, Any]:
-    """What identifies a preparation: two with the same plan give the same files."""
-    options = {
-        "source": str(source.absolute()),
-        "languages": selection.languages,
-        "splits": selection.splits,
-        "beside": {name: str(Path(path).absolute()) for name, path in selection.beside.items()},
-        "audio": job.audio,
-        "shard_size": job.shard_size,
-        "hygiene": None if job.hygiene is None else asdict(job.hygiene),
-    }
-    described = {key: getattr(corpus, key) for key in ("name", "title", "release", "licence", "url")}
-    return json.loads(json.dumps({**described, "options": options}, default=str))
-
-
-def _claim(job: _Job, plan: Mapping[str, Any]) -> None:
-    """Make ``out`` this plan's folder, unless it holds something else."""
-    if job.out.exists() and not job.out.is_dir():
-        raise DataError(f"'{job.out}' is a file; give the corpus a folder.")
-    if (started := read_json(job.out / STARTED_FILE)) is not None:
-        _refuse_difference(job.out, started, plan)
-    elif job.out.exists() and any(path.name != WORKSHOP for path in job.out.iterdir()):
-        raise DataError(f"'{job.out}' is not empty and holds no corpus; give the corpus a folder of its own.")
-    else:
-        job.workshop.write_json(job.out / STARTED_FILE, plan)
-
-
-def _refuse_difference(out: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    before, now = ({"corpus": plan["name"], "release": plan["release"], **plan["options"]} for plan in (there, asked))
-    differences = [f"{key} ({before.get(key)} there, {now[key]} asked)" for key in now if before.get(key) != now[key]]
-    if differences:
+@contextmanager
+def _failures_in_words(out: Path) -> Iterator[None]:
+    """Say what the machine refused: a full disk, missing rights."""
+    try:
+        yield
+    except OSError as error:
         raise DataError(
-            f"'{out}' holds a corpus that differs in {', '.join(differences)}; give another folder or delete this one."
-        )
+            f"'{error.filename or out}' cannot be used ({error.strerror or error}); put that right and start again: "
+            "what is done stays done."
+        ) from error
 
 
 def _part_summary(part: Part, record: Mapping[str, Any]) -> PartSummary:

@@ -54,7 +54,8 @@ def find_sentence_files(source: str | Path) -> list[SentenceFile]:
             whose text and manifests are all taken.
 
     Raises:
-        DataError: if there is no such file, nothing in the folder, or the language is not known.
+        DataError: if there is no such file, nothing in the folder, its corpus is not finished, or the language is not
+            known.
     """
     path, language = Path(source), None
     if not path.exists() and (given := _WITH_LANGUAGE.fullmatch(str(source))):
@@ -87,6 +88,8 @@ def read_sentences(file: SentenceFile, opener: Opener | None = None) -> Iterator
 
 
 def _files_of_corpus(folder: Path) -> list[SentenceFile]:
+    if any(folder.glob("*.started.json")):
+        raise DataError(f"'{folder}' holds a corpus that is not finished; start its `prepare` again and let it end.")
     texts = [SentenceFile(path, _suffix_language(path)) for path in sorted(folder.glob("text/*")) if path.is_file()]
     manifests = [SentenceFile(path, None) for path in sorted(folder.glob("speech/**/*")) if _is_manifest(path)]
     files = [file for file in texts if file.language is not None] + manifests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from nemo_emmett.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,23 @@ class Workshop:
             os.replace(name, path)
         finally:
             Path(name).unlink(missing_ok=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from working here; however this one ends, they may then.
+
+        Raises:
+            DataError: if another process is at work here.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"Another process is writing to '{self.folder.parent}'; let it finish.") from None
+            except OSError:  # some network file systems have no locks
+                pass
+            yield
 
     def write_text(self, path: Path, content: str) -> None:
         """Write a small text file."""
@@ -56,8 +76,17 @@ class Workshop:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file's content; None where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """A JSON file's content; None where there is no such file.
+
+    Raises:
+        DataError: if it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"'{path}' is damaged ({error}); delete its folder and prepare it again.") from error
 
 
 def _umask() -> int:

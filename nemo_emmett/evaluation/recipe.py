@@ -25,12 +25,18 @@ def config_of_test_sets(config: DictConfig | Mapping | str | os.PathLike[str]) -
         where = f"'{os.fspath(config)}'"
         config = read_yaml(Path(config))
     recipe = copy.deepcopy(config) if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
-    data = recipe.data if "data" in recipe and "test_ds" in recipe.data else recipe
-    if "test_ds" not in data or not data.test_ds.get("datasets"):
+    data = recipe.data if _has(recipe, "data") and "test_ds" in recipe.data else recipe
+    if not (_has(data, "test_ds") and _has(data.test_ds, "datasets")):
         raise ConfigError(
-            f"data.test_ds.datasets is missing in {where}: name the test sets there, each with its input_cfg."
+            f"data.test_ds.datasets is missing in {where}, or holds no keys: name the test sets there, each with its "
+            "input_cfg."
         )
     return data
+
+
+def _has(config: DictConfig, key: str) -> bool:
+    """Whether ``key`` holds keys itself."""
+    return key in config and isinstance(config[key], DictConfig) and len(config[key]) > 0
 
 
 def read_yaml(path: Path) -> DictConfig:
@@ -43,7 +49,7 @@ def read_yaml(path: Path) -> DictConfig:
         config = OmegaConf.load(path)
     except OSError as error:
         raise ConfigError(f"The config '{path}' cannot be read: {error.strerror}.") from error
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"The config '{path}' is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"The config '{path}' holds a list; it must hold keys, among them data.test_ds.")

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -228,9 +228,9 @@ def write_hypotheses(evaluation: Evaluation, folder: str | os.PathLike[str]) -> 
     """
     folder = Path(folder)
     texts: dict[str, list[str]] = defaultdict(list)
+    file_names = names_of_files(one.test_set for one in evaluation.translations)
     for one in evaluation.translations:
-        test_set = one.test_set.replace("/", "_")
-        name = f"{test_set}.{one.modality}.{one.source_lang}-{one.target_lang}"
+        name = f"{file_names[one.test_set]}.{one.modality}.{one.source_lang}-{one.target_lang}"
         texts[f"{name}.hyp"].append(one_line(one.hypothesis) + "\n")
         texts[f"{name}.ref"].append(one_line(one.reference) + "\n")
     for stale in [*folder.glob("*.hyp"), *folder.glob("*.ref")]:
@@ -238,6 +238,24 @@ def write_hypotheses(evaluation: Evaluation, folder: str | os.PathLike[str]) -> 
             stale.unlink()
     for name, lines in texts.items():
         write_text(folder / name, "".join(lines))
+
+
+def names_of_files(names: Iterable[str]) -> dict[str, str]:
+    """Names with ``_`` for ``/``; where two would be the same, the later bears a number.
+
+    Example:
+        >>> names_of_files(["a/b", "a_b", "c", "c"])
+        {'a/b': 'a_b', 'a_b': 'a_b-2', 'c': 'c'}
+    """
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        plain = unique = name.replace("/", "_")
+        number = 1
+        while unique in found.values():
+            number += 1
+            unique = f"{plain}-{number}"
+        found[name] = unique
+    return found
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

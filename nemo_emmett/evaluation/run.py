@@ -6,6 +6,7 @@ import copy
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -16,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
+from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.evaluation.comet import CometConfig
@@ -96,19 +98,26 @@ def evaluate(
     """
     # What may be wrong with the arguments shows before the translating, not after.
     metrics = check_metrics(metrics)
+    _check_counts({"num_beams": (num_beams, 1), "max_new_tokens": (max_new_tokens, 1), "examples": (examples, 0)})
     comet_config = CometConfig.of_recipe(comet) if "COMET" in metrics else None
     task = Task(config_of_test_sets(config), num_beams, max_new_tokens, metrics, comet_config)
     earlier = [_saved_or_folder(baseline) for baseline in baselines]
+    folders = _folders_of_baselines(earlier, output)
     curves = None if log_dir is None else read_curves(log_dir)
+    if output is not None:
+        _check_writable(Path(output))
     loaded = load(model) if isinstance(model, (str, os.PathLike)) else model
     with joined_processes() as processes:
         earlier = [
-            _evaluate_baseline(one, task, output, processes) if isinstance(one, Path) else one for one in earlier
+            _evaluate_baseline(one, task, folder, processes) if isinstance(one, Path) else one
+            for one, folder in zip(earlier, folders, strict=True)
         ]
         if loaded is not model:
             loaded = loaded.to(processes.device)
-        model_name = os.fspath(model) if loaded is not model else type(model).__qualname__
-        evaluation = _evaluate(loaded, model_name, name, task, processes)
+            model_name, short_name = os.fspath(model), _short_name(Path(model))
+        else:
+            model_name = short_name = type(model).__qualname__
+        evaluation = _evaluate(loaded, model_name, name or short_name, task, processes)
     if evaluation is None:
         return None
     if output is not None:
@@ -135,13 +144,33 @@ def evaluate_recipe(config: DictConfig | Place, model: Place | None = None, **op
         ConfigError: if neither names a model, and as :func:`evaluate` does.
     """
     recipe = config if isinstance(config, DictConfig) else read_yaml(Path(config))
+    known = ("name", "output", "num_beams", "max_new_tokens", "metrics", "comet", "log_dir", "examples")
+    if "test_ds" in recipe:  # and not a training's, with keys of its own
+        check_keys(recipe, (*known, "model", "baseline", "test_ds"), "the recipe")
     model = recipe.get("model") if model is None else model
     if not isinstance(model, (str, os.PathLike)):
         raise ConfigError("model: the recipe names no exported model; give the folder that train.py exported to.")
-    known = ("name", "output", "num_beams", "max_new_tokens", "metrics", "comet", "log_dir", "examples")
     chosen = {key: _plain(recipe.get(key)) for key in known} | {"baselines": _as_list(recipe.get("baseline"))}
     chosen |= {key: value for key, value in options.items() if value not in (None, ())}
     return evaluate(model, recipe, **{key: value for key, value in chosen.items() if value is not None})
+
+
+def _check_counts(counts: Mapping[str, tuple[Any, int]]) -> None:
+    """Counts that a recipe gives, each with the lowest that works; None is none."""
+    for name, (value, lowest) in counts.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < lowest):
+            raise ConfigError(f"{name}: {value!r} must be a whole number of {lowest} or more.")
+
+
+def _check_writable(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(output, os.W_OK | os.X_OK)
+        reason = "no right to write there"
+    except OSError as error:
+        is_writable, reason = False, error.strerror or str(error)
+    if not is_writable:
+        raise ConfigError(f"output: '{output}' cannot be written to ({reason}); give another folder.")
 
 
 def _plain(value: Any) -> Any:
@@ -168,15 +197,38 @@ def _saved_or_folder(baseline: Place) -> Evaluation | Path:
     return path
 
 
-def _evaluate_baseline(folder: Path, task: Task, output: Place | None, processes: Processes) -> Evaluation | None:
-    model = load(folder).to(processes.device)
-    evaluation = _evaluate(model, os.fspath(folder), None, task, processes)
-    if evaluation is not None and output is not None:
-        _write(evaluation, Path(output) / "baselines" / evaluation.name.replace("/", "_"))
+def _folders_of_baselines(baselines: Sequence[Evaluation | Path], output: Place | None) -> list[Path | None]:
+    """Where the evaluation of each baseline is kept: a folder of its own, though models be of one name.
+
+    None for what is saved already, and where nothing is written.
+    """
+    taken: Counter[str] = Counter()
+    folders: list[Path | None] = []
+    for baseline in baselines:
+        if output is None or not isinstance(baseline, Path):
+            folders.append(None)
+            continue
+        name = _short_name(baseline).replace("/", "_")
+        taken[name] += 1
+        folders.append(Path(output, "baselines", name if taken[name] == 1 else f"{name}-{taken[name]}"))
+    return folders
+
+
+def _evaluate_baseline(model: Path, task: Task, folder: Path | None, processes: Processes) -> Evaluation | None:
+    loaded = load(model).to(processes.device)
+    evaluation = _evaluate(loaded, os.fspath(model), _short_name(model), task, processes)
+    if evaluation is not None and folder is not None:
+        _write(evaluation, folder)
     return evaluation
 
 
-def _evaluate(model: Any, model_name: str, name: str | None, task: Task, processes: Processes) -> Evaluation | None:
+def _short_name(model: Path) -> str:
+    """The last two parts of a model's folder."""
+    parts = model.parts if model.parts and ".." not in model.parts else model.resolve().parts
+    return "/".join(parts[-2:])
+
+
+def _evaluate(model: Any, model_name: str, name: str, task: Task, processes: Processes) -> Evaluation | None:
     """Translate together, and score in the first process; None in the others."""
     data_config = copy.deepcopy(task.data_config)  # to which the model adds what it knows
     datamodule = MultimodalDataModule(
@@ -201,7 +253,7 @@ def _evaluate(model: Any, model_name: str, name: str | None, task: Task, process
     scores = score(whole.translations, task.metrics, task.comet)
     return Evaluation(
         model=model_name,
-        name=name or "/".join(Path(model_name).parts[-2:]),
+        name=name,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         scores=scores,
         translations=whole.translations,

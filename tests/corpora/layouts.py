@@ -85,13 +85,18 @@ def _flores_record(number: int, code: str, text: str) -> dict:
 
 
 def multi30k(folder: Path, is_packed: bool = True) -> Path:
-    """``github.com/multi30k/dataset``: three sentences to train on, two in val, one in a test set without Czech."""
+    """``github.com/multi30k/dataset``: three sentences to train on, two in val, one in a test set without Czech.
+
+    Packed it is the repository, which has names of images and tokenised captions beside them.
+    """
     splits = {
         "train": ("en", "de", "fr", "cs"),
         "val": ("en", "de", "fr", "cs"),
         "test_2017_flickr": ("en", "de", "fr"),
     }
     for split, count in (("train", 3), ("val", 2), ("test_2017_flickr", 1)):
+        if is_packed:
+            _write(folder / "data/task1/image_splits" / f"{split}.txt", _lines(f"{n}.jpg" for n in range(count)))
         for language in splits[split]:
             name = f"{split}.{language}"
             content = _lines(SENTENCES[language][:count])

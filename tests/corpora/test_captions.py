@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from nemo_emmett.corpora import captions
 from nemo_emmett.corpora.captions import CaptionsConfig, prepare_captions
 from nemo_emmett.errors import ConfigError, DataError
 
@@ -102,6 +103,24 @@ def test_a_missing_file_is_named(source, tmp_path):
     with pytest.raises(DataError, match=r"train\.fr' does not exist; give the folder of Multi30k's raw text"):
         prepare_captions(source, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+
+
+def test_other_line_ends_and_a_byte_order_mark_are_no_part_of_a_caption(source, out, tmp_path):
+    windows = write_source(tmp_path / "windows")
+    for path in windows.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert (
+        captions._read_lines(windows, "train", ("en", "de"))
+        == captions._read_lines(source, "train", ("en", "de"))
+        == TRAIN
+    )
+
+
+def test_what_is_not_utf_8_is_named(tmp_path):
+    source = write_source(tmp_path / "source")
+    (source / "train.de").write_bytes("Zwei Männer".encode("latin-1"))
+    with pytest.raises(DataError, match=r"train\.de': line 1 is not UTF-8"):
+        prepare_captions(source, tmp_path / "out", CONFIG)
 
 
 def test_files_of_unequal_length_are_named_with_their_lengths(tmp_path):

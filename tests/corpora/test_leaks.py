@@ -223,6 +223,11 @@ def test_command_says_that_nothing_was_found(tmp_path: Path) -> None:
     assert page == ("1 training sentence, 1 test sentence: no test sentence stands in the training data.\n")
 
 
+def test_training_data_without_a_sentence_is_refused() -> None:
+    with pytest.raises(DataError, match="the training data holds no sentence"):
+        list(find_leaks([], HeldOut(placed(TEST))))
+
+
 def test_empty_test_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test.de").write_text("...\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"test\.de': no sentence to hold out"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from nemo_emmett.cli import main
 from nemo_emmett.corpora import Part, Recording, Selection, Sentence, find_corpus, prepare_corpus
 from nemo_emmett.corpora.hygiene import HygieneConfig
 from nemo_emmett.corpora.registry import CORPORA
+from nemo_emmett.corpora.writing import Workshop
 from nemo_emmett.errors import ConfigError, DataError
 from tests.corpora import toy_corpus
 from tests.corpora.loading import load_part, make_tokenizer
@@ -47,7 +50,8 @@ def prepare(source: Path, out: Path, corpus=CORPUS, **options):
 def prepare_speech(sentences: list[Sentence], out: Path, **options):
     """A corpus of one part, of speech in English."""
     part = Part("test", ("en", "de"), lambda: sentences, spoken="en")
-    return prepare(out.parent, out, replace(CORPUS, read=lambda source, selection: [part]), **options)
+    corpus = replace(CORPUS, read=lambda source, selection: [part])
+    return prepare(out.parent / "nowhere", out, corpus, **options)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -176,6 +180,32 @@ class TestSkipped:
         with pytest.raises(DataError, match=r"test\.tar\.gz' cannot be unpacked .* download it again"):
             prepare(source, tmp_path / "out")
 
+    @pytest.mark.parametrize("member", ["test/../../../evil.wav", "/{tmp_path}/evil.wav"])
+    def test_nothing_is_unpacked_to_outside_of_the_corpus(self, member: str, tmp_path: Path) -> None:
+        member = member.format(tmp_path=tmp_path)
+        with tarfile.open(tmp_path / "test.tar", "w") as archive:
+            archive.addfile(tarfile.TarInfo(member))
+        sentence = Sentence("a", {"en": "a", "de": "b"}, Recording(tmp_path / "test.tar", member=member))
+        with pytest.raises(DataError, match=r"test\.tar': '.*evil\.wav' would be unpacked to outside"):
+            prepare_speech([sentence], tmp_path / "one/two/out")
+        assert not list(tmp_path.rglob("evil.wav"))
+
+    def test_an_mp3_cut_short_is_no_recording_though_its_header_tells_all_of_it(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.mp3"
+        soundfile.write(path, samples_of(0, 4.0), RATE, format="MP3")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert soundfile.info(path).duration == pytest.approx(4.0, abs=0.1)
+        with pytest.raises(DataError, match=r"truncated recording: 1"):
+            prepare_speech([Sentence("a", {"en": "a", "de": "b"}, Recording(path))], tmp_path / "out", audio="flac")
+
+    def test_ids_too_long_for_a_file_name_have_files_of_their_own(self, source: Path, tmp_path: Path) -> None:
+        ids = ["ü" * 100, "ü" * 100 + "x", "../" * 100]
+        sentences = [Sentence(name, {"en": "a", "de": "b"}, Recording(source / "0.wav")) for name in ids]
+        prepare_speech(sentences, out := tmp_path / "out", audio="flac")
+        paths = {(out / "speech" / entry["audio_filepath"]).resolve() for entry in manifest(out, "test.en")}
+        assert paths == {path.resolve() for path in (out / "audio/test.en").iterdir()}
+        assert len(paths) == 3
+
 
 class TestHygiene:
     def test_only_training_splits_are_filtered(self, source: Path, tmp_path: Path) -> None:
@@ -278,7 +308,9 @@ class TestAgain:
 
     def test_what_is_done_is_not_done_again(self, source: Path, tmp_path: Path, monkeypatch) -> None:
         out = tmp_path / "out"
-        broken = replace(CORPUS, read=lambda *args: [*toy_corpus.read(*args)[:3], Part("bad", ("en",), lambda: 1 / 0)])
+        broken = replace(
+            CORPUS, read=lambda *args: [*toy_corpus.read(*args)[:3], Part("test", ("en", "de"), lambda: 1 / 0, "en")]
+        )
         with pytest.raises(ZeroDivisionError):
             prepare(source, out, broken)
         before = (out / "text/train.en").stat()
@@ -314,6 +346,50 @@ class TestRefused:
             with pytest.raises(ConfigError, match=message):
                 prepare(source, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
+
+    def test_a_folder_that_another_process_writes_to(self, source: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        with Workshop(out / ".unfinished").alone(), pytest.raises(DataError, match="Another process is writing to"):
+            prepare(source, out)
+        prepare(source, out)
+        assert not (out / ".unfinished").exists()
+
+    def test_a_folder_in_the_source(self, source: Path) -> None:
+        with pytest.raises(DataError, match="lies in the source"):
+            prepare(source, source / "out")
+        assert not (source / "out").exists()
+
+    def test_to_go_on_when_the_source_has_changed(self, source: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        begun = replace(CORPUS, read=lambda *args: [Part("train", ("en",), lambda: 1 / 0)])
+        with pytest.raises(ZeroDivisionError):
+            prepare(source, out, begun)
+        with pytest.raises(DataError, match=r"'train' was en and is en, de; delete the folder"):
+            prepare(source, out)
+
+    @pytest.mark.parametrize(("content", "message"), [("{", "is damaged"), ("[]", "another program's")])
+    def test_a_corpus_json_that_is_none(self, content: str, message: str, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/corpus.json").write_text(content)
+        with pytest.raises(DataError, match=message):
+            prepare(source, tmp_path / "out")
+
+    def test_a_full_disk_is_told_and_costs_nothing_that_is_done(
+        self, source: Path, tmp_path: Path, monkeypatch
+    ) -> None:
+        prepare(source, out := tmp_path / "out")
+        whole = tree(out)
+        shutil.rmtree(out)
+
+        def fail(*args) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.wav")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "copyfileobj", fail)  # while the last part's archive is unpacked
+            with pytest.raises(DataError, match=r"'a\.wav' cannot be used \(No space left on device\)"):
+                prepare(source, out)
+        prepare(source, out)
+        assert tree(out) == whole
 
 
 class TestRegistry:

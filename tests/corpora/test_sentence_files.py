@@ -84,6 +84,7 @@ def test_what_cannot_be_read_is_told_in_one_sentence(tmp_path: Path) -> None:
     cut_off.write_bytes(cut_off.read_bytes()[:-20])
     latin = tmp_path / "latin.de"
     latin.write_bytes("Fünf\n".encode("latin-1"))
+    write(tmp_path / "begun" / "text" / "dev.de", "Eins.\n")
     faults = {
         tmp_path / "missing.de": "does not exist",
         write(tmp_path / "test.txt", "Eins.\n"): "does not end in a language",
@@ -96,6 +97,7 @@ def test_what_cannot_be_read_is_told_in_one_sentence(tmp_path: Path) -> None:
         write(tmp_path / "number.json", json_lines({"text": 3, "lang": "en"})): "line 1: needs a 'text'",
         write(tmp_path / "list.json", "[1]\n"): "line 1: needs a 'text'",
         write(tmp_path / "empty" / "corpus.json", "{}").parent: "has no sentences in text/ or speech/",
+        write(tmp_path / "begun" / "corpus.started.json", "{}").parent: "holds a corpus that is not finished",
     }
     for source, fault in faults.items():
         with pytest.raises(DataError) as error:

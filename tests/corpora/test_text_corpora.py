@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tarfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -82,11 +83,11 @@ class TestFlores:
         assert set(outside) == {"en", "de", "zh", "zh-Hant"}
 
     def test_languages_of_unequal_length_are_refused(self, tmp_path: Path) -> None:
-        layouts.flores_plus_release(tmp_path)
-        path = tmp_path / "floresp-v2.0-rc.3/dev/dev.deu_Latn"
+        source = layouts.flores_plus_release(tmp_path / "source")
+        path = source / "floresp-v2.0-rc.3/dev/dev.deu_Latn"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
         with pytest.raises(DataError, match=r"dev\.deu_Latn' and .*dev\.cmn_Hans' are not parallel: 'dev-2'"):
-            prepare_corpus(find_corpus("flores"), tmp_path, tmp_path / "out", num_jobs=1, show_progress=False)
+            prepare_corpus(find_corpus("flores"), source, tmp_path / "out", num_jobs=1, show_progress=False)
 
 
 class TestMulti30k:
@@ -113,6 +114,21 @@ class TestMulti30k:
         path.write_bytes(gzip.compress(b"ein rotes Haus\n"))
         with pytest.raises(DataError, match=r"train\.de\.gz' ends after 1 lines"):
             prepare_corpus(find_corpus("multi30k"), tmp_path / "source", tmp_path / "out", num_jobs=1)
+
+
+class TestArchives:
+    def test_a_zip_with_a_password_is_to_be_unpacked(self, tmp_path: Path) -> None:
+        path = tmp_path / "floresp.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("dev/dev.eng_Latn", "one\n")
+        content = bytearray(path.read_bytes())
+        for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            content[content.index(signature) + flags] |= 1  # the bit that says: encrypted
+        path.write_bytes(content)
+        with pytest.raises(
+            DataError, match=r"floresp\.zip' cannot be read .*password.*; unpack it and give the folder"
+        ):
+            prepare_corpus(find_corpus("flores"), path, tmp_path / "out", num_jobs=1, show_progress=False)
 
 
 class TestOpus:
@@ -150,6 +166,20 @@ class TestOpus:
         with pytest.raises(DataError, match=r"Books\.de-en\.en' is missing"):
             prepare_corpus(find_corpus("opus"), tmp_path / "source", tmp_path / "out", num_jobs=1)
 
+    def test_half_a_download_among_others_is_not_passed_over(self, tmp_path: Path) -> None:
+        layouts.opus_moses(tmp_path / "source" / "Books", "Books")
+        path = layouts.opus_moses(tmp_path / "source" / "TED2020", "TED2020")
+        path.write_bytes(path.read_bytes()[:200])
+        with pytest.raises(DataError, match=r"TED2020/de-en\.txt\.zip' cannot be read"):
+            prepare_corpus(find_corpus("opus"), tmp_path / "source", tmp_path / "out", num_jobs=1)
+
+    def test_two_varieties_that_share_a_code_are_no_pair(self, tmp_path: Path) -> None:
+        (tmp_path / "source").mkdir()
+        for side in ("pt", "pt_BR"):
+            (tmp_path / f"source/News.pt-pt_BR.{side}").write_text("um\n")
+        with pytest.raises(DataError, match=r"Both sides of .*News\.pt-pt_BR\.pt' are 'pt'"):
+            prepare_corpus(find_corpus("opus"), tmp_path / "source", tmp_path / "out", num_jobs=1)
+
     def test_the_same_text_twice_is_refused(self, tmp_path: Path) -> None:
         layouts.opus_moses(tmp_path / "source", is_zip=False)
         layouts.opus_moses(tmp_path / "source")
@@ -165,6 +195,10 @@ class TestTatoeba:
         assert counts == {"train.de-en": {"de-en": 2, "en-de": 2}}
         assert texts_of(tmp_path, "train.de-en", "en") == ["Hello!", "Good day!"]
         assert texts_of(tmp_path, "train.de-en", "ids") == ["1-2", "1-3"]
+
+    def test_a_language_named_twice_makes_no_pair_with_itself(self, count, tmp_path: Path) -> None:
+        counts = count("tatoeba", layouts.tatoeba_whole(tmp_path / "source"), languages=("de", "en", "de"))
+        assert counts == {"train.de-en": {"de-en": 2, "en-de": 2}}
 
     def test_the_whole_export_needs_languages(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="languages: the whole export of Tatoeba has some 400"):

@@ -104,6 +104,13 @@ def test_sentences_are_written_a_line_each_in_files_that_fit_together(evaluation
     }
 
 
+def test_test_sets_whose_files_would_share_a_name_have_files_of_their_own(evaluation, tmp_path):
+    one = Translation("a/b", "1", "text", "en", "de", "x", "eins", "eins")
+    write_hypotheses(replace(evaluation, translations=[one, replace(one, test_set="a_b", hypothesis="zwei")]), tmp_path)
+    assert (tmp_path / "a_b.text.en-de.hyp").read_text() == "eins\n"
+    assert (tmp_path / "a_b-2.text.en-de.hyp").read_text() == "zwei\n"
+
+
 def test_a_line_is_one_line():
     assert one_line("zwei \n Zeilen \t") == "zwei   Zeilen"
     assert one_line(None) == ""

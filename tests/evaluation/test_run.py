@@ -224,14 +224,61 @@ def test_a_baseline_that_does_not_compare_costs_no_translations(recipe, tokenize
         ("- a", "holds a list"),
         ("data: {train_ds: {}}", "data.test_ds.datasets is missing in"),
         ("test_ds: {batch_size: 1}", "data.test_ds.datasets is missing in"),
+        ("test_ds: 3", "data.test_ds.datasets is missing in"),
+        ("test_ds: {datasets: [a, b]}", "or holds no keys"),
+        (b"\xff\xfea", "is not YAML"),
     ],
 )
 def test_a_config_without_test_sets_is_refused_before_the_model_is_loaded(content, sentence, tmp_path):
     path = tmp_path / "recipe.yaml"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=sentence):
         evaluate(tmp_path / "no_model", path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"num_beams": 0}, "num_beams: 0 must be a whole number of 1 or more"),
+        ({"num_beams": "two"}, "num_beams: 'two' must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens: 0 must be"),
+        ({"examples": -1}, "examples: -1 must be a whole number of 0 or more"),
+        ({"outptu": "exp"}, "there is no such key; did you mean 'output'"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_before_the_model_is_loaded(settings, sentence, recipe, tmp_path):
+    config = OmegaConf.create({"test_ds": OmegaConf.load(recipe).data.test_ds, **settings})
+    with pytest.raises(ConfigError, match=sentence):
+        evaluate_recipe(config, tmp_path / "no_model")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loaded(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"output: '.*file/out' cannot be written to \(Not a directory\)"):
+        evaluate(tmp_path / "no_model", recipe, output=tmp_path / "file" / "out")
+
+
+def test_baselines_that_share_a_name_are_kept_each_in_its_folder(recipe, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = [Path(place, "salm", "model") for place in ("one", "two")]
+    for other in others:
+        other.mkdir(parents=True)
+        (other / "config.json").touch()
+    monkeypatch.setattr(run, "load", lambda folder: Oracle(tokenizer))
+    quiet = Console(file=io.StringIO())
+    evaluate(Oracle(tokenizer), recipe, output="out", baselines=others, console=quiet)
+    kept = [from_json(Path("out", "baselines", name, "evaluation.json")) for name in ("salm_model", "salm_model-2")]
+    assert [one.model for one in kept] == [str(other) for other in others]
+
+
+def test_a_model_in_the_working_folder_is_called_as_from_elsewhere(recipe, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load", lambda folder: Oracle(tokenizer))
+    folder = tmp_path / "salm" / "model"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    names = [evaluate(place, recipe, console=Console(file=io.StringIO())).name for place in (".", "../model")]
+    assert names == ["salm/model"] * 2
 
 
 def test_a_missing_baseline_is_refused_before_the_model_is_loaded(recipe, tmp_path):

@@ -124,10 +124,13 @@ def _rows(file: Path, *columns: str) -> Iterator[dict[str, str]]:
     files = SourceFiles(file) if file.name.endswith(".tar.gz") else SourceFiles(file.parent)
     name = file.name.removesuffix(".tar.gz")
     rows = csv.DictReader(files.lines(name), delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\", restval="")
-    for column in columns:
-        if column not in (rows.fieldnames or ()):
-            raise DataError(f"{files.where(name)} has no column '{column}'; download it again.")
-    yield from rows
+    try:
+        for column in columns:
+            if column not in (rows.fieldnames or ()):
+                raise DataError(f"{files.where(name)} has no column '{column}'; download it again.")
+        yield from rows
+    except csv.Error as error:
+        raise DataError(f"{files.where(name)}: row {rows.line_num} is none ({error}); download it again.") from error
 
 
 CORPUS = Corpus(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import lzma
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from typing import BinaryIO
 from nemo_emmett.errors import DataError
 
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz")
+
+_DAMAGED = (EOFError, OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+"""What the standard library's archives raise where bytes are wrong or end early."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,6 @@ class SourceFiles:
         return frozenset(self.names)
 
 
-def is_archive(path: Path) -> bool:
-    """Whether a file's name is that of a zip or tar archive."""
-    return path.name.endswith((".zip", *_TAR_ENDINGS))
-
-
 def zipped_lines(files: Sequence[tuple[SourceFiles, str]]) -> Iterator[tuple[str, ...]]:
     """The lines of parallel files, together.
 
@@ -143,7 +143,7 @@ def zipped_lines(files: Sequence[tuple[SourceFiles, str]]) -> Iterator[tuple[str
 def _list(path: Path) -> list[str]:
     if path.is_dir():
         return [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         with zipfile.ZipFile(path) as archive:
             return [name for name in archive.namelist() if not name.endswith("/")]
     if path.name.endswith(_TAR_ENDINGS):
@@ -157,7 +157,7 @@ def _open(path: Path, name: str) -> Iterator[BinaryIO]:
     if path.is_dir():
         with open(path / name, "rb") as stream:
             yield stream
-    elif zipfile.is_zipfile(path):
+    elif _is_zip(path):
         with zipfile.ZipFile(path) as archive, archive.open(name) as stream:
             yield stream  # type: ignore[misc]
     elif path.name.endswith(_TAR_ENDINGS):
@@ -172,6 +172,11 @@ def _open(path: Path, name: str) -> Iterator[BinaryIO]:
             yield stream
 
 
+def _is_zip(path: Path) -> bool:
+    # By its name too: half a download lacks the end by which it would be known.
+    return path.name.endswith(".zip") or zipfile.is_zipfile(path)
+
+
 @contextmanager
 def _readable(path: Path, where: str | None = None) -> Iterator[None]:
     """Say what a file's faults mean to the one who downloaded it."""
@@ -180,8 +185,10 @@ def _readable(path: Path, where: str | None = None) -> Iterator[None]:
         yield
     except (FileNotFoundError, KeyError):
         raise DataError(f"{where} is missing.") from None
-    except (EOFError, tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, OSError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{where} cannot be read ({error}); download or unpack it again.") from error
+    except RuntimeError as error:  # of zipfile, which has no kind of its own for a password or an unknown compression
+        raise DataError(f"{where} cannot be read ({error}); unpack it and give the folder.") from error
 
 
 def _folders_of(names: Sequence[str]) -> set[str]:

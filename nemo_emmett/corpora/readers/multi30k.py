@@ -27,7 +27,8 @@ _FILE = re.compile(rf"(?P<split>{'|'.join(SPLITS)})\.(?P<language>{'|'.join(LANG
 
 def read(path: Path, selection: Selection) -> list[Part]:
     """A part for each split, in the languages that it has of those wanted."""
-    source = SourceFiles(path).rooted("train.*", "val.*", "test_201*.*")
+    # Not train.*: the repository has image_splits/train.txt beside the captions.
+    source = SourceFiles(path).rooted(*(f"{split}.??{packed}" for split in SPLITS for packed in ("", ".gz")))
     files: dict[str, dict[str, str]] = {}
     for name in source.names:
         if (found := _FILE.fullmatch(name)) is not None:

@@ -61,6 +61,7 @@ def read(path: Path, selection: Selection) -> list[Part]:
         pairs = ", ".join(dict.fromkeys("-".join(bitext.languages) for bitext in bitexts))
         raise ConfigError(f"languages: no pair of {', '.join(selection.languages or ())} is there, but {pairs}.")
     _refuse_doubles(wanted)
+    _refuse_one_language(wanted)
     return [Part(SPLIT, bitext.languages, partial(_sentences, bitext), name=bitext.name) for bitext in wanted]
 
 
@@ -97,6 +98,16 @@ def _refuse_doubles(bitexts: list[_Bitext]) -> None:
             raise DataError(
                 f"{bitext.source.where(bitext.names[0])} and {other.source.where(other.names[0])} are the same text; "
                 "leave one of them."
+            )
+
+
+def _refuse_one_language(bitexts: list[_Bitext]) -> None:
+    """Refuse what is parallel in two varieties (pt-pt_BR) that recipes know by one code."""
+    for bitext in bitexts:
+        if len(set(bitext.languages)) == 1:
+            raise DataError(
+                f"Both sides of {bitext.source.where(bitext.names[0])} are '{bitext.languages[0]}', by the codes that "
+                "recipes know; leave it out of the folder."
             )
 
 

@@ -102,9 +102,10 @@ def _table(path: Path, name: str) -> _Table | None:
 
 
 def _pairs_of_whole(sentences: _Table, links: _Table, selection: Selection) -> list[_Pair]:
-    if selection.languages is None or len(selection.languages) < 2:
+    languages = tuple(dict.fromkeys(selection.languages or ()))
+    if len(languages) < 2:
         raise ConfigError("languages: the whole export of Tatoeba has some 400; name two or more, such as en,de.")
-    pairs = combinations(selection.languages, 2)
+    pairs = combinations(languages, 2)
     return [_Pair(pair, (sentences, sentences), links, links_are_theirs=False) for pair in pairs]
 
 

@@ -75,7 +75,7 @@ class TalksOfPair:
                 Segment(PurePath(entry["wav"]).stem, entry["offset"], entry["offset"] + entry["duration"])
                 for entry in load_yaml(self._segments)
             ]
-        except (yaml.YAMLError, KeyError, TypeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else "is no list of segments"
             raise DataError(f"'{self._segments}' {what}; unpack the archive of the pair again.") from error
 
