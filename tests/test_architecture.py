@@ -16,9 +16,9 @@ FLOORS = (
     ("planning", "evaluation", "corpora"),
     ("models", "data", "oomptimizer"),
     ("modules", "prompts"),
-    ("errors", "config"),
+    ("errors", "config", "files"),
 )
-# What others see and start is one floor of equals, and so are the exceptions and the check of keys.
+# What others see and start is one floor of equals, and so is what all of them rest on.
 SHARED_FLOORS = (0, len(FLOORS) - 1)
 
 

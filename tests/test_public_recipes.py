@@ -54,6 +54,7 @@ def make_sources(folder: Path) -> Path:
         speech_layouts.make_mtedx(folder / "mtedx")  # Spanish alone
     layouts.opus_moses(folder / "opus" / "Books")
     layouts.opus_moses(folder / "opus" / "TED2020", "TED2020", "en", "fr")
+    layouts.tatoeba_by_language(folder / "tatoeba")  # not Spanish
     layouts.multi30k(folder / "multi30k")
     return folder
 
@@ -116,7 +117,8 @@ def test_the_lists_hold_what_is_trained_on_and_nothing_else(corpus):
     ]
     assert {source["type"] for source in speech} == {"nemo_tarred"}
     text = yaml.safe_load((corpus / "input_cfg" / "train_text.yaml").read_text())
-    assert [set(source["paths"]) for source in text] == [{"de", "en"}, {"en", "fr"}, {"en", "de", "fr"}]
+    opus = tatoeba = [{"de", "en"}, {"en", "fr"}]
+    assert [set(source["paths"]) for source in text] == [*opus, *tatoeba, {"en", "de", "fr"}]
 
 
 def test_test_sentences_are_kept_out_of_training_and_the_leak_check_comes_last(prepared):
@@ -128,7 +130,7 @@ def test_test_sentences_are_kept_out_of_training_and_the_leak_check_comes_last(p
         assert all(part["skipped"]["stands in held-out data"] == 1 for part in parts)
         assert all(leaked not in path.read_text() for path in corpus.glob(f"{name}/speech/*/manifest_*.json"))
     held_out = ["--held-out", f"{corpus}/flores", "--held-out", f"{corpus}/fleurs"]
-    trained = [f"{corpus}/{name}" for name in ("covost2", "must_c", "mtedx", "opus", "multi30k")]
+    trained = [f"{corpus}/{name}" for name in ("covost2", "must_c", "mtedx", "opus", "tatoeba", "multi30k")]
     assert commands[-1] == ["nemo-emmett", "prepare", "leaks", "--no-near", *held_out, *trained]
 
 

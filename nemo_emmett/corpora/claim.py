@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,99 @@ from nemo_emmett.corpora.corpus import Corpus, Part, Selection
 from nemo_emmett.corpora.writing import Workshop, read_json
 from nemo_emmett.errors import DataError
 
-SUMMARY_FILE = "corpus.json"
+Identity = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""What two plans must have alike to be of the same files, by the names that messages call it."""
 
-STARTED_FILE = "corpus.started.json"
-"""Stands in an unfinished corpus: what it is going to hold."""
+_WORKSHOP = ".unfinished"
 
-WORKSHOP = ".unfinished"
+
+@dataclass(frozen=True)
+class CorpusFolder:
+    """A folder that is to hold one corpus and nothing else.
+
+    ``{name}.started.json`` stands in it until the corpus is finished and says what it is going to hold; then
+    ``{name}.json`` says what it does. Both begin with the plan: all that the files depend on, as plain JSON values.
+    """
+
+    path: Path
+    name: str = "corpus"
+    title: str = "corpus"  # what messages call what it holds
+
+    @property
+    def workshop(self) -> Workshop:
+        """Where its files are made."""
+        return Workshop(self.path / _WORKSHOP)
+
+    def finished(self, plan: Mapping[str, Any], identity: Identity) -> dict[str, Any] | None:
+        """The summary of the corpus, if it is finished; None if it is not.
+
+        Raises:
+            DataError: if it is another plan's, or another program's file has the summary's name.
+        """
+        if (there := read_json(self._summary_file)) is not None:
+            self._refuse_difference(there, plan, identity)
+            self.workshop.clear()  # if it was killed between the last two steps
+        return there
+
+    @contextmanager
+    def work(self, plan: Mapping[str, Any], identity: Identity) -> Iterator[dict[str, Any]]:
+        """Make the folder this plan's, and keep other processes from it; gives the plan by which it was begun.
+
+        Raises:
+            DataError: if it holds anything else, another process is at work in it, or the machine refuses to write.
+        """
+        try:
+            begun = self._begin(plan, identity)
+            with self.workshop.alone():
+                yield begun
+        except OSError as error:
+            raise DataError(
+                f"'{error.filename or self.path}' cannot be used ({error.strerror or error}); put that right and start "
+                "again: what is done stays done."
+            ) from error
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Say that the corpus is finished."""
+        self.workshop.write_json(self._started_file, summary)
+        os.replace(self._started_file, self._summary_file)
+        self.workshop.clear()
+
+    @property
+    def _summary_file(self) -> Path:
+        return self.path / f"{self.name}.json"
+
+    @property
+    def _started_file(self) -> Path:
+        return self.path / f"{self.name}.started.json"
+
+    def _begin(self, plan: Mapping[str, Any], identity: Identity) -> dict[str, Any]:
+        if self.path.exists() and not self.path.is_dir():
+            raise DataError(f"'{self.path}' is a file; give the {self.title} a folder.")
+        if (started := read_json(self._started_file)) is not None:
+            self._refuse_difference(started, plan, identity)
+            return started
+        if self.path.exists() and any(path.name != _WORKSHOP for path in self.path.iterdir()):
+            raise DataError(
+                f"'{self.path}' is not empty and holds no {self.title}; give the {self.title} a folder of its own."
+            )
+        self.workshop.write_json(self._started_file, plan)
+        return dict(plan)
+
+    def _refuse_difference(self, there: Any, plan: Mapping[str, Any], identity: Identity) -> None:
+        try:
+            before = identity(there)
+        except (KeyError, TypeError, AttributeError):
+            raise DataError(
+                f"'{self.path}' holds another program's {self.name}.json; give the {self.title} a folder of its own."
+            ) from None
+        now = identity(plan)
+        keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+        if keys:
+            differences = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} asked)" for key in keys)
+            raise DataError(
+                f"'{self.path}' holds a {self.title} that differs in {differences}; give another folder or delete "
+                "this one."
+            )
 
 
 def plan_of(corpus: Corpus, source: Path, selection: Selection, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,34 +129,9 @@ def plan_of(corpus: Corpus, source: Path, selection: Selection, options: Mapping
     return json.loads(json.dumps({**described, "options": options}, default=str))
 
 
-def claim(out: Path, workshop: Workshop, plan: Mapping[str, Any], parts: Sequence[Part]) -> None:
-    """Make ``out`` this plan's folder.
-
-    Raises:
-        DataError: if it holds something else, or what was begun for this plan when the source had other parts.
-    """
-    if out.exists() and not out.is_dir():
-        raise DataError(f"'{out}' is a file; give the corpus a folder.")
-    if (started := read_json(out / STARTED_FILE)) is not None:
-        refuse_difference(out, started, plan)
-        _refuse_other_parts(out, started.get("parts", []), parts)
-    elif out.exists() and any(path.name != WORKSHOP for path in out.iterdir()):
-        raise DataError(f"'{out}' is not empty and holds no corpus; give the corpus a folder of its own.")
-    else:
-        begun = [{"name": part.name, "languages": part.languages} for part in parts]
-        workshop.write_json(out / STARTED_FILE, {**plan, "parts": begun})
-
-
-def refuse_difference(out: Path, there: Any, asked: Mapping[str, Any]) -> None:
-    """Raise DataError, naming what differs, if ``out`` holds the corpus of another plan, or anything else."""
-    if not isinstance(there, Mapping) or "options" not in there:
-        raise DataError(f"'{out}' holds another program's {SUMMARY_FILE}; give the corpus a folder of its own.")
-    before, now = ({"corpus": plan["name"], "release": plan["release"], **plan["options"]} for plan in (there, asked))
-    differences = [f"{key} ({before.get(key)} there, {now[key]} asked)" for key in now if before.get(key) != now[key]]
-    if differences:
-        raise DataError(
-            f"'{out}' holds a corpus that differs in {', '.join(differences)}; give another folder or delete this one."
-        )
+def identity_of(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a public corpus, of what :func:`plan_of` made."""
+    return {"corpus": plan["name"], "release": plan["release"], **plan["options"]}
 
 
 def refuse_inside(out: Path, source: Path) -> None:
@@ -75,8 +140,8 @@ def refuse_inside(out: Path, source: Path) -> None:
         raise DataError(f"'{out}' lies in the source, '{source}'; give the corpus a folder outside of it.")
 
 
-def _refuse_other_parts(out: Path, there: Sequence[Mapping[str, Any]], parts: Sequence[Part]) -> None:
-    """What is done would not fit what is still to do, if the source was added to in between."""
+def refuse_other_parts(out: Path, there: Sequence[Mapping[str, Any]], parts: Sequence[Part]) -> None:
+    """Raise DataError if the source has other parts than when ``out`` was begun, which what is done would not fit."""
     before = {part["name"]: tuple(part["languages"]) for part in there}
     now = {part.name: tuple(part.languages) for part in parts}
     if before != now:

@@ -126,6 +126,8 @@ def _report(summary: CorpusSummary) -> str:
             f"{part.name}: {part.sentences:,} sentences in {', '.join(part.languages)}{hours} ({state})"
             + (f"; skipped: {skipped}" if skipped else "")
         )
+    if summary.missing:
+        lines.append(f"asked for and not there: {', '.join(summary.missing)}")
     return "\n".join(lines)
 
 

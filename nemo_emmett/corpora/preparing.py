@@ -16,22 +16,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from nemo_emmett.corpora.claim import (
-    STARTED_FILE,
-    SUMMARY_FILE,
-    WORKSHOP,
-    claim,
-    plan_of,
-    refuse_difference,
-    refuse_inside,
-)
+from nemo_emmett.corpora.claim import CorpusFolder, identity_of, plan_of, refuse_inside, refuse_other_parts
 from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
-from nemo_emmett.corpora.writing import Workshop, read_json
+from nemo_emmett.corpora.writing import Workshop
 from nemo_emmett.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -67,6 +59,7 @@ class CorpusSummary:
     name: str
     parts: tuple[PartSummary, ...]
     made_now: bool  # False if it was there already
+    missing: tuple[str, ...] = ()  # languages that were asked for and are in no part
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ class _Job:
 
     @property
     def workshop(self) -> Workshop:
-        return Workshop(self.out / WORKSHOP)
+        return CorpusFolder(self.out).workshop
 
 
 def prepare_corpus(
@@ -123,28 +116,19 @@ def prepare_corpus(
     job = _Job(out, audio, shard_size, hygiene, num_jobs or _available_cores(), show_progress)
     options = {"audio": audio, "shard_size": shard_size, "hygiene": None if hygiene is None else hygiene.described()}
     plan = plan_of(corpus, source, selection, options)
-    if (finished := read_json(out / SUMMARY_FILE)) is not None:
-        refuse_difference(out, finished, plan)
-        job.workshop.clear()  # if it was killed between the last two steps
+    folder = CorpusFolder(out)
+    if (finished := folder.finished(plan, identity_of)) is not None:
         return _summary(out, finished, made_now=False)
     refuse_inside(out, source)
     parts = corpus.read(source, selection)
     _check_parts(corpus, parts, hygiene)
-    with _failures_in_words(out):
-        claim(out, job.workshop, plan, parts)
-        with job.workshop.alone():
-            content = _write(job, plan, parts)
+    described = [{"name": part.name, "languages": part.languages} for part in parts]
+    with folder.work({**plan, "parts": described}, identity_of) as begun:
+        refuse_other_parts(out, begun["parts"], parts)
+        summaries = [asdict(summary) for summary in [*_write_texts(parts, job), *_write_speech(parts, job)]]
+        content = {**plan, "parts": summaries}
+        folder.finish(content)
     return _summary(out, content, made_now=True)
-
-
-def _write(job: _Job, plan: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
-    """Write all files; returns what ``corpus.json`` holds."""
-    summaries = [asdict(summary) for summary in [*_write_texts(parts, job), *_write_speech(parts, job)]]
-    content = {**plan, "parts": summaries}
-    job.workshop.write_json(job.out / STARTED_FILE, content)
-    os.replace(job.out / STARTED_FILE, job.out / SUMMARY_FILE)
-    job.workshop.clear()
-    return content
 
 
 def _write_texts(parts: Sequence[Part], job: _Job) -> list[PartSummary]:
@@ -347,7 +331,7 @@ def _check(audio: str, shard_size: int, num_jobs: int | None) -> None:
 def _check_parts(corpus: Corpus, parts: Sequence[Part], hygiene: HygieneConfig | None) -> None:
     if not parts:
         raise DataError(f"Nothing of {corpus.title} is there; what is needed: {corpus.files}")
-    names = [(part.name, part.spoken is None) for part in parts]
+    names = [part.name for part in parts]  # of files, input_cfg/{part}.yaml among them
     assert len(set(names)) == len(names), f"parts of {corpus.name} share a name: {names}"
     if hygiene is not None and not any(_is_training(part) for part in parts):
         splits = ", ".join(dict.fromkeys(part.split for part in parts))
@@ -362,25 +346,16 @@ def _check_any(part: Part, count: int, skipped: Mapping[str, int]) -> None:
         raise DataError(f"Nothing of '{part.name}' can be used ({causes}); check the source and the options.")
 
 
-@contextmanager
-def _failures_in_words(out: Path) -> Iterator[None]:
-    """Say what the machine refused: a full disk, missing rights."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"'{error.filename or out}' cannot be used ({error.strerror or error}); put that right and start again: "
-            "what is done stays done."
-        ) from error
-
-
 def _part_summary(part: Part, record: Mapping[str, Any]) -> PartSummary:
     return PartSummary(part.name, part.split, tuple(part.languages), part.spoken, **record)
 
 
 def _summary(out: Path, content: Mapping[str, Any], made_now: bool) -> CorpusSummary:
     parts = tuple(PartSummary(**{**part, "languages": tuple(part["languages"])}) for part in content["parts"])
-    return CorpusSummary(out, content["name"], parts, made_now)
+    there = {language for part in parts for language in part.languages}
+    asked = dict.fromkeys(content["options"]["languages"] or ())
+    missing = tuple(language for language in asked if language not in there)
+    return CorpusSummary(out, content["name"], parts, made_now, missing)
 
 
 def _available_cores() -> int:

@@ -16,21 +16,21 @@ def manifest_texts(manifests: Iterable[str | Path]) -> Iterator[str]:
     """The ``text`` of every line of NeMo manifests.
 
     Raises:
-        DataError: if a manifest does not exist.
+        DataError: if a manifest does not exist, is not UTF-8, or a line of it is no record with a text.
     """
     for manifest in manifests:
-        for line in _lines(manifest):
-            yield json.loads(line)["text"]
+        for number, line in _lines(manifest):
+            yield _text_of_record(line, f"'{manifest}', line {number}")
 
 
 def file_texts(paths: Iterable[str | Path]) -> Iterator[str]:
     """Every line of text files, stripped.
 
     Raises:
-        DataError: if a file does not exist.
+        DataError: if a file does not exist or is not UTF-8.
     """
     for path in paths:
-        for line in _lines(path):
+        for _, line in _lines(path):
             yield line.strip()
 
 
@@ -125,8 +125,28 @@ def _train_bpe(
     return folder
 
 
-def _lines(path: str | Path) -> Iterator[str]:
+def _text_of_record(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}); write the manifest again.") from error
+    text = record.get("text") if isinstance(record, Mapping) else None
+    if not isinstance(text, str):
+        raise DataError(f"{where}: there is no 'text'; add it, or leave the line out.")
+    return text
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not empty, with their numbers from 1."""
     if not Path(path).is_file():
         raise DataError(f"'{path}' does not exist; `nemo-emmett prepare` makes a corpus, or correct the path.")
-    with open(path, encoding="utf-8") as lines:
-        yield from (line for line in lines if line.strip())
+    with open(path, "rb") as lines:
+        for number, content in enumerate(lines, start=1):
+            try:
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"'{path}', line {number}: not UTF-8 ({error.reason}); convert it with iconv."
+                ) from error
+            if line.strip():
+                yield number, line

@@ -1,19 +1,18 @@
-"""Files that appear whole or not at all, and a note of what is done: a killed preparation goes on where it was."""
+"""Where a corpus's files are made, and a note of what is done: a killed preparation goes on where it was."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_emmett.errors import DataError
+from nemo_emmett.files import whole_file, write_text
 
 
 @dataclass(frozen=True)
@@ -22,19 +21,9 @@ class Workshop:
 
     folder: Path
 
-    @contextmanager
-    def whole(self, path: Path) -> Iterator[Path]:
+    def whole(self, path: Path) -> AbstractContextManager[Path]:
         """A file to write to that becomes ``path`` when the block ends without an error."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=path.suffix)
-        os.close(handle)
-        os.chmod(name, 0o666 & ~_umask())  # temporary files are the owner's only
-        try:
-            yield Path(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        return whole_file(path, self.folder)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -55,8 +44,7 @@ class Workshop:
 
     def write_text(self, path: Path, content: str) -> None:
         """Write a small text file."""
-        with self.whole(path) as unfinished:
-            unfinished.write_text(content, encoding="utf-8")
+        write_text(path, content, self.folder)
 
     def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
         """Write a small JSON file."""
@@ -87,9 +75,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"'{path}' is damaged ({error}); delete its folder and prepare it again.") from error
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

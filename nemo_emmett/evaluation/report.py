@@ -17,9 +17,10 @@ from nemo_emmett.evaluation.charts import NUM_COLOURS, bins_chart, charts
 from nemo_emmett.evaluation.curves import Curve
 from nemo_emmett.evaluation.examples import Example, choose_examples, example
 from nemo_emmett.evaluation.recordings import Recordings
-from nemo_emmett.evaluation.results import SIGNIFICANCE_LEVEL, Evaluation, Score, write_text
+from nemo_emmett.evaluation.results import SIGNIFICANCE_LEVEL, Evaluation, Score
 from nemo_emmett.evaluation.scoring import columns
 from nemo_emmett.evaluation.table import MODALITY_NAMES, result_table, skipped_lines, throughput_lines
+from nemo_emmett.files import write_text
 
 TEMPLATE = "report.html.j2"
 

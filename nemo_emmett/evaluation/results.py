@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nemo_emmett.errors import DataError
+from nemo_emmett.files import write_text
 
 FORMAT = "nemo_emmett.evaluation/2"
 """Stands in every JSON file, so that another program's JSON is not read as an evaluation."""
@@ -256,25 +256,3 @@ def names_of_files(names: Iterable[str]) -> dict[str, str]:
             unique = f"{plain}-{number}"
         found[name] = unique
     return found
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 file by renaming a finished one into place, so that a reader never meets half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp's files are private to their owner; a result is for everyone whom the umask admits.
-        os.chmod(unfinished, 0o666 & ~_umask())
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

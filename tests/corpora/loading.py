@@ -1,23 +1,29 @@
-"""Prepared corpora through the dataloader."""
+"""Prepared corpora through the dataloader.
+
+NeMo is imported where it is needed: that takes longer than all tests of a file that load nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
-from nemo.collections.common.tokenizers import AutoTokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
+if TYPE_CHECKING:
+    from nemo.collections.common.tokenizers import AutoTokenizer
 
 LOCATOR = "<|audio|>"
 
 
 def make_tokenizer(folder: Path, languages: tuple[str, ...]) -> AutoTokenizer:
     """Words are unknown to it, which is all the same to those who count examples."""
+    from nemo.collections.common.tokenizers import AutoTokenizer
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     tags = [f"<{language}>" for language in languages]
     words = ["<pad>", "</s>", "<unk>", LOCATOR, *tags]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
@@ -35,6 +41,8 @@ def make_tokenizer(folder: Path, languages: tuple[str, ...]) -> AutoTokenizer:
 
 def load_part(out: Path, part: str, tokenizer: AutoTokenizer) -> Iterator[tuple[dict, np.ndarray | None]]:
     """The examples of a part, and of speech its samples."""
+    from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
+
     config = {
         "input_cfg": yaml.safe_load((out / "input_cfg" / f"{part}.yaml").read_text()),
         "prompt_format": "emmett_t5",

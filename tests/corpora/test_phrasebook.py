@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from nemo_emmett.corpora.claim import CorpusFolder
 from nemo_emmett.corpora.phrasebook import (
     LANGUAGES,
     SPLITS,
@@ -296,8 +297,8 @@ def test_a_phrasebook_of_another_configuration_is_refused(tiny):
     with pytest.raises(DataError) as refusal:
         prepare_phrasebook(tiny.folder, config)
     assert str(refusal.value) == (
-        f"{tiny.folder} holds a phrasebook that differs in renditions (2 there, 1 asked), seed (0 there, 7 asked); "
-        "give another folder or delete this one"
+        f"'{tiny.folder}' holds a phrasebook that differs in renditions (2 there, 1 asked), seed (0 there, 7 asked); "
+        "give another folder or delete this one."
     )
 
 
@@ -308,6 +309,26 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
     ):
         prepare_phrasebook(tmp_path, TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_phrasebook_that_another_version_has_begun_is_refused(tiny, tmp_path):
+    plan = json.loads((tiny.folder / "phrasebook.json").read_text())
+    plan["versions"]["num2words"] = "0.1"
+    (tmp_path / "phrasebook.started.json").write_text(json.dumps(plan))
+    with pytest.raises(DataError, match=r"differs in version of num2words \(0\.1 there, [\d.]+ asked\); give another"):
+        prepare_phrasebook(tmp_path, TINY, show_progress=False)
+
+
+def test_a_phrasebook_that_another_process_is_writing_is_refused(tmp_path):
+    out = tmp_path / "out"
+    with CorpusFolder(out).workshop.alone(), pytest.raises(DataError, match=r"Another process is writing to '.*out'"):
+        prepare_phrasebook(out, TINY, show_progress=False)
+
+
+def test_a_summary_that_is_another_programs_is_refused(tmp_path):
+    (tmp_path / "phrasebook.json").write_text("[]")
+    with pytest.raises(DataError, match=r"holds another program's phrasebook\.json; give the phrasebook a folder of"):
+        prepare_phrasebook(tmp_path, TINY)
 
 
 @pytest.mark.parametrize(

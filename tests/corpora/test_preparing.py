@@ -391,6 +391,13 @@ class TestRefused:
         prepare(source, out)
         assert tree(out) == whole
 
+    def test_parts_whose_files_would_have_one_name(self, tmp_path: Path) -> None:
+        text = Part("train.en", ("en", "de"), lambda: [Sentence("1", {"en": "one", "de": "eins"})])
+        speech = Part("train", ("en", "de"), list, spoken="en")
+        corpus = replace(CORPUS, read=lambda source, selection: [text, speech])
+        with pytest.raises(AssertionError, match="parts of toy share a name"):
+            prepare(tmp_path / "nowhere", tmp_path / "out", corpus)
+
 
 class TestRegistry:
     def test_every_corpus_has_a_command_that_says_what_it_needs(self) -> None:

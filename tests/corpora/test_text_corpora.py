@@ -7,13 +7,14 @@ import json
 import tarfile
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from nemo_emmett.cli import main
-from nemo_emmett.corpora import Selection, find_corpus, prepare_corpus
+from nemo_emmett.corpora import CorpusSummary, Selection, find_corpus, prepare_corpus
 from nemo_emmett.corpora.readers.flores import flores_sentences
 from nemo_emmett.corpora.readers.languages import iso_code
 from nemo_emmett.errors import ConfigError, DataError
@@ -44,6 +45,11 @@ def count(tmp_path, tokenizer):
         return counts
 
     return prepare
+
+
+def prepare_selection(name: str, source: Path, out: Path, languages: tuple[str, ...]) -> CorpusSummary:
+    selection = Selection(languages=languages)
+    return prepare_corpus(find_corpus(name), source, out, selection=selection, num_jobs=1, show_progress=False)
 
 
 def texts_of(tmp_path: Path, part: str, language: str) -> list[str]:
@@ -147,6 +153,22 @@ class TestOpus:
             "train.TED2020.en-fr": {"en-fr": 5, "fr-en": 5},
         }
 
+    def test_a_language_that_is_in_no_pair_is_said(self, tmp_path: Path) -> None:
+        source, out = layouts.opus_moses(tmp_path / "source"), tmp_path / "out"
+        arguments = ["prepare", "opus", str(source), str(out), "--languages=de,en,es,fr", "--jobs=1"]
+        for state in ("written", "there already"):
+            result = CliRunner().invoke(main, arguments)
+            assert result.exit_code == 0, result.output
+            assert result.output.splitlines()[-2:] == [
+                f"train.Books.de-en: 5 sentences in de, en ({state})",
+                "asked for and not there: es, fr",
+            ]
+
+    def test_a_pair_of_which_one_language_is_missing_is_refused(self, tmp_path: Path) -> None:
+        source = layouts.opus_moses(tmp_path / "source")
+        with pytest.raises(ConfigError, match=r"no pair of en, fr is there, but de-en"):
+            prepare_selection("opus", source, tmp_path / "out", ("en", "fr"))
+
     def test_tmx_with_markup_and_entities(self, count, tmp_path: Path) -> None:
         counts = count("opus", layouts.opus_tmx(tmp_path / "ECB"))
         assert counts == {"train.ECB.de-en": {"de-en": 5, "en-de": 5}}
@@ -204,11 +226,32 @@ class TestTatoeba:
         with pytest.raises(ConfigError, match="languages: the whole export of Tatoeba has some 400"):
             prepare_corpus(find_corpus("tatoeba"), layouts.tatoeba_whole(tmp_path / "source"), tmp_path / "out")
 
+    def test_a_language_without_an_export_is_said(self, tmp_path: Path) -> None:
+        source = layouts.tatoeba_by_language(tmp_path / "source")
+        summary = prepare_selection("tatoeba", source, tmp_path / "out", ("de", "en", "es", "zh-Hant"))
+        assert [part.name for part in summary.parts] == ["train.de-en"]
+        assert summary.missing == ("es", "zh-Hant")
+
     def test_exports_by_language(self, count, tmp_path: Path) -> None:
         counts = count("tatoeba", layouts.tatoeba_by_language(tmp_path / "source"))
         assert counts == {"train.de-en": {"de-en": 2, "en-de": 2}, "train.en-fr": {"en-fr": 1, "fr-en": 1}}
         parts = json.loads((tmp_path / "out/corpus.json").read_text())["parts"]
         assert [part["skipped"] for part in parts] == [{"empty text": 1}, {}]  # 99 is not in this week's sentences
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("opus", layouts.opus_moses),
+        ("tatoeba", layouts.tatoeba_by_language),
+        ("tatoeba", layouts.tatoeba_whole),
+    ],
+)
+def test_what_is_no_language_is_refused(name: str, layout: Callable[[Path], Path], tmp_path: Path) -> None:
+    source = layout(tmp_path / "source")
+    with pytest.raises(ConfigError, match=r"languages: 'deu' is not a known language; did you mean"):
+        prepare_selection(name, source, tmp_path / "out", ("de", "en", "deu"))
+    assert not (tmp_path / "out").exists()
 
 
 MISSING = {

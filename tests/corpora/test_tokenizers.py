@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nemo_emmett.corpora.tokenizers import file_texts, train_llama_tokenizer
+from nemo_emmett.corpora.tokenizers import file_texts, manifest_texts, train_llama_tokenizer
 from nemo_emmett.errors import DataError
 from nemo_emmett.prompts.translation import translation_instruction
 
@@ -44,3 +44,32 @@ def test_no_more_tokens_than_asked(llama):
 def test_a_missing_text_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"train\.en' does not exist"):
         list(file_texts([tmp_path / "train.en"]))
+
+
+def test_texts_are_read_without_empty_lines_and_byte_order_marks(tmp_path):
+    (tmp_path / "a.en").write_bytes(b"\xef\xbb\xbfone red house\r\n\n  two blue cars\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "", "lang": "en"}\n')
+    assert list(file_texts([tmp_path / "a.en"])) == ["one red house", "two blue cars"]
+    assert list(manifest_texts([tmp_path / "a.jsonl"])) == ["one", ""]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b'{"text": "gr\xfcn"}', r"a\.jsonl', line 3: not UTF-8 \(invalid start byte\); convert it with iconv"),
+        (b'{"text": "one"', r"a\.jsonl', line 3: not JSON \(.*\); write the manifest again"),
+        (b'{"audio_filepath": "a.wav"}', r"a\.jsonl', line 3: there is no 'text'; add it, or leave the line out"),
+        (b'{"text": null}', r"a\.jsonl', line 3: there is no 'text'"),
+        (b'["text"]', r"a\.jsonl', line 3: there is no 'text'"),
+    ],
+)
+def test_a_line_that_is_no_record_with_a_text_is_named(line, sentence, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n\n' + line + b"\n")
+    with pytest.raises(DataError, match=sentence):
+        list(manifest_texts([tmp_path / "a.jsonl"]))
+
+
+def test_a_text_file_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "train.de").write_bytes("rot\ngrün\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"train\.de', line 2: not UTF-8"):
+        list(file_texts([tmp_path / "train.de"]))

@@ -16,7 +16,6 @@ from nemo_emmett.evaluation.results import (
     one_line,
     to_json,
     write_hypotheses,
-    write_text,
 )
 from nemo_emmett.evaluation.table import throughput_lines
 
@@ -30,13 +29,14 @@ def test_an_evaluation_survives_json(evaluation, tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["evaluation.json"]
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "evaluation.json"
+def test_an_interrupted_write_leaves_the_old_file(evaluation, tmp_path):
+    path = tmp_path / "exp" / "evaluation.json"
+    path.parent.mkdir()
     path.write_text("old")
     with pytest.raises(UnicodeEncodeError):
-        write_text(path, "half a file \ud800")
+        to_json(replace(evaluation, name="half a file \ud800"), path)
     assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["evaluation.json"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["evaluation.json"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from pathlib import Path
 from nemo_emmett.corpora.phrasebook.espeak import SAMPLING_RATE, Engine
 from nemo_emmett.corpora.phrasebook.voices import Voice
 from nemo_emmett.errors import EmmettError
+from nemo_emmett.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,19 @@ class Utterance:
 class Speaker:
     """A speaker process. Use as a context manager.
 
+    Args:
+        folder: where recordings are made until they are whole; by default beside the path of each.
+
     Raises:
         EmmettError: from ``say``, if an utterance cannot be spoken or written.
     """
 
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = None if folder is None else str(folder)
+
     def __enter__(self) -> Speaker:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+            [sys.executable, "-c", f"from {__name__} import serve; serve({self._folder!r})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -76,24 +83,30 @@ def _speaker_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def serve() -> None:
-    """Be a speaker: read a JSON list of utterances a line, answer each with the list of paths that failed."""
+def serve(folder: str | None) -> None:
+    """Be a speaker: read a JSON list of utterances a line, answer each with the list of paths that failed.
+
+    Args:
+        folder: as :class:`Speaker`'s.
+    """
     # Ctrl-C reaches the whole process group; a speaker ends when its stdin does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     engine = Engine()
     for line in sys.stdin:
-        failed = [request["path"] for request in json.loads(line) if not _speak_in_child(engine, request)]
+        failed = [request["path"] for request in json.loads(line) if not _speak_in_child(engine, request, folder)]
         sys.stdout.write(json.dumps(failed) + "\n")
         sys.stdout.flush()
 
 
-def _speak_in_child(engine: Engine, request: dict) -> bool:
+def _speak_in_child(engine: Engine, request: dict, folder: str | None) -> bool:
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     status = 1
     try:
         utterance = Utterance(request["text"], Voice(**request["voice"]), request["path"])
-        _write_wav(utterance.path, engine.resample(engine.speak(utterance.text, utterance.voice)))
+        samples = engine.resample(engine.speak(utterance.text, utterance.voice))
+        with whole_file(utterance.path, folder) as unfinished:
+            _write_wav(unfinished, samples)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -103,11 +116,9 @@ def _speak_in_child(engine: Engine, request: dict) -> bool:
         os._exit(status)
 
 
-def _write_wav(path: str, samples: bytes) -> None:
-    unfinished = f"{path}.tmp"
-    with wave.open(unfinished, "wb") as file:
+def _write_wav(path: Path, samples: bytes) -> None:
+    with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLING_RATE)
         file.writeframes(samples)
-    os.replace(unfinished, path)

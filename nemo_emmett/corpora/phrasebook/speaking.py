@@ -22,11 +22,12 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nemo_emmett.corpora.claim import CorpusFolder
 from nemo_emmett.corpora.phrasebook.espeak import SAMPLING_RATE, espeak_version
 from nemo_emmett.corpora.phrasebook.extras import installed_version
 from nemo_emmett.corpora.phrasebook.speaker import Speaker, Utterance
 from nemo_emmett.corpora.phrasebook.voices import Voice
-from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.errors import ConfigError
 
 _UTTERANCES_A_REQUEST = 16
 """Some hundred milliseconds of work: short against the whole, long against a pipe's round trip."""
@@ -97,49 +98,56 @@ def prepare_spoken(
 
     Raises:
         ConfigError: if ``num_jobs`` is below 1.
-        DataError: if ``out`` holds anything else already.
+        DataError: if ``out`` cannot be written to, holds anything else already or is being written by another process.
         EmmettError: if a library is missing or an utterance cannot be spoken.
     """
     if num_jobs is not None and num_jobs < 1:
         raise ConfigError(f"{name}.num_jobs: {num_jobs} must be 1 or more; leave it out for one for each core")
     versions = {**{library: installed_version(library) for library in (*writers, "soxr")}, "espeak": espeak_version()}
     plan = {"config": dict(config), "versions": versions}
-    summary_file, started_file = out / f"{name}.json", out / f"{name}.started.json"
-    if (finished := _read_json(summary_file)) is not None:
-        _refuse_difference(out, title, finished["config"], plan["config"])
+    folder = CorpusFolder(out, name, title)
+    if (finished := folder.finished(plan, _config_of)) is not None:
         return _summary(out, finished, made_now=False)
     content = contents()
-    _claim(out, title, started_file, plan)
-    _write_texts(out, content)
-    _speak(out, title, content.recordings, num_jobs or _available_cores(), show_progress)
-    totals = _write_manifests(out, content)
-    _write_json(started_file, {**plan, **totals})
-    os.replace(started_file, summary_file)
+    with folder.work(plan, _config_and_versions_of):
+        _write_texts(folder, content)
+        _speak(folder, content.recordings, num_jobs or _available_cores(), show_progress)
+        totals = _write_manifests(folder, content)
+        folder.finish({**plan, **totals})
     return _summary(out, totals, made_now=True)
 
 
-def _write_texts(out: Path, content: Contents) -> None:
+def _config_of(plan: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What identifies a finished corpus: a library's new version is no reason to make another."""
+    return plan["config"]
+
+
+def _config_and_versions_of(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies an unfinished one, which one version must not begin and another complete."""
+    return {**plan["config"], **{f"version of {name}": version for name, version in plan["versions"].items()}}
+
+
+def _write_texts(folder: CorpusFolder, content: Contents) -> None:
     for split, sentences in content.texts.items():
         for language in content.languages:
             lines = [f"{texts[language]}\n" for texts in sentences]
-            _write_text(out / "text" / f"{split}.{language}", "".join(lines))
+            folder.workshop.write_text(folder.path / "text" / f"{split}.{language}", "".join(lines))
 
 
-def _speak(out: Path, title: str, recordings: Sequence[Spoken], num_jobs: int, show_progress: bool) -> None:
+def _speak(folder: CorpusFolder, recordings: Sequence[Spoken], num_jobs: int, show_progress: bool) -> None:
     # A file that is there is whole and, since it was made for the same plan, right.
-    missing = [recording for recording in recordings if not (out / recording.path).exists()]
-    for folder in {(out / recording.path).parent for recording in missing}:
-        folder.mkdir(parents=True, exist_ok=True)
+    missing = [recording for recording in recordings if not (folder.path / recording.path).exists()]
+    utterances = [_utterance(folder.path, recording) for recording in missing]
     requests: SimpleQueue[list[Utterance]] = SimpleQueue()
-    for start in range(0, len(missing), _UTTERANCES_A_REQUEST):
-        requests.put([_utterance(out, recording) for recording in missing[start : start + _UTTERANCES_A_REQUEST]])
+    for start in range(0, len(utterances), _UTTERANCES_A_REQUEST):
+        requests.put(utterances[start : start + _UTTERANCES_A_REQUEST])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not show_progress) as progress:
-        task = progress.add_task(f"Speaking the {title}", total=len(recordings))
+        task = progress.add_task(f"Speaking the {folder.title}", total=len(recordings))
         progress.advance(task, len(recordings) - len(missing))
 
         def work() -> None:
-            with Speaker() as speaker:
+            with Speaker(folder.workshop.folder) as speaker:
                 while (utterances := _next(requests)) is not None:
                     speaker.say(utterances)
                     progress.advance(task, len(utterances))
@@ -165,16 +173,16 @@ def _next(requests: SimpleQueue) -> list[Utterance] | None:
         return None
 
 
-def _write_manifests(out: Path, content: Contents) -> dict[str, Any]:
+def _write_manifests(folder: CorpusFolder, content: Contents) -> dict[str, Any]:
     """Write a manifest for each split and spoken language; returns the counts and hours."""
     counts: dict[str, dict[str, int]] = {split: {} for split in content.texts}
     hours: dict[str, dict[str, float]] = {split: {} for split in content.texts}
     for split in content.texts:
         for language in content.spoken_languages:
             spoken = [r for r in content.recordings if (r.split, r.language) == (split, language)]
-            entries = [_manifest_entry(out, recording) for recording in spoken]
+            entries = [_manifest_entry(folder.path, recording) for recording in spoken]
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-            _write_text(out / "speech" / f"{split}.{language}.jsonl", "".join(lines))
+            folder.workshop.write_text(folder.path / "speech" / f"{split}.{language}.jsonl", "".join(lines))
             counts[split][language] = len(entries)
             hours[split][language] = round(sum(entry["duration"] for entry in entries) / 3600, 4)
     items = {split: len(sentences) for split, sentences in content.texts.items()}
@@ -196,46 +204,9 @@ def _manifest_entry(out: Path, recording: Spoken) -> dict[str, Any]:
     }
 
 
-def _claim(out: Path, title: str, started_file: Path, plan: dict[str, Any]) -> None:
-    """Make ``out`` this plan's folder, unless it holds something else."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; give the {title} a folder")
-    if (started := _read_json(started_file)) is not None:
-        _refuse_difference(out, title, _flat(started), _flat(plan))
-    elif out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} is not empty and holds no {title}; give the {title} a folder of its own")
-    _write_json(started_file, plan)
-
-
-def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
-    return {**plan["config"], **{f"version of {name}": version for name, version in plan["versions"].items()}}
-
-
-def _refuse_difference(out: Path, title: str, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    keys = [key for key in asked if there.get(key) != asked[key]] + [key for key in there if key not in asked]
-    if keys:
-        differences = ", ".join(f"{key} ({there.get(key)} there, {asked.get(key)} asked)" for key in keys)
-        raise DataError(f"{out} holds a {title} that differs in {differences}; give another folder or delete this one")
-
-
 def _summary(out: Path, totals: Mapping[str, Any], made_now: bool) -> SpokenSummary:
     return SpokenSummary(out, totals["items"], totals["recordings"], totals["hours"], made_now)
 
 
 def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(content, encoding="utf-8")
-    os.replace(unfinished, path)

@@ -53,6 +53,24 @@ def chosen(asked: Sequence[str] | None, there: Iterable[str], what: str) -> tupl
     return tuple(dict.fromkeys(asked)) if asked else there
 
 
+def check_languages(asked: Sequence[str] | None, there: Iterable[str] = ()) -> None:
+    """Refuse what is no language, for corpora of which one may have downloaded some pairs of those asked for.
+
+    Args:
+        asked: values of the option.
+        there: languages that the corpus has, which may be some that no recipe knows.
+
+    Raises:
+        ConfigError: if a value is neither there nor a language that recipes know.
+    """
+    from nemo_emmett.prompts.languages import check_language
+
+    there = set(there)
+    for language in asked or ():
+        if language not in there:
+            check_language(language, "languages")
+
+
 _SAME = {"fil": "tl", "iw": "he", "jw": "jv"}
 """Codes of languages that all models here know by another: Filipino and Tagalog are one for them, two are obsolete."""
 

@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 
 from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
 from nemo_emmett.corpora.readers.files import SourceFiles, zipped_lines
-from nemo_emmett.corpora.readers.languages import iso_code
+from nemo_emmett.corpora.readers.languages import check_languages, iso_code
 from nemo_emmett.errors import ConfigError, DataError
 
 SPLIT = "train"
@@ -50,12 +50,13 @@ class _Bitext:
 
 
 def read(path: Path, selection: Selection) -> list[Part]:
-    """A part for each corpus and pair of languages."""
+    """A part for each corpus and pair of the languages asked for; of some of them there may be none."""
     bitexts = sorted(_bitexts(path), key=lambda bitext: bitext.name)
     if not bitexts:
         raise DataError(f"There is no text of OPUS in '{path}'; what is needed: {CORPUS.files}")
     if set(selection.splits or [SPLIT]) != {SPLIT}:
         raise ConfigError(f"splits: OPUS has none but '{SPLIT}'; leave the option out.")
+    check_languages(selection.languages, (language for bitext in bitexts for language in bitext.languages))
     wanted = [bitext for bitext in bitexts if set(bitext.languages) <= set(selection.languages or bitext.languages)]
     if not wanted:
         pairs = ", ".join(dict.fromkeys("-".join(bitext.languages) for bitext in bitexts))

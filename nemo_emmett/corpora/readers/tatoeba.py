@@ -22,7 +22,7 @@ from pathlib import Path
 
 from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
 from nemo_emmett.corpora.readers.files import SourceFiles
-from nemo_emmett.corpora.readers.languages import chosen, iso_code
+from nemo_emmett.corpora.readers.languages import check_languages, iso_code
 from nemo_emmett.errors import ConfigError, DataError
 
 SPLIT = "train"
@@ -73,7 +73,7 @@ class _Pair:
 
 
 def read(path: Path, selection: Selection) -> list[Part]:
-    """A part for each pair of languages that has a table of links; of the whole export, for each pair asked for."""
+    """A part for each pair of the languages asked for that has a table of links; of the whole export, for each."""
     if set(selection.splits or [SPLIT]) != {SPLIT}:
         raise ConfigError(f"splits: Tatoeba has none but '{SPLIT}'; leave the option out.")
     whole = _whole(path)
@@ -105,6 +105,7 @@ def _pairs_of_whole(sentences: _Table, links: _Table, selection: Selection) -> l
     languages = tuple(dict.fromkeys(selection.languages or ()))
     if len(languages) < 2:
         raise ConfigError("languages: the whole export of Tatoeba has some 400; name two or more, such as en,de.")
+    check_languages(languages)
     pairs = combinations(languages, 2)
     return [_Pair(pair, (sentences, sentences), links, links_are_theirs=False) for pair in pairs]
 
@@ -115,7 +116,9 @@ def _pairs_by_language(path: Path, selection: Selection) -> list[_Pair]:
     links = {(iso_code(f["one"]), iso_code(f["other"])): _Table(source, name) for name, f in _found(source, _LINKS)}
     if not links:
         raise DataError(f"There are no links of Tatoeba in '{path}'; what is needed: {CORPUS.files}")
-    wanted = chosen(selection.languages, sorted({lang for pair in links for lang in pair}), "languages of Tatoeba")
+    there = sorted({language for pair in links for language in pair})
+    check_languages(selection.languages, there)
+    wanted = selection.languages or there
     # Both deu-eng and eng-deu may be there: the same links.
     unique = {frozenset(pair): pair for pair in sorted(links, reverse=True) if set(pair) <= set(wanted)}
     if not unique:
