@@ -14,7 +14,7 @@ WORKDIR /opt/nemo_emmett
 # The image's torch is built for its drivers and libraries: pinned to what is there, pip cannot replace it. NVIDIA's images
 # carry a file of constraints of their own besides (PIP_CONSTRAINT), which stays in force.
 RUN python -c 'import torch; print(f"torch=={torch.__version__}")' > /tmp/image.txt \
-    && python -m pip install --no-cache-dir -c /tmp/image.txt '.[demo,report]' \
+    && python -m pip install --no-cache-dir -c /tmp/image.txt '.[demo,hygiene,report]' \
     && rm /tmp/image.txt
 
 RUN useradd --create-home emmett
