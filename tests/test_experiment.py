@@ -145,6 +145,25 @@ class TestRunning:
         assert not (tmp_path / "lost").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--captions", "nowhere"], "there is no nowhere/train.en; give a folder with Multi30k's raw text"),
+        (["--jobs", "0"], "--jobs 0: must be 1 or more"),
+        (["--seeds", "1", "2", "1"], "--seeds 1 2 1: each must be given once"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(arguments, message, monkeypatch, capsys):
+    import experiment
+
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *arguments])
+    monkeypatch.setattr(experiment, "run_all", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(SystemExit) as stopped:
+        experiment.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def results() -> dict:
     """Two seeds: joint training keeps 90 of 91 in text and brings 50 and 60 in speech, where speech alone has 45."""
 

@@ -23,9 +23,10 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from importlib.util import find_spec
 from pathlib import Path
 
-from experiment_runs import SEEDS, Run, all_runs, captions, phrasebook
+from experiment_runs import CAPTION_FILES, SEEDS, Run, all_runs, captions, phrasebook
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from stages import KEEP_MEMORY, tail
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the trainings")
     options = parser.parse_args()
+    check(options, parser)
 
     corpora = [phrasebook(options.data)]
     if options.captions is not None:
@@ -52,6 +54,23 @@ def main() -> None:
     from experiment_results import collect, report
 
     report(collect(corpora, options.exp, options.seeds), options.exp, console)
+
+
+def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End with one sentence now what would end an hour later."""
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: must be 1 or more")
+    if len(set(options.seeds)) != len(options.seeds):
+        parser.error(f"--seeds {' '.join(map(str, options.seeds))}: each must be given once")
+    if options.captions is not None:
+        for name in CAPTION_FILES:
+            if not (options.captions / name).is_file():
+                parser.error(
+                    f"--captions: there is no {options.captions / name}; give a folder with Multi30k's raw text"
+                )
+    for module, extra in {"espeakng_loader": "demo", "num2words": "demo", "matplotlib": "report"}.items():
+        if find_spec(module) is None:
+            parser.error(f"'{module}' is not installed; run: pip install 'nemo_emmett[{extra}]'")
 
 
 class RunFailed(Exception):

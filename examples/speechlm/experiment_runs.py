@@ -40,6 +40,9 @@ EFFICIENCY = {
 CAPTIONS = ["--max-words", "12", "--variants", "m3", "--speed", "200", "200", "--pitch", "50", "50"]
 """Short captions in one voice: as much as these models learn in minutes."""
 
+CAPTION_FILES = [f"{split}.{language}" for split in ("train", "val") for language in ("en", "de", "fr")]
+"""What must be in the folder with the captions; German is read to choose those that are short in all languages."""
+
 MEMORY_BUDGET, MODALITY_SHARE = "400MiB", "0.8"
 """What a step of the second part may take, and speech's share of it: batches of some thirty recordings."""
 
