@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
+from nemo_emmett.config import nearest
 from nemo_emmett.corpora.corpus import Corpus, Selection
 from nemo_emmett.corpora.preparing import AUDIO, SHARD_SIZE, CorpusSummary, prepare_corpus
 from nemo_emmett.corpora.registry import CORPORA, SPEECH, find_corpus
+from nemo_emmett.errors import ConfigError
 
 _HYGIENE = ("max_length_ratio", "min_words", "max_words", "language_id", "deduplicate", "held_out")
 
@@ -31,11 +33,17 @@ class CorpusCommands(click.Group):
         """All names, sorted."""
         return sorted({*super().list_commands(ctx), *(_dashed(name) for name in CORPORA)})
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name; a corpus's is made when it is asked for."""
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        """The command of that name; a corpus's is made when it is asked for.
+
+        Raises:
+            ConfigError: if there is none; the nearest name is given.
+        """
         if (command := super().get_command(ctx, cmd_name)) is not None:
             return command
-        return corpus_command(find_corpus(cmd_name)) if cmd_name in map(_dashed, CORPORA) else None
+        if cmd_name.replace("-", "_") not in CORPORA and (suggestion := nearest(cmd_name, self.list_commands(ctx))):
+            raise ConfigError(f"'{cmd_name}' is no corpus that can be prepared; did you mean '{suggestion}'?")
+        return corpus_command(find_corpus(cmd_name))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write all of them with a line on each, for which no reader is imported."""

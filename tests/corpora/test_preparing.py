@@ -423,3 +423,12 @@ class TestRegistry:
     def test_a_misspelt_name_gets_the_nearest(self) -> None:
         with pytest.raises(ConfigError, match="did you mean 'tatoeba'"):
             find_corpus("tatoaba")
+
+    @pytest.mark.parametrize(
+        ("name", "hint"),
+        [("flors", "did you mean 'flores'"), ("phrasbook", "did you mean 'phrasebook'"), ("xyz", "there are flores, ")],
+    )
+    def test_a_misspelt_command_gets_the_nearest(self, name: str, hint: str) -> None:
+        result = CliRunner().invoke(main, ["prepare", name, "source", "out"])
+        assert result.exit_code == 2
+        assert f"'{name}' is no corpus that can be prepared; {hint}" in result.output
