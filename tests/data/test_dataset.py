@@ -17,7 +17,7 @@ from nemo.collections.common.data.lhotse.text_adapters import (
 )
 
 from nemo_emmett.data import SpeechTextDataset
-from nemo_emmett.data.audio import AudioFault, load_waveform
+from nemo_emmett.data.audio import AudioFault, audio_start, load_waveform
 from nemo_emmett.errors import DataError
 
 PAD = 0
@@ -209,3 +209,11 @@ def test_a_conversation_with_one_fault_leaves_none_of_its_recordings_behind(data
     assert len(batch["audio"]["examples"]) == 1
     assert batch["audio"]["audio_lens"].tolist() == [24000]
     assert batch["audio"]["audios"].shape == (1, 24000)
+
+
+def test_where_a_segment_begins_in_its_file_is_told_unless_its_audio_is_changed(write_tone) -> None:
+    segment = cut_of(write_tone("talk.wav", 2.0), 2.0).truncate(offset=0.75, duration=0.5)
+    assert audio_start(segment) == 0.75
+    assert audio_start(segment.perturb_speed(1.1)) is None
+    assert audio_start(segment.pad(duration=1.0)) is None
+    assert audio_start(segment.move_to_memory()) is None
