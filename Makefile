@@ -14,7 +14,7 @@ TEST_PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -lt 4 ] && ec
 .PHONY: help demo experiment test lint bench clean
 
 help: ## Show this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "==> Installing nemo_emmett and what it needs into $(VENV) (a few minutes, once)"
@@ -26,7 +26,7 @@ demo: $(INSTALLED) ## Train SALM-T5 on text and speech translation in four langu
 	@echo "==> Demo: corpus, pretraining, joint training, evaluation (examples/speechlm/demo.py)"
 	$(BIN)/python examples/speechlm/demo.py
 
-experiment: $(INSTALLED) ## Joint training beside text alone and speech alone, three seeds each (EXPERIMENT_ARGS="--captions FOLDER")
+experiment: $(INSTALLED) ## Joint training beside text alone and speech alone, in three seeds (an hour and more)
 	@echo "==> Experiment: up to three hours on two cores; an interrupted one goes on (examples/speechlm/experiment.py)"
 	$(BIN)/python examples/speechlm/experiment.py $(EXPERIMENT_ARGS)
 
