@@ -14,6 +14,7 @@ from nemo_emmett.runner import recipe_runner
 @recipe_runner(config_name="pretrain_t5_phrasebook")
 def main(cfg) -> None:
     """Make and train the language model of the recipe."""
+    import lightning
     from omegaconf import OmegaConf
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
@@ -34,6 +35,7 @@ def main(cfg) -> None:
             eos_token_id=tokenizer.eos_token_id,
             **OmegaConf.to_container(cfg.t5.config),
         )
+        lightning.seed_everything(cfg.seed)
         T5ForConditionalGeneration(config).save_pretrained(init_dir)
 
     model = train(cfg)
