@@ -12,7 +12,6 @@ The same options give the same bytes, whatever the number of processes and howev
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nemo_emmett.corpora.claim import CorpusFolder, identity_of, plan_of, refuse_inside, refuse_other_parts
 from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
+from nemo_emmett.corpora.processes import available_cores
 from nemo_emmett.corpora.writing import Workshop
 from nemo_emmett.errors import ConfigError, DataError
 
@@ -113,7 +113,7 @@ def prepare_corpus(
     """
     source, out, selection = Path(source), Path(out), selection or Selection()
     _check(audio, shard_size, num_jobs)
-    job = _Job(out, audio, shard_size, hygiene, num_jobs or _available_cores(), show_progress)
+    job = _Job(out, audio, shard_size, hygiene, num_jobs or available_cores(), show_progress)
     options = {"audio": audio, "shard_size": shard_size, "hygiene": None if hygiene is None else hygiene.described()}
     plan = plan_of(corpus, source, selection, options)
     folder = CorpusFolder(out)
@@ -356,7 +356,3 @@ def _summary(out: Path, content: Mapping[str, Any], made_now: bool) -> CorpusSum
     asked = dict.fromkeys(content["options"]["languages"] or ())
     missing = tuple(language for language in asked if language not in there)
     return CorpusSummary(out, content["name"], parts, made_now, missing)
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -146,7 +146,7 @@ def evaluate_recipe(config: DictConfig | Place, model: Place | None = None, **op
     recipe = config if isinstance(config, DictConfig) else read_yaml(Path(config))
     known = ("name", "output", "num_beams", "max_new_tokens", "metrics", "comet", "log_dir", "examples")
     if "test_ds" in recipe:  # and not a training's, with keys of its own
-        check_keys(recipe, (*known, "model", "baseline", "test_ds"), "the recipe")
+        check_keys(recipe, (*known, "model", "baseline", "test_ds"), "recipe")
     model = recipe.get("model") if model is None else model
     if not isinstance(model, (str, os.PathLike)):
         raise ConfigError("model: the recipe names no exported model; give the folder that train.py exported to.")

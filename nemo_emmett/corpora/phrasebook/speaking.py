@@ -11,7 +11,6 @@ The folder can be moved as a whole.
 from __future__ import annotations
 
 import json
-import os
 import wave
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,6 +26,7 @@ from nemo_emmett.corpora.phrasebook.espeak import SAMPLING_RATE, espeak_version
 from nemo_emmett.corpora.phrasebook.extras import installed_version
 from nemo_emmett.corpora.phrasebook.speaker import Speaker, Utterance
 from nemo_emmett.corpora.phrasebook.voices import Voice
+from nemo_emmett.corpora.processes import available_cores
 from nemo_emmett.errors import ConfigError
 
 _UTTERANCES_A_REQUEST = 16
@@ -111,7 +111,7 @@ def prepare_spoken(
     content = contents()
     with folder.work(plan, _config_and_versions_of):
         _write_texts(folder, content)
-        _speak(folder, content.recordings, num_jobs or _available_cores(), show_progress)
+        _speak(folder, content.recordings, num_jobs or available_cores(), show_progress)
         totals = _write_manifests(folder, content)
         folder.finish({**plan, **totals})
     return _summary(out, totals, made_now=True)
@@ -206,7 +206,3 @@ def _manifest_entry(out: Path, recording: Spoken) -> dict[str, Any]:
 
 def _summary(out: Path, totals: Mapping[str, Any], made_now: bool) -> SpokenSummary:
     return SpokenSummary(out, totals["items"], totals["recordings"], totals["hours"], made_now)
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
