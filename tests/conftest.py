@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,4 +153,64 @@ def salm_t5_config(tiny_t5, tiny_asr) -> dict:
         "perception": perception_config(),
         "max_new_tokens": 8,
         "optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-3},
+    }
+
+
+@pytest.fixture
+def corpus(tiny_corpus, tmp_path) -> Path:
+    """A copy of the tiny corpus that a test may damage."""
+    shutil.copytree(tiny_corpus, tmp_path / "corpus")
+    return tmp_path / "corpus"
+
+
+@pytest.fixture
+def recipe(corpus, salm_t5_config, tmp_path) -> dict:
+    """A recipe of four steps, with speech and text in each."""
+    speech = [
+        {"type": "nemo", "manifest_filepath": str(corpus / "speech" / f"train.{lang}.jsonl")} for lang in LANGUAGES
+    ]
+    text = [{"type": "parallel_text", "paths": {lang: str(corpus / "text" / f"train.{lang}") for lang in LANGUAGES}}]
+    return {
+        "seed": 0,
+        "export_dir": str(tmp_path / "export"),
+        "model": {"_target_": "salm_t5", "audio_locator_tag": "<|audio|>", **salm_t5_config},
+        "data": {
+            "train_ds": {
+                "multi_config": True,
+                "sampler_fusion": "zip",
+                "seed": 0,
+                "shard_seed": 0,
+                "shuffle": True,
+                "num_workers": 0,
+                "max_bad_records": None,
+                "audio": {"batch_size": 4, "max_duration": 20.0, "input_cfg": speech},
+                "text": {"batch_size": 3, "use_multimodal_sampling": True, "input_cfg": text},
+            },
+            "validation_ds": {
+                "batch_size": 4,
+                "datasets": {
+                    "dev_text": {"use_multimodal_sampling": True, "input_cfg": text},
+                    "dev_speech": {"input_cfg": speech},
+                },
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 4,
+            "limit_train_batches": 2,
+            "val_check_interval": 2,
+            "num_sanity_val_steps": 0,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+        },
+        "exp_manager": {
+            "explicit_log_dir": str(tmp_path / "exp"),
+            "resume_if_exists": True,
+            "resume_ignore_no_checkpoint": True,
+            "checkpoint_callback_params": {"monitor": "val_bleu", "mode": "max", "save_top_k": 1},
+        },
     }

@@ -82,7 +82,8 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         hands_out_empty: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(dataset, **kwargs)
+        # Iterators draw a seed for their workers; drawn from torch's global generator, it would move the training's.
+        super().__init__(dataset, generator=torch.Generator(), **kwargs)
         self.hands_out_empty = hands_out_empty
         self.bad_records = BadRecords(announce=True) if bad_records is None else bad_records
         self.max_bad_records = max_bad_records
@@ -127,8 +128,11 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             DataError: if nothing can be read any more.
         """
         self._shuffle_anew()
+        seed = torch.initial_seed()
         if self.progress is not None:
             self.dataset.start = self.progress.start()
+            seed = self.progress.seed
+        self.generator.manual_seed(seed)
         empty_in_a_row = 0
         try:
             for delivery in super().__iter__():

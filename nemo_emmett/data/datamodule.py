@@ -72,12 +72,16 @@ class MultimodalDataModule(DataModule, Serialization):
                 check_dataset_names(cfg[name].get("datasets") or {}, f"data.{name}")
         super().__init__(cfg, tokenizer, dataset)
 
+    def setup(self, stage: str) -> None:
+        """Give the trainer the callback :class:`~nemo_emmett.callbacks.ResumableData`, unless it has one."""
+        super().setup(stage)
+        if stage == "fit" and not any(isinstance(c, ResumableData) for c in self.trainer.callbacks):
+            self.trainer.callbacks.insert(0, ResumableData())  # before those that write checkpoints
+
     def train_dataloader(self) -> BroadcastingDataLoader | None:
-        """The loader of ``train_ds``; a trainer gets the callback that counts what was trained on."""
+        """The loader of ``train_ds``."""
         if self.cfg.get("train_ds") is None:
             return None
-        if self.trainer is not None and not any(isinstance(c, ResumableData) for c in self.trainer.callbacks):
-            self.trainer.callbacks.insert(0, ResumableData())  # before those that write checkpoints
         return self._loader(self.cfg.train_ds, "data.train_ds")
 
     def resolve_bins(self) -> None:
@@ -119,8 +123,6 @@ class MultimodalDataModule(DataModule, Serialization):
         Without a ``shard_seed`` of its own a set comes in the same order each time, on every rank.
         """
         common, datasets = self._evaluation_configs("test_ds")
-        with open_dict(common):
-            common.setdefault("shard_seed", 0)  # NeMo's default is another one in each process
         return {
             name: get_multimodal_dataloader(
                 _merged(common, config),
@@ -153,6 +155,8 @@ class MultimodalDataModule(DataModule, Serialization):
         common = self.cfg[name].copy()
         with open_dict(common):  # a recipe composed by Hydra takes no new keys otherwise
             common.force_finite = common.force_map_dataset = True
+            # NeMo's default is another order in each process, and with it other sums in the last bit of a score.
+            common.setdefault("shard_seed", 0)
             datasets = common.pop("datasets", None)
         if datasets is None:
             return common, None

@@ -1,4 +1,4 @@
-"""A Lightning callback by which a checkpoint knows the last batch trained on, not the last one fetched."""
+"""A Lightning callback with which a run resumes at the batch that follows the last one trained on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from lightning.pytorch.utilities import CombinedLoader
 from nemo.core.classes.common import Serialization
 
 from nemo_emmett.data.dataloader import MultimodalDataLoader
+from nemo_emmett.modules.resumable_loop import ResumableEpochLoop, install_resumable_loop
 
 
 class ResumableData(Callback, Serialization):
-    """Tells the training's data loader which batches were trained on.
+    """Makes checkpoints hold the exact position of training: in the data, in the step and in the epoch.
 
-    Lightning writes the state of a data loader into every checkpoint, but it fetches a batch in advance: without this
-    callback the batch that waits when a checkpoint is made is skipped after resuming. ``MultimodalDataModule`` brings
-    it along; a recipe with NeMo's ``DataModule`` and ``use_emmett: true`` names it.
+    Lightning writes the state of a data loader into every checkpoint, but it fetches one batch in advance: without this
+    callback the batch that was fetched and not trained on is skipped after resuming. The callback reports the batches
+    trained on to the loader, and replaces the trainer's epoch loop by
+    :class:`~nemo_emmett.modules.resumable_loop.ResumableEpochLoop`, which neither trains on an extra batch nor repeats a
+    validation. ``MultimodalDataModule`` adds it; a recipe with NeMo's ``DataModule`` and ``use_emmett: true`` names it.
 
     Example:
         In a recipe::
@@ -27,15 +30,26 @@ class ResumableData(Callback, Serialization):
                 - _target_: nemo_emmett.callbacks.ResumableData
     """
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Install the resumable epoch loop before a checkpoint is restored."""
+        if stage == "fit":
+            install_resumable_loop(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checkpoints written from here on do not repeat this validation."""
+        loop = trainer.fit_loop.epoch_loop
+        if isinstance(loop, ResumableEpochLoop) and not trainer.sanity_checking:
+            loop.validation_finished()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on this callback says what was trained on."""
+        """From now on a batch counts when it was trained on."""
         for loader in _resumable_loaders(trainer):
             loader.progress.count_trained()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One more batch."""
+        """Count the batch."""
         for loader in _resumable_loaders(trainer):
             loader.progress.trained()
 

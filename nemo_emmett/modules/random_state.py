@@ -20,9 +20,9 @@ class RandomState(Callback, Serialization):
     resumed run differ from those of a run that was never interrupted. With this callback both draw the same. Covered
     are the global generators of Python, NumPy, torch, and torch's on every CUDA device.
 
-    Validation is kept from moving the training's random states: an interrupted run may validate once more or once
-    less than an uninterrupted one. What the data loader draws in the main process while it fetches the first batch
-    after resuming is not repeated; it keeps its own seed.
+    Validation does not move the training's random states, so that it does not matter whether it ran before or after an
+    interruption. Our data loader draws from generators of its own; what another loader draws in the main process while
+    it fetches the first batch after resuming is not repeated.
 
     Example:
         In a recipe::
@@ -35,17 +35,19 @@ class RandomState(Callback, Serialization):
     def __init__(self) -> None:
         self._to_restore: list[dict[str, Any]] | None = None
         self._after_batch: dict[str, Any] | None = None
+        self._validating = False
 
     def state_dict(self) -> dict[str, Any]:
         """The random states by rank. Lightning calls it on every rank whenever a checkpoint is made."""
-        return {"ranks": _from_all_ranks(random_state())}
+        return {"ranks": _from_all_ranks(self._after_batch if self._validating else random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the states for the first training batch: until then building loaders and models draws numbers."""
+        """Keep the states until training starts: building loaders and models draws numbers before."""
         self._to_restore = state_dict["ranks"]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restore the states once, right before the first batch after resuming."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the states of the checkpoint, if training resumes from one."""
+        self._after_batch = random_state()
         if self._to_restore is None:
             return
         ranks, self._to_restore = self._to_restore, None
@@ -56,17 +58,23 @@ class RandomState(Callback, Serialization):
             )
             return
         restore_random_state(ranks[trainer.global_rank])
+        self._after_batch = random_state()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the states, since a validation may follow."""
+        """Keep the states, since a validation may follow."""
         self._after_batch = random_state()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on a checkpoint holds the states of training, not those of validation."""
+        self._validating = self._after_batch is not None
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the states back to where the last training batch left them."""
+        """Restore the states that the last training batch left."""
         if self._after_batch is not None:
             restore_random_state(self._after_batch)
+        self._validating = False
 
 
 # States are values, also where OOMptimizer plans with tensors that have none.

@@ -1,0 +1,156 @@
+"""A Lightning epoch loop that resumes exactly: no batch is trained twice or skipped, and no validation repeated.
+
+A checkpoint can be written in the middle of a step: after the optimizer has stepped and before validation, during
+validation, or behind it. Lightning 2.4 does not store which of these it was. After resuming, its own loop repeats a
+validation that is done, and the loop that NeMo's ``exp_manager`` installs (``SkipResumeTrainingValidationLoop``) trains
+on one batch more than the epoch has. The loop here stores where in the step it was, and completes exactly the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.progress import _BaseProgress, _Progress
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from nemo.utils import logging
+from nemo.utils.exp_manager import SkipResumeTrainingValidationLoop
+
+_KEY = "nemo_emmett_resume"
+"""Of our part of the loop's state. Lightning's own loop ignores it, so its runs can resume from our checkpoints."""
+
+
+@dataclass
+class StepState:
+    """Where in a step a checkpoint was written.
+
+    Args:
+        pending: the batch is trained on, but what follows it (validation, logging) is not finished.
+        validated: the validation that follows the batch is finished.
+        epoch_ended: the batch is the last one of its epoch.
+    """
+
+    pending: bool = False
+    validated: bool = False
+    epoch_ended: bool = False
+
+
+class ResumableEpochLoop(_TrainingEpochLoop):
+    """Lightning's training loop of one epoch, with the position inside the step in its state.
+
+    Built on private parts of Lightning 2.4, the newest version that NeMo 3.0 admits.
+    """
+
+    def __init__(self, trainer: Trainer, min_steps: int | None = None, max_steps: int = -1) -> None:
+        self._pending = False
+        self._validated = False
+        self._completes_step = False  # the first thing to do is the rest of the step that was interrupted
+        super().__init__(trainer, min_steps, max_steps)
+
+    @property
+    def max_steps(self) -> int:
+        """The trainer's; one more while the rest of the last step is due, so that training does not end before it."""
+        return self._max_steps + (self._completes_step and self._max_steps != -1)
+
+    @max_steps.setter
+    def max_steps(self, max_steps: int) -> None:
+        self._max_steps = max_steps
+
+    def validation_finished(self) -> None:
+        """The validation that follows the current batch is finished; from now on a checkpoint says so."""
+        self._validated = True
+
+    @property
+    def _is_validation_done(self) -> bool:
+        return not self._completes_step
+
+    def advance(self, data_fetcher: Any) -> None:
+        """Train on a batch, unless the last one before the interruption is yet to be completed."""
+        self.val_loop.restarting = False  # a validation that was interrupted starts over
+        if self._completes_step:
+            return
+        self._restarting = False  # else Lightning asks whether to validate in place of training
+        self._validated = False
+        super().advance(data_fetcher)
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """Validate if it is due, log; then the step is complete."""
+        self._pending = True
+        super().on_advance_end(data_fetcher)
+        self._pending = self._completes_step = False
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        return not self._validated and super()._should_check_val_fx(data_fetcher)
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Lightning's state, the position inside the step, and the metrics that callbacks look at."""
+        current = self.batch_progress.current
+        in_step = current.ready == current.processed and (self._pending or current.processed > current.completed)
+        step = StepState(in_step, in_step and self._validated, self._num_ready_batches_reached())
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        return super().on_save_checkpoint() | {_KEY: vars(step) | {"callback_metrics": metrics}}
+
+    def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
+        """Restore Lightning's counters, then bring them to where the interrupted run was."""
+        super().load_state_dict(state_dict, prefix)
+        state = dict(state_dict.get(f"{prefix}state_dict", {}).get(_KEY, {}))
+        metrics = state.pop("callback_metrics", {})
+        # Callbacks that monitor a score find the one of the last validation, though it was in the interrupted run.
+        self.trainer._logger_connector._callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
+        self._resume_at(StepState(**state) if state else self._guess())
+
+    def _guess(self) -> StepState:
+        """For a checkpoint of another loop: as most are, written behind the validation or at the end of a batch."""
+        current = self.batch_progress.current
+        epoch = self.trainer.fit_loop.epoch_progress.current
+        in_epoch = epoch.ready > epoch.processed
+        ended = self.batch_progress.is_last_batch or current.ready == self.trainer.limit_train_batches
+        return StepState(in_epoch and current.processed > 0, current.completed == current.processed, ended)
+
+    def _resume_at(self, step: StepState) -> None:
+        """Set Lightning's counters of batches and epochs to one of two states: inside an epoch, or before its start."""
+        batches, epochs = self.batch_progress, self.trainer.fit_loop.epoch_progress
+        _settle(batches, batches.current.processed, batches.total.processed)
+        done = epochs.current.processed
+        in_epoch = epochs.current.ready > done
+        if not in_epoch and not step.epoch_ended and done:
+            done -= 1  # max_steps ended the epoch early: it goes on
+        elif not in_epoch:  # as Lightning does at the start of an epoch
+            batches.reset_on_run()
+            self.scheduler_progress.reset_on_run()
+            self.automatic_optimization.optim_progress.reset_on_run()
+            self.val_loop.batch_progress.total.reset()
+        _settle(epochs, done, epochs.total.processed - (epochs.current.processed - done))
+        # Without an epoch that is begun and unfinished, Lightning would not restore the position in the data.
+        epochs.current.ready += 1
+        epochs.current.started += 1
+        self._completes_step = in_epoch and step.pending
+        self._validated = step.validated
+
+
+def _settle(progress: _Progress, current: int, total: int) -> None:
+    """So many events are over, none is under way."""
+    for tracker, count in ((progress.current, current), (progress.total, total)):
+        _BaseProgress.load_state_dict(tracker, dict.fromkeys(vars(tracker), count))
+
+
+def install_resumable_loop(trainer: Trainer) -> ResumableEpochLoop | None:
+    """Put a :class:`ResumableEpochLoop` in the place of Lightning's epoch loop, or of NeMo's ``exp_manager``'s.
+
+    Returns:
+        The loop; None if the trainer has one of another kind, which is left as it is, with a warning.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if isinstance(loop, ResumableEpochLoop):
+        return loop
+    if type(loop) not in (_TrainingEpochLoop, SkipResumeTrainingValidationLoop):
+        logging.warning(
+            f"The trainer has an epoch loop of its own ({type(loop).__name__}): a resumed run may train on one batch "
+            "more or validate once more than an uninterrupted one."
+        )
+        return None
+    trainer.fit_loop.epoch_loop = resumable = ResumableEpochLoop(trainer, loop.min_steps, loop.max_steps)
+    resumable.val_loop = loop.val_loop  # which knows its data by now
+    return resumable

@@ -1,0 +1,157 @@
+"""A training that is killed and run again ends with the weights of one that was never killed, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import OmegaConf
+
+from nemo_emmett import training
+
+STEPS, STEPS_PER_EPOCH = 12, 3
+
+
+class Observer(Callback):
+    """Writes each validation to a log, and kills the process at the given hook of the given step."""
+
+    def __init__(self, log_path: Path, kill_at: tuple[str, int] | None) -> None:
+        self.log_path, self.kill_at = log_path, kill_at
+
+    def at(self, hook: str, trainer: Trainer) -> None:
+        if self.kill_at == (hook, trainer.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.at("train_batch_start", trainer)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.at("train_batch_end", trainer)
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self.at("validation_batch_end", trainer)
+
+    def on_save_checkpoint(self, trainer, module, checkpoint) -> None:
+        self.at("save_checkpoint", trainer)
+
+    def on_validation_end(self, trainer, module) -> None:
+        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+        logged_at = trainer.fit_loop.epoch_loop._batches_that_stepped
+        line = {"epoch": trainer.current_epoch, "step": trainer.global_step, "logged_at": logged_at, **scores}
+        with open(self.log_path, "a") as log:
+            log.write(json.dumps(line, sort_keys=True) + "\n")
+
+
+class LastObserver(Observer):
+    """The same, behind the callback that writes checkpoints; it logs nothing."""
+
+    def on_validation_end(self, trainer, module) -> None:
+        self.at("validation_end", trainer)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        self.at("train_epoch_end", trainer)
+
+
+HOOKS = ["train_batch_start", "train_batch_end", "validation_batch_end", "save_checkpoint", "validation_end"]
+HOOKS.append("train_epoch_end")
+
+
+def train_in_child(recipe: dict, log: Path, kill_at: tuple[str, int] | None) -> None:
+    torch.set_num_threads(1)
+    built = training.build_training
+
+    def observed(cfg: Any) -> training.Training:
+        made = built(cfg)
+        made.trainer.callbacks.insert(0, Observer(log, kill_at))
+        made.trainer.callbacks.append(LastObserver(log, kill_at))
+        return made
+
+    training.build_training = observed
+    training.train(OmegaConf.create(recipe))
+
+
+def run(recipe: dict, log: Path, kill_at: tuple[str, int] | None = None) -> int:
+    """Train in a forked process, which has imported everything; returns its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=train_in_child, args=(recipe, log, kill_at))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def last_checkpoint(folder: Path) -> dict:
+    (path,) = (folder / "checkpoints").glob("*last.ckpt")
+    checkpoint = torch.load(path, weights_only=False)
+    kept = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "loops")
+    return {key: checkpoint[key] for key in kept} | {"random": checkpoint["callbacks"]["RandomState"]}
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [place]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        return [d for key in a for d in differences(a[key], b[key], f"{place}.{key}")]
+    if isinstance(a, (list, tuple)):
+        assert len(a) == len(b), place
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{place}[{i}]")]
+    return [] if a == b else [f"{place}: {a!r} and {b!r}"]
+
+
+@pytest.fixture
+def exact_recipe(recipe) -> dict:
+    """Four epochs with dropout, a schedule, checkpoints of the best and the last."""
+    recipe["trainer"] |= {"max_steps": STEPS, "limit_train_batches": STEPS_PER_EPOCH}
+    recipe["trainer"] |= {"val_check_interval": STEPS_PER_EPOCH, "log_every_n_steps": 1}
+    schedule = {"_target_": "nemo.core.optim.lr_scheduler.CosineAnnealing", "warmup_steps": 2, "max_steps": STEPS}
+    recipe["model"]["lr_scheduler"] = schedule | {"min_lr": 1e-5}
+    recipe["exp_manager"]["create_tensorboard_logger"] = False
+    recipe["exp_manager"]["log_step_timing"] = False
+    del recipe["export_dir"]
+    return recipe
+
+
+def moments(kills: int, seed: int) -> list[tuple[str, int]]:
+    """Where to kill, in the order in which a training that resumes comes past them."""
+    draw = random.Random(seed)
+    found = []
+    for step in sorted(draw.sample(range(1, STEPS), kills)):
+        hook = draw.choice(HOOKS if step % STEPS_PER_EPOCH == 0 else HOOKS[:2])
+        found.append((hook, step))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kills", "workers", "checkpoints"),
+    [
+        (5, 0, {}),
+        (5, 2, {}),
+        (2, 0, {"every_n_train_steps": 2, "every_n_epochs": None}),
+        (2, 0, {"save_on_train_epoch_end": True, "monitor": "loss", "mode": "min"}),
+    ],
+    ids=["validation", "validation-two-workers", "every-two-steps", "epoch-end"],
+)
+def test_killed_at_random_and_run_again_it_ends_as_if_never_killed(exact_recipe, tmp_path, kills, workers, checkpoints):
+    exact_recipe["data"]["train_ds"]["num_workers"] = workers
+    exact_recipe["exp_manager"]["checkpoint_callback_params"] |= checkpoints
+    folders = {}
+    for name in ("whole", "killed"):
+        folders[name] = tmp_path / name
+        exact_recipe["exp_manager"]["explicit_log_dir"] = str(folders[name])
+        if name == "killed":
+            for moment in moments(kills, seed=workers + len(checkpoints)):
+                assert run(exact_recipe, tmp_path / "killed.jsonl", moment) == -signal.SIGKILL, moment
+        assert run(exact_recipe, tmp_path / f"{name}.jsonl") == 0
+    assert differences(last_checkpoint(folders["whole"]), last_checkpoint(folders["killed"])) == []
+    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
+    killed = (tmp_path / "killed.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in whole] == list(range(STEPS_PER_EPOCH, STEPS + 1, STEPS_PER_EPOCH))
+    # Validations that were lost with the process come again, with the same scores.
+    assert list(dict.fromkeys(killed)) == whole
