@@ -3,6 +3,7 @@
 - :class:`OOMptimizer` (``oomptimizer``): sets the batch size of every bucket.
 - :class:`RandomState` (``random_state``): puts the states of the random generators into checkpoints.
 - :class:`ResumableData` (``resumable_data``): lets checkpoints know the last batch trained on.
+- :class:`StopOnSignal` (``stop_on_signal``): ends training on SIGTERM or SIGINT with a checkpoint and exit code 75.
 - :class:`TrainingClock` (``training_clock``): logs how long the model has been trained, beside validation's scores.
 
 All are NeMo ``Serialization`` objects as well, so that NeMo's allow-list admits them under ``trainer.callbacks``.
@@ -10,7 +11,8 @@ All are NeMo ``Serialization`` objects as well, so that NeMo's allow-list admits
 
 from nemo_emmett.data.resumable import ResumableData
 from nemo_emmett.modules.random_state import RandomState
+from nemo_emmett.modules.stop_on_signal import StopOnSignal
 from nemo_emmett.modules.training_clock import TrainingClock
 from nemo_emmett.oomptimizer import OOMptimizer
 
-__all__ = ["OOMptimizer", "RandomState", "ResumableData", "TrainingClock"]
+__all__ = ["OOMptimizer", "RandomState", "ResumableData", "StopOnSignal", "TrainingClock"]

@@ -6,8 +6,11 @@ EXIT_USER_ERROR = 2
 """Exit code of our commands when the user's input was at fault (the shell's convention for misuse)."""
 
 EXIT_TRY_AGAIN = 75
-"""Exit code of a training that ran out of memory and goes on from its last checkpoint when started again
-(``EX_TEMPFAIL`` of ``sysexits.h``)."""
+"""Exit code of a training that continues from its last checkpoint when it is started again: it ran out of memory, or
+SIGTERM or SIGINT stopped it (``EX_TEMPFAIL`` of ``sysexits.h``)."""
+
+EXIT_INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended (128 + SIGINT, the shell's convention)."""
 
 
 class EmmettError(Exception):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_emmett.config import nearest
-from nemo_emmett.errors import EXIT_USER_ERROR, ConfigError, EmmettError
+from nemo_emmett.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, EmmettError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -105,11 +105,14 @@ def compose_recipe(config: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 @contextmanager
 def mistakes_as_sentences() -> Iterator[None]:
-    """Turn an :class:`EmmettError` into one sentence on stderr and exit code 2."""
+    """Turn an :class:`EmmettError` into one sentence on stderr and exit code 2, Ctrl-C into one word and 130."""
     try:
         yield
     except EmmettError as error:
         exit_with_sentence(error)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def exit_with_sentence(error: EmmettError | str) -> NoReturn:

@@ -28,6 +28,7 @@ from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.check import check_data_config
 from nemo_emmett.errors import ConfigError, EmmettError
 from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.modules.stop_on_signal import StopOnSignal
 
 RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "seed", "num_threads")
 """The keys of a recipe that mean something here; a recipe may hold others for its own interpolations."""
@@ -67,6 +68,8 @@ def train(cfg: DictConfig) -> LightningModule:
     check_recipe(cfg)
     check_data_section(cfg.data)
     training = build_training(cfg)
+    if not any(isinstance(callback, StopOnSignal) for callback in training.trainer.callbacks):
+        training.trainer.callbacks.append(StopOnSignal())
     training.fit()
     if cfg.get("export_dir"):
         _export(training, cfg.export_dir)

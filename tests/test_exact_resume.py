@@ -12,23 +12,29 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from omegaconf import OmegaConf
 
 from nemo_emmett import training
+from nemo_emmett.errors import EXIT_TRY_AGAIN
 
 STEPS, STEPS_PER_EPOCH = 12, 3
+
+Moment = tuple[str, int, int]
+"""A hook, the step, and the signal that is sent there."""
 
 
 class Observer(Callback):
     """Writes each validation to a log, and kills the process at the given hook of the given step."""
 
-    def __init__(self, log_path: Path, kill_at: tuple[str, int] | None) -> None:
+    hooks = ("train_batch_start", "train_batch_end", "validation_batch_end", "save_checkpoint")
+
+    def __init__(self, log_path: Path, kill_at: Moment | None) -> None:
         self.log_path, self.kill_at = log_path, kill_at
 
     def at(self, hook: str, trainer: Trainer) -> None:
-        if self.kill_at == (hook, trainer.global_step):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if hook in self.hooks and self.kill_at is not None and self.kill_at[:2] == (hook, trainer.global_step):
+            os.killpg(os.getpid(), self.kill_at[2])  # data workers too, as a terminal and SLURM do
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         self.at("train_batch_start", trainer)
@@ -53,6 +59,8 @@ class Observer(Callback):
 class LastObserver(Observer):
     """The same, behind the callback that writes checkpoints; it logs nothing."""
 
+    hooks = ("validation_end", "train_epoch_end")
+
     def on_validation_end(self, trainer, module) -> None:
         self.at("validation_end", trainer)
 
@@ -60,17 +68,14 @@ class LastObserver(Observer):
         self.at("train_epoch_end", trainer)
 
 
-HOOKS = ["train_batch_start", "train_batch_end", "validation_batch_end", "save_checkpoint", "validation_end"]
-HOOKS.append("train_epoch_end")
-
-
-def train_in_child(recipe: dict, log: Path, kill_at: tuple[str, int] | None) -> None:
+def train_in_child(recipe: dict, log: Path, kill_at: Moment | None, observer: type[Observer]) -> None:
+    os.setsid()
     torch.set_num_threads(1)
     built = training.build_training
 
     def observed(cfg: Any) -> training.Training:
         made = built(cfg)
-        made.trainer.callbacks.insert(0, Observer(log, kill_at))
+        made.trainer.callbacks.insert(0, observer(log, kill_at))
         made.trainer.callbacks.append(LastObserver(log, kill_at))
         return made
 
@@ -78,9 +83,9 @@ def train_in_child(recipe: dict, log: Path, kill_at: tuple[str, int] | None) -> 
     training.train(OmegaConf.create(recipe))
 
 
-def run(recipe: dict, log: Path, kill_at: tuple[str, int] | None = None) -> int:
+def run(recipe: dict, log: Path, kill_at: Moment | None = None, observer: type[Observer] = Observer) -> int:
     """Train in a forked process, which has imported everything; returns its exit code."""
-    process = multiprocessing.get_context("fork").Process(target=train_in_child, args=(recipe, log, kill_at))
+    process = multiprocessing.get_context("fork").Process(target=train_in_child, args=(recipe, log, kill_at, observer))
     process.start()
     process.join()
     return process.exitcode
@@ -118,13 +123,13 @@ def exact_recipe(recipe) -> dict:
     return recipe
 
 
-def moments(kills: int, seed: int) -> list[tuple[str, int]]:
+def moments(kills: int, seed: int) -> list[Moment]:
     """Where to kill, in the order in which a training that resumes comes past them."""
     draw = random.Random(seed)
     found = []
     for step in sorted(draw.sample(range(1, STEPS), kills)):
-        hook = draw.choice(HOOKS if step % STEPS_PER_EPOCH == 0 else HOOKS[:2])
-        found.append((hook, step))
+        hook = draw.choice(Observer.hooks + LastObserver.hooks if step % STEPS_PER_EPOCH == 0 else Observer.hooks[:2])
+        found.append((hook, step, signal.SIGKILL))
     return found
 
 
@@ -141,17 +146,51 @@ def moments(kills: int, seed: int) -> list[tuple[str, int]]:
 def test_killed_at_random_and_run_again_it_ends_as_if_never_killed(exact_recipe, tmp_path, kills, workers, checkpoints):
     exact_recipe["data"]["train_ds"]["num_workers"] = workers
     exact_recipe["exp_manager"]["checkpoint_callback_params"] |= checkpoints
-    folders = {}
+    compare(exact_recipe, tmp_path, moments(kills, seed=workers + len(checkpoints)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_signals_stop_it_with_a_checkpoint_and_no_step_is_trained_twice(exact_recipe, tmp_path, capfd, workers):
+    exact_recipe["data"]["train_ds"]["num_workers"] = workers
+    stops = [
+        ("train_batch_start", 1, signal.SIGTERM),
+        ("train_batch_end", 4, signal.SIGINT),
+        ("validation_batch_end", 6, signal.SIGTERM),
+        ("validation_end", 9, signal.SIGINT),
+    ]
+    compare(exact_recipe, tmp_path, stops)
+    printed = capfd.readouterr().err
+    stopped_after = [2, 4, 6, 10]
+    for (_, _, number), step in zip(stops, stopped_after, strict=True):
+        assert f"{signal.Signals(number).name}: training stopped after step {step}." in printed
+    assert "Traceback" not in printed
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed.jsonl").read_text().splitlines()]
+    assert steps == [3, 6, 9, 12]
+
+
+def test_a_second_signal_ends_it_at_once(exact_recipe, tmp_path):
+    class Twice(Observer):
+        def at(self, hook: str, trainer: Trainer) -> None:
+            super().at(hook, trainer)
+            super().at(hook, trainer)
+            assert (hook, trainer.global_step) != self.kill_at[:2]
+
+    moment = ("train_batch_start", 1, signal.SIGTERM)
+    assert run(exact_recipe, tmp_path / "log.jsonl", moment, Twice) == -signal.SIGTERM
+
+
+def compare(recipe: dict, folder: Path, stops: list[Moment]) -> None:
+    """Train without interruption, and stopped at these moments; the ends must be equal."""
     for name in ("whole", "killed"):
-        folders[name] = tmp_path / name
-        exact_recipe["exp_manager"]["explicit_log_dir"] = str(folders[name])
+        recipe["exp_manager"]["explicit_log_dir"] = str(folder / name)
         if name == "killed":
-            for moment in moments(kills, seed=workers + len(checkpoints)):
-                assert run(exact_recipe, tmp_path / "killed.jsonl", moment) == -signal.SIGKILL, moment
-        assert run(exact_recipe, tmp_path / f"{name}.jsonl") == 0
-    assert differences(last_checkpoint(folders["whole"]), last_checkpoint(folders["killed"])) == []
-    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
-    killed = (tmp_path / "killed.jsonl").read_text().splitlines()
+            for moment in stops:
+                code = EXIT_TRY_AGAIN if moment[2] != signal.SIGKILL else -signal.SIGKILL
+                assert run(recipe, folder / "killed.jsonl", moment) == code, moment
+        assert run(recipe, folder / f"{name}.jsonl") == 0
+    assert differences(last_checkpoint(folder / "whole"), last_checkpoint(folder / "killed")) == []
+    whole = (folder / "whole.jsonl").read_text().splitlines()
+    killed = (folder / "killed.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in whole] == list(range(STEPS_PER_EPOCH, STEPS + 1, STEPS_PER_EPOCH))
     # Validations that were lost with the process come again, with the same scores.
     assert list(dict.fromkeys(killed)) == whole

@@ -5,8 +5,9 @@ Drop-in for NeMo's ``get_lhotse_dataloader_from_config``: it takes every config 
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +83,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         hands_out_empty: bool = False,
         **kwargs: Any,
     ) -> None:
+        kwargs["worker_init_fn"] = WorkerInit(kwargs.get("worker_init_fn"))
         # Iterators draw a seed for their workers; drawn from torch's global generator, it would move the training's.
         super().__init__(dataset, generator=torch.Generator(), **kwargs)
         self.hands_out_empty = hands_out_empty
@@ -188,6 +190,27 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 f"nothing could be read of the last {empty_in_a_row} batches; what was skipped so far:\n"
                 f"{self.bad_records.table()}"
             )
+
+
+class WorkerInit:
+    """Prepares a worker process: signals to the whole process group must not end it before the training's last step.
+
+    A terminal sends SIGINT to every process, SLURM sends SIGTERM to every process of a job. The worker ignores the
+    first SIGTERM and ends with the second; the loader ends its workers by a message, and otherwise by SIGTERM.
+
+    Args:
+        init: what else is to be done in a worker.
+    """
+
+    def __init__(self, init: Callable[[int], None] | None = None) -> None:
+        self.init = init
+
+    def __call__(self, worker_id: int) -> None:
+        """Set the handlers, then do the rest."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+        if self.init is not None:
+            self.init(worker_id)
 
 
 def _as_it_is(delivery: Delivery) -> Delivery:

@@ -19,8 +19,9 @@ class ResumableData(Callback, Serialization):
     Lightning writes the state of a data loader into every checkpoint, but it fetches one batch in advance: without this
     callback the batch that was fetched and not trained on is skipped after resuming. The callback reports the batches
     trained on to the loader, and replaces the trainer's epoch loop by
-    :class:`~nemo_emmett.modules.resumable_loop.ResumableEpochLoop`, which neither trains on an extra batch nor repeats a
-    validation. ``MultimodalDataModule`` adds it; a recipe with NeMo's ``DataModule`` and ``use_emmett: true`` names it.
+    :class:`~nemo_emmett.modules.resumable_loop.ResumableEpochLoop`, which neither trains on an extra batch nor repeats
+    a validation. ``MultimodalDataModule`` adds it; a recipe with NeMo's ``DataModule`` and ``use_emmett: true`` names
+    it.
 
     Example:
         In a recipe::
