@@ -23,6 +23,7 @@ from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett import plugin
+from nemo_emmett.checkpoints import with_resume_point
 from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.check import check_data_config
@@ -104,7 +105,7 @@ def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | 
     lightning.seed_everything(cfg.get("seed", 0), workers=True)
     trainer = Trainer(**_trainer_options(cfg.trainer))
     if cfg.get("exp_manager") is not None:
-        exp_manager(trainer, cfg.exp_manager)
+        exp_manager(trainer, with_resume_point(cfg.exp_manager, trainer))
     with trainer.init_module(), construction or nullcontext():
         model = model_class(OmegaConf.to_container(cfg.model, resolve=True))
     return Training(trainer, model, _datamodule(cfg.data, model))
