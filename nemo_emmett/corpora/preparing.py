@@ -12,7 +12,9 @@ The same options give the same bytes, whatever the number of processes and howev
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,9 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nemo_emmett.corpora.claim import CorpusFolder, identity_of, plan_of, refuse_inside, refuse_other_parts
 from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
-from nemo_emmett.corpora.processes import available_cores
 from nemo_emmett.corpora.writing import Workshop
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.processes import available_cores, end_with_parent
 
 if TYPE_CHECKING:
     from nemo_emmett.corpora.audio_files import Chunk
@@ -306,17 +308,29 @@ def _each(
     done: Callable[[Result], Any] = lambda _: None,
 ) -> Iterator[Result]:
     """The results of a function, in the tasks' order, from several processes where that is asked for."""
-    if num_jobs == 1:
-        results: Iterable[Result] = (function(*task) for task in tasks)
-    else:
+    results: Iterable[Result] = (function(*task) for task in tasks)
+    if num_jobs > 1:
         from joblib import Parallel, delayed
 
         # Loky's processes start without a copy of this one, and take readers' closures, which pickle does not.
-        calls = [delayed(function)(*task) for task in tasks]
+        calls = [delayed(_in_worker)(os.getpid(), function, *task) for task in tasks]
         results = Parallel(n_jobs=num_jobs, backend="loky", return_as="generator")(calls)
-    for result in results:
-        done(result)
-        yield result
+    try:
+        for result in results:
+            done(result)
+            yield result
+    except KeyboardInterrupt:
+        if num_jobs > 1:
+            from joblib.externals.loky import get_reusable_executor
+
+            get_reusable_executor().shutdown(wait=False, kill_workers=True)  # else they finish their tasks first
+        raise
+
+
+def _in_worker(parent: int, function: Callable[..., Result], *task: Any) -> Result:
+    if not any(thread.name == "end-with-parent" for thread in threading.enumerate()):
+        end_with_parent(parent)
+    return function(*task)
 
 
 def _check(audio: str, shard_size: int, num_jobs: int | None) -> None:

@@ -26,8 +26,8 @@ from nemo_emmett.corpora.phrasebook.espeak import SAMPLING_RATE, espeak_version
 from nemo_emmett.corpora.phrasebook.extras import installed_version
 from nemo_emmett.corpora.phrasebook.speaker import Speaker, Utterance
 from nemo_emmett.corpora.phrasebook.voices import Voice
-from nemo_emmett.corpora.processes import available_cores
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.processes import available_cores
 
 _UTTERANCES_A_REQUEST = 16
 """Some hundred milliseconds of work: short against the whole, long against a pipe's round trip."""
