@@ -12,11 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "nemo_emmett"
 
 # From the top to the bottom: a room may import itself and those below it, but none on its own floor.
 FLOORS = (
-    ("plugin", "cli", "runner", "training", "doctor", "callbacks"),
+    ("plugin", "cli", "runner", "training", "checkpoints", "doctor", "callbacks"),
     ("planning", "evaluation", "corpora"),
     ("models", "data", "oomptimizer"),
     ("modules", "prompts"),
-    ("errors", "config", "files"),
+    ("errors", "config", "files", "processes"),
 )
 # What others see and start is one floor of equals, and so is what all of them rest on.
 SHARED_FLOORS = (0, len(FLOORS) - 1)
