@@ -8,6 +8,7 @@ Speech records follow one of two conventions:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -58,15 +59,31 @@ class Examples:
         kind: what the dataset takes.
         defaults: the source's own languages and tags.
         bad_records: ledger for records that cannot be used.
+        forbidden: what no text may hold (:func:`~nemo_emmett.prompts.families.forbidden_text`).
     """
 
-    def __init__(self, records: Iterable, kind: ExampleKind, defaults: SourceDefaults, bad_records: BadRecords) -> None:
+    def __init__(
+        self,
+        records: Iterable,
+        kind: ExampleKind,
+        defaults: SourceDefaults,
+        bad_records: BadRecords,
+        forbidden: re.Pattern | None = None,
+    ) -> None:
         self.records = records
         self.kind = kind
         self.defaults = defaults
         self.bad_records = bad_records
+        self.forbidden = forbidden
 
     def __iter__(self) -> Iterator:
+        for example in self._examples():
+            if self.forbidden is not None and any(map(self.forbidden.search, _texts_of(example))):
+                self._note(example, "text holds a control token")
+            else:
+                yield example
+
+    def _examples(self) -> Iterator[Cut | Formattable]:
         for record in self.records:
             if isinstance(record, Cut):
                 yield from self._of_speech(record)
@@ -144,6 +161,18 @@ def mark_origin(example: Cut | Formattable, source: str, place: str) -> None:
     if isinstance(example, MixedCut):  # its first recording carries the fields of the whole
         example = example._first_non_padding_cut
     example.custom = {**(getattr(example, "custom", None) or {}), "manifest_origin": source, "manifest_place": place}
+
+
+def _texts_of(example: Cut | Formattable) -> Iterator[str]:
+    """All that a record says to the model in words."""
+    custom = _custom_of(example)
+    yield from (custom[field] for field in ("context", "system_prompt") if isinstance(custom.get(field), str))
+    if isinstance(example, Cut):
+        yield from (supervision.text for supervision in example.supervisions if supervision.text)
+    elif isinstance(example, SourceTargetTextExample):
+        yield from (part.text for part in (example.question, example.source, example.target) if part is not None)
+    elif isinstance(example, NeMoMultimodalConversation):
+        yield from (turn.value for turn in example.turns if isinstance(turn, TextTurn))
 
 
 def _custom_of(example: Cut | Formattable) -> dict:

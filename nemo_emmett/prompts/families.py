@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.prompts.formatter import EOS_SLOT
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.control_tokens import control_tokens_of
 from nemo_emmett.prompts.encoding import token_id
+from nemo_emmett.prompts.markup import UserTextPrompt
 from nemo_emmett.prompts.translation import register_prompt_formats
 
 _OF_MODEL_TYPE = {
@@ -75,6 +78,32 @@ def prompt_formatter(name: str, tokenizer: Any) -> PromptFormatter:
         hint = f"did you mean '{suggestion}'?" if suggestion else f"choose one of {', '.join(_our_formats())}."
         raise ConfigError(f"prompt_format: '{name}' is not a prompt format; {hint}")
     return PromptFormatter.resolve(name)(tokenizer)
+
+
+def forbidden_text(name: str | None, tokenizer: Any) -> re.Pattern | None:
+    """What no user's text may hold: the special tokens, where a prompt format or tokenizer cannot take them for text.
+
+    Our formats can, with the tokenizers of Hugging Face. NeMo's encode a whole turn at once, so that a text with
+    ``<|im_end|>`` in it would end the turn.
+
+    Args:
+        name: of a prompt format; None: there is none.
+        tokenizer: of NeMo.
+
+    Returns:
+        A pattern that matches any of them; None where any text will do.
+    """
+    register_prompt_formats()
+    prompt = PromptFormatter._REGISTERED_FORMATTERS.get(name)
+    if prompt is None or (issubclass(prompt, UserTextPrompt) and control_tokens_of(tokenizer) is not None):
+        return None
+    inner = getattr(tokenizer, "tokenizer", None)
+    if isinstance(inner, PreTrainedTokenizerBase):
+        special = [token.content for token in inner.added_tokens_decoder.values() if token.special]
+    else:
+        special = list(getattr(tokenizer, "special_token_to_id", ()))
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if special else None
 
 
 def stop_ids(formatter: PromptFormatter, tokenizer: Any) -> list[int]:

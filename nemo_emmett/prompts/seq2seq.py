@@ -19,18 +19,19 @@ from nemo.collections.common.data.prompt_fn import registered_prompt_format_fn
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.encoding import encode_texts
+from nemo_emmett.prompts.markup import Prompt, UserTextPrompt
 from nemo_emmett.prompts.request import Request, request_of, target_language
 
 
 class Segment(NamedTuple):
-    """A turn before it is tokenised: a text and the special tokens around it."""
+    """A turn before it is tokenised: a text, a user's or a :class:`Prompt`, and the special tokens around it."""
 
     before: tuple[int, ...]
     text: str
     after: tuple[int, ...]
 
 
-class Seq2SeqPrompt:
+class Seq2SeqPrompt(UserTextPrompt):
     """Mixin that makes a NeMo ``PromptFormatter`` one of an encoder-decoder.
 
     Its ``encode_dialog`` takes NeMo's turns, the user's with the slots ``message``, ``target_lang`` and, where known,
@@ -116,7 +117,7 @@ class Seq2SeqPrompt:
         return self.context_segment(message, target_lang, slots.get("source_lang"))
 
     def _encode(self, segments: Sequence[Segment]) -> list[list[int]]:
-        texts = encode_texts(self.tokenizer, [segment.text for segment in segments])
+        texts = encode_texts(self.tokenizer, [Prompt([segment.text]) for segment in segments])
         return [[*s.before, *ids, *s.after] for s, ids in zip(segments, texts, strict=True)]
 
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 from nemo.collections.common.prompts.formatter import EOS_SLOT, Modality, PromptFormatter
 
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.markup import Markup, Prompt
 from nemo_emmett.prompts.seq2seq import Segment, Seq2SeqPrompt
 
 _MODE = "[S2S]"
@@ -38,7 +39,7 @@ class EmmettT5PromptFormatter(Seq2SeqPrompt, PromptFormatter):
         if not target_lang:
             raise ConfigError(f"prompt_format {self.NAME}: a user's turn needs the slot target_lang, such as 'de'.")
         # In one piece: what a tokenizer makes of a space may depend on what stands before it.
-        return Segment((), f"<{target_lang}> {message}", (self.eos_id,))
+        return Segment((), Prompt([Markup(f"<{target_lang}>"), " ", message]), (self.eos_id,))
 
     def answer_segment(self, answer: str, target_lang: str | None) -> Segment:
         """``answer</s>``."""
@@ -57,4 +58,4 @@ class EmmettUL2PromptFormatter(EmmettT5PromptFormatter):
     def context_segment(self, message: str, target_lang: str | None, source_lang: str | None) -> Segment:
         """``[S2S] <de> message</s>``."""
         before, text, after = super().context_segment(message, target_lang, source_lang)
-        return Segment(before, f"{_MODE} {text}", after)
+        return Segment(before, Prompt([Markup(_MODE), " ", text]), after)
