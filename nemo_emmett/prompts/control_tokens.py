@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.tokenizers import AutoTokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
@@ -56,8 +55,8 @@ class ControlTokens:
         }
         self._unknown = self.ids.get(tokenizer.unk_token, -1)
         self._known = frozenset(self.ids.values()) - {self._unknown}
-        longest_first = sorted(self.ids, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._pattern = any_of(self.ids)
+        self._other_added = added.keys() - self.ids.keys()
         self._ids_of_markup: dict[str, list[int]] = {}
 
     def are_meant(self, prompt: Prompt, ids: Sequence[int]) -> bool:
@@ -73,18 +72,23 @@ class ControlTokens:
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, in which control tokens are found in its markup alone."""
         if isinstance(self._tokenizer, PreTrainedTokenizer):
-            tokens = [
-                token
-                for part in prompt.parts
-                for token in self._tokenizer.tokenize(part, split_special_tokens=not isinstance(part, Markup))
-            ]
-            return self._tokenizer.convert_tokens_to_ids(tokens)
+            return self._tokenizer.convert_tokens_to_ids(self._pieces(prompt))
         backend, spelling = self._respelled
         respelled = [
-            self.pattern.sub(lambda match: spelling[match[0]], part) if isinstance(part, Markup) else part
+            self._pattern.sub(lambda match: spelling[match[0]], part) if isinstance(part, Markup) else part
             for part in prompt.parts
         ]
         return backend.encode("".join(respelled), add_special_tokens=False).ids
+
+    def _pieces(self, prompt: Prompt) -> list[str]:
+        """The same of a tokenizer written in Python, whose option leaves no token whole that was added to it."""
+        pieces = []
+        for part in prompt.parts:
+            is_markup = isinstance(part, Markup)
+            for text in [part] if is_markup else re.split(f"({any_of(self._other_added).pattern})", part):
+                is_whole = is_markup or text in self._other_added
+                pieces += self._tokenizer.tokenize(text, split_special_tokens=not is_whole)
+        return pieces
 
     def _written_by(self, markup: Markup) -> list[int]:
         if markup not in self._ids_of_markup:
@@ -118,8 +122,16 @@ class ControlTokens:
         return backend, spelling
 
 
+def any_of(tokens: Collection[str]) -> re.Pattern:
+    """A pattern that matches any of the tokens, of those that begin alike the longest."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
 def _templates() -> Iterator[str]:
     """Everything that the prompt formats write around messages."""
+    # At the top of the module this import would begin the registration of our formats, which import this module.
+    from nemo.collections.common.prompts import PromptFormatter
+
     for made in PromptFormatter._REGISTERED_FORMATTERS.values():
         yield made.INFERENCE_PREFIX or ""
         yield from (turn["template"] for turn in made.TEMPLATE.values())

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.prompts.control_tokens import control_tokens_of
+from nemo_emmett.prompts.control_tokens import any_of, control_tokens_of
 from nemo_emmett.prompts.encoding import token_id
 from nemo_emmett.prompts.markup import UserTextPrompt
 from nemo_emmett.prompts.translation import register_prompt_formats
@@ -102,8 +102,7 @@ def forbidden_text(name: str | None, tokenizer: Any) -> re.Pattern | None:
         special = [token.content for token in inner.added_tokens_decoder.values() if token.special]
     else:
         special = list(getattr(tokenizer, "special_token_to_id", ()))
-    longest_first = sorted(special, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if special else None
+    return any_of(special)
 
 
 def stop_ids(formatter: PromptFormatter, tokenizer: Any) -> list[int]:
