@@ -37,6 +37,7 @@ class ModelConfig:
     pretrained_asr: str | None = None  # .nemo file or NGC/Hugging Face name of the speech encoder's ASR model
     pretrained_weights: bool = True  # False: the same architecture with random weights
     tokenizer_path: str | None = None  # folder or name of the tokenizer; default: that of pretrained_llm
+    resize_token_embeddings: bool = False  # add rows for tokens that the embedding table does not have
     audio_locator_tag: str = "<|audio|>"  # stands in the prompt where a recording belongs
     prompt_format: str | None = None  # name of a NeMo prompt format; default: the one of the language model's family
     perception: dict | None = None  # NeMo's AudioPerceptionModule; None: a model that reads text only

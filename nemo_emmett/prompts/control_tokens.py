@@ -15,7 +15,7 @@ import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo.collections.common.tokenizers import AutoTokenizer
 from tokenizers import Tokenizer
@@ -23,6 +23,9 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from nemo_emmett.prompts.languages import is_known_language
 from nemo_emmett.prompts.markup import Markup, Prompt
+
+if TYPE_CHECKING:
+    from nemo.collections.common.prompts import PromptFormatter
 
 _MARKER = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _LANGUAGE_TAG = re.compile(r"<2?([\w-]+)>")
@@ -47,7 +50,7 @@ class ControlTokens:
     def __init__(self, tokenizer: PreTrainedTokenizer | PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
-        written = "\0".join([*_templates(), *_NOT_IN_TEMPLATES, str(tokenizer.chat_template or "")])
+        written = "\0".join([*_all_templates(), *_NOT_IN_TEMPLATES, str(tokenizer.chat_template or "")])
         self.ids: dict[str, int] = {
             token: number
             for token, number in tokenizer.get_vocab().items()
@@ -127,14 +130,18 @@ def any_of(tokens: Collection[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def _templates() -> Iterator[str]:
-    """Everything that the prompt formats write around messages."""
+def templates_of(prompt: type[PromptFormatter]) -> Iterator[str]:
+    """What a prompt format writes around messages."""
+    yield prompt.INFERENCE_PREFIX or ""
+    yield from (turn["template"] for turn in prompt.TEMPLATE.values())
+
+
+def _all_templates() -> Iterator[str]:
     # At the top of the module this import would begin the registration of our formats, which import this module.
     from nemo.collections.common.prompts import PromptFormatter
 
-    for made in PromptFormatter._REGISTERED_FORMATTERS.values():
-        yield made.INFERENCE_PREFIX or ""
-        yield from (turn["template"] for turn in made.TEMPLATE.values())
+    for prompt in PromptFormatter._REGISTERED_FORMATTERS.values():
+        yield from templates_of(prompt)
 
 
 def _is_marker_of_control(token: str, written: str) -> bool:

@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.prompts.control_tokens import any_of, control_tokens_of
+from nemo_emmett.prompts.control_tokens import any_of, control_tokens_of, templates_of
 from nemo_emmett.prompts.encoding import token_id
+from nemo_emmett.prompts.languages import is_known_language
 from nemo_emmett.prompts.markup import UserTextPrompt
 from nemo_emmett.prompts.translation import register_prompt_formats
 
@@ -103,6 +104,27 @@ def forbidden_text(name: str | None, tokenizer: Any) -> re.Pattern | None:
     else:
         special = list(getattr(tokenizer, "special_token_to_id", ()))
     return any_of(special)
+
+
+def may_be_read(token: str, name: str, tokenizer: Any) -> bool:
+    """Whether a model can ever be given a token: any that text is made of, and the special ones that its prompts need.
+
+    Some tokenizers have special tokens besides, for which their models have no embedding: Gemma 3's for images.
+
+    Args:
+        token: of the tokenizer's vocabulary.
+        name: of the model's prompt format.
+        tokenizer: NeMo's around one of Hugging Face.
+    """
+    inner = tokenizer.tokenizer
+    if token not in {added.content for added in inner.added_tokens_decoder.values() if added.special}:
+        return True
+    if token in (inner.bos_token, inner.eos_token, inner.pad_token, inner.unk_token):
+        return True
+    language = token.strip("<>_")  # <de>, __de__, deu_Latn, de_DE
+    if is_known_language(language) or is_known_language(language.partition("_")[0]):
+        return True
+    return any(token in template for template in templates_of(type(prompt_formatter(name, tokenizer))))
 
 
 def stop_ids(formatter: PromptFormatter, tokenizer: Any) -> list[int]:
