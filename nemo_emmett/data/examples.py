@@ -20,13 +20,16 @@ from nemo.collections.common.data.lhotse.text_adapters import (
     AudioTurn,
     Formattable,
     NeMoMultimodalConversation,
+    NeMoSFTExample,
     SourceTargetTextExample,
+    TextExample,
     TextTurn,
 )
 
 from nemo_emmett.data.bad_records import BadRecords, Unusable
 from nemo_emmett.data.files import is_unicode
 from nemo_emmett.prompts.languages import is_known_language
+from nemo_emmett.prompts.markup import Prompt
 from nemo_emmett.prompts.translation import translation_instruction
 
 
@@ -130,6 +133,11 @@ class Examples:
         yield self._finished(pair)
 
     def _with_languages(self, example: Formattable) -> Formattable:
+        if isinstance(example, TextExample):
+            example.text = Prompt([example.text])  # no locator in it stands for a recording
+        if isinstance(example, NeMoSFTExample):
+            turns = [{**turn, "value": Prompt([turn["value"]])} for turn in example.data["conversations"]]
+            example.data = {**example.data, "conversations": turns}
         defaults = {"source_lang": self.defaults.source_lang, "target_lang": self.defaults.target_lang}
         known = {key: value for key, value in defaults.items() if isinstance(value, str)}
         example.custom = {**known, **(getattr(example, "custom", None) or {})}
@@ -173,6 +181,10 @@ def _texts_of(example: Cut | Formattable) -> Iterator[str]:
         yield from (part.text for part in (example.question, example.source, example.target) if part is not None)
     elif isinstance(example, NeMoMultimodalConversation):
         yield from (turn.value for turn in example.turns if isinstance(turn, TextTurn))
+    elif isinstance(example, TextExample):
+        yield example.text
+    elif isinstance(example, NeMoSFTExample):
+        yield from (turn["value"] for turn in example.data["conversations"])
 
 
 def _custom_of(example: Cut | Formattable) -> dict:

@@ -39,6 +39,7 @@ def build_tokenizer(model: SpeechTextModel) -> AutoTokenizer:
     tokenizer.tokenizer.add_tokens(
         [AddedToken(options.audio_locator_tag, special=True, normalized=False)], special_tokens=True
     )
+    tokenizer.audio_locator_tag = options.audio_locator_tag  # for prompts that callers write by hand
     return tokenizer
 
 

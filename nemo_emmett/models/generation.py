@@ -23,7 +23,7 @@ from nemo_emmett.models.inputs import check_inputs, fill_batches, is_audio_path,
 from nemo_emmett.modules.batch import pack_left, padding_mask
 from nemo_emmett.prompts.families import forbidden_text, prompt_formatter, stop_ids
 from nemo_emmett.prompts.languages import check_language
-from nemo_emmett.prompts.markup import Markup, Prompt, with_locators
+from nemo_emmett.prompts.markup import Markup, Prompt
 from nemo_emmett.prompts.translation import translation_turns
 
 BATCH_TOKENS = 4096
@@ -196,18 +196,16 @@ class Generation:
     def _contexts_of(
         self, conversations: Sequence[Sequence[dict]], enable_thinking: bool | None = None
     ) -> list[Tensor]:
-        """What the model reads of each conversation, (T,) ids; the audio locators in plain strings are meant, no other
-        control token is."""
+        """What the model reads of each conversation, (T,) ids."""
         formatter = self._prompt_formatter()
         hints = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         forbidden = forbidden_text(self.options.prompt_format, self.tokenizer)
         contexts = []
         for number, turns in enumerate(conversations):
-            # Copied, also since formats of NeMo write into the turns.
-            turns = [_marked(turn, self.options.audio_locator_tag) for turn in turns]
             if forbidden is not None:
-                _check_texts(turns, forbidden, self.options.prompt_format)
-            encoded = formatter.encode_dialog(turns=turns, **hints)
+                self._check_texts(turns, forbidden)
+            # Copied, since formats of NeMo write into the turns.
+            encoded = formatter.encode_dialog(turns=[dict(turn) for turn in turns], **hints)
             contexts.append(encoded["context_ids"])
             locators, files = int((contexts[-1] == self.audio_locator_id).sum()), len(_audio_paths(turns))
             if files not in (0, locators):
@@ -217,6 +215,16 @@ class Generation:
                     "put one where each recording belongs."
                 )
         return contexts
+
+    def _check_texts(self, turns: Sequence[Mapping], forbidden: re.Pattern) -> None:
+        """Refuse what a prompt format of NeMo's would take for a control token, but for the audio locators."""
+        for turn in turns:
+            for text in (turn.get("content"), *(turn.get("slots") or {}).values()):
+                if found := forbidden.search(str(text or "").replace(self.options.audio_locator_tag, "")):
+                    raise DataError(
+                        f"a text holds '{found[0]}', which prompt_format {self.options.prompt_format} takes for the "
+                        "control token; use a format of ours (emmett_...), which takes it for text, or leave it out."
+                    )
 
     def _batches(
         self, contexts: Sequence[Tensor], recordings: Mapping[int, str | Path], batch_tokens: int
@@ -260,27 +268,6 @@ class Generation:
         finally:
             for module, training in modes.items():
                 module.training = training
-
-
-def _marked(turn: Mapping, locator: str) -> dict:
-    """A copy of a turn in whose messages audio locators are markup, unless they say what is."""
-
-    def marked(values: Mapping) -> dict:
-        return {key: with_locators(text, locator) if type(text) is str else text for key, text in values.items()}
-
-    content = {key: turn[key] for key in ("content",) if key in turn}
-    slots = {"slots": marked(turn["slots"])} if isinstance(turn.get("slots"), Mapping) else {}
-    return {**turn, **marked(content), **slots}
-
-
-def _check_texts(turns: Sequence[Mapping], forbidden: re.Pattern, prompt_format: str) -> None:
-    texts = [text for turn in turns for text in (turn.get("content"), *(turn.get("slots") or {}).values())]
-    users = [part for text in texts if isinstance(text, Prompt) for part in text.parts if not isinstance(part, Markup)]
-    for found in filter(None, map(forbidden.search, users)):
-        raise DataError(
-            f"a text holds '{found[0]}', which prompt_format {prompt_format} takes for the control token; use a format "
-            "of ours (emmett_...), which takes it for text, or leave it out."
-        )
 
 
 def _check_prompts(prompts: Tensor | Sequence[Sequence[dict]]) -> None:

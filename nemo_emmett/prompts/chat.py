@@ -50,7 +50,7 @@ class TranslationChat(UserTextPrompt):
         message = joined([instruction, request.message])
         turns = self._turns_to_model(message, request)
         if request.answer is not None:
-            turns.append({"role": self.OUTPUT_ROLE, "slots": {"message": request.answer}})
+            turns.append({"role": self.OUTPUT_ROLE, "slots": {"message": Prompt([request.answer])}})
         return turns
 
     def _turns_to_model(self, message: str, request: Request) -> list[dict]:
@@ -59,9 +59,9 @@ class TranslationChat(UserTextPrompt):
         if not system:
             return [user]
         if "system" in self.TEMPLATE:
-            return [{"role": "system", "slots": {"message": system}}, user]
+            return [{"role": "system", "slots": {"message": Prompt([system])}}, user]
         if "system_and_user" in self.TEMPLATE:
-            return [{"role": "system_and_user", "slots": {"system": system, "message": message}}]
+            return [{"role": "system_and_user", "slots": {"system": Prompt([system]), "message": message}}]
         raise DataError(
             f"example {request.example_id}: it has a system_prompt, for which prompt_format {self.NAME} has no place; "
             "take it out of the source's tags, or say it in their `context`."
@@ -75,7 +75,9 @@ class TranslationChat(UserTextPrompt):
         template = prompt_template.removeprefix(opening) if opens else prompt_template
         # Split at its slots: literals and the names of slots by turns.
         pieces = re.split(rf"\|({'|'.join(expected_slots)})\|", template) if expected_slots else [template]
-        filled = [slot_values[piece] if number % 2 else Markup(piece) for number, piece in enumerate(pieces)]
+        filled = [
+            self.as_prompt(slot_values[piece]) if number % 2 else Markup(piece) for number, piece in enumerate(pieces)
+        ]
         return [*(self._opening_ids if opens else ()), *self._apply_tokenizer(Prompt(filled))]
 
     def encode_dialog(self, turns: list[dict], **options: object) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from nemo_emmett.errors import DataError
 from nemo_emmett.prompts.languages import is_known_language
 from nemo_emmett.prompts.markup import Markup, Prompt
 
@@ -49,6 +50,7 @@ class ControlTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizer | PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
+        self.size = len(tokenizer)
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
         written = "\0".join([*_all_templates(), *_NOT_IN_TEMPLATES, str(tokenizer.chat_template or "")])
         self.ids: dict[str, int] = {
@@ -64,8 +66,7 @@ class ControlTokens:
 
     def are_meant(self, prompt: Prompt, ids: Sequence[int]) -> bool:
         """Whether all control tokens among the ids of a prompt stand for its markup."""
-        found = [number for number in ids if number in self._known]
-        if found != [number for part in prompt.parts if isinstance(part, Markup) for number in self._written_by(part)]:
+        if not self._are_of_markup(prompt, ids):
             return False
         # Characters that the vocabulary does not have get the same id as a text that spells the unknown token.
         return self._unknown not in ids or not any(
@@ -73,15 +74,29 @@ class ControlTokens:
         )
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, in which control tokens are found in its markup alone."""
+        """The ids of a prompt, in which control tokens are found in its markup alone.
+
+        Raises:
+            DataError: if the tokenizer finds them elsewhere all the same, as one of SentencePiece may.
+        """
         if isinstance(self._tokenizer, PreTrainedTokenizer):
-            return self._tokenizer.convert_tokens_to_ids(self._pieces(prompt))
-        backend, spelling = self._respelled
-        respelled = [
-            self._pattern.sub(lambda match: spelling[match[0]], part) if isinstance(part, Markup) else part
-            for part in prompt.parts
-        ]
-        return backend.encode("".join(respelled), add_special_tokens=False).ids
+            ids = self._tokenizer.convert_tokens_to_ids(self._pieces(prompt))
+        else:
+            backend, spelling = self._respelled
+            respelled = [
+                self._pattern.sub(lambda match: spelling[match[0]], part) if isinstance(part, Markup) else part
+                for part in prompt.parts
+            ]
+            ids = backend.encode("".join(respelled), add_special_tokens=False).ids
+        if not self._are_of_markup(prompt, ids):
+            raise DataError(
+                f"the text '{prompt}' holds a control token, which its tokenizer cannot spell; leave it out."
+            )
+        return ids
+
+    def _are_of_markup(self, prompt: Prompt, ids: Sequence[int]) -> bool:
+        meant = [number for part in prompt.parts if isinstance(part, Markup) for number in self._written_by(part)]
+        return meant == [number for number in ids if number in self._known]
 
     def _pieces(self, prompt: Prompt) -> list[str]:
         """The same of a tokenizer written in Python, whose option leaves no token whole that was added to it."""
@@ -153,14 +168,18 @@ def _is_marker_of_control(token: str, written: str) -> bool:
     return is_language or token.startswith("<|") or token in written
 
 
-def control_tokens_of(tokenizer: Any) -> ControlTokens | None:
-    """The control tokens of a NeMo tokenizer, found once; None where its encoding is not that of a Hugging Face one."""
+def control_tokens_of(tokenizer: Any, anew: bool = False) -> ControlTokens | None:
+    """The control tokens of a NeMo tokenizer, found once; None where its encoding is not that of a Hugging Face one.
+
+    Args:
+        tokenizer: of NeMo.
+        anew: find them again if tokens were added since; to look takes milliseconds for a large vocabulary.
+    """
     if type(tokenizer) is not AutoTokenizer or tokenizer.include_special_tokens:
         return None
-    return _found_once(tokenizer.tokenizer, len(tokenizer.tokenizer))
+    if anew and _found_once(tokenizer.tokenizer).size != len(tokenizer.tokenizer):
+        _found_once.cache_clear()
+    return _found_once(tokenizer.tokenizer)
 
 
-@lru_cache(maxsize=4)
-def _found_once(tokenizer: PreTrainedTokenizer | PreTrainedTokenizerFast, size: int) -> ControlTokens:
-    """``size`` is the tokenizer's: tokens may be added to it."""
-    return ControlTokens(tokenizer)
+_found_once = lru_cache(maxsize=4)(ControlTokens)

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
+AUDIO_LOCATOR = "<|audio|>"
+"""The audio locator where a model names no other."""
+
 
 class Markup(str):
     """Text that no user wrote, of a template or an audio locator: its control tokens are meant."""
@@ -49,4 +52,14 @@ def with_locators(text: str, locator: str) -> Prompt:
 
 
 class UserTextPrompt:
-    """Mixin of the prompt formats that take a user's text for text, whatever control tokens it spells."""
+    """Mixin of the prompt formats that take a user's text for text, whatever control tokens it spells.
+
+    Messages are :class:`Prompt` where they come from data. In a plain string, as callers of NeMo's ``encode_dialog``
+    write them, an audio locator stands for a recording; all else is text.
+    """
+
+    def as_prompt(self, message: str) -> Prompt:
+        """A message of a turn."""
+        if isinstance(message, (Markup, Prompt)):
+            return Prompt([message])
+        return with_locators(message, getattr(self.tokenizer, "audio_locator_tag", AUDIO_LOCATOR))

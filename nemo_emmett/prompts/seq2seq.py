@@ -24,10 +24,10 @@ from nemo_emmett.prompts.request import Request, request_of, target_language
 
 
 class Segment(NamedTuple):
-    """A turn before it is tokenised: a text, a user's or a :class:`Prompt`, and the special tokens around it."""
+    """A turn before it is tokenised: a :class:`Prompt` and the special tokens around it."""
 
     before: tuple[int, ...]
-    text: str
+    text: Prompt
     after: tuple[int, ...]
 
 
@@ -45,7 +45,7 @@ class Seq2SeqPrompt(UserTextPrompt):
         return self.tokenizer.eos
 
     @abstractmethod
-    def context_segment(self, message: str, target_lang: str | None, source_lang: str | None) -> Segment:
+    def context_segment(self, message: Prompt, target_lang: str | None, source_lang: str | None) -> Segment:
         """How the encoder reads a message.
 
         Raises:
@@ -53,7 +53,7 @@ class Seq2SeqPrompt(UserTextPrompt):
         """
 
     @abstractmethod
-    def answer_segment(self, answer: str, target_lang: str | None) -> Segment:
+    def answer_segment(self, answer: Prompt, target_lang: str | None) -> Segment:
         """How the decoder says an answer.
 
         Raises:
@@ -97,9 +97,9 @@ class Seq2SeqPrompt(UserTextPrompt):
     def _segments_of(self, request: Request) -> list[Segment]:
         target_lang = target_language(request)
         try:
-            segments = [self.context_segment(request.message, target_lang, request.source_lang)]
+            segments = [self.context_segment(Prompt([request.message]), target_lang, request.source_lang)]
             if request.answer is not None:
-                segments.append(self.answer_segment(request.answer, target_lang))
+                segments.append(self.answer_segment(Prompt([request.answer]), target_lang))
         except ConfigError as error:
             raise DataError(f"example {request.example_id}: {error}") from error
         return segments
@@ -113,11 +113,11 @@ class Seq2SeqPrompt(UserTextPrompt):
                 "and among its slots a message."
             )
         if turn["role"] == self.OUTPUT_ROLE:
-            return self.answer_segment(message, target_lang)
-        return self.context_segment(message, target_lang, slots.get("source_lang"))
+            return self.answer_segment(self.as_prompt(message), target_lang)
+        return self.context_segment(self.as_prompt(message), target_lang, slots.get("source_lang"))
 
     def _encode(self, segments: Sequence[Segment]) -> list[list[int]]:
-        texts = encode_texts(self.tokenizer, [Prompt([segment.text]) for segment in segments])
+        texts = encode_texts(self.tokenizer, [segment.text for segment in segments])
         return [[*s.before, *ids, *s.after] for s, ids in zip(segments, texts, strict=True)]
 
 

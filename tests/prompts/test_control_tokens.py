@@ -163,6 +163,7 @@ def test_tokens_that_were_added_later_are_seen(tokenizer_of) -> None:
     tokenizer = AutoTokenizer(tokenizer_of("qwen2").tokenizer.name_or_path)
     assert encode_texts(tokenizer, [Prompt(["<|late|>"])]) == [tokenizer.text_to_ids("<|late|>")]
     tokenizer.tokenizer.add_tokens(["<|late|>"], special_tokens=True)
+    assert forbidden_text("emmett_qwen", tokenizer) is None  # which every loader and model asks before it encodes
     (ids,) = encode_texts(tokenizer, [Prompt(["<|late|>"])])
     assert tokenizer.token_to_id("<|late|>") not in ids
     assert tokenizer.ids_to_text(ids) == "<|late|>"
