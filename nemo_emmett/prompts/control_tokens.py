@@ -96,7 +96,7 @@ class ControlTokens:
 
     def _are_of_markup(self, prompt: Prompt, ids: Sequence[int]) -> bool:
         meant = [number for part in prompt.parts if isinstance(part, Markup) for number in self._written_by(part)]
-        return meant == [number for number in ids if number in self._known]
+        return meant == ([] if self._known.isdisjoint(ids) else [number for number in ids if number in self._known])
 
     def _pieces(self, prompt: Prompt) -> list[str]:
         """The same of a tokenizer written in Python, whose option leaves no token whole that was added to it."""
