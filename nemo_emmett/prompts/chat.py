@@ -47,7 +47,7 @@ class TranslationChat(UserTextPrompt):
         instruction = request.custom.get("context")
         if not instruction:
             instruction = translation_instruction(target_language(request), request.source_lang)
-        message = joined([instruction, request.message])
+        message = joined([str(instruction), request.message])
         turns = self._turns_to_model(message, request)
         if request.answer is not None:
             turns.append({"role": self.OUTPUT_ROLE, "slots": {"message": Prompt([request.answer])}})
@@ -58,10 +58,11 @@ class TranslationChat(UserTextPrompt):
         system = request.custom.get("system_prompt")
         if not system:
             return [user]
+        system = Prompt([str(system)])
         if "system" in self.TEMPLATE:
-            return [{"role": "system", "slots": {"message": Prompt([system])}}, user]
+            return [{"role": "system", "slots": {"message": system}}, user]
         if "system_and_user" in self.TEMPLATE:
-            return [{"role": "system_and_user", "slots": {"system": Prompt([system]), "message": message}}]
+            return [{"role": "system_and_user", "slots": {"system": system, "message": message}}]
         raise DataError(
             f"example {request.example_id}: it has a system_prompt, for which prompt_format {self.NAME} has no place; "
             "take it out of the source's tags, or say it in their `context`."
