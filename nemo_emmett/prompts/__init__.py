@@ -11,5 +11,5 @@
 - :mod:`nemo_emmett.prompts.formatting`: ``format_many``, examples prompted together.
 - :mod:`nemo_emmett.prompts.seq2seq`, :mod:`nemo_emmett.prompts.encoding`: what the formats share.
 - :mod:`nemo_emmett.prompts.markup`: strings that know which of their parts a user wrote.
-- :mod:`nemo_emmett.prompts.control_tokens`: the control tokens of a tokenizer; in users' texts they are encoded as text.
+- :mod:`nemo_emmett.prompts.control_tokens`: control tokens, which are text in what users write.
 """
