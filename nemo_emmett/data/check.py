@@ -47,6 +47,7 @@ from nemo_emmett.data.sources import (
 from nemo_emmett.data.text_sources import aligned_shards, directions_of, text_layout
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.modules.batch import MODALITIES
+from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.prompts.languages import check_language
 from nemo_emmett.prompts.translation import register_prompt_formats
 
@@ -73,6 +74,7 @@ REMEDIES = {
     "no target language": "give the source a target_lang, or each of its records one",
     "no duration": "write each record's duration, in seconds, into the manifest",
     "missing audio": "correct the paths in the manifest",
+    "text holds a control token": "set prompt_format to one of ours (emmett_...), which takes it for text",
 }
 """What to do when all records of a source are bad for one cause."""
 
@@ -371,7 +373,8 @@ def _check_something_is_left(source: Source, settings: Mapping, tokenizer: Any, 
     if not _can_be_probed(source, kind):
         return
     bad_records = BadRecords()
-    with logging.temp_verbosity(logging.ERROR), reading(Reading(bad_records, kind)):
+    forbidden = forbidden_text(settings.get("prompt_format"), tokenizer)
+    with logging.temp_verbosity(logging.ERROR), reading(Reading(bad_records, kind, forbidden=forbidden)):
         sampler, _ = get_lhotse_sampler_from_config(_probe_config(source, settings, tokenizer), 0, 1, tokenizer)
         if next(iter(sampler.cuts[0]), None) is not None:
             return

@@ -53,6 +53,7 @@ from nemo_emmett.data.sources import (
 )
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.modules.random_state import random_state, restore_random_state
+from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.prompts.translation import register_prompt_formats
 
 EMPTY_BATCHES_IN_A_ROW = 100
@@ -351,7 +352,7 @@ def _single_sampler(
     fix_random_seed(structured.seed)
     if kind is not ExampleKind.AS_READ:
         _agree_on_order(structured, sources, world_size)
-    with reading(Reading(bad_records, kind)):
+    with reading(Reading(bad_records, kind, forbidden=forbidden_text(structured.prompt_format, tokenizer))):
         sampler, is_iterable = get_lhotse_sampler_from_config(structured, global_rank, world_size, tokenizer)
     return sampler, is_iterable, structured
 
@@ -371,14 +372,14 @@ def _fused_sampler(
     fix_random_seed(shared.seed)
     groups = with_inherited(settings)
     # Fused with endless sources, a finite one would run dry and leave the rest of the training to the others.
-    how = Reading(bad_records, kind, endless=kind is not ExampleKind.AS_READ and not shared.force_finite)
+    endless = kind is not ExampleKind.AS_READ and not shared.force_finite
     samplers, in_workers = {}, False
     for name, group in groups.items():
         structured = structured_config({**group, **_flavour_flags(sources, group)}, f"{where}.{name}")
         structured.merge_with(shared)
         if kind is not ExampleKind.AS_READ:
             _agree_on_order(structured, sources, world_size)
-        with reading(how):
+        with reading(Reading(bad_records, kind, endless, forbidden_text(structured.prompt_format, tokenizer))):
             samplers[name], in_workers = get_lhotse_sampler_from_config(structured, global_rank, world_size, tokenizer)
     return fuse(samplers, shared.sampler_fusion, shared.sampler_weights, shared.seed), in_workers, shared
 

@@ -8,6 +8,7 @@ Speech records follow one of two conventions:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -19,13 +20,16 @@ from nemo.collections.common.data.lhotse.text_adapters import (
     AudioTurn,
     Formattable,
     NeMoMultimodalConversation,
+    NeMoSFTExample,
     SourceTargetTextExample,
+    TextExample,
     TextTurn,
 )
 
 from nemo_emmett.data.bad_records import BadRecords, Unusable
 from nemo_emmett.data.files import is_unicode
 from nemo_emmett.prompts.languages import is_known_language
+from nemo_emmett.prompts.markup import Prompt
 from nemo_emmett.prompts.translation import translation_instruction
 
 
@@ -58,15 +62,31 @@ class Examples:
         kind: what the dataset takes.
         defaults: the source's own languages and tags.
         bad_records: ledger for records that cannot be used.
+        forbidden: what no text may hold (:func:`~nemo_emmett.prompts.families.forbidden_text`).
     """
 
-    def __init__(self, records: Iterable, kind: ExampleKind, defaults: SourceDefaults, bad_records: BadRecords) -> None:
+    def __init__(
+        self,
+        records: Iterable,
+        kind: ExampleKind,
+        defaults: SourceDefaults,
+        bad_records: BadRecords,
+        forbidden: re.Pattern | None = None,
+    ) -> None:
         self.records = records
         self.kind = kind
         self.defaults = defaults
         self.bad_records = bad_records
+        self.forbidden = forbidden
 
     def __iter__(self) -> Iterator:
+        for example in self._examples():
+            if self.forbidden is not None and any(map(self.forbidden.search, _texts_of(example))):
+                self._note(example, "text holds a control token")
+            else:
+                yield example
+
+    def _examples(self) -> Iterator[Cut | Formattable]:
         for record in self.records:
             if isinstance(record, Cut):
                 yield from self._of_speech(record)
@@ -113,6 +133,11 @@ class Examples:
         yield self._finished(pair)
 
     def _with_languages(self, example: Formattable) -> Formattable:
+        if isinstance(example, TextExample):
+            example.text = Prompt([example.text])  # no locator in it stands for a recording
+        if isinstance(example, NeMoSFTExample):
+            turns = [{**turn, "value": Prompt([turn["value"]])} for turn in example.data["conversations"]]
+            example.data = {**example.data, "conversations": turns}
         defaults = {"source_lang": self.defaults.source_lang, "target_lang": self.defaults.target_lang}
         known = {key: value for key, value in defaults.items() if isinstance(value, str)}
         example.custom = {**known, **(getattr(example, "custom", None) or {})}
@@ -144,6 +169,22 @@ def mark_origin(example: Cut | Formattable, source: str, place: str) -> None:
     if isinstance(example, MixedCut):  # its first recording carries the fields of the whole
         example = example._first_non_padding_cut
     example.custom = {**(getattr(example, "custom", None) or {}), "manifest_origin": source, "manifest_place": place}
+
+
+def _texts_of(example: Cut | Formattable) -> Iterator[str]:
+    """All that a record says to the model in words."""
+    custom = _custom_of(example)
+    yield from (custom[field] for field in ("context", "system_prompt") if isinstance(custom.get(field), str))
+    if isinstance(example, Cut):
+        yield from (supervision.text for supervision in example.supervisions if supervision.text)
+    elif isinstance(example, SourceTargetTextExample):
+        yield from (part.text for part in (example.question, example.source, example.target) if part is not None)
+    elif isinstance(example, NeMoMultimodalConversation):
+        yield from (turn.value for turn in example.turns if isinstance(turn, TextTurn))
+    elif isinstance(example, TextExample):
+        yield example.text
+    elif isinstance(example, NeMoSFTExample):
+        yield from (turn["value"] for turn in example.data["conversations"])
 
 
 def _custom_of(example: Cut | Formattable) -> dict:

@@ -14,6 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from nemo_emmett.prompts.encoding import encode_texts
+from nemo_emmett.prompts.markup import Prompt
+
 PROBE = "One two, 3.50 €! Schöne Grüße; ¿qué más? Où est l'été? 漢字 Привет <de> xyzzy."
 """Tokenizers of the same vocabulary that split differently (merges, scores, normalisation) differ here."""
 
@@ -56,11 +59,7 @@ class TokenCounter:
             return []
         if self.tokenizer is None:
             return [len(text.split()) for text in texts]
-        if self._fast is not None:
-            # Masks and types would take as long again.
-            options = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids"), False)
-            return [len(ids) for ids in self._fast(list(texts), **options)["input_ids"]]
-        return [len(self.tokenizer.text_to_ids(text)) for text in texts]
+        return [len(ids) for ids in encode_texts(self.tokenizer, [Prompt([text]) for text in texts])]
 
     @cached_property
     def fingerprint(self) -> str:

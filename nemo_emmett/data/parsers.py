@@ -8,6 +8,7 @@ here, before it is tokenised.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,11 +43,13 @@ class Reading:
         bad_records: ledger for the records that cannot be used.
         kind: what the loader's dataset takes.
         endless: start sources over when they end, since they are fused with others that do.
+        forbidden: what no text may hold, where it is prompted (:func:`~nemo_emmett.prompts.families.forbidden_text`).
     """
 
     bad_records: BadRecords = field(default_factory=partial(BadRecords, announce=True))
     kind: ExampleKind = ExampleKind.AS_READ
     endless: bool = False
+    forbidden: re.Pattern | None = None
 
 
 _reading: ContextVar[Reading | None] = ContextVar("nemo_emmett_reading", default=None)
@@ -107,7 +110,7 @@ def read_source(config: DictConfig) -> tuple[CutSet, bool]:
     kind = ExampleKind(config.get("examples", how.kind))
     cuts, is_tarred = open_source(source, how.bad_records, kind)
     if kind is not ExampleKind.AS_READ:
-        cuts = CutSet(Examples(cuts, kind, defaults_of(source), how.bad_records))
+        cuts = CutSet(Examples(cuts, kind, defaults_of(source), how.bad_records, how.forbidden))
     if how.endless:
         cuts = cuts.repeat(preserve_id=True)
     return cuts, is_tarred

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nemo_emmett.errors import ModelError
 from nemo_emmett.evaluation.results import Throughput, Translation
 from nemo_emmett.modules.batch import split_modalities
+from nemo_emmett.prompts.encoding import encode_texts
+from nemo_emmett.prompts.markup import Prompt
 
 Batch = Mapping[str, Any]
 TestSets = Mapping[str, Iterable[Batch]]
@@ -122,7 +124,7 @@ def _timed_translations(
     return hypotheses, Throughput(
         seconds,
         len(hypotheses),
-        tokens=sum(len(model.tokenizer.text_to_ids(hypothesis)) for hypothesis in hypotheses),
+        tokens=sum(map(len, encode_texts(model.tokenizer, [Prompt([hypothesis]) for hypothesis in hypotheses]))),
         audio_seconds=sum(recordings) if recordings else None,
     )
 

@@ -33,6 +33,7 @@ from nemo_emmett.models.building import (
     build_perception,
     build_tokenizer,
     compile_blocks,
+    fit_embeddings,
     install_lora,
     save_memory,
 )
@@ -93,6 +94,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             self.options.prompt_format = default_prompt_format(self.tokenizer, self.llm.config)
         self.cfg.prompt_format = cfg["prompt_format"] = self.options.prompt_format
         self.save_hyperparameters({"cfg": cfg})
+        fit_embeddings(self)
         self._take_parts()
         if self.options.lora is not None:
             install_lora(self)

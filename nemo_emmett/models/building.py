@@ -22,6 +22,7 @@ from transformers import AddedToken, AutoConfig, PreTrainedModel
 from nemo_emmett.errors import ConfigError, EmmettError, ModelError
 from nemo_emmett.models.causal import bare
 from nemo_emmett.modules.modality_adapters import check_modality_adapter, leave_out_collectives
+from nemo_emmett.prompts.families import may_be_read
 
 if TYPE_CHECKING:
     from nemo_emmett.models.base import SpeechTextModel
@@ -38,6 +39,7 @@ def build_tokenizer(model: SpeechTextModel) -> AutoTokenizer:
     tokenizer.tokenizer.add_tokens(
         [AddedToken(options.audio_locator_tag, special=True, normalized=False)], special_tokens=True
     )
+    tokenizer.audio_locator_tag = options.audio_locator_tag  # for prompts that callers write by hand
     return tokenizer
 
 
@@ -63,6 +65,45 @@ def build_llm(model: SpeechTextModel) -> PreTrainedModel:
         llm = auto_class.from_config(config, dtype=torch.float32, **trust)
     # transformers hands it over in evaluation mode, and Lightning's fit leaves modes as they are.
     return llm.train()
+
+
+def fit_embeddings(model: SpeechTextModel) -> None:
+    """Look that every token a text or prompt can hold has its row in the embedding table; the audio locator needs none.
+
+    With ``model.resize_token_embeddings`` rows are added for those that have none, of input and output layer.
+
+    Raises:
+        ConfigError: if tokens have no row, and none are to be added.
+    """
+    options, rows = model.options, model.llm.get_input_embeddings().num_embeddings
+    beyond = {
+        token: number
+        for token, number in model.tokenizer.tokenizer.get_vocab().items()
+        if number >= rows
+        and token != options.audio_locator_tag
+        and may_be_read(token, options.prompt_format, model.tokenizer)
+    }
+    if not beyond:
+        return
+    last, number = max(beyond.items(), key=lambda item: item[1])
+    if not options.resize_token_embeddings:
+        key = "tokenizer_path" if options.tokenizer_path else "pretrained_llm"
+        raise ConfigError(
+            f"model.{key}: the tokenizer of '{getattr(options, key)}' has tokens up to '{last}', whose id is {number}, "
+            f"but the embedding table of '{options.pretrained_llm}' has {rows} rows, not {number + 1}; set "
+            f"model.resize_token_embeddings: true to add {number + 1 - rows}, or take the model's own tokenizer."
+        )
+    _resize(model.llm, number + 1)
+    logging.info(f"The embedding table was resized from {rows} to {number + 1} rows, for tokens up to '{last}'.")
+
+
+def _resize(llm: PreTrainedModel, rows: int) -> None:
+    """transformers' own; an output layer that is not tied stays so."""
+    is_tied = llm.config.tie_word_embeddings
+    # T5 1.1 and its like are configured as tied, whatever the checkpoint had: their output layer would be lost.
+    llm.config.tie_word_embeddings = llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
+    llm.resize_token_embeddings(rows)
+    llm.config.tie_word_embeddings = is_tied
 
 
 def install_lora(model: SpeechTextModel) -> None:

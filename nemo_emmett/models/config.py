@@ -12,6 +12,7 @@ from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.modules.linear_cross_entropy import check_implementation
+from nemo_emmett.prompts.markup import AUDIO_LOCATOR
 
 PARTS = {
     "llm": r"^(llm|embed_tokens)\..+$",
@@ -37,7 +38,8 @@ class ModelConfig:
     pretrained_asr: str | None = None  # .nemo file or NGC/Hugging Face name of the speech encoder's ASR model
     pretrained_weights: bool = True  # False: the same architecture with random weights
     tokenizer_path: str | None = None  # folder or name of the tokenizer; default: that of pretrained_llm
-    audio_locator_tag: str = "<|audio|>"  # stands in the prompt where a recording belongs
+    resize_token_embeddings: bool = False  # add rows for tokens that the embedding table does not have
+    audio_locator_tag: str = AUDIO_LOCATOR  # stands in the prompt where a recording belongs
     prompt_format: str | None = None  # name of a NeMo prompt format; default: the one of the language model's family
     perception: dict | None = None  # NeMo's AudioPerceptionModule; None: a model that reads text only
     encoder_chunk_size_seconds: float | None = None  # longer recordings are encoded in chunks of so many seconds

@@ -5,6 +5,7 @@ Shapes: B examples, T context tokens, A answer tokens, R recordings, N samples.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import ceil
@@ -20,8 +21,9 @@ from transformers import GenerationConfig
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models.inputs import check_inputs, fill_batches, is_audio_path, load_recordings, recording_seconds
 from nemo_emmett.modules.batch import pack_left, padding_mask
-from nemo_emmett.prompts.families import prompt_formatter, stop_ids
+from nemo_emmett.prompts.families import forbidden_text, prompt_formatter, stop_ids
 from nemo_emmett.prompts.languages import check_language
+from nemo_emmett.prompts.markup import Markup, Prompt
 from nemo_emmett.prompts.translation import translation_turns
 
 BATCH_TOKENS = 4096
@@ -73,7 +75,8 @@ class Generation:
 
         Args:
             prompts: (B, T) context ids, padded on either side; or conversations, lists of turns such as
-                ``{"role": "user", "slots": {...}, "audio": ["a.wav"]}``.
+                ``{"role": "user", "slots": {...}, "audio": ["a.wav"]}``. In a message the audio locator stands for a
+                recording; other control tokens are text.
             audios: (R, N) float32 recordings in the order of the locators, unless the conversations name files.
             audio_lens: (R,) int64, samples.
             generation_config: of transformers; what it sets holds unless ``generate_options`` say otherwise.
@@ -169,7 +172,8 @@ class Generation:
                 raise ConfigError(f"{name}: {number} cannot be; give a number of at least 1.")
         check_inputs(inputs)
         recordings = {i: item for i, item in enumerate(inputs) if is_audio_path(item)}
-        messages = [self.options.audio_locator_tag if i in recordings else str(item) for i, item in enumerate(inputs)]
+        locator = Markup(self.options.audio_locator_tag)
+        messages = [locator if i in recordings else Prompt([str(item)]) for i, item in enumerate(inputs)]
         formatter = self._prompt_formatter()
         contexts = self._contexts_of(
             [translation_turns(formatter, message, target_lang, source_lang) for message in messages]
@@ -195,8 +199,11 @@ class Generation:
         """What the model reads of each conversation, (T,) ids."""
         formatter = self._prompt_formatter()
         hints = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        forbidden = forbidden_text(self.options.prompt_format, self.tokenizer)
         contexts = []
         for number, turns in enumerate(conversations):
+            if forbidden is not None:
+                self._check_texts(turns, forbidden)
             # Copied, since formats of NeMo write into the turns.
             encoded = formatter.encode_dialog(turns=[dict(turn) for turn in turns], **hints)
             contexts.append(encoded["context_ids"])
@@ -208,6 +215,16 @@ class Generation:
                     "put one where each recording belongs."
                 )
         return contexts
+
+    def _check_texts(self, turns: Sequence[Mapping], forbidden: re.Pattern) -> None:
+        """Refuse what a prompt format of NeMo's would take for a control token, but for the audio locators."""
+        for turn in turns:
+            for text in (turn.get("content"), *(turn.get("slots") or {}).values()):
+                if found := forbidden.search(str(text or "").replace(self.options.audio_locator_tag, "")):
+                    raise DataError(
+                        f"a text holds '{found[0]}', which prompt_format {self.options.prompt_format} takes for the "
+                        "control token; use a format of ours (emmett_...), which takes it for text, or leave it out."
+                    )
 
     def _batches(
         self, contexts: Sequence[Tensor], recordings: Mapping[int, str | Path], batch_tokens: int

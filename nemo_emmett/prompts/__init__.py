@@ -10,4 +10,6 @@
 - :mod:`nemo_emmett.prompts.chat`: ``emmett_llama3`` and the like, an instruction in NeMo's chat formats.
 - :mod:`nemo_emmett.prompts.formatting`: ``format_many``, examples prompted together.
 - :mod:`nemo_emmett.prompts.seq2seq`, :mod:`nemo_emmett.prompts.encoding`: what the formats share.
+- :mod:`nemo_emmett.prompts.markup`: strings that know which of their parts a user wrote.
+- :mod:`nemo_emmett.prompts.control_tokens`: control tokens, which are text in what users write.
 """

@@ -10,21 +10,24 @@ can be translated as it is. And every answer ends in a token, EOS where the form
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
+from itertools import groupby
 from typing import ClassVar
 
 import torch
 from lhotse.cut import Cut
-from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample
+from nemo.collections.common.data.lhotse.text_adapters import NeMoMultimodalConversation, SourceTargetTextExample
 from nemo.collections.common.data.prompt_fn import registered_prompt_format_fn
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.prompts.formatter import BOS_SLOT, EOS_SLOT
-from nemo.collections.common.prompts.nemotron_nano_v3 import NemotronNanoV3PromptFormatter
+from nemo.collections.common.prompts.nemotron_nano_v3 import NANO_EOT, NemotronNanoV3PromptFormatter
 from nemo.collections.common.prompts.qwen import QWEN_EOT, Qwen3PromptFormatter
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.encoding import encode_texts
-from nemo_emmett.prompts.request import Request, request_of, target_language
+from nemo_emmett.prompts.markup import Markup, Prompt, UserTextPrompt, joined
+from nemo_emmett.prompts.request import Request, message_of, request_of, target_language
 from nemo_emmett.prompts.translation import translation_instruction
 
 CHAT_FORMATS = ("gemma", "llama2", "llama3", "mistral", "nemotron-h", "phi2_chat", "phi2_qa", "qwen")
@@ -32,7 +35,7 @@ CHAT_FORMATS = ("gemma", "llama2", "llama3", "mistral", "nemotron-h", "phi2_chat
 before they answer are written out below."""
 
 
-class TranslationChat:
+class TranslationChat(UserTextPrompt):
     """Mixin that makes a NeMo chat format ask for translations of our examples, text and speech in the same words."""
 
     def turns_of(self, request: Request) -> list[dict]:
@@ -44,10 +47,10 @@ class TranslationChat:
         instruction = request.custom.get("context")
         if not instruction:
             instruction = translation_instruction(target_language(request), request.source_lang)
-        message = f"{instruction} {request.message}"
+        message = joined([str(instruction), request.message])
         turns = self._turns_to_model(message, request)
         if request.answer is not None:
-            turns.append({"role": self.OUTPUT_ROLE, "slots": {"message": request.answer}})
+            turns.append({"role": self.OUTPUT_ROLE, "slots": {"message": Prompt([request.answer])}})
         return turns
 
     def _turns_to_model(self, message: str, request: Request) -> list[dict]:
@@ -55,6 +58,7 @@ class TranslationChat:
         system = request.custom.get("system_prompt")
         if not system:
             return [user]
+        system = Prompt([str(system)])
         if "system" in self.TEMPLATE:
             return [{"role": "system", "slots": {"message": system}}, user]
         if "system_and_user" in self.TEMPLATE:
@@ -65,12 +69,17 @@ class TranslationChat:
         )
 
     def encode_turn(self, prompt_template: str, expected_slots: dict, slot_values: dict) -> list[int]:
-        """NeMo's; what opens the assistant's turn is tokenised apart from the answer, as it is in generation."""
+        """NeMo's, with control tokens where the template has them, and not in what fills its slots; what opens the
+        assistant's turn is tokenised apart from the answer, as it is in generation."""
         opening = self.INFERENCE_PREFIX or ""
-        if not (opening and prompt_template.startswith(opening)):
-            return super().encode_turn(prompt_template, expected_slots, slot_values)
-        answer = super().encode_turn(prompt_template.removeprefix(opening), expected_slots, slot_values)
-        return [*self._opening_ids, *answer]
+        opens = bool(opening) and prompt_template.startswith(opening)
+        template = prompt_template.removeprefix(opening) if opens else prompt_template
+        # Split at its slots: literals and the names of slots by turns.
+        pieces = re.split(rf"\|({'|'.join(expected_slots)})\|", template) if expected_slots else [template]
+        filled = [
+            self.as_prompt(slot_values[piece]) if number % 2 else Markup(piece) for number, piece in enumerate(pieces)
+        ]
+        return [*(self._opening_ids if opens else ()), *self._apply_tokenizer(Prompt(filled))]
 
     def encode_dialog(self, turns: list[dict], **options: object) -> dict[str, torch.Tensor]:
         """NeMo's, with the opening of the last assistant's turn in the context."""
@@ -102,10 +111,15 @@ class TranslationChat:
         return super().encode_dialog(turns, **options)
 
     def _apply_tokenizer(self, text: str, lang: str | None = None) -> list[int]:
-        """NeMo's, which puts ids for the slots of BOS and EOS, but by the tokenizer's fast way."""
-        bos = [self._special("bos")] if text.startswith(BOS_SLOT) else []
-        eos = [self._special("eos")] if text.endswith(EOS_SLOT) else []
-        (ids,) = encode_texts(self.tokenizer, [text.removeprefix(BOS_SLOT).removesuffix(EOS_SLOT)])
+        """NeMo's, which puts ids for the slots of BOS and EOS, but by the tokenizer's fast way. What is no
+        :class:`Prompt` is a template's own."""
+        parts = list(text.parts) if isinstance(text, Prompt) else [Markup(text)]
+        bos = eos = ()
+        if isinstance(parts[0], Markup) and parts[0].startswith(BOS_SLOT):
+            bos, parts[0] = (self._special("bos"),), Markup(parts[0].removeprefix(BOS_SLOT))
+        if isinstance(parts[-1], Markup) and parts[-1].endswith(EOS_SLOT):
+            eos, parts[-1] = (self._special("eos"),), Markup(parts[-1].removesuffix(EOS_SLOT))
+        (ids,) = encode_texts(self.tokenizer, [Prompt(parts)])
         return [*bos, *ids, *eos]
 
     def _special(self, name: str) -> int:
@@ -121,18 +135,47 @@ class TranslationChat:
 @registered_prompt_format_fn(Cut, TranslationChat)
 @registered_prompt_format_fn(SourceTargetTextExample, TranslationChat)
 def chat_prompt(example: Cut | SourceTargetTextExample, prompt: TranslationChat) -> dict[str, torch.Tensor]:
-    """Prompt for one example; conversations are NeMo's own matter, since they say all that is to be said."""
+    """Prompt for one example."""
     return prompt.encode_dialog(prompt.turns_of(request_of(example)))
 
 
+@registered_prompt_format_fn(NeMoMultimodalConversation, TranslationChat)
+def conversation_prompt(
+    conversation: NeMoMultimodalConversation, prompt: TranslationChat, **options: object
+) -> dict[str, torch.Tensor]:
+    """NeMo's, for conversations say all that is to be said, but with audio locators for its recordings alone."""
+    turns = [
+        {"role": role, "slots": {"message": joined(map(message_of, of_role))}}
+        for role, of_role in groupby(conversation.turns, key=lambda turn: turn.role)
+    ]
+    return prompt.encode_dialog(turns, **options)
+
+
 class EmmettNemotronNanoV3PromptFormatter(TranslationChat, NemotronNanoV3PromptFormatter):
-    """NeMo's ``nemotron-nano-v3``, asked to translate without reasoning first."""
+    """NeMo's ``nemotron-nano-v3``, asked to translate without reasoning first: every answer begins with an empty
+    thought. NeMo's looks for thoughts in the messages; here they are text like any other."""
 
     NAME = "emmett_nemotron-nano-v3"
+    NO_THOUGHT = "<think></think>"
+    TEMPLATE: ClassVar[dict] = NemotronNanoV3PromptFormatter.TEMPLATE | {
+        "assistant": {
+            "template": f"{NemotronNanoV3PromptFormatter.INFERENCE_PREFIX}{NO_THOUGHT}|message|{NANO_EOT}\n",
+            "slots": NemotronNanoV3PromptFormatter.TEMPLATE["assistant"]["slots"],
+        }
+    }
 
     def _encode_turns(self, turns: list[dict], enable_thinking: bool = False) -> dict[str, torch.Tensor]:
-        """NeMo's, which in generation lets the model reason unless told otherwise."""
-        return super()._encode_turns(turns, enable_thinking=enable_thinking)
+        """By the template alone, with a system's turn in front; in generation the model reasons only if it is told."""
+        if turns[0]["role"] != "system":
+            turns = [{"role": "system", "slots": {"message": ""}}, *turns]
+        encoded = PromptFormatter.encode_dialog(self, turns)
+        if turns[-1]["role"] == self.OUTPUT_ROLE:
+            last = len(encoded["context_ids"])
+            return encoded | {"mask": torch.arange(len(encoded["mask"])) >= last}
+        thought = "<think>\n" if enable_thinking else self.NO_THOUGHT
+        ids = encoded["input_ids"][: -len(self._opening_ids)].tolist()
+        ids = torch.tensor([*ids, *self._apply_tokenizer(f"{self.INFERENCE_PREFIX}{thought}")])
+        return {"input_ids": ids, "context_ids": ids}
 
 
 class EmmettQwen3PromptFormatter(TranslationChat, Qwen3PromptFormatter):

@@ -8,20 +8,33 @@ from typing import Any
 from nemo.collections.common.tokenizers import AutoTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from nemo_emmett.prompts.control_tokens import control_tokens_of
+from nemo_emmett.prompts.markup import Prompt
+
 _WORTH_A_BATCH = 8
 """Fewer texts are encoded one by one: waking the threads for one pair of sentences halves the speed."""
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """What ``tokenizer.text_to_ids`` gives for each text.
-
-    A fast Hugging Face tokenizer encodes them in one call, and keeps neither offsets nor strings of the tokens, which
-    ``text_to_ids`` would look up one by one; any other is asked text by text.
+    """What ``tokenizer.text_to_ids`` gives for each text; in a prompt control tokens are found in its markup alone.
 
     Args:
         tokenizer: a NeMo tokenizer.
-        texts: any number of texts, special tokens written out.
+        texts: any number of texts, special tokens written out; or of
+            :class:`~nemo_emmett.prompts.markup.Prompt`, in which ``</s>`` and the like of users are encoded as text.
     """
+    encoded = _as_the_tokenizer_does(tokenizer, texts)
+    if (control := control_tokens_of(tokenizer)) is None:
+        return encoded
+    return [
+        ids if not isinstance(text, Prompt) or control.are_meant(text, ids) else control.encode(text)
+        for text, ids in zip(texts, encoded, strict=True)
+    ]
+
+
+def _as_the_tokenizer_does(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """A fast Hugging Face tokenizer encodes all texts in one call, and keeps neither offsets nor strings of the tokens,
+    which ``text_to_ids`` would look up one by one; any other is asked text by text."""
     backend = _fast_backend(tokenizer)
     if backend is None:
         return [tokenizer.text_to_ids(text) for text in texts]

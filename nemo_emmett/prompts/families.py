@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.prompts.formatter import EOS_SLOT
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.control_tokens import any_of, control_tokens_of, templates_of
 from nemo_emmett.prompts.encoding import token_id
+from nemo_emmett.prompts.languages import is_known_language
+from nemo_emmett.prompts.markup import UserTextPrompt
 from nemo_emmett.prompts.translation import register_prompt_formats
 
 _OF_MODEL_TYPE = {
@@ -75,6 +79,52 @@ def prompt_formatter(name: str, tokenizer: Any) -> PromptFormatter:
         hint = f"did you mean '{suggestion}'?" if suggestion else f"choose one of {', '.join(_our_formats())}."
         raise ConfigError(f"prompt_format: '{name}' is not a prompt format; {hint}")
     return PromptFormatter.resolve(name)(tokenizer)
+
+
+def forbidden_text(name: str | None, tokenizer: Any) -> re.Pattern | None:
+    """What no user's text may hold: the special tokens, where a prompt format or tokenizer cannot take them for text.
+
+    Our formats can, with the tokenizers of Hugging Face. NeMo's encode a whole turn at once, so that a text with
+    ``<|im_end|>`` in it would end the turn.
+
+    Args:
+        name: of a prompt format; None: there is none.
+        tokenizer: of NeMo.
+
+    Returns:
+        A pattern that matches any of them; None where any text will do.
+    """
+    register_prompt_formats()
+    prompt = PromptFormatter._REGISTERED_FORMATTERS.get(name)
+    if prompt is None or (issubclass(prompt, UserTextPrompt) and control_tokens_of(tokenizer, anew=True) is not None):
+        return None
+    inner = getattr(tokenizer, "tokenizer", None)
+    if isinstance(inner, PreTrainedTokenizerBase):
+        special = [token.content for token in inner.added_tokens_decoder.values() if token.special]
+    else:
+        special = list(getattr(tokenizer, "special_token_to_id", ()))
+    return any_of(special)
+
+
+def may_be_read(token: str, name: str, tokenizer: Any) -> bool:
+    """Whether a model can ever be given a token: any that text is made of, and the special ones that its prompts need.
+
+    Some tokenizers have special tokens besides, for which their models have no embedding: Gemma 3's for images.
+
+    Args:
+        token: of the tokenizer's vocabulary.
+        name: of the model's prompt format.
+        tokenizer: NeMo's around one of Hugging Face.
+    """
+    inner = tokenizer.tokenizer
+    if token not in {added.content for added in inner.added_tokens_decoder.values() if added.special}:
+        return True
+    if token in (inner.bos_token, inner.eos_token, inner.pad_token, inner.unk_token):
+        return True
+    language = token.strip("<>_")  # <de>, __de__, deu_Latn, de_DE
+    if is_known_language(language) or is_known_language(language.partition("_")[0]):
+        return True
+    return any(token in template for template in templates_of(type(prompt_formatter(name, tokenizer))))
 
 
 def stop_ids(formatter: PromptFormatter, tokenizer: Any) -> list[int]:

@@ -32,6 +32,7 @@ from nemo.collections.common.prompts.formatter import EOS_SLOT, Modality, Prompt
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.encoding import token_id
 from nemo_emmett.prompts.languages import flores_code, m2m100_code, mbart_code
+from nemo_emmett.prompts.markup import Prompt
 from nemo_emmett.prompts.seq2seq import Segment, Seq2SeqPrompt
 
 
@@ -72,11 +73,11 @@ class LanguageTokenPrompt(Seq2SeqPrompt):
             )
         return number
 
-    def context_segment(self, message: str, target_lang: str | None, source_lang: str | None) -> Segment:
+    def context_segment(self, message: Prompt, target_lang: str | None, source_lang: str | None) -> Segment:
         """``__de__ message </s>``; without a source language ``message </s>``."""
         return self._side(message, source_lang)
 
-    def answer_segment(self, answer: str, target_lang: str | None) -> Segment:
+    def answer_segment(self, answer: Prompt, target_lang: str | None) -> Segment:
         """``__fr__ answer </s>``."""
         if not target_lang:
             raise ConfigError(f"prompt_format {self.NAME}: an answer needs the slot target_lang, such as 'de'.")
@@ -94,7 +95,7 @@ class LanguageTokenPrompt(Seq2SeqPrompt):
             )
         return self.language_id(target_lang)
 
-    def _side(self, text: str, language: str | None) -> Segment:
+    def _side(self, text: Prompt, language: str | None) -> Segment:
         before = (self.language_id(language),) if language else ()
         return Segment(before, text, (self.eos_id,))
 
@@ -167,6 +168,6 @@ class EmmettMBartPromptFormatter(LanguageTokenPrompt, PromptFormatter):
         """``fr_XX``, which is where the labels' last token goes in training."""
         return [self._first_id(target_lang)]
 
-    def _side(self, text: str, language: str | None) -> Segment:
+    def _side(self, text: Prompt, language: str | None) -> Segment:
         after = (self.language_id(language),) if language else ()
         return Segment((), text, (self.eos_id, *after))

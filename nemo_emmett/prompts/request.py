@@ -10,9 +10,11 @@ from nemo.collections.common.data.lhotse.text_adapters import (
     AudioTurn,
     NeMoMultimodalConversation,
     SourceTargetTextExample,
+    TextTurn,
 )
 
 from nemo_emmett.errors import DataError
+from nemo_emmett.prompts.markup import Markup, joined
 
 EXAMPLE_TYPES = (SourceTargetTextExample, Cut, NeMoMultimodalConversation)
 """The examples that a :class:`Request` can be made of."""
@@ -22,7 +24,7 @@ class Request(NamedTuple):
     """A translation to be asked for, of text and of speech alike."""
 
     example_id: object  # for messages to the user
-    message: str  # the text, or the audio locator tag where speech stands
+    message: str  # the text, or the audio locator tag, as markup, where speech stands
     source_lang: str | None
     target_lang: str | None
     answer: str | None  # None where it is not known
@@ -60,6 +62,11 @@ def target_language(request: Request) -> str:
     return request.target_lang
 
 
+def message_of(turn: TextTurn | AudioTurn) -> str:
+    """What a turn of a conversation says: its text, or the audio locator tag, as markup."""
+    return Markup(turn.audio_locator_tag) if isinstance(turn, AudioTurn) else turn.value
+
+
 def _request_of_text(pair: SourceTargetTextExample) -> Request:
     source, target, custom = pair.source, pair.target, pair.custom or {}
     if pair.question is not None:  # NeMo's name for what the user says in front of the text
@@ -85,7 +92,7 @@ def _request_of_speech(cut: Cut) -> Request:
             "dataset's config."
         )
     answer = cut.supervisions[0].text if cut.supervisions else None
-    return Request(cut.id, locator, custom.get("source_lang"), custom.get("target_lang"), answer, custom)
+    return Request(cut.id, Markup(locator), custom.get("source_lang"), custom.get("target_lang"), answer, custom)
 
 
 def _request_of_conversation(conversation: NeMoMultimodalConversation) -> Request:
@@ -94,8 +101,8 @@ def _request_of_conversation(conversation: NeMoMultimodalConversation) -> Reques
         if turn.role == "assistant":
             answer = turn.value
         else:
-            message.append(turn.audio_locator_tag if isinstance(turn, AudioTurn) else turn.value)
+            message.append(message_of(turn))
     custom = conversation.custom or {}
     return Request(
-        conversation.id, " ".join(message), custom.get("source_lang"), custom.get("target_lang"), answer, custom
+        conversation.id, joined(message), custom.get("source_lang"), custom.get("target_lang"), answer, custom
     )

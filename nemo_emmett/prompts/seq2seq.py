@@ -19,18 +19,19 @@ from nemo.collections.common.data.prompt_fn import registered_prompt_format_fn
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.encoding import encode_texts
+from nemo_emmett.prompts.markup import Prompt, UserTextPrompt
 from nemo_emmett.prompts.request import Request, request_of, target_language
 
 
 class Segment(NamedTuple):
-    """A turn before it is tokenised: a text and the special tokens around it."""
+    """A turn before it is tokenised: a :class:`Prompt` and the special tokens around it."""
 
     before: tuple[int, ...]
-    text: str
+    text: Prompt
     after: tuple[int, ...]
 
 
-class Seq2SeqPrompt:
+class Seq2SeqPrompt(UserTextPrompt):
     """Mixin that makes a NeMo ``PromptFormatter`` one of an encoder-decoder.
 
     Its ``encode_dialog`` takes NeMo's turns, the user's with the slots ``message``, ``target_lang`` and, where known,
@@ -44,7 +45,7 @@ class Seq2SeqPrompt:
         return self.tokenizer.eos
 
     @abstractmethod
-    def context_segment(self, message: str, target_lang: str | None, source_lang: str | None) -> Segment:
+    def context_segment(self, message: Prompt, target_lang: str | None, source_lang: str | None) -> Segment:
         """How the encoder reads a message.
 
         Raises:
@@ -52,7 +53,7 @@ class Seq2SeqPrompt:
         """
 
     @abstractmethod
-    def answer_segment(self, answer: str, target_lang: str | None) -> Segment:
+    def answer_segment(self, answer: Prompt, target_lang: str | None) -> Segment:
         """How the decoder says an answer.
 
         Raises:
@@ -96,9 +97,9 @@ class Seq2SeqPrompt:
     def _segments_of(self, request: Request) -> list[Segment]:
         target_lang = target_language(request)
         try:
-            segments = [self.context_segment(request.message, target_lang, request.source_lang)]
+            segments = [self.context_segment(Prompt([request.message]), target_lang, request.source_lang)]
             if request.answer is not None:
-                segments.append(self.answer_segment(request.answer, target_lang))
+                segments.append(self.answer_segment(Prompt([request.answer]), target_lang))
         except ConfigError as error:
             raise DataError(f"example {request.example_id}: {error}") from error
         return segments
@@ -112,8 +113,8 @@ class Seq2SeqPrompt:
                 "and among its slots a message."
             )
         if turn["role"] == self.OUTPUT_ROLE:
-            return self.answer_segment(message, target_lang)
-        return self.context_segment(message, target_lang, slots.get("source_lang"))
+            return self.answer_segment(self.as_prompt(message), target_lang)
+        return self.context_segment(self.as_prompt(message), target_lang, slots.get("source_lang"))
 
     def _encode(self, segments: Sequence[Segment]) -> list[list[int]]:
         texts = encode_texts(self.tokenizer, [segment.text for segment in segments])

@@ -15,6 +15,7 @@ from typing import ClassVar
 from nemo.collections.common.prompts.formatter import EOS_SLOT, Modality, PromptFormatter
 
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.markup import Markup, Prompt
 from nemo_emmett.prompts.seq2seq import Segment, Seq2SeqPrompt
 
 _MODE = "[S2S]"
@@ -33,14 +34,14 @@ class EmmettT5PromptFormatter(Seq2SeqPrompt, PromptFormatter):
         OUTPUT_ROLE: {"template": f"|message|{EOS_SLOT}", "slots": {"message": Modality.Text}},
     }
 
-    def context_segment(self, message: str, target_lang: str | None, source_lang: str | None) -> Segment:
+    def context_segment(self, message: Prompt, target_lang: str | None, source_lang: str | None) -> Segment:
         """``<de> message</s>``."""
         if not target_lang:
             raise ConfigError(f"prompt_format {self.NAME}: a user's turn needs the slot target_lang, such as 'de'.")
         # In one piece: what a tokenizer makes of a space may depend on what stands before it.
-        return Segment((), f"<{target_lang}> {message}", (self.eos_id,))
+        return Segment((), Prompt([Markup(f"<{target_lang}>"), " ", message]), (self.eos_id,))
 
-    def answer_segment(self, answer: str, target_lang: str | None) -> Segment:
+    def answer_segment(self, answer: Prompt, target_lang: str | None) -> Segment:
         """``answer</s>``."""
         return Segment((), answer, (self.eos_id,))
 
@@ -54,7 +55,7 @@ class EmmettUL2PromptFormatter(EmmettT5PromptFormatter):
         | {"template": f"{_MODE} {EmmettT5PromptFormatter.TEMPLATE['user']['template']}"}
     }
 
-    def context_segment(self, message: str, target_lang: str | None, source_lang: str | None) -> Segment:
+    def context_segment(self, message: Prompt, target_lang: str | None, source_lang: str | None) -> Segment:
         """``[S2S] <de> message</s>``."""
         before, text, after = super().context_segment(message, target_lang, source_lang)
-        return Segment(before, f"{_MODE} {text}", after)
+        return Segment(before, Prompt([Markup(_MODE), " ", text]), after)

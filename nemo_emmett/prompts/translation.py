@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nemo_emmett.prompts.languages import language_name
+from nemo_emmett.prompts.markup import Prompt, joined
 
 
 def register_prompt_formats() -> None:
@@ -33,7 +34,8 @@ def translation_turns(formatter, message: str, target_lang: str, source_lang: st
 
     Args:
         formatter: a NeMo ``PromptFormatter`` (class or object).
-        message: the text to translate, or the audio locator tag.
+        message: the text to translate, or the audio locator tag; text as a
+            :class:`~nemo_emmett.prompts.markup.Prompt` holds no locator.
         target_lang: language code of the translation.
         source_lang: language code of the message, where known.
 
@@ -44,6 +46,15 @@ def translation_turns(formatter, message: str, target_lang: str, source_lang: st
     slots = formatter.get_slots("user")
     if not {"source_lang", "target_lang"} & set(slots):
         instruction = translation_instruction(target_lang, source_lang)
-        return [{"role": "user", "slots": {"message": f"{instruction} {message}"}}]
+        return [
+            {
+                "role": "user",
+                "slots": {
+                    "message": joined([instruction, message])
+                    if isinstance(message, Prompt)
+                    else f"{instruction} {message}"
+                },
+            }
+        ]
     values = {"message": message, "target_lang": target_lang, "source_lang": source_lang}
     return [{"role": "user", "slots": {name: values[name] for name in values if name in slots}}]

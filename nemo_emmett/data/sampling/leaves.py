@@ -7,6 +7,7 @@ of its examples are taken, and an example that waits in a bucket is remembered b
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class RecordChunks(ChunkReader):
         kind: what the dataset takes.
         bad_records: ledger for records that make no example.
         finite: whether each epoch is one pass; otherwise passes follow one another without end.
+        forbidden: what no text may hold.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class RecordChunks(ChunkReader):
         kind: ExampleKind,
         bad_records: BadRecords,
         finite: bool,
+        forbidden: re.Pattern | None = None,
     ) -> None:
         self.source = source
+        self.forbidden = forbidden
         self.records = records
         self.order = order
         self.kind = kind
@@ -113,7 +117,7 @@ class RecordChunks(ChunkReader):
             found.extend(self.records.read(*self.order.locate(position)))
         if self.kind is ExampleKind.AS_READ:
             return found
-        return list(Examples(found, self.kind, self._defaults, self.bad_records))
+        return list(Examples(found, self.kind, self._defaults, self.bad_records, self.forbidden))
 
     def _prepare(self, position: int) -> None:
         if any(self.order.is_sequential):
@@ -134,6 +138,7 @@ class StreamChunks(ChunkReader):
         finite: whether each epoch is one pass.
         shuffle: whether examples of a block are shuffled.
         seed: of all shuffling.
+        forbidden: what no text may hold.
     """
 
     def __init__(
@@ -144,8 +149,10 @@ class StreamChunks(ChunkReader):
         finite: bool,
         shuffle: bool,
         seed: Sequence[int],
+        forbidden: re.Pattern | None = None,
     ) -> None:
         self.source = source
+        self.forbidden = forbidden
         self.kind = kind
         self.bad_records = bad_records
         self.finite = finite
@@ -187,7 +194,7 @@ class StreamChunks(ChunkReader):
         config = {**self.source.config, "shard_seed": sum(self.seed) + epoch, "force_finite": self.finite}
         cuts, _ = open_source(Source(config, self.source.where), self.bad_records, self.kind)
         if self.kind is not ExampleKind.AS_READ:
-            cuts = Examples(cuts, self.kind, defaults_of(self.source), self.bad_records)
+            cuts = Examples(cuts, self.kind, defaults_of(self.source), self.bad_records, self.forbidden)
         self._stream = iter(cuts) if self.finite else _without_end(cuts)
         self._process, self._epoch, self._number, self._block = os.getpid(), epoch, -1, []
 
@@ -367,6 +374,7 @@ def make_reader(
     shuffle: bool,
     seed: Sequence[int],
     group_size: int,
+    forbidden: re.Pattern | None,
 ) -> ChunkReader:
     """The reader of a source: by number where that can be done, as a stream otherwise.
 
@@ -374,8 +382,8 @@ def make_reader(
         DataError: if the source holds nothing.
     """
     if records is None:
-        return StreamChunks(source, kind, bad_records, finite, shuffle, seed)
+        return StreamChunks(source, kind, bad_records, finite, shuffle, seed, forbidden)
     if not sum(records.shard_sizes):
         raise DataError(f"{source.where}: {source.name} is empty; correct the path, or drop the source.")
     order = RecordOrder(records.shard_sizes, records.is_sequential, shuffle, seed, group_size)
-    return RecordChunks(source, records, order, kind, bad_records, finite)
+    return RecordChunks(source, records, order, kind, bad_records, finite, forbidden)

@@ -36,6 +36,7 @@ from nemo_emmett.data.sources import (
     with_keys_of_dataset,
 )
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.families import forbidden_text
 
 
 def why_nemo_samples(settings: Mapping, kind: ExampleKind) -> str | None:
@@ -108,8 +109,9 @@ def plan_sampling(
         shares = [leaf.share for leaf in blend.leaves()]
         seeds = [[seed, number] for number in _numbers_of_sources(name, [source for source, _ in opened[name]])]
         group_size = max(STRETCH, config.shuffle_buffer_size or 0)
+        forbidden = forbidden_text(config.prompt_format, tokenizer)
         readers = [
-            make_reader(source, records, kind, bad_records, finite, config.shuffle, of_source, group_size)
+            make_reader(source, records, kind, bad_records, finite, config.shuffle, of_source, group_size, forbidden)
             for (source, records), of_source in zip(opened[name], seeds, strict=True)
         ]
         config.reweight_temperature = None  # it is in the shares
