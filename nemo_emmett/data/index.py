@@ -1,8 +1,10 @@
-"""Where each line of a text file stands, and what all indexes share: found in one pass, then kept beside the data.
+"""The position of each line of a text file, and what all indexes share: found in one pass, then kept beside the data.
 
 An index is a few arrays in a small file named after the data (``train.de.emmett-index``), mapped into memory, so that
-all workers share one copy. It carries the data file's size and time: when these differ, it is built anew. Where nothing
-can be written beside the data, indexes go into ``index_dir``; without one they last as long as the process.
+all workers share one copy. It is built again unless its own checksum is right and the data file has the size, times and
+sampled content that it had (:class:`FileState`). It holds a checksum of each block of lines, which is compared whenever
+the block is read: data that is rewritten during a training ends it. Where nothing can be written beside the data,
+indexes go into ``index_dir``; without one they last as long as the process.
 
 Text that is compressed, remote, or the output of a command cannot be entered in the middle. Of such a file only the
 number of lines is kept, and it is read forward, a stretch at a time.
@@ -17,6 +19,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import stat
 import uuid
 import zlib
 from abc import ABC, abstractmethod
@@ -27,20 +30,26 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 from lhotse.serialization import open_best
 from nemo.utils import logging
 from tqdm import tqdm
 
-from nemo_emmett.data.files import SECONDS_WITHOUT_A_BAR, is_local, open_lines
+from nemo_emmett.data.files import SECONDS_WITHOUT_A_BAR, FileState, is_local, open_lines
 from nemo_emmett.errors import ConfigError, DataError
 
 INDEX_SUFFIX = ".emmett-index"
 
-_VERSION = 1
-"""Of the format of index files; files of another version are built anew."""
+_VERSION = 2
+"""Of the format of index files; files of another version are built again."""
+
+_DTYPES = ("<i8", "<u4", "|u1")
+"""Of the arrays in an index file; all others, such as objects, are refused."""
+
+_LONGEST_HEADER = 1 << 16
+"""Bytes. A longer first line is no header of an index file."""
 
 _PAGE = 8192
 """Bytes. One block is looked up and read at once: the lines that begin in the same page of the file."""
@@ -60,26 +69,17 @@ Progress = Callable[[int], Any]
 """Is told how many more bytes have been read."""
 
 
-class FileState(NamedTuple):
-    """A file as it was when it was looked at. Of a remote file nothing but its name is known."""
-
-    path: str
-    size: int = -1  # bytes
-    mtime_ns: int = -1
+class FileChanged(DataError):
+    """A data file is no longer what was indexed."""
 
     @classmethod
-    def of(cls, path: str) -> FileState:
-        """
-        Raises:
-            DataError: if a local file does not exist or cannot be looked at.
-        """
-        if not is_local(path):
-            return cls(path)
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-        return cls(path, status.st_size, status.st_mtime_ns)
+    def of(cls, path: str) -> FileChanged:
+        """The error for a file."""
+        return cls(f"{path}: has changed since it was indexed; start again to index it anew.")
+
+
+class _Touched(Exception):
+    """The change time of a file differs: its content may have changed, or its name, owner or permissions alone."""
 
 
 class _Descriptor:
@@ -87,9 +87,6 @@ class _Descriptor:
 
     def __init__(self, state: FileState) -> None:
         self.number = os.open(state.path, os.O_RDONLY)
-        status = os.fstat(self.number)
-        if (status.st_size, status.st_mtime_ns) != (state.size, state.mtime_ns):
-            raise DataError(f"{state.path}: has changed since it was indexed; start again to index it anew.")
 
     def __del__(self) -> None:
         with suppress(AttributeError, OSError):  # opening failed, or the interpreter is going down
@@ -106,20 +103,34 @@ def read_at(state: FileState, offset: int, size: int) -> bytes:
     """So many bytes of a local file from an offset on; fewer where it ends.
 
     Raises:
-        DataError: if the file is no longer in this state.
+        FileChanged: if the file has another size or time than in this state.
         OSError: if it cannot be read.
     """
+    return _read(state, offset, size)[0]
+
+
+def _read(state: FileState, offset: int, size: int) -> tuple[bytes, os.stat_result]:
+    """The bytes, and the file's attributes after they were read: unless these differ, nothing was written before."""
     file = _opened(state)
     parts = []
     while size > 0 and (part := os.pread(file.number, size, offset)):
         parts.append(part)
         offset, size = offset + len(part), size - len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    status = os.fstat(file.number)
+    if (status.st_size, status.st_mtime_ns) != (state.size, state.mtime_ns):
+        raise FileChanged.of(state.path)
+    return parts[0] if len(parts) == 1 else b"".join(parts), status
 
 
 @lru_cache(maxsize=1024)
-def _cached_lines(state: FileState, offset: int, size: int) -> list[bytes]:
-    return read_at(state, offset, size).split(b"\n")
+def _cached_lines(state: FileState, offset: int, size: int, checksum: int) -> list[bytes]:
+    block, status = _read(state, offset, size)
+    if zlib.crc32(block) != checksum:
+        raise FileChanged.of(state.path)
+    # An earlier block may have lost a line to a later one; of a file that was replaced, the old one is still read.
+    if status.st_ctime_ns != state.ctime_ns and status.st_nlink:
+        raise _Touched
+    return block.split(b"\n")
 
 
 @dataclass
@@ -128,6 +139,13 @@ class Contents:
 
     arrays: dict[str, np.ndarray]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def checksum(self) -> int:
+        """The same for the same contents."""
+        checksum = zlib.crc32(json.dumps(self.facts, sort_keys=True).encode())
+        for name, array in self.arrays.items():
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, zlib.crc32(name.encode(), checksum))
+        return checksum
 
 
 class Index(ABC):
@@ -209,6 +227,8 @@ class Index(ABC):
             contents = self._find(state, progress)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{self.path}: cannot be read to its end ({error}).") from error
+        if FileState.of(self.path) != state:
+            raise self._changing()
         return state, None if self._is_written(state, contents) else contents
 
     def adopt(self, state: FileState, contents: Contents | None) -> None:
@@ -217,7 +237,27 @@ class Index(ABC):
         if contents is not None:
             self._contents = contents
         elif not self.load():
-            raise DataError(f"{self.path}: changes while it is being indexed; start again when it is complete.")
+            raise self._changing()
+
+    def _changing(self) -> DataError:
+        return DataError(f"{self.path}: changes while it is being indexed; start again when it is complete.")
+
+    def _check_content(self) -> None:
+        """Compare the whole data file with the index, since something about the file has changed.
+
+        Raises:
+            FileChanged: if it is not what was indexed.
+        """
+        state = FileState.of(self.path)
+        if self._find(state, lambda _: None).checksum() != self.contents.checksum():
+            raise FileChanged.of(self.path)
+        self.state = state
+
+    def _discard(self) -> None:
+        """Remove the index files, so that the next start builds them again whatever the data file's times are."""
+        for place in self.places:
+            with suppress(OSError):
+                os.remove(place)
 
     def _is_written(self, state: FileState, contents: Contents) -> bool:
         for place in self.places:
@@ -278,33 +318,51 @@ class LineIndex(Lines):
 
     kind = "lines"
     is_sequential = False
-    _views: tuple[memoryview, memoryview] | None = None  # single numbers come faster out of these than out of arrays
+    _views: tuple[memoryview, ...] | None = None  # single numbers come faster out of these than out of arrays
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_views": None}
 
     def read(self, number: int) -> bytes:
         """See :meth:`Lines.read`."""
+        if not 0 <= number < len(self):
+            raise self._none_with(number)
+        try:
+            try:
+                return self._read(number)
+            except _Touched:
+                self._check_content()
+                return self._read(number)
+        except FileChanged:
+            self._discard()
+            raise
+        except (OSError, _Touched) as error:
+            raise DataError(f"{self.path}: cannot be read ({error or 'it is being written to'}).") from error
+
+    def _read(self, number: int) -> bytes:
         if self._views is None:
             arrays = self.contents.arrays
-            self._views = memoryview(arrays["first_lines"]), memoryview(arrays["offsets"])
-        first_lines, offsets = self._views
-        if not 0 <= number < first_lines[-1]:
-            raise self._none_with(number)
+            self._views = tuple(memoryview(arrays[name]) for name in ("first_lines", "offsets", "checksums"))
+        first_lines, offsets, checksums = self._views
         block = bisect_right(first_lines, number) - 1
         offset, size = offsets[block], offsets[block + 1] - offsets[block]
         read = _cached_lines if size <= _CACHED_BLOCK else _cached_lines.__wrapped__
-        return read(self.state, offset, size)[number - first_lines[block]].rstrip(b"\r")
+        return read(self.state, offset, size, checksums[block])[number - first_lines[block]].rstrip(b"\r")
 
     def _find(self, state: FileState, progress: Progress) -> Contents:
-        offsets, first_lines = [[0]], [[0]]
-        size, newlines, last = 0, 0, b"\n"
+        offsets, first_lines, checksums = [[0]], [[0]], []
+        size, newlines, last, checksum = 0, 0, b"\n", 0
         with open(state.path, "rb") as file:
             while chunk := file.read(_CHUNK):
                 starts = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (size + 1)
                 begins_block = np.diff(starts // _PAGE, prepend=-1) > 0
                 offsets.append(starts[begins_block])
                 first_lines.append(newlines + 1 + np.flatnonzero(begins_block))
+                view, done = memoryview(chunk), 0
+                for begin in (offsets[-1] - size).tolist():
+                    checksums.append(zlib.crc32(view[done:begin], checksum))
+                    checksum, done = 0, begin
+                checksum = zlib.crc32(view[done:], checksum)
                 newlines += len(starts)
                 size += len(chunk)
                 last = chunk[-1:]
@@ -313,6 +371,7 @@ class LineIndex(Lines):
         arrays = {
             "offsets": np.concatenate([*offsets, [size]], dtype=np.int64),
             "first_lines": np.concatenate([*first_lines, [lines]], dtype=np.int64),
+            "checksums": np.array([*checksums, checksum], np.uint32),
         }
         return Contents(arrays, {"lines": lines})
 
@@ -341,18 +400,22 @@ class LineCount(Lines):
         """Read this stretch into memory, and forget what came before it.
 
         Raises:
-            DataError: if the file has become shorter.
+            DataError: if the file has changed.
         """
         if self._process != os.getpid():  # a forked worker shares the position in the file with its parent
             self.release()
         stop = min(stop, len(self))
-        if self._reader is None or not self._start <= start <= self._start + len(self._lines):
-            self._go_to(start)
-        del self._lines[: start - self._start]
-        self._start = start
-        self._lines.extend(islice(self._reader, max(stop - start - len(self._lines), 0)))
+        try:
+            if self._reader is None or not self._start <= start <= self._start + len(self._lines):
+                self._go_to(start)
+            del self._lines[: start - self._start]
+            self._start = start
+            self._lines.extend(islice(self._reader, max(stop - start - len(self._lines), 0)))
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{self.path}: cannot be read to its end ({error}).") from error
         if len(self._lines) < stop - start:
             raise self._changed()
+        self._check_unchanged()
 
     def read(self, number: int) -> bytes:
         """See :meth:`Lines.read`; outside the stretch that was prepared, it reads forward to the line."""
@@ -371,17 +434,27 @@ class LineCount(Lines):
         if skipped < number - behind:
             raise self._changed()
 
+    def _check_unchanged(self) -> None:
+        if not is_local(self.path):
+            return
+        status = os.stat(self.path)
+        if (status.st_size, status.st_mtime_ns) != (self.state.size, self.state.mtime_ns):
+            raise FileChanged.of(self.path)
+        if status.st_ctime_ns != self.state.ctime_ns:
+            self._check_content()
+
     def _changed(self) -> DataError:
         kept = f"delete its index ({' or '.join(self.places)}) and " if self.places else ""
         return DataError(f"{self.path}: no longer has {len(self)} lines, as its index says; {kept}start again.")
 
     def _find(self, state: FileState, progress: Progress) -> Contents:
-        lines, last = 0, b"\n"
+        lines, last, checksum = 0, b"\n", 0
         with _opened_to_count(state, progress) as file:
             while block := file.read(_CHUNK):
                 lines += block.count(b"\n")
                 last = block[-1:]
-        return Contents({}, {"lines": lines + (last != b"\n")})
+                checksum = zlib.crc32(block, checksum)
+        return Contents({}, {"lines": lines + (last != b"\n"), "crc32": checksum})
 
 
 @contextmanager
@@ -519,32 +592,39 @@ def _write_index(place: str, kind: str, state: FileState, contents: Contents) ->
 def _header(kind: str, state: FileState, contents: Contents) -> bytes:
     """One line of JSON, filled up with blanks so that the numbers behind it are aligned."""
     shapes = {name: [array.dtype.str, len(array)] for name, array in contents.arrays.items()}
-    line = json.dumps({**_identity(kind, state), "arrays": shapes, "facts": contents.facts}).encode()
+    content = {"checksum": contents.checksum(), "arrays": shapes, "facts": contents.facts}
+    line = json.dumps({**_identity(kind, state), **content}).encode()
     return line.ljust(-(-(len(line) + 1) // 64) * 64 - 1) + b"\n"
 
 
 def _identity(kind: str, state: FileState) -> dict[str, Any]:
-    return {"version": _VERSION, "kind": kind, "size": state.size, "mtime_ns": state.mtime_ns}
+    keys = ("size", "mtime_ns", "ctime_ns", "sample")
+    return {"version": _VERSION, "kind": kind, **dict(zip(keys, state.stamp, strict=True))}
 
 
 def _read_index(place: str, kind: str, state: FileState) -> Contents | None:
-    """Map an index file; None if there is none, or it is not that of the data as it is now."""
+    """Map an index file; None if there is none, or it is not a whole one of the data as it is now."""
     try:
+        if not stat.S_ISREG(os.stat(place).st_mode):  # opening a pipe would wait for ever
+            raise ValueError("no file")
         with open(place, "rb") as file:
-            line = file.readline()
+            line = file.readline(_LONGEST_HEADER)
             header = json.loads(line)
             if {key: header.get(key) for key in _identity(kind, state)} != _identity(kind, state):
                 raise ValueError("out of date")
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError:
+        arrays, offset = {}, len(line)
+        for name, (dtype, count) in header["arrays"].items():
+            if dtype not in _DTYPES or count < 0:
+                raise ValueError("not an array of an index")
+            arrays[name] = np.frombuffer(view, dtype, count, offset)  # fails where the file is too short
+            offset += arrays[name].nbytes
+        contents = Contents(arrays, header["facts"])
+        if contents.checksum() != header["checksum"]:
+            raise ValueError("damaged")
+        return contents
+    except FileNotFoundError:
         return None
-    except (ValueError, AttributeError):  # not JSON, not an object, or another file's
-        logging.info(f"The index {place} does not fit {state.path} as it is now: it is built anew.")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        logging.info(f"The index {place} does not fit {state.path} as it is now: it is built again.")
         return None
-    arrays, offset = {}, len(line)
-    for name, (dtype, count) in header["arrays"].items():
-        if offset + np.dtype(dtype).itemsize * count > len(view):
-            return None  # cut short, by a full disk perhaps
-        arrays[name] = np.frombuffer(view, dtype, count, offset)
-        offset += np.dtype(dtype).itemsize * count
-    return Contents(arrays, header["facts"])
