@@ -278,10 +278,12 @@ def _check_files(source: Source) -> None:
     needs = {"nemo": "manifest_filepath", "nemo_tarred": "manifest_filepath"}.get(source.type)
     if needs is not None and source.config.get(needs) is None:
         raise ConfigError(f"{source.where}.{needs}: missing; a source of type '{source.type}' needs it.")
-    for key, path in source.files():
+    for key, path, written in source.files_as_written():
         if is_local(path) and not Path(path).exists():
+            of_pattern = f" (of '{written}')" if written != path else ""
             raise DataError(
-                f"{source.where}.{key}: there is no file '{path}'; correct the path, or prepare the data first."
+                f"{source.where}.{key}: there is no file '{path}'{of_pattern}; correct the path, or prepare the data "
+                "first."
             )
 
 

@@ -14,10 +14,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from braceexpand import braceexpand
 from lhotse.dataset.dataloading import resolve_seed
 from lhotse.serialization import open_best
 from lhotse.workarounds import gzip_open_robust
-from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
 from tqdm import tqdm
 
 from nemo_emmett.errors import DataError
@@ -77,7 +77,7 @@ def _choices(path: str, start: int) -> tuple[list[str], int] | None:
             if len(members) > 1:
                 return members, begin
             is_range = _RANGE.fullmatch(members[0]) is not None
-            return (expand_sharded_filepaths("{" + members[0] + "}"), begin) if is_range else None
+            return (list(braceexpand("{" + members[0] + "}")), begin) if is_range else None
     return None
 
 
