@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from nemo_emmett.config import escape_interpolations
 from nemo_emmett.corpora.claim import CorpusFolder, identity_of, plan_of, refuse_inside, refuse_other_parts
 from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence, Skipped
 from nemo_emmett.corpora.processes import available_cores
@@ -313,8 +314,16 @@ def _speech_source(part: Part, job: _Job, num_shards: int) -> dict[str, str]:
 def _write_input_cfg(part: Part, entry: Mapping[str, Any], job: _Job) -> None:
     import yaml
 
-    content = yaml.safe_dump([dict(entry)], sort_keys=False, allow_unicode=True)
+    content = yaml.safe_dump([_escaped(entry)], sort_keys=False, allow_unicode=True)
     job.workshop.write_text(job.out / "input_cfg" / f"{part.name}.yaml", content)
+
+
+def _escaped(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry whose paths OmegaConf reads as they are."""
+    return {
+        key: _escaped(value) if isinstance(value, Mapping) else escape_interpolations(value)
+        for key, value in entry.items()
+    }
 
 
 def _each(

@@ -35,6 +35,7 @@ from nemo_emmett.data.sources import (
     SHARED_BY_GROUPS,
     Source,
     as_one_stream,
+    config_of,
     groups_of,
     languages_of,
     list_all_sources,
@@ -427,4 +428,4 @@ def _probe_config(source: Source, settings: Mapping, tokenizer: Any) -> DictConf
         # Without bins, a bucketing sampler would read the data to estimate them.
         probe |= {"use_bucketing": False, "bucket_duration_bins": None, "bucket_batch_size": None, "batch_size": 1}
         probe |= {"batch_duration": None, "batch_tokens": None}
-    return make_structured_with_schema_warnings(OmegaConf.create(probe))
+    return make_structured_with_schema_warnings(config_of(probe))

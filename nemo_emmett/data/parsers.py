@@ -26,12 +26,12 @@ from nemo.collections.common.data.lhotse.cutset import (
     mux,
 )
 from nemo.collections.common.data.lhotse.text_adapters import Formattable
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.examples import ExampleKind, Examples, SourceDefaults, mark_origin, origin_of
 from nemo_emmett.data.files import expand_paths
-from nemo_emmett.data.sources import SOURCE_TYPE, Source, languages_of, plain, unwrap
+from nemo_emmett.data.sources import SOURCE_TYPE, Source, config_of, languages_of, plain, unwrap
 from nemo_emmett.data.speech_sources import LhotseManifest, NeMoManifest, NeMoTarredManifest
 from nemo_emmett.data.text_sources import open_parallel_text
 
@@ -149,7 +149,7 @@ def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> t
     else:
         inside = _with_our_reader_inside(source)
         with _paths_expanded_by_us():
-            cuts, is_tarred = get_parser_fn(source.type)(OmegaConf.create(inside))
+            cuts, is_tarred = get_parser_fn(source.type)(config_of(inside))
         ledger = bad_records if inside == config else None  # otherwise the reader inside counts
         cuts = cuts.map(partial(_with_origin, source=source.name, bad_records=ledger), apply_fn=None)
     if tags := config.get("tags"):

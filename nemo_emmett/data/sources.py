@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lhotse.serialization import load_yaml
+import yaml
 from nemo.collections.common.data.lhotse.dataloader import (
     LhotseDataLoadingConfig,
     make_structured_with_schema_warnings,
 )
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_emmett.config import escape_interpolations
 from nemo_emmett.data.config import OUR_KEYS
-from nemo_emmett.data.files import expand_paths
+from nemo_emmett.data.files import expand_paths, open_bytes
 from nemo_emmett.errors import ConfigError, DataError
 
 SOURCE_TYPE = "emmett_source"
@@ -189,6 +190,19 @@ def plain(config: Mapping | DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True)
 
 
+def config_of(settings: Mapping) -> DictConfig:
+    """The inverse of :func:`plain`: ``${`` in a text, such as a path, is no interpolation any more."""
+    return OmegaConf.create(_escaped(settings))
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return escape_interpolations(value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def groups_of(settings: Mapping) -> dict[str, dict] | None:
     """The groups of a ``multi_config`` by name, None if the dataset is none."""
     if not settings.get("multi_config"):
@@ -318,11 +332,15 @@ def _rewrite(
     return rewritten
 
 
-def _load_entries(path: str | Path, where: str) -> list:
+def _load_entries(path: str | Path, where: str) -> Any:
     try:
-        return OmegaConf.to_container(OmegaConf.create(load_yaml(path)), resolve=True)
+        with open_bytes(str(path)) as file:
+            entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as error:
         raise DataError(f"{where}: the file '{path}' cannot be read ({error.strerror or error}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: the file '{path}' is not YAML: {' '.join(str(error).split())}.") from error
+    return OmegaConf.to_container(OmegaConf.create(entries), resolve=True) if isinstance(entries, list) else entries
 
 
 def route_to_our_reader(settings: Mapping, where: str) -> list[dict]:
@@ -342,7 +360,7 @@ def structured_config(settings: Mapping, where: str) -> DictConfig:
     if routed.get("noise_path") is not None:
         routed["noise_path"] = _noise_read_by_us(routed["noise_path"], f"{where}.noise_path")
     return make_structured_with_schema_warnings(
-        OmegaConf.create({**routed, "input_cfg": route_to_our_reader(settings, where)})
+        config_of({**routed, "input_cfg": route_to_our_reader(settings, where)})
     )
 
 
@@ -358,7 +376,8 @@ def _noise_read_by_us(noise: str | Path | Mapping, where: str) -> dict[str, Any]
         settings = {"input_cfg" if path.endswith(".yaml") else "cuts_path" if is_cuts else "manifest_filepath": path}
     sources = rewrite_sources(settings, where, lambda source: _wrapped(source, examples="as_read"))
     others = {key: value for key, value in settings.items() if key not in {"input_cfg", *CLASSIC_KEYS}}
-    return {**others, "input_cfg": json.dumps(sources, ensure_ascii=False)}
+    text = json.dumps(_escaped(sources), ensure_ascii=False)
+    return {**others, "input_cfg": text.replace("$", "\\u0024")}
 
 
 def unwrap(config: Mapping) -> Source:
