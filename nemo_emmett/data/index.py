@@ -612,6 +612,8 @@ def _read_index(place: str, kind: str, state: FileState) -> Contents | None:
             header = json.loads(line)
             if {key: header.get(key) for key in _identity(kind, state)} != _identity(kind, state):
                 raise ValueError("out of date")
+            if len(line) % 64:
+                raise ValueError("cut off")
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         arrays, offset = {}, len(line)
         for name, (dtype, count) in header["arrays"].items():
@@ -620,7 +622,7 @@ def _read_index(place: str, kind: str, state: FileState) -> Contents | None:
             arrays[name] = np.frombuffer(view, dtype, count, offset)  # fails where the file is too short
             offset += arrays[name].nbytes
         contents = Contents(arrays, header["facts"])
-        if contents.checksum() != header["checksum"]:
+        if offset != len(view) or contents.checksum() != header["checksum"]:
             raise ValueError("damaged")
         return contents
     except FileNotFoundError:
