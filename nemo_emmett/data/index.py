@@ -15,19 +15,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
-import mmap
 import multiprocessing
 import os
-import stat
-import uuid
 import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import Any, BinaryIO, ClassVar
@@ -38,18 +33,10 @@ from nemo.utils import logging
 from tqdm import tqdm
 
 from nemo_emmett.data.files import SECONDS_WITHOUT_A_BAR, FileState, is_local, open_lines
+from nemo_emmett.data.index_file import Contents, read_index, write_index
 from nemo_emmett.errors import ConfigError, DataError
 
 INDEX_SUFFIX = ".emmett-index"
-
-_VERSION = 2
-"""Of the format of index files; files of another version are built again."""
-
-_DTYPES = ("<i8", "<u4", "|u1")
-"""Of the arrays in an index file; all others, such as objects, are refused."""
-
-_LONGEST_HEADER = 1 << 16
-"""Bytes. A longer first line is no header of an index file."""
 
 _PAGE = 8192
 """Bytes. One block is looked up and read at once: the lines that begin in the same page of the file."""
@@ -133,21 +120,6 @@ def _cached_lines(state: FileState, offset: int, size: int, checksum: int) -> li
     return block.split(b"\n")
 
 
-@dataclass
-class Contents:
-    """What an index holds: arrays by name, and facts that fit into its header."""
-
-    arrays: dict[str, np.ndarray]
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def checksum(self) -> int:
-        """The same for the same contents."""
-        checksum = zlib.crc32(json.dumps(self.facts, sort_keys=True).encode())
-        for name, array in self.arrays.items():
-            checksum = zlib.crc32(np.ascontiguousarray(array).data, zlib.crc32(name.encode(), checksum))
-        return checksum
-
-
 class Index(ABC):
     """What was found in a data file by reading it once. Subclasses say what to look for.
 
@@ -207,7 +179,7 @@ class Index(ABC):
         """
         self.state = FileState.of(self.path)
         for place in self.places:
-            if (contents := _read_index(place, self.kind, self.state)) is not None:
+            if (contents := read_index(place, self.kind, self.state)) is not None:
                 self._contents, self._is_mapped = contents, True
                 return True
         return False
@@ -262,7 +234,7 @@ class Index(ABC):
     def _is_written(self, state: FileState, contents: Contents) -> bool:
         for place in self.places:
             try:
-                _write_index(place, self.kind, state, contents)
+                write_index(place, self.kind, state, contents)
                 return True
             except OSError as error:
                 if self.index_dir is not None and place == self.places[-1]:
@@ -325,8 +297,6 @@ class LineIndex(Lines):
 
     def read(self, number: int) -> bytes:
         """See :meth:`Lines.read`."""
-        if not 0 <= number < len(self):
-            raise self._none_with(number)
         try:
             try:
                 return self._read(number)
@@ -344,6 +314,8 @@ class LineIndex(Lines):
             arrays = self.contents.arrays
             self._views = tuple(memoryview(arrays[name]) for name in ("first_lines", "offsets", "checksums"))
         first_lines, offsets, checksums = self._views
+        if not 0 <= number < first_lines[-1]:
+            raise self._none_with(number)
         block = bisect_right(first_lines, number) - 1
         offset, size = offsets[block], offsets[block + 1] - offsets[block]
         read = _cached_lines if size <= _CACHED_BLOCK else _cached_lines.__wrapped__
@@ -572,61 +544,3 @@ def _tell_of_unwritten(indexes: Sequence[Index]) -> None:
             f"The index of {indexes[0].path}{others} cannot be kept beside the data, and is lost when this process "
             "ends; name a folder for it with index_dir."
         )
-
-
-def _write_index(place: str, kind: str, state: FileState, contents: Contents) -> None:
-    """Write an index file as a whole or not at all, whoever else does so at the same time."""
-    os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
-    draft = f"{place}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(draft, "xb") as file:
-            file.write(_header(kind, state, contents))
-            for array in contents.arrays.values():
-                file.write(np.ascontiguousarray(array).data)
-        os.replace(draft, place)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(draft)
-
-
-def _header(kind: str, state: FileState, contents: Contents) -> bytes:
-    """One line of JSON, filled up with blanks so that the numbers behind it are aligned."""
-    shapes = {name: [array.dtype.str, len(array)] for name, array in contents.arrays.items()}
-    content = {"checksum": contents.checksum(), "arrays": shapes, "facts": contents.facts}
-    line = json.dumps({**_identity(kind, state), **content}).encode()
-    return line.ljust(-(-(len(line) + 1) // 64) * 64 - 1) + b"\n"
-
-
-def _identity(kind: str, state: FileState) -> dict[str, Any]:
-    keys = ("size", "mtime_ns", "ctime_ns", "sample")
-    return {"version": _VERSION, "kind": kind, **dict(zip(keys, state.stamp, strict=True))}
-
-
-def _read_index(place: str, kind: str, state: FileState) -> Contents | None:
-    """Map an index file; None if there is none, or it is not a whole one of the data as it is now."""
-    try:
-        if not stat.S_ISREG(os.stat(place).st_mode):  # opening a pipe would wait for ever
-            raise ValueError("no file")
-        with open(place, "rb") as file:
-            line = file.readline(_LONGEST_HEADER)
-            header = json.loads(line)
-            if {key: header.get(key) for key in _identity(kind, state)} != _identity(kind, state):
-                raise ValueError("out of date")
-            if len(line) % 64:
-                raise ValueError("cut off")
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        arrays, offset = {}, len(line)
-        for name, (dtype, count) in header["arrays"].items():
-            if dtype not in _DTYPES or count < 0:
-                raise ValueError("not an array of an index")
-            arrays[name] = np.frombuffer(view, dtype, count, offset)  # fails where the file is too short
-            offset += arrays[name].nbytes
-        contents = Contents(arrays, header["facts"])
-        if offset != len(view) or contents.checksum() != header["checksum"]:
-            raise ValueError("damaged")
-        return contents
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        logging.info(f"The index {place} does not fit {state.path} as it is now: it is built again.")
-        return None

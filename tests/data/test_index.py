@@ -77,14 +77,14 @@ def messages(monkeypatch) -> list[str]:
 @pytest.fixture
 def no_place_beside(monkeypatch, tmp_path: Path) -> None:
     """Nothing can be written into the folder of the data, as on a read-only disk."""
-    write_index = index_module._write_index
+    write_index = index_module.write_index
 
     def refuse(place: str, *args) -> None:
         if Path(place).parent == tmp_path:
             raise PermissionError(13, "Permission denied", place)
         write_index(place, *args)
 
-    monkeypatch.setattr(index_module, "_write_index", refuse)
+    monkeypatch.setattr(index_module, "write_index", refuse)
 
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS.keys())

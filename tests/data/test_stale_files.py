@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from nemo_emmett.data import index as index_module
-from nemo_emmett.data import sizes
+from nemo_emmett.data import index_file, sizes
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.data.files import FileState, count_lines
@@ -309,9 +309,9 @@ def test_something_else_in_the_place_of_an_index_is_no_index(tmp_path, messages,
     }
     make[what]()
     if what == "unreadable":  # permissions would not hold back a root user
-        real = index_module.mmap.mmap
+        real = index_file.mmap.mmap
         maps = iter([refuse, real])
-        monkeypatch.setattr(index_module.mmap, "mmap", lambda *args, **keys: next(maps)(*args, **keys))
+        monkeypatch.setattr(index_file.mmap, "mmap", lambda *args, **keys: next(maps)(*args, **keys))
     lines = LineIndex(str(path))
     assert [lines.read(i) for i in range(400)] == LINES[:400]
     assert sum("does not fit" in message for message in messages) == (what != "broken link")
@@ -393,10 +393,10 @@ def test_something_else_in_the_place_of_counts_is_none(tmp_path, make) -> None:
 
 
 def test_a_checksum_covers_facts_names_and_arrays() -> None:
-    contents = index_module.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 3})
+    contents = index_file.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 3})
     others = [
-        index_module.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 4}),
-        index_module.Contents({"b": np.arange(3), "a": np.arange(2)}, {"lines": 3}),
-        index_module.Contents({"a": np.arange(3), "b": np.arange(2)[::-1]}, {"lines": 3}),
+        index_file.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 4}),
+        index_file.Contents({"b": np.arange(3), "a": np.arange(2)}, {"lines": 3}),
+        index_file.Contents({"a": np.arange(3), "b": np.arange(2)[::-1]}, {"lines": 3}),
     ]
     assert contents.checksum() not in [other.checksum() for other in others]
