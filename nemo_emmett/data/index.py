@@ -65,10 +65,6 @@ class FileChanged(DataError):
         return cls(f"{path}: has changed since it was indexed; start again to index it anew.")
 
 
-class _Touched(Exception):
-    """The change time of a file differs: its content may have changed, or its name, owner or permissions alone."""
-
-
 class _Descriptor:
     """An open file, closed when nobody uses it any more: a thread may still read what the cache has let go."""
 
@@ -93,30 +89,22 @@ def read_at(state: FileState, offset: int, size: int) -> bytes:
         FileChanged: if the file has another size or time than in this state.
         OSError: if it cannot be read.
     """
-    return _read(state, offset, size)[0]
-
-
-def _read(state: FileState, offset: int, size: int) -> tuple[bytes, os.stat_result]:
-    """The bytes, and the file's attributes after they were read: unless these differ, nothing was written before."""
     file = _opened(state)
     parts = []
     while size > 0 and (part := os.pread(file.number, size, offset)):
         parts.append(part)
         offset, size = offset + len(part), size - len(part)
-    status = os.fstat(file.number)
+    status = os.fstat(file.number)  # behind the bytes: nothing was written before they were read
     if (status.st_size, status.st_mtime_ns) != (state.size, state.mtime_ns):
         raise FileChanged.of(state.path)
-    return parts[0] if len(parts) == 1 else b"".join(parts), status
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 @lru_cache(maxsize=1024)
 def _cached_lines(state: FileState, offset: int, size: int, checksum: int) -> list[bytes]:
-    block, status = _read(state, offset, size)
-    if zlib.crc32(block) != checksum:
+    block = read_at(state, offset, size)
+    if zlib.crc32(block) != checksum:  # the size and the time of a file can be those of another content
         raise FileChanged.of(state.path)
-    # An earlier block may have lost a line to a later one; of a file that was replaced, the old one is still read.
-    if status.st_ctime_ns != state.ctime_ns and status.st_nlink:
-        raise _Touched
     return block.split(b"\n")
 
 
@@ -214,17 +202,6 @@ class Index(ABC):
     def _changing(self) -> DataError:
         return DataError(f"{self.path}: changes while it is being indexed; start again when it is complete.")
 
-    def _check_content(self) -> None:
-        """Compare the whole data file with the index, since something about the file has changed.
-
-        Raises:
-            FileChanged: if it is not what was indexed.
-        """
-        state = FileState.of(self.path)
-        if self._find(state, lambda _: None).checksum() != self.contents.checksum():
-            raise FileChanged.of(self.path)
-        self.state = state
-
     def _discard(self) -> None:
         """Remove the index files, so that the next start builds them again whatever the data file's times are."""
         for place in self.places:
@@ -297,19 +274,6 @@ class LineIndex(Lines):
 
     def read(self, number: int) -> bytes:
         """See :meth:`Lines.read`."""
-        try:
-            try:
-                return self._read(number)
-            except _Touched:
-                self._check_content()
-                return self._read(number)
-        except FileChanged:
-            self._discard()
-            raise
-        except (OSError, _Touched) as error:
-            raise DataError(f"{self.path}: cannot be read ({error or 'it is being written to'}).") from error
-
-    def _read(self, number: int) -> bytes:
         if self._views is None:
             arrays = self.contents.arrays
             self._views = tuple(memoryview(arrays[name]) for name in ("first_lines", "offsets", "checksums"))
@@ -319,7 +283,14 @@ class LineIndex(Lines):
         block = bisect_right(first_lines, number) - 1
         offset, size = offsets[block], offsets[block + 1] - offsets[block]
         read = _cached_lines if size <= _CACHED_BLOCK else _cached_lines.__wrapped__
-        return read(self.state, offset, size, checksums[block])[number - first_lines[block]].rstrip(b"\r")
+        try:
+            lines = read(self.state, offset, size, checksums[block])
+        except FileChanged:
+            self._discard()
+            raise
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror}).") from error
+        return lines[number - first_lines[block]].rstrip(b"\r")
 
     def _find(self, state: FileState, progress: Progress) -> Contents:
         offsets, first_lines, checksums = [[0]], [[0]], []
@@ -412,8 +383,11 @@ class LineCount(Lines):
         status = os.stat(self.path)
         if (status.st_size, status.st_mtime_ns) != (self.state.size, self.state.mtime_ns):
             raise FileChanged.of(self.path)
-        if status.st_ctime_ns != self.state.ctime_ns:
-            self._check_content()
+        if status.st_ctime_ns != self.state.ctime_ns:  # perhaps its name, owner or permissions alone
+            state = FileState.of(self.path)
+            if self._find(state, lambda _: None).facts != self.contents.facts:
+                raise FileChanged.of(self.path)
+            self.state = state
 
     def _changed(self) -> DataError:
         kept = f"delete its index ({' or '.join(self.places)}) and " if self.places else ""

@@ -962,7 +962,7 @@ def test_it_builds_and_yields_under_our_sampling(files, tokenizer, name) -> None
     assert batches
 
 
-ODD_NAME = "corpus (v1) [2,3] <x> {a,b} _OP_0..1_CL_ #1: 50% ~$*?=ä"
+ODD_NAME = "corpus (v1) [2,3] <x> {a,b} _OP_0..1_CL_ #1: 50% ~$*?=ä ("
 """A folder whose name NeMo's readers take for a pattern, and YAML for a comment and a mapping."""
 
 IN_AN_ODD_FOLDER = {
