@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 
 from nemo_emmett.errors import ConfigError
@@ -69,3 +70,13 @@ def check_keys(
             raise ConfigError(f"{where}.{key}: there is no such key; did you mean '{suggestion}'?")
         strangers.append(key)
     return strangers
+
+
+def escape_interpolations(text: str) -> str:
+    r"""A text as it must stand in a recipe: ``${`` in it, such as in a path, is no interpolation.
+
+    Example:
+        >>> print(escape_interpolations("/data/${name}"))
+        /data/\${name}
+    """
+    return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", text)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -210,7 +211,11 @@ class _Shar:
         self.unfinished = workshop.folder / f"{chunk.part}-{chunk.number:06d}.shar"
         shutil.rmtree(self.unfinished, ignore_errors=True)  # of a preparation that was killed
         self.unfinished.mkdir(parents=True)
-        self.writer = SharWriter(self.unfinished, fields={"recording": "flac"}, shard_size=None)
+        # Lhotse takes "%" in a folder's name for a number, and a folder called x.tar for a tar file.
+        self.links = TemporaryDirectory()
+        link = Path(self.links.name, "shar")
+        link.symlink_to(self.unfinished.absolute())
+        self.writer = SharWriter(link, fields={"recording": "flac"}, shard_size=None)
         self.writer.__enter__()
 
     def add(self, sentence: Sentence) -> dict[str, Any]:
@@ -230,6 +235,7 @@ class _Shar:
 
     def close(self) -> None:
         self.writer.__exit__(None, None, None)
+        self.links.cleanup()
         cuts, tar = self.unfinished / "cuts.jsonl.gz", self.unfinished / "recording.tar"
         if tar.exists():  # nothing is written where no recording could be read
             with self.workshop.whole(self.folder / f"recording.{self.number:06d}.tar") as unfinished:

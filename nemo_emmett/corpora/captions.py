@@ -128,7 +128,7 @@ def _read_lines(source: Path, split: str, languages: Sequence[str]) -> dict[str,
         path = source / f"{split}.{language}"
         if not path.is_file():
             raise DataError(f"'{path}' does not exist; give the folder of Multi30k's raw text, unpacked, as SOURCE")
-        lines[language] = list(SourceFiles(source).lines(path.name))
+        lines[language] = list(SourceFiles(source).lines(path.name, errors="strict"))
     first = languages[0]
     for language in languages[1:]:
         if len(lines[language]) != len(lines[first]):

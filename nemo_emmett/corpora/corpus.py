@@ -31,12 +31,19 @@ class Sentence:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A row of a publisher's file that makes no sentence; it is counted under its cause."""
+
+    cause: str
+
+
+@dataclass(frozen=True)
 class Part:
     """A stretch of a corpus that is written as one: a split in some languages, text or the speech of one language."""
 
     split: str  # as the publisher calls it
     languages: tuple[str, ...]  # ISO 639-1; every sentence of a text part has all of them
-    sentences: Callable[[], Iterable[Sentence]]  # reads the files anew at each call, always in the same order
+    sentences: Callable[[], Iterable[Sentence | Skipped]]  # reads the files anew at each call, always in the same order
     spoken: str | None = None  # the language of the recordings; None: text
     name: str = ""  # of its files; derived from the split and the spoken language unless given
 

@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from nemo_emmett.config import escape_interpolations
 from nemo_emmett.corpora.claim import CorpusFolder, identity_of, plan_of, refuse_inside, refuse_other_parts
-from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
+from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence, Skipped
 from nemo_emmett.corpora.writing import Workshop
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.processes import available_cores, end_with_parent
@@ -239,10 +240,15 @@ def _usable(
 
 
 def _without_doubles(part: Part, skipped: Counter[str]) -> Iterator[Sentence]:
-    """The sentences of a part; recordings get files named after their ids, so these must differ."""
+    """The sentences of a part, without what its reader skipped.
+
+    Recordings get files named after their ids, so these must differ.
+    """
     seen: set[str] = set()
     for sentence in part.sentences():
-        if part.spoken is None:
+        if isinstance(sentence, Skipped):
+            skipped[sentence.cause] += 1
+        elif part.spoken is None:
             yield sentence
         elif sentence.id in seen:
             skipped["id occurs twice"] += 1
@@ -256,6 +262,8 @@ def _fault(part: Part, sentence: Sentence) -> str | None:
     needed = part.languages if part.spoken is None else (part.spoken,)
     if any(not sentence.texts.get(language) for language in needed) or not all(sentence.texts.values()):
         return "empty text"
+    if not all(map(_is_utf8, (sentence.id, *sentence.texts.values()))):
+        return "not UTF-8"
     if part.spoken is not None and sentence.recording is None:
         return "missing recording"
     return None
@@ -275,8 +283,19 @@ def _is_training(part: Part) -> bool:
     return part.split.startswith("train")
 
 
+def _is_utf8(text: str) -> bool:
+    """Whether a text can be written: readers keep bytes that are not UTF-8 as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _one_line(text: str) -> str:
-    return re.sub(r"\s*[\r\n]+\s*", " ", text).strip()
+    if "\n" in text or "\r" in text:
+        text = re.sub(r"\s*[\r\n]+\s*", " ", text)
+    return text.strip()
 
 
 def _speech_source(part: Part, job: _Job, num_shards: int) -> dict[str, str]:
@@ -297,8 +316,16 @@ def _speech_source(part: Part, job: _Job, num_shards: int) -> dict[str, str]:
 def _write_input_cfg(part: Part, entry: Mapping[str, Any], job: _Job) -> None:
     import yaml
 
-    content = yaml.safe_dump([dict(entry)], sort_keys=False, allow_unicode=True)
+    content = yaml.safe_dump([_escaped(entry)], sort_keys=False, allow_unicode=True)
     job.workshop.write_text(job.out / "input_cfg" / f"{part.name}.yaml", content)
+
+
+def _escaped(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry whose paths OmegaConf reads as they are."""
+    return {
+        key: _escaped(value) if isinstance(value, Mapping) else escape_interpolations(value)
+        for key, value in entry.items()
+    }
 
 
 def _each(

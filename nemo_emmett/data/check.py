@@ -35,6 +35,7 @@ from nemo_emmett.data.sources import (
     SHARED_BY_GROUPS,
     Source,
     as_one_stream,
+    config_of,
     groups_of,
     languages_of,
     list_all_sources,
@@ -280,10 +281,12 @@ def _check_files(source: Source) -> None:
     needs = {"nemo": "manifest_filepath", "nemo_tarred": "manifest_filepath"}.get(source.type)
     if needs is not None and source.config.get(needs) is None:
         raise ConfigError(f"{source.where}.{needs}: missing; a source of type '{source.type}' needs it.")
-    for key, path in source.files():
+    for key, path, written in source.files_as_written():
         if is_local(path) and not Path(path).exists():
+            of_pattern = f" (of '{written}')" if written != path else ""
             raise DataError(
-                f"{source.where}.{key}: there is no file '{path}'; correct the path, or prepare the data first."
+                f"{source.where}.{key}: there is no file '{path}'{of_pattern}; correct the path, or prepare the data "
+                "first."
             )
 
 
@@ -428,4 +431,4 @@ def _probe_config(source: Source, settings: Mapping, tokenizer: Any) -> DictConf
         # Without bins, a bucketing sampler would read the data to estimate them.
         probe |= {"use_bucketing": False, "bucket_duration_bins": None, "bucket_batch_size": None, "batch_size": 1}
         probe |= {"batch_duration": None, "batch_tokens": None}
-    return make_structured_with_schema_warnings(OmegaConf.create(probe))
+    return make_structured_with_schema_warnings(config_of(probe))

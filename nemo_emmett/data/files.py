@@ -1,18 +1,23 @@
-"""Reading text files line by line: sharded, plain or gzipped, and without stopping at a line that cannot be decoded."""
+"""The files that a config names, and their lines: sharded, plain or gzipped, and without stopping at bad UTF-8."""
 
 from __future__ import annotations
 
 import codecs
 import os
 import random
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
+from braceexpand import braceexpand
 from lhotse.dataset.dataloading import resolve_seed
 from lhotse.serialization import open_best
-from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
+from lhotse.workarounds import gzip_open_robust
 from tqdm import tqdm
 
 from nemo_emmett.errors import DataError
@@ -21,16 +26,71 @@ SECONDS_WITHOUT_A_BAR = 5.0
 """Counting that takes no longer than this shows nothing."""
 
 
+_OPENING, _CLOSING = ("_OP_", "{", "(", "[", "<"), ("_CL_", "}", ")", "]", ">")
+_OPENING_BRACKET = re.compile("|".join(map(re.escape, _OPENING)))
+_BRACKET_OR_COMMA = re.compile("|".join(map(re.escape, (*_OPENING, *_CLOSING, ","))))
+_RANGE = re.compile(r"-?\d+\.\.-?\d+(\.\.-?\d+)?|[A-Za-z]\.\.[A-Za-z](\.\.-?\d+)?")
+
+_SAMPLES, _SAMPLE_BYTES = 8, 4096
+"""So many blocks of a file, of this size, tell whether it is still the same; a file of no more bytes is read whole."""
+
+
 def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
-    """All files that a config names: one path, a list of them, or a sharded one (``train__OP_0..7_CL_.de``)."""
+    """All files that a config names: one path, a list of them, or a pattern (``train__OP_0..7_CL_.de``).
+
+    A path that exists is that path, whatever characters it holds. In any other, a range (``0..7``, ``00..30..2``,
+    ``a..c``) or a list (``a,b``) between ``_OP_`` and ``_CL_``, braces, parentheses, square or angle brackets stands
+    for its values, as in NeMo. Brackets in the names of existing folders, or around anything else, are part of a name.
+    """
     if isinstance(paths, (str, Path)):
-        return [str(path) for path in expand_sharded_filepaths(paths)]
-    return [str(shard) for path in paths for shard in expand_sharded_filepaths(path)]
+        return list(_expanded(str(paths), 0))
+    return [shard for path in paths for shard in _expanded(str(path), 0)]
+
+
+def _expanded(path: str, known: int) -> Iterator[str]:
+    """The files of one pattern; its first ``known`` characters name an existing folder."""
+    if is_local(path):
+        if os.path.lexists(path):
+            yield path
+            return
+        while (end := path.find("/", known) + 1) and os.path.isdir(path[:end]):
+            known = end
+    for opening in _OPENING_BRACKET.finditer(path, known):
+        if (found := _choices(path, opening.end())) is not None:
+            choices, end = found
+            for choice in choices:
+                yield from _expanded(path[: opening.start()] + choice + path[end:], known)
+            return
+    yield path
+
+
+def _choices(path: str, start: int) -> tuple[list[str], int] | None:
+    """What the bracket whose content begins at ``start`` stands for, and where it ends; None if it is no pattern."""
+    depth, members = 1, []
+    begin = start
+    for token in _BRACKET_OR_COMMA.finditer(path, start):
+        depth += (token[0] in _OPENING) - (token[0] in _CLOSING)
+        if depth == 0 or (depth == 1 and token[0] == ","):
+            members.append(path[begin : token.start()])
+            begin = token.end()
+        if depth == 0:
+            if len(members) > 1:
+                return members, begin
+            is_range = _RANGE.fullmatch(members[0]) is not None
+            return (list(braceexpand("{" + members[0] + "}")), begin) if is_range else None
+    return None
 
 
 def is_local(path: str) -> bool:
     """Whether ``path`` is a file of this machine: not a URL, an object store, or the output of a command."""
     return "://" not in path and not path.startswith("pipe:")
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """Open a file, gzipped if its name ends in ``.gz``, a URL, or the output of a command (``pipe:...``)."""
+    if is_local(path):  # lhotse takes a folder whose name ends in .tar for a tar file
+        return gzip_open_robust(path) if path.endswith(".gz") else open(path, "rb")
+    return open_best(path, "rb")
 
 
 def open_lines(path: str) -> Iterator[bytes]:
@@ -39,7 +99,7 @@ def open_lines(path: str) -> Iterator[bytes]:
     Lines end at a newline only: other separators that Unicode knows may stand inside a sentence, and splitting there
     would shift one side of a parallel text.
     """
-    with open_best(path, "rb") as file:
+    with open_bytes(path) as file:
         for line in file:
             yield line.rstrip(b"\r\n")
 
@@ -71,29 +131,85 @@ def count_lines(path: str) -> int:
 
 def count_lines_of(paths: Sequence[str]) -> dict[str, int]:
     """Number of lines of each local text file; counting for long shows a bar, a file that did not change is quick."""
-    stamps = {path: _stamp(path) for path in paths}
-    new = [path for path, stamp in stamps.items() if stamp not in _counted]
-    total = sum(os.path.getsize(path) for path in new)
+    states = {path: FileState.of(path) for path in paths}
+    new = [path for path, state in states.items() if state not in _counted]
+    total = sum(states[path].size for path in new)
     with tqdm(total=total, desc="Counting lines", unit="B", unit_scale=True, delay=SECONDS_WITHOUT_A_BAR) as bar:
         for path in new:
-            _counted[stamps[path]] = _count_lines(path, bar)
-    return {path: _counted[stamp] for path, stamp in stamps.items()}
+            _counted[states[path]] = _count_lines(path, bar)
+    return {path: _counted[state] for path, state in states.items()}
 
 
-_counted: dict[tuple[str, int, int], int] = {}
-"""Number of lines of the files counted in this process, by their stamps."""
+class FileState(NamedTuple):
+    """A file as it was when it was looked at. Of a remote file nothing but its name is known.
+
+    A file that is rewritten may keep its size, and tools such as rsync set its time to an older one. Its change time
+    (ctime) cannot be set; where a file system has none, a sample of the content tells most changes.
+    """
+
+    path: str
+    size: int = -1  # bytes
+    mtime_ns: int = -1
+    ctime_ns: int = -1
+    sample: int = -1  # checksum of some blocks
+
+    @classmethod
+    def of(cls, path: str) -> FileState:
+        """
+        Raises:
+            DataError: if a local file does not exist or cannot be read.
+        """
+        if not is_local(path):
+            return cls(path)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                sample = _sample(file.fileno(), status.st_size)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        return cls(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, sample)
+
+    @property
+    def stamp(self) -> list[int]:
+        """What a cache file keeps of it: all but the path, since folders are moved."""
+        return list(self[1:])
 
 
-def _stamp(path: str) -> tuple[str, int, int]:
-    """What stays the same as long as a file does."""
-    status = os.stat(path)
-    return path, status.st_size, status.st_mtime_ns
+@lru_cache(maxsize=1 << 16)
+def content_checksum(state: FileState) -> int:
+    """Checksum of all bytes of a local file in this state; of a remote one 0.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    if not is_local(state.path):
+        return 0
+    checksum = 0
+    with open(state.path, "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _sample(descriptor: int, size: int) -> int:
+    """Checksum of blocks spread over an open file, its beginning and end among them."""
+    if size <= _SAMPLES * _SAMPLE_BYTES:
+        return zlib.crc32(os.pread(descriptor, size, 0))
+    checksum = 0
+    for number in range(_SAMPLES):
+        offset = (size - _SAMPLE_BYTES) * number // (_SAMPLES - 1)
+        checksum = zlib.crc32(os.pread(descriptor, _SAMPLE_BYTES, offset), checksum)
+    return checksum
+
+
+_counted: dict[FileState, int] = {}
+"""Number of lines of the files counted in this process."""
 
 
 def _count_lines(path: str, bar: tqdm) -> int:
     count, last = 0, b"\n"
     is_compressed = path.endswith(".gz")
-    with open_best(path, "rb") as file:
+    with open_bytes(path) as file:
         while block := file.read(1 << 20):
             count += block.count(b"\n")
             last = block[-1:]

@@ -1,8 +1,10 @@
-"""Where each line of a text file stands, and what all indexes share: found in one pass, then kept beside the data.
+"""The position of each line of a text file, and what all indexes share: found in one pass, then kept beside the data.
 
 An index is a few arrays in a small file named after the data (``train.de.emmett-index``), mapped into memory, so that
-all workers share one copy. It carries the data file's size and time: when these differ, it is built anew. Where nothing
-can be written beside the data, indexes go into ``index_dir``; without one they last as long as the process.
+all workers share one copy. It is built again unless its own checksum is right and the data file has the size, times and
+sampled content that it had (:class:`FileState`). It holds a checksum of each block of lines, which is compared whenever
+the block is read: data that is rewritten during a training ends it. Where nothing can be written beside the data,
+indexes go into ``index_dir``; without one they last as long as the process.
 
 Text that is compressed, remote, or the output of a command cannot be entered in the middle. Of such a file only the
 number of lines is kept, and it is read forward, a stretch at a time.
@@ -13,34 +15,29 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
-import mmap
 import multiprocessing
 import os
-import uuid
 import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 from lhotse.serialization import open_best
 from nemo.utils import logging
 from tqdm import tqdm
 
-from nemo_emmett.data.files import SECONDS_WITHOUT_A_BAR, is_local, open_lines
+from nemo_emmett.data.files import SECONDS_WITHOUT_A_BAR, FileState, is_local, open_lines
+from nemo_emmett.data.index_file import Contents, read_index, write_index
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.processes import available_cores, forked_pool
 
 INDEX_SUFFIX = ".emmett-index"
-
-_VERSION = 1
-"""Of the format of index files; files of another version are built anew."""
 
 _PAGE = 8192
 """Bytes. One block is looked up and read at once: the lines that begin in the same page of the file."""
@@ -60,26 +57,13 @@ Progress = Callable[[int], Any]
 """Is told how many more bytes have been read."""
 
 
-class FileState(NamedTuple):
-    """A file as it was when it was looked at. Of a remote file nothing but its name is known."""
-
-    path: str
-    size: int = -1  # bytes
-    mtime_ns: int = -1
+class FileChanged(DataError):
+    """A data file is no longer what was indexed."""
 
     @classmethod
-    def of(cls, path: str) -> FileState:
-        """
-        Raises:
-            DataError: if a local file does not exist or cannot be looked at.
-        """
-        if not is_local(path):
-            return cls(path)
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-        return cls(path, status.st_size, status.st_mtime_ns)
+    def of(cls, path: str) -> FileChanged:
+        """The error for a file."""
+        return cls(f"{path}: has changed since it was indexed; start again to index it anew.")
 
 
 class _Descriptor:
@@ -87,9 +71,6 @@ class _Descriptor:
 
     def __init__(self, state: FileState) -> None:
         self.number = os.open(state.path, os.O_RDONLY)
-        status = os.fstat(self.number)
-        if (status.st_size, status.st_mtime_ns) != (state.size, state.mtime_ns):
-            raise DataError(f"{state.path}: has changed since it was indexed; start again to index it anew.")
 
     def __del__(self) -> None:
         with suppress(AttributeError, OSError):  # opening failed, or the interpreter is going down
@@ -106,7 +87,7 @@ def read_at(state: FileState, offset: int, size: int) -> bytes:
     """So many bytes of a local file from an offset on; fewer where it ends.
 
     Raises:
-        DataError: if the file is no longer in this state.
+        FileChanged: if the file has another size or time than in this state.
         OSError: if it cannot be read.
     """
     file = _opened(state)
@@ -114,20 +95,18 @@ def read_at(state: FileState, offset: int, size: int) -> bytes:
     while size > 0 and (part := os.pread(file.number, size, offset)):
         parts.append(part)
         offset, size = offset + len(part), size - len(part)
+    status = os.fstat(file.number)  # behind the bytes: nothing was written before they were read
+    if (status.st_size, status.st_mtime_ns) != (state.size, state.mtime_ns):
+        raise FileChanged.of(state.path)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 @lru_cache(maxsize=1024)
-def _cached_lines(state: FileState, offset: int, size: int) -> list[bytes]:
-    return read_at(state, offset, size).split(b"\n")
-
-
-@dataclass
-class Contents:
-    """What an index holds: arrays by name, and facts that fit into its header."""
-
-    arrays: dict[str, np.ndarray]
-    facts: dict[str, Any] = field(default_factory=dict)
+def _cached_lines(state: FileState, offset: int, size: int, checksum: int) -> list[bytes]:
+    block = read_at(state, offset, size)
+    if zlib.crc32(block) != checksum:  # the size and the time of a file can be those of another content
+        raise FileChanged.of(state.path)
+    return block.split(b"\n")
 
 
 class Index(ABC):
@@ -189,7 +168,7 @@ class Index(ABC):
         """
         self.state = FileState.of(self.path)
         for place in self.places:
-            if (contents := _read_index(place, self.kind, self.state)) is not None:
+            if (contents := read_index(place, self.kind, self.state)) is not None:
                 self._contents, self._is_mapped = contents, True
                 return True
         return False
@@ -209,6 +188,8 @@ class Index(ABC):
             contents = self._find(state, progress)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{self.path}: cannot be read to its end ({error}).") from error
+        if FileState.of(self.path) != state:
+            raise self._changing()
         return state, None if self._is_written(state, contents) else contents
 
     def adopt(self, state: FileState, contents: Contents | None) -> None:
@@ -217,12 +198,21 @@ class Index(ABC):
         if contents is not None:
             self._contents = contents
         elif not self.load():
-            raise DataError(f"{self.path}: changes while it is being indexed; start again when it is complete.")
+            raise self._changing()
+
+    def _changing(self) -> DataError:
+        return DataError(f"{self.path}: changes while it is being indexed; start again when it is complete.")
+
+    def _discard(self) -> None:
+        """Remove the index files, so that the next start builds them again whatever the data file's times are."""
+        for place in self.places:
+            with suppress(OSError):
+                os.remove(place)
 
     def _is_written(self, state: FileState, contents: Contents) -> bool:
         for place in self.places:
             try:
-                _write_index(place, self.kind, state, contents)
+                write_index(place, self.kind, state, contents)
                 return True
             except OSError as error:
                 if self.index_dir is not None and place == self.places[-1]:
@@ -278,7 +268,7 @@ class LineIndex(Lines):
 
     kind = "lines"
     is_sequential = False
-    _views: tuple[memoryview, memoryview] | None = None  # single numbers come faster out of these than out of arrays
+    _views: tuple[memoryview, ...] | None = None  # single numbers come faster out of these than out of arrays
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_views": None}
@@ -287,24 +277,36 @@ class LineIndex(Lines):
         """See :meth:`Lines.read`."""
         if self._views is None:
             arrays = self.contents.arrays
-            self._views = memoryview(arrays["first_lines"]), memoryview(arrays["offsets"])
-        first_lines, offsets = self._views
+            self._views = tuple(memoryview(arrays[name]) for name in ("first_lines", "offsets", "checksums"))
+        first_lines, offsets, checksums = self._views
         if not 0 <= number < first_lines[-1]:
             raise self._none_with(number)
         block = bisect_right(first_lines, number) - 1
         offset, size = offsets[block], offsets[block + 1] - offsets[block]
         read = _cached_lines if size <= _CACHED_BLOCK else _cached_lines.__wrapped__
-        return read(self.state, offset, size)[number - first_lines[block]].rstrip(b"\r")
+        try:
+            lines = read(self.state, offset, size, checksums[block])
+        except FileChanged:
+            self._discard()
+            raise
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror}).") from error
+        return lines[number - first_lines[block]].rstrip(b"\r")
 
     def _find(self, state: FileState, progress: Progress) -> Contents:
-        offsets, first_lines = [[0]], [[0]]
-        size, newlines, last = 0, 0, b"\n"
+        offsets, first_lines, checksums = [[0]], [[0]], []
+        size, newlines, last, checksum = 0, 0, b"\n", 0
         with open(state.path, "rb") as file:
             while chunk := file.read(_CHUNK):
                 starts = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (size + 1)
                 begins_block = np.diff(starts // _PAGE, prepend=-1) > 0
                 offsets.append(starts[begins_block])
                 first_lines.append(newlines + 1 + np.flatnonzero(begins_block))
+                view, done = memoryview(chunk), 0
+                for begin in (offsets[-1] - size).tolist():
+                    checksums.append(zlib.crc32(view[done:begin], checksum))
+                    checksum, done = 0, begin
+                checksum = zlib.crc32(view[done:], checksum)
                 newlines += len(starts)
                 size += len(chunk)
                 last = chunk[-1:]
@@ -313,6 +315,7 @@ class LineIndex(Lines):
         arrays = {
             "offsets": np.concatenate([*offsets, [size]], dtype=np.int64),
             "first_lines": np.concatenate([*first_lines, [lines]], dtype=np.int64),
+            "checksums": np.array([*checksums, checksum], np.uint32),
         }
         return Contents(arrays, {"lines": lines})
 
@@ -341,18 +344,22 @@ class LineCount(Lines):
         """Read this stretch into memory, and forget what came before it.
 
         Raises:
-            DataError: if the file has become shorter.
+            DataError: if the file has changed.
         """
         if self._process != os.getpid():  # a forked worker shares the position in the file with its parent
             self.release()
         stop = min(stop, len(self))
-        if self._reader is None or not self._start <= start <= self._start + len(self._lines):
-            self._go_to(start)
-        del self._lines[: start - self._start]
-        self._start = start
-        self._lines.extend(islice(self._reader, max(stop - start - len(self._lines), 0)))
+        try:
+            if self._reader is None or not self._start <= start <= self._start + len(self._lines):
+                self._go_to(start)
+            del self._lines[: start - self._start]
+            self._start = start
+            self._lines.extend(islice(self._reader, max(stop - start - len(self._lines), 0)))
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{self.path}: cannot be read to its end ({error}).") from error
         if len(self._lines) < stop - start:
             raise self._changed()
+        self._check_unchanged()
 
     def read(self, number: int) -> bytes:
         """See :meth:`Lines.read`; outside the stretch that was prepared, it reads forward to the line."""
@@ -371,17 +378,30 @@ class LineCount(Lines):
         if skipped < number - behind:
             raise self._changed()
 
+    def _check_unchanged(self) -> None:
+        if not is_local(self.path):
+            return
+        status = os.stat(self.path)
+        if (status.st_size, status.st_mtime_ns) != (self.state.size, self.state.mtime_ns):
+            raise FileChanged.of(self.path)
+        if status.st_ctime_ns != self.state.ctime_ns:  # perhaps its name, owner or permissions alone
+            state = FileState.of(self.path)
+            if self._find(state, lambda _: None).facts != self.contents.facts:
+                raise FileChanged.of(self.path)
+            self.state = state
+
     def _changed(self) -> DataError:
         kept = f"delete its index ({' or '.join(self.places)}) and " if self.places else ""
         return DataError(f"{self.path}: no longer has {len(self)} lines, as its index says; {kept}start again.")
 
     def _find(self, state: FileState, progress: Progress) -> Contents:
-        lines, last = 0, b"\n"
+        lines, last, checksum = 0, b"\n", 0
         with _opened_to_count(state, progress) as file:
             while block := file.read(_CHUNK):
                 lines += block.count(b"\n")
                 last = block[-1:]
-        return Contents({}, {"lines": lines + (last != b"\n")})
+                checksum = zlib.crc32(block, checksum)
+        return Contents({}, {"lines": lines + (last != b"\n"), "crc32": checksum})
 
 
 @contextmanager
@@ -450,21 +470,16 @@ def _build_here(indexes: Sequence[Index], bar: tqdm) -> None:
 def _can_fork(files: int) -> bool:
     return (
         files > 1
-        and _usable_cores() > 1
+        and available_cores() > 1
         and "fork" in multiprocessing.get_all_start_methods()
         and not multiprocessing.current_process().daemon  # a worker of a loader may have no children
     )
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _build_in_processes(indexes: Sequence[Index], bar: tqdm) -> None:
-    context = multiprocessing.get_context("fork")  # the others would import NeMo anew, ten seconds each
-    done = context.Value("q", 0)
-    workers = min(len(indexes), _usable_cores(), _MAX_PROCESSES)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_share_progress, initargs=(done,)) as pool:
+    done = multiprocessing.get_context("fork").Value("q", 0)
+    workers = min(len(indexes), available_cores(), _MAX_PROCESSES)
+    with forked_pool(workers, _share_progress, done) as pool:
         built = {pool.submit(_build_in_process, index): index for index in indexes}
         pending = set(built)
         while pending:
@@ -499,52 +514,3 @@ def _tell_of_unwritten(indexes: Sequence[Index]) -> None:
             f"The index of {indexes[0].path}{others} cannot be kept beside the data, and is lost when this process "
             "ends; name a folder for it with index_dir."
         )
-
-
-def _write_index(place: str, kind: str, state: FileState, contents: Contents) -> None:
-    """Write an index file as a whole or not at all, whoever else does so at the same time."""
-    os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
-    draft = f"{place}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(draft, "xb") as file:
-            file.write(_header(kind, state, contents))
-            for array in contents.arrays.values():
-                file.write(np.ascontiguousarray(array).data)
-        os.replace(draft, place)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(draft)
-
-
-def _header(kind: str, state: FileState, contents: Contents) -> bytes:
-    """One line of JSON, filled up with blanks so that the numbers behind it are aligned."""
-    shapes = {name: [array.dtype.str, len(array)] for name, array in contents.arrays.items()}
-    line = json.dumps({**_identity(kind, state), "arrays": shapes, "facts": contents.facts}).encode()
-    return line.ljust(-(-(len(line) + 1) // 64) * 64 - 1) + b"\n"
-
-
-def _identity(kind: str, state: FileState) -> dict[str, Any]:
-    return {"version": _VERSION, "kind": kind, "size": state.size, "mtime_ns": state.mtime_ns}
-
-
-def _read_index(place: str, kind: str, state: FileState) -> Contents | None:
-    """Map an index file; None if there is none, or it is not that of the data as it is now."""
-    try:
-        with open(place, "rb") as file:
-            line = file.readline()
-            header = json.loads(line)
-            if {key: header.get(key) for key in _identity(kind, state)} != _identity(kind, state):
-                raise ValueError("out of date")
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError:
-        return None
-    except (ValueError, AttributeError):  # not JSON, not an object, or another file's
-        logging.info(f"The index {place} does not fit {state.path} as it is now: it is built anew.")
-        return None
-    arrays, offset = {}, len(line)
-    for name, (dtype, count) in header["arrays"].items():
-        if offset + np.dtype(dtype).itemsize * count > len(view):
-            return None  # cut short, by a full disk perhaps
-        arrays[name] = np.frombuffer(view, dtype, count, offset)
-        offset += np.dtype(dtype).itemsize * count
-    return Contents(arrays, header["facts"])

@@ -18,6 +18,7 @@ from itertools import repeat
 
 from lhotse import CutSet
 from lhotse.cut import Cut
+from nemo.collections.asr.data import audio_to_text
 from nemo.collections.common.data.lhotse.cutset import (
     attach_tags,
     data_type_parser,
@@ -26,11 +27,12 @@ from nemo.collections.common.data.lhotse.cutset import (
     mux,
 )
 from nemo.collections.common.data.lhotse.text_adapters import Formattable
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.examples import ExampleKind, Examples, SourceDefaults, mark_origin, origin_of
-from nemo_emmett.data.sources import SOURCE_TYPE, Source, languages_of, plain, unwrap
+from nemo_emmett.data.files import expand_paths
+from nemo_emmett.data.sources import SOURCE_TYPE, Source, config_of, languages_of, plain, unwrap
 from nemo_emmett.data.speech_sources import LhotseManifest, NeMoManifest, NeMoTarredManifest
 from nemo_emmett.data.text_sources import open_parallel_text
 
@@ -149,7 +151,8 @@ def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> t
         cuts, is_tarred = _repeated(CutSet(open_parallel_text(config, bad_records)), config), True
     else:
         inside = _with_our_reader_inside(source)
-        cuts, is_tarred = get_parser_fn(source.type)(OmegaConf.create(inside))
+        with _paths_expanded_by_us():
+            cuts, is_tarred = get_parser_fn(source.type)(config_of(inside))
         ledger = bad_records if inside == config else None  # otherwise the reader inside counts
         cuts = cuts.map(partial(_with_origin, source=source.name, bad_records=ledger), apply_fn=None)
     if tags := config.get("tags"):
@@ -192,6 +195,20 @@ def _with_our_reader_inside(source: Source) -> dict:
     inner = {"type": "lhotse" if "cuts_path" in manifest or "shar_path" in manifest else "nemo", **manifest}
     wrapped = {"type": SOURCE_TYPE, "source": inner, "where": source.where, "examples": ExampleKind.AS_READ.value}
     return {**config, "input_cfg": [wrapped]}
+
+
+@contextmanager
+def _paths_expanded_by_us() -> Iterator[None]:
+    """NeMo's readers, built inside this context, find their files by our rule: NeMo takes any bracket for a pattern."""
+
+    def expand(sharded_filepaths: str | list[str], **_) -> list[str]:
+        return expand_paths(sharded_filepaths) if isinstance(sharded_filepaths, str) else sharded_filepaths
+
+    nemos, audio_to_text.expand_sharded_filepaths = audio_to_text.expand_sharded_filepaths, expand
+    try:
+        yield
+    finally:
+        audio_to_text.expand_sharded_filepaths = nemos
 
 
 def _with_origin(example: Cut | Formattable, source: str, bad_records: BadRecords | None) -> Cut | Formattable:

@@ -19,16 +19,13 @@ from lhotse.serialization import deserialize_item
 from lhotse.shar.readers.lazy import LazySharIterator
 from lhotse.shar.utils import fill_shar_placeholder
 from nemo.collections.common.data.lhotse.cutset import attach_tags
-from nemo.collections.common.data.lhotse.nemo_adapters import (
-    expand_sharded_filepaths,
-    make_cut_with_subset_inmemory_recording,
-)
+from nemo.collections.common.data.lhotse.nemo_adapters import make_cut_with_subset_inmemory_recording
 from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample
 
 from nemo_emmett.data.audio import AudioFault
 from nemo_emmett.data.bad_records import BadRecords, Unusable
 from nemo_emmett.data.examples import ExampleKind, mark_origin
-from nemo_emmett.data.files import is_local
+from nemo_emmett.data.files import expand_paths, is_local
 from nemo_emmett.data.index import (
     INDEX_SUFFIX,
     Index,
@@ -440,6 +437,8 @@ def _shar_value(tar: TarIndex, number: int, cut_id: str, field: str) -> object |
         value = deserialize_item(_json(description.read()))
         if not isinstance(value, Recording):
             fill_shar_placeholder(value, data=data.read(), tarpath=name)
+    except DataError:  # the tar file has changed
+        raise
     except Exception as error:  # lhotse raises whatever its constructors trip over
         raise Unusable(f"unreadable {_spoken(field)}") from error
     if isinstance(value, Recording):
@@ -523,7 +522,7 @@ def _shar_records(source: Source, bad_records: BadRecords, **how) -> Records | N
     if config.get("metadata_only") or config.get("slice_length") is not None:
         return None
     if isinstance(where, Mapping):
-        fields = {field: expand_sharded_filepaths(paths) for field, paths in where.items()}
+        fields = {field: expand_paths(paths) for field, paths in where.items()}
         shards = _shar_shards(source.name, fields=fields)
     elif (folders := _unweighted(where)) is None or not all(map(is_local, folders)):
         return None

@@ -2,7 +2,8 @@
 
 Only manifests and text are read, never audio. Lines that cannot be used are left out. The counts are kept beside the
 data (``train.de.sizes.json``), or in ``index_dir`` where nothing can be written there. They are used as long as the
-size and the time of the files stay the same and, for tokens, the tokenizer does.
+files stay the same and, for tokens, the tokenizer does: by size, times and sampled content, or where these differ, as
+after a move or a copy, by all of their content.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import uuid
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,15 +27,24 @@ from typing import Any
 from nemo.utils import logging
 from tqdm import tqdm
 
-from nemo_emmett.data.files import SECONDS_WITHOUT_A_BAR, expand_paths, is_local, open_lines, zip_lines
+from nemo_emmett.data.files import (
+    SECONDS_WITHOUT_A_BAR,
+    FileState,
+    content_checksum,
+    expand_paths,
+    is_local,
+    open_lines,
+    zip_lines,
+)
 from nemo_emmett.data.measures import Measure, Size, SpeechMeasure, TextMeasure, TokenCounter
 from nemo_emmett.data.sources import Source, languages_of, list_sources
 from nemo_emmett.data.text_sources import aligned_shards, directions_of, text_layout
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.processes import available_cores, forked_pool
 
 INDEX_SUFFIX = ".sizes.json"
 
-VERSION = 1
+VERSION = 2
 """Of the index: raised when what is counted changes, so that older counts are not believed."""
 
 BATCH_BYTES = 1 << 20
@@ -83,21 +93,13 @@ class Part:
             what["tokenizer"] = counter.fingerprint
         return json.dumps(what, sort_keys=True)
 
-    def stamps(self) -> list[list[int] | None]:
-        """Size in bytes and time of each file, None where it is remote.
+    def states(self) -> list[FileState]:
+        """The files as they are now.
 
         Raises:
-            DataError: if a file does not exist.
+            DataError: if a file does not exist or cannot be read.
         """
-        try:
-            return [_stamp(file) if is_local(file) else None for file in self.files]
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
-
-
-def _stamp(path: str) -> list[int]:
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
+        return [FileState.of(file) for file in self.files]
 
 
 def parts_of(source: Source) -> list[Part] | None:
@@ -226,21 +228,30 @@ class SizeIndex:
             digest = hashlib.sha256(place.encode()).hexdigest()[:16]
             self.places.append(os.path.join(index_dir, f"{os.path.basename(home)}-{digest}{INDEX_SUFFIX}"))
 
-    def get(self, key: str, stamps: Sequence) -> Size | None:
-        """What was counted under this key, if the files are still as they were then."""
+    def get(self, key: str, states: Sequence[FileState]) -> Size | None:
+        """What was counted under this key, if the files are still what they were then."""
         for entries in (_in_memory.get(self.home, {}), *(_read_entries(place) for place in self.places)):
             entry = entries.get(key)
-            if entry is not None and entry["stamps"] == stamps:
-                return Size(**entry["size"])
+            if entry is None:
+                continue
+            size = Size(**entry["size"])
+            if [stamp[:-1] for stamp in entry["stamps"]] == [state.stamp for state in states]:
+                return size
+            if [_content(stamp) for stamp in entry["stamps"]] == [_content(_stamp(state)) for state in states]:
+                self.put({key: (states, size)})  # the next look need not read the files
+                return size
         return None
 
-    def put(self, counted: Mapping[str, tuple[Sequence, Size]]) -> bool:
-        """Keep counts, with the stamps of their files, by their keys; they replace those of files that have changed.
+    def put(self, counted: Mapping[str, tuple[Sequence[FileState], Size]]) -> bool:
+        """Keep counts, with the states of their files, by their keys; they replace those of files that have changed.
 
         Returns:
             Whether they could be written, and do not end with the process.
         """
-        new = {key: {"stamps": list(stamps), "size": asdict(size)} for key, (stamps, size) in counted.items()}
+        new = {
+            key: {"stamps": [_stamp(state) for state in states], "size": asdict(size)}
+            for key, (states, size) in counted.items()
+        }
         for place in self.places:
             try:
                 _write_entries(place, {**_still_valid(_read_entries(place), new), **new})
@@ -251,17 +262,38 @@ class SizeIndex:
         return False
 
 
+def _stamp(state: FileState) -> list[int]:
+    """What is kept of a file: its state, and a checksum of its content."""
+    return [*state.stamp, content_checksum(state)]
+
+
+def _content(stamp: Sequence[int]) -> tuple[int, int]:
+    """Size and checksum: what does not change when a file is moved or copied."""
+    return stamp[0], stamp[-1]
+
+
 _in_memory: dict[str, dict[str, dict]] = {}
 """Counts that could not be written, by the path beside which they belong, for as long as the process lasts."""
 
 
 def _read_entries(path: str) -> dict[str, dict]:
-    """The counts in an index; none if it is missing, broken, or of another version."""
+    """The counts in an index; none if it is missing, damaged, or of another version."""
     try:
+        if not os.path.isfile(path) and os.path.exists(path):
+            raise ValueError("no file")
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return content["counts"] if content["version"] == VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        if content["version"] != VERSION or content["checksum"] != _checksum(content["counts"]):
+            raise ValueError("damaged, or of another version")
+        return content["counts"]
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        logging.info(f"The counts in {path} are damaged or of another version: what they were of is counted again.")
+        return {}
+
+
+def _checksum(entries: Mapping[str, dict]) -> int:
+    return zlib.crc32(json.dumps(entries, sort_keys=True).encode())
 
 
 def _write_entries(path: str, entries: Mapping[str, dict]) -> None:
@@ -269,7 +301,8 @@ def _write_entries(path: str, entries: Mapping[str, dict]) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
-        Path(temporary).write_text(json.dumps({"version": VERSION, "counts": entries}, indent=1), encoding="utf-8")
+        content = {"version": VERSION, "checksum": _checksum(entries), "counts": entries}
+        Path(temporary).write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(temporary, path)
     finally:
         with suppress(OSError):
@@ -278,16 +311,16 @@ def _write_entries(path: str, entries: Mapping[str, dict]) -> None:
 
 def _still_valid(old: Mapping[str, dict], new: Mapping[str, dict]) -> dict[str, dict]:
     """The old counts without those of files that have changed since."""
-    now = dict(stamp for key, entry in new.items() for stamp in _stamps_by_file(key, entry))
+    now = dict(of_file for key, entry in new.items() for of_file in _content_by_file(key, entry))
     return {
         key: entry
         for key, entry in old.items()
-        if all(now.get(file, stamp) == stamp for file, stamp in _stamps_by_file(key, entry))
+        if all(now.get(file, content) == content for file, content in _content_by_file(key, entry))
     }
 
 
-def _stamps_by_file(key: str, entry: Mapping) -> list[tuple[str, Any]]:
-    return list(zip(json.loads(key)["files"], entry["stamps"], strict=True))
+def _content_by_file(key: str, entry: Mapping) -> list[tuple[str, tuple[int, int]]]:
+    return list(zip(json.loads(key)["files"], map(_content, entry["stamps"]), strict=True))
 
 
 def sizes_of(sources: Sequence[Source], tokenizer: Any = None, index_dir: str | None = None) -> list[Size | None]:
@@ -317,11 +350,14 @@ def _sizes_of_parts(parts: Sequence[Part], counter: TokenCounter, index_dir: str
     for part in parts:
         of_home[part.home].append(part)
     indexes = {home: SizeIndex(home, index_dir) for home in of_home}
-    labels = {part: (part.key(counter), part.stamps()) for part in parts}
+    labels = {part: (part.key(counter), part.states()) for part in parts}
     kept = {part: indexes[part.home].get(*labels[part]) for part in parts}
     sizes = {part: size for part, size in kept.items() if size is not None}
     homeless = []
     missing = {home: [p for p in members if p not in sizes] for home, members in of_home.items()}
+    for part in (part for members in missing.values() for part in members):
+        for state in labels[part][1]:
+            content_checksum(state)  # before the counting: what is written to meanwhile is counted again next time
     with _counting([part for members in missing.values() for part in members], counter) as counts:
         for home, members in missing.items():
             if members:
@@ -386,8 +422,7 @@ def _num_workers() -> int:
     """The processes of a training all count at once; a daemon, such as a loader's worker, may start no others."""
     if multiprocessing.current_process().daemon:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 @contextmanager
@@ -396,8 +431,7 @@ def _pool(workers: int, counter: TokenCounter) -> Iterator[Callable[..., Future]
     if workers == 1:
         yield partial(_count_here, counter)
         return
-    context = multiprocessing.get_context("fork")  # any other would import NeMo anew, ten seconds each
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker, initargs=(counter,)) as pool:
+    with forked_pool(workers, _prepare_worker, counter) as pool:
         yield partial(pool.submit, _count_in_worker)
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lhotse.serialization import load_yaml
+import yaml
 from nemo.collections.common.data.lhotse.dataloader import (
     LhotseDataLoadingConfig,
     make_structured_with_schema_warnings,
 )
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_emmett.config import escape_interpolations
 from nemo_emmett.data.config import OUR_KEYS
-from nemo_emmett.data.files import expand_paths
+from nemo_emmett.data.files import expand_paths, open_bytes
 from nemo_emmett.errors import ConfigError, DataError
 
 SOURCE_TYPE = "emmett_source"
@@ -42,6 +44,9 @@ FILE_KEYS = (
     "data_dir",
 )
 """Keys by which a source names its files."""
+
+PATTERN_KEYS = ("manifest_filepath", "tarred_audio_filepaths", "source_paths", "target_paths", "paths")
+"""Those that may name many files by a pattern. So may the fields of a ``shar_path``; all others name one."""
 
 _PASSED_DOWN_BY_NEMO = (
     "shuffle",
@@ -140,9 +145,15 @@ class Source:
 
     def files(self) -> Iterator[tuple[str, str]]:
         """Each file that it names, with the key that names it."""
+        for key, path, _ in self.files_as_written():
+            yield key, path
+
+    def files_as_written(self) -> Iterator[tuple[str, str, str]]:
+        """Each file that it names, with the key that names it and what the user wrote: the file or a pattern."""
         for key in FILE_KEYS:
-            for path in _paths_in(self.config.get(key)):
-                yield key, path
+            is_pattern = key in PATTERN_KEYS
+            for path, written in _paths_in(self.config.get(key), is_pattern):
+                yield key, path, written
 
     @property
     def name(self) -> str:
@@ -153,16 +164,17 @@ class Source:
         return self.where
 
 
-def _paths_in(value: Any) -> Iterator[str]:
-    """All files in a value that may be a path, a list (perhaps with weights), or a mapping of them."""
+def _paths_in(value: Any, is_pattern: bool) -> Iterator[tuple[str, str]]:
+    """All files in a value that may be a path, a list (perhaps with weights), or a mapping of them; as expanded and
+    as written."""
     if isinstance(value, (str, Path)):
-        yield from expand_paths(value)
+        yield from ((path, str(value)) for path in (expand_paths(value) if is_pattern else [str(value)]))
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _paths_in(item)
+            yield from _paths_in(item, is_pattern=True)
     elif isinstance(value, Sequence):
         for item in value:
-            yield from _paths_in(item)
+            yield from _paths_in(item, is_pattern)
 
 
 def languages_of(config: Mapping) -> dict[str, Any]:
@@ -176,6 +188,19 @@ def plain(config: Mapping | DictConfig) -> dict[str, Any]:
     if not isinstance(config, DictConfig):
         config = OmegaConf.create(config)
     return OmegaConf.to_container(config, resolve=True)
+
+
+def config_of(settings: Mapping) -> DictConfig:
+    """The inverse of :func:`plain`: ``${`` in a text, such as a path, is no interpolation any more."""
+    return OmegaConf.create(_escaped(settings))
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return escape_interpolations(value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def groups_of(settings: Mapping) -> dict[str, dict] | None:
@@ -307,29 +332,52 @@ def _rewrite(
     return rewritten
 
 
-def _load_entries(path: str | Path, where: str) -> list:
+def _load_entries(path: str | Path, where: str) -> Any:
     try:
-        return OmegaConf.to_container(OmegaConf.create(load_yaml(path)), resolve=True)
+        with open_bytes(str(path)) as file:
+            entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as error:
         raise DataError(f"{where}: the file '{path}' cannot be read ({error.strerror or error}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: the file '{path}' is not YAML: {' '.join(str(error).split())}.") from error
+    return OmegaConf.to_container(OmegaConf.create(entries), resolve=True) if isinstance(entries, list) else entries
 
 
 def route_to_our_reader(settings: Mapping, where: str) -> list[dict]:
     """The ``input_cfg`` of a dataset with every source of the type ``emmett_source``, which wraps the original."""
 
-    def wrap(source: Source) -> dict:
-        outer = {key: source.config[key] for key in ("weight", *_PASSED_DOWN_BY_NEMO) if key in source.config}
-        return {"type": SOURCE_TYPE, "source": source.config, "where": source.where, **outer}
+    return rewrite_sources(settings, where, _wrapped)
 
-    return rewrite_sources(settings, where, wrap)
+
+def _wrapped(source: Source, **settings: Any) -> dict[str, Any]:
+    outer = {key: source.config[key] for key in ("weight", *_PASSED_DOWN_BY_NEMO) if key in source.config}
+    return {"type": SOURCE_TYPE, "source": source.config, "where": source.where, **outer, **settings}
 
 
 def structured_config(settings: Mapping, where: str) -> DictConfig:
     """NeMo's config of a sampler (without our keys), with all its sources read by us."""
     routed = {key: value for key, value in settings.items() if key not in OUR_KEYS | CLASSIC_KEYS}
+    if routed.get("noise_path") is not None:
+        routed["noise_path"] = _noise_read_by_us(routed["noise_path"], f"{where}.noise_path")
     return make_structured_with_schema_warnings(
-        OmegaConf.create({**routed, "input_cfg": route_to_our_reader(settings, where)})
+        config_of({**routed, "input_cfg": route_to_our_reader(settings, where)})
     )
+
+
+def _noise_read_by_us(noise: str | Path | Mapping, where: str) -> dict[str, Any]:
+    """``noise_path`` as NeMo takes it, with its sources read by us.
+
+    NeMo writes it as ``key=value`` and reads that as YAML, in which many a path means something else; JSON is safe.
+    """
+    settings = noise
+    if not isinstance(noise, Mapping):
+        path = str(noise)
+        is_cuts = path.endswith((".jsonl", ".jsonl.gz"))
+        settings = {"input_cfg" if path.endswith(".yaml") else "cuts_path" if is_cuts else "manifest_filepath": path}
+    sources = rewrite_sources(settings, where, lambda source: _wrapped(source, examples="as_read"))
+    others = {key: value for key, value in settings.items() if key not in {"input_cfg", *CLASSIC_KEYS}}
+    text = json.dumps(_escaped(sources), ensure_ascii=False)
+    return {**others, "input_cfg": text.replace("$", "\\u0024")}
 
 
 def unwrap(config: Mapping) -> Source:

@@ -24,7 +24,7 @@ from lhotse import AudioSource, Recording, SupervisionSegment
 from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.dataset.dataloading import resolve_seed
 from lhotse.lazy import LazyIteratorChain
-from lhotse.serialization import deserialize_item, open_best
+from lhotse.serialization import deserialize_item
 from nemo.collections.common.data.lhotse.cutset import resolve_relative_paths
 from nemo.collections.common.data.lhotse.nemo_adapters import (
     ExtraField,
@@ -38,7 +38,7 @@ from nemo.utils.data_utils import is_datastore_path
 from nemo_emmett.data.audio import TRUNCATION_TOLERANCE, AudioFault, check_file
 from nemo_emmett.data.bad_records import BadRecords, Unusable
 from nemo_emmett.data.examples import mark_origin
-from nemo_emmett.data.files import count_lines, decoded, expand_paths, open_lines
+from nemo_emmett.data.files import count_lines, decoded, expand_paths, open_bytes, open_lines
 from nemo_emmett.errors import ConfigError
 
 
@@ -155,9 +155,10 @@ class NeMoManifest(LazyNeMoIterator):
     """
 
     def __init__(self, path: str, bad_records: BadRecords, **kwargs) -> None:
-        super().__init__(path, **kwargs)
+        paths = expand_paths(path)
+        super().__init__(paths, **kwargs)  # a list, since NeMo takes any bracket in a path for a pattern
         self.bad_records = bad_records
-        self.shards = [JsonRecords(shard, bad_records) for shard in expand_paths(path)]
+        self.shards = [JsonRecords(shard, bad_records) for shard in paths]
         self.source = LazyIteratorChain(*self.shards, shuffle_iters=self.shuffle_shards, seed=self.shard_seed)
 
     def __iter__(self) -> Iterator[Cut]:
@@ -388,7 +389,7 @@ class NeMoTarredManifest:
             first = rng.randint(0, len(of_member) - self.slice_length)
         taken, name = 0, "its start"
         try:
-            with tarfile.open(fileobj=open_best(tar_path, mode="rb"), mode="r|*") as tar:
+            with tarfile.open(fileobj=open_bytes(tar_path), mode="r|*") as tar:
                 for index, member in enumerate(tar):
                     if taken == self.slice_length:
                         break

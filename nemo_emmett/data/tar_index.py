@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
+import zlib
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from nemo_emmett.data.index import Contents, FileState, Index, Progress, read_at
+from nemo_emmett.data.files import FileState
+from nemo_emmett.data.index import Contents, FileChanged, Index, Progress, read_at
 
 
 class Member(NamedTuple):
-    """The bytes of one member of a tar file, read when they are asked for."""
+    """The bytes of one member of a tar file, read when they are asked for.
+
+    Its header, which names it, is compared with the one that was indexed, so that no other audio is taken for it.
+    """
 
     file: FileState
     offset: int
     size: int  # bytes
+    header: int  # offset of its header, which ends where the member begins
+    checksum: int  # of the header
 
     def read(self) -> bytes:
         """All of them.
 
         Raises:
-            OSError: if the tar file cannot be read.
+            FileChanged: if the tar file has changed since it was indexed.
+            OSError: if it cannot be read.
         """
-        return read_at(self.file, self.offset, self.size)
+        data = read_at(self.file, self.header, self.offset - self.header + self.size)
+        self._check(data[: self.offset - self.header])
+        return data[self.offset - self.header :]
 
     def open(self) -> BinaryIO:
-        """They as a file, of which only what is read of it is read from disk."""
+        """They as a file, of which only what is read of it is read from disk; errors are those of :meth:`read`."""
+        self._check(read_at(self.file, self.header, self.offset - self.header))
         return io.BufferedReader(_MemberFile(self), buffer_size=4096)
+
+    def _check(self, header: bytes) -> None:
+        if zlib.crc32(header) != self.checksum:
+            raise FileChanged.of(self.file.path)
 
 
 class _MemberFile(io.RawIOBase):
@@ -83,7 +99,7 @@ class TarIndex(Index):
     def member(self, number: int) -> Member:
         """A member by its number, from 0, in the order of the file."""
         arrays = self.contents.arrays
-        return Member(self.state, int(arrays["offsets"][number]), int(arrays["sizes"][number]))
+        return Member(self.state, *(int(arrays[name][number]) for name in ("offsets", "sizes", "headers", "checksums")))
 
     def find(self, name: str) -> Member | None:
         """The first member of this name, None if there is none."""
@@ -102,7 +118,7 @@ class TarIndex(Index):
         return arrays["names"][arrays["name_starts"][number] : arrays["name_starts"][number + 1]].tobytes()
 
     def _find(self, state: FileState, progress: Progress) -> Contents:
-        names, offsets, sizes = [], [], []
+        names, offsets, sizes, headers = [], [], [], []
         damage, last = None, "its start"
         try:
             for member in _members(state, progress):
@@ -112,16 +128,26 @@ class TarIndex(Index):
                 names.append(member.name.encode("utf-8", "surrogateescape"))
                 offsets.append(member.offset_data)
                 sizes.append(member.size)
+                headers.append(member.offset)
         except tarfile.ReadError:
             damage = last
         arrays = {
             "offsets": np.array(offsets, np.int64),
             "sizes": np.array(sizes, np.int64),
+            "headers": np.array(headers, np.int64),
+            "checksums": np.array(_checksums(state, headers, offsets), np.uint32),
             "name_starts": np.cumsum([0, *map(len, names)], dtype=np.int64),
             "by_name": np.array(sorted(range(len(names)), key=names.__getitem__), np.int64),
             "names": np.frombuffer(b"".join(names), np.uint8),
         }
         return Contents(arrays, {"damage": damage})
+
+
+def _checksums(state: FileState, headers: Sequence[int], offsets: Sequence[int]) -> list[int]:
+    """Of the headers of members, each from its own offset to that of the member's bytes."""
+    with open(state.path, "rb", buffering=0) as file:
+        parts = (os.pread(file.fileno(), end - start, start) for start, end in zip(headers, offsets, strict=True))
+        return [zlib.crc32(part) for part in parts]
 
 
 def _members(state: FileState, progress: Progress) -> Iterator[tarfile.TarInfo]:

@@ -173,14 +173,6 @@ def test_a_missing_file_is_named_with_where_to_get_it(fleurs, missing) -> None:
         read(fleurs)
 
 
-def test_a_cut_off_row_is_named(fleurs) -> None:
-    path = fleurs / "data/en_us/test.tsv"
-    path.write_text(path.read_text() + "17\t123.wav")
-    lines = len(path.read_text().splitlines())
-    with pytest.raises(DataError, match=rf"test.tsv', line {lines}: not an id and 6 more columns"):
-        list(read(fleurs)["test.en"].sentences())
-
-
 @pytest.mark.parametrize(("languages", "splits"), [(("en", "fr"), None), (None, ("validation",))])
 def test_a_language_or_split_that_is_not_there_is_refused(fleurs, languages, splits) -> None:
     with pytest.raises(ConfigError, match=r"is not among the (languages|splits) of FLEURS that are there"):

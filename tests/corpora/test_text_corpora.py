@@ -175,13 +175,6 @@ class TestOpus:
         assert texts_of(tmp_path, "train.ECB.de-en", "de")[0] == "ein rotes Haus & mehr"
         assert texts_of(tmp_path, "train.ECB.de-en", "en")[0] == "one red house and more"
 
-    def test_tmx_that_breaks_off_is_refused(self, tmp_path: Path) -> None:
-        path = layouts.opus_tmx(tmp_path / "ECB")
-        whole = gzip.decompress(path.read_bytes())
-        path.write_bytes(gzip.compress(whole[: len(whole) // 2]))
-        with pytest.raises(DataError, match=r"de-en\.tmx\.gz' is no whole TMX"):
-            prepare_corpus(find_corpus("opus"), path, tmp_path / "out", num_jobs=1, show_progress=False)
-
     def test_a_side_that_is_not_there_is_named(self, tmp_path: Path) -> None:
         layouts.opus_moses(tmp_path / "source", is_zip=False)
         (tmp_path / "source/Books.de-en.en").unlink()

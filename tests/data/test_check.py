@@ -401,8 +401,8 @@ def test_lines_are_counted_once_as_long_as_the_files_stay(good, write_lines, mon
     from nemo_emmett.data import files
 
     opened = []
-    open_best = files.open_best
-    monkeypatch.setattr(files, "open_best", lambda path, mode: opened.append(path) or open_best(path, mode))
+    open_bytes = files.open_bytes
+    monkeypatch.setattr(files, "open_bytes", lambda path: opened.append(path) or open_bytes(path))
     counted = files.count_lines_of
     source, target = text_source(good)["source_paths"], text_source(good)["target_paths"]
     assert counted([source, target]) == {source: 3, target: 3}

@@ -77,14 +77,14 @@ def messages(monkeypatch) -> list[str]:
 @pytest.fixture
 def no_place_beside(monkeypatch, tmp_path: Path) -> None:
     """Nothing can be written into the folder of the data, as on a read-only disk."""
-    write_index = index_module._write_index
+    write_index = index_module.write_index
 
     def refuse(place: str, *args) -> None:
         if Path(place).parent == tmp_path:
             raise PermissionError(13, "Permission denied", place)
         write_index(place, *args)
 
-    monkeypatch.setattr(index_module, "_write_index", refuse)
+    monkeypatch.setattr(index_module, "write_index", refuse)
 
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS.keys())
@@ -277,7 +277,7 @@ def test_many_files_are_indexed_in_several_processes(tmp_path, monkeypatch, requ
     if not is_written:
         request.getfixturevalue("no_place_beside")
     monkeypatch.setattr(index_module, "_PARALLEL_FROM", 0)
-    monkeypatch.setattr(index_module, "_usable_cores", lambda: 2)
+    monkeypatch.setattr(index_module, "available_cores", lambda: 2)
     monkeypatch.setattr(index_module, "_build_here", None)
     paths = [write(tmp_path / f"{i}.txt{'.gz' * (i % 2)}", b"%d\n" % i * (i + 1)) for i in range(5)]
     indexes = [open_numbered_lines(path) for path in [*paths, paths[0]]]

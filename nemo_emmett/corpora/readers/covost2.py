@@ -5,7 +5,8 @@
                                                makes of it; read where the former is not there
     --common-voice/en/validated.tsv, clips/    release 4 (cv-corpus-4-2019-12-10): the transcripts and recordings
 
-Clips are joined by their names. The training split is CoVoST's, which extends that of Common Voice (``train`` and
+Clips are joined by their names; rows whose columns are not those of the header, clips without a transcript, and the
+like are skipped and counted. The training split is CoVoST's, which extends that of Common Voice (``train`` and
 ``train_covost`` in the column). What is translated into several languages is one recording with all translations.
 
 lhotse's ``prepare_commonvoice`` reads Common Voice's own splits, and decodes every clip for its duration.
@@ -13,14 +14,13 @@ lhotse's ``prepare_commonvoice`` reads Common Voice's own splits, and decodes ev
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from nemo_emmett.corpora.corpus import Corpus, Part, Recording, Selection, Sentence
-from nemo_emmett.corpora.readers.files import SourceFiles
+from nemo_emmett.corpora.corpus import Corpus, Part, Recording, Selection, Sentence, Skipped
+from nemo_emmett.corpora.readers.files import WRONG_COLUMNS, SourceFiles
 from nemo_emmett.corpora.readers.languages import chosen, iso_code
 from nemo_emmett.corpora.readers.pairs import need, need_folder, wanted_pairs
 from nemo_emmett.errors import ConfigError, DataError
@@ -97,20 +97,49 @@ def _clips(common_voice: Path, language: str) -> Path:
     return need(common_voice / language / "clips", f"the recordings of {what}")
 
 
-def _sentences(files: Mapping[str, Path], clips: Path, split: str, spoken: str) -> Iterator[Sentence]:
+def _sentences(files: Mapping[str, Path], clips: Path, split: str, spoken: str) -> Iterator[Sentence | Skipped]:
     texts: dict[str, dict[str, str]] = {}
     for target, file in files.items():
-        for row in _rows(file, "path", "translation"):
-            if "split" not in row or row["split"] in _IN_COLUMN[split]:
-                texts.setdefault(row["path"], {})[target] = row["translation"].strip()
+        for _, row in _rows(file, "path", "translation"):
+            cause = WRONG_COLUMNS if row is None else _fault(row, split)
+            if cause is None and target in texts.setdefault(row["path"], {}):
+                cause = "clip occurs twice"
+            if cause is None:
+                texts[row["path"]][target] = row["translation"].strip()
+            elif cause != _OF_ANOTHER_SPLIT:
+                yield Skipped(cause)
     transcripts = _transcripts(clips.parent / "validated.tsv", texts)
-    for clip in sorted(transcripts):
-        yield Sentence(Path(clip).stem, {spoken: transcripts[clip], **texts[clip]}, Recording(clips / clip))
+    for clip in sorted(texts):
+        if (transcript := transcripts.get(clip)) is not None:
+            yield Sentence(Path(clip).stem, {spoken: transcript, **texts[clip]}, Recording(clips / clip))
+        else:
+            yield Skipped(f"transcript: {WRONG_COLUMNS}" if clip in transcripts else "clip without a transcript")
 
 
-def _transcripts(validated: Path, clips: Mapping[str, object]) -> dict[str, str]:
-    rows = _rows(validated, "path", "sentence")
-    found = {row["path"]: row["sentence"].strip() for row in rows if row["path"] in clips}
+_OF_ANOTHER_SPLIT = "of another split"
+
+
+def _fault(row: Mapping[str, str], split: str) -> str | None:
+    """Why a row of CoVoST's is not in a split."""
+    if not row["path"]:
+        return "row without a clip"
+    if "split" not in row or row["split"] in _IN_COLUMN[split]:
+        return None
+    of = row["split"].removesuffix("_covost")
+    if of not in _SPLITS:
+        return "unknown split"
+    return "not in CoVoST's own split" if of == split else _OF_ANOTHER_SPLIT
+
+
+def _transcripts(validated: Path, clips: Mapping[str, object]) -> dict[str, str | None]:
+    """The transcripts of clips; None where the row has too many or too few columns, so that it may be half of one."""
+    found: dict[str, str | None] = {}
+    for cells, row in _rows(validated, "path", "sentence"):
+        if row is None or not all(row.get(votes, "").isdecimal() or not row.get(votes) for votes in _VOTES):
+            for clip in clips.keys() & set(cells):
+                found.setdefault(clip, None)
+        elif row["path"] in clips and found.get(row["path"]) is None:
+            found[row["path"]] = row["sentence"].strip()
     if len(found) < _LEAST_FOUND * len(clips):
         raise DataError(
             f"'{validated}' has {len(found)} of the {len(clips)} clips that CoVoST 2 has translated; give release 4 of "
@@ -119,18 +148,33 @@ def _transcripts(validated: Path, clips: Mapping[str, object]) -> dict[str, str]
     return found
 
 
-def _rows(file: Path, *columns: str) -> Iterator[dict[str, str]]:
-    """The rows of a TSV file as CoVoST's own script reads it: no quotes, a backslash before what it escapes."""
+_VOTES = ("up_votes", "down_votes")
+"""Columns of numbers behind the sentence: something else in them has been shifted there."""
+
+
+def _rows(file: Path, *columns: str) -> Iterator[tuple[list[str], dict[str, str] | None]]:
+    """The cells of each row of a TSV file, and its values by column; None where it has more or fewer than the header.
+
+    CoVoST's own script writes a backslash before tabs, quotes and backslashes; Common Voice writes them as they are.
+    There are no quoted cells.
+    """
     files = SourceFiles(file) if file.name.endswith(".tar.gz") else SourceFiles(file.parent)
     name = file.name.removesuffix(".tar.gz")
-    rows = csv.DictReader(files.lines(name), delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\", restval="")
-    try:
-        for column in columns:
-            if column not in (rows.fieldnames or ()):
-                raise DataError(f"{files.where(name)} has no column '{column}'; download it again.")
-        yield from rows
-    except csv.Error as error:
-        raise DataError(f"{files.where(name)}: row {rows.line_num} is none ({error}); download it again.") from error
+    lines = files.lines(name)
+    header = next(lines, "").split("\t")
+    for column in columns:
+        if column not in header:
+            raise DataError(f"{files.where(name)} has no column '{column}'; download it again.")
+    for line in lines:
+        cells = line.split("\t")
+        if len(cells) != len(header):
+            cells = _TAB.split(line)
+        cells = [_ESCAPED.sub(r"\1", cell) for cell in cells]
+        yield cells, dict(zip(header, cells, strict=True)) if len(cells) == len(header) else None
+
+
+_TAB = re.compile(r"(?<!\\)\t")
+_ESCAPED = re.compile(r'\\([\\"\t])')
 
 
 CORPUS = Corpus(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
+from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence, Skipped
 from nemo_emmett.corpora.readers.files import SourceFiles, zipped_lines
 from nemo_emmett.corpora.readers.languages import chosen
 from nemo_emmett.corpora.readers.pairs import Segment, joined, need, need_folder, wanted_pairs
@@ -64,23 +64,24 @@ def _check(folder: Path, spoken: str, target: str) -> None:
         need(folder / name, f"a part of {spoken}-{target}; get it from {CORPUS.url}")
 
 
-def _sentences(root: Path, split: str, spoken: str, targets: Sequence[str]) -> Iterator[Sentence]:
+def _sentences(root: Path, split: str, spoken: str, targets: Sequence[str]) -> Iterator[Sentence | Skipped]:
     readings = (_rows(root / spoken / target / split, spoken, target) for target in targets)
     return joined(readings, spoken, lambda speech: root / spoken / "audios" / f"{speech}.m4a")
 
 
-def _rows(folder: Path, spoken: str, target: str) -> Iterator[tuple[Segment, dict[str, str]]]:
+def _rows(folder: Path, spoken: str, target: str) -> Iterator[tuple[Segment, dict[str, str]] | Skipped]:
     files = SourceFiles(folder)
     names = ("segments.lst", f"segments.{spoken}", f"segments.{target}")
-    for number, (place, *texts) in enumerate(zipped_lines([(files, name) for name in names]), start=1):
+    for place, *texts in zipped_lines([(files, name) for name in names]):
         try:
             speech, start, end = place.split()
-            segment = Segment(speech, float(start), float(end))
+            segment = Segment.of(speech, float(start), float(end))
         except ValueError:
-            raise DataError(
-                f"{files.where('segments.lst')}, line {number}: not a speech and its seconds; unpack the archive again."
-            ) from None
-        yield segment, {language: text.strip() for language, text in zip((spoken, target), texts, strict=True)}
+            segment = Skipped("segment without its times")
+        if isinstance(segment, Skipped):
+            yield segment
+        else:
+            yield segment, {language: text.strip() for language, text in zip((spoken, target), texts, strict=True)}
 
 
 CORPUS = Corpus(

@@ -20,6 +20,9 @@ from nemo_emmett.errors import DataError
 
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz")
 
+WRONG_COLUMNS = "wrong number of columns"
+"""Cause for which a row of a table is skipped: a tab in a text, or a cell that is missing, shifts those after it."""
+
 _DAMAGED = (EOFError, OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 """What the standard library's archives raise where bytes are wrong or end early."""
 
@@ -100,16 +103,21 @@ class SourceFiles:
             else:
                 yield stream
 
-    def lines(self, name: str) -> Iterator[str]:
+    def lines(self, name: str, errors: str = "surrogateescape") -> Iterator[str]:
         """The lines of a UTF-8 file without their ends, which are newlines only: other separators may stand in a text.
 
+        Args:
+            name: of the file.
+            errors: what to do with other bytes; by default they become halves of surrogate pairs, which no UTF-8 file
+                can hold, so that ``preparing`` counts the sentence.
+
         Raises:
-            DataError: if it is not there, ends early, or is not UTF-8.
+            DataError: if it is not there or ends early; with ``errors="strict"``, if it is not UTF-8.
         """
         with self.open(name) as stream:
             for number, line in enumerate(stream, start=1):
                 try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
                 except UnicodeDecodeError:
                     raise DataError(f"{self.where(name)}: line {number} is not UTF-8; download it again.") from None
                 yield text.rstrip("\r\n")

@@ -19,13 +19,14 @@ lhotse's ``prepare_fleurs`` reads what its own ``download_fleurs`` writes, not t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 
-from nemo_emmett.corpora.corpus import Corpus, Part, Recording, Selection, Sentence
-from nemo_emmett.corpora.readers.files import SourceFiles
+from nemo_emmett.corpora.corpus import Corpus, Part, Recording, Selection, Sentence, Skipped
+from nemo_emmett.corpora.readers.files import WRONG_COLUMNS, SourceFiles
 from nemo_emmett.corpora.readers.flores_of_fleurs import translations_in_flores
 from nemo_emmett.corpora.readers.languages import chosen, iso_code
 from nemo_emmett.corpora.readers.pairs import need, need_folder, with_translations
@@ -33,6 +34,8 @@ from nemo_emmett.errors import DataError
 
 _SPLITS = ("train", "dev", "test")
 _COLUMNS = 7
+_SAMPLES = 5  # the column of the number of samples
+_NUMBER = re.compile(r"\d{1,18}")
 
 
 @dataclass(frozen=True, order=True)
@@ -62,10 +65,12 @@ class _Speech:
     folders: Mapping[str, Path]
     flores: Path | None
 
-    def sentences(self) -> Iterator[Sentence]:
+    def sentences(self) -> Iterator[Sentence | Skipped]:
         """One for each recording."""
         translations = self.translations()
-        for row in self._rows(self.spoken):
+        rows, skipped = self._rows(self.spoken)
+        yield from skipped
+        for row in rows:
             texts = {self.spoken: row.text} | {
                 target: translations.get(row.sentence, {}).get(target, "") for target in self.targets
             }
@@ -104,14 +109,16 @@ class _Speech:
 
     def _texts(self, language: str) -> dict[int, str]:
         texts: dict[int, str] = {}
-        for row in self._rows(language):
+        for row in self._rows(language)[0]:
             texts.setdefault(row.sentence, row.text)
         return texts
 
-    def _rows(self, language: str) -> list[_Row]:
+    def _rows(self, language: str) -> tuple[list[_Row], list[Skipped]]:
+        """The rows of a language, and why others are none."""
         path = self.folders[language] / f"{self.split}.tsv"
-        lines = SourceFiles(path.parent).lines(path.name)
-        return sorted(_row(line, path, number) for number, line in enumerate(lines, start=1))
+        rows = [_row(line) for line in SourceFiles(path.parent).lines(path.name)]
+        good = sorted(row for row in rows if isinstance(row, _Row))
+        return good, [row for row in rows if isinstance(row, Skipped)]
 
     def _recording(self, file: str) -> Recording:
         audio = self.folders[self.spoken] / "audio"
@@ -158,10 +165,12 @@ def _language_folders(source: Path) -> dict[str, Path]:
     return folders
 
 
-def _row(line: str, path: Path, number: int) -> _Row:
+def _row(line: str) -> _Row | Skipped:
     fields = line.split("\t")
-    if len(fields) < _COLUMNS or not fields[0].isdecimal():
-        raise DataError(f"'{path}', line {number}: not an id and {_COLUMNS - 1} more columns; download the file again.")
+    if len(fields) != _COLUMNS:
+        return Skipped(WRONG_COLUMNS)
+    if not all(_NUMBER.fullmatch(field) for field in (fields[0], fields[_SAMPLES])):
+        return Skipped("shifted columns")
     return _Row(int(fields[0]), fields[1], fields[2].strip())
 
 

@@ -26,8 +26,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
+from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence, Skipped
 from nemo_emmett.corpora.readers.files import SourceFiles
 from nemo_emmett.corpora.readers.languages import chosen, iso_code
 from nemo_emmett.errors import DataError
@@ -60,7 +61,7 @@ def flores_sentences(path: Path | str, split: str, languages: Sequence[str] | No
     source, files = _files(Path(path))
     chosen([split], files, "splits of FLORES")
     return {
-        language: dict(_sentences(source, split, files[split][language]))
+        language: _sentences(source, split, files[split][language])[0]
         for language in chosen(languages, files[split], f"languages of FLORES' {split}")
     }
 
@@ -89,36 +90,63 @@ def _files(path: Path) -> tuple[SourceFiles, dict[str, dict[str, str]]]:
     return source, files
 
 
-def _parallel(source: SourceFiles, split: str, names: Mapping[str, str]) -> Iterator[Sentence]:
-    texts = {language: dict(_sentences(source, split, name)) for language, name in names.items()}
-    first, *others = names
-    for language in others:
-        if texts[language].keys() != texts[first].keys():
-            odd = next(iter(texts[language].keys() ^ texts[first].keys()))
+def _parallel(source: SourceFiles, split: str, names: Mapping[str, str]) -> Iterator[Sentence | Skipped]:
+    read = {language: _sentences(source, split, name) for language, name in names.items()}
+    every = dict.fromkeys(identity for texts, _ in read.values() for identity in texts)
+    causes: list[str] = []  # of records beyond those whose ids are missing
+    for language, (texts, skipped) in read.items():
+        missing = [identity for identity in every if identity not in texts]
+        if len(missing) > len(skipped):  # a record that cannot be read lacks its id, too
+            other = next(other for other, (texts, _) in read.items() if missing[0] in texts)
             raise DataError(
-                f"{source.where(names[language])} and {source.where(names[first])} are not parallel: "
-                f"'{odd}' is in one of them only; take both from the same release."
+                f"{source.where(names[language])} and {source.where(names[other])} are not parallel: "
+                f"'{missing[0]}' is in one of them only; take both from the same release."
             )
-    for identity in texts[first]:
-        yield Sentence(identity, {language: texts[language][identity] for language in names})
-
-
-def _sentences(source: SourceFiles, split: str, name: str) -> Iterator[tuple[str, str]]:
-    for number, text in sorted(_numbered(source, name)):
-        yield f"{split}-{number}", text
-
-
-def _numbered(source: SourceFiles, name: str) -> Iterator[tuple[int, str]]:
-    try:
-        if name.endswith(".parquet"):
-            yield from ((int(record["id"]), record["text"]) for record in _parquet(source, name))
-        elif name.endswith(".jsonl"):
-            records = (json.loads(line) for line in source.lines(name) if line.strip())
-            yield from ((int(record["id"]), record["text"]) for record in records)
+        causes = max(causes, skipped[len(missing) :], key=len)
+    yield from map(Skipped, causes)
+    for identity in every:
+        if all(identity in texts for texts, _ in read.values()):
+            yield Sentence(identity, {language: texts[identity] for language, (texts, _) in read.items()})
         else:
-            yield from enumerate(source.lines(name))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{source.where(name)} is no file of FLORES+ ({error!r}); download it again.") from error
+            yield Skipped("not in all languages")
+
+
+def _sentences(source: SourceFiles, split: str, name: str) -> tuple[dict[str, str], list[str]]:
+    """The texts by their ids, in the order of the ids, and the causes for which records were left out.
+
+    Raises:
+        DataError: if no record can be read.
+    """
+    found: dict[int, str] = {}
+    skipped = []
+    for record in _records(source, name):
+        try:
+            number, text = int(record["id"]), record["text"]
+        except (ValueError, KeyError, TypeError):
+            number, text = None, None
+        if not isinstance(text, str):
+            skipped.append("record without an id and a text")
+        elif found.setdefault(number, text) is not text:
+            skipped.append("id occurs twice")
+    if skipped and not found:
+        raise DataError(f"{source.where(name)} is no file of FLORES+ ({skipped[0]}); download it again.")
+    return {f"{split}-{number}": found[number] for number in sorted(found)}, skipped
+
+
+def _records(source: SourceFiles, name: str) -> Iterator[Any]:
+    if name.endswith(".parquet"):
+        yield from _parquet(source, name)
+    elif name.endswith(".jsonl"):
+        yield from (_parsed(line) for line in source.lines(name) if line.strip())
+    else:
+        yield from ({"id": number, "text": line} for number, line in enumerate(source.lines(name)))
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _parquet(source: SourceFiles, name: str) -> list[dict]:
@@ -126,7 +154,11 @@ def _parquet(source: SourceFiles, name: str) -> list[dict]:
     from pyarrow import parquet
 
     with source.open(name) as stream:
-        return parquet.read_table(pyarrow.BufferReader(stream.read()), columns=["id", "text"]).to_pylist()
+        content = pyarrow.BufferReader(stream.read())
+    try:
+        return parquet.read_table(content, columns=["id", "text"]).to_pylist()
+    except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{source.where(name)} is no file of FLORES+ ({error!r}); download it again.") from error
 
 
 CORPUS = Corpus(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
+from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence, Skipped
 from nemo_emmett.corpora.readers.languages import chosen
 from nemo_emmett.corpora.readers.pairs import joined, wanted_pairs
 from nemo_emmett.corpora.readers.ted import TalksOfPair, data_folders
@@ -57,7 +57,7 @@ def _parts(split: str, spoken: str, pairs: Sequence[TalksOfPair]) -> Iterator[Pa
             yield Part(split, (spoken,), partial(_sentences, spoken, [pair]), spoken=spoken, name=name)
 
 
-def _sentences(spoken: str, pairs: Sequence[TalksOfPair]) -> Iterator[Sentence]:
+def _sentences(spoken: str, pairs: Sequence[TalksOfPair]) -> Iterator[Sentence | Skipped]:
     return joined((pair.rows() for pair in pairs), spoken, partial(_audio, pairs))
 
 

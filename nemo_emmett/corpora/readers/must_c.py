@@ -4,7 +4,7 @@
 Text is left as it is, with its ``(Applause)`` and names of speakers.
 
 lhotse's ``prepare_must_c`` keeps the translation without the transcript and opens every recording, so that a broken
-one ends it; its YAML loader is used.
+one ends it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
+from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence, Skipped
 from nemo_emmett.corpora.readers.languages import chosen
 from nemo_emmett.corpora.readers.pairs import joined, wanted_pairs
 from nemo_emmett.corpora.readers.ted import TalksOfPair, data_folders
@@ -46,7 +46,7 @@ def read(source: Path, selection: Selection) -> Sequence[Part]:
     return parts
 
 
-def _sentences(talks: TalksOfPair) -> Iterator[Sentence]:
+def _sentences(talks: TalksOfPair) -> Iterator[Sentence | Skipped]:
     return joined([talks.rows()], talks.spoken, lambda talk: talks.folder / "wav" / f"{talk}.wav")
 
 

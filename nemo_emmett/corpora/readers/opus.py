@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
-from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
+from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence, Skipped
 from nemo_emmett.corpora.readers.files import SourceFiles, zipped_lines
 from nemo_emmett.corpora.readers.languages import check_languages, iso_code
+from nemo_emmett.corpora.readers.tmx import read_units
 from nemo_emmett.errors import ConfigError, DataError
 
 SPLIT = "train"
@@ -112,10 +113,10 @@ def _refuse_one_language(bitexts: list[_Bitext]) -> None:
             )
 
 
-def _sentences(bitext: _Bitext) -> Iterator[Sentence]:
+def _sentences(bitext: _Bitext) -> Iterator[Sentence | Skipped]:
     read_texts = _moses if len(bitext.names) == 2 else _tmx
     for number, texts in enumerate(read_texts(bitext), start=1):
-        yield Sentence(str(number), texts)
+        yield texts if isinstance(texts, Skipped) else Sentence(str(number), texts)
 
 
 def _moses(bitext: _Bitext) -> Iterator[Mapping[str, str]]:
@@ -123,22 +124,18 @@ def _moses(bitext: _Bitext) -> Iterator[Mapping[str, str]]:
         yield dict(zip(bitext.languages, lines, strict=True))
 
 
-def _tmx(bitext: _Bitext) -> Iterator[Mapping[str, str]]:
-    """The units of a TMX file, one at a time: the files are larger than memory."""
+def _tmx(bitext: _Bitext) -> Iterator[Mapping[str, str] | Skipped]:
     (name,) = bitext.names
     with bitext.source.open(name) as stream:
         try:
-            events = ElementTree.iterparse(stream, events=("start", "end"))
-            body = None
-            for event, element in events:
-                if event == "start" and element.tag == "body":
-                    body = element
-                elif event == "end" and element.tag == "tu":
-                    texts = dict(_variants(element))
+            for unit in read_units(stream):
+                if isinstance(unit, Skipped):
+                    yield unit
+                else:
+                    texts = dict(_variants(unit))
                     yield {language: texts.get(language, "") for language in bitext.languages}
-                    body.clear()
-        except ElementTree.ParseError as error:
-            raise DataError(f"{bitext.source.where(name)} is no whole TMX ({error}); download it again.") from error
+        except (LookupError, UnicodeDecodeError) as error:
+            raise DataError(f"{bitext.source.where(name)} is no TMX ({error}); download it again.") from error
 
 
 def _variants(unit: ElementTree.Element) -> Iterator[tuple[str, str]]:

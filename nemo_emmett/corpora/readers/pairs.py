@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nemo_emmett.corpora.corpus import Recording, Sentence
+from nemo_emmett.corpora.corpus import Recording, Sentence, Skipped
 from nemo_emmett.corpora.readers.languages import chosen
 from nemo_emmett.errors import DataError
 
@@ -19,6 +21,13 @@ class Segment:
     talk: str  # name of the recording, without its ending
     start: float  # seconds
     end: float  # seconds
+
+    @classmethod
+    def of(cls, talk: str, start: Any, end: Any) -> Segment | Skipped:
+        """A segment from a publisher's values, which may be of any kind."""
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in (start, end)):
+            return Skipped("segment without its times")
+        return cls(talk, start, end) if 0 <= start < end else Skipped("segment with impossible times")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", round(self.start, 3))
@@ -57,22 +66,33 @@ def wanted_pairs(
 
 
 def joined(
-    readings: Iterable[Iterable[tuple[Segment, Mapping[str, str]]]], spoken: str, audio: Callable[[str], Path]
-) -> Iterator[Sentence]:
+    readings: Iterable[Iterable[tuple[Segment, Mapping[str, str]] | Skipped]],
+    spoken: str,
+    audio: Callable[[str], Path],
+) -> Iterator[Sentence | Skipped]:
     """The segments of all pairs of one spoken language, each once with all of its translations, by talk and time.
 
     Two pairs have a segment in common if its times and its transcript are the same in both. Where one pair has it
-    twice, its first translation counts.
+    twice, its first translation counts, and the others are skipped.
 
     Args:
-        readings: for each pair, its segments with their transcript and translation by language.
+        readings: for each pair, its segments with their transcript and translation by language, or why a row is none.
         spoken: the language of the transcripts.
         audio: the recording of a talk.
     """
     found: dict[tuple[Segment, str], dict[str, str]] = {}
     for reading in readings:
-        for segment, texts in reading:
-            there = found.setdefault((segment, texts[spoken]), {})
+        met = set()
+        for row in reading:
+            if isinstance(row, Skipped):
+                yield row
+                continue
+            segment, texts = row
+            if (key := (segment, texts[spoken])) in met:
+                yield Skipped("segment occurs twice")
+                continue
+            met.add(key)
+            there = found.setdefault(key, {})
             for language, text in texts.items():
                 there.setdefault(language, text)
     seen: Counter[Segment] = Counter()

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence
-from nemo_emmett.corpora.readers.files import SourceFiles
+from nemo_emmett.corpora.corpus import Corpus, Part, Selection, Sentence, Skipped
+from nemo_emmett.corpora.readers.files import WRONG_COLUMNS, SourceFiles
 from nemo_emmett.corpora.readers.languages import check_languages, iso_code
 from nemo_emmett.errors import ConfigError, DataError
 
@@ -38,20 +38,16 @@ class _Table:
     source: SourceFiles
     name: str
 
-    def rows(self, num_columns: int) -> Iterator[list[str]]:
-        """The first columns of its lines.
+    @property
+    def num_columns(self) -> int:
+        """Those that each line must have; with another number, a tab in a sentence may have cut it in two."""
+        return 2 if "links" in self.name else 6 if "detailed" in self.name else 3
 
-        Raises:
-            DataError: if a line has fewer.
-        """
-        for number, line in enumerate(self.source.lines(self.name), start=1):
+    def rows(self) -> Iterator[tuple[list[str], bool]]:
+        """The columns of its lines, and whether there are as many as there must be."""
+        for line in self.source.lines(self.name):
             row = line.split("\t")
-            if len(row) < num_columns:
-                raise DataError(
-                    f"{self.source.where(self.name)}: line {number} has {len(row)} columns instead of {num_columns}; "
-                    "download it again."
-                )
-            yield row[:num_columns]
+            yield row, len(row) == self.num_columns
 
 
 @dataclass(frozen=True)
@@ -63,13 +59,20 @@ class _Pair:
     links: _Table
     links_are_theirs: bool  # and not those of all languages
 
-    def __call__(self) -> Iterator[Sentence]:
+    def __call__(self) -> Iterator[Sentence | Skipped]:
         one, other = (_texts(table, lang) for table, lang in zip(self.sentences, self.languages, strict=True))
-        for first, second in self.links.rows(2):
+        for row, is_whole in self.links.rows():
+            if not is_whole:
+                yield Skipped(f"link: {WRONG_COLUMNS}")
+                continue
+            first, second = row
             if self.links_are_theirs or (first in one and second in other):
                 # What a table of another week lacks is counted as empty.
                 texts = (one.get(first, ""), other.get(second, ""))
-                yield Sentence(f"{first}-{second}", dict(zip(self.languages, texts, strict=True)))
+                if None in texts:
+                    yield Skipped(WRONG_COLUMNS)
+                else:
+                    yield Sentence(f"{first}-{second}", dict(zip(self.languages, texts, strict=True)))
 
 
 def read(path: Path, selection: Selection) -> list[Part]:
@@ -146,9 +149,13 @@ def _code(links: str, pair: tuple[str, str], language: str) -> str:
     return _LINKS.search(links).group("one" if language == pair[0] else "other")
 
 
-def _texts(table: _Table, language: str) -> dict[str, str]:
-    """The sentences of a language by their ids."""
-    return {identity: text for identity, code, text in table.rows(3) if iso_code(code) == language}
+def _texts(table: _Table, language: str) -> dict[str, str | None]:
+    """The sentences of a language by their ids; None where the columns of a row do not tell which text is whose."""
+    texts: dict[str, str | None] = {}
+    for row, is_whole in table.rows():
+        if len(row) < 2 or iso_code(row[1]) == language:
+            texts[row[0]] = row[2] if is_whole else None
+    return texts
 
 
 CORPUS = Corpus(

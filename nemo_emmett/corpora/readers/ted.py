@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 import yaml
-from lhotse.serialization import load_yaml
 
+from nemo_emmett.corpora.corpus import Skipped
 from nemo_emmett.corpora.readers.files import SourceFiles
 from nemo_emmett.corpora.readers.pairs import Segment, need, need_folder
 from nemo_emmett.errors import DataError
@@ -41,8 +42,8 @@ class TalksOfPair:
         for path in (self._segments, self._text(self.spoken), self._text(self.target), self.folder / "wav"):
             need(path, f"a part of {self.spoken}-{self.target}; get it from {where_from}")
 
-    def rows(self) -> Iterator[tuple[Segment, dict[str, str]]]:
-        """Its segments, with transcript and translation by language, in the publisher's order.
+    def rows(self) -> Iterator[tuple[Segment, dict[str, str]] | Skipped]:
+        """Its segments, with transcript and translation by language, or why one is none, in the publisher's order.
 
         Raises:
             DataError: if a file cannot be read, or the parallel files are not equally long.
@@ -56,7 +57,10 @@ class TalksOfPair:
                     "segments; unpack the archive of the pair again."
                 )
         for number, segment in enumerate(segments):
-            yield segment, {language: lines[number] for language, lines in texts.items()}
+            if isinstance(segment, Skipped):
+                yield segment
+            else:
+                yield segment, {language: lines[number] for language, lines in texts.items()}
 
     @property
     def _segments(self) -> Path:
@@ -69,15 +73,36 @@ class TalksOfPair:
         path = self._text(language)
         return [line.strip() for line in SourceFiles(path.parent).lines(path.name)]
 
-    def _read_segments(self) -> list[Segment]:
+    def _read_segments(self) -> list[Segment | Skipped]:
+        path = self._segments
         try:
-            return [
-                Segment(PurePath(entry["wav"]).stem, entry["offset"], entry["offset"] + entry["duration"])
-                for entry in load_yaml(self._segments)
-            ]
-        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else "is no list of segments"
-            raise DataError(f"'{self._segments}' {what}; unpack the archive of the pair again.") from error
+            entries = _yaml(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):  # one bad line spoils all; an entry is a line
+            lines = [line for line in SourceFiles(path.parent).lines(path.name) if line.strip()]
+            entries = [_entry(line) for line in lines]
+        if not isinstance(entries, list) or not any(isinstance(entry, dict) for entry in entries):
+            raise DataError(f"'{path}' is no list of segments; unpack the archive of the pair again.")
+        return [_segment(entry) for entry in entries]
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _entry(line: str) -> Any:
+    """The one entry of a list that a line holds; None if it holds something else."""
+    try:
+        (entry,) = _yaml(line)
+    except (yaml.YAMLError, ValueError, TypeError):
+        return None
+    return entry
+
+
+def _segment(entry: Any) -> Segment | Skipped:
+    try:
+        return Segment.of(PurePath(entry["wav"]).stem, entry["offset"], entry["offset"] + entry["duration"])
+    except (KeyError, TypeError):
+        return Skipped("segment without its times")
 
 
 def data_folders(source: Path) -> dict[tuple[str, str], Path]:
