@@ -1,4 +1,4 @@
-"""A profile outlives NeMo's exp_manager, which moves every loose file of its log folder into ``run_N`` at each start."""
+"""A profile outlives NeMo's exp_manager, which moves the loose files of its log folder to ``run_N`` at each start."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Killed(Callback):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def start(folder: Path, config: dict, *callbacks: Callback, profile=None, fails_in=None, train_ds=TRAIN_DS) -> list[int]:
+def start(
+    folder: Path, config: dict, *callbacks: Callback, profile=None, fails_in=None, train_ds=TRAIN_DS
+) -> list[int]:
     """One start of a training in a log folder; gives the batch sizes that the loader was built with."""
     torch.manual_seed(1)
     model = SALMT5(config)
