@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from nemo.collections.common.data.lhotse.cutset import (
 from nemo.collections.common.data.lhotse.text_adapters import Formattable
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_emmett.data import commands
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.examples import ExampleKind, Examples, SourceDefaults, mark_origin, origin_of
 from nemo_emmett.data.sources import SOURCE_TYPE, Source, languages_of, plain, unwrap
@@ -146,7 +147,10 @@ def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> t
         cuts, is_tarred = _repeated(CutSet(open_parallel_text(config, bad_records)), config), True
     else:
         inside = _with_our_reader_inside(source)
-        cuts, is_tarred = get_parser_fn(source.type)(OmegaConf.create(inside))
+        with nullcontext() if commands.are_allowed() else commands.without_commands():
+            cuts, is_tarred = get_parser_fn(source.type)(OmegaConf.create(inside))
+        if not commands.are_allowed():
+            cuts = CutSet(commands.WithoutCommands(cuts))
         ledger = bad_records if inside == config else None  # otherwise the reader inside counts
         cuts = cuts.map(partial(_with_origin, source=source.name, bad_records=ledger), apply_fn=None)
     if tags := config.get("tags"):
