@@ -9,14 +9,13 @@ from __future__ import annotations
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning
 import torch
 from hydra.errors import InstantiationException
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _load as pl_load
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from nemo.collections.speechlm2.data import SALMDataset
 from nemo.collections.speechlm2.models import SALM
@@ -29,8 +28,9 @@ from nemo_emmett import plugin
 from nemo_emmett.config import check_keys, check_target
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.check import check_data_config
-from nemo_emmett.errors import ConfigError, EmmettError, ModelError
+from nemo_emmett.errors import ConfigError, EmmettError
 from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.models.export import read_checkpoint
 
 RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "seed", "num_threads")
 """The keys of a recipe that mean something here; a recipe may hold others for its own interpolations."""
@@ -136,14 +136,8 @@ class CheckpointsAsData(TorchCheckpointIO):
         Raises:
             ModelError: if it holds other objects; Python would run what the file says to make them.
         """
-        try:
-            return pl_load(path, map_location=map_location, weights_only=True)
-        except UnpicklingError as error:
-            said = str(error).splitlines()[0].rstrip(".")
-            raise ModelError(
-                f"the checkpoint '{path}' is damaged or holds more than tensors and plain values; it is not unpickled, "
-                f"since that can run code ({said}). If you trust it, set model.trust_remote_code: true."
-            ) from error
+        with get_filesystem(path).open(str(path), "rb") as file:
+            return read_checkpoint(file, map_location=map_location)
 
 
 def _datamodule(data: DictConfig, model: LightningModule) -> MultimodalDataModule:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from pickle import UnpicklingError
+from typing import Any, BinaryIO, ClassVar
 
+import torch
 import torch.distributed as dist
 from huggingface_hub.constants import CONFIG_NAME
 from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR, SAFETENSORS_SINGLE_FILE
@@ -103,6 +105,24 @@ class Export:
         )
 
     @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Export:
+        """Lightning's, of a checkpoint that is read as data: a ``.ckpt`` file is a pickle, which could run code.
+
+        Args:
+            checkpoint_path: of a ``.ckpt`` file.
+            args: Lightning's.
+            kwargs: Lightning's, and ``trust_remote_code`` for a file that may run code.
+
+        Raises:
+            ModelError: if it holds more than tensors and plain values, or names what could run code.
+        """
+        if not kwargs.setdefault("trust_remote_code", False):
+            checkpoint = read_checkpoint(checkpoint_path, map_location="meta", mmap=True)
+            config = dict(checkpoint.get("hyper_parameters", {}).get("cfg", {}))
+            check_model_file({**config, "_target_": None, "trust_remote_code": None}, f"'{checkpoint_path}'")
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    @classmethod
     def _from_pretrained(cls, *, model_id: str, trust_remote_code: bool = False, **kwargs: Any) -> Export:
         """What huggingface_hub calls to have a model built and its weights read."""
         if not trust_remote_code:
@@ -135,6 +155,27 @@ class Export:
                     "model.perception."
                 )
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def read_checkpoint(path: str | Path | BinaryIO, **options: Any) -> dict[str, Any]:
+    """Read a Lightning checkpoint without running anything: tensors and plain values, which is all that ours hold.
+
+    Args:
+        path: of the file, or the file.
+        options: of ``torch.load``.
+
+    Raises:
+        ModelError: if it holds other objects; to make them Python would run what the file says.
+    """
+    try:
+        return torch.load(path, weights_only=True, **options)
+    except UnpicklingError as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"the checkpoint '{getattr(path, 'name', path)}' is damaged or holds more than tensors and plain values; it "
+            f"is not unpickled, since that can run code ({said}). If you trust it, pass trust_remote_code=True, or set "
+            "model.trust_remote_code: true in the recipe."
+        ) from error
 
 
 _WHERE_ON_THE_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,10 +21,11 @@ from nemo_emmett.corpora.audio_files import measured, read_samples
 from nemo_emmett.data import get_multimodal_dataloader
 from nemo_emmett.evaluation import from_json, to_json, write_report
 from nemo_emmett.evaluation.results import write_hypotheses
+from nemo_emmett.models import SALMT5
 from nemo_emmett.oomptimizer.profile import Profile
 from tests.corpora import toy_corpus
 from tests.evaluation.samples import build_evaluation, build_translations
-from tests.safety.conftest import Payload
+from tests.safety.conftest import Payload, with_own_code
 from tests.safety.test_data import AsRead
 
 
@@ -201,9 +203,42 @@ def test_resuming_unpickles_nothing_unless_the_recipe_trusts_it(trained, payload
         torch.save(torch.load(path, weights_only=True) | {"x": payload}, path)
     said = payload.refused(lambda: training.train(recipe(log, 2)))
     assert said.startswith("ModelError: the checkpoint")
-    assert "set model.trust_remote_code: true" in said
+    assert "model.trust_remote_code: true" in said
     training.train(recipe(log, 2, trust_remote_code=True))
     assert payload.ran
+
+
+def with_a_pickle(checkpoint: dict, payload: Payload, backbone: Path) -> None:
+    checkpoint["x"] = payload
+
+
+def with_a_stranger(checkpoint: dict, payload: Payload, backbone: Path) -> None:
+    checkpoint["hyper_parameters"]["cfg"]["perception"] = {
+        "modality_adapter": {"_target_": f"megatron.{payload.target}"}
+    }
+
+
+def with_trust(checkpoint: dict, payload: Payload, backbone: Path) -> None:
+    with_own_code(backbone, payload)
+    own = {"pretrained_llm": str(backbone), "trust_remote_code": True}
+    checkpoint["hyper_parameters"]["cfg"].update(own)
+    checkpoint["hyper_parameters"]["trust_remote_code"] = True
+
+
+@pytest.mark.parametrize("tamper", [with_a_pickle, with_a_stranger, with_trust], ids=lambda tamper: tamper.__name__)
+def test_loading_a_checkpoint_runs_nothing_unless_the_caller_trusts_it(
+    trained, payload: Payload, backbone: Path, tmp_path: Path, tamper: Callable
+) -> None:
+    (last,) = trained[0].rglob("*-last.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    tamper(checkpoint, payload, backbone)
+    torch.save(checkpoint, tmp_path / "evil.ckpt")
+    said = payload.refused(lambda: SALMT5.load_from_checkpoint(tmp_path / "evil.ckpt"))
+    assert said.startswith("ModelError: ")
+    if tamper is not with_a_stranger:
+        with suppress(Exception):
+            SALMT5.load_from_checkpoint(tmp_path / "evil.ckpt", trust_remote_code=True)
+        assert payload.ran
 
 
 def test_our_own_checkpoints_hold_nothing_that_needs_trust(trained, tmp_path: Path) -> None:
