@@ -103,7 +103,7 @@ def evaluate(
     metrics = check_metrics(metrics)
     _check_counts({"num_beams": (num_beams, 1), "max_new_tokens": (max_new_tokens, 1), "examples": (examples, 0)})
     comet_config = CometConfig.of_recipe(comet) if "COMET" in metrics else None
-    loading = {"trust_remote_code": True} if trust_remote_code else {}
+    loading = {"trust_remote_code": True} if trust_remote_code is True else {}
     task = Task(config_of_test_sets(config), num_beams, max_new_tokens, metrics, comet_config, loading)
     earlier = [_saved_or_folder(baseline) for baseline in baselines]
     folders = _folders_of_baselines(earlier, output)

@@ -74,7 +74,9 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
     def __init__(self, cfg: dict | DictConfig, trust_remote_code: bool | None = None) -> None:
         super().__init__()
         cfg = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
-        asked = bool(cfg.pop("trust_remote_code", False))
+        asked = cfg.pop("trust_remote_code", None) or False
+        if not isinstance(asked, bool):
+            raise ConfigError(f"model.trust_remote_code: {asked!r} is neither true nor false.")
         self.trust_remote_code = asked if trust_remote_code is None else trust_remote_code
         self.options = ModelConfig.from_section(cfg, type(self).__name__)
         if self.options.cross_attention is not None and not self.has_cross_attention:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from nemo_emmett.modules.modality_adapters import check_modality_adapter, leave_
 if TYPE_CHECKING:
     from nemo_emmett.models.base import SpeechTextModel
 
+_NO_WEIGHTS_ONLY = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _ASR_MODELS = "nemo.collections.asr.models."
 _NOT_RESTORED = ("train_ds", "validation_ds", "test_ds", "optim", "trainer", "exp_manager")
 """Sections of a ``.nemo`` file's config that restoring a model does not read."""
@@ -128,7 +130,8 @@ def build_perception(model: SpeechTextModel) -> None:
         model.cfg.perception.setdefault("encoder", {})
         model.cfg.perception.encoder.sync_max_audio_length = False
     try:
-        setup_speech_encoder(model, pretrained_weights=options.pretrained_weights)
+        with nullcontext() if model.trust_remote_code else _weights_only():
+            setup_speech_encoder(model, pretrained_weights=options.pretrained_weights)
     except (InstantiationException, UnsafeTargetError) as error:  # Hydra hides what an adapter says in its own words
         if isinstance(error.__cause__, EmmettError):
             raise error.__cause__ from error
@@ -159,6 +162,17 @@ def read_asr_config(source: str, trusted: bool = False) -> dict[str, Any]:
             raise ModelError(f"'{source}': target: '{target}' is not an ASR model of NeMo; give another file.")
         check_model_file(parts, f"'{source}'")
     return OmegaConf.to_container(config, resolve=True)
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch reads pickled weights as data by default; a variable that turns this off is hidden from it meanwhile."""
+    hidden = os.environ.pop(_NO_WEIGHTS_ONLY, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            os.environ[_NO_WEIGHTS_ONLY] = hidden
 
 
 def _check_adapter_config(folder: Path) -> None:

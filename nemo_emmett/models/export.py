@@ -172,9 +172,9 @@ def read_checkpoint(path: str | Path | BinaryIO, **options: Any) -> dict[str, An
     except UnpicklingError as error:
         said = str(error).splitlines()[0].rstrip(".")
         raise ModelError(
-            f"the checkpoint '{getattr(path, 'name', path)}' is damaged or holds more than tensors and plain values; it "
-            f"is not unpickled, since that can run code ({said}). If you trust it, pass trust_remote_code=True, or set "
-            "model.trust_remote_code: true in the recipe."
+            f"the checkpoint '{getattr(path, 'name', path)}' is damaged or holds more than tensors and plain values; "
+            f"it is not unpickled, since that can run code ({said}). If you trust it, pass trust_remote_code=True, or "
+            "set model.trust_remote_code: true in the recipe."
         ) from error
 
 

@@ -35,7 +35,7 @@ def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:
 
 def _perception(section: Mapping[str, Any]) -> dict[str, Any]:
     perception = dict(section["perception"])
-    asr = _config_of_asr_model(section.get("pretrained_asr"), section.get("trust_remote_code", False))
+    asr = _config_of_asr_model(section.get("pretrained_asr"), section.get("trust_remote_code") is True)
     own = {key: value for key, value in (perception.get("encoder") or {}).items() if value is not None}
     perception["preprocessor"] = asr["preprocessor"]
     perception["encoder"] = {**asr["encoder"], **own}

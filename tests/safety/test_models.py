@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
 
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMT5, load
 from tests.safety.conftest import Payload, set_in_json, with_own_code
 
@@ -226,3 +227,8 @@ def test_a_recipe_may_trust_a_backbone(backbone: Path, payload: Payload) -> None
     with suppress(Exception):
         SALMT5({"pretrained_llm": str(backbone), "trust_remote_code": True})
     assert payload.ran
+
+
+def test_what_is_neither_true_nor_false_is_no_trust(backbone: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.trust_remote_code: 'false' is neither true nor false"):
+        SALMT5({"pretrained_llm": str(backbone), "trust_remote_code": "false"})

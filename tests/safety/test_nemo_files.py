@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -71,9 +72,13 @@ def test_nothing_that_its_config_names_is_imported(
     assert str(asr) in said
 
 
-def test_its_weights_are_not_unpickled(payload: Payload, tiny_t5: Path, tiny_asr: Path, tmp_path: Path) -> None:
+def test_its_weights_are_not_unpickled(
+    payload: Payload, tiny_t5: Path, tiny_asr: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     asr = tampered(tiny_asr, tmp_path / "evil.nemo", lambda config: None, {"weight": payload})
     assert payload.refused(lambda: SALMT5(section(tiny_t5, asr)))
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
 
 @pytest.mark.parametrize("kind", ["parent", "absolute", "link"])
