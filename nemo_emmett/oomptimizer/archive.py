@@ -57,6 +57,20 @@ def restore_archived(path: str | Path, check: Callable[[Profile], None]) -> Prof
     return None
 
 
+def read_if_there(path: str | Path) -> Profile | None:
+    """The profile in a file; None if there is none, or another rank's exp_manager archives it at this very moment.
+
+    Raises:
+        ConfigError: if it cannot be used.
+    """
+    try:
+        return Profile.read(path)
+    except ConfigError:
+        if Path(path).exists():
+            raise
+        return None
+
+
 def _time_of(file: Path) -> float:
     try:
         return file.stat().st_mtime

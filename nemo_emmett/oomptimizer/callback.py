@@ -19,7 +19,7 @@ from omegaconf import DictConfig, open_dict
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.modules.loss import world_size
 from nemo_emmett.oomptimizer.adapters import Adapter, adapter_for
-from nemo_emmett.oomptimizer.archive import restore_archived
+from nemo_emmett.oomptimizer.archive import read_if_there, restore_archived
 from nemo_emmett.oomptimizer.arguments import check_positive, check_share, check_switch
 from nemo_emmett.oomptimizer.buckets import (
     TOKENS_PER_SECOND,
@@ -142,7 +142,7 @@ class OOMptimizer(Callback, Serialization):
         self.path: str | None = None if path is None else str(path)
         self._path_is_given = path is not None
         # Read at once, so that a corrupt profile is told before a model is built.
-        self.profile: Profile | None = Profile.read(self.path) if self.path and Path(self.path).exists() else None
+        self.profile: Profile | None = read_if_there(self.path) if self.path else None
         self._guard: Guard | None = None
 
     # Lightning's hooks

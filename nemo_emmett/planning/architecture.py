@@ -63,7 +63,7 @@ def _config_of_asr_model(name: str | None, trusted: bool) -> dict[str, Any]:
 def _width_of_llm(section: Mapping[str, Any]) -> int:
     name = section.get("pretrained_llm")
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=section.get("trust_remote_code", False)).hidden_size
+        return AutoConfig.from_pretrained(name, trust_remote_code=section.get("trust_remote_code") is True).hidden_size
     except Exception as error:
         raise ModelError(
             f"model.pretrained_llm: the config of '{name}' cannot be read ({_first_line(error)}); give a folder or a "

@@ -116,3 +116,10 @@ def test_a_profile_that_does_not_fit_any_more_is_refused_and_where_the_sentence_
     assert path.exists()
     path.unlink()
     assert start(path.parent, salm_t5_config, profile=path) == [4, 2]
+
+
+def test_a_profile_that_another_rank_archives_while_it_is_read_is_none(tmp_path: Path) -> None:
+    assert OOMptimizer(profile=tmp_path / "gone.yaml").profile is None
+    (tmp_path / "corrupt.yaml").write_text("x: [")
+    with pytest.raises(ConfigError, match="corrupt"):
+        OOMptimizer(profile=tmp_path / "corrupt.yaml")

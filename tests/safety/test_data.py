@@ -91,6 +91,13 @@ def in_a_custom_field(cut: dict, payload: Payload) -> dict:
     return cut | {"custom": {"target_audio": recording("command", payload.command)}}
 
 
+def too_deep_to_look_into(cut: dict, payload: Payload) -> dict:
+    nested: dict = {}
+    for _ in range(600):
+        nested = {"x": nested}
+    return cut | {"custom": {"nested": nested}}
+
+
 CUTS = (
     in_its_recording,
     in_a_pipe,
@@ -98,6 +105,7 @@ CUTS = (
     in_a_track,
     in_an_impulse_response,
     in_a_custom_field,
+    too_deep_to_look_into,
 )
 
 
