@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemo.utils import logging
+from nemo.utils.app_state import AppState
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.profile import Profile
@@ -20,7 +21,7 @@ def restore_archived(path: str | Path, check: Callable[[Profile], None]) -> Prof
     """Move the newest archived profile that fits back to its path.
 
     Args:
-        path: where the profile was; nothing is done if a file is there.
+        path: where the profile was; nothing is done if a file is there, or if exp_manager's log folder is another.
         check: raises a ConfigError for a profile that does not fit this run.
 
     Returns:
@@ -29,8 +30,8 @@ def restore_archived(path: str | Path, check: Callable[[Profile], None]) -> Prof
     Raises:
         ConfigError: if the file cannot be moved.
     """
-    path = Path(path)
-    if path.exists():
+    path, log_dir = Path(path), AppState().log_dir
+    if path.exists() or log_dir is None or Path(log_dir).resolve() != path.parent.resolve():
         return None
     # `run_*` as exp_manager names its folders; a moved file keeps its time.
     archived = sorted(path.parent.glob("run_*/"), key=lambda folder: _time_of(folder / path.name), reverse=True)

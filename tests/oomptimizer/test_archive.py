@@ -18,6 +18,7 @@ from nemo.utils.exp_manager import exp_manager
 from nemo_emmett.callbacks import OOMptimizer
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMT5
+from nemo_emmett.oomptimizer.archive import restore_archived
 from nemo_emmett.oomptimizer.profile import Profile
 from tests.models.batches import audio_batch
 from tests.oomptimizer.fits import Data, trainer_with
@@ -103,6 +104,15 @@ def test_of_archived_profiles_the_newest_that_fits_is_used(
     assert str(log / "run_1" / "mine.yaml") in line
     assert not (log / "run_1" / "mine.yaml").exists()
     assert all((log / run / "mine.yaml").exists() for run in contents if run != "run_1")
+
+
+def test_outside_of_exp_managers_log_folder_nothing_is_moved(tmp_path: Path) -> None:
+    (tmp_path / "run_0").mkdir()
+    (tmp_path / "run_0" / "mine.yaml").write_text(yaml.safe_dump({"train_ds": TRAIN_DS}))
+    assert (
+        restore_archived(tmp_path / "mine.yaml", lambda profile: None) is None
+    )
+    assert (tmp_path / "run_0" / "mine.yaml").exists()
 
 
 def test_a_profile_that_does_not_fit_any_more_is_refused_and_where_the_sentence_says(
