@@ -44,8 +44,8 @@ PARTS_OF_MODELS = (
 TARGET_KEYS = ("_target_", "target", "cls")
 """Keys by which Hydra and NeMo name what is to be called."""
 
-_CODE_KEYS = ("_args_", "megatron_core", "megatron_config")
-"""Keys by which arguments escape the check of their names, or by which peft imports a module."""
+_CODE_KEYS = ("_args_", "megatron_config")
+"""Keys by which arguments escape the check of their names, or by which peft imports a module (``megatron_core``)."""
 
 _COMPILE_KEYS = ("dynamic", "fullgraph", "mode")
 """Arguments of ``torch.compile`` that name no program to run."""

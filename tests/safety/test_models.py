@@ -13,8 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
 
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.models import SALMT5, load
+from nemo_emmett.models.building import _check_adapter_config
 from tests.safety.conftest import Payload, set_in_json, with_own_code
 
 LOADER = "nemo.collections.speechlm2.parts.pretrained.load_pretrained_hf"
@@ -220,6 +221,16 @@ def test_nothing_in_a_backbones_folder_runs(
     tamper(backbone, payload)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     payload.refused(lambda: SALMT5({"pretrained_llm": str(backbone)}))
+
+
+def test_of_a_lora_beside_a_backbone_only_what_imports_is_refused(backbone: Path, payload: Payload) -> None:
+    lora_beside_it(backbone, payload)
+    with pytest.raises(ModelError, match=r"adapter_config\.json': megatron_config: .* may have code run"):
+        SALMT5({"pretrained_llm": str(backbone)})
+    set_in_json(
+        backbone / "adapter_config.json", megatron_config=None, megatron_core="megatron.core"
+    )  # as peft writes it
+    _check_adapter_config(backbone)
 
 
 def test_a_recipe_may_trust_a_backbone(backbone: Path, payload: Payload) -> None:

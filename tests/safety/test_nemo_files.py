@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from nemo_emmett.config import check_model_file
 from nemo_emmett.models import SALMT5
 from nemo_emmett.planning.architecture import architecture_only
 from tests.conftest import perception_config
@@ -55,6 +56,27 @@ def targets(payload: Payload, backbone: Path) -> dict[str, Callable[[dict], None
         "function that takes trust": lambda config: config.update(preprocessor=function),
         "environment": lambda config: config["encoder"].update(self_attention_model="${oc.env:HOME}"),
     }
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor",
+        "nemo.collections.asr.modules.ConformerEncoder",
+        "nemo.collections.asr.modules.SpectrogramAugmentation",
+        "nemo.collections.asr.modules.transformer.get_nemo_transformer",
+        "nemo.collections.asr.modules.RNNTJoint",
+        "nemo.collections.asr.metrics.WER",
+        "nemo.collections.asr.parts.submodules.token_classifier.TokenClassifier",
+        "nemo.collections.common.losses.smoothed_cross_entropy.SmoothedCrossEntropyLoss",
+        "nemo.collections.common.tokenizers.canary_tokenizer.CanaryTokenizer",
+        "nemo.collections.common.tokenizers.canary_multilingual_tokenizer.CanaryMultilingualTokenizer",
+        "nemo.collections.speechlm2.modules.perception.MultiLayerProjectionConnector",
+        "nemo_emmett.modules.modality_adapters.QFormer",
+    ],
+)
+def test_what_nemos_published_models_name_is_admitted(target: str) -> None:
+    check_model_file({"part": {"_target_": target, "size": "${other.size}"}}, "model.nemo")
 
 
 @pytest.mark.parametrize("build", ["train", "plan"])
