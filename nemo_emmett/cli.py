@@ -111,6 +111,17 @@ def leaks(training: Sequence[Path], held_out: Sequence[Path], examples: int, nea
     raise SystemExit(int(print_leaks(training, held_out, examples=examples, near=near)))
 
 
+_trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run code that came with the model, of a language model that transformers does not know (docs/security.md).",
+)
+
+
+def _trust(trust_remote_code: bool) -> dict[str, bool]:
+    return {"trust_remote_code": True} if trust_remote_code else {}
+
+
 @main.command()
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option("--to", "target_lang", required=True, help="Language to translate to, such as de.")
@@ -123,14 +134,18 @@ def leaks(training: Sequence[Path], held_out: Sequence[Path], examples: int, nea
     type=click.Path(path_type=Path),
     help="Folder of a saved model.",
 )
-def translate(inputs: Sequence[str], target_lang: str, source_lang: str | None, model: Path) -> None:
+@_trust_option
+def translate(
+    inputs: Sequence[str], target_lang: str, source_lang: str | None, model: Path, trust_remote_code: bool
+) -> None:
     """Translate each INPUT, a text or an audio file, and print one translation per line."""
     from nemo_emmett.models.inputs import check_inputs
 
     check_inputs(inputs)
     from nemo_emmett.models import load
 
-    for translation in load(model).translate(list(inputs), source_lang=source_lang, target_lang=target_lang):
+    loaded = load(model, **_trust(trust_remote_code))
+    for translation in loaded.translate(list(inputs), source_lang=source_lang, target_lang=target_lang):
         click.echo(translation)
 
 
@@ -157,14 +172,15 @@ def translate(inputs: Sequence[str], target_lang: str, source_lang: str | None, 
     help="An earlier evaluation.json, its folder, or the folder of a model to compare with; may be repeated.",
 )
 @click.option("--examples", type=click.IntRange(min=0), help="Translations in the report.  [default: 10]")
-def evaluate(model: Path, config: Path, **options: Any) -> None:
+@_trust_option
+def evaluate(model: Path, config: Path, trust_remote_code: bool, **options: Any) -> None:
     """Translate the test sets of the recipe CONFIG with the model in the folder MODEL, and score the translations.
 
     Options that are not given are the recipe's. Started by torchrun or srun, the processes share each test set.
     """
     from nemo_emmett.evaluation import evaluate_recipe
 
-    evaluate_recipe(config, model, **options)
+    evaluate_recipe(config, model, **options, **_trust(trust_remote_code))
 
 
 @main.command()

@@ -1,14 +1,57 @@
-"""Recipes are checked before they are used: a key close to a known one is a typo, and typos must not train."""
+"""Configurations are checked before they are used.
+
+- A key close to a known one is a typo, and typos must not train: :func:`check_keys`.
+- Importing a module runs it, so what a ``_target_`` names is judged by its name, before anything is imported. In a
+  recipe, which its user runs, NeMo's allow-list decides: :func:`check_target`. A file that came with a model
+  (``config.json`` of an exported folder, the config of a ``.nemo`` file) may name parts of models alone, since NeMo's
+  list admits functions that take ``trust_remote_code``: :func:`check_model_file`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, ModelError
 
 MAX_TYPO_DISTANCE = 2
 """A key within this many edits of a known one is taken for a misspelling of it."""
+
+OWN_PREFIX = "nemo_emmett."
+
+PARTS_OF_MODELS = (
+    "nemo.collections.asr.losses.",
+    "nemo.collections.asr.metrics.",
+    "nemo.collections.asr.modules.",
+    "nemo.collections.asr.parts.submodules.adapters.",
+    "nemo.collections.asr.parts.submodules.classifier.",
+    "nemo.collections.asr.parts.submodules.token_classifier.",
+    "nemo.collections.common.losses.",
+    "nemo.collections.common.metrics.",
+    "nemo.collections.common.parts.adapter_modules.",
+    "nemo.collections.common.tokenizers.canary_",
+    "nemo.collections.common.tokenizers.CanaryTokenizer",
+    "nemo.collections.speechlm2.modules.",
+    "nemo.core.classes.mixins.adapter_mixin_strategies.",
+    "nemo.core.optim.",
+    "nemo_emmett.modules.",
+    "torch.nn.",
+    "torch.optim.",
+)
+"""Prefixes of what a file that came with a model may name."""
+
+TARGET_KEYS = ("_target_", "target", "cls")
+"""Keys by which Hydra and NeMo name what is to be called."""
+
+_CODE_KEYS = ("_args_", "megatron_config")
+"""Keys by which arguments escape the check of their names, or by which peft imports a module (``megatron_core``)."""
+
+_COMPILE_KEYS = ("dynamic", "fullgraph", "mode")
+"""Arguments of ``torch.compile`` that name no program to run."""
+
+_RESOLVER = re.compile(r"\$\{[^{}]*:")
+"""OmegaConf's ``${oc.env:...}`` and the like; ``${other.key}`` is harmless."""
 
 
 def edit_distance(a: str, b: str, limit: int | None = None) -> int:
@@ -80,3 +123,58 @@ def escape_interpolations(text: str) -> str:
         /data/\${name}
     """
     return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", text)
+
+
+def check_target(target: Any, where: str) -> None:
+    """Refuse a class path of a recipe that is not on NeMo's allow-list; nothing of it is imported.
+
+    Raises:
+        ConfigError: naming the key and the prefixes that are allowed.
+    """
+    if isinstance(target, str) and target.startswith(OWN_PREFIX):
+        return
+    from nemo.core.classes.common import ALLOWED_TARGET_PREFIXES
+
+    # `tests.` is for NeMo's own tests: what is imported by it lies in whatever folder Python was started in.
+    allowed = [prefix for prefix in ALLOWED_TARGET_PREFIXES if not prefix.startswith("tests.")]
+    if not (isinstance(target, str) and target.startswith(tuple(allowed))):
+        raise ConfigError(
+            f"{where}: '{target}' is not imported, for it is not on NeMo's allow-list ({', '.join(allowed)}); name one "
+            "of those, or give your class a short name by an entry point of its package."
+        )
+
+
+def check_model_file(config: Any, where: str) -> None:
+    """Refuse what a configuration that came with a model could run code by.
+
+    Args:
+        config: plain mappings, lists and scalars.
+        where: the file, for messages; below it the place in the file.
+
+    Raises:
+        ModelError: naming the place and the value.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            place = f"{where}: {key}" if ": " not in where else f"{where}.{key}"
+            if key in TARGET_KEYS and isinstance(value, str) and not value.startswith(PARTS_OF_MODELS):
+                raise _refused(place, value, "is not a part of a model")
+            if key == "trust_remote_code" and value:
+                raise _refused(place, value, "asks for code to be run")
+            if key in _CODE_KEYS and value is not None:
+                raise _refused(place, value, "may have code run")
+            if key == "compile" and isinstance(value, Mapping) and not value.keys() <= set(_COMPILE_KEYS):
+                raise _refused(place, dict(value), "may have code run")
+            check_model_file(value, place)
+    elif isinstance(config, Sequence) and not isinstance(config, str):
+        for number, value in enumerate(config):
+            check_model_file(value, f"{where}[{number}]")
+    elif isinstance(config, str) and _RESOLVER.search(config):
+        raise _refused(where, config, "calls a resolver")
+
+
+def _refused(where: str, value: Any, what: str) -> ModelError:
+    return ModelError(
+        f"{where}: {value!r} {what}, which a file that came with a model may not have; if you trust the file, load it "
+        "with trust_remote_code=True (--trust-remote-code)."
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,12 @@ CONFIG_PACKAGE = "pkg://nemo_emmett.conf"
 
 _QUIET_HYDRA = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout")
 """No dated output folders, no copies of the config, no log files: a run writes where its recipe says."""
+
+_RESOLVED = re.compile(r"(ext|cfg)://|\$\{[^{}]*:")
+"""How a logging config refers to Python objects, and how OmegaConf calls its resolvers."""
+
+_HARMLESS = ("ext://sys.stdout", "ext://sys.stderr", "colorlog.ColoredFormatter")
+"""What Hydra's logging configs refer to."""
 
 _MISSING = "???"
 """OmegaConf's mark of a mandatory value."""
@@ -86,6 +93,8 @@ def compose_recipe(config: str, overrides: Sequence[str] = ()) -> DictConfig:
     is_file = path.suffix in (".yaml", ".yml") or path.parent != Path()
     if is_file and not path.is_file():
         raise ConfigError(f"The recipe '{config}' cannot be read: there is no such file.")
+    if is_file:
+        _refuse_code_in_recipe(path)
     folder = str(path.resolve().parent) if is_file else None
     if folder is not None:
         initialized = initialize_config_dir(folder, version_base=None)
@@ -142,7 +151,10 @@ def _run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     arguments = parser.parse_intermixed_args()
     arguments.overrides += _QUIET_HYDRA
     version.setbase(None)
-    with _environment(_FULL_ERROR, "1"):
+    recipe = f"{(arguments.config_name or config_name).removesuffix('.yaml')}.yaml"
+    _refuse_code_in_recipe(Path(sys.argv[0]).parent / (arguments.config_path or "") / recipe)
+    _refuse_code_in_recipe(Path(arguments.config_dir or "") / recipe)
+    with _environment(_FULL_ERROR, "1"), _hydra_runs_nothing():
         try:
             _run_hydra(
                 args=arguments,
@@ -155,6 +167,67 @@ def _run(task: Callable[[DictConfig], Any], config_name: str) -> None:
             if started or (sentence := _composition_mistake(error, arguments)) is None:
                 raise
             raise ConfigError(sentence) from error
+
+
+def _refuse_code_in_recipe(path: Path) -> None:
+    """Refuse a recipe that has Hydra import packages when it is read, as ``pkg://`` in ``hydra.searchpath`` does.
+
+    What Hydra itself cannot read is left for it to tell.
+    """
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        places = recipe["hydra"]["searchpath"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return
+    for place in places if isinstance(places, list) else [places]:
+        if str(place).startswith("pkg://") and place != CONFIG_PACKAGE:
+            raise ConfigError(
+                f"hydra.searchpath: '{place}' would import a package, which runs it; give the configs as a folder "
+                f"(file://...), or as --config-dir. It stands in '{path}'."
+            )
+
+
+@contextmanager
+def _hydra_runs_nothing() -> Iterator[None]:
+    """Refuse what a recipe would have Hydra call before its task: callbacks, and what makes log handlers."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    load = ConfigLoaderImpl.load_configuration
+
+    @functools.wraps(load)
+    def load_and_check(*args: Any, **kwargs: Any) -> DictConfig:
+        cfg = load(*args, **kwargs)
+        from omegaconf import OmegaConf
+
+        for key in ("callbacks", "job_logging", "hydra_logging"):
+            called = OmegaConf.select(cfg, f"hydra.{key}")
+            if called and (place := _called(OmegaConf.to_container(called), f"hydra.{key}")):
+                raise ConfigError(f"{place}: a recipe cannot have Hydra call something; remove it.")
+        return cfg
+
+    ConfigLoaderImpl.load_configuration = load_and_check
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration = load
+
+
+def _called(value: Any, path: str) -> str | None:
+    """The place of what would be called; logging's own handlers and formatters are harmless."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return path if isinstance(value, str) and _RESOLVED.match(value) and value not in _HARMLESS else None
+    for key, child in value.items():
+        if child in _HARMLESS:
+            continue
+        if key in ("_target_", "()") or (key == "class" and not str(child).startswith("logging.")):
+            return f"{path}.{key}"
+        if (place := _called(child, f"{path}.{key}")) is not None:
+            return place
+    return None
 
 
 def _refuse_missing_values(cfg: DictConfig) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import lightning
 import torch
 from hydra.errors import InstantiationException
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from nemo.collections.speechlm2.data import SALMDataset
 from nemo.collections.speechlm2.models import SALM
@@ -24,11 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett import plugin
 from nemo_emmett.checkpoints import with_resume_point
-from nemo_emmett.config import check_keys
+from nemo_emmett.config import check_keys, check_target
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.check import check_data_config
 from nemo_emmett.errors import ConfigError, EmmettError
 from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.models.export import read_checkpoint
 from nemo_emmett.modules.stop_on_signal import StopOnSignal
 
 RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "seed", "num_threads")
@@ -99,16 +102,46 @@ def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | 
     """
     plugin.register()
     check_recipe(cfg)
-    model_class = plugin.find("models", cfg.model._target_)
+    model_class = _model_class(cfg.model._target_)
     if cfg.get("num_threads"):
         torch.set_num_threads(cfg.num_threads)
     lightning.seed_everything(cfg.get("seed", 0), workers=True)
     trainer = Trainer(**_trainer_options(cfg.trainer))
+    if not cfg.model.get("trust_remote_code", False) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = CheckpointsAsData()
     if cfg.get("exp_manager") is not None:
         exp_manager(trainer, with_resume_point(cfg.exp_manager, trainer))
     with trainer.init_module(), construction or nullcontext():
         model = model_class(OmegaConf.to_container(cfg.model, resolve=True))
     return Training(trainer, model, _datamodule(cfg.data, model))
+
+
+def _model_class(target: str) -> type[LightningModule]:
+    """What ``model._target_`` names; a class path is judged by its name before anything is imported.
+
+    Raises:
+        ConfigError: if it is not allowed, cannot be imported, or is no model.
+    """
+    installed = {point.value.replace(":", ".") for point in plugin.entry_points("models").values()}
+    if "." in target and target not in installed:
+        check_target(target, "model._target_")
+    found = plugin.find("models", target)
+    if not (isinstance(found, type) and issubclass(found, LightningModule)):
+        raise ConfigError(f"model._target_: '{target}' is not a model; name a class such as nemo_emmett.models.SALMT5.")
+    return found
+
+
+class CheckpointsAsData(TorchCheckpointIO):
+    """Reads checkpoints without running anything: tensors and plain values alone, which is all that ours hold."""
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu") -> dict[str, Any]:
+        """Read a ``.ckpt`` file.
+
+        Raises:
+            ModelError: if it holds other objects; Python would run what the file says to make them.
+        """
+        with get_filesystem(path).open(str(path), "rb") as file:
+            return read_checkpoint(file, map_location=map_location)
 
 
 def _datamodule(data: DictConfig, model: LightningModule) -> MultimodalDataModule:

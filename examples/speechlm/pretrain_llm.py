@@ -27,7 +27,7 @@ def main(cfg) -> None:
     init_dir = Path(cfg.llm.init_dir)
     if not (init_dir / "config.json").exists():
         train_llama_tokenizer(file_texts(cfg.llm.texts), init_dir, cfg.llm.vocab_size, cfg.llm.languages)
-        tokenizer = AutoTokenizer.from_pretrained(init_dir)
+        tokenizer = AutoTokenizer.from_pretrained(init_dir, trust_remote_code=False)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
@@ -42,7 +42,7 @@ def main(cfg) -> None:
     if model.trainer.is_global_zero:
         with model.embeddings_inside():
             model.llm.save_pretrained(cfg.output)
-        AutoTokenizer.from_pretrained(init_dir).save_pretrained(cfg.output)
+        AutoTokenizer.from_pretrained(init_dir, trust_remote_code=False).save_pretrained(cfg.output)
         print(f"The language model is in {cfg.output}")
 
 

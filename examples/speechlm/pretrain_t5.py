@@ -27,7 +27,7 @@ def main(cfg) -> None:
     init_dir = Path(cfg.t5.init_dir)
     if not (init_dir / "config.json").exists():
         train_t5_tokenizer(file_texts(cfg.t5.texts), init_dir, cfg.t5.vocab_size, cfg.t5.languages)
-        tokenizer = AutoTokenizer.from_pretrained(init_dir)
+        tokenizer = AutoTokenizer.from_pretrained(init_dir, trust_remote_code=False)
         config = T5Config(
             vocab_size=len(tokenizer),
             decoder_start_token_id=tokenizer.pad_token_id,
@@ -41,7 +41,7 @@ def main(cfg) -> None:
     model = train(cfg)
     if model.trainer.is_global_zero:
         model.llm.save_pretrained(cfg.output)
-        AutoTokenizer.from_pretrained(init_dir).save_pretrained(cfg.output)
+        AutoTokenizer.from_pretrained(init_dir, trust_remote_code=False).save_pretrained(cfg.output)
         print(f"The language model is in {cfg.output}")
 
 

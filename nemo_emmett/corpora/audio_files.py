@@ -314,6 +314,10 @@ def _length_by_lhotse(path: Path) -> tuple[float, int]:
     """The same for what libsndfile cannot read, such as AAC; Lhotse asks FFmpeg."""
     from lhotse.audio.backend import info
 
+    from nemo_emmett.data.commands import CAUSE, is_command
+
+    if is_command(str(path)):  # whatever reads it next reads it by this name
+        raise UnusableRecording(CAUSE)
     try:
         found = info(path)
     except Exception as error:  # each of its backends raises its own kind

@@ -15,6 +15,8 @@ from lhotse import AudioSource, Recording
 from lhotse.augmentation import AudioTransform
 from lhotse.cut import Cut, MixedCut, MonoCut, PaddingCut
 
+from nemo_emmett.data import commands
+
 TRUNCATION_TOLERANCE = 0.1
 """Seconds that a file may be shorter than declared: rounded durations and codec padding stay below this."""
 
@@ -23,7 +25,8 @@ _UNKNOWN_RIFF_SIZE = 0x7FFF0000
 
 
 class AudioFault(Exception):
-    """Why a recording cannot be used: ``missing audio``, ``empty audio``, ``truncated audio``, ``unreadable audio``."""
+    """Why a recording cannot be used: ``missing audio``, ``empty audio``, ``truncated audio``, ``unreadable audio``,
+    ``runs a command``."""
 
 
 def load_waveform(cut: Cut) -> torch.Tensor:
@@ -51,6 +54,8 @@ def check_audio(cut: Cut) -> None:
     Raises:
         AudioFault: its text is the cause.
     """
+    if commands.is_refused(cut):
+        raise AudioFault(commands.CAUSE)
     for part in _parts_with_audio(cut):
         _check_recording(part.recording, part.start, part.duration)
 
@@ -83,6 +88,8 @@ def check_file(path: str, end: float | None = None) -> None:
     Raises:
         AudioFault: its text is the cause.
     """
+    if commands.is_command(path) and not commands.are_allowed():
+        raise AudioFault(commands.CAUSE)
     if not os.path.isfile(path):
         raise AudioFault("missing audio")
     if os.path.getsize(path) == 0:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.bucketing import optimal_bins, optimal_bins_2d
+from nemo_emmett.data.commands import commands_allowed
 from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.data.padding import within_deviations
 from nemo_emmett.data.parsers import Reading, feeding, reading, register_data_types
@@ -126,7 +127,8 @@ def measure(
     dropped: Counter[str] = Counter()
     fed = nullcontext(config.input_cfg) if sample is None else feeding(sample)
     bad_records = BadRecords()
-    with logging.temp_verbosity(logging.ERROR), reading(Reading(bad_records, kind)), fed as input_cfg:
+    allowed = commands_allowed(settings.get("allow_commands") is True)
+    with logging.temp_verbosity(logging.ERROR), reading(Reading(bad_records, kind)), allowed, fed as input_cfg:
         config.input_cfg = input_cfg
         sampler, _ = get_lhotse_sampler_from_config(config, 0, 1, tokenizer)
         examples, filters = _without_filters(sampler.cuts[0])

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett.config import check_keys, nearest
 from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.commands import commands_allowed
 from nemo_emmett.data.config import (
     ANY_SOURCE_KEYS,
     AUTO_BINS,
@@ -376,8 +377,9 @@ def _check_something_is_left(source: Source, settings: Mapping, tokenizer: Any, 
     if not _can_be_probed(source, kind):
         return
     bad_records = BadRecords()
-    forbidden = forbidden_text(settings.get("prompt_format"), tokenizer)
-    with logging.temp_verbosity(logging.ERROR), reading(Reading(bad_records, kind, forbidden=forbidden)):
+    allowed = commands_allowed(settings.get("allow_commands") is True)
+    how = Reading(bad_records, kind, forbidden=forbidden_text(settings.get("prompt_format"), tokenizer))
+    with logging.temp_verbosity(logging.ERROR), reading(how), allowed:
         sampler, _ = get_lhotse_sampler_from_config(_probe_config(source, settings, tokenizer), 0, 1, tokenizer)
         if next(iter(sampler.cuts[0]), None) is not None:
             return
@@ -412,7 +414,9 @@ def _probe_config(source: Source, settings: Mapping, tokenizer: Any) -> DictConf
     """The config of a sampler that only filters: one source, once through, in order."""
     probe = {key: value for key, value in settings.items() if key in nemo_keys() - CLASSIC_KEYS}
     probe |= {
-        "input_cfg": route_to_our_reader({"input_cfg": [source.config]}, source.where),
+        "input_cfg": route_to_our_reader(
+            {"input_cfg": [source.config], "allow_commands": settings.get("allow_commands")}, source.where
+        ),
         "metadata_only": True,
         "force_finite": True,
         "force_map_dataset": False,

@@ -25,6 +25,7 @@ class MultimodalDataConfig:
     sampling: str = "auto"  # who samples: "emmett" (resumable, stationary), "nemo" (NeMo's samplers), or "auto"
     weights: str | None = None  # "auto": sources and groups weigh what they hold (hours, tokens)
     index_dir: str | None = None  # folder for indexes and counts where they cannot be written beside the data
+    allow_commands: bool = False  # sources and recordings may be the output of commands, which a shell runs
     num_sub_buckets: int | None = None  # output-length buckets in each input-length bucket, for `auto` bins
 
     @classmethod
@@ -43,6 +44,8 @@ class MultimodalDataConfig:
                 f"weights: {taken.weights!r} is unknown; it can be auto, and single weights are set by `weight` in "
                 "input_cfg (for groups of a multi_config, by sampler_weights)."
             )
+        if not isinstance(taken.allow_commands, bool):
+            raise ConfigError(f"allow_commands: {taken.allow_commands!r} is neither true nor false.")
         limit = taken.max_bad_records
         number = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
         share = isinstance(limit, float) and (0 < limit < 1 or (limit.is_integer() and limit >= 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.bins import auto_bins
 from nemo_emmett.data.check import check_dataset
+from nemo_emmett.data.commands import commands_allowed
 from nemo_emmett.data.config import AUTO_BINS, MultimodalDataConfig
 from nemo_emmett.data.dealing import DealtBatches
 from nemo_emmett.data.delivery import (
@@ -264,8 +266,9 @@ def get_multimodal_dataloader(
 
     bad_records = BadRecords()
     sources = list_all_sources(settings, where)
-    dataset = DeliveringDataset(dataset, bad_records)
-    states = random_state()
+    dataset = DeliveringDataset(dataset, bad_records, ours.allow_commands)
+    states, allowed = random_state(), ExitStack()
+    allowed.enter_context(commands_allowed(ours.allow_commands))
     try:  # the samplers are seeded with the dataset's own seed; the training's dropout is none of their business
         if not deal_batches and _we_sample(settings, ours, kind, where):
             plan = plan_sampling(settings, where, tokenizer, kind, bad_records, world_size, ours.index_dir)
@@ -285,6 +288,7 @@ def get_multimodal_dataloader(
             flavour = _flavour(dataset, sampler, is_iterable, shared, global_rank, world_size)
     finally:
         restore_random_state(states)
+        allowed.close()
     return MultimodalDataLoader(
         **flavour,
         bad_records=BadRecords(announce=True, source_of=source_of_files(sources)),

@@ -17,6 +17,8 @@ from nemo.collections.common.data.lhotse.text_adapters import NeMoMultimodalConv
 
 from nemo_emmett.data.audio import AudioFault, check_audio
 from nemo_emmett.data.bad_records import BadRecords, Notes
+from nemo_emmett.data.commands import CAUSE, commands_allowed, is_refused
+from nemo_emmett.data.dataset import recordings_of
 from nemo_emmett.data.examples import ExampleKind, origin_of
 from nemo_emmett.data.sampling.leaves import Share
 from nemo_emmett.data.sampling.sampler import SamplingPlan, WorkerSampler
@@ -42,23 +44,39 @@ class DeliveringDataset(torch.utils.data.Dataset):
     Args:
         dataset: maps the examples of a batch to the batch; may hold a ledger of its own, ``bad_records``.
         bad_records: ledger of the sources that live in the same process.
+        allow_commands: examples may run commands when they are loaded; otherwise those are skipped.
     """
 
-    def __init__(self, dataset: torch.utils.data.Dataset, bad_records: BadRecords) -> None:
+    def __init__(
+        self, dataset: torch.utils.data.Dataset, bad_records: BadRecords, allow_commands: bool = False
+    ) -> None:
         self.dataset = dataset
         self.bad_records = bad_records
+        self.allow_commands = allow_commands
 
     def __getitem__(self, examples: CutSet) -> Delivery:
-        try:
-            batch = self.dataset[examples]
-        except EmmettError as error:
-            return self.deliver(None, error)
+        with commands_allowed(self.allow_commands):
+            if any(map(self._is_refused, examples)):
+                examples = CutSet([example for example in examples if not self._is_refused(example, note=True)])
+                if not examples:
+                    return self.deliver({})
+            try:
+                batch = self.dataset[examples]
+            except EmmettError as error:
+                return self.deliver(None, error)
         if batch is None:
             for example in examples:
                 source, place = origin_of(example)
                 example_id = getattr(example, "id", "")
                 self.bad_records.add(source or "examples", place, "refused by the dataset", example=example_id)
         return self.deliver(batch)
+
+    def _is_refused(self, example: Any, note: bool = False) -> bool:
+        refused = any(map(is_refused, recordings_of(example)))
+        if refused and note:
+            source, place = origin_of(example)
+            self.bad_records.add(source or "examples", place, CAUSE, example=getattr(example, "id", ""))
+        return refused
 
     def deliver(self, batch: Any, error: EmmettError | None = None) -> Delivery:
         """A batch, with all notes made so far in this process."""
@@ -124,6 +142,10 @@ class ResumableDeliveries(torch.utils.data.IterableDataset):
             yield delivery._replace(worker=worker, filtered=sampler.take_filtered())
 
     def _next_of(self, sampler: WorkerSampler, state: bytes | None) -> Delivery:
+        with commands_allowed(self.dataset.allow_commands):
+            return self._sampled(sampler, state)
+
+    def _sampled(self, sampler: WorkerSampler, state: bytes | None) -> Delivery:
         try:
             if state is not None:
                 sampler.load_state_dict(pickle.loads(state))

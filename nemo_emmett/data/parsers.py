@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +29,7 @@ from nemo.collections.common.data.lhotse.cutset import (
 from nemo.collections.common.data.lhotse.text_adapters import Formattable
 from omegaconf import DictConfig
 
+from nemo_emmett.data import commands
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.examples import ExampleKind, Examples, SourceDefaults, mark_origin, origin_of
 from nemo_emmett.data.files import expand_paths
@@ -151,8 +152,10 @@ def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> t
         cuts, is_tarred = _repeated(CutSet(open_parallel_text(config, bad_records)), config), True
     else:
         inside = _with_our_reader_inside(source)
-        with _paths_expanded_by_us():
+        with nullcontext() if commands.are_allowed() else commands.without_commands(), _paths_expanded_by_us():
             cuts, is_tarred = get_parser_fn(source.type)(config_of(inside))
+        if not commands.are_allowed():
+            cuts = CutSet(commands.WithoutCommands(cuts))
         ledger = bad_records if inside == config else None  # otherwise the reader inside counts
         cuts = cuts.map(partial(_with_origin, source=source.name, bad_records=ledger), apply_fn=None)
     if tags := config.get("tags"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nemo.collections.common.data.lhotse.dataloader import (
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett.config import escape_interpolations
+from nemo_emmett.data.commands import is_pipe, refuse_pipes
 from nemo_emmett.data.config import OUR_KEYS
 from nemo_emmett.data.files import expand_paths, open_bytes
 from nemo_emmett.errors import ConfigError, DataError
@@ -89,6 +91,7 @@ INHERITED_BY_GROUPS = (
     "weights",
     "index_dir",
     "num_sub_buckets",
+    "allow_commands",
     "force_map_dataset",
     "force_iterable_dataset",
 )
@@ -287,12 +290,25 @@ def source_of_files(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def rewrite_sources(settings: Mapping, where: str, rewrite: Callable[[Source], dict]) -> list[dict]:
-    """The ``input_cfg`` of a dataset with each source replaced by ``rewrite(source)``; groups and weights stay."""
+    """The ``input_cfg`` of a dataset with each source replaced by ``rewrite(source)``; groups and weights stay.
+
+    Raises:
+        ConfigError: for a source whose files are the output of commands, unless the dataset allows that.
+    """
+    if settings.get("allow_commands") is not True:
+        for key in ("noise_path", "rir_path"):
+            refuse_pipes(settings.get(key), f"{where}.{key}")
+        rewrite = partial(_without_pipes, rewrite)
     inherited = {key: settings[key] for key in LANGUAGE_KEYS if settings.get(key) is not None}
     if settings.get("input_cfg") is not None:
         entries, where = settings["input_cfg"], f"{where}.input_cfg"
         return _rewrite(entries, where, {}, inherited, rewrite)
     return [rewrite(Source({**inherited, **_classic_source(settings, where)}, where))]
+
+
+def _without_pipes(rewrite: Callable[[Source], dict], source: Source) -> dict:
+    refuse_pipes(source.config, source.where)
+    return rewrite(source)
 
 
 def _classic_source(settings: Mapping, where: str) -> dict[str, Any]:
@@ -309,6 +325,8 @@ def _rewrite(
     entries: str | Path | Sequence, where: str, tags: Mapping, inherited: Mapping, rewrite: Callable[[Source], dict]
 ) -> list[dict]:
     if isinstance(entries, (str, Path)):
+        if is_pipe(str(entries)):
+            raise ConfigError(f"{where}: '{entries}' is a command; write its output to a file, and name that.")
         entries = _load_entries(entries, where)
     if not isinstance(entries, Sequence) or not entries:
         raise ConfigError(f"{where}: is empty or not a list; it must list the sources of the data.")

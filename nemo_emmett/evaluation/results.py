@@ -230,7 +230,8 @@ def write_hypotheses(evaluation: Evaluation, folder: str | os.PathLike[str]) -> 
     texts: dict[str, list[str]] = defaultdict(list)
     file_names = names_of_files(one.test_set for one in evaluation.translations)
     for one in evaluation.translations:
-        name = f"{file_names[one.test_set]}.{one.modality}.{one.source_lang}-{one.target_lang}"
+        # Whatever the file says that the evaluation was read from: nothing is written outside of the folder.
+        name = f"{file_names[one.test_set]}.{one.modality}.{one.source_lang}-{one.target_lang}".replace("/", "_")
         texts[f"{name}.hyp"].append(one_line(one.hypothesis) + "\n")
         texts[f"{name}.ref"].append(one_line(one.reference) + "\n")
     for stale in [*folder.glob("*.hyp"), *folder.glob("*.ref")]:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,6 +48,7 @@ class Task:
     max_new_tokens: int | None
     metrics: tuple[str, ...]
     comet: CometConfig | None
+    loading: Mapping[str, bool] = field(default_factory=dict)  # options of loading a model
 
 
 def evaluate(
@@ -63,6 +64,7 @@ def evaluate(
     baselines: Sequence[Place] = (),
     log_dir: Place | None = None,
     examples: int = 10,
+    trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> Evaluation | None:
     """Translate test sets, score the translations, print the table, write JSON, hypotheses and the report.
@@ -83,6 +85,7 @@ def evaluate(
             is evaluated first and its result kept under ``output/baselines``.
         log_dir: TensorBoard logs of the training, for the report's curves.
         examples: translations shown in the report.
+        trust_remote_code: run code that came with a model (:func:`nemo_emmett.models.load`).
         console: where to print; the terminal unless given.
 
     Returns:
@@ -100,13 +103,14 @@ def evaluate(
     metrics = check_metrics(metrics)
     _check_counts({"num_beams": (num_beams, 1), "max_new_tokens": (max_new_tokens, 1), "examples": (examples, 0)})
     comet_config = CometConfig.of_recipe(comet) if "COMET" in metrics else None
-    task = Task(config_of_test_sets(config), num_beams, max_new_tokens, metrics, comet_config)
+    loading = {"trust_remote_code": True} if trust_remote_code is True else {}
+    task = Task(config_of_test_sets(config), num_beams, max_new_tokens, metrics, comet_config, loading)
     earlier = [_saved_or_folder(baseline) for baseline in baselines]
     folders = _folders_of_baselines(earlier, output)
     curves = None if log_dir is None else read_curves(log_dir)
     if output is not None:
         _check_writable(Path(output))
-    loaded = load(model) if isinstance(model, (str, os.PathLike)) else model
+    loaded = load(model, **loading) if isinstance(model, (str, os.PathLike)) else model
     with joined_processes() as processes:
         earlier = [
             _evaluate_baseline(one, task, folder, processes) if isinstance(one, Path) else one
@@ -145,6 +149,7 @@ def evaluate_recipe(config: DictConfig | Place, model: Place | None = None, **op
     """
     recipe = config if isinstance(config, DictConfig) else read_yaml(Path(config))
     known = ("name", "output", "num_beams", "max_new_tokens", "metrics", "comet", "log_dir", "examples")
+    known += ("trust_remote_code",)
     if "test_ds" in recipe:  # and not a training's, with keys of its own
         check_keys(recipe, (*known, "model", "baseline", "test_ds"), "recipe")
     model = recipe.get("model") if model is None else model
@@ -215,7 +220,7 @@ def _folders_of_baselines(baselines: Sequence[Evaluation | Path], output: Place 
 
 
 def _evaluate_baseline(model: Path, task: Task, folder: Path | None, processes: Processes) -> Evaluation | None:
-    loaded = load(model).to(processes.device)
+    loaded = load(model, **task.loading).to(processes.device)
     evaluation = _evaluate(loaded, os.fspath(model), _short_name(model), task, processes)
     if evaluation is not None and folder is not None:
         _write(evaluation, folder)

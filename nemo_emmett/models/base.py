@@ -60,6 +60,8 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
     Args:
         cfg: the ``model`` section of a recipe, see :class:`~nemo_emmett.models.config.ModelConfig`.
+        trust_remote_code: run code that came with the language model or its tokenizer, and build what the config of a
+            ``.nemo`` file names; None: as ``cfg`` says, by default no. It is never kept with the model.
 
     Raises:
         ConfigError: for a misspelt or missing key.
@@ -70,9 +72,13 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
     is_encoder_decoder: ClassVar[bool]
     has_cross_attention: ClassVar[bool] = False  # whether `cross_attention` means something to it
 
-    def __init__(self, cfg: dict | DictConfig) -> None:
+    def __init__(self, cfg: dict | DictConfig, trust_remote_code: bool | None = None) -> None:
         super().__init__()
         cfg = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+        asked = cfg.pop("trust_remote_code", None) or False
+        if not isinstance(asked, bool):
+            raise ConfigError(f"model.trust_remote_code: {asked!r} is neither true nor false.")
+        self.trust_remote_code = asked if trust_remote_code is None else trust_remote_code
         self.options = ModelConfig.from_section(cfg, type(self).__name__)
         if self.options.cross_attention is not None and not self.has_cross_attention:
             raise ConfigError(

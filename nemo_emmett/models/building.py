@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.errors import InstantiationException
+from nemo.collections.asr.models import ASRModel
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
 from nemo.core.classes.common import UnsafeTargetError
 from nemo.utils import logging
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AddedToken, AutoConfig, PreTrainedModel
 
+from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ConfigError, EmmettError, ModelError
 from nemo_emmett.models.causal import bare
 from nemo_emmett.modules.modality_adapters import check_modality_adapter, leave_out_collectives
@@ -27,6 +31,11 @@ from nemo_emmett.prompts.families import may_be_read
 if TYPE_CHECKING:
     from nemo_emmett.models.base import SpeechTextModel
 
+_NO_WEIGHTS_ONLY = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_ASR_MODELS = "nemo.collections.asr.models."
+_NOT_RESTORED = ("train_ds", "validation_ds", "test_ds", "optim", "trainer", "exp_manager")
+"""Sections of a ``.nemo`` file's config that restoring a model does not read."""
+
 
 def build_tokenizer(model: SpeechTextModel) -> AutoTokenizer:
     """The language model's tokenizer, with the audio locator among its special tokens."""
@@ -34,7 +43,7 @@ def build_tokenizer(model: SpeechTextModel) -> AutoTokenizer:
     source = options.tokenizer_path or options.pretrained_llm
     _check_local_path(source, "model.tokenizer_path" if options.tokenizer_path else "model.pretrained_llm")
     with _as_model_error(source):
-        tokenizer = AutoTokenizer(source, use_fast=True, trust_remote_code=model.cfg.get("trust_remote_code", False))
+        tokenizer = AutoTokenizer(source, use_fast=True, trust_remote_code=model.trust_remote_code)
     # Not NeMo's add_special_tokens: it replaces the list in which multilingual tokenizers keep their languages.
     tokenizer.tokenizer.add_tokens(
         [AddedToken(options.audio_locator_tag, special=True, normalized=False)], special_tokens=True
@@ -50,7 +59,9 @@ def build_llm(model: SpeechTextModel) -> PreTrainedModel:
         ModelError: if it cannot be found, or is of the kind that the model is not built on.
     """
     name, auto_class = model.options.pretrained_llm, model.auto_class
-    trust = {"trust_remote_code": model.cfg.get("trust_remote_code", False)}
+    trust = {"trust_remote_code": model.trust_remote_code}
+    if not model.trust_remote_code:
+        _check_adapter_config(Path(name))
     with _as_model_error(name):
         config = AutoConfig.from_pretrained(name, **trust)
     if config.is_encoder_decoder != model.is_encoder_decoder:
@@ -60,7 +71,8 @@ def build_llm(model: SpeechTextModel) -> PreTrainedModel:
             f"but {type(model).__name__} is built on {kinds[model.is_encoder_decoder]}; choose another of either."
         )
     if model.options.pretrained_weights:
-        llm = auto_class.from_pretrained(name, dtype=torch.float32, **trust)
+        # Weights in pickles (pytorch_model.bin) are read as data, whatever the environment says.
+        llm = auto_class.from_pretrained(name, dtype=torch.float32, weights_only=True, **trust)
     else:
         llm = auto_class.from_config(config, dtype=torch.float32, **trust)
     # transformers hands it over in evaluation mode, and Lightning's fit leaves modes as they are.
@@ -151,13 +163,16 @@ def build_perception(model: SpeechTextModel) -> None:
         if not options.pretrained_asr:
             raise ConfigError("model.pretrained_asr is missing: give a .nemo file or the name of a NeMo ASR model.")
         _check_local_path(options.pretrained_asr, "model.pretrained_asr")
+        if not model.trust_remote_code:
+            read_asr_config(options.pretrained_asr)
     with open_dict(model.cfg):
         # FastConformer all-reduces its longest input by default: a rank that has only text would leave the others
         # waiting in that collective.
         model.cfg.perception.setdefault("encoder", {})
         model.cfg.perception.encoder.sync_max_audio_length = False
     try:
-        setup_speech_encoder(model, pretrained_weights=options.pretrained_weights)
+        with nullcontext() if model.trust_remote_code else _weights_only():
+            setup_speech_encoder(model, pretrained_weights=options.pretrained_weights)
     except (InstantiationException, UnsafeTargetError) as error:  # Hydra hides what an adapter says in its own words
         if isinstance(error.__cause__, EmmettError):
             raise error.__cause__ from error
@@ -165,6 +180,51 @@ def build_perception(model: SpeechTextModel) -> None:
         raise ConfigError(f"model.perception cannot be built: {said}; correct the `_target_` or its keys.") from error
     leave_out_collectives(model.perception)
     check_modality_adapter(model.perception, model.llm.config.hidden_size)
+
+
+def read_asr_config(source: str, trusted: bool = False) -> dict[str, Any]:
+    """The config of a NeMo ASR model; nothing that it names is built.
+
+    Args:
+        source: a ``.nemo`` file, or the name of a model.
+        trusted: do not check it.
+
+    Raises:
+        ModelError: if it could run code.
+    """
+    is_file = source.endswith(".nemo") and Path(source).exists()  # as NeMo tells them apart
+    read = ASRModel.restore_from if is_file else ASRModel.from_pretrained
+    config = read(source, return_config=True)
+    if not trusted:
+        # Unresolved, and without what restoring does not build: NeMo's own files have resolvers there.
+        parts = {key: value for key, value in OmegaConf.to_container(config).items() if key not in _NOT_RESTORED}
+        target = str(parts.pop("target", _ASR_MODELS))
+        if not target.startswith(_ASR_MODELS):
+            raise ModelError(f"'{source}': target: '{target}' is not an ASR model of NeMo; give another file.")
+        check_model_file(parts, f"'{source}'")
+    return OmegaConf.to_container(config, resolve=True)
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch reads pickled weights as data by default; a variable that turns this off is hidden from it meanwhile."""
+    hidden = os.environ.pop(_NO_WEIGHTS_ONLY, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            os.environ[_NO_WEIGHTS_ONLY] = hidden
+
+
+def _check_adapter_config(folder: Path) -> None:
+    """transformers applies a LoRA that lies beside a language model, whose config can have peft import a module."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        check_model_file(json.loads(path.read_text()), f"'{path}'")
+    except ValueError as error:
+        raise ModelError(f"'{path}' is not JSON ({error}); correct or remove it.") from error
 
 
 def transformer_blocks(llm: nn.Module) -> list[nn.Module]:
@@ -220,6 +280,11 @@ def _as_model_error(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"'{name}' needs code that came with it, which is not run unless you trust it: pass "
+                "trust_remote_code=True (--trust-remote-code, or model.trust_remote_code: true in a recipe)."
+            ) from error
         raise ModelError(
             f"'{name}' is neither a folder with a Hugging Face model nor the name of one that could be fetched; "
             "check model.pretrained_llm and model.tokenizer_path."

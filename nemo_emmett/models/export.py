@@ -9,17 +9,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from pickle import UnpicklingError
+from typing import Any, BinaryIO, ClassVar
 
+import torch
 import torch.distributed as dist
+from huggingface_hub.constants import CONFIG_NAME
 from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR, SAFETENSORS_SINGLE_FILE
+from nemo.utils import logging
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
+from transformers.utils import cached_file
 
+from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ModelError
 
 
@@ -55,6 +61,7 @@ class Export:
 
     def _exported_config(self) -> dict[str, Any]:
         own_class = next(kind for kind in type(self).__mro__ if not issubclass(kind, FSDPModule))
+        # `trust_remote_code` is not in it: who loads the folder decides.
         return OmegaConf.to_container(self.cfg, resolve=True) | {
             "_target_": f"{own_class.__module__}.{own_class.__qualname__}",
             "model_type": self.model_type,
@@ -77,6 +84,50 @@ class Export:
         for name, parameter in self.named_parameters(remove_duplicate=False):
             names[id(parameter)].append(name)
         return [of_parameter for of_parameter in names.values() if len(of_parameter) > 1]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
+    ):
+        """Load an exported model.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a name on the Hugging Face Hub.
+            trust_remote_code: run code that came with the model; nothing in the folder can say so.
+            kwargs: of huggingface_hub's ``from_pretrained``.
+
+        Raises:
+            ModelError: if its ``config.json`` names what could run code, or the weights are not the model's.
+        """
+        # Always given: huggingface_hub would take an argument that is not from the folder's config.json.
+        return super().from_pretrained(
+            str(pretrained_model_name_or_path), trust_remote_code=trust_remote_code, **kwargs
+        )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Export:
+        """Lightning's, of a checkpoint that is read as data: a ``.ckpt`` file is a pickle, which could run code.
+
+        Args:
+            checkpoint_path: of a ``.ckpt`` file.
+            args: Lightning's.
+            kwargs: Lightning's, and ``trust_remote_code`` for a file that may run code.
+
+        Raises:
+            ModelError: if it holds more than tensors and plain values, or names what could run code.
+        """
+        if not kwargs.setdefault("trust_remote_code", False):
+            checkpoint = read_checkpoint(checkpoint_path, map_location="meta", mmap=True)
+            config = dict(checkpoint.get("hyper_parameters", {}).get("cfg", {}))
+            check_model_file({**config, "_target_": None, "trust_remote_code": None}, f"'{checkpoint_path}'")
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, trust_remote_code: bool = False, **kwargs: Any) -> Export:
+        """What huggingface_hub calls to have a model built and its weights read."""
+        if not trust_remote_code:
+            _check_config(model_id, **{name: kwargs.get(name) for name in _WHERE_ON_THE_HUB})
+        return super()._from_pretrained(model_id=model_id, trust_remote_code=trust_remote_code, **kwargs)
 
     @classmethod
     def _load_as_safetensor(cls, model: Export, model_file: str, map_location: str, strict: bool) -> Export:
@@ -104,6 +155,47 @@ class Export:
                     "model.perception."
                 )
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def read_checkpoint(path: str | Path | BinaryIO, **options: Any) -> dict[str, Any]:
+    """Read a Lightning checkpoint without running anything: tensors and plain values, which is all that ours hold.
+
+    Args:
+        path: of the file, or the file.
+        options: of ``torch.load``.
+
+    Raises:
+        ModelError: if it holds other objects; to make them Python would run what the file says.
+    """
+    try:
+        return torch.load(path, weights_only=True, **options)
+    except UnpicklingError as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"the checkpoint '{getattr(path, 'name', path)}' is damaged or holds more than tensors and plain values; "
+            f"it is not unpickled, since that can run code ({said}). If you trust it, pass trust_remote_code=True, or "
+            "set model.trust_remote_code: true in the recipe."
+        ) from error
+
+
+_WHERE_ON_THE_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+
+
+def _check_config(model_id: str, **where: Any) -> None:
+    """Refuse a ``config.json`` that could run code; read as NeMo reads it."""
+    path = cached_file(model_id, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where)
+    if path is None:
+        return  # NeMo says so
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(config, dict):
+        raise ModelError(f"'{path}' is not the config of a model; export the model again.")
+    if config.pop("trust_remote_code", False):
+        logging.warning(
+            f"'{path}' asks for code of the model to be run (trust_remote_code), which only the caller can allow; it "
+            "is not run."
+        )
+    config.pop("_target_", None)  # the class is chosen already
+    check_model_file(config, f"'{path}'")
 
 
 def _check_weights(model: Export, path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import redirect_stdout
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.constants import CONFIG_NAME
 from hydra.errors import InstantiationException
@@ -15,15 +17,18 @@ from nemo.collections.speechlm2.parts.hf_hub import SAFETENSORS_SINGLE_FILE
 from nemo_emmett.errors import ModelError
 from nemo_emmett.models.base import SpeechTextModel
 
-_SALM_GPT = "nemo_emmett.models.salm_gpt.SALMGPT"
+_OWN_MODELS = "nemo_emmett.models."
+_SALM_GPT = f"{_OWN_MODELS}salm_gpt.SALMGPT"
 
 
-def load(folder: str | Path) -> SpeechTextModel:
+def load(folder: str | Path, *, trust_remote_code: bool = False) -> SpeechTextModel:
     """Load an exported model, ready to translate.
 
     Args:
         folder: what ``save_pretrained`` wrote (``train.py`` exports to its recipe's ``export_dir``); a folder that NeMo
             wrote of its SALM becomes a :class:`~nemo_emmett.models.SALMGPT`.
+        trust_remote_code: run code that came with the model, of a language model that transformers does not know. Only
+            the caller decides this, not the folder (docs/security.md).
 
     Returns:
         The model, in evaluation mode, on the CPU.
@@ -42,7 +47,7 @@ def load(folder: str | Path) -> SpeechTextModel:
         raise ModelError(f"'{folder}' has no {SAFETENSORS_SINGLE_FILE}, so it is no complete export; export it again.")
     # huggingface_hub prints where it reads from; standard output belongs to the translations.
     with redirect_stdout(sys.stderr):
-        return model_class.from_pretrained(str(folder)).eval()
+        return model_class.from_pretrained(str(folder), trust_remote_code=trust_remote_code).eval()
 
 
 def _class_of(config_path: Path) -> type[SpeechTextModel]:
@@ -50,11 +55,24 @@ def _class_of(config_path: Path) -> type[SpeechTextModel]:
         config = json.loads(config_path.read_text())
         # NeMo does not say which of its models wrote a folder; of those with an audio locator this is SALM.
         is_nemo_salm = "_target_" not in config and "audio_locator_tag" in config
-        model_class = get_class(_SALM_GPT if is_nemo_salm else config["_target_"])
+        name = _SALM_GPT if is_nemo_salm else config["_target_"]
+        model_class = _class_named(name)
     except (ValueError, KeyError, TypeError, ImportError, AttributeError, InstantiationException) as error:
         raise ModelError(
-            f"'{config_path}' names no model class that can be imported (`_target_`); was it written by nemo_emmett?"
+            f"'{config_path}' names no model class that is known (`_target_`); was it written by nemo_emmett? A model "
+            "of another package needs an entry point nemo_emmett.models, or to be imported first."
         ) from error
     if not (isinstance(model_class, type) and issubclass(model_class, SpeechTextModel)):
-        raise ModelError(f"'{config_path}': `_target_` names {model_class.__name__}, which is not a model of ours.")
+        raise ModelError(f"'{config_path}': `_target_` names {name}, which is not a model of ours.")
     return model_class
+
+
+def _class_named(name: str) -> Any:
+    """What a class path leads to, without importing what only the folder names: importing a module runs it."""
+    if name.startswith(_OWN_MODELS):
+        return get_class(name)
+    for point in entry_points(group="nemo_emmett.models"):
+        if point.value.replace(":", ".") == name:
+            return point.load()
+    module, _, attribute = name.rpartition(".")
+    return getattr(sys.modules[module], attribute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, open_dict
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.modules.loss import world_size
 from nemo_emmett.oomptimizer.adapters import Adapter, adapter_for
+from nemo_emmett.oomptimizer.archive import read_if_there, restore_archived
 from nemo_emmett.oomptimizer.arguments import check_positive, check_share, check_switch
 from nemo_emmett.oomptimizer.buckets import (
     TOKENS_PER_SECOND,
@@ -33,7 +35,14 @@ from nemo_emmett.oomptimizer.cuda_meter import CudaMeter, meter_for
 from nemo_emmett.oomptimizer.fingerprint import check_fingerprint, fingerprint_of, short_hash
 from nemo_emmett.oomptimizer.guard import Guard
 from nemo_emmett.oomptimizer.in_recipe import profile_of_recipe, train_ds_of
-from nemo_emmett.oomptimizer.memory import budget_of, check_fraction, parse_memory
+from nemo_emmett.oomptimizer.memory import (
+    CPU_BUDGET,
+    MEMORY_FRACTION,
+    budget_of,
+    check_fraction,
+    is_cpu_default,
+    parse_memory,
+)
 from nemo_emmett.oomptimizer.memory import shown as shown_bytes
 from nemo_emmett.oomptimizer.meter import Meter, TensorMeter, Unmetered
 from nemo_emmett.oomptimizer.profile import ONLY_GROUP, Bin, Buckets, Event, Profile, shown
@@ -61,7 +70,8 @@ class OOMptimizer(Callback, Serialization):
     Args:
         mode: ``calibrate``: measure on the device. ``plan``: work it out on fake tensors, for a device that need not
             be there. ``guard``: measure nothing; take the profile's batch sizes, or the recipe's.
-        memory_fraction: share of the device's memory that a step may take.
+        memory_fraction: share of the device's memory that a step may take. On the CPU the default means half of the
+            memory that is available, at most 8 GiB.
         memory_budget: what a step may take instead, in bytes or as ``72GiB``; for ``plan`` also a device (``H100``).
         profile: path of the profile, written if it does not exist; by default the environment variable
             ``NEMO_EMMETT_PROFILE``, or else a file in the trainer's ``default_root_dir`` that is named by what it was
@@ -92,7 +102,7 @@ class OOMptimizer(Callback, Serialization):
     def __init__(
         self,
         mode: str = "calibrate",
-        memory_fraction: float = 0.9,
+        memory_fraction: float = MEMORY_FRACTION,
         memory_budget: int | str | None = None,
         profile: str | os.PathLike | None = None,
         safety_margin: float = 0.03,
@@ -132,7 +142,7 @@ class OOMptimizer(Callback, Serialization):
         self.path: str | None = None if path is None else str(path)
         self._path_is_given = path is not None
         # Read at once, so that a corrupt profile is told before a model is built.
-        self.profile: Profile | None = Profile.read(self.path) if self.path and Path(self.path).exists() else None
+        self.profile: Profile | None = read_if_there(self.path) if self.path else None
         self._guard: Guard | None = None
 
     # Lightning's hooks
@@ -148,13 +158,13 @@ class OOMptimizer(Callback, Serialization):
             )
         if hasattr(trainer.datamodule, "resolve_bins"):
             trainer.datamodule.resolve_bins()
-        self._agree_on_profile(trainer)
+        self._agree_on_profile(trainer, pl_module, train_ds, where)
         if self.profile is not None:
             self._use_profile(self.profile, trainer, pl_module, train_ds, where)
         else:
             groups = self._groups(train_ds, where, pl_module)
             fingerprint = self._fingerprint(trainer, pl_module, groups, train_ds, planned=self.mode == "plan")
-            self._find_path(trainer, fingerprint)
+            self._find_path(trainer, pl_module, train_ds, where, fingerprint)
             if self.profile is not None:
                 self._use_profile(self.profile, trainer, pl_module, train_ds, where)
             elif self.mode == "guard":
@@ -164,6 +174,7 @@ class OOMptimizer(Callback, Serialization):
                 if trainer.is_global_zero:
                     self.profile.write(self.path)
                 self._apply(self.profile, train_ds, where)
+                self._log_batch_sizes(self.profile, where)
         # NeMo's ASR models have their loader from the constructor on.
         if getattr(pl_module, "_train_dl", None) is not None:
             pl_module.setup_training_data(train_ds)
@@ -205,20 +216,44 @@ class OOMptimizer(Callback, Serialization):
             tokens_per_second=self.tokens_per_second,
         )
 
-    def _agree_on_profile(self, trainer: Trainer) -> None:
+    def _agree_on_profile(self, trainer: Trainer, module: LightningModule, train_ds: DictConfig, where: str) -> None:
         """All ranks go by what rank 0 has read: others may see another disk, or have looked at another time."""
         if not self._path_is_given:
             self.path = self.profile = None  # an earlier fit may have been of another model
+        elif trainer.is_global_zero:
+            self._restore(trainer, module, train_ds, where)
         self.path, self.profile = trainer.strategy.broadcast((self.path, self.profile))
 
-    def _find_path(self, trainer: Trainer, fingerprint: Mapping[str, Any]) -> None:
+    def _find_path(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        train_ds: DictConfig,
+        where: str,
+        fingerprint: Mapping[str, Any],
+    ) -> None:
         """Where no path is given, runs of the same kind with the same settings share one."""
         if self.path is None:
             name = f"oomptimizer-{short_hash({**fingerprint, 'asked': self._asked()})}.yaml"
             self.path = os.path.join(trainer.default_root_dir, name)
-        if self.profile is None and trainer.is_global_zero and Path(self.path).exists():
-            self.profile = Profile.read(self.path)
+        if self.profile is None and trainer.is_global_zero:
+            if Path(self.path).exists():
+                self.profile = Profile.read(self.path)
+            else:
+                self._restore(trainer, module, train_ds, where)
         self.path, self.profile = trainer.strategy.broadcast((self.path, self.profile))
+
+    def _restore(self, trainer: Trainer, module: LightningModule, train_ds: DictConfig, where: str) -> None:
+        """Put back a profile that NeMo's exp_manager has archived, at this start or an earlier one."""
+        known = self.profile  # read by the constructor and archived since; whether it fits is checked where it is used
+
+        def check(archived: Profile) -> None:
+            if known is None:
+                self._check(archived, trainer, module, copy.deepcopy(train_ds), where)
+            elif archived != known:
+                raise ConfigError("it is not the one that this run has read.")
+
+        self.profile = restore_archived(self.path, check) or known
 
     def _fingerprint(
         self,
@@ -233,14 +268,21 @@ class OOMptimizer(Callback, Serialization):
     def _use_profile(
         self, profile: Profile, trainer: Trainer, module: LightningModule, train_ds: DictConfig, where: str
     ) -> None:
+        self._check(profile, trainer, module, train_ds, where)
+        self._log_batch_sizes(profile, where)
+        if self.mode == profile.settings.get("mode") == "calibrate":
+            self._tell_of_other_settings(profile.settings)
+
+    def _check(
+        self, profile: Profile, trainer: Trainer, module: LightningModule, train_ds: DictConfig, where: str
+    ) -> None:
+        """Write a profile's batch sizes into ``train_ds``, and refuse one that was made for something else."""
         self._apply(profile, train_ds, where)
         if profile.fingerprint:
             planned = profile.settings.get("mode") == "plan"
             groups = self._groups(train_ds, where, module)
             actual = self._fingerprint(trainer, module, groups, train_ds, planned)
             check_fingerprint(profile.fingerprint, actual, self.path)
-        if self.mode == profile.settings.get("mode") == "calibrate":
-            self._tell_of_other_settings(profile.settings)
 
     def _tell_of_other_settings(self, stored: Mapping[str, Any]) -> None:
         """A profile may well have been measured with other settings than the callback has, but not unnoticed."""
@@ -262,7 +304,7 @@ class OOMptimizer(Callback, Serialization):
                 f"{self.path}: the profile is for {_named(profile.groups)}, the recipe's {where} has {_named(configs)}."
             )
         for name, config in configs.items():
-            self._apply_to_group(profile.groups[name], config, f"{where}.{name}".rstrip("."))
+            self._apply_to_group(profile.groups[name], config, _place(where, name))
 
     def _apply_to_group(self, buckets: Buckets, config: DictConfig, where: str) -> None:
         asked = bins_of(config, where)
@@ -275,10 +317,13 @@ class OOMptimizer(Callback, Serialization):
             config.bucket_batch_size = list(buckets.bucket_batch_size)
             if asked is None:
                 config.bucket_duration_bins = [_plain(item) for item in buckets.bucket_duration_bins]
-        logging.info(
-            f"OOMptimizer: {where}.bucket_batch_size is {list(buckets.bucket_batch_size)} for the bins "
-            f"{shown(buckets.bucket_duration_bins)}, from {self.path}."
-        )
+
+    def _log_batch_sizes(self, profile: Profile, where: str) -> None:
+        for name, buckets in profile.groups.items():
+            logging.info(
+                f"OOMptimizer: {_place(where, name)}.bucket_batch_size is {list(buckets.bucket_batch_size)} for the "
+                f"bins {shown(buckets.bucket_duration_bins)}, from {self.path}."
+            )
 
     def _settings(self, budget: int | None) -> dict[str, Any]:
         return {"mode": self.mode, "budget": budget, **self._asked()}
@@ -335,7 +380,14 @@ class OOMptimizer(Callback, Serialization):
     def _budget(self, trainer: Trainer) -> int:
         if self.mode == "plan":
             return parse_memory(self.memory_budget, "OOMptimizer.memory_budget")
-        budget = budget_of(trainer.strategy.root_device, self.memory_fraction, self.memory_budget)
+        arguments = (trainer.strategy.root_device, self.memory_fraction, self.memory_budget)
+        budget = budget_of(*arguments)
+        if is_cpu_default(*arguments):
+            logging.info(
+                f"OOMptimizer: training runs on the CPU and no memory_budget is given: a step may take "
+                f"{shown_bytes(budget)} (half of the memory that is available, at most {shown_bytes(CPU_BUDGET)}); set "
+                "memory_budget for another amount."
+            )
         # What is free differs between devices; all must decide the same.
         least = torch.tensor(budget, device=trainer.strategy.root_device)
         if world_size() > 1:
@@ -431,6 +483,10 @@ def _check_is_alone(trainer: Trainer) -> None:
         raise ConfigError(
             f"trainer.callbacks: OOMptimizer stands there {count} times; leave one (NEMO_EMMETT_CALLBACKS may add it)."
         )
+
+
+def _place(where: str, group: str) -> str:
+    return f"{where}.{group}".rstrip(".")
 
 
 def _plain(item: Bin) -> Any:

@@ -25,6 +25,13 @@ _UNITS = {"b": 1} | {
 
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)")
 
+MEMORY_FRACTION = 0.9
+"""Share of a device's memory that a step may take, unless another is given."""
+
+CPU_BUDGET = 8 * _GIB
+"""Most bytes that a step may take on a CPU for which neither a budget nor another fraction is given."""
+
+_MEMORY_INFO = Path("/proc/meminfo")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
@@ -150,7 +157,9 @@ def budget_of(device: torch.device, memory_fraction: float, memory_budget: int |
 
     Args:
         device: that trains.
-        memory_fraction: share of the device's memory, above 0 and at most 1; used where there is no budget.
+        memory_fraction: share of the device's memory, above 0 and at most 1; used where there is no budget. On the CPU,
+            which shares its memory with everything else, ``MEMORY_FRACTION`` means half of what is available, and
+            ``CPU_BUDGET`` at most.
         memory_budget: what :func:`parse_memory` reads; None for the fraction.
 
     Raises:
@@ -158,6 +167,8 @@ def budget_of(device: torch.device, memory_fraction: float, memory_budget: int |
     """
     check_fraction(memory_fraction)
     available = device_memory(device)
+    if is_cpu_default(device, memory_fraction, memory_budget):
+        return min(CPU_BUDGET, available // 2, _unused_memory(available) // 2)
     if memory_budget is None:
         return int(memory_fraction * available)
     budget = parse_memory(memory_budget, "OOMptimizer.memory_budget")
@@ -167,6 +178,11 @@ def budget_of(device: torch.device, memory_fraction: float, memory_budget: int |
             "lower it, or free the device."
         )
     return budget
+
+
+def is_cpu_default(device: torch.device, memory_fraction: float, memory_budget: int | str | None) -> bool:
+    """Whether a CPU is to be used and nobody has said how much of its memory."""
+    return device.type == "cpu" and memory_budget is None and memory_fraction == MEMORY_FRACTION
 
 
 def check_fraction(memory_fraction: float) -> None:
@@ -207,6 +223,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia")
+
+
+def _unused_memory(total: int) -> int:
+    """Bytes of this machine that nothing uses or that the kernel can free; the total where that is not known."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMORY_INFO.read_text(), re.MULTILINE)
+    except OSError:
+        return total  # not on Linux
+    return int(found[1]) * 1024 if found else total
 
 
 def _cgroup_limits() -> Iterator[int]:

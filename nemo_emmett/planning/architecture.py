@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from nemo.collections.asr.models import ASRModel
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
 from nemo_emmett.errors import ModelError
+from nemo_emmett.models.building import read_asr_config
 
 
 def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:
 
 def _perception(section: Mapping[str, Any]) -> dict[str, Any]:
     perception = dict(section["perception"])
-    asr = _config_of_asr_model(section.get("pretrained_asr"))
+    asr = _config_of_asr_model(section.get("pretrained_asr"), section.get("trust_remote_code") is True)
     own = {key: value for key, value in (perception.get("encoder") or {}).items() if value is not None}
     perception["preprocessor"] = asr["preprocessor"]
     perception["encoder"] = {**asr["encoder"], **own}
@@ -48,11 +47,12 @@ def _perception(section: Mapping[str, Any]) -> dict[str, Any]:
     return perception
 
 
-def _config_of_asr_model(name: str | None) -> dict[str, Any]:
+def _config_of_asr_model(name: str | None, trusted: bool) -> dict[str, Any]:
     try:
         with logging.temp_verbosity(logging.ERROR):
-            read = ASRModel.restore_from if name and os.path.exists(name) else ASRModel.from_pretrained
-            return OmegaConf.to_container(read(name, return_config=True), resolve=True)
+            return read_asr_config(name or "", trusted)
+    except ModelError:
+        raise
     except Exception as error:  # NeMo's own kinds, those of Hugging Face and of the network
         raise ModelError(
             f"model.pretrained_asr: the config of '{name}' cannot be read ({_first_line(error)}); give a .nemo file or "
@@ -63,7 +63,7 @@ def _config_of_asr_model(name: str | None) -> dict[str, Any]:
 def _width_of_llm(section: Mapping[str, Any]) -> int:
     name = section.get("pretrained_llm")
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=section.get("trust_remote_code", False)).hidden_size
+        return AutoConfig.from_pretrained(name, trust_remote_code=section.get("trust_remote_code") is True).hidden_size
     except Exception as error:
         raise ModelError(
             f"model.pretrained_llm: the config of '{name}' cannot be read ({_first_line(error)}); give a folder or a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_emmett.callbacks import OOMptimizer
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMT5
+from nemo_emmett.oomptimizer.memory import shown
 from nemo_emmett.oomptimizer.profile import Profile
 from tests.models.batches import audio_batch
 from tests.oomptimizer.fits import Data as BatchData
@@ -182,6 +184,17 @@ def test_an_argument_that_cannot_work_is_told_at_once(arguments: dict, sentence:
         OOMptimizer(**arguments)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_cpu_without_a_budget_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("nemo.utils.logging.info", lambda message, **_: lines.append(message))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    budget = OOMptimizer()._budget(trainer)
+    assert 0 < budget <= 8 * 2**30
+    assert f"a step may take {shown(budget)} (half of the memory that is available, at most 8.0 GiB)" in lines[0]
+    assert OOMptimizer(memory_budget="40MiB")._budget(trainer) == 40 * 2**20
+    assert len(lines) == 1
 
 
 # Calibration in a training

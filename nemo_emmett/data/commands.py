@@ -1,0 +1,187 @@
+"""Data may name commands: lhotse runs a recording of the type ``command`` and opens ``pipe:`` paths in a shell.
+
+A manifest that somebody downloaded could run anything, so commands are refused unless the recipe, which its user runs,
+says ``allow_commands: true`` for the dataset. Such records are skipped and counted; such paths of sources are refused.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import lhotse.audio.backend
+import lhotse.audio.source
+from lhotse import AudioSource, Recording
+from lhotse.array import Array, TemporalArray
+from lhotse.cut import Cut, MixedCut
+from lhotse.features import Features
+from lhotse.image import Image
+from lhotse.serialization import CompositeIOBackend, PipeIOBackend, get_current_io_backend, set_current_io_backend
+
+from nemo_emmett.errors import ConfigError, DataError
+
+CAUSE = "runs a command"
+"""Why a record is skipped."""
+
+_SHELL_CHARACTERS = re.compile(r"[^\w@%+=:,./-]")
+_UNPICKLED = ("memory_raw", "pillow_memory", "kaldiio")
+"""lhotse's kinds of arrays that are unpickled, or whose path may be a command."""
+
+_allowed: ContextVar[bool] = ContextVar("nemo_emmett_commands_allowed", default=False)
+_refusing: ContextVar[bool] = ContextVar("nemo_emmett_refuses_commands", default=False)
+
+
+@contextmanager
+def commands_allowed(allowed: bool) -> Iterator[None]:
+    """Whether data that is read inside this context may run commands."""
+    token = _allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def are_allowed() -> bool:
+    """Whether the data that is being read may run commands."""
+    return _allowed.get()
+
+
+def is_refused(cut: Cut) -> bool:
+    """Whether loading anything of a cut would run a command, and the recipe does not allow that."""
+    if _allowed.get():
+        return False
+    try:
+        return any(map(_runs_a_command, _stored(cut)))
+    except RecursionError:  # custom fields that are nested hundreds of times
+        return True
+
+
+def _stored(thing: Any) -> Iterator[Any]:
+    """Whatever of a cut is read from somewhere: recordings, impulse responses, features, arrays in custom fields."""
+    if thing is None or isinstance(thing, (str, int, float)):
+        return
+    if isinstance(thing, MixedCut):
+        for track in thing.tracks:
+            yield from _stored(track.cut)
+        yield from _stored([thing.transforms, getattr(thing, "snr_reference", None)])
+    elif isinstance(thing, Cut):
+        for part in (thing.supervisions, *(getattr(thing, key, None) for key in ("recording", "features", "custom"))):
+            yield from _stored(part)
+    elif isinstance(thing, Recording):
+        yield from thing.sources
+        yield from _stored(thing.transforms)
+    elif isinstance(thing, Mapping):  # custom fields; an augmentation as a manifest has it, with a recording in it
+        if {"type", "channels", "source"} <= thing.keys():
+            yield AudioSource(thing["type"], thing["channels"], thing["source"])
+        yield from _stored(list(thing.values()))
+    elif isinstance(thing, Sequence) and not isinstance(thing, bytes):
+        for value in thing:
+            yield from _stored(value)
+    elif isinstance(thing, (Array, TemporalArray, Features, Image)):
+        yield thing
+    elif hasattr(thing, "custom") or hasattr(thing, "rir"):  # a supervision, or lhotse's reverberation
+        yield from _stored([getattr(thing, key, None) for key in ("custom", "rir")])
+
+
+def _runs_a_command(stored: AudioSource | Array | TemporalArray | Features | Image) -> bool:
+    if not isinstance(stored, AudioSource):
+        array = stored.array if isinstance(stored, TemporalArray) else stored
+        return array.storage_type in _UNPICKLED or is_pipe(array.storage_path)
+    return stored.type == "command" or (stored.type != "memory" and is_command(stored.source))
+
+
+def is_command(path: object) -> bool:
+    """Whether a shell reads more than a file's name in a path; lhotse hands the names of SPHERE files to one."""
+    is_sphere = isinstance(path, str) and path.lower().endswith(".sph")
+    return is_pipe(path) or (is_sphere and _SHELL_CHARACTERS.search(path) is not None)
+
+
+def is_pipe(path: object) -> bool:
+    """Whether a path is the output of a command, as lhotse and NeMo write it."""
+    return isinstance(path, str) and path.lstrip().startswith("pipe:")
+
+
+def refuse_pipes(config: Any, where: str) -> None:
+    """Refuse a source whose files are the output of commands.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if key != "tags":
+                refuse_pipes(value, f"{where}.{key}")
+    elif isinstance(config, (list, tuple)):
+        for number, value in enumerate(config):
+            refuse_pipes(value, f"{where}[{number}]")
+    elif is_pipe(config):
+        raise ConfigError(
+            f"{where}: '{config}' would run a command; if you want that, set allow_commands: true in the dataset's "
+            "section of the recipe."
+        )
+
+
+class WithoutCommands:
+    """What NeMo's readers yield, while lhotse runs no command for them.
+
+    Args:
+        examples: cuts, texts, conversations.
+    """
+
+    def __init__(self, examples: Iterable) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Iterator:
+        with without_commands():
+            iterator = iter(self.examples)
+        while True:
+            with without_commands():
+                try:
+                    example = next(iterator)
+                except StopIteration:
+                    return
+            yield example
+
+
+@contextmanager
+def without_commands() -> Iterator[None]:
+    """lhotse opens no pipe and runs no command for what is done inside this context."""
+    for module in (lhotse.audio.source, lhotse.audio.backend):
+        module.run = _run
+    if not isinstance(backend := get_current_io_backend(), _WithoutPipes):
+        set_current_io_backend(_WithoutPipes([_RefusedPipe(), backend]))
+    token = _refusing.set(True)
+    try:
+        yield
+    finally:
+        _refusing.reset(token)
+
+
+class _WithoutPipes(CompositeIOBackend):
+    """lhotse's way to open files, which stays in its place; outside of the context it opens pipes as ever."""
+
+
+class _RefusedPipe(PipeIOBackend):
+    def handles_special_case(self, identifier: Any) -> bool:
+        return _refusing.get() and super().handles_special_case(identifier)
+
+    def open(self, identifier: Any, mode: str) -> None:
+        raise _refused(identifier)
+
+
+def _run(command: Any, *args: Any, **kwargs: Any) -> Any:
+    """What lhotse calls in the place of ``subprocess.run``."""
+    if _refusing.get():
+        raise _refused(command)
+    return subprocess.run(command, *args, **kwargs)
+
+
+def _refused(command: Any) -> DataError:
+    return DataError(
+        f"'{command}' in the data would run a command; if you want that, set allow_commands: true in the dataset's "
+        "section of the recipe."
+    )
