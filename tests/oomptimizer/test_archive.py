@@ -109,9 +109,7 @@ def test_of_archived_profiles_the_newest_that_fits_is_used(
 def test_outside_of_exp_managers_log_folder_nothing_is_moved(tmp_path: Path) -> None:
     (tmp_path / "run_0").mkdir()
     (tmp_path / "run_0" / "mine.yaml").write_text(yaml.safe_dump({"train_ds": TRAIN_DS}))
-    assert (
-        restore_archived(tmp_path / "mine.yaml", lambda profile: None) is None
-    )
+    assert restore_archived(tmp_path / "mine.yaml", lambda profile: None) is None
     assert (tmp_path / "run_0" / "mine.yaml").exists()
 
 
