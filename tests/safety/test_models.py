@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
 
+from nemo_emmett.data.blend_report import load_tokenizer
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.models import SALMT5, load
 from nemo_emmett.models.building import _check_adapter_config
@@ -243,3 +244,8 @@ def test_a_recipe_may_trust_a_backbone(backbone: Path, payload: Payload) -> None
 def test_what_is_neither_true_nor_false_is_no_trust(backbone: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.trust_remote_code: 'false' is neither true nor false"):
         SALMT5({"pretrained_llm": str(backbone), "trust_remote_code": "false"})
+
+
+def test_a_tokenizer_for_counting_runs_nothing(backbone: Path, payload: Payload) -> None:
+    with_own_code(backbone, payload, tokenizer=True)
+    payload.refused(lambda: load_tokenizer(backbone))
