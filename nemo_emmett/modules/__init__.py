@@ -6,5 +6,6 @@
 - :mod:`nemo_emmett.modules.linear_cross_entropy`: cross-entropy of an output layer without its logits.
 - :mod:`nemo_emmett.modules.bleu`: sacreBLEU as everything here uses it.
 - :mod:`nemo_emmett.modules.random_state`: random states in Lightning checkpoints.
+- :mod:`nemo_emmett.modules.nonfinite`: training steps whose loss or gradients are not finite.
 - :mod:`nemo_emmett.modules.training_clock`: seconds of training, validation left out.
 """
