@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch.distributed as dist
+from huggingface_hub.constants import CONFIG_NAME
 from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR, SAFETENSORS_SINGLE_FILE
 from omegaconf import OmegaConf
 from safetensors import safe_open
@@ -21,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 
 from nemo_emmett.errors import ModelError
+from nemo_emmett.files import whole_folder
+from nemo_emmett.modules.nonfinite import refuse_nonfinite
 
 
 class Export:
@@ -35,17 +38,37 @@ class Export:
         Args:
             save_directory: is made if need be.
             kwargs: of huggingface_hub's ``save_pretrained``.
+
+        Raises:
+            NonFiniteError: if a weight is not finite; then nothing is written.
+            ConfigError: if another process is writing to the folder.
         """
-        weights = self._whole_weights()
+        weights = self.whole_weights()
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return None
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.tokenizer.save_pretrained(folder)
-        self.llm.config.save_pretrained(folder / LLM_BACKBONE_DIR)
-        self._weights_to_save = weights
+        return self.write_folder(save_directory, weights, **kwargs)
+
+    def write_folder(self, folder: str | Path, weights: Mapping[str, Tensor], **kwargs: Any) -> str | None:
+        """Write a folder as :meth:`save_pretrained` does, from this process alone; it appears whole or not at all.
+
+        Args:
+            folder: is made if need be.
+            weights: on the CPU, by the names of the model's state; shared ones may be there once or several times.
+            kwargs: of huggingface_hub's ``save_pretrained``.
+
+        Raises:
+            NonFiniteError: if a weight is not finite; then nothing is written.
+            ConfigError: if another process is writing to the folder.
+        """
+        refuse_nonfinite(weights, {name for name, _ in self.named_buffers()})
+        again = {name for names in self.shared_weights() for name in names[1:]}
+        kwargs.setdefault("repo_id", Path(folder).name)
+        self._weights_to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}
         try:
-            return super().save_pretrained(folder, config=self._exported_config(), **kwargs)
+            with whole_folder(folder, last=CONFIG_NAME) as unfinished:
+                self.tokenizer.tokenizer.save_pretrained(unfinished)
+                self.llm.config.save_pretrained(unfinished / LLM_BACKBONE_DIR)
+                return super().save_pretrained(unfinished, config=self._exported_config(), **kwargs)
         finally:
             del self._weights_to_save
 
@@ -61,15 +84,12 @@ class Export:
             "architectures": [self.architecture or own_class.__name__],
         }
 
-    def _whole_weights(self) -> dict[str, Tensor]:
-        """All weights on the CPU, shared ones once; of a sharded model, on rank 0."""
+    def whole_weights(self) -> dict[str, Tensor]:
+        """All weights on the CPU; of a sharded model, on rank 0. Every rank must call it."""
         if isinstance(self, FSDPModule):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            weights = get_model_state_dict(self, options=options)
-        else:
-            weights = self.state_dict()
-        again = {name for names in self.shared_weights() for name in names[1:]}
-        return {name: value.detach().cpu().contiguous() for name, value in weights.items() if name not in again}
+            return get_model_state_dict(self, options=options)
+        return {name: value.detach().cpu() for name, value in self.state_dict().items()}
 
     def shared_weights(self) -> list[list[str]]:
         """The names of each parameter that has several, such as an output layer tied to the embeddings."""
