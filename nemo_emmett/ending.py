@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,12 +160,12 @@ class RecipeBesideCheckpoints(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, on rank 0."""
-        checkpoint = trainer.checkpoint_callback
-        if not trainer.is_global_zero or checkpoint is None or not checkpoint.dirpath or "://" in str(checkpoint.dirpath):
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        if not trainer.is_global_zero or not folder or "://" in str(folder):
             return
-        path = Path(checkpoint.dirpath, RECIPE_FILE)
+        path = Path(folder, RECIPE_FILE)
         if path.is_file() and (before := path.read_text(encoding="utf-8")) != self._text:
-            numbers = (Path(checkpoint.dirpath, f"recipe.{number}.yaml") for number in range(1, 1_000_000))
+            numbers = (Path(folder, f"recipe.{number}.yaml") for number in range(1, 1_000_000))
             kept = next(candidate for candidate in numbers if not candidate.exists())
             os.replace(path, kept)
             changed = ", ".join(_differences(yaml.safe_load(before), yaml.safe_load(self._text)))
@@ -248,7 +248,9 @@ def _best(trainer: Trainer, wanted: str | None) -> _Chosen | None:
         return None
     if not path or not checkpoint.monitor or score - score != 0.0:
         if wanted == "best":
-            logging.warning("export: best: no checkpoint of this training has a score, so the last weights are exported.")
+            logging.warning(
+                "export: best: no checkpoint of this training has a score, so the last weights are exported."
+            )
         return None
     weights: dict[str, Tensor] | None = {}
     if trainer.is_global_zero:
@@ -275,7 +277,9 @@ def _experiment(trainer: Trainer) -> list[Path]:
     return [Path(folder)] if folder and "://" not in str(folder) else []
 
 
-def _write_somewhere(folder: str | None, model: LightningModule, weights: dict[str, Tensor], others: list[Path]) -> None:
+def _write_somewhere(
+    folder: str | None, model: LightningModule, weights: dict[str, Tensor], others: list[Path]
+) -> None:
     """Write an export to its folder, or, where that fails, to another one.
 
     Raises:

@@ -20,8 +20,8 @@ EXIT_TRY_AGAIN = 75
 
 
 class EmmettError(Exception):
-    """A mistake in what the user gave: our commands print its sentence, without a traceback, and exit with 2, unless the
-    class has an exit code of its own."""
+    """A mistake in what the user gave: our commands print its sentence, without a traceback, and exit with 2, or with
+    the exit code of its class."""
 
     exit_code: ClassVar[int] = EXIT_USER_ERROR
 

@@ -1,5 +1,5 @@
-"""Files and folders that appear whole or not at all, whoever reads them and whenever the work is cut off, and the lock by
-which one process has a folder to itself."""
+"""Files and folders that appear whole or not at all, whoever reads them and whenever the work is cut off; whether a
+folder can be written to, and the lock by which one process has it to itself."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def whole_folder(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         try:
             yield unfinished
-            files = sorted((path for path in unfinished.rglob("*") if path.is_file()), key=lambda path: path.name == last)
+            files = [path for path in unfinished.rglob("*") if path.is_file()]
+            files.sort(key=lambda path: path.name == last)
             for path in files:
                 _finish(path, mode=stat.S_IMODE(unfinished.stat().st_mode) & 0o666)
             (folder / last).unlink(missing_ok=True)
@@ -126,8 +127,7 @@ def check_writable(folder: str | os.PathLike[str], key: str, needed: int = 0) ->
         finally:
             shutil.rmtree(probe, ignore_errors=True)
     except OSError as error:
-        reason = f"'{place}' is a file" if place.is_file() else error.strerror or str(error)
-        raise ConfigError(f"{key}: '{folder}' cannot be written to ({reason}); give another folder.") from error
+        raise ConfigError(f"{key}: '{folder}' cannot be written to ({error.strerror}); give another folder.") from error
     if (free := shutil.disk_usage(place).free) < needed:
         raise ConfigError(
             f"{key}: '{folder}' has {shown(free)} free, and {shown(needed)} are needed; make room, or give a folder on "
@@ -218,7 +218,7 @@ def _locked(path: Path, key: str) -> IO[str]:
             if error.errno not in _NO_LOCKS:
                 file.close()
                 raise
-            _logger.warning("'%s' lies on a file system without locks; see that nobody else writes there.", path.parents[1])
+            _logger.warning("'%s' is on a file system without locks: nobody else may write there.", path.parents[1])
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

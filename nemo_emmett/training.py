@@ -67,8 +67,8 @@ def train(cfg: DictConfig) -> LightningModule:
         cfg: a recipe with the sections ``model``, ``trainer``, ``data`` and ``exp_manager`` (NeMo's meaning of each).
             ``model._target_`` is a class path or the short name of an entry point (``salm_t5``). ``export_dir``, where
             given, receives the trained model as a Hugging Face style folder: with ``export: best`` that of the
-            checkpoint with the best monitored score, which is the default where there is one, with ``export: last`` that
-            of the last step. ``seed`` seeds all generators.
+            checkpoint with the best monitored score, which is the default where there is one, with ``export: last``
+            that of the last step. ``seed`` seeds all generators.
 
     Returns:
         The trained model, with the weights of the last step.
@@ -120,7 +120,7 @@ def _check_scores(cfg: DictConfig, training: Training) -> None:
     if str(monitor).startswith("val_bleu") and options is not None:
         sharded = isinstance(training.trainer.strategy, ModelParallelStrategy)
         if sharded or not options.validation_bleu:
-            why = "a model that is sharded does not translate in validation" if sharded else "model.validation_bleu is false"
+            why = "a sharded model does not translate in validation" if sharded else "model.validation_bleu is false"
             raise ConfigError(
                 f"exp_manager.checkpoint_callback_params.monitor: '{monitor}' will never be there, since {why}; "
                 "monitor val_loss with mode: min."

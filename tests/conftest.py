@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +155,33 @@ def salm_t5_config(tiny_t5, tiny_asr) -> dict:
         "max_new_tokens": 8,
         "optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-3},
     }
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """``small_disk("512k")`` is a folder on a file system of that size, which can be filled for real."""
+    mounted = []
+
+    def mount(size: str) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("a file system can be mounted by root only, and not in every container")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Write to a disk until nothing more fits."""
+    for size in (65536, 1):
+        with open(disk / f"filling{size}", "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                pass

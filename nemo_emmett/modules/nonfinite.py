@@ -158,8 +158,8 @@ class SkipNonFiniteSteps(Callback, Serialization):
                 for marker in Path(callback.dirpath).glob(f"*{NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX}"):
                     marker.unlink(missing_ok=True)
         raise NonFiniteError(
-            f"step {trainer.global_step}: the weights are not finite ({name or 'on another rank'}), so no checkpoint is "
-            f"written; earlier ones stay as they are. {_REMEDY}"
+            f"step {trainer.global_step}: the weights are not finite ({name or 'on another rank'}), so no checkpoint "
+            f"is written; earlier ones stay as they are. {_REMEDY}"
         )
 
     def _settle(
@@ -301,9 +301,7 @@ def _named(step: _MicroStep) -> str:
     """The modalities whose loss is not finite, all where none is known to be, and their examples."""
     bad = [name for name, loss in step.modality_losses.items() if not _is_finite(float(loss))]
     return "; ".join(
-        f"{modality}: {_listed(examples)}"
-        for modality, examples in step.examples.items()
-        if modality in bad or not bad
+        f"{modality}: {_listed(examples)}" for modality, examples in step.examples.items() if modality in bad or not bad
     )
 
 
