@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub.constants import CONFIG_NAME
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.constants import NEMO_ENV_VARNAME_VERSION
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
@@ -173,6 +175,42 @@ class RecipeBesideCheckpoints(Callback):
         write_text(path, self._text)
 
 
+class BestCheckpoint(Callback):
+    """Knows the checkpoint with the best monitored score, of this run and of those that it resumes.
+
+    NeMo's checkpoint callback forgets the best one on resuming where checkpoints are folders (FSDP2).
+    """
+
+    def __init__(self) -> None:
+        self._checkpoint: ModelCheckpoint | None = None
+        self._before: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look for the callback that makes checkpoints."""
+        self._checkpoint = trainer.checkpoint_callback
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best checkpoint so far."""
+        return self.find() or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember that of the runs before."""
+        self._before = state_dict
+
+    def find(self) -> dict[str, Any] | None:
+        """``path``, ``monitor`` and ``score`` of the best checkpoint; None if none has a score."""
+        checkpoint = self._checkpoint
+        if checkpoint is None or checkpoint.monitor is None:
+            return None
+        found = [self._before] if self._before.get("monitor") == checkpoint.monitor else []
+        if checkpoint.best_model_path and checkpoint.best_model_score is not None:
+            score = float(checkpoint.best_model_score)
+            found.append({"path": str(checkpoint.best_model_path), "monitor": checkpoint.monitor, "score": score})
+        found = [one for one in found if math.isfinite(one["score"])]  # NaN has become the worst number
+        sign = 1 if checkpoint.mode == "max" else -1
+        return max(found, key=lambda one: sign * one["score"], default=None)
+
+
 def _differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
     """The places where two recipes differ."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -193,8 +231,14 @@ class _Chosen:
     said: str
 
 
-def export_trained(trainer: Trainer, model: LightningModule, cfg: DictConfig) -> None:
+def export_trained(trainer: Trainer, model: LightningModule, cfg: DictConfig, best: BestCheckpoint) -> None:
     """Write the trained model to ``export_dir``, from rank 0; every rank must call it.
+
+    Args:
+        trainer: whose fit has ended.
+        model: with the weights of the last step.
+        cfg: the recipe.
+        best: a callback of the trainer.
 
     Raises:
         NonFiniteError: if its weights are not finite.
@@ -202,7 +246,7 @@ def export_trained(trainer: Trainer, model: LightningModule, cfg: DictConfig) ->
     """
     if not cfg.get("export_dir"):
         return
-    chosen = _best(trainer, cfg.get("export")) or _last(trainer, model)
+    chosen = _best(trainer, cfg.get("export"), best.find()) or _last(trainer, model)
     if not trainer.is_global_zero:
         return
     _write_somewhere(cfg.export_dir, model, chosen.weights, _experiment(trainer))
@@ -236,32 +280,28 @@ def is_failed_write(error: BaseException) -> bool:
     )
 
 
-def _best(trainer: Trainer, wanted: str | None) -> _Chosen | None:
+def _best(trainer: Trainer, wanted: str | None, found: dict[str, Any] | None) -> _Chosen | None:
     """The checkpoint that is best by the score that checkpoints go by; None where the last weights are to be exported.
 
     Every rank must call it; only rank 0 reads.
     """
-    checkpoint = trainer.checkpoint_callback
-    path = getattr(checkpoint, "best_model_path", "")
-    score = float("nan") if (found := getattr(checkpoint, "best_model_score", None)) is None else float(found)
     if wanted == "last":
         return None
-    if not path or not checkpoint.monitor or score - score != 0.0:
+    if found is None:
         if wanted == "best":
-            logging.warning(
-                "export: best: no checkpoint of this training has a score, so the last weights are exported."
-            )
+            logging.warning("export: best: no checkpoint has a score, so the last weights are exported.")
         return None
     weights: dict[str, Tensor] | None = {}
     if trainer.is_global_zero:
         try:
-            weights = read_weights(path)
+            weights = read_weights(found["path"])
         except ModelError as error:
             logging.warning(f"The best checkpoint is not exported, but the last weights: {error}")
             weights = None
     if not trainer.strategy.broadcast(weights is not None):
         return None
-    return _Chosen(weights or {}, f"the checkpoint that is best by {checkpoint.monitor}, {score:.4f} ({path})")
+    said = f"the checkpoint that is best by {found['monitor']}, {found['score']:.4f} ({found['path']})"
+    return _Chosen(weights or {}, said)
 
 
 def _last(trainer: Trainer, model: LightningModule) -> _Chosen:

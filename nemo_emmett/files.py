@@ -171,17 +171,15 @@ def hold_folder(folder: str | os.PathLike[str], key: str = "output") -> Iterator
         key: of the recipe, for messages.
 
     Raises:
-        ConfigError: if another process has the folder, or it cannot be made.
+        ConfigError: if another process has the folder.
+        OSError: if it cannot be made or written to.
     """
     folder = Path(folder).resolve()
     if folder in _HELD:
         yield
         return
-    try:
-        made = not folder.exists()
-        _HELD[folder] = _locked(folder / LOCK_FOLDER / "holder", key)
-    except OSError as error:
-        raise ConfigError(f"{key}: '{folder}' cannot be written to ({error.strerror}); give another folder.") from error
+    made = not folder.exists()
+    _HELD[folder] = _locked(folder / LOCK_FOLDER / "holder", key)
     try:
         yield
     finally:

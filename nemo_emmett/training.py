@@ -29,6 +29,7 @@ from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.check import check_data_config
 from nemo_emmett.ending import (
+    BestCheckpoint,
     RecipeBesideCheckpoints,
     check_export,
     check_space,
@@ -82,7 +83,7 @@ def train(cfg: DictConfig) -> LightningModule:
     check_recipe(cfg)
     check_export(cfg)
     check_data_section(cfg.data)
-    recipe = RecipeBesideCheckpoints(cfg)
+    recipe, best = RecipeBesideCheckpoints(cfg), BestCheckpoint()
     with ExitStack() as claims:
         claim_outputs(cfg, claims, existing_only=True)
         training = build_training(cfg)
@@ -90,7 +91,7 @@ def train(cfg: DictConfig) -> LightningModule:
         claim_outputs(cfg, claims)
         check_space(trainer, model, cfg.get("export_dir"))
         _check_scores(cfg, training)
-        trainer.callbacks[:0] = [recipe, ValidateAtEpochEnd()]
+        trainer.callbacks[:0] = [recipe, best, ValidateAtEpochEnd()]
         try:
             training.fit()
         except (OSError, RuntimeError) as error:
@@ -102,7 +103,7 @@ def train(cfg: DictConfig) -> LightningModule:
                 raise
             said = " ".join(str(error).split()).rstrip(".")
             raise ConfigError(f"trainer.val_check_interval: {trainer.val_check_interval} cannot be: {said}.") from error
-        export_trained(trainer, model, cfg)
+        export_trained(trainer, model, cfg, best)
     return model
 
 
