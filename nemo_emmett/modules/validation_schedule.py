@@ -91,7 +91,7 @@ def check_validation(trainer: Trainer, monitor: str | None, has_validation: bool
             f"exp_manager.checkpoint_callback_params.monitor: '{monitor}' will never be there, since {missing}; give a "
             "validation set, or leave checkpoint_callback_params.monitor out."
         )
-    if not can_validate or trainer.fast_dev_run:
+    if not can_validate or trainer.fast_dev_run or trainer.ckpt_path:  # a resumed run may have few steps left
         return
     first = _first_validation(trainer)
     epochs_end = trainer.max_epochs not in (None, -1) and trainer.max_epochs < (trainer.check_val_every_n_epoch or 1)
