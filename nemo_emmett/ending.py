@@ -364,8 +364,10 @@ def write_export(folder: str | Path, model: LightningModule, weights: dict[str, 
         return
     refuse_nonfinite(weights, {name for name, _ in model.named_buffers()})
     model.load_state_dict(weights)
+    # NeMo does not say in a folder which of its models wrote it; `load` takes what has no `_target_` for its SALM.
+    config = {key: value for key, value in OmegaConf.to_container(model.cfg).items() if key != "_target_"}
     with whole_folder(folder, last=CONFIG_NAME) as unfinished:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, config=config)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, recipe: DictConfig | None) -> None:

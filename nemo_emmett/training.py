@@ -144,7 +144,10 @@ def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | 
     if cfg.get("num_threads"):
         torch.set_num_threads(cfg.num_threads)
     lightning.seed_everything(cfg.get("seed", 0), workers=True)
-    trainer = Trainer(**_trainer_options(cfg.trainer))
+    try:
+        trainer = Trainer(**_trainer_options(cfg.trainer))
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split()).rstrip('.')}.") from error
     if cfg.get("exp_manager") is not None:
         exp_manager(trainer, cfg.exp_manager)
     with trainer.init_module(), construction or nullcontext():

@@ -159,6 +159,30 @@ def test_what_counts_as_finite() -> None:
         refuse_nonfinite({"mask": inf})
 
 
+class TwoModalities(Regression):
+    """Speech whose loss is not finite, beside text whose loss is; as our models say it."""
+
+    def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
+        losses = [
+            super(TwoModalities, self).training_step({"text": batch[name]}, batch_idx) for name in ("audio", "text")
+        ]
+        self.modality_losses = dict(zip(("audio", "text"), losses, strict=True))
+        return sum(losses)
+
+
+def test_only_the_modality_whose_loss_is_not_finite_is_named(caplog) -> None:
+    speech, text = batch(GOOD[0], FAULTS[0], "speech")["text"], batch(GOOD[1])["text"]
+    healthy = {"audio": text, "text": text}
+    long = {**text, "examples": [{"id": f"long-{row}"} for row in range(70)]}
+    fit([healthy, {"audio": speech, "text": text}, healthy, healthy], model=TwoModalities())
+    assert "audio: examples speech-0 (/data/speech.wav from 1.5 s), speech-1" in caplog.text
+    assert "text: " not in caplog.text
+    fit([healthy, {"audio": {**speech, "examples": long["examples"]}, "text": text}, healthy], model=TwoModalities())
+    assert "long-63 and 6 more" in caplog.text
+    fit([healthy, {"audio": {**speech, "examples": None}, "text": text}, healthy], model=TwoModalities())
+    assert "audio: examples unknown" in caplog.text
+
+
 # Several ranks
 
 
