@@ -228,7 +228,7 @@ class _Chosen:
     """The weights that are exported: on rank 0, and with ours of all ranks."""
 
     weights: dict[str, Tensor]
-    said: str
+    description: str
 
 
 def export_trained(trainer: Trainer, model: LightningModule, cfg: DictConfig, best: BestCheckpoint) -> None:
@@ -250,7 +250,7 @@ def export_trained(trainer: Trainer, model: LightningModule, cfg: DictConfig, be
     if not trainer.is_global_zero:
         return
     _write_somewhere(cfg.export_dir, model, chosen.weights, _experiment(trainer))
-    logging.info(f"The trained model is in {cfg.export_dir}: {chosen.said}")
+    logging.info(f"The trained model is in {cfg.export_dir}: {chosen.description}")
 
 
 def keep_what_was_trained(trainer: Trainer, model: LightningModule, cfg: DictConfig, error: Exception) -> None:
@@ -259,16 +259,16 @@ def keep_what_was_trained(trainer: Trainer, model: LightningModule, cfg: DictCon
     Raises:
         OutputError: always; the message says where the model is.
     """
-    said = f"step {trainer.global_step}: the training ended because it could not write ({_reason(error)})"
+    cause = f"step {trainer.global_step}: the training ended because it could not write ({_reason(error)})"
     remedy = "Make room, and start again to go on from the last checkpoint."
     if isinstance(model, FSDPModule) or not trainer.is_global_zero:
-        raise OutputError(f"{said}. {remedy}") from error
+        raise OutputError(f"{cause}. {remedy}") from error
     try:
         weights = _last(trainer, model).weights
         _write_somewhere(cfg.get("export_dir"), model, weights, _experiment(trainer))
     except EmmettError as outcome:
-        raise OutputError(f"{said}; {outcome} {remedy}") from error
-    raise OutputError(f"{said}; the weights of that step are exported to '{cfg.export_dir}'. {remedy}") from error
+        raise OutputError(f"{cause}; {outcome} {remedy}") from error
+    raise OutputError(f"{cause}; the weights of that step are exported to '{cfg.export_dir}'. {remedy}") from error
 
 
 def is_failed_write(error: BaseException) -> bool:
@@ -276,7 +276,7 @@ def is_failed_write(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
         return True
     return isinstance(error, (OSError, RuntimeError)) and any(
-        said in str(error) for said in ("No space left on device", "PytorchStreamWriter failed", "Disk quota exceeded")
+        text in str(error) for text in ("No space left on device", "PytorchStreamWriter failed", "Disk quota exceeded")
     )
 
 
@@ -300,15 +300,15 @@ def _best(trainer: Trainer, wanted: str | None, found: dict[str, Any] | None) ->
             weights = None
     if not trainer.strategy.broadcast(weights is not None):
         return None
-    said = f"the checkpoint that is best by {found['monitor']}, {found['score']:.4f} ({found['path']})"
-    return _Chosen(weights or {}, said)
+    description = f"the checkpoint that is best by {found['monitor']}, {found['score']:.4f} ({found['path']})"
+    return _Chosen(weights or {}, description)
 
 
 def _last(trainer: Trainer, model: LightningModule) -> _Chosen:
-    said = f"the weights after the last step, {trainer.global_step}"
+    description = f"the weights after the last step, {trainer.global_step}"
     if isinstance(model, SpeechTextModel):
-        return _Chosen(model.whole_weights(), said)
-    return _Chosen({name: value.detach().cpu() for name, value in model.state_dict().items()}, said)
+        return _Chosen(model.whole_weights(), description)
+    return _Chosen({name: value.detach().cpu() for name, value in model.state_dict().items()}, description)
 
 
 def _experiment(trainer: Trainer) -> list[Path]:

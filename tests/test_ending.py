@@ -321,7 +321,7 @@ def test_a_second_training_in_a_folder_is_refused(recipe, tmp_path, manager):
     assert re.match(rf"exp_manager\.exp\w+: '{tmp_path}/exp' is in use by process {first.pid} on", sentence)
 
 
-def test_a_disk_without_room_is_refused_and_a_scarce_one_told(trained, small_disk, caplog):
+def test_a_disk_without_room_is_refused_and_a_scarce_one_warned_of(trained, small_disk, caplog):
     weights = sum(t.numel() * t.element_size() for t in (*trained.model.parameters(), *trained.model.buffers()))
     tight, enough = small_disk(f"{weights // 1024 - 64}k"), small_disk(f"{2 * weights // 1024}k")
     with pytest.raises(ConfigError, match=rf"export_dir: '{tight}/model' has .* free, and .* are needed"):

@@ -116,7 +116,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = _norm([_local(p.grad) for p in parameters], pl_module.device) if parameters else None
-        self._settle(trainer, pl_module, [micro.loss for micro in self._micro_steps], norm, parameters)
+        self._decide(trainer, pl_module, [micro.loss for micro in self._micro_steps], norm, parameters)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -129,7 +129,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
         self._in_batch = False
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if _has_scaler(trainer) and isinstance(loss, Tensor):
-            self._settle(trainer, pl_module, [loss], None, [])
+            self._decide(trainer, pl_module, [loss], None, [])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model that was hardly trained.
@@ -162,7 +162,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
             f"is written; earlier ones stay as they are. {_REMEDY}"
         )
 
-    def _settle(
+    def _decide(
         self,
         trainer: Trainer,
         module: LightningModule,
@@ -191,13 +191,13 @@ class SkipNonFiniteSteps(Callback, Serialization):
     ) -> None:
         values = [float(loss) for loss in losses]
         bad = [step for step, value in zip(micro_steps, values, strict=False) if not _is_finite(value)]
-        norm_said = "" if norm is None else f", gradient norm {float(norm):g}"
-        said = f"loss {', '.join(f'{v * trainer.accumulate_grad_batches:g}' for v in values)}{norm_said}; "
-        said += "; ".join(filter(None, (_named(step) for step in bad or micro_steps)))
-        of_ranks: list[Any] = [said]
+        of_norm = "" if norm is None else f", gradient norm {float(norm):g}"
+        text = f"loss {', '.join(f'{v * trainer.accumulate_grad_batches:g}' for v in values)}{of_norm}; "
+        text += "; ".join(filter(None, (_named(step) for step in bad or micro_steps)))
+        of_ranks: list[Any] = [text]
         if world_size() > 1:
             of_ranks = [None] * world_size()
-            dist.all_gather_object(of_ranks, said)
+            dist.all_gather_object(of_ranks, text)
             of_ranks = [f"rank {rank}: {one}" for rank, one in enumerate(of_ranks)]
         logging.error(
             f"Step {trainer.global_step} is skipped, since its loss or gradient norm is not finite: "

@@ -1,4 +1,4 @@
-"""A training that would never validate is told so before it starts, and validates at the end of its epochs."""
+"""A training that would never validate: a warning before it starts, and a validation at the end of its epochs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ValidateAtEpochEnd(Callback):
     def __init__(self) -> None:
         self._came_in_epoch = self._came_by_schedule = False
         self._validates = False
-        self._told = False
+        self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the schedule has brought a validation in this epoch, and ever."""
@@ -55,15 +55,15 @@ class ValidateAtEpochEnd(Callback):
         try:
             loop.setup_data()
             if not loop.skip:
-                self._tell(trainer)
+                self._warn_once(trainer)
                 loop.run()
         finally:
             self._validates, trainer.training = False, True
 
-    def _tell(self, trainer: Trainer) -> None:
-        if self._told:
+    def _warn_once(self, trainer: Trainer) -> None:
+        if self._warned:
             return
-        self._told = True
+        self._warned = True
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         logging.warning(
             f"No validation fell into epoch {trainer.current_epoch} of {batches} batches (trainer.val_check_interval: "
