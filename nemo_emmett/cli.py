@@ -184,6 +184,24 @@ def evaluate(model: Path, config: Path, trust_remote_code: bool, **options: Any)
 
 
 @main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--config", help="Recipe of the training, a YAML file or a shipped one.  [default: recipe.yaml beside CHECKPOINT]"
+)
+def export(checkpoint: Path, folder: Path, config: str | None) -> None:
+    """Write the model of CHECKPOINT, a .ckpt file or the folder of a sharded one, into FOLDER, for translate and
+    evaluate."""
+    from nemo_emmett.runner import compose_recipe
+
+    recipe = None if config is None else compose_recipe(config)
+    from nemo_emmett.ending import export_checkpoint
+
+    export_checkpoint(checkpoint, folder, recipe)
+    click.echo(f"The model of {checkpoint} is in {folder}")
+
+
+@main.command()
 def doctor() -> None:
     """Report versions, what is registered where, the devices, and what is missing; exit with 1 if unfit for use."""
     from rich.console import Console

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 EXIT_USER_ERROR = 2
 """Exit code of our commands when the user's input was at fault (the shell's convention for misuse)."""
+
+EXIT_NOT_FINITE = 70
+"""Exit code of a training whose losses, gradients or weights are not finite (``EX_SOFTWARE`` of ``sysexits.h``)."""
+
+EXIT_NOT_WRITTEN = 73
+"""Exit code of a command that did its work but could not write the result where it was told to; what was computed is
+kept elsewhere (``EX_CANTCREAT`` of ``sysexits.h``)."""
 
 EXIT_TRY_AGAIN = 75
 """Exit code of a training that continues from its last checkpoint when it is started again: it ran out of memory, or
@@ -14,7 +23,10 @@ EXIT_INTERRUPTED = 130
 
 
 class EmmettError(Exception):
-    """A mistake in what the user gave: our commands print its sentence, without a traceback, and exit with 2."""
+    """A mistake in what the user gave: our commands print its sentence, without a traceback, and exit with 2, or with
+    the exit code of its class."""
+
+    exit_code: ClassVar[int] = EXIT_USER_ERROR
 
 
 class ConfigError(EmmettError, ValueError):
@@ -31,3 +43,15 @@ class TooManyBadRecords(DataError):
 
 class ModelError(EmmettError):
     """A model cannot be built, loaded or used as asked."""
+
+
+class NonFiniteError(EmmettError):
+    """Losses, gradients or weights are not finite, and a training cannot go on, or be saved or exported."""
+
+    exit_code = EXIT_NOT_FINITE
+
+
+class OutputError(EmmettError):
+    """What was computed could not be written where it should be; the message says where it is instead."""
+
+    exit_code = EXIT_NOT_WRITTEN

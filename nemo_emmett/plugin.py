@@ -25,7 +25,7 @@ from typing import Any
 
 import wrapt
 
-from nemo_emmett.config import nearest
+from nemo_emmett.config import check_target, nearest
 from nemo_emmett.errors import ConfigError
 
 CALLBACKS_VARIABLE = "NEMO_EMMETT_CALLBACKS"
@@ -72,6 +72,23 @@ def find(kind: str, name: str) -> Any:
         return known[name].load()
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{kind}: '{name}' ({known[name].value}) cannot be imported: {error}.") from error
+
+
+def find_model(target: str) -> Any:
+    """The model class that a recipe's ``model._target_`` names, judged by its name before anything is imported.
+
+    Raises:
+        ConfigError: if it is not allowed, cannot be imported, or is no model.
+    """
+    from lightning.pytorch import LightningModule
+
+    installed = {point.value.replace(":", ".") for point in entry_points("models").values()}
+    if "." in target and target not in installed:
+        check_target(target, "model._target_")
+    found = find("models", target)
+    if not (isinstance(found, type) and issubclass(found, LightningModule)):
+        raise ConfigError(f"model._target_: '{target}' is not a model; name a class such as nemo_emmett.models.SALMT5.")
+    return found
 
 
 def entry_points(kind: str) -> dict[str, Any]:

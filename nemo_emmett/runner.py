@@ -47,7 +47,8 @@ def recipe_runner(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
 
     ``--config-name`` picks another recipe of ``nemo_emmett/conf``, ``--config-path`` another folder, ``key=value``
     overrides any key. A user's mistake (an :class:`EmmettError`, an unknown key or recipe, a mandatory value that is
-    missing) ends the program with exit code 2 and one sentence; any other exception keeps its traceback.
+    missing) ends the program with exit code 2 and one sentence (another code where the error has its own, see
+    :mod:`nemo_emmett.errors`); any other exception keeps its traceback.
 
     Args:
         config_name: the recipe that is run if the command line names none.
@@ -114,7 +115,9 @@ def compose_recipe(config: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 @contextmanager
 def mistakes_as_sentences() -> Iterator[None]:
-    """Turn an :class:`EmmettError` into one sentence on stderr and exit code 2, Ctrl-C into one word and 130."""
+    """Turn an :class:`EmmettError` into one sentence on stderr and its exit code, 2 unless it has its own; Ctrl-C into
+    one word and 130.
+    """
     try:
         yield
     except EmmettError as error:
@@ -125,9 +128,9 @@ def mistakes_as_sentences() -> Iterator[None]:
 
 
 def exit_with_sentence(error: EmmettError | str) -> NoReturn:
-    """Print what was wrong on stderr, without a traceback, and exit with code 2."""
+    """Print what was wrong on stderr, without a traceback, and exit with the error's code."""
     print(f"Error: {error}", file=sys.stderr)  # noqa: T201
-    sys.exit(EXIT_USER_ERROR)
+    sys.exit(getattr(error, "exit_code", EXIT_USER_ERROR))
 
 
 def _run(task: Callable[[DictConfig], Any], config_name: str) -> None:

@@ -7,7 +7,7 @@ mistakes looked for first, while they cost nothing.
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +17,8 @@ from hydra.errors import InstantiationException
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nemo.collections.speechlm2.data import SALMDataset
 from nemo.collections.speechlm2.models import SALM
 from nemo.utils import logging
@@ -26,15 +28,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett import plugin
 from nemo_emmett.checkpoints import with_resume_point
-from nemo_emmett.config import check_keys, check_target
+from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.check import check_data_config
+from nemo_emmett.ending import (
+    BestCheckpoint,
+    RecipeBesideCheckpoints,
+    check_export,
+    check_space,
+    claim_outputs,
+    export_trained,
+    is_failed_write,
+    keep_what_was_trained,
+)
 from nemo_emmett.errors import ConfigError, EmmettError
-from nemo_emmett.models.base import SpeechTextModel
-from nemo_emmett.models.export import read_checkpoint
+from nemo_emmett.models.checkpoint import read_checkpoint
 from nemo_emmett.modules.stop_on_signal import StopOnSignal
+from nemo_emmett.modules.validation_schedule import ValidateAtEpochEnd, check_validation
 
-RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "seed", "num_threads")
+RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "export", "seed", "num_threads")
 """The keys of a recipe that mean something here; a recipe may hold others for its own interpolations."""
 
 DATASETS = ("train_ds", "validation_ds", "test_ds", "predict_ds")
@@ -60,34 +72,67 @@ def train(cfg: DictConfig) -> LightningModule:
     Args:
         cfg: a recipe with the sections ``model``, ``trainer``, ``data`` and ``exp_manager`` (NeMo's meaning of each).
             ``model._target_`` is a class path or the short name of an entry point (``salm_t5``). ``export_dir``, where
-            given, receives the trained model as a Hugging Face style folder. ``seed`` seeds all generators.
+            given, receives the trained model as a Hugging Face style folder: with ``export: best`` that of the
+            checkpoint with the best monitored score, which is the default where there is one, with ``export: last``
+            that of the last step. ``seed`` seeds all generators.
 
     Returns:
-        The trained model.
+        The trained model, with the weights of the last step.
 
     Raises:
         EmmettError: for a mistake in the recipe or the data, before training starts; for too many bad records, later.
+        NonFiniteError: if too many steps, or the weights, are not finite.
+        OutputError: if something could not be written; the message says where the model is.
     """
     plugin.register()
     check_recipe(cfg)
+    check_export(cfg)
     check_data_section(cfg.data)
-    training = build_training(cfg)
-    if not any(isinstance(callback, StopOnSignal) for callback in training.trainer.callbacks):
-        training.trainer.callbacks.append(StopOnSignal())
-    training.fit()
-    if cfg.get("export_dir"):
-        _export(training, cfg.export_dir)
-    return training.model
+    recipe, best = RecipeBesideCheckpoints(cfg), BestCheckpoint()
+    with ExitStack() as claims:
+        claim_outputs(cfg, claims, existing_only=True)
+        training = build_training(cfg)
+        trainer, model = training.trainer, training.model
+        claim_outputs(cfg, claims)
+        check_space(trainer, model, cfg.get("export_dir"))
+        _check_scores(cfg, training)
+        trainer.callbacks[:0] = [recipe, best, ValidateAtEpochEnd()]
+        if not any(isinstance(callback, StopOnSignal) for callback in trainer.callbacks):
+            trainer.callbacks.append(StopOnSignal())
+        try:
+            training.fit()
+        except (OSError, RuntimeError) as error:
+            if not is_failed_write(error):
+                raise
+            keep_what_was_trained(trainer, model, cfg, error)
+        except (ValueError, MisconfigurationException) as error:
+            if "val_check_interval" not in str(error):
+                raise
+            said = " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(f"trainer.val_check_interval: {trainer.val_check_interval} cannot be: {said}.") from error
+        export_trained(trainer, model, cfg, best)
+    return model
 
 
-def _export(training: Training, folder: str) -> None:
-    """Write the trained model from rank 0."""
-    model, trainer = training.model, training.trainer
-    # Ours writes on rank 0 by itself, for what is sharded is gathered from all ranks; NeMo's SALM writes where called.
-    if isinstance(model, SpeechTextModel) or trainer.is_global_zero:
-        model.save_pretrained(folder)
-    if trainer.is_global_zero:
-        logging.info(f"The trained model is in {folder}")
+def _check_scores(cfg: DictConfig, training: Training) -> None:
+    """Look for a validation that will never come, and a score that will never be there.
+
+    Raises:
+        ConfigError: for a score.
+    """
+    manager = cfg.get("exp_manager") or {}
+    makes_checkpoints = manager and manager.get("create_checkpoint_callback", True)
+    monitor = (manager.get("checkpoint_callback_params") or {}).get("monitor") if makes_checkpoints else None
+    check_validation(training.trainer, monitor, has_validation=cfg.data.get("validation_ds") is not None)
+    options = getattr(training.model, "options", None)
+    if str(monitor).startswith("val_bleu") and options is not None:
+        sharded = isinstance(training.trainer.strategy, ModelParallelStrategy)
+        if sharded or not options.validation_bleu:
+            why = "a sharded model does not translate in validation" if sharded else "model.validation_bleu is false"
+            raise ConfigError(
+                f"exp_manager.checkpoint_callback_params.monitor: '{monitor}' will never be there, since {why}; "
+                "monitor val_loss with mode: min."
+            )
 
 
 def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | None = None) -> Training:
@@ -102,11 +147,14 @@ def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | 
     """
     plugin.register()
     check_recipe(cfg)
-    model_class = _model_class(cfg.model._target_)
+    model_class = plugin.find_model(cfg.model._target_)
     if cfg.get("num_threads"):
         torch.set_num_threads(cfg.num_threads)
     lightning.seed_everything(cfg.get("seed", 0), workers=True)
-    trainer = Trainer(**_trainer_options(cfg.trainer))
+    try:
+        trainer = Trainer(**_trainer_options(cfg.trainer))
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split()).rstrip('.')}.") from error
     if not cfg.model.get("trust_remote_code", False) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = CheckpointsAsData()
     if cfg.get("exp_manager") is not None:
@@ -114,21 +162,6 @@ def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | 
     with trainer.init_module(), construction or nullcontext():
         model = model_class(OmegaConf.to_container(cfg.model, resolve=True))
     return Training(trainer, model, _datamodule(cfg.data, model))
-
-
-def _model_class(target: str) -> type[LightningModule]:
-    """What ``model._target_`` names; a class path is judged by its name before anything is imported.
-
-    Raises:
-        ConfigError: if it is not allowed, cannot be imported, or is no model.
-    """
-    installed = {point.value.replace(":", ".") for point in plugin.entry_points("models").values()}
-    if "." in target and target not in installed:
-        check_target(target, "model._target_")
-    found = plugin.find("models", target)
-    if not (isinstance(found, type) and issubclass(found, LightningModule)):
-        raise ConfigError(f"model._target_: '{target}' is not a model; name a class such as nemo_emmett.models.SALMT5.")
-    return found
 
 
 class CheckpointsAsData(TorchCheckpointIO):

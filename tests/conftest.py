@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +218,45 @@ def recipe(corpus, salm_t5_config, tmp_path) -> dict:
             "checkpoint_callback_params": {"monitor": "val_bleu", "mode": "max", "save_top_k": 1},
         },
     }
+
+
+@pytest.fixture(autouse=True)
+def no_log_files_left() -> Iterator[None]:
+    """Trainings in this process leave log files open: each later line would be written to all of them."""
+    yield
+    for name in ("nemo_logger", "lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        for handler in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
+            logger.removeHandler(handler)
+            with suppress(OSError):  # of a disk that is full
+                handler.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """``small_disk("512k")`` is a folder on a file system of that size, which can be filled for real."""
+    mounted = []
+
+    def mount(size: str) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("a file system can be mounted by root only, and not in every container")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Write to a disk until nothing more fits."""
+    for size in (65536, 1):
+        with open(disk / f"filling{size}", "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                pass

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "nemo_emmett"
 
 # From the top to the bottom: a room may import itself and those below it, but none on its own floor.
 FLOORS = (
-    ("plugin", "cli", "runner", "training", "checkpoints", "doctor", "callbacks"),
+    ("plugin", "cli", "runner", "training", "checkpoints", "ending", "doctor", "callbacks"),
     ("planning", "evaluation", "corpora"),
     ("models", "data", "oomptimizer"),
     ("modules", "prompts"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -169,18 +168,6 @@ def test_without_resuming_nothing_is_touched(folder):
     assert path.is_file()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of a few megabytes, mounted for the test."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("mounting a file system needs root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def fit_in_child(recipe: dict) -> int:
     """Train in a process of its own, whose log files are closed when the disk is gone; returns the exit code."""
     process = multiprocessing.get_context("fork").Process(target=train, args=(OmegaConf.create(recipe),))
@@ -190,18 +177,19 @@ def fit_in_child(recipe: dict) -> int:
 
 
 def test_after_a_full_disk_a_requeued_run_continues(recipe, small_disk):
-    recipe["exp_manager"] |= {"explicit_log_dir": str(small_disk / "exp"), "create_tensorboard_logger": False}
+    disk = small_disk("3m")
+    recipe["exp_manager"] |= {"explicit_log_dir": str(disk / "exp"), "create_tensorboard_logger": False}
     recipe["exp_manager"]["checkpoint_callback_params"] = {"monitor": "val_loss", "save_top_k": 0}
     del recipe["export_dir"]
     recipe["trainer"] |= {"max_steps": 2}
     assert fit_in_child(recipe) == 0
-    (first,) = (small_disk / "exp" / "checkpoints").glob("*last.ckpt")
-    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    ballast = small_disk / "ballast"
+    (first,) = (disk / "exp" / "checkpoints").glob("*last.ckpt")
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    ballast = disk / "ballast"
     ballast.write_bytes(bytes(max(free - first.stat().st_size // 2, 0)))
     recipe["trainer"] |= {"max_steps": 4}
     assert fit_in_child(recipe) != 0
     ballast.unlink()
     assert fit_in_child(recipe) == 0
-    (last,) = (small_disk / "exp" / "checkpoints").glob("*last.ckpt")
+    (last,) = (disk / "exp" / "checkpoints").glob("*last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] == 4

@@ -23,7 +23,7 @@ def invoke():
 
 def test_version_and_commands(invoke) -> None:
     assert invoke("--version").output == f"nemo-emmett, version {__version__}\n"
-    commands = {"prepare", "blend", "bins", "plan", "oomptimize", "evaluate", "translate", "doctor"}
+    commands = {"prepare", "blend", "bins", "plan", "oomptimize", "export", "evaluate", "translate", "doctor"}
     assert set(cli.main.commands) == commands
 
 

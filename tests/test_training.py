@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import OmegaConf
 
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
+from nemo_emmett.ending import export_checkpoint
 from nemo_emmett.models import SALMT5, load
 from nemo_emmett.training import train
 
@@ -135,10 +137,14 @@ def test_two_ranks_train_resume_and_export_with_the_strategies_of_the_recipes(pa
     for name in ("ddp", "fsdp2"):
         assert len(load(tmp_path / name).translate(["one red house"], "en", "de")) == 1
     checkpoints = tmp_path / "exp_fsdp2" / "checkpoints"
-    assert [(path / ".metadata").is_file() for path in checkpoints.glob("*-last.ckpt")] == [True]
+    (last,) = checkpoints.glob("*-last.ckpt")
+    assert (last / ".metadata").is_file()
+    export_checkpoint(last, tmp_path / "last", OmegaConf.create(recipes[2]))
+    assert len(load(tmp_path / "last").translate(["one red house"], "en", "de")) == 1
     logs = (tmp_path / "rank0.log").read_text()
     assert logs.count("Restored all states from the checkpoint") == 1
     assert logs.count("does not translate in validation") == 2
+    assert len(re.findall(r"The trained model is in .*: the checkpoint that is best by val_loss, \d", logs)) == 3
 
 
 # Resuming

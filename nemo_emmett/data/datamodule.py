@@ -63,6 +63,9 @@ class MultimodalDataModule(DataModule, Serialization):
             if cfg.get(name) is not None:
                 _check_agreement(plain(cfg[name]), defaults or {}, f"data.{name}")
         with open_dict(cfg):
+            for name in EVALUATION_SETS:
+                if name in cfg and cfg[name] is None:  # which NeMo's takes for a set
+                    del cfg[name]
             for name in ("train_ds", *EVALUATION_SETS):
                 for key, value in (defaults or {}).items():
                     if cfg.get(name) is not None:

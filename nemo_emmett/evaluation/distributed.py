@@ -49,6 +49,14 @@ class Processes:
         return of_all
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that scores, prints and writes, before the processes have joined."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    environment = _environment()
+    return environment is None or environment.global_rank() == 0
+
+
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
     """Join the processes that ``torchrun`` or ``srun`` started with this one; alone, if there are none.

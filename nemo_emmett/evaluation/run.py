@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import shlex
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -19,10 +21,10 @@ from rich.console import Console
 
 from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
-from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.errors import ConfigError, DataError, OutputError
 from nemo_emmett.evaluation.comet import CometConfig
 from nemo_emmett.evaluation.curves import read_curves
-from nemo_emmett.evaluation.distributed import Processes, joined_processes
+from nemo_emmett.evaluation.distributed import Processes, is_first_process, joined_processes
 from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, check_metrics, signatures
 from nemo_emmett.evaluation.recipe import config_of_test_sets, read_yaml
 from nemo_emmett.evaluation.report import write_report
@@ -31,10 +33,14 @@ from nemo_emmett.evaluation.scoring import score
 from nemo_emmett.evaluation.significance import compare, resampling_signature
 from nemo_emmett.evaluation.table import print_table
 from nemo_emmett.evaluation.translation import Translated, put_together, translate
+from nemo_emmett.files import check_writable, hold_folder, new_folder_elsewhere
 from nemo_emmett.models import load
 
 PACKAGES = ("nemo_emmett", "nemo_toolkit", "torch", "transformers", "lhotse", "sacrebleu")
 """Whose versions an evaluation records."""
+
+LEAST_FREE = 2**20
+"""Bytes that the disk of an evaluation's output must have free."""
 
 Place = str | os.PathLike[str]
 
@@ -95,6 +101,7 @@ def evaluate(
         ConfigError: if the config has no test sets, or a metric cannot be computed.
         DataError: if a test set, a baseline or the logs cannot be used.
         ModelError: if a model cannot be loaded.
+        OutputError: if the output could not be written; translations and scores are where the message says.
 
     Example:
         >>> evaluate("exp/model", "conf/evaluate_phrasebook.yaml", output="exp/evaluation")  # doctest: +SKIP
@@ -106,14 +113,13 @@ def evaluate(
     loading = {"trust_remote_code": True} if trust_remote_code is True else {}
     task = Task(config_of_test_sets(config), num_beams, max_new_tokens, metrics, comet_config, loading)
     earlier = [_saved_or_folder(baseline) for baseline in baselines]
+    place = _Place(None if output is None else Path(output))
     folders = _folders_of_baselines(earlier, output)
     curves = None if log_dir is None else read_curves(log_dir)
-    if output is not None:
-        _check_writable(Path(output))
-    loaded = load(model, **loading) if isinstance(model, (str, os.PathLike)) else model
-    with joined_processes() as processes:
+    with place.claimed(), joined_processes() as processes:
+        loaded = load(model, **loading) if isinstance(model, (str, os.PathLike)) else model
         earlier = [
-            _evaluate_baseline(one, task, folder, processes) if isinstance(one, Path) else one
+            _evaluate_baseline(one, task, folder, place, processes) if isinstance(one, Path) else one
             for one, folder in zip(earlier, folders, strict=True)
         ]
         if loaded is not model:
@@ -122,17 +128,18 @@ def evaluate(
         else:
             model_name = short_name = type(model).__qualname__
         evaluation = _evaluate(loaded, model_name, name or short_name, task, processes)
-    if evaluation is None:
-        return None
-    if output is not None:
-        _write(evaluation, Path(output))  # here already: a baseline of other sentences must not cost the translations
-    earlier = _told_apart(evaluation, earlier)
-    evaluation = replace(evaluation, comparisons=[one for baseline in earlier for one in compare(evaluation, baseline)])
-    if output is not None:
-        to_json(evaluation, Path(output) / FILE_NAME)
-    print_table(evaluation, console, earlier)
-    if output is not None:
-        write_report(evaluation, Path(output) / "report.html", curves=curves, examples=examples, baselines=earlier)
+        if evaluation is None:
+            return None
+        place.write(evaluation)  # here already: a baseline of other sentences must not cost the translations
+        earlier = _told_apart(evaluation, earlier)
+        comparisons = [one for baseline in earlier for one in compare(evaluation, baseline)]
+        evaluation = replace(evaluation, comparisons=comparisons)
+        print_table(evaluation, console, earlier)
+        with place.writing() as folder:
+            if folder is not None:
+                to_json(evaluation, folder / FILE_NAME)
+                write_report(evaluation, folder / "report.html", curves=curves, examples=examples, baselines=earlier)
+        place.check()
     return evaluation
 
 
@@ -167,15 +174,55 @@ def _check_counts(counts: Mapping[str, tuple[Any, int]]) -> None:
             raise ConfigError(f"{name}: {value!r} must be a whole number of {lowest} or more.")
 
 
-def _check_writable(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(output, os.W_OK | os.X_OK)
-        reason = "no right to write there"
-    except OSError as error:
-        is_writable, reason = False, error.strerror or str(error)
-    if not is_writable:
-        raise ConfigError(f"output: '{output}' cannot be written to ({reason}); give another folder.")
+class _Place:
+    """Where an evaluation is written: its output folder, or another one where that fails.
+
+    Args:
+        output: the folder; None writes nothing.
+    """
+
+    def __init__(self, output: Path | None) -> None:
+        self.output = self.folder = output
+        self._failure = ""
+        if output is not None:
+            check_writable(output, "output", needed=LEAST_FREE)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other evaluations from the folder."""
+        with nullcontext() if self.output is None or not is_first_process() else hold_folder(self.output):
+            yield
+
+    @contextmanager
+    def writing(self) -> Iterator[Path | None]:
+        """The folder to write to; what goes wrong is kept for :meth:`check`."""
+        try:
+            yield self.folder
+        except OSError as error:
+            self._failure = self._failure or error.strerror or str(error)
+
+    def write(self, evaluation: Evaluation, within: Path = Path()) -> None:
+        """Write translations and scores; in a folder elsewhere if they do not go where they should."""
+        with self.writing() as folder:
+            if folder is not None:
+                _write(evaluation, folder / within)
+        if self._failure and self.folder == self.output:
+            for self.folder in new_folder_elsewhere("evaluation", [Path.cwd()]):
+                with suppress(OSError):
+                    _write(evaluation, self.folder / within)
+                    return
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
+
+    def check(self) -> None:
+        """Say what could not be written.
+
+        Raises:
+            OutputError: if there was anything.
+        """
+        if self._failure:
+            kept = "nor any other folder" if self.folder is None else f"translations and scores are in '{self.folder}'"
+            raise OutputError(f"output: '{self.output}' could not be written to ({self._failure}); {kept}.")
 
 
 def _plain(value: Any) -> Any:
@@ -203,7 +250,7 @@ def _saved_or_folder(baseline: Place) -> Evaluation | Path:
 
 
 def _folders_of_baselines(baselines: Sequence[Evaluation | Path], output: Place | None) -> list[Path | None]:
-    """Where the evaluation of each baseline is kept: a folder of its own, though models be of one name.
+    """Where in the output the evaluation of each baseline is kept: a folder of its own, though models be of one name.
 
     None for what is saved already, and where nothing is written.
     """
@@ -215,15 +262,17 @@ def _folders_of_baselines(baselines: Sequence[Evaluation | Path], output: Place 
             continue
         name = _short_name(baseline).replace("/", "_")
         taken[name] += 1
-        folders.append(Path(output, "baselines", name if taken[name] == 1 else f"{name}-{taken[name]}"))
+        folders.append(Path("baselines", name if taken[name] == 1 else f"{name}-{taken[name]}"))
     return folders
 
 
-def _evaluate_baseline(model: Path, task: Task, folder: Path | None, processes: Processes) -> Evaluation | None:
+def _evaluate_baseline(
+    model: Path, task: Task, folder: Path | None, place: _Place, processes: Processes
+) -> Evaluation | None:
     loaded = load(model, **task.loading).to(processes.device)
     evaluation = _evaluate(loaded, os.fspath(model), _short_name(model), task, processes)
     if evaluation is not None and folder is not None:
-        _write(evaluation, folder)
+        place.write(evaluation, within=folder)
     return evaluation
 
 

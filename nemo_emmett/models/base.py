@@ -47,6 +47,7 @@ from nemo_emmett.models.step_log import StepLog
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
 from nemo_emmett.modules.batch import MODALITIES, split_modalities
 from nemo_emmett.modules.loss import IGNORE_INDEX, modality_loss
+from nemo_emmett.modules.nonfinite import SkipNonFiniteSteps
 from nemo_emmett.modules.placement import Placed, place_audio
 from nemo_emmett.modules.random_state import RandomState
 from nemo_emmett.prompts.families import default_prompt_format
@@ -114,6 +115,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         self.register_buffer("_loss_weights", torch.tensor(self.options.loss_weights()), persistent=False)
         self._tallies: Tallies = {}
         self._step_log: StepLog | None = None
+        self.modality_losses: dict[str, Tensor] = {}  # of the last step's batch, summed, nats
         self._counts: TokenCounts | None = None  # of the last step's batch
         self._pieces: PieceSums | None = None  # only while a batch is trained on in pieces
         self.is_sharded = False
@@ -275,8 +277,11 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         return configure_optimizers(self)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Random states belong in every checkpoint of this model: without them dropout differs after resuming."""
-        return [RandomState()]
+        """Random states belong in every checkpoint of this model: without them dropout differs after resuming. And one
+        loss that is not finite must not cost the weights. A callback that the trainer has already is left to it.
+        """
+        present = {type(callback) for callback in self.trainer.callbacks}
+        return [callback() for callback in (RandomState, SkipNonFiniteSteps) if callback not in present]
 
     def on_train_start(self) -> None:
         """Log anew."""
@@ -294,6 +299,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         # The only collective of a forward pass comes before anything large: see modules/loss.py.
         totals_M = self._counts.over_all_ranks()
         loss_sums_M = self._loss_sums(parts, absent_modalities(self, parts, totals_M))
+        self.modality_losses = dict(zip(MODALITIES, loss_sums_M.detach(), strict=True))
         loss = modality_loss(loss_sums_M, totals_M, self._loss_weights)
         if not loss.requires_grad and torch.is_grad_enabled():
             # Nothing in this step can learn: the batch is empty, or text, and only what hears is trained.

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
-import torch
 import torch.distributed as dist
 from huggingface_hub.constants import CONFIG_NAME
 from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR, SAFETENSORS_SINGLE_FILE
@@ -27,6 +25,9 @@ from transformers.utils import cached_file
 
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ModelError
+from nemo_emmett.files import whole_folder
+from nemo_emmett.models.checkpoint import read_checkpoint
+from nemo_emmett.modules.nonfinite import refuse_nonfinite
 
 
 class Export:
@@ -41,17 +42,37 @@ class Export:
         Args:
             save_directory: is made if need be.
             kwargs: of huggingface_hub's ``save_pretrained``.
+
+        Raises:
+            NonFiniteError: if a weight is not finite; then nothing is written.
+            ConfigError: if another process is writing to the folder.
         """
-        weights = self._whole_weights()
+        weights = self.whole_weights()
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return None
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.tokenizer.save_pretrained(folder)
-        self.llm.config.save_pretrained(folder / LLM_BACKBONE_DIR)
-        self._weights_to_save = weights
+        return self.write_folder(save_directory, weights, **kwargs)
+
+    def write_folder(self, folder: str | Path, weights: Mapping[str, Tensor], **kwargs: Any) -> str | None:
+        """Write a folder as :meth:`save_pretrained` does, from this process alone; it appears whole or not at all.
+
+        Args:
+            folder: is made if need be.
+            weights: on the CPU, by the names of the model's state; shared ones may be there once or several times.
+            kwargs: of huggingface_hub's ``save_pretrained``.
+
+        Raises:
+            NonFiniteError: if a weight is not finite; then nothing is written.
+            ConfigError: if another process is writing to the folder.
+        """
+        refuse_nonfinite(weights, {name for name, _ in self.named_buffers()})
+        again = {name for names in self.shared_weights() for name in names[1:]}
+        kwargs.setdefault("repo_id", Path(folder).name)
+        self._weights_to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}
         try:
-            return super().save_pretrained(folder, config=self._exported_config(), **kwargs)
+            with whole_folder(folder, last=CONFIG_NAME) as unfinished:
+                self.tokenizer.tokenizer.save_pretrained(unfinished)
+                self.llm.config.save_pretrained(unfinished / LLM_BACKBONE_DIR)
+                return super().save_pretrained(unfinished, config=self._exported_config(), **kwargs)
         finally:
             del self._weights_to_save
 
@@ -68,15 +89,12 @@ class Export:
             "architectures": [self.architecture or own_class.__name__],
         }
 
-    def _whole_weights(self) -> dict[str, Tensor]:
-        """All weights on the CPU, shared ones once; of a sharded model, on rank 0."""
+    def whole_weights(self) -> dict[str, Tensor]:
+        """All weights on the CPU; of a sharded model, on rank 0. Every rank must call it."""
         if isinstance(self, FSDPModule):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            weights = get_model_state_dict(self, options=options)
-        else:
-            weights = self.state_dict()
-        again = {name for names in self.shared_weights() for name in names[1:]}
-        return {name: value.detach().cpu().contiguous() for name, value in weights.items() if name not in again}
+            return get_model_state_dict(self, options=options)
+        return {name: value.detach().cpu() for name, value in self.state_dict().items()}
 
     def shared_weights(self) -> list[list[str]]:
         """The names of each parameter that has several, such as an output layer tied to the embeddings."""
@@ -155,27 +173,6 @@ class Export:
                     "model.perception."
                 )
         return super().load_state_dict(state_dict, *args, **kwargs)
-
-
-def read_checkpoint(path: str | Path | BinaryIO, **options: Any) -> dict[str, Any]:
-    """Read a Lightning checkpoint without running anything: tensors and plain values, which is all that ours hold.
-
-    Args:
-        path: of the file, or the file.
-        options: of ``torch.load``.
-
-    Raises:
-        ModelError: if it holds other objects; to make them Python would run what the file says.
-    """
-    try:
-        return torch.load(path, weights_only=True, **options)
-    except UnpicklingError as error:
-        said = str(error).splitlines()[0].rstrip(".")
-        raise ModelError(
-            f"the checkpoint '{getattr(path, 'name', path)}' is damaged or holds more than tensors and plain values; "
-            f"it is not unpickled, since that can run code ({said}). If you trust it, pass trust_remote_code=True, or "
-            "set model.trust_remote_code: true in the recipe."
-        ) from error
 
 
 _WHERE_ON_THE_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")

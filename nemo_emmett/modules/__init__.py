@@ -8,5 +8,6 @@
 - :mod:`nemo_emmett.modules.random_state`: random states in Lightning checkpoints.
 - :mod:`nemo_emmett.modules.resumable_loop`: Lightning's epoch loop, resumed exactly.
 - :mod:`nemo_emmett.modules.stop_on_signal`: SIGTERM and SIGINT end training with a checkpoint.
+- :mod:`nemo_emmett.modules.nonfinite`: training steps whose loss or gradients are not finite.
 - :mod:`nemo_emmett.modules.training_clock`: seconds of training, validation left out.
 """

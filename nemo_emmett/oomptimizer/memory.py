@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.files import shown
 
 _GIB = 2**30
 _TERA = 10**12
@@ -197,20 +198,6 @@ def check_fraction(memory_fraction: float) -> None:
             f"OOMptimizer.memory_fraction: {memory_fraction!r} is no share of the memory; give a number above 0 and at "
             "most 1."
         )
-
-
-def shown(bytes_: float) -> str:
-    """Bytes as one reads them.
-
-    Example:
-        >>> shown(13207024435)
-        '12.3 GiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(bytes_) < 1024:
-            return f"{bytes_:.0f} B" if unit == "B" else f"{bytes_:.1f} {unit}"
-        bytes_ /= 1024
-    return f"{bytes_:.1f} TiB"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

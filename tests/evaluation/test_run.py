@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +22,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerFast
 
-from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.errors import EXIT_NOT_WRITTEN, ConfigError, DataError, OutputError
 from nemo_emmett.evaluation import evaluate, evaluate_recipe, from_json, run, significance
 
+from ..conftest import fill
 from .samples import DIRECTIONS, LANGUAGES, SAMPLING_RATE, SENTENCES, sentence, tone
 
 LOCATOR = "<|audio|>"
@@ -270,6 +273,65 @@ def test_baselines_that_share_a_name_are_kept_each_in_its_folder(recipe, tokeniz
     evaluate(Oracle(tokenizer), recipe, output="out", baselines=others, console=quiet)
     kept = [from_json(Path("out", "baselines", name, "evaluation.json")) for name in ("salm_model", "salm_model-2")]
     assert [one.model for one in kept] == [str(other) for other in others]
+
+
+@pytest.mark.parametrize("with_baseline", [False, True])
+def test_translations_that_find_the_disk_full_are_elsewhere(
+    recipe, tokenizer, small_disk, tmp_path, monkeypatch, with_baseline
+):
+    disk = small_disk("2m")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").touch()
+
+    class Filling(Oracle):
+        def translate_batch(self, batch, **options):
+            fill(disk)
+            return super().translate_batch(batch, **options)
+
+    monkeypatch.setattr(run, "load", lambda folder: Filling(tokenizer))
+    terminal = io.StringIO()
+    baselines = [tmp_path / "other"] if with_baseline else []
+    console = Console(file=terminal)
+    with pytest.raises(OutputError) as error:
+        evaluate(Filling(tokenizer), recipe, output=disk / "out", baselines=baselines, console=console)
+    said = re.fullmatch(
+        rf"output: '{disk}/out' could not be written to \(No space left on device\); translations and scores are in "
+        rf"'({tmp_path}/evaluation-\w+)'\.",
+        str(error.value),
+    )
+    assert said, str(error.value)
+    assert error.value.exit_code == EXIT_NOT_WRITTEN
+    kept = Path(said[1])
+    assert max(score.bleu for score in from_json(kept / "evaluation.json").scores) == pytest.approx(100)
+    assert (kept / "report.html").exists()
+    assert sum(1 for _ in (kept / "hypotheses").glob("*.hyp")) == 2 * len(DIRECTIONS)
+    assert with_baseline == (len(list((kept / "baselines").glob("*/evaluation.json"))) == 1)
+    assert "direction" in terminal.getvalue()
+
+
+def test_a_page_that_cannot_be_written_costs_neither_scores_nor_table(recipe, tokenizer, tmp_path, monkeypatch):
+    def write_report(*arguments, **options) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(run, "write_report", write_report)
+    terminal = io.StringIO()
+    with pytest.raises(OutputError, match=rf"\(No space left on device\); translations and scores are in '{tmp_path}'"):
+        evaluate(Oracle(tokenizer), recipe, output=tmp_path, console=Console(file=terminal))
+    assert from_json(tmp_path / "evaluation.json").scores
+    assert "direction" in terminal.getvalue()
+
+
+def test_a_second_evaluation_in_a_folder_is_refused(recipe, tmp_path):
+    code = "import sys, time; from nemo_emmett.files import hold_folder\nwith hold_folder(sys.argv[1]):\n"
+    code += "    print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        try:
+            with pytest.raises(ConfigError, match=rf"output: '{tmp_path}' is in use by process {first.pid} on"):
+                evaluate(tmp_path / "no_model", recipe, output=tmp_path)
+        finally:
+            first.kill()
 
 
 def test_a_model_in_the_working_folder_is_called_as_from_elsewhere(recipe, tokenizer, tmp_path, monkeypatch):

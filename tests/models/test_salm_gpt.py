@@ -13,8 +13,10 @@ from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, TextTur
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.speechlm2.data import SALMDataset
 from nemo.collections.speechlm2.models import SALM
+from omegaconf import OmegaConf
 from transformers import GenerationConfig
 
+from nemo_emmett.ending import export_checkpoint
 from nemo_emmett.errors import ConfigError, DataError, ModelError
 from nemo_emmett.models import SALMGPT, SALMT5, load
 from nemo_emmett.modules.batch import split_modalities
@@ -146,6 +148,17 @@ def test_a_folder_of_nemos_becomes_ours(pair, tmp_path):
     theirs, _ = pair
     theirs.save_pretrained(tmp_path / "plain")
     assert_same(theirs, load(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize(
+    "target", [{}, {"_target_": "nemo.collections.speechlm2.models.SALM"}, {"_target_": "salm_gpt"}]
+)
+def test_a_checkpoint_of_nemos_becomes_a_folder(pair, tmp_path, target):
+    theirs, ours = pair
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "nemo.ckpt")
+    section = OmegaConf.to_container(ours.cfg) | target
+    export_checkpoint(tmp_path / "nemo.ckpt", tmp_path / "model", OmegaConf.create({"model": section}))
+    assert_same(theirs, load(tmp_path / "model"))
 
 
 def test_a_folder_as_nemos_export_script_writes_it_becomes_ours(pair, tmp_path):

@@ -1,0 +1,95 @@
+"""Lightning checkpoints, read as data: one file, or the folder that sharded trainings write (FSDP2)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PosixPath
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from nemo_emmett.errors import ModelError
+
+_STATE, _METADATA = "state_dict", ".metadata"
+
+
+def read_checkpoint(path: str | Path | BinaryIO, **options: Any) -> dict[str, Any]:
+    """Read a Lightning checkpoint without running anything: tensors and plain values, which is all that ours hold.
+
+    Args:
+        path: of the file, or the file.
+        options: of ``torch.load``.
+
+    Raises:
+        ModelError: if it holds other objects; to make them Python would run what the file says.
+    """
+    try:
+        with torch.serialization.safe_globals([PosixPath]):  # where NeMo's callback saves checkpoints
+            return torch.load(path, weights_only=True, **options)
+    except UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        said = f"; it names {named[1]}" if named else ""
+        raise ModelError(
+            f"the checkpoint '{getattr(path, 'name', path)}' is damaged or holds more than tensors and plain "
+            f"values{said}. It is not unpickled, since that can run code. If you trust it, pass trust_remote_code=True, or "
+            "set model.trust_remote_code: true in the recipe."
+        ) from error
+
+
+def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name, on the CPU. No code of the file is run.
+
+    Args:
+        checkpoint: a ``.ckpt`` file, or the folder of a distributed checkpoint.
+
+    Raises:
+        ModelError: if it cannot be read or holds no weights.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        raise ModelError(f"'{path}': there is no such checkpoint.")
+    try:
+        if path.is_dir():
+            return _weights_of_folder(path)
+        content = read_checkpoint(path, map_location="cpu", mmap=True)
+    except (OSError, RuntimeError, EOFError, KeyError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"'{path}' cannot be read as a checkpoint ({said}); give another one.") from error
+    weights = content.get(_STATE) if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping) or not weights:
+        raise ModelError(f"'{path}' is no checkpoint of a training: it holds no '{_STATE}'; give a .ckpt file.")
+    return dict(weights)
+
+
+def _weights_of_folder(path: Path) -> dict[str, Tensor]:
+    """Read in this process alone, whatever processes wrote them."""
+    if not (path / _METADATA).is_file():
+        raise ModelError(f"'{path}' is no distributed checkpoint: it has no {_METADATA}; give the .ckpt in it.")
+    content: dict[str, Any] = {}
+    planner = _EmptyStateDictLoadPlanner(keys={_STATE})
+    _load_state_dict(content, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+    return content[_STATE]
+
+
+def check_fit(weights: Mapping[str, Tensor], model: torch.nn.Module, checkpoint: str | Path) -> None:
+    """Refuse weights that are not a model's.
+
+    Raises:
+        ModelError: naming a weight that is missing, surplus, or of another shape.
+    """
+    own = model.state_dict()
+    wrong = [*(own.keys() - weights.keys()), *(weights.keys() - own.keys())]
+    wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if wrong:
+        name = min(wrong)
+        there, here = (str(tuple(of[name].shape)) if name in of else "nothing" for of in (weights, own))
+        raise ModelError(
+            f"'{checkpoint}' is not of the model of the recipe: of '{name}' it holds {there}, the model {here}; give "
+            "the recipe that it was trained with (--config)."
+        )
