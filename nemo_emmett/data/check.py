@@ -8,7 +8,6 @@ from typing import Any
 
 from nemo.collections.common.data.lhotse.dataloader import (
     LhotseDataLoadingConfig,
-    get_lhotse_sampler_from_config,
     make_structured_with_schema_warnings,
 )
 from nemo.collections.common.prompts import PromptFormatter
@@ -45,6 +44,7 @@ from nemo_emmett.data.sources import (
     with_inherited,
 )
 from nemo_emmett.data.text_sources import aligned_shards, directions_of, text_layout
+from nemo_emmett.data.tolerance import build_tolerant_sampler
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.prompts.languages import check_language
@@ -372,7 +372,7 @@ def _check_something_is_left(source: Source, settings: Mapping, tokenizer: Any, 
         return
     bad_records = BadRecords()
     with logging.temp_verbosity(logging.ERROR), reading(Reading(bad_records, kind)):
-        sampler, _ = get_lhotse_sampler_from_config(_probe_config(source, settings, tokenizer), 0, 1, tokenizer)
+        sampler, _ = build_tolerant_sampler(_probe_config(source, settings, tokenizer), 0, 1, tokenizer, bad_records)
         if next(iter(sampler.cuts[0]), None) is not None:
             return
     read, bad = bad_records.read_count, bad_records.count()
@@ -416,7 +416,7 @@ def _probe_config(source: Source, settings: Mapping, tokenizer: Any) -> DictConf
         "reweight_temperature": None,
         "noise_path": None,
         "rir_enabled": False,
-        "channel_selector": None,  # without the audio, nobody knows how many there are
+        "channel_selector": None,  # our readers select channels
     }
     if tokenizer is None:
         probe |= {"pretokenize": False, "use_multimodal_sampling": False, "min_tokens": None, "max_tokens": None}

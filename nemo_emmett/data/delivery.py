@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,11 +13,13 @@ from lhotse import CutSet
 from lhotse.dataset import IterableDatasetWrapper
 from lhotse.dataset.sampling.base import CutSampler
 from nemo.collections.common.data.fallback import FallbackDataset
-from nemo.collections.common.data.lhotse.text_adapters import NeMoMultimodalConversation
+from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, NeMoMultimodalConversation
 
-from nemo_emmett.data.audio import AudioFault, check_audio
+from nemo_emmett.audio_file import AudioFault
+from nemo_emmett.data.audio import load_waveform, with_checked_audio
 from nemo_emmett.data.bad_records import BadRecords, Notes
-from nemo_emmett.data.examples import ExampleKind, origin_of
+from nemo_emmett.data.dataset import SpeechTextDataset, note_audio_fault
+from nemo_emmett.data.examples import ExampleKind, note_example
 from nemo_emmett.data.sampling.leaves import Share
 from nemo_emmett.data.sampling.sampler import SamplingPlan, WorkerSampler
 from nemo_emmett.errors import ConfigError, EmmettError
@@ -49,15 +51,15 @@ class DeliveringDataset(torch.utils.data.Dataset):
         self.bad_records = bad_records
 
     def __getitem__(self, examples: CutSet) -> Delivery:
+        if len(examples) == 0:  # transforms of the batch have failed on all of it
+            return self.deliver(None)
         try:
             batch = self.dataset[examples]
         except EmmettError as error:
             return self.deliver(None, error)
         if batch is None:
             for example in examples:
-                source, place = origin_of(example)
-                example_id = getattr(example, "id", "")
-                self.bad_records.add(source or "examples", place, "refused by the dataset", example=example_id)
+                note_example(self.bad_records, example, "refused by the dataset")
         return self.deliver(batch)
 
     def deliver(self, batch: Any, error: EmmettError | None = None) -> Delivery:
@@ -178,28 +180,46 @@ class SpeechConversations(torch.utils.data.Dataset):
                 "both kinds, or train nemo_emmett.models.SALMT5, which takes either."
             )
         readable = [c for c in conversations if self._has_its_audio(c)]
+        self._tell_cuts_apart(readable)
         batch = self.dataset[CutSet(readable)] if any(c.has_audio_turns for c in readable) else None
         if batch is None or batch["audios"].numel() == 0:
             batch = {}
         kept = {c.id for c in batch.get("conversations", ())}
         for conversation in readable:
             if conversation.id not in kept:
-                cause = "unreadable audio" if conversation.has_audio_turns else "left without speech in its batch"
-                self._note(conversation, cause)
+                self._note_dropped(conversation)
         return batch
 
     def _has_its_audio(self, conversation: NeMoMultimodalConversation) -> bool:
         try:
-            for cut in conversation.list_cuts():
-                check_audio(cut)
+            for turn in _audio_turns(conversation):
+                turn.cut = with_checked_audio(turn.cut)
         except AudioFault as fault:
-            self._note(conversation, str(fault))
+            note_audio_fault(self.bad_records, conversation, fault)
             return False
         return True
 
-    def _note(self, conversation: NeMoMultimodalConversation, cause: str) -> None:
-        source, place = origin_of(conversation)
-        self.bad_records.add(source or "conversations", place, cause, example=conversation.id)
+    def _tell_cuts_apart(self, conversations: Sequence[NeMoMultimodalConversation]) -> None:
+        """NeMo finds the audio of a turn by the id of its cut, which files of one name in several folders may share."""
+        for number, turn in enumerate(turn for conversation in conversations for turn in _audio_turns(conversation)):
+            turn.cut = turn.cut.with_id(f"{turn.cut.id}-{number}")
+
+    def _note_dropped(self, conversation: NeMoMultimodalConversation) -> None:
+        """Note why NeMo has left a conversation out."""
+        if not conversation.has_audio_turns:
+            note_example(self.bad_records, conversation, "left without speech in its batch")
+            return
+        try:
+            for cut in conversation.list_cuts():
+                load_waveform(cut)
+        except AudioFault as fault:
+            note_audio_fault(self.bad_records, conversation, fault)
+        else:
+            note_example(self.bad_records, conversation, "unreadable audio")
+
+
+def _audio_turns(conversation: NeMoMultimodalConversation) -> list[AudioTurn]:
+    return [turn for turn in conversation.turns if isinstance(turn, AudioTurn)]
 
 
 def prepare_dataset(dataset: torch.utils.data.Dataset) -> tuple[torch.utils.data.Dataset, ExampleKind]:
@@ -208,8 +228,6 @@ def prepare_dataset(dataset: torch.utils.data.Dataset) -> tuple[torch.utils.data
     NeMo's ``FallbackDataset`` is taken off: it hands out the previous batch again, in silence, where one has failed.
     """
     from nemo.collections.speechlm2.data.salm_dataset import SALMDataset
-
-    from nemo_emmett.data.dataset import SpeechTextDataset
 
     while isinstance(dataset, FallbackDataset):
         dataset = dataset.dataset

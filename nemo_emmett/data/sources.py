@@ -60,6 +60,9 @@ _PASSED_DOWN_BY_NEMO = (
 )
 """Keys that NeMo hands from a dataset or group to the sources in it that do not set them."""
 
+_PASSED_DOWN_BY_US = (*LANGUAGE_KEYS, "channel_selector")
+"""Keys that we hand from a dataset or group to the sources in it that do not set them."""
+
 SHARED_BY_GROUPS = (
     "seed",
     "shard_seed",
@@ -263,7 +266,7 @@ def source_of_files(sources: Sequence[Source]) -> dict[str, str]:
 
 def rewrite_sources(settings: Mapping, where: str, rewrite: Callable[[Source], dict]) -> list[dict]:
     """The ``input_cfg`` of a dataset with each source replaced by ``rewrite(source)``; groups and weights stay."""
-    inherited = {key: settings[key] for key in LANGUAGE_KEYS if settings.get(key) is not None}
+    inherited = {key: settings[key] for key in _PASSED_DOWN_BY_US if settings.get(key) is not None}
     if settings.get("input_cfg") is not None:
         entries, where = settings["input_cfg"], f"{where}.input_cfg"
         return _rewrite(entries, where, {}, inherited, rewrite)
@@ -294,10 +297,10 @@ def _rewrite(
             raise ConfigError(f"{place}.type: missing; name the kind of source (nemo, lhotse, parallel_text, ...).")
         # NeMo attaches a group's tags after those of its members: the outer ones win.
         entry_tags = {**(entry.get("tags") or {}), **tags}
-        passed_down = {**inherited, **{k: entry[k] for k in LANGUAGE_KEYS if entry.get(k) is not None}}
+        passed_down = {**inherited, **{k: entry[k] for k in _PASSED_DOWN_BY_US if entry.get(k) is not None}}
         if entry["type"] == "group":
             members = _rewrite(entry.get("input_cfg"), f"{place}.input_cfg", entry_tags, passed_down, rewrite)
-            group = {key: value for key, value in entry.items() if key not in ("tags", *LANGUAGE_KEYS)}
+            group = {key: value for key, value in entry.items() if key not in ("tags", *_PASSED_DOWN_BY_US)}
             rewritten.append({**group, "input_cfg": members})
         else:
             source = {**passed_down, **entry}
@@ -326,7 +329,8 @@ def route_to_our_reader(settings: Mapping, where: str) -> list[dict]:
 
 def structured_config(settings: Mapping, where: str) -> DictConfig:
     """NeMo's config of a sampler (without our keys), with all its sources read by us."""
-    routed = {key: value for key, value in settings.items() if key not in OUR_KEYS | CLASSIC_KEYS}
+    elsewhere = OUR_KEYS | CLASSIC_KEYS | {"channel_selector"}  # our readers select channels
+    routed = {key: value for key, value in settings.items() if key not in elsewhere}
     return make_structured_with_schema_warnings(
         OmegaConf.create({**routed, "input_cfg": route_to_our_reader(settings, where)})
     )
