@@ -251,14 +251,18 @@ def check_samples(samples: np.ndarray) -> None:
         raise AudioFault("audio far above full scale")
 
 
-def open_recording(path: str | Path) -> Recording:
+def open_recording(path: str | Path, header: Header | None = None) -> Recording:
     """A file as a recording, as ``Recording.from_file`` describes it.
+
+    Args:
+        path: of the file.
+        header: of the file; it is read unless it is given.
 
     Raises:
         AudioFault: its text is the cause.
     """
     path = str(path)
-    header = read_header(path)
+    header = read_header(path) if header is None else header
     source = CheckedSource(AudioSource("file", [], path), header)
     return recording_from(Path(path).stem, source, header)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_emmett.corpora.corpus import Recording, Sentence
+from nemo_emmett.corpora.corpus import Recording, Sentence, is_time
 from nemo_emmett.corpora.readers.languages import chosen
 from nemo_emmett.errors import DataError
 
@@ -17,12 +17,13 @@ class Segment:
     """A stretch of a talk or speech. What the publisher says of the same stretch in two pairs is equal here."""
 
     talk: str  # name of the recording, without its ending
-    start: float  # seconds
-    end: float  # seconds
+    start: float  # seconds; -1 for what is no time, so that the recording is skipped and counted
+    end: float  # seconds; the same
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start", round(self.start, 3))
-        object.__setattr__(self, "end", round(self.end, 3))
+        for name in ("start", "end"):
+            seconds = getattr(self, name)
+            object.__setattr__(self, name, round(seconds, 3) if is_time(seconds) else -1.0)
 
     @property
     def id(self) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 import yaml
 from lhotse.serialization import load_yaml
 
+from nemo_emmett.corpora.corpus import is_time
 from nemo_emmett.corpora.readers.files import SourceFiles
 from nemo_emmett.corpora.readers.pairs import Segment, need, need_folder
 from nemo_emmett.errors import DataError
@@ -72,12 +73,17 @@ class TalksOfPair:
     def _read_segments(self) -> list[Segment]:
         try:
             return [
-                Segment(PurePath(entry["wav"]).stem, entry["offset"], entry["offset"] + entry["duration"])
+                Segment(PurePath(entry["wav"]).stem, entry["offset"], _end(entry["offset"], entry["duration"]))
                 for entry in load_yaml(self._segments)
             ]
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else "is no list of segments"
             raise DataError(f"'{self._segments}' {what}; unpack the archive of the pair again.") from error
+
+
+def _end(offset: object, duration: object) -> float | None:
+    """Where a segment ends, in seconds; None if it is not said in numbers."""
+    return offset + duration if is_time(offset) and is_time(duration) else None
 
 
 def data_folders(source: Path) -> dict[tuple[str, str], Path]:
