@@ -286,14 +286,14 @@ def load_samples(audio: Recording | Cut, cause: str = "unreadable audio", **wind
     try:
         samples = audio.load_audio(**window)
     except Exception as error:  # each decoder raises its own kind
-        raise _fault_in(error) or AudioFault(cause) from error
+        raise fault_in(error) or AudioFault(cause) from error
     if samples.shape[-1] == 0:
         raise AudioFault("empty audio")
     check_samples(samples)
     return samples.astype(np.float32, copy=False)
 
 
-def _fault_in(error: BaseException | None) -> AudioFault | None:
+def fault_in(error: BaseException | None) -> AudioFault | None:
     """The fault behind an exception, which lhotse raises anew with a longer text."""
     while error is not None:
         if isinstance(error, AudioFault):

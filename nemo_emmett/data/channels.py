@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lhotse.cut import Cut, MixedCut
+from lhotse.utils import fastcopy
 
 from nemo_emmett.data.bad_records import Unusable
 
@@ -37,4 +38,9 @@ def select_channel(cut: Cut, selector: int | str | None) -> Cut:
         raise Unusable("invalid channel")
     if channel >= cut.num_channels:
         raise Unusable(f"no channel {channel}")
-    return cut if cut.num_channels == 1 else cut.with_channels(channel)
+    if cut.num_channels == 1:
+        return cut
+    selected = cut.with_channels(channel)
+    if not selected.supervisions:  # a text of which nobody has said that it is spoken in another channel
+        selected.supervisions = [fastcopy(supervision, channel=channel) for supervision in cut.supervisions]
+    return selected

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lhotse import CutSet
+from lhotse.cut import Cut
 from lhotse.dataset import IterableDatasetWrapper
 from lhotse.dataset.sampling.base import CutSampler
 from nemo.collections.common.data.fallback import FallbackDataset
@@ -218,6 +219,33 @@ class SpeechConversations(torch.utils.data.Dataset):
             note_example(self.bad_records, conversation, "unreadable audio")
 
 
+class CheckedCuts(torch.utils.data.Dataset):
+    """Any other dataset of cuts, which gets those whose audio is there.
+
+    Args:
+        dataset: maps a CutSet to a batch.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset) -> None:
+        self.dataset = dataset
+        self.bad_records = BadRecords()
+
+    def __getitem__(self, examples: CutSet) -> Any:
+        """The dataset's batch; an empty one where no example is left of it."""
+        checked = [self._checked(example) for example in examples]
+        readable = [example for example in checked if example is not None]
+        return self.dataset[CutSet(readable)] if readable else {}
+
+    def _checked(self, example: Any) -> Any:
+        if not isinstance(example, Cut):
+            return example
+        try:
+            return with_checked_audio(example)
+        except AudioFault as fault:
+            note_audio_fault(self.bad_records, example, fault)
+            return None
+
+
 def _audio_turns(conversation: NeMoMultimodalConversation) -> list[AudioTurn]:
     return [turn for turn in conversation.turns if isinstance(turn, AudioTurn)]
 
@@ -235,7 +263,7 @@ def prepare_dataset(dataset: torch.utils.data.Dataset) -> tuple[torch.utils.data
         return dataset, ExampleKind.TRANSLATION
     if isinstance(dataset, SALMDataset):
         return SpeechConversations(dataset), ExampleKind.CONVERSATION
-    return dataset, ExampleKind.AS_READ
+    return CheckedCuts(dataset), ExampleKind.AS_READ
 
 
 def is_empty(batch: Any) -> bool:

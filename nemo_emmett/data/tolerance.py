@@ -18,7 +18,7 @@ from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_fr
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 from omegaconf import DictConfig
 
-from nemo_emmett.audio_file import AudioFault
+from nemo_emmett.audio_file import fault_in
 from nemo_emmett.data.bad_records import BadRecords, Unusable
 from nemo_emmett.data.examples import note_example
 from nemo_emmett.data.speech_sources import NeMoManifest
@@ -43,6 +43,7 @@ KEYS_OF_FUNCTION = {
     "ContextSpeakerSimilarityFilter": "min_context_speaker_similarity",
     "ValidationStatusFilter": "keep",
     "BucketingFilter": "bucket_duration_bins",
+    "ReverbWithImpulseResponse": "rir_path",
 }
 """By which keys of a recipe NeMo's functions are set."""
 
@@ -69,8 +70,8 @@ def cause_of(function: Callable, example: Any, error: Exception) -> str:
     """Why a function could not be applied to an example, in words that are the same for examples of one fault."""
     while isinstance(function, partial):
         function = function.func
-    if isinstance(error, (Unusable, AudioFault)):
-        return str(error)
+    if (reason := error if isinstance(error, Unusable) else fault_in(error)) is not None:
+        return str(reason)
     if isinstance(error, DataError):  # one sentence: the example, the cause; what to do
         sentence = str(error).removeprefix(f"example {getattr(example, 'id', None)}: ")
         return sentence.split(";")[0][:_LONGEST_CAUSE]
