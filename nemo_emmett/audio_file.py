@@ -20,7 +20,7 @@ import soundfile
 from lhotse import AudioSource, Recording
 from lhotse.audio import backend
 from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
-from lhotse.cut import Cut
+from lhotse.cut import Cut, MixedCut
 
 TRUNCATION_TOLERANCE = 0.1
 """Seconds that a file may be shorter than declared: rounded durations and codec padding stay below this."""
@@ -205,6 +205,7 @@ class CheckedSource(AudioSource):
         kind = "memory" if isinstance(encoded, bytes) else "file"
         super().__init__(type=kind, channels=list(range(header.num_channels)), source=encoded, video=source.video)
         self.header = header._replace(is_open=False)
+        self.short = 0.0  # seconds that the decoder gave less than the header promises, when it was last read
 
     def __reduce__(self) -> tuple:
         return CheckedSource, (AudioSource(self.type, self.channels, self.source, self.video), self.header)
@@ -220,7 +221,8 @@ class CheckedSource(AudioSource):
         try:
             samples = super().load_audio(offset, duration, self.header.sampling_rate)
             wanted = self.header.duration - offset if duration is None else duration
-            if wanted - samples.shape[-1] / self.header.sampling_rate > TRUNCATION_TOLERANCE:
+            self.short = max(wanted - samples.shape[-1] / self.header.sampling_rate, 0.0)
+            if self.short > TRUNCATION_TOLERANCE:
                 raise AudioFault("truncated audio")
             check_samples(samples)
         except Exception as error:  # each decoder raises its own kind
@@ -290,6 +292,10 @@ def load_samples(audio: Recording | Cut, cause: str = "unreadable audio", **wind
     if samples.shape[-1] == 0:
         raise AudioFault("empty audio")
     check_samples(samples)
+    if not isinstance(audio, MixedCut):  # lhotse fills up what a decoder gave too little, with its reflection
+        recording = audio if isinstance(audio, Recording) else audio.recording
+        lacking = round(max(getattr(source, "short", 0.0) for source in recording.sources) * recording.sampling_rate)
+        samples = samples[:, : max(samples.shape[-1] - lacking, 1)]
     return samples.astype(np.float32, copy=False)
 
 

@@ -185,9 +185,9 @@ class SpeechConversations(torch.utils.data.Dataset):
         batch = self.dataset[CutSet(readable)] if any(c.has_audio_turns for c in readable) else None
         if batch is None or batch["audios"].numel() == 0:
             batch = {}
-        kept = {c.id for c in batch.get("conversations", ())}
+        kept = {mark for conversation in batch.get("conversations", ()) for mark in _marks(conversation)}
         for conversation in readable:
-            if conversation.id not in kept:
+            if not kept.issuperset(_marks(conversation)):
                 self._note_dropped(conversation)
         return batch
 
@@ -244,6 +244,11 @@ class CheckedCuts(torch.utils.data.Dataset):
         except AudioFault as fault:
             note_audio_fault(self.bad_records, example, fault)
             return None
+
+
+def _marks(conversation: NeMoMultimodalConversation) -> list[str]:
+    """What tells a conversation from the others of its batch: the ids of its cuts, or its own where it has none."""
+    return [turn.cut.id for turn in _audio_turns(conversation)] or [conversation.id]
 
 
 def _audio_turns(conversation: NeMoMultimodalConversation) -> list[AudioTurn]:

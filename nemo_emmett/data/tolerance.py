@@ -194,6 +194,6 @@ def _replace_reader(node: Any) -> None:
     for attribute in ("data", "iterator"):
         inner = getattr(node, attribute, None)
         if type(inner) is LazyNeMoIterator:
-            setattr(node, attribute, NeMoManifest(inner.path, BadRecords(announce=True)))
+            setattr(node, attribute, list(NeMoManifest(inner.path, BadRecords(announce=True))))
         elif inner is not None:
             _replace_reader(inner)
