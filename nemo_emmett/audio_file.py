@@ -240,6 +240,15 @@ def _closed_wav(source: str | bytes) -> bytes:
     return _closed(audio, data) if data.is_open else audio
 
 
+def openable(path: str) -> str | BinaryIO:
+    """What libsndfile reads all of a file from: the file, or its bytes where its header says that it holds nothing.
+
+    Raises:
+        AudioFault: if it is missing, empty, or no audio.
+    """
+    return io.BytesIO(_closed_wav(path)) if read_header(path).is_open else path
+
+
 def check_samples(samples: np.ndarray) -> None:
     """Refuse samples that are not numbers, or far too large.
 

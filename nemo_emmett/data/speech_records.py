@@ -79,6 +79,12 @@ def is_seconds(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12  # false for NaN
 
 
+def sampling_rate_of(data: Mapping) -> object:
+    """The sampling rate that a record has, under either of NeMo's names; None where it has none."""
+    rate = data.get("sampling_rate")
+    return data.get("sample_rate") if rate is None else rate
+
+
 def check_sampling_rate(rate: object) -> None:
     """Refuse a sampling rate that is not a number of samples."""
     if not is_seconds(rate) or rate <= 0 or rate != int(rate):

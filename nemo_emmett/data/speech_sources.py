@@ -38,6 +38,7 @@ from nemo_emmett.data.speech_records import (
     check_sampling_rate,
     check_times,
     is_seconds,
+    sampling_rate_of,
 )
 from nemo_emmett.data.tar_audio import cut_of_encoded, encoded_part, member_names, names_in
 from nemo_emmett.data.tar_index import normal_name
@@ -103,11 +104,10 @@ class NeMoManifest(LazyNeMoIterator):
         check_times(data)
         audio_path = get_full_path(data.pop("audio_filepath"), record.path, force_cache=False)
         duration, offset = data.pop("duration"), data.pop("offset", None)
-        sampling_rate = data.pop("sampling_rate", None)
-        if sampling_rate is None:
-            sampling_rate = data.pop("sample_rate", None)
-        if sampling_rate is not None:
+        if (sampling_rate := sampling_rate_of(data)) is not None:
             check_sampling_rate(sampling_rate)
+        if data.pop("sampling_rate", None) is None:  # as NeMo leaves the fields of a cut
+            data.pop("sample_rate", None)
         check_alternatives(data)
         if self.metadata_only:
             data.pop("alt_text", None)  # expanding it reads the audio
