@@ -486,6 +486,27 @@ def test_a_batch_that_failed_is_counted_and_never_replaced(load, speech) -> None
     assert loader.bad_records.causes() == {"refused by the dataset": 2}
 
 
+class Lengths(torch.utils.data.Dataset):
+    """How many samples each cut has."""
+
+    def __getitem__(self, cuts: CutSet) -> dict:
+        return {Path(cut.id).name: cut.load_audio().shape[1] for cut in cuts}
+
+
+@pytest.mark.parametrize("sampling", ["nemo", "emmett"])
+def test_other_datasets_get_recordings_as_they_are(load, write_tone, write_manifest, sampling) -> None:
+    """One has another rate than declared, one is longer, one ends a little too early, one is not there."""
+    write_tone("rate.wav", 1.0, rate=8000)
+    write_tone("long.wav", 2.0)
+    write_tone("short.wav", 0.95)
+    names = ("rate.wav", "long.wav", "short.wav", "gone.wav")
+    records = [{"audio_filepath": name, "duration": 1.0, "sampling_rate": 16000} for name in names]
+    config = {"manifest_filepath": str(write_manifest("m.json", records)), "batch_size": 4, "force_finite": True}
+    loader = load({**config, "max_bad_records": None, "sampling": sampling}, Lengths(), settings={})
+    assert list(loader) == [{"rate.wav": 16000, "long.wav": 16000, "short.wav": 15200}]
+    assert loader.bad_records.causes() == {"missing audio": 1}
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("kind", ["nemo", "nemo_tarred", "lhotse", "buckets"])
 def test_asr_batches_equal_those_of_nemo(tokenizer, speech, pairs, tmp_path, kind, shuffle) -> None:
