@@ -45,14 +45,13 @@ from nemo_emmett.data.parsers import (
     reads_pairs_ourselves,
 )
 from nemo_emmett.data.sources import Source
-from nemo_emmett.data.speech_records import JsonRecords, Record
+from nemo_emmett.data.speech_records import JsonRecords, Record, times_of
 from nemo_emmett.data.speech_sources import (
     LhotseManifest,
     NeMoManifest,
     NeMoTarredManifest,
     check_cut,
     lhotse_cut,
-    times_of,
 )
 from nemo_emmett.data.tar_audio import AudioInTar, SegmentInTar, cut_of_encoded, member_names
 from nemo_emmett.data.tar_index import Member, TarIndex

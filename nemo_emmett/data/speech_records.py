@@ -98,3 +98,14 @@ def check_alternatives(data: Mapping) -> None:
         isinstance(texts, dict) and all(isinstance(t, dict) and {"text", "lang"} <= t.keys() for t in texts.values())
     ):
         raise Unusable("alt_text is not a mapping of texts")
+
+
+def times_of(record: Record) -> tuple[float, float]:
+    """Offset and duration of a record in its recording, in seconds.
+
+    Raises:
+        Unusable: if they are missing, or no times.
+    """
+    check_times(record.data)
+    check_alternatives(record.data)
+    return record.data.get("offset") or 0.0, record.data["duration"]

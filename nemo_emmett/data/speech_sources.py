@@ -39,6 +39,7 @@ from nemo_emmett.data.speech_records import (
     check_times,
     is_seconds,
     sampling_rate_of,
+    times_of,
 )
 from nemo_emmett.data.tar_audio import cut_of_encoded, encoded_part, member_names, names_in
 from nemo_emmett.data.tar_index import normal_name
@@ -67,8 +68,7 @@ class NeMoManifest(LazyNeMoIterator):
     Args:
         path: the manifest; may be sharded (``manifest__OP_0..7_CL_.json``).
         bad_records: ledger for the records that cannot be used.
-        channel_selector: the channel to be used, or the field that has its number; see
-            :func:`~nemo_emmett.data.channels.select_channel`.
+        channel_selector: see :func:`~nemo_emmett.data.channels.select_channel`.
         kwargs: what NeMo's ``LazyNeMoIterator`` takes.
     """
 
@@ -181,8 +181,7 @@ class NeMoTarredManifest:
         skip_missing_manifest_entries: the manifest names a subset of the tar files' members, on purpose.
         extra_fields: as in NeMo.
         slice_length: read so many members of each shard only, from a random one on.
-        channel_selector: the channel to be used, or the field that has its number; see
-            :func:`~nemo_emmett.data.channels.select_channel`.
+        channel_selector: see :func:`~nemo_emmett.data.channels.select_channel`.
     """
 
     def __init__(
@@ -412,17 +411,6 @@ class NeMoTarredManifest:
         return with_checked_audio(cut) if record.data.get("alt_text") else cut  # NeMo reads its audio next
 
 
-def times_of(record: Record) -> tuple[float, float]:
-    """Offset and duration of a record in its recording, in seconds.
-
-    Raises:
-        Unusable: if they are missing, or no times.
-    """
-    check_times(record.data)
-    check_alternatives(record.data)
-    return record.data.get("offset") or 0.0, record.data["duration"]
-
-
 def _by_shard_number(paths: Sequence[str], pattern: re.Pattern, key: str) -> dict[int, str]:
     numbered = {}
     for path in paths:
@@ -438,8 +426,7 @@ class LhotseManifest:
     Args:
         path: the manifest; relative audio paths are relative to it.
         bad_records: ledger for the records that cannot be used.
-        channel_selector: the channel to be used, or the field that has its number; see
-            :func:`~nemo_emmett.data.channels.select_channel`.
+        channel_selector: see :func:`~nemo_emmett.data.channels.select_channel`.
     """
 
     def __init__(self, path: str, bad_records: BadRecords, channel_selector: int | str | None = None) -> None:
