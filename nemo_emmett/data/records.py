@@ -61,7 +61,7 @@ from nemo_emmett.errors import DataError
 Example = Cut | SourceTargetTextExample
 
 _RECORDS_TO_LOOK_FOR = 1000
-"""Of so many first records of a manifest not one has its audio in the tar file: then the report says so."""
+"""If none of so many first records of a manifest has its audio in the tar file, this is reported."""
 
 _FORWARD_SHARDS = 4
 """So many shards that can only be read forward are kept open at once; each holds a file and a stretch of lines."""
@@ -271,7 +271,7 @@ class TarredRecords(Records):
         raise AudioFault("missing audio")
 
     def _look_for_any_member(self, tar: TarIndex, manifest: NeMoTarredManifest, record: Record) -> None:
-        """Where a record's audio is missing, tell if that of the first others is as well."""
+        """Where a record's audio is missing, report if that of the first other records is missing as well."""
         if tar.path in self._with_members:
             return
         self._with_members.add(tar.path)

@@ -164,7 +164,7 @@ _MANIFEST_SHARD = re.compile(r"manifest[^/]*_(\d+)[^/]*\.json")
 _TAR_SHARD = re.compile(r"audio[^/]*_(\d+)[^/]*\.tar")
 
 _NAMES_IN_REPORTS = 3
-"""So many names are told of a tar file whose members are not those of the manifest."""
+"""Number of names that the report of a tar file without any member of the manifest lists."""
 
 
 class NeMoTarredManifest:

@@ -334,7 +334,7 @@ def test_a_record_has_the_member_of_its_own_name_or_that_of_its_recording(
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_tar_file_without_any_member_of_the_manifest_is_told_once(tmp_path, write_tone, streamed) -> None:
+def test_a_tar_file_without_any_member_of_the_manifest_is_reported_once(tmp_path, write_tone, streamed) -> None:
     names = [f"{letter}.wav" for letter in "abcd"]
     tar = write_tar(tmp_path / "audio_0.tar", [(f"x/{name}", write_tone(name)) for name in names])
     (tmp_path / "manifest_0.json").write_text("".join(records_of(name, [(None, 1.0)]) for name in names))
@@ -347,8 +347,8 @@ def test_a_tar_file_without_any_member_of_the_manifest_is_told_once(tmp_path, wr
     else:
         records = open_records(source, ledger, ExampleKind.TRANSLATION)
         assert [records.read(0, number) for number in range(4)] == [[]] * 4
-    told = "no member of the tar file is in the manifest"
-    assert ledger.causes() == {"missing audio": 4, told: 1}
-    (note,) = [bad for bad in ledger.first if bad.cause == told]
+    cause = "no member of the tar file is in the manifest"
+    assert ledger.causes() == {"missing audio": 4, cause: 1}
+    (note,) = [bad for bad in ledger.first if bad.cause == cause]
     assert note.place == f"{tar} holds x/a.wav, x/b.wav, x/c.wav, ...; the manifest names a.wav, b.wav, c.wav, ..."
     assert ledger.count() == 4, "records are bad once"

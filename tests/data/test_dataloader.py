@@ -456,7 +456,7 @@ def test_what_raises_upon_an_example_costs_that_example(
     assert len(ids) == len(records) + len(more) - causes.total()
 
 
-def test_noise_of_which_nothing_can_be_used_is_told(load, speech, tmp_path, write_manifest) -> None:
+def test_noise_of_which_nothing_can_be_used_is_an_error(load, speech, tmp_path, write_manifest) -> None:
     noise = str(write_manifest("noise.json", [{"audio_filepath": "gone.wav", "duration": 3.0}]))
     for sampling in ("nemo", "emmett"):
         with pytest.raises(DataError, match="noise_path: none of its recordings can be used"):
