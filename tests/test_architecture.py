@@ -16,7 +16,7 @@ FLOORS = (
     ("planning", "evaluation", "corpora"),
     ("models", "data", "oomptimizer"),
     ("modules", "prompts"),
-    ("errors", "config", "files", "processes"),
+    ("errors", "config", "files", "processes", "audio_file"),
 )
 # What others see and start is one floor of equals, and so is what all of them rest on.
 SHARED_FLOORS = (0, len(FLOORS) - 1)

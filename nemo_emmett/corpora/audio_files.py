@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections import defaultdict
@@ -21,18 +22,17 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from nemo_emmett.corpora.corpus import Recording, Sentence
+from nemo_emmett.corpora.corpus import Recording, Sentence, is_time
 from nemo_emmett.corpora.writing import Workshop
 from nemo_emmett.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from nemo_emmett.audio_file import AudioFault, Header
+
 SAMPLING_RATE = 16_000
 """Of FLAC that is written, in Hz: what speech encoders take."""
-
-TRUNCATION_TOLERANCE = 0.1
-"""Seconds that a recording may be shorter than its publisher's tables say, as in the dataloader."""
 
 _LONGEST_NAME = 200
 """Bytes of a file's name before its ending; file systems take 255."""
@@ -128,14 +128,16 @@ class _Kept:
         self.folder = out / "speech"
 
     def add(self, sentence: Sentence) -> dict[str, Any]:
-        recording, rate = measured(sentence.recording)
+        recording, header = measured(sentence.recording)
+        if header.is_float:  # no other samples can be anything but numbers
+            read_samples(recording)
         # What was unpacked into the corpus moves with it.
         inside = recording.path.is_relative_to(self.folder.parent)
         path = Path(os.path.relpath(recording.path, self.folder)) if inside else recording.path.absolute()
-        audio = {"audio_filepath": path.as_posix(), **_stretch(recording), "duration": recording.duration}
-        # With a rate, NeMo's readers take a stretch from the beginning of a longer file for all of it.
+        audio = {"audio_filepath": path.as_posix(), **_stretch(recording, header), "duration": recording.duration}
+        # With a rate, NeMo's own reader takes a stretch from the beginning of a longer file for all of it.
         if audio.get("offset") != 0:
-            audio["sampling_rate"] = rate
+            audio["sampling_rate"] = header.sampling_rate
         return manifest_entry(sentence, self.spoken, **audio)
 
     def close(self) -> None:
@@ -254,85 +256,65 @@ def json_lines(entries: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
-def measured(recording: Recording) -> tuple[Recording, int]:
-    """A recording with its duration in seconds, and its sampling rate in Hz.
+def measured(recording: Recording) -> tuple[Recording, Header]:
+    """A recording with its duration in seconds, and the header of its file.
 
     Raises:
-        UnusableRecording: if it cannot be read or is shorter than it should be.
+        UnusableRecording: if it cannot be read or is shorter than it should be, or its times are none.
     """
-    seconds, rate = _length(recording.path)
-    left = seconds - recording.start
+    from nemo_emmett.audio_file import AudioFault, fitted
+
+    if not is_time(recording.start):
+        raise UnusableRecording("invalid start")
+    if recording.duration is not None and not is_time(recording.duration):
+        raise UnusableRecording("invalid duration")
+    header = _header(recording.path)
+    left = header.duration - recording.start
     duration = left if recording.duration is None else recording.duration
-    if duration > left + TRUNCATION_TOLERANCE:
-        raise UnusableRecording("truncated recording")
-    duration = min(duration, left)
     if duration <= 0:
         raise UnusableRecording("empty recording")
-    return replace(recording, duration=duration), rate
+    try:
+        duration = fitted(header.duration, recording.start, duration, header.missing)
+    except AudioFault as fault:
+        raise _unusable(fault) from fault
+    return replace(recording, duration=duration), header
 
 
 def read_samples(recording: Recording) -> np.ndarray:
     """A recording at ``SAMPLING_RATE``, its channels averaged: float32, shape (samples,).
 
     Raises:
-        UnusableRecording: if it cannot be read or is shorter than it should be.
+        UnusableRecording: if it cannot be read, is shorter than it should be, or holds values that are not numbers.
     """
-    import soundfile
     import soxr
 
-    recording, rate = measured(recording)
+    from nemo_emmett.audio_file import AudioFault, load_samples, open_recording
+
+    recording, header = measured(recording)
     try:
-        with soundfile.SoundFile(recording.path) as file:
-            file.seek(round(recording.start * rate))
-            samples = file.read(round(recording.duration * rate), dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError:
-        samples = _read_by_lhotse(recording)
-    if not len(samples):
-        raise UnusableRecording("empty recording")
-    # An MP3 that was cut off still tells the length that it had.
-    if len(samples) < (recording.duration - TRUNCATION_TOLERANCE) * rate:
-        raise UnusableRecording("truncated recording")
-    mono = samples.mean(axis=1)
+        audio = open_recording(recording.path, header)
+        samples = load_samples(audio, offset=recording.start, duration=recording.duration)
+    except AudioFault as fault:
+        raise _unusable(fault) from fault
+    mono = samples.mean(axis=0)
+    rate = header.sampling_rate
     return mono if rate == SAMPLING_RATE else soxr.resample(mono, rate, SAMPLING_RATE)
 
 
 @lru_cache(maxsize=64)
-def _length(path: Path) -> tuple[float, int]:
-    """Seconds and sampling rate of an audio file. Talks are cut into hundreds of recordings, one after the other."""
-    import soundfile
-
-    if not path.is_file():
-        raise UnusableRecording("missing recording")
-    try:
-        info = soundfile.info(path)
-    except soundfile.LibsndfileError:
-        return _length_by_lhotse(path)
-    return info.frames / info.samplerate, info.samplerate
-
-
-def _length_by_lhotse(path: Path) -> tuple[float, int]:
-    """The same for what libsndfile cannot read, such as AAC; Lhotse asks FFmpeg."""
-    from lhotse.audio.backend import info
-
-    from nemo_emmett.data.commands import CAUSE, is_command
-
-    if is_command(str(path)):  # whatever reads it next reads it by this name
-        raise UnusableRecording(CAUSE)
-    try:
-        found = info(path)
-    except Exception as error:  # each of its backends raises its own kind
-        raise UnusableRecording("unreadable recording") from error
-    return found.duration, int(found.samplerate)
-
-
-def _read_by_lhotse(recording: Recording) -> np.ndarray:
-    from lhotse.audio.backend import read_audio
+def _header(path: Path) -> Header:
+    """Of an audio file. Talks are cut into hundreds of recordings, one after the other."""
+    from nemo_emmett.audio_file import AudioFault, read_header
 
     try:
-        samples, _ = read_audio(str(recording.path), offset=recording.start, duration=recording.duration)
-    except Exception as error:  # each of its backends raises its own kind
-        raise UnusableRecording("unreadable recording") from error
-    return samples.reshape(-1, samples.shape[-1]).T
+        return read_header(str(path))
+    except AudioFault as fault:
+        raise _unusable(fault) from fault
+
+
+def _unusable(fault: AudioFault) -> UnusableRecording:
+    """``missing audio`` is called ``missing recording`` here."""
+    return UnusableRecording(re.sub(" audio$", " recording", str(fault)))
 
 
 def _flac(samples: np.ndarray) -> bytes:
@@ -343,10 +325,9 @@ def _flac(samples: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _stretch(recording: Recording) -> dict[str, float]:
+def _stretch(recording: Recording, header: Header) -> dict[str, float]:
     """The ``offset`` of a recording that is not all of its file."""
-    seconds, rate = _length(recording.path)
-    is_whole = recording.start == 0 and seconds - recording.duration < 1 / rate
+    is_whole = recording.start == 0 and header.duration - recording.duration < 1 / header.sampling_rate
     return {} if is_whole else {"offset": recording.start}
 
 

@@ -6,9 +6,16 @@ shards, and knows no publisher.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+
+def is_time(seconds: object) -> bool:
+    """Whether a publisher's value is a time in seconds: a finite number, and not negative."""
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    return is_number and math.isfinite(seconds) and seconds >= 0
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,22 @@
-"""Reading the audio of a cut, and saying what is wrong with it when that fails.
+"""Reading the audio of a cut: from its recordings' own headers, whatever the manifest says of them.
 
-lhotse makes up for a recording that is up to half a second short by reflecting its end, and takes a file's own header
-at its word. Here a recording that ends before its cut does is refused: half a sentence is no translation example.
+lhotse takes a manifest at its word. It reads a file of another sampling rate at the wrong speed, refuses one that is
+longer than declared, and makes up for one that is up to half a second short by reflecting its end.
 """
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterator
 
-import soundfile
 import torch
 from lhotse import AudioSource, Recording
-from lhotse.augmentation import AudioTransform
-from lhotse.cut import Cut, MixedCut, MonoCut, PaddingCut
+from lhotse.augmentation import AudioTransform, Resample, Speed, Tempo
+from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut, PaddingCut
+from lhotse.utils import fastcopy
 
+from nemo_emmett.audio_file import RUNS_A_COMMAND, AudioFault, CheckedSource, Header, fitted, load_samples, read_header
 from nemo_emmett.data import commands
-
-TRUNCATION_TOLERANCE = 0.1
-"""Seconds that a file may be shorter than declared: rounded durations and codec padding stay below this."""
-
-_UNKNOWN_RIFF_SIZE = 0x7FFF0000
-"""Programs that write WAV to a pipe do not know its size, and put a value from here upwards in its header."""
-
-
-class AudioFault(Exception):
-    """Why a recording cannot be used: ``missing audio``, ``empty audio``, ``truncated audio``, ``unreadable audio``,
-    ``runs a command``."""
 
 
 def load_waveform(cut: Cut) -> torch.Tensor:
@@ -38,26 +28,97 @@ def load_waveform(cut: Cut) -> torch.Tensor:
     Raises:
         AudioFault: if there is no audio, or not all of it; its text is the cause.
     """
-    check_audio(cut)
-    try:
-        samples = torch.from_numpy(cut.load_audio()).to(torch.float32)
-    except Exception as error:  # each decoder raises its own kind
-        raise AudioFault("unreadable audio") from error
-    if samples.shape[-1] == 0:
-        raise AudioFault("empty audio")
-    return samples.mean(dim=0)
+    cut = with_checked_audio(cut)
+    is_augmented = isinstance(cut, MixedCut) or any(
+        not isinstance(transform, Resample) for transform in cut.recording.transforms or ()
+    )
+    cause = "augmentation failed" if is_augmented else "unreadable audio"
+    return torch.from_numpy(load_samples(cut, cause)).mean(dim=0)
 
 
-def check_audio(cut: Cut) -> None:
-    """Refuse a cut whose audio files do not reach as far as it does. Only headers are read.
+def with_checked_audio(cut: Cut) -> Cut:
+    """The cut on its recordings as they are, of which only the headers are read; samples are checked on loading.
+
+    A recording of another sampling rate than declared is resampled from its own. A cut that reaches a little beyond the
+    end of its recording ends with it. Audio behind URLs and commands is left as declared.
 
     Raises:
-        AudioFault: its text is the cause.
+        AudioFault: if a recording is missing, or its cut reaches too far beyond its end; its text is the cause.
     """
     if commands.is_refused(cut):
-        raise AudioFault(commands.CAUSE)
-    for part in _parts_with_audio(cut):
-        _check_recording(part.recording, part.start, part.duration)
+        raise AudioFault(RUNS_A_COMMAND)
+    if isinstance(cut, MixedCut):
+        return fastcopy(cut, tracks=[fastcopy(track, cut=with_checked_audio(track.cut)) for track in cut.tracks])
+    if isinstance(cut, PaddingCut) or not cut.has_recording:
+        return cut
+    declared = cut.recording
+    if any(source.type not in ("file", "memory") for source in declared.sources):
+        return cut
+    sources, headers = zip(*map(_opened, declared.sources), strict=True)
+    if len({header.sampling_rate for header in headers}) > 1:
+        raise AudioFault("channels of different sampling rates")
+    recording = _as_declared(declared, _actual(declared, sources, headers))
+    missing = max(header.missing for header in headers)
+    try:
+        duration = fitted(recording.duration, cut.start, cut.duration, missing)
+    except AudioFault as fault:
+        path = sources[0].source if sources[0].type == "file" else None
+        raise AudioFault(str(fault), path) from None
+    if recording.num_channels == 1 or declared.num_channels > 1:
+        return fastcopy(cut, recording=recording, duration=duration)
+    # NeMo declares one channel for any file whose sampling rate the manifest has.
+    return MultiCut(
+        cut.id, cut.start, duration, recording.channel_ids, cut.supervisions, recording=recording, custom=cut.custom
+    )
+
+
+def _opened(source: AudioSource) -> tuple[CheckedSource, Header]:
+    """A source with the header of its audio."""
+    if source.type == "file":
+        header = read_header(str(source.source))
+    else:
+        encoded = source.source  # what lies in a tar file is read here, once
+        if not isinstance(encoded, bytes):
+            raise AudioFault("unreadable audio")
+        source = AudioSource("memory", source.channels, encoded)
+        header = read_header(io.BytesIO(encoded))
+    return CheckedSource(source, header), header
+
+
+def _actual(declared: Recording, sources: tuple[CheckedSource, ...], headers: tuple[Header, ...]) -> Recording:
+    """The recording that its sources hold, without what is done to it."""
+    channels = sorted(channel for source in declared.sources for channel in source.channels)
+    for source, of_manifest, header in zip(sources, declared.sources, headers, strict=True):
+        if len(of_manifest.channels) == header.num_channels:
+            source.channels = list(of_manifest.channels)
+        elif channels != [0]:
+            raise AudioFault("other channels than declared")
+        else:
+            channels = list(source.channels)
+    num_samples, rate = min(header.num_samples for header in headers), headers[0].sampling_rate
+    return Recording(declared.id, list(sources), rate, num_samples, num_samples / rate, channels)
+
+
+def _as_declared(declared: Recording, recording: Recording) -> Recording:
+    """A recording, with all done to it that shall be done to the declared one, at the declared sampling rate."""
+    transforms = [
+        t if isinstance(t, AudioTransform) else AudioTransform.from_dict(t) for t in declared.transforms or []
+    ]
+    if not (transforms and isinstance(transforms[0], Resample)):
+        at_first = next((t.source_sampling_rate for t in transforms if isinstance(t, Resample)), declared.sampling_rate)
+        recording = recording.resample(at_first)
+    for transform in transforms:
+        if isinstance(transform, Resample):
+            recording = recording.resample(transform.target_sampling_rate)
+        elif isinstance(transform, Speed):
+            recording = recording.perturb_speed(transform.factor, affix_id=False)
+        elif isinstance(transform, Tempo):
+            recording = recording.perturb_tempo(transform.factor, affix_id=False)
+        else:
+            recording = fastcopy(recording, transforms=[*(recording.transforms or []), transform])
+    if declared.transforms and recording.channel_ids != declared.channel_ids and declared.num_channels > 1:
+        recording = fastcopy(recording, channel_ids=declared.channel_ids)  # a room with several microphones
+    return recording
 
 
 def _parts_with_audio(cut: Cut) -> Iterator[Cut]:
@@ -66,56 +127,6 @@ def _parts_with_audio(cut: Cut) -> Iterator[Cut]:
             yield from _parts_with_audio(track.cut)
     elif not isinstance(cut, PaddingCut) and cut.has_recording:
         yield cut
-
-
-def _check_recording(recording: Recording, start: float, duration: float) -> None:
-    for transform in reversed(recording.transforms or []):  # a file played 10 % faster must be 10 % longer
-        if not isinstance(transform, AudioTransform):
-            transform = AudioTransform.from_dict(transform)
-        start, duration = transform.reverse_timestamps(start, duration, recording.sampling_rate)
-    for source in recording.sources:
-        if source.type == "file":
-            check_file(str(source.source), start + duration)
-        elif source.type == "memory" and not source.source:
-            raise AudioFault("empty audio")
-
-
-def check_file(path: str, end: float | None = None) -> None:
-    """Refuse an audio file that is missing, empty, or ends before ``end`` seconds (None: before its own end).
-
-    A header that libsndfile cannot read is left for the other decoders to judge.
-
-    Raises:
-        AudioFault: its text is the cause.
-    """
-    if commands.is_command(path) and not commands.are_allowed():
-        raise AudioFault(commands.CAUSE)
-    if not os.path.isfile(path):
-        raise AudioFault("missing audio")
-    if os.path.getsize(path) == 0:
-        raise AudioFault("empty audio")
-    try:
-        header = soundfile.info(path)
-    except soundfile.SoundFileError:
-        if _riff_is_cut_off(path):
-            raise AudioFault("truncated audio") from None
-        return
-    if header.frames == 0:
-        raise AudioFault("truncated audio" if _riff_is_cut_off(path) else "empty audio")
-    missing = 0.0 if end is None else end - header.duration
-    reads_to_its_end = missing > -TRUNCATION_TOLERANCE
-    if missing > TRUNCATION_TOLERANCE or (reads_to_its_end and _riff_is_cut_off(path)):
-        raise AudioFault("truncated audio")
-
-
-def _riff_is_cut_off(path: str) -> bool:
-    """Whether a WAV file is shorter than its own first chunk says."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-    if start[:4] != b"RIFF" or len(start) < 8:
-        return False
-    declared = int.from_bytes(start[4:8], "little")
-    return declared < _UNKNOWN_RIFF_SIZE and declared + 8 > os.path.getsize(path)
 
 
 def audio_path(cut: Cut) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from lhotse import CutSet
 from lhotse.lazy import LazyFilter
-from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig, get_lhotse_sampler_from_config
+from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 from nemo.collections.common.data.lhotse.sampling import (
     FixedBucketBatchSizeConstraint2D,
     MultimodalFixedBucketBatchSizeConstraint2D,
@@ -31,6 +31,7 @@ from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.data.padding import within_deviations
 from nemo_emmett.data.parsers import Reading, feeding, reading, register_data_types
 from nemo_emmett.data.sources import as_one_stream, groups_of, list_sources, structured_config, with_inherited
+from nemo_emmett.data.tolerance import SKIPPED, build_tolerant_sampler, guarded
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.translation import register_prompt_formats
 
@@ -130,15 +131,16 @@ def measure(
     allowed = commands_allowed(settings.get("allow_commands") is True)
     with logging.temp_verbosity(logging.ERROR), reading(Reading(bad_records, kind)), allowed, fed as input_cfg:
         config.input_cfg = input_cfg
-        sampler, _ = get_lhotse_sampler_from_config(config, 0, 1, tokenizer)
+        sampler, _ = build_tolerant_sampler(config, 0, 1, tokenizer, bad_records)
         examples, filters = _without_filters(sampler.cuts[0])
         for example in tqdm(
             itertools.islice(examples, limit), desc=f"Measuring {where}", unit=" examples", delay=5, disable=None
         ):
-            out_by = next((f for f in filters if not f(example)), None)
+            verdicts = ((keeps, guarded(keeps, bad_records)(example)) for keeps in filters)
+            out_by, verdict = next(((f, kept) for f, kept in verdicts if kept is SKIPPED or not kept), (None, True))
             if out_by is None:
                 lengths.append(constraint.measure_length(example))
-            else:
+            elif verdict is not SKIPPED:
                 dropped[type(out_by).__name__] += 1
     if not lengths:
         raise DataError(

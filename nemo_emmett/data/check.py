@@ -8,7 +8,6 @@ from typing import Any
 
 from nemo.collections.common.data.lhotse.dataloader import (
     LhotseDataLoadingConfig,
-    get_lhotse_sampler_from_config,
     make_structured_with_schema_warnings,
 )
 from nemo.collections.common.prompts import PromptFormatter
@@ -47,6 +46,7 @@ from nemo_emmett.data.sources import (
     with_inherited,
 )
 from nemo_emmett.data.text_sources import aligned_shards, directions_of, text_layout
+from nemo_emmett.data.tolerance import build_tolerant_sampler
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.prompts.families import forbidden_text
@@ -380,7 +380,7 @@ def _check_something_is_left(source: Source, settings: Mapping, tokenizer: Any, 
     allowed = commands_allowed(settings.get("allow_commands") is True)
     how = Reading(bad_records, kind, forbidden=forbidden_text(settings.get("prompt_format"), tokenizer))
     with logging.temp_verbosity(logging.ERROR), reading(how), allowed:
-        sampler, _ = get_lhotse_sampler_from_config(_probe_config(source, settings, tokenizer), 0, 1, tokenizer)
+        sampler, _ = build_tolerant_sampler(_probe_config(source, settings, tokenizer), 0, 1, tokenizer, bad_records)
         if next(iter(sampler.cuts[0]), None) is not None:
             return
     read, bad = bad_records.read_count, bad_records.count()
@@ -426,7 +426,7 @@ def _probe_config(source: Source, settings: Mapping, tokenizer: Any) -> DictConf
         "reweight_temperature": None,
         "noise_path": None,
         "rir_enabled": False,
-        "channel_selector": None,  # without the audio, nobody knows how many there are
+        "channel_selector": None,  # our readers select channels
     }
     if tokenizer is None:
         probe |= {"pretokenize": False, "use_multimodal_sampling": False, "min_tokens": None, "max_tokens": None}

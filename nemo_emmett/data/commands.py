@@ -6,7 +6,6 @@ says ``allow_commands: true`` for the dataset. Such records are skipped and coun
 
 from __future__ import annotations
 
-import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +21,9 @@ from lhotse.features import Features
 from lhotse.image import Image
 from lhotse.serialization import CompositeIOBackend, PipeIOBackend, get_current_io_backend, set_current_io_backend
 
+from nemo_emmett.audio_file import is_command, is_pipe
 from nemo_emmett.errors import ConfigError, DataError
 
-CAUSE = "runs a command"
-"""Why a record is skipped."""
-
-_SHELL_CHARACTERS = re.compile(r"[^\w@%+=:,./-]")
 _UNPICKLED = ("memory_raw", "pillow_memory", "kaldiio")
 """lhotse's kinds of arrays that are unpickled, or whose path may be a command."""
 
@@ -92,17 +88,6 @@ def _runs_a_command(stored: AudioSource | Array | TemporalArray | Features | Ima
         array = stored.array if isinstance(stored, TemporalArray) else stored
         return array.storage_type in _UNPICKLED or is_pipe(array.storage_path)
     return stored.type == "command" or (stored.type != "memory" and is_command(stored.source))
-
-
-def is_command(path: object) -> bool:
-    """Whether a shell reads more than a file's name in a path; lhotse hands the names of SPHERE files to one."""
-    is_sphere = isinstance(path, str) and path.lower().endswith(".sph")
-    return is_pipe(path) or (is_sphere and _SHELL_CHARACTERS.search(path) is not None)
-
-
-def is_pipe(path: object) -> bool:
-    """Whether a path is the output of a command, as lhotse and NeMo write it."""
-    return isinstance(path, str) and path.lstrip().startswith("pipe:")
 
 
 def refuse_pipes(config: Any, where: str) -> None:

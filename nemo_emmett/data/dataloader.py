@@ -18,7 +18,6 @@ from lhotse.dataset.sampling.base import CutSampler
 from lhotse.utils import fix_random_seed
 from nemo.collections.common.data.lhotse.dataloader import (
     LhotseDataLoadingConfig,
-    get_lhotse_sampler_from_config,
     maybe_set_cuda_expandable_segments,
 )
 from nemo.utils import logging
@@ -53,6 +52,7 @@ from nemo_emmett.data.sources import (
     structured_config,
     with_inherited,
 )
+from nemo_emmett.data.tolerance import build_tolerant_sampler
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.modules.random_state import random_state, restore_random_state
 from nemo_emmett.prompts.families import forbidden_text
@@ -357,7 +357,7 @@ def _single_sampler(
     if kind is not ExampleKind.AS_READ:
         _agree_on_order(structured, sources, world_size)
     with reading(Reading(bad_records, kind, forbidden=forbidden_text(structured.prompt_format, tokenizer))):
-        sampler, is_iterable = get_lhotse_sampler_from_config(structured, global_rank, world_size, tokenizer)
+        sampler, is_iterable = build_tolerant_sampler(structured, global_rank, world_size, tokenizer, bad_records)
     return sampler, is_iterable, structured
 
 
@@ -384,7 +384,9 @@ def _fused_sampler(
         if kind is not ExampleKind.AS_READ:
             _agree_on_order(structured, sources, world_size)
         with reading(Reading(bad_records, kind, endless, forbidden_text(structured.prompt_format, tokenizer))):
-            samplers[name], in_workers = get_lhotse_sampler_from_config(structured, global_rank, world_size, tokenizer)
+            samplers[name], in_workers = build_tolerant_sampler(
+                structured, global_rank, world_size, tokenizer, bad_records
+            )
     return fuse(samplers, shared.sampler_fusion, shared.sampler_weights, shared.seed), in_workers, shared
 
 

@@ -19,7 +19,8 @@ from nemo.collections.common.data.lhotse.text_adapters import (
 )
 from nemo.collections.speechlm2.data.utils import get_pad_id
 
-from nemo_emmett.data.audio import AudioFault, audio_path, audio_start, load_waveform
+from nemo_emmett.audio_file import AudioFault
+from nemo_emmett.data.audio import audio_path, audio_start, load_waveform
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.examples import origin_of
 from nemo_emmett.errors import DataError
@@ -68,8 +69,8 @@ class SpeechTextDataset(torch.utils.data.Dataset):
         for example in examples:
             try:
                 of_example = [load_waveform(cut) for cut in recordings_of(example)]
-            except AudioFault as cause:
-                self._note(example, str(cause))
+            except AudioFault as fault:
+                note_audio_fault(self.bad_records, example, fault)
                 continue
             readable.append(example)
             waveforms += of_example
@@ -80,13 +81,6 @@ class SpeechTextDataset(torch.utils.data.Dataset):
             "audios": collate_vectors(waveforms, padding_value=0.0),
             "audio_lens": torch.tensor([len(waveform) for waveform in waveforms]),
         }
-
-    def _note(self, example: Cut | NeMoMultimodalConversation, cause: str) -> None:
-        source, place = origin_of(example)
-        record = (source or "cuts", place)
-        files = ", ".join(filter(None, map(audio_path, recordings_of(example))))
-        named = f"{place} ({files})" if files else place
-        self.bad_records.add(record[0], named, cause, record, example.id)
 
     def _collate_tokens(self, examples: Sequence[Cut | Formattable]) -> dict:
         contexts = [_tokens(example, "context_ids") for example in examples]
@@ -110,6 +104,15 @@ def recordings_of(example: Cut | Formattable) -> list[Cut]:
     if isinstance(example, NeMoMultimodalConversation):
         return example.list_cuts()
     return []
+
+
+def note_audio_fault(bad_records: BadRecords, example: Cut | NeMoMultimodalConversation, fault: AudioFault) -> None:
+    """Note that an example had to be skipped, and the file that is at fault, which may be that of a noise."""
+    source, place = origin_of(example)
+    record = (source or "cuts", place)
+    files = fault.path or ", ".join(filter(None, map(audio_path, recordings_of(example))))
+    named = f"{place} ({files})" if files else place
+    bad_records.add(record[0], named, str(fault), record, example.id)
 
 
 def _tokens(example: Cut | Formattable, key: str) -> torch.Tensor:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from lhotse import CutSet
+from lhotse.cut import Cut
 from lhotse.dataset import IterableDatasetWrapper
 from lhotse.dataset.sampling.base import CutSampler
 from nemo.collections.common.data.fallback import FallbackDataset
-from nemo.collections.common.data.lhotse.text_adapters import NeMoMultimodalConversation
+from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, NeMoMultimodalConversation
 
-from nemo_emmett.data.audio import AudioFault, check_audio
+from nemo_emmett.audio_file import RUNS_A_COMMAND, AudioFault
+from nemo_emmett.data.audio import load_waveform, with_checked_audio
 from nemo_emmett.data.bad_records import BadRecords, Notes
-from nemo_emmett.data.commands import CAUSE, commands_allowed, is_refused
-from nemo_emmett.data.dataset import recordings_of
-from nemo_emmett.data.examples import ExampleKind, origin_of
+from nemo_emmett.data.commands import commands_allowed, is_refused
+from nemo_emmett.data.dataset import SpeechTextDataset, note_audio_fault, recordings_of
+from nemo_emmett.data.examples import ExampleKind, note_example
 from nemo_emmett.data.sampling.leaves import Share
 from nemo_emmett.data.sampling.sampler import SamplingPlan, WorkerSampler
 from nemo_emmett.errors import ConfigError, EmmettError
@@ -55,6 +57,8 @@ class DeliveringDataset(torch.utils.data.Dataset):
         self.allow_commands = allow_commands
 
     def __getitem__(self, examples: CutSet) -> Delivery:
+        if len(examples) == 0:  # transforms of the batch have failed on all of it
+            return self.deliver(None)
         with commands_allowed(self.allow_commands):
             if any(map(self._is_refused, examples)):
                 examples = CutSet([example for example in examples if not self._is_refused(example, note=True)])
@@ -66,16 +70,13 @@ class DeliveringDataset(torch.utils.data.Dataset):
                 return self.deliver(None, error)
         if batch is None:
             for example in examples:
-                source, place = origin_of(example)
-                example_id = getattr(example, "id", "")
-                self.bad_records.add(source or "examples", place, "refused by the dataset", example=example_id)
+                note_example(self.bad_records, example, "refused by the dataset")
         return self.deliver(batch)
 
     def _is_refused(self, example: Any, note: bool = False) -> bool:
         refused = any(map(is_refused, recordings_of(example)))
         if refused and note:
-            source, place = origin_of(example)
-            self.bad_records.add(source or "examples", place, CAUSE, example=getattr(example, "id", ""))
+            note_example(self.bad_records, example, RUNS_A_COMMAND)
         return refused
 
     def deliver(self, batch: Any, error: EmmettError | None = None) -> Delivery:
@@ -200,28 +201,78 @@ class SpeechConversations(torch.utils.data.Dataset):
                 "both kinds, or train nemo_emmett.models.SALMT5, which takes either."
             )
         readable = [c for c in conversations if self._has_its_audio(c)]
+        self._tell_cuts_apart(readable)
         batch = self.dataset[CutSet(readable)] if any(c.has_audio_turns for c in readable) else None
         if batch is None or batch["audios"].numel() == 0:
             batch = {}
-        kept = {c.id for c in batch.get("conversations", ())}
+        kept = {mark for conversation in batch.get("conversations", ()) for mark in _marks(conversation)}
         for conversation in readable:
-            if conversation.id not in kept:
-                cause = "unreadable audio" if conversation.has_audio_turns else "left without speech in its batch"
-                self._note(conversation, cause)
+            if not kept.issuperset(_marks(conversation)):
+                self._note_dropped(conversation)
         return batch
 
     def _has_its_audio(self, conversation: NeMoMultimodalConversation) -> bool:
         try:
-            for cut in conversation.list_cuts():
-                check_audio(cut)
+            for turn in _audio_turns(conversation):
+                turn.cut = with_checked_audio(turn.cut)
         except AudioFault as fault:
-            self._note(conversation, str(fault))
+            note_audio_fault(self.bad_records, conversation, fault)
             return False
         return True
 
-    def _note(self, conversation: NeMoMultimodalConversation, cause: str) -> None:
-        source, place = origin_of(conversation)
-        self.bad_records.add(source or "conversations", place, cause, example=conversation.id)
+    def _tell_cuts_apart(self, conversations: Sequence[NeMoMultimodalConversation]) -> None:
+        """NeMo finds the audio of a turn by the id of its cut, which files of one name in several folders may share."""
+        for number, turn in enumerate(turn for conversation in conversations for turn in _audio_turns(conversation)):
+            turn.cut = turn.cut.with_id(f"{turn.cut.id}-{number}")
+
+    def _note_dropped(self, conversation: NeMoMultimodalConversation) -> None:
+        """Note why NeMo has left a conversation out."""
+        if not conversation.has_audio_turns:
+            note_example(self.bad_records, conversation, "left without speech in its batch")
+            return
+        try:
+            for cut in conversation.list_cuts():
+                load_waveform(cut)
+        except AudioFault as fault:
+            note_audio_fault(self.bad_records, conversation, fault)
+        else:
+            note_example(self.bad_records, conversation, "unreadable audio")
+
+
+class CheckedCuts(torch.utils.data.Dataset):
+    """Any other dataset of cuts, which gets those whose audio is there.
+
+    Args:
+        dataset: maps a CutSet to a batch.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset) -> None:
+        self.dataset = dataset
+        self.bad_records = BadRecords()
+
+    def __getitem__(self, examples: CutSet) -> Any:
+        """The dataset's batch; an empty one where no example is left of it."""
+        checked = [self._checked(example) for example in examples]
+        readable = [example for example in checked if example is not None]
+        return self.dataset[CutSet(readable)] if readable else {}
+
+    def _checked(self, example: Any) -> Any:
+        if not isinstance(example, Cut):
+            return example
+        try:
+            return with_checked_audio(example)
+        except AudioFault as fault:
+            note_audio_fault(self.bad_records, example, fault)
+            return None
+
+
+def _marks(conversation: NeMoMultimodalConversation) -> list[str]:
+    """What tells a conversation from the others of its batch: the ids of its cuts, or its own where it has none."""
+    return [turn.cut.id for turn in _audio_turns(conversation)] or [conversation.id]
+
+
+def _audio_turns(conversation: NeMoMultimodalConversation) -> list[AudioTurn]:
+    return [turn for turn in conversation.turns if isinstance(turn, AudioTurn)]
 
 
 def prepare_dataset(dataset: torch.utils.data.Dataset) -> tuple[torch.utils.data.Dataset, ExampleKind]:
@@ -231,15 +282,13 @@ def prepare_dataset(dataset: torch.utils.data.Dataset) -> tuple[torch.utils.data
     """
     from nemo.collections.speechlm2.data.salm_dataset import SALMDataset
 
-    from nemo_emmett.data.dataset import SpeechTextDataset
-
     while isinstance(dataset, FallbackDataset):
         dataset = dataset.dataset
     if isinstance(dataset, SpeechTextDataset):
         return dataset, ExampleKind.TRANSLATION
     if isinstance(dataset, SALMDataset):
         return SpeechConversations(dataset), ExampleKind.CONVERSATION
-    return dataset, ExampleKind.AS_READ
+    return CheckedCuts(dataset), ExampleKind.AS_READ
 
 
 def is_empty(batch: Any) -> bool:

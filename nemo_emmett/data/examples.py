@@ -151,8 +151,7 @@ class Examples:
         return as_conversation(example, self.defaults) if self.kind is ExampleKind.CONVERSATION else example
 
     def _note(self, example: Cut | Formattable, cause: str) -> None:
-        source, place = origin_of(example)
-        self.bad_records.add(source or self.defaults.name, place, cause)
+        note_example(self.bad_records, example, cause, self.defaults.name)
 
 
 def origin_of(example: Cut | Formattable) -> tuple[str | None, str]:
@@ -162,6 +161,12 @@ def origin_of(example: Cut | Formattable) -> tuple[str | None, str]:
     if place is None and isinstance(example, SourceTargetTextExample):
         place = example.source.text
     return custom.get("manifest_origin"), str(place or "an example without id")
+
+
+def note_example(bad_records: BadRecords, example: Cut | Formattable, cause: str, source: str = "examples") -> None:
+    """Note that an example had to be skipped, under its own source or, where it does not know it, this one."""
+    origin, place = origin_of(example)
+    bad_records.add(origin or source, place, cause)
 
 
 def mark_origin(example: Cut | Formattable, source: str, place: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from nemo_emmett.data.bad_records import Unusable
+from nemo_emmett.data.speech_records import check_sampling_rate, check_times, is_seconds, sampling_rate_of
 from nemo_emmett.prompts.encoding import encode_texts
 from nemo_emmett.prompts.markup import Prompt
 
@@ -142,12 +143,14 @@ class SpeechMeasure(Measure):
         source_lang: spoken language, where the records do not say it.
         target_lang: the languages to translate to, where the records do not say them; None: all that they have.
         overrules: whether that holds for records that do say them.
+        is_tarred: of a NeMo manifest, whether the audio lies in tar files, whose headers alone say the sampling rate.
     """
 
     is_cuts: bool
     source_lang: str | None = None
     target_lang: str | tuple[str, ...] | None = None
     overrules: bool = False
+    is_tarred: bool = False
 
     def count(self, lines: Sequence[tuple[bytes, ...]], counter: TokenCounter) -> Size:
         """See :meth:`Measure.count`."""
@@ -156,7 +159,7 @@ class SpeechMeasure(Measure):
             # A value of a wrong type may stand anywhere in a record: such records are the reader's to report.
             with suppress(AttributeError, LookupError, TypeError, ArithmeticError):
                 record = _json_object(line) or {}
-                length = _seconds_of_cut(record) if self.is_cuts else _seconds_of_record(record)
+                length = _seconds_of_cut(record) if self.is_cuts else _seconds_of_record(record, self.is_tarred)
                 made = 0 if length is None else self._examples(record)
                 if made:
                     examples += made
@@ -183,14 +186,16 @@ class SpeechMeasure(Measure):
         return sum(_text(texts.get(t, transcript if t == spoken else None)) is not None for t in targets)
 
 
-def _seconds_of_record(record: Mapping) -> float | None:
-    """Length of a NeMo manifest's record; None if it cannot be used, or is to be skipped."""
-    offset = record.get("offset") or 0.0
+def _seconds_of_record(record: Mapping, is_tarred: bool) -> float | None:
+    """Length of a NeMo manifest's record; None if our reader skips it for what it says."""
     if record.get("_skipme", False) or not isinstance(record.get("audio_filepath"), str):
         return None
-    if not _is_number(offset) or offset < 0:
-        return None
-    return _positive(record.get("duration"))
+    with suppress(Unusable):
+        check_times(record)
+        if not is_tarred and (rate := sampling_rate_of(record)) is not None:
+            check_sampling_rate(rate)
+        return float(record["duration"])
+    return None
 
 
 def _seconds_of_cut(cut: Mapping) -> float | None:
@@ -201,7 +206,10 @@ def _seconds_of_cut(cut: Mapping) -> float | None:
             return None
         starts = [track.get("offset") or 0.0 for track in cut["tracks"]]
         return max(start + end for start, end in zip(starts, ends, strict=True))
-    return _positive(cut.get("duration")) if cut.get("type") in ("MonoCut", "MultiCut") else None
+    start = cut.get("start")
+    if cut.get("type") not in ("MonoCut", "MultiCut") or not is_seconds(start) or start < 0:
+        return None
+    return _positive(cut.get("duration"))
 
 
 def _first_cut(cut: Mapping) -> Mapping:
@@ -210,12 +218,8 @@ def _first_cut(cut: Mapping) -> Mapping:
     return next((track for track in tracks if track.get("type") != "PaddingCut"), cut)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _positive(seconds: object) -> float | None:
-    return float(seconds) if _is_number(seconds) and seconds > 0 else None
+    return float(seconds) if is_seconds(seconds) and seconds > 0 else None
 
 
 def _decoded(line: bytes) -> str | None:

@@ -18,6 +18,7 @@ from itertools import repeat
 
 from lhotse import CutSet
 from lhotse.cut import Cut
+from lhotse.cut.set import is_cut
 from nemo.collections.asr.data import audio_to_text
 from nemo.collections.common.data.lhotse.cutset import (
     attach_tags,
@@ -31,11 +32,13 @@ from omegaconf import DictConfig
 
 from nemo_emmett.data import commands
 from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.channels import is_chosen, select_channel
 from nemo_emmett.data.examples import ExampleKind, Examples, SourceDefaults, mark_origin, origin_of
 from nemo_emmett.data.files import expand_paths
 from nemo_emmett.data.sources import SOURCE_TYPE, Source, config_of, languages_of, plain, unwrap
 from nemo_emmett.data.speech_sources import LhotseManifest, NeMoManifest, NeMoTarredManifest
 from nemo_emmett.data.text_sources import open_parallel_text
+from nemo_emmett.data.tolerance import TolerantMapper
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> t
     if is_nemo(config):
         cuts, is_tarred = _open_nemo(config, bad_records)
     elif is_lhotse_jsonl(config):
-        cuts, is_tarred = CutSet(LhotseManifest(config["cuts_path"], bad_records)), False
+        manifest = LhotseManifest(config["cuts_path"], bad_records, config.get("channel_selector"))
+        cuts, is_tarred = CutSet(manifest), False
     elif source.type == "parallel_text" or (source.type == "txt_pair" and reads_pairs_ourselves(config, kind)):
         cuts, is_tarred = _repeated(CutSet(open_parallel_text(config, bad_records)), config), True
     else:
@@ -158,6 +162,9 @@ def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> t
             cuts = CutSet(commands.WithoutCommands(cuts))
         ledger = bad_records if inside == config else None  # otherwise the reader inside counts
         cuts = cuts.map(partial(_with_origin, source=source.name, bad_records=ledger), apply_fn=None)
+        if inside == config and is_chosen(config.get("channel_selector")):
+            select = partial(select_channel, selector=config["channel_selector"])
+            cuts = CutSet(TolerantMapper(cuts, select, is_cut, bad_records=bad_records))
     if tags := config.get("tags"):
         cuts = cuts.map(partial(attach_tags, tags=tags), apply_fn=None)
     return cuts, is_tarred
@@ -195,6 +202,8 @@ def _with_our_reader_inside(source: Source) -> dict:
         for key in ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "extra_fields")
         if key in config
     }
+    if "channel_selector" in config:
+        manifest["channel_selector"] = config.pop("channel_selector")
     inner = {"type": "lhotse" if "cuts_path" in manifest or "shar_path" in manifest else "nemo", **manifest}
     wrapped = {"type": SOURCE_TYPE, "source": inner, "where": source.where, "examples": ExampleKind.AS_READ.value}
     return {**config, "input_cfg": [wrapped]}
@@ -274,7 +283,8 @@ def nemo_reader(
     config: Mapping, manifest: str, tars: str | None, bad_records: BadRecords
 ) -> NeMoManifest | NeMoTarredManifest:
     """The reader of one NeMo manifest, with tar files where they are given."""
-    settings = {key: config[key] for key in ("text_field", "lang_field", "shard_seed", "extra_fields") if key in config}
+    keys = ("text_field", "lang_field", "shard_seed", "extra_fields", "channel_selector")
+    settings = {key: config[key] for key in keys if key in config}
     settings["shuffle_shards"] = config.get("shuffle", False)
     if tars is None:
         return NeMoManifest(manifest, bad_records, metadata_only=config.get("metadata_only", False), **settings)

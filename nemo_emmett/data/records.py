@@ -10,20 +10,22 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import repeat
+from contextlib import suppress
+from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 
-from lhotse import AudioSource, Recording
+from lhotse import Recording
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 from lhotse.shar.readers.lazy import LazySharIterator
 from lhotse.shar.utils import fill_shar_placeholder
 from nemo.collections.common.data.lhotse.cutset import attach_tags
-from nemo.collections.common.data.lhotse.nemo_adapters import make_cut_with_subset_inmemory_recording
 from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample
 
-from nemo_emmett.data.audio import AudioFault
+from nemo_emmett.audio_file import AudioFault, read_header
 from nemo_emmett.data.bad_records import BadRecords, Unusable
+from nemo_emmett.data.channels import select_channel
 from nemo_emmett.data.examples import ExampleKind, mark_origin
 from nemo_emmett.data.files import expand_paths, is_local
 from nemo_emmett.data.index import (
@@ -42,26 +44,23 @@ from nemo_emmett.data.parsers import (
     reads_pairs_ourselves,
 )
 from nemo_emmett.data.sources import Source
+from nemo_emmett.data.speech_records import JsonRecords, Record, times_of
 from nemo_emmett.data.speech_sources import (
-    Header,
-    JsonRecords,
     LhotseManifest,
     NeMoManifest,
     NeMoTarredManifest,
-    Record,
     check_cut,
     lhotse_cut,
-    member_of,
-    read_header,
-    recording_from,
-    recording_in_memory,
-    times_of,
 )
+from nemo_emmett.data.tar_audio import AudioInTar, SegmentInTar, cut_of_encoded, member_names
 from nemo_emmett.data.tar_index import Member, TarIndex
 from nemo_emmett.data.text_sources import AlignedText, JsonlText, TsvText, open_parallel_text
 from nemo_emmett.errors import DataError
 
 Example = Cut | SourceTargetTextExample
+
+_RECORDS_TO_LOOK_FOR = 1000
+"""If none of so many first records of a manifest has its audio in the tar file, this is reported."""
 
 _FORWARD_SHARDS = 4
 """So many shards that can only be read forward are kept open at once; each holds a file and a stretch of lines."""
@@ -214,90 +213,18 @@ class ManifestRecords(Records):
             yield cut
 
 
-class AudioInTar(AudioSource):
-    """Encoded audio in a tar file. lhotse takes it for audio in memory, but it is read whenever it is asked for.
-
-    Args:
-        member: where its bytes are.
-        channels: numbers of its channels.
-    """
-
-    def __init__(self, member: Member, channels: Sequence[int]) -> None:
-        self.type = "memory"
-        self.channels = list(channels)
-        self.video = None
-        self.member = member
-
-    @property
-    def source(self) -> bytes:
-        """The encoded audio.
-
-        Raises:
-            AudioFault: if the tar file has changed, or is gone.
-        """
-        try:
-            audio = self.member.read()
-        except OSError as error:
-            raise AudioFault("missing audio") from error
-        if len(audio) < self.member.size:
-            raise AudioFault("truncated audio")
-        return audio
-
-
-class SegmentInTar(AudioInTar):
-    """A part of encoded audio in a tar file, cut out when it is asked for.
-
-    Args:
-        member: where the bytes of the whole recording are.
-        header: of the whole recording.
-        offset: where the part begins, in seconds.
-        duration: of the part, in seconds.
-    """
-
-    def __init__(self, member: Member, header: Header, offset: float, duration: float) -> None:
-        super().__init__(member, range(header.num_channels))
-        self.header = header
-        self.offset = offset
-        self.duration = duration
-
-    @property
-    def source(self) -> bytes:
-        """The part, encoded as WAV.
-
-        Raises:
-            AudioFault: if it cannot be decoded.
-        """
-        recording = recording_in_memory("whole", super().source, self.header)
-        try:
-            part = make_cut_with_subset_inmemory_recording(recording, self.offset, self.duration)
-        except Exception as error:  # each decoder raises its own kind
-            raise AudioFault("unreadable audio") from error
-        return part.recording.sources[0].source
-
-
-_NEMOS_LEEWAY = 0.2
-"""Seconds. NeMo (``make_cut_with_subset_inmemory_recording``) takes the whole of a recording that is hardly longer."""
-
-
 def _cut_in_tar(name: str, member: Member, offset: float, duration: float) -> Cut:
-    """The cut that NeMo's tarred reader makes of a member, but its audio is read later.
+    """The cut that the tarred reader makes of a member, but its audio is read later.
 
     Raises:
         AudioFault: if the header tells that the audio cannot be used.
     """
     try:
-        header = read_header(member.open(), member.size, offset + duration)
+        header = read_header(member.open())
     except OSError as error:
         raise AudioFault("unreadable audio") from error
-    whole = recording_from(name, AudioInTar(member, range(header.num_channels)), header).to_cut()
-    if abs(duration - header.duration) < _NEMOS_LEEWAY:
-        return whole
-    try:
-        part = whole.truncate(offset=offset, duration=duration, preserve_id=True)
-    except Exception as error:  # an offset behind the end, or the like
-        raise AudioFault("unreadable audio") from error
-    source = SegmentInTar(member, header, offset, duration)
-    return Recording(name, [source], header.sampling_rate, part.num_samples, part.duration).to_cut()
+    whole = AudioInTar(member, range(header.num_channels))
+    return cut_of_encoded(name, header, offset, duration, whole, partial(SegmentInTar, member, header, offset))
 
 
 class TarredRecords(Records):
@@ -315,6 +242,7 @@ class TarredRecords(Records):
         super().__init__(name, [[open_numbered_lines(records.path, index_dir)] for records, _ in self.shards], tags)
         tars = [path for manifest in manifests for path in manifest.tars.values()]
         self.tars = {path: TarIndex(path, index_dir) for path in tars}
+        self._with_members: set[str] = set()  # tar files that hold audio of the manifest, or were reported
 
     @property
     def indexes(self) -> list[Index]:
@@ -333,11 +261,27 @@ class TarredRecords(Records):
 
     def _cut(self, record: Record, manifest: NeMoTarredManifest) -> Cut:
         tar = self.tars[manifest.tars[manifest.shard_of(record)]]
-        name = member_of(record)
-        if (member := tar.find(name)) is None:
-            _note_damage(tar, manifest.bad_records, (record.path, record.place))
-            raise AudioFault("missing audio")
-        return manifest.labelled(_cut_in_tar(name, member, *times_of(record)), record, tar.path)
+        for name in member_names(record):
+            if (member := tar.find(name)) is not None:
+                self._with_members.add(tar.path)
+                return manifest.labelled(_cut_in_tar(name, member, *times_of(record)), record, tar.path)
+        _note_damage(tar, manifest.bad_records, (record.path, record.place))
+        self._look_for_any_member(tar, manifest, record)
+        raise AudioFault("missing audio")
+
+    def _look_for_any_member(self, tar: TarIndex, manifest: NeMoTarredManifest, record: Record) -> None:
+        """Where a record's audio is missing, report if that of the first other records is missing as well."""
+        if tar.path in self._with_members:
+            return
+        self._with_members.add(tar.path)
+        wanted = []
+        for other in islice(JsonRecords(record.path, BadRecords()), _RECORDS_TO_LOOK_FOR):
+            with suppress(Unusable):
+                if manifest.tars[manifest.shard_of(other)] == tar.path:
+                    wanted += [(name, other) for name in member_names(other)[:1]]
+                    if any(tar.find(name) is not None for name in member_names(other)):
+                        return
+        manifest.note_no_member(tar.path, wanted, [tar.name(n) for n in range(min(len(tar), 3))])
 
 
 def _note_damage(tar: TarIndex, bad_records: BadRecords, record: tuple[str, str]) -> None:
@@ -353,6 +297,7 @@ class SharRecords(Records):
 
     Args:
         shards: for each shard, the file of each field, ``cuts`` among them.
+        channel_selector: see :func:`~nemo_emmett.data.channels.select_channel`.
     """
 
     def __init__(
@@ -362,11 +307,13 @@ class SharRecords(Records):
         bad_records: BadRecords,
         index_dir: str | None,
         tags: Mapping | None,
+        channel_selector: int | str | None = None,
     ) -> None:
         cuts = [str(shard["cuts"]) for shard in shards]
         super().__init__(name, [[open_numbered_lines(p, index_dir, _beside_shar(p))] for p in cuts], tags)
         self.shards = list(shards)
         self.bad_records = bad_records
+        self.channel_selector = channel_selector
         self.tars = [
             {
                 field: TarIndex(str(path), index_dir, _beside_shar(str(path)))
@@ -396,6 +343,7 @@ class SharRecords(Records):
                 if (value := _shar_value(tar, number - 1, cut.id, field)) is not None:
                     setattr(cut, field, value)
             check_cut(cut)
+            cut = select_channel(cut, self.channel_selector)
         except (Unusable, AudioFault) as cause:
             self.bad_records.add(str(origin), place, str(cause), record=as_read)
             return
@@ -473,7 +421,7 @@ def open_records(
     if is_nemo(config):
         return _nemo_records(source, bad_records, **how)
     if is_lhotse_jsonl(config):
-        manifest = LhotseManifest(config["cuts_path"], bad_records)
+        manifest = LhotseManifest(config["cuts_path"], bad_records, config.get("channel_selector"))
         return ManifestRecords(source.name, [(manifest.records, manifest)], **how)
     if source.type in ("lhotse", "lhotse_shar") and config.get("shar_path") is not None:
         return _shar_records(source, bad_records, **how)
@@ -531,7 +479,7 @@ def _shar_records(source: Source, bad_records: BadRecords, **how) -> Records | N
     data = [str(path) for shard in shards for field, path in shard.items() if field != "cuts"]
     if not all(path.endswith(".tar") for path in data) or not _can_be_entered(data):
         return None
-    return SharRecords(source.name, shards, bad_records, **how)
+    return SharRecords(source.name, shards, bad_records, channel_selector=config.get("channel_selector"), **how)
 
 
 def _shar_shards(name: str, **where) -> list[dict[str, str | Path]]:

@@ -191,6 +191,7 @@ def _speech_measure(config: Mapping, is_cuts: bool) -> SpeechMeasure:
         source_lang=languages["source_lang"],
         target_lang=target if target is None or isinstance(target, str) else tuple(target),
         overrules=(config.get("tags") or {}).get("target_lang") is not None,
+        is_tarred=config.get("tarred_audio_filepaths") is not None,
     )
 
 

@@ -67,6 +67,9 @@ _PASSED_DOWN_BY_NEMO = (
 )
 """Keys that NeMo hands from a dataset or group to the sources in it that do not set them."""
 
+_PASSED_DOWN_BY_US = (*LANGUAGE_KEYS, "channel_selector")
+"""Keys that we hand from a dataset or group to the sources in it that do not set them."""
+
 SHARED_BY_GROUPS = (
     "seed",
     "shard_seed",
@@ -299,7 +302,7 @@ def rewrite_sources(settings: Mapping, where: str, rewrite: Callable[[Source], d
         for key in ("noise_path", "rir_path"):
             refuse_pipes(settings.get(key), f"{where}.{key}")
         rewrite = partial(_without_pipes, rewrite)
-    inherited = {key: settings[key] for key in LANGUAGE_KEYS if settings.get(key) is not None}
+    inherited = {key: settings[key] for key in _PASSED_DOWN_BY_US if settings.get(key) is not None}
     if settings.get("input_cfg") is not None:
         entries, where = settings["input_cfg"], f"{where}.input_cfg"
         return _rewrite(entries, where, {}, inherited, rewrite)
@@ -337,10 +340,10 @@ def _rewrite(
             raise ConfigError(f"{place}.type: missing; name the kind of source (nemo, lhotse, parallel_text, ...).")
         # NeMo attaches a group's tags after those of its members: the outer ones win.
         entry_tags = {**(entry.get("tags") or {}), **tags}
-        passed_down = {**inherited, **{k: entry[k] for k in LANGUAGE_KEYS if entry.get(k) is not None}}
+        passed_down = {**inherited, **{k: entry[k] for k in _PASSED_DOWN_BY_US if entry.get(k) is not None}}
         if entry["type"] == "group":
             members = _rewrite(entry.get("input_cfg"), f"{place}.input_cfg", entry_tags, passed_down, rewrite)
-            group = {key: value for key, value in entry.items() if key not in ("tags", *LANGUAGE_KEYS)}
+            group = {key: value for key, value in entry.items() if key not in ("tags", *_PASSED_DOWN_BY_US)}
             rewritten.append({**group, "input_cfg": members})
         else:
             source = {**passed_down, **entry}
@@ -374,7 +377,8 @@ def _wrapped(source: Source, **settings: Any) -> dict[str, Any]:
 
 def structured_config(settings: Mapping, where: str) -> DictConfig:
     """NeMo's config of a sampler (without our keys), with all its sources read by us."""
-    routed = {key: value for key, value in settings.items() if key not in OUR_KEYS | CLASSIC_KEYS}
+    elsewhere = OUR_KEYS | CLASSIC_KEYS | {"channel_selector"}  # our readers select channels
+    routed = {key: value for key, value in settings.items() if key not in elsewhere}
     if routed.get("noise_path") is not None:
         routed["noise_path"] = _noise_read_by_us(routed["noise_path"], f"{where}.noise_path")
     return make_structured_with_schema_warnings(

@@ -8,125 +8,42 @@ each cut says where it comes from (custom fields ``manifest_origin`` and ``manif
 from __future__ import annotations
 
 import io
-import json
-import math
 import random
 import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from types import SimpleNamespace
-from typing import BinaryIO, NamedTuple
 
-import soundfile
-from lhotse import AudioSource, Recording, SupervisionSegment
+from lhotse import AudioSource, SupervisionSegment
 from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.dataset.dataloading import resolve_seed
 from lhotse.lazy import LazyIteratorChain
 from lhotse.serialization import deserialize_item
 from nemo.collections.common.data.lhotse.cutset import resolve_relative_paths
-from nemo.collections.common.data.lhotse.nemo_adapters import (
-    ExtraField,
-    LazyNeMoIterator,
-    make_cut_with_subset_inmemory_recording,
-    validate_extra_fields,
-)
+from nemo.collections.common.data.lhotse.nemo_adapters import ExtraField, LazyNeMoIterator, validate_extra_fields
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 from nemo.utils.data_utils import is_datastore_path
 
-from nemo_emmett.data.audio import TRUNCATION_TOLERANCE, AudioFault, check_file
+from nemo_emmett.audio_file import AudioFault, fitted, open_recording, read_header
+from nemo_emmett.data.audio import with_checked_audio
 from nemo_emmett.data.bad_records import BadRecords, Unusable
+from nemo_emmett.data.channels import is_chosen, select_channel
 from nemo_emmett.data.examples import mark_origin
-from nemo_emmett.data.files import count_lines, decoded, expand_paths, open_bytes, open_lines
+from nemo_emmett.data.files import count_lines, expand_paths, is_local, open_bytes
+from nemo_emmett.data.speech_records import (
+    JsonRecords,
+    Record,
+    check_alternatives,
+    check_sampling_rate,
+    check_times,
+    is_seconds,
+    sampling_rate_of,
+    times_of,
+)
+from nemo_emmett.data.tar_audio import cut_of_encoded, encoded_part, member_names, names_in
+from nemo_emmett.data.tar_index import normal_name
 from nemo_emmett.errors import ConfigError
-
-
-class Record(NamedTuple):
-    """One JSON object of a file, and where it stands."""
-
-    path: str
-    number: int  # of its line, from 1
-    data: dict
-
-    @property
-    def place(self) -> str:
-        """How a report names it."""
-        return f"line {self.number}"
-
-    @property
-    def is_left_out(self) -> bool:
-        """Whether it is marked as not to be used, as NeMo's tools do."""
-        return bool(self.data.get("_skipme", False))
-
-
-class JsonRecords:
-    """The JSON objects of a file, one a line. Lines that hold something else are noted; blank ones are no records."""
-
-    def __init__(self, path: str, bad_records: BadRecords) -> None:
-        self.path = path
-        self.bad_records = bad_records
-
-    def __iter__(self) -> Iterator[Record]:
-        for number, line in enumerate(open_lines(self.path), start=1):
-            if (record := self.parse(number, line)) is not None:
-                yield record
-
-    def parse(self, number: int, line: bytes) -> Record | None:
-        """The record in a line, counted from 1; None where there is none."""
-        if not line.strip():
-            return None
-        self.bad_records.read(self.path)
-        note = partial(self.bad_records.add, self.path, f"line {number}")
-        if (text := decoded(line, note)) is None:
-            return None
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError):  # the latter where it is nested too deeply
-            note("not JSON")
-            return None
-        if not isinstance(data, dict):
-            note("not a JSON object")
-            return None
-        return Record(self.path, number, data)
-
-    def __len__(self) -> int:
-        return count_lines(self.path)
-
-
-def _check_times(data: Mapping) -> None:
-    """Refuse a manifest record without a length in seconds, or with an offset that is none."""
-    duration, offset = data.get("duration"), data.get("offset")
-    if duration is None:
-        raise Unusable("no duration")
-    if not _is_seconds(duration) or duration <= 0:
-        raise Unusable("invalid duration")
-    if offset is not None and (not _is_seconds(offset) or offset < 0):
-        raise Unusable("invalid offset")
-
-
-def _is_seconds(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return False
-
-
-def _check_sampling_rate(rate: object) -> None:
-    """Refuse a sampling rate that is not a number of samples."""
-    if not _is_seconds(rate) or rate <= 0 or rate != int(rate):
-        raise Unusable("invalid sampling_rate")
-
-
-def _check_alternatives(data: Mapping) -> None:
-    """Refuse what NeMo could not make further examples of: ``alt_text`` maps to texts and their languages."""
-    texts = data.get("alt_text")
-    if texts is not None and not (
-        isinstance(texts, dict) and all(isinstance(t, dict) and {"text", "lang"} <= t.keys() for t in texts.values())
-    ):
-        raise Unusable("alt_text is not a mapping of texts")
 
 
 class _ExtraFields:
@@ -151,13 +68,15 @@ class NeMoManifest(LazyNeMoIterator):
     Args:
         path: the manifest; may be sharded (``manifest__OP_0..7_CL_.json``).
         bad_records: ledger for the records that cannot be used.
+        channel_selector: see :func:`~nemo_emmett.data.channels.select_channel`.
         kwargs: what NeMo's ``LazyNeMoIterator`` takes.
     """
 
-    def __init__(self, path: str, bad_records: BadRecords, **kwargs) -> None:
+    def __init__(self, path: str, bad_records: BadRecords, channel_selector: int | str | None = None, **kwargs) -> None:
         paths = expand_paths(path)
         super().__init__(paths, **kwargs)  # a list, since NeMo takes any bracket in a path for a pattern
         self.bad_records = bad_records
+        self.channel_selector = channel_selector
         self.shards = [JsonRecords(shard, bad_records) for shard in paths]
         self.source = LazyIteratorChain(*self.shards, shuffle_iters=self.shuffle_shards, seed=self.shard_seed)
 
@@ -183,40 +102,47 @@ class NeMoManifest(LazyNeMoIterator):
         data = dict(record.data)
         if not isinstance(data.get("audio_filepath"), str):
             raise Unusable("no audio_filepath")
-        _check_times(data)
+        check_times(data)
         audio_path = get_full_path(data.pop("audio_filepath"), record.path, force_cache=False)
         duration, offset = data.pop("duration"), data.pop("offset", None)
-        sampling_rate = data.pop("sampling_rate", None)
-        if sampling_rate is None:
-            sampling_rate = data.pop("sample_rate", None)
-        if sampling_rate is not None:
-            _check_sampling_rate(sampling_rate)
-        _check_alternatives(data)
+        if (sampling_rate := sampling_rate_of(data)) is not None:
+            check_sampling_rate(sampling_rate)
+        if data.pop("sampling_rate", None) is None:  # as NeMo leaves the fields of a cut
+            data.pop("sample_rate", None)
+        check_alternatives(data)
         if self.metadata_only:
             data.pop("alt_text", None)  # expanding it reads the audio
         cut = self._cut_of_audio(audio_path, offset, duration, sampling_rate)
         cut.supervisions.append(self._supervision(cut, data))
         cut.custom = {**data, "manifest_origin": record.path, "manifest_place": record.place}
-        return cut
+        if self.metadata_only:
+            return cut
+        cut = select_channel(cut, self.channel_selector)
+        return with_checked_audio(cut) if data.get("alt_text") else cut  # NeMo reads the audio of such a record next
 
     def _cut_of_audio(self, path: str, offset: float | None, duration: float, sampling_rate: int | None) -> Cut:
-        if sampling_rate is None and not self.metadata_only and not is_datastore_path(path):
-            check_file(path, (offset or 0.0) + duration)  # without a rate in the manifest, the file is opened here
-        try:
-            if offset is not None and sampling_rate is not None and not self.metadata_only:
-                return self._segment(path, offset, duration, sampling_rate)
-            return self._create_cut(path, offset, duration, sampling_rate)
-        except Exception as error:  # each decoder raises its own kind
-            raise AudioFault("unreadable audio") from error
-
-    def _segment(self, path: str, offset: float, duration: float, sampling_rate: int) -> Cut:
-        """A part of a recording whose length the manifest does not tell, except that it reaches to the part's end.
-
-        NeMo takes the part's length for that of the recording, so that parts lose their end, or are nothing at all.
-        """
-        recording = self._create_recording(path, offset + duration + _BEYOND_A_PART, sampling_rate)
-        cut = recording.to_cut().truncate(offset=offset, duration=duration, preserve_id=True)
-        cut.id = f"{cut.id}-{round(offset * 1e2):06d}-{round(duration * 1e2):06d}"
+        """The part of a file from ``offset``, which is opened where the manifest does not say enough of it."""
+        if self.metadata_only or is_datastore_path(path):
+            try:
+                return self._create_cut(path, offset, duration, sampling_rate)
+            except Exception as error:  # each decoder raises its own kind
+                raise AudioFault("unreadable audio") from error
+        start = offset or 0.0
+        if sampling_rate is None or is_chosen(self.channel_selector):
+            recording = open_recording(path)
+            missing = recording.sources[0].header.missing
+            cut = recording.to_cut()
+            cut.duration = fitted(recording.duration, start, duration, missing)
+            if sampling_rate is not None:  # NeMo's ids tell these apart
+                recording.id = cut.id = path
+        else:
+            # How long the file is will be seen when it is read; it goes on behind a part of it.
+            length = duration if offset is None else offset + duration + _BEYOND_A_PART
+            cut = self._create_recording(path, length, sampling_rate).to_cut()
+            cut.duration = duration
+        cut.start = start
+        if offset is not None:
+            cut.id = f"{cut.id}-{round(offset * 1e2):06d}-{round(duration * 1e2):06d}"
         return cut
 
     def _supervision(self, cut: Cut, data: Mapping) -> SupervisionSegment:
@@ -237,8 +163,9 @@ file, and refuses what is longer."""
 
 _MANIFEST_SHARD = re.compile(r"manifest[^/]*_(\d+)[^/]*\.json")
 _TAR_SHARD = re.compile(r"audio[^/]*_(\d+)[^/]*\.tar")
-_SEGMENT = re.compile(r"^(?P<stem>.+)-sub\d+(?P<ext>\.\w+)?$")
-"""A recording with several segments has one tar member, and manifest records named ``<member>-sub1.wav``, ..."""
+
+_NAMES_IN_REPORTS = 3
+"""Number of names that the report of a tar file without any member of the manifest lists."""
 
 
 class NeMoTarredManifest:
@@ -255,6 +182,7 @@ class NeMoTarredManifest:
         skip_missing_manifest_entries: the manifest names a subset of the tar files' members, on purpose.
         extra_fields: as in NeMo.
         slice_length: read so many members of each shard only, from a random one on.
+        channel_selector: see :func:`~nemo_emmett.data.channels.select_channel`.
     """
 
     def __init__(
@@ -269,6 +197,7 @@ class NeMoTarredManifest:
         skip_missing_manifest_entries: bool = False,
         extra_fields: Sequence[Mapping] | None = None,
         slice_length: int | None = None,
+        channel_selector: int | str | None = None,
     ) -> None:
         validate_extra_fields(extra_fields)
         self.manifests = expand_paths(manifest_path)
@@ -281,6 +210,8 @@ class NeMoTarredManifest:
         self.skip_missing_manifest_entries = skip_missing_manifest_entries
         self.extra_fields = extra_fields
         self.slice_length = slice_length
+        self.channel_selector = channel_selector
+        self.name = manifest_path
         self._passes = 0
         if len(self.manifests) > 1:
             numbers = _by_shard_number(self.manifests, _MANIFEST_SHARD, "manifest_filepath")
@@ -306,6 +237,7 @@ class NeMoTarredManifest:
             "skip_missing_manifest_entries": self.skip_missing_manifest_entries,
             "extra_fields": self.extra_fields,
             "slice_length": self.slice_length,
+            "channel_selector": self.channel_selector,
         }
         return [NeMoTarredManifest(path, self.tars[number], **settings) for number, path in numbers.items()]
 
@@ -351,16 +283,16 @@ class NeMoTarredManifest:
     def _cuts_of_shard(
         self, tar_path: str, records: Sequence[Record], rng: random.Random, extra_fields: _ExtraFields
     ) -> Iterator[Cut]:
-        of_member = self._group_by_member(records)
-        found = set()
-        for name, audio in self._members(tar_path, of_member, rng):
+        of_member = self._group_by_member(tar_path, records)
+        found, unnamed = set(), []
+        for name, audio in self._members(tar_path, of_member, rng, unnamed):
             found.add(name)
             cuts = []
-            for record in sorted(of_member[name], key=lambda record: record.data["audio_filepath"]):
+            for record_name, record in sorted(of_member[name], key=lambda named: named[1].data["audio_filepath"]):
                 if record.is_left_out:
                     continue
                 try:
-                    cuts.append(extra_fields.attach_to(self._cut(tar_path, name, audio, record)))
+                    cuts.append(extra_fields.attach_to(self._cut(tar_path, record_name, audio, record)))
                 except (Unusable, AudioFault) as cause:
                     self.bad_records.add(record.path, record.place, str(cause))
                     extra_fields.skip()
@@ -368,22 +300,68 @@ class NeMoTarredManifest:
             yield from cuts
         if self.slice_length is None:
             for name in of_member.keys() - found:
-                for record in of_member[name]:
+                for _, record in of_member[name]:
                     self.bad_records.add(record.path, record.place, "missing audio")
+        if of_member and not found:
+            self.note_no_member(tar_path, [named[0] for named in of_member.values()], unnamed)
+        elif not self.skip_missing_manifest_entries:
+            for name in unnamed:
+                self.bad_records.add(tar_path, name, "not in the manifest")
 
-    def _group_by_member(self, records: Sequence[Record]) -> dict[str, list[Record]]:
-        of_member = defaultdict(list)
+    def note_no_member(self, tar_path: str, wanted: Sequence[tuple[str, Record]], there: Sequence[str]) -> None:
+        """Note once that none of the audio that a manifest names lies in its tar file.
+
+        Args:
+            tar_path: the tar file.
+            wanted: names that were looked for, each with its record.
+            there: names in the tar file.
+        """
+        looked_for = ", ".join(name for name, _ in wanted[:_NAMES_IN_REPORTS])
+        holds = ", ".join(there[:_NAMES_IN_REPORTS]) or "nothing"
+        first = wanted[0][1]
+        self.bad_records.add(
+            str(self.name),
+            f"{tar_path} holds {holds}, ...; the manifest names {looked_for}, ...",
+            "no member of the tar file is in the manifest",
+            record=(first.path, first.place),
+        )
+
+    def _group_by_member(self, tar_path: str, records: Sequence[Record]) -> dict[str, list[tuple[str, Record]]]:
+        """By the normal name of each member the records whose audio it is, with its name as the record has it."""
+        names = {}
         for record in records:
             try:
-                of_member[member_of(record)].append(record)
+                names[record.number] = member_names(record)
             except Unusable as cause:
                 self.bad_records.add(record.path, record.place, str(cause))
+        there = self._names_to_choose_by(tar_path, records, names)
+        of_member = defaultdict(list)
+        for record in records:
+            if of_record := names.get(record.number):
+                name = next((name for name in of_record if normal_name(name) in there), of_record[-1])
+                of_member[normal_name(name)].append((name, record))
         return dict(of_member)
 
+    def _names_to_choose_by(
+        self, tar_path: str, records: Sequence[Record], names: Mapping[int, Sequence[str]]
+    ) -> set[str]:
+        """What a tar file holds, if that decides which member is a record's: one of its own name, or the recording of
+        which it is a segment.
+
+        To look costs a reading of a remote tar file; there, records with an offset are taken for segments.
+        """
+        unclear = [record for record in records if len(names.get(record.number, ())) > 1]
+        if not is_local(tar_path):
+            unclear = [record for record in unclear if record.data.get("offset") is None]
+        return names_in(tar_path) if unclear else set()
+
     def _members(
-        self, tar_path: str, of_member: Mapping[str, Sequence[Record]], rng: random.Random
+        self, tar_path: str, of_member: Mapping[str, Sequence], rng: random.Random, unnamed: list[str]
     ) -> Iterator[tuple[str, bytes]]:
-        """The tar members that the manifest names, in the tar's order, or ``slice_length`` of them."""
+        """The tar members that the manifest names, in the tar's order, or ``slice_length`` of them.
+
+        The names of the others go to ``unnamed``.
+        """
         first = 0
         if self.slice_length is not None and self.slice_length < len(of_member):
             first = rng.randint(0, len(of_member) - self.slice_length)
@@ -396,22 +374,23 @@ class NeMoTarredManifest:
                     if index < first or not member.isfile():
                         continue
                     name = member.name
-                    if name in of_member:
-                        yield name, tar.extractfile(member).read()
+                    if normal_name(name) in of_member:
+                        yield normal_name(name), tar.extractfile(member).read()
                         taken += 1
-                    elif not self.skip_missing_manifest_entries:
-                        self.bad_records.add(tar_path, name, "not in the manifest")
+                    else:
+                        unnamed.append(name)
         except (tarfile.ReadError, EOFError):
             self.bad_records.add(tar_path, f"after {name}", "unreadable tar")
 
     def _cut(self, tar_path: str, name: str, audio: bytes, record: Record) -> Cut:
         offset, duration = times_of(record)
-        header = read_header(io.BytesIO(audio), len(audio), offset + duration)
-        try:
-            recording = recording_in_memory(name, audio, header)
-            cut = make_cut_with_subset_inmemory_recording(recording, offset=offset, duration=duration)
-        except Exception as error:  # each decoder raises its own kind
-            raise AudioFault("unreadable audio") from error
+        header = read_header(io.BytesIO(audio))
+        channels = list(range(header.num_channels))
+
+        def part(seconds: float) -> AudioSource:
+            return AudioSource("memory", channels, encoded_part(audio, header, offset, seconds))
+
+        cut = cut_of_encoded(name, header, offset, duration, AudioSource("memory", channels, audio), part)
         return self.labelled(cut, record, tar_path)
 
     def labelled(self, cut: Cut, record: Record, tar_path: str) -> Cut:
@@ -429,75 +408,8 @@ class NeMoTarredManifest:
         )
         cut.custom = {key: value for key, value in data.items() if key not in ("duration", "audio_filepath")}
         cut.manifest_origin, cut.manifest_place, cut.tar_origin = record.path, record.place, tar_path
-        return cut
-
-
-def member_of(record: Record) -> str:
-    """Name of the tar member that a record's audio lies in, which it may share with other segments.
-
-    Raises:
-        Unusable: if the record names none.
-    """
-    name = record.data.get("audio_filepath")
-    if not isinstance(name, str):
-        raise Unusable("no audio_filepath")
-    if (segment := _SEGMENT.match(name)) is not None:
-        return segment["stem"] + (segment["ext"] or "")
-    return name
-
-
-def times_of(record: Record) -> tuple[float, float]:
-    """Offset and duration of a record in its recording, in seconds.
-
-    Raises:
-        Unusable: if they are missing, or no times.
-    """
-    _check_times(record.data)
-    _check_alternatives(record.data)
-    return record.data.get("offset") or 0.0, record.data["duration"]
-
-
-class Header(NamedTuple):
-    """What a recording says of itself before any of it is decoded."""
-
-    sampling_rate: int
-    num_samples: int
-    num_channels: int
-
-    @property
-    def duration(self) -> float:
-        """Seconds."""
-        return self.num_samples / self.sampling_rate
-
-
-def read_header(audio: BinaryIO, size: int, end: float) -> Header:
-    """Read the header of encoded audio of ``size`` bytes, and refuse what does not reach to ``end`` seconds.
-
-    Raises:
-        AudioFault: its text is the cause.
-    """
-    if size == 0:
-        raise AudioFault("empty audio")
-    try:
-        info = soundfile.info(audio)
-    except soundfile.SoundFileError as error:
-        raise AudioFault("unreadable audio") from error
-    header = Header(int(info.samplerate), info.frames, info.channels)
-    if header.num_samples == 0:
-        raise AudioFault("empty audio")
-    if end > header.duration + TRUNCATION_TOLERANCE:
-        raise AudioFault("truncated audio")
-    return header
-
-
-def recording_from(name: str, source: AudioSource, header: Header) -> Recording:
-    """A recording as long as its header says."""
-    return Recording(name, [source], header.sampling_rate, header.num_samples, header.duration)
-
-
-def recording_in_memory(name: str, audio: bytes, header: Header) -> Recording:
-    """A recording that holds its encoded audio."""
-    return recording_from(name, AudioSource("memory", list(range(header.num_channels)), audio), header)
+        cut = select_channel(cut, self.channel_selector)
+        return with_checked_audio(cut) if record.data.get("alt_text") else cut  # NeMo reads its audio next
 
 
 def _by_shard_number(paths: Sequence[str], pattern: re.Pattern, key: str) -> dict[int, str]:
@@ -515,11 +427,13 @@ class LhotseManifest:
     Args:
         path: the manifest; relative audio paths are relative to it.
         bad_records: ledger for the records that cannot be used.
+        channel_selector: see :func:`~nemo_emmett.data.channels.select_channel`.
     """
 
-    def __init__(self, path: str, bad_records: BadRecords) -> None:
+    def __init__(self, path: str, bad_records: BadRecords, channel_selector: int | str | None = None) -> None:
         self.path = path
         self.bad_records = bad_records
+        self.channel_selector = channel_selector
         self.records = JsonRecords(path, bad_records)
 
     def __len__(self) -> int:
@@ -535,6 +449,7 @@ class LhotseManifest:
         try:
             cut = lhotse_cut(record)
             check_cut(cut)
+            cut = select_channel(cut, self.channel_selector)
         except Unusable as cause:
             self.bad_records.add(record.path, record.place, str(cause))
             return None
@@ -566,18 +481,20 @@ def check_cut(cut: Cut) -> None:
     """
     if isinstance(cut, MixedCut):
         for track in cut.tracks:
+            if not is_seconds(track.offset) or track.offset < 0:
+                raise Unusable("invalid start")
             check_cut(track.cut)
         return
     if not isinstance(cut.id, str):
         raise Unusable("not a lhotse cut")
+    if not is_seconds(cut.duration) or cut.duration <= 0:
+        raise Unusable("invalid duration")
     if isinstance(cut, PaddingCut):
         return
     if not cut.has_recording:
         raise Unusable("no audio")
-    if not _is_seconds(cut.start) or cut.start < 0:
+    if not is_seconds(cut.start) or cut.start < 0:
         raise Unusable("invalid start")
-    if not _is_seconds(cut.duration) or cut.duration <= 0:
-        raise Unusable("invalid duration")
-    _check_sampling_rate(cut.recording.sampling_rate)
+    check_sampling_rate(cut.recording.sampling_rate)
     if any(source.type == "file" and not isinstance(source.source, str) for source in cut.recording.sources):
         raise Unusable("not a lhotse cut")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import posixpath
 import tarfile
 import zlib
 from bisect import bisect_left
@@ -14,6 +15,11 @@ import numpy as np
 
 from nemo_emmett.data.files import FileState
 from nemo_emmett.data.index import Contents, FileChanged, Index, Progress, read_at
+
+
+def normal_name(name: str) -> str:
+    """A member's name without what differs from one tar program to another: a leading ``./`` or ``/``."""
+    return posixpath.normpath(name).lstrip("/")
 
 
 class Member(NamedTuple):
@@ -102,7 +108,12 @@ class TarIndex(Index):
         return Member(self.state, *(int(arrays[name][number]) for name in ("offsets", "sizes", "headers", "checksums")))
 
     def find(self, name: str) -> Member | None:
-        """The first member of this name, None if there is none."""
+        """The first member of this name, or of one that differs in a leading ``./`` or ``/``; None if there is none."""
+        plain = normal_name(name)
+        found = (self._find_exactly(variant) for variant in dict.fromkeys((name, plain, f"./{plain}", f"/{plain}")))
+        return next((member for member in found if member is not None), None)
+
+    def _find_exactly(self, name: str) -> Member | None:
         try:
             wanted = name.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:  # no file can be called so

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from nemo_emmett.audio_file import AudioFault, openable, read_header
 from nemo_emmett.errors import DataError
 from nemo_emmett.evaluation.results import Translation
 
@@ -77,16 +78,16 @@ def _not_playable(translation: Translation) -> str:
 
 def _seconds(path: str) -> float:
     try:
-        return soundfile.info(path).duration
-    except (OSError, RuntimeError) as error:
-        raise _unreadable(path, error) from error
+        return read_header(path).duration
+    except AudioFault as fault:
+        raise _unreadable(path, fault) from fault
 
 
 def _flac_uri(translation: Translation) -> str:
     """A recording as a ``data:`` URI in FLAC, which all browsers play and which halves a WAV file without loss."""
     try:
         samples, sampling_rate = _samples(translation)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, AudioFault) as error:
         raise _unreadable(translation.audio_path, error) from error
     flac = io.BytesIO()
     soundfile.write(flac, samples, sampling_rate, format="FLAC", subtype="PCM_16")
@@ -95,7 +96,7 @@ def _flac_uri(translation: Translation) -> str:
 
 def _samples(translation: Translation) -> tuple[np.ndarray, int]:
     """What was translated, of its file, and the file's sampling rate."""
-    with soundfile.SoundFile(translation.audio_path) as file:
+    with soundfile.SoundFile(openable(translation.audio_path)) as file:
         if translation.audio_start is None or translation.duration is None:
             return file.read(dtype="int16"), file.samplerate
         file.seek(round(translation.audio_start * file.samplerate))

@@ -37,8 +37,8 @@ def read_checkpoint(path: str | Path | BinaryIO, **options: Any) -> dict[str, An
         said = f"; it names {named[1]}" if named else ""
         raise ModelError(
             f"the checkpoint '{getattr(path, 'name', path)}' is damaged or holds more than tensors and plain "
-            f"values{said}. It is not unpickled, since that can run code. If you trust it, pass trust_remote_code=True, or "
-            "set model.trust_remote_code: true in the recipe."
+            f"values{said}. It is not unpickled, since that can run code. If you trust it, pass trust_remote_code=True "
+            "or set model.trust_remote_code: true in the recipe."
         ) from error
 
 

@@ -7,15 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_emmett.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nemo_emmett.audio_file import AudioFault, Header
+
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".mp4", ".sph", ".webm"})
 """Endings by which a string is taken for the path of a recording."""
+
+
+_SENTENCES = {
+    "missing audio": "does not exist",
+    "empty audio": "holds no samples; leave it out",
+    "truncated audio": "breaks off before its end; get the whole of it",
+    "unreadable audio": "cannot be read; is it complete?",
+    "audio holds values that are not numbers": "holds values that are not numbers; convert it again",
+    "audio far above full scale": "holds values far above full scale, which is 1; convert it again",
+}
+"""What is said of a file that cannot be translated, by the cause under which a training would count it."""
 
 
 def is_audio_path(item: str | Path) -> bool:
@@ -67,10 +80,14 @@ def recording_seconds(path: str | Path) -> float:
     """How long a recording is.
 
     Raises:
-        DataError: if the file is missing or cannot be read.
+        DataError: if the file is missing, breaks off, or cannot be read.
     """
-    check_inputs([Path(path)])
-    return _open_recording(path).duration
+    from nemo_emmett.audio_file import AudioFault, read_header
+
+    try:
+        return _whole(read_header(str(path))).duration
+    except AudioFault as fault:
+        raise _unusable(path, fault) from fault
 
 
 def load_recordings(paths: Sequence[str | Path], sampling_rate: int) -> tuple[Tensor, Tensor]:
@@ -84,38 +101,35 @@ def load_recordings(paths: Sequence[str | Path], sampling_rate: int) -> tuple[Te
         (R, N) float32, zero-padded on the right, and (R,) int64 samples per recording.
 
     Raises:
-        DataError: if a file is missing or cannot be read.
+        DataError: if a file is missing, breaks off, cannot be read, or holds values that are not numbers.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    check_inputs([Path(path) for path in paths])
     signals = [_load_recording(path, sampling_rate) for path in paths]
     lens = torch.tensor([len(signal) for signal in signals])
     return pad_sequence(signals, batch_first=True), lens
 
 
-def _open_recording(path: str | Path) -> Any:
-    from lhotse import Recording
-
-    try:
-        return Recording.from_file(path)
-    except Exception as error:
-        raise _unreadable(path, error) from error
-
-
 def _load_recording(path: str | Path, sampling_rate: int) -> Tensor:
     import torch
 
-    recording = _open_recording(path)
+    from nemo_emmett.audio_file import AudioFault, load_samples, open_recording, read_header
+
     try:
-        samples = recording.resample(sampling_rate).load_audio()
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    if not samples.size:
-        raise DataError(f"audio file '{path}' holds no samples; leave it out.")
-    return torch.from_numpy(samples).mean(0)
+        recording = open_recording(path, _whole(read_header(str(path))))
+        return torch.from_numpy(load_samples(recording.resample(sampling_rate))).mean(0)
+    except AudioFault as fault:
+        raise _unusable(path, fault) from fault
 
 
-def _unreadable(path: str | Path, error: Exception) -> DataError:
-    return DataError(f"audio file '{path}' cannot be read ({type(error).__name__}); is it complete?")
+def _whole(header: Header) -> Header:
+    """A header, unless its recording breaks off."""
+    from nemo_emmett.audio_file import fitted
+
+    fitted(header.duration, 0.0, header.duration, header.missing)
+    return header
+
+
+def _unusable(path: str | Path, fault: AudioFault) -> DataError:
+    return DataError(f"audio file '{path}' {_SENTENCES.get(str(fault), f'cannot be used ({fault})')}.")

@@ -169,6 +169,31 @@ class TestSkipped:
         }
         assert [entry["id"] for entry in manifest(out, "test.en")] == ["good", "nearly"]
 
+    @pytest.mark.parametrize("audio", ["keep", "flac", "tar", "shar"])
+    def test_times_that_are_none_and_values_that_are_no_numbers_are_counted(
+        self, audio: str, source: Path, tmp_path: Path
+    ) -> None:
+        nan, infinity = float("nan"), float("inf")
+        recordings = [
+            *(Recording(source / "talk.wav", start=start, duration=0.2) for start in (nan, -0.5, infinity, True, "0")),
+            *(Recording(source / "talk.wav", duration=duration) for duration in (nan, -0.2, infinity, True, "1")),
+            Recording(source / "talk.wav", start=9.0, duration=0.2),
+        ]
+        for name, value in (("nan", nan), ("loud", 1e29)):
+            soundfile.write(source / f"{name}.wav", np.array([0.1, value] * 4000), 16000, subtype="FLOAT")
+            recordings.append(Recording(source / f"{name}.wav"))
+        recordings.append(Recording(source / "0.wav"))
+        sentences = [Sentence(str(n), {"en": "a", "de": "b"}, recording) for n, recording in enumerate(recordings)]
+        (part,) = prepare_speech(sentences, tmp_path / "out", audio=audio).parts
+        assert part.skipped == {
+            "invalid start": 5,
+            "invalid duration": 5,
+            "truncated recording": 1,
+            "audio holds values that are not numbers": 1,
+            "audio far above full scale": 1,
+        }
+        assert part.sentences == 1
+
     def test_a_part_of_which_nothing_is_left_is_an_error(self, tmp_path: Path) -> None:
         sentence = Sentence("a", {"en": "a", "de": "b"}, Recording(tmp_path / "gone.wav"))
         with pytest.raises(DataError, match=r"Nothing of 'test\.en' can be used \(missing recording: 1\)"):

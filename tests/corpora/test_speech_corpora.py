@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -382,3 +383,35 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> AutoTokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     fast.save_pretrained(folder)
     return AutoTokenizer(str(folder))
+
+
+# Times that are none
+
+
+def causes_of(corpus: Corpus, source: Path, part: str, tmp_path: Path) -> dict[str, int]:
+    """What is skipped of the only split that is prepared."""
+    options = {"selection": Selection(("en", "de"), (part,)), "num_jobs": 1, "show_progress": False}
+    (prepared,) = [p for p in prepare_corpus(corpus, source, tmp_path / "out", **options).parts if p.spoken == "en"]
+    return dict(prepared.skipped)
+
+
+def test_segments_of_must_c_whose_times_are_none_are_counted(tmp_path) -> None:
+    make_must_c(tmp_path / "source")
+    path = tmp_path / "source/en-de/data/dev/txt/dev.yaml"
+    lines = path.read_text().splitlines()
+    values = [("offset", value) for value in (".nan", "-0.5", "true", "soon")]
+    values += [("duration", value) for value in (".inf", "-0.4", "null")]
+    for number, (key, value) in enumerate(values):
+        lines[number] = re.sub(rf"{key}: [0-9.]+", f"{key}: {value}", lines[number])
+    path.write_text("\n".join(lines))
+    assert causes_of(must_c.CORPUS, tmp_path / "source", "dev", tmp_path) == {"invalid start": 4, "invalid duration": 3}
+
+
+def test_segments_of_europarl_whose_times_are_none_are_counted(europarl, tmp_path) -> None:
+    path = europarl / "en/de/dev/segments.lst"
+    lines = [line.split() for line in path.read_text().splitlines()]
+    times = [("nan", "1"), ("-0.5", "1"), ("inf", "inf"), ("0.5", "nan"), ("2.0", "1.0"), ("9", "9.5")]
+    changed = [[line[0], *new] for line, new in zip(lines, times, strict=False)]
+    write_lines(path, map(" ".join, [*changed, *lines[6:]]))
+    expected = {"invalid start": 3, "invalid duration": 2, "truncated recording": 1}
+    assert causes_of(europarl_st.CORPUS, europarl, "dev", tmp_path) == expected

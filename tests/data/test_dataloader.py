@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-from lhotse import CutSet
+from lhotse import CutSet, Recording, RecordingSet
 from lhotse.shar import SharWriter
 from nemo.collections.asr.data.audio_to_text_lhotse import LhotseSpeechToTextBpeDataset
 from nemo.collections.common.data.fallback import FallbackDataset
@@ -24,6 +25,7 @@ from omegaconf import OmegaConf
 
 from nemo_emmett.data import MultimodalDataLoader, SpeechTextDataset, get_multimodal_dataloader
 from nemo_emmett.errors import ConfigError, DataError, TooManyBadRecords
+from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
 
 LOCATOR = "<|audio|>"
 SETTINGS = {
@@ -376,6 +378,91 @@ def test_a_file_that_changes_stops_the_run_with_its_sentence(load, pairs, sampli
     assert "Traceback" not in str(stopped.value)
 
 
+# What NeMo and lhotse do to an example
+
+
+def faulty_noise(tmp_path, write_manifest, write_tone) -> tuple[dict, Counter]:
+    noises = [write_tone("noise.wav", 3.0, rate=8000), tmp_path / "gone.wav", tmp_path / "words.wav"]
+    noises[2].write_bytes(b"words" * 99)
+    records = [{"audio_filepath": str(path), "duration": 3.0} for path in noises]
+    return {"noise_path": str(write_manifest("noise.json", records)), "noise_mix_prob": 1.0}, Counter()
+
+
+def noise_without_numbers(tmp_path, write_manifest, write_tone) -> tuple[dict, Counter]:
+    soundfile.write(tmp_path / "noise.wav", np.full(48000, np.nan), 16000, subtype="FLOAT")
+    record = {"audio_filepath": str(tmp_path / "noise.wav"), "duration": 3.0}
+    keys = {"noise_path": str(write_manifest("noise.json", [record])), "noise_mix_prob": 1.0}
+    return keys, Counter({"audio holds values that are not numbers": 2})
+
+
+def room_of_another_rate(tmp_path, write_manifest, write_tone) -> tuple[dict, Counter]:
+    room = Recording.from_file(write_tone("room.wav", 0.5, rate=8000))
+    RecordingSet.from_recordings([room]).to_file(tmp_path / "rooms.jsonl")
+    keys = {"rir_enabled": True, "rir_prob": 1.0, "rir_path": str(tmp_path / "rooms.jsonl")}
+    return keys, Counter({"rir_path: AssertionError": 2})
+
+
+def room_that_is_gone(tmp_path, write_manifest, write_tone) -> tuple[dict, Counter]:
+    path = write_tone("room.wav", 0.5)
+    RecordingSet.from_recordings([Recording.from_file(path)]).to_file(tmp_path / "rooms.jsonl")
+    path.unlink()
+    keys = {"rir_enabled": True, "rir_prob": 1.0, "rir_path": str(tmp_path / "rooms.jsonl")}
+    return keys, Counter({"augmentation failed": 2})
+
+
+def alternatives_of_missing_audio(tmp_path, write_manifest, write_tone) -> tuple[dict, Counter]:
+    bad = {"audio_filepath": str(tmp_path / "gone.wav"), "alt_text": {"fr": {"text": "un", "lang": "fr"}}}
+    return {"more": [bad]}, Counter({"missing audio": 1})
+
+
+def answers_that_cannot_be_prompted(tmp_path, write_manifest, write_tone) -> tuple[dict, Counter]:
+    paths = [str(write_tone(name)) for name in ("c.wav", "d.wav")]
+    bad = [{"audio_filepath": path, "text": text} for path, text in zip(paths, ("vier", "drei"), strict=True)]
+    return {"more": bad}, Counter({"vier is no answer": 1, "prompt_format: KeyError": 1})
+
+
+@pytest.mark.parametrize("sampling", ["nemo", "emmett"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        faulty_noise,
+        noise_without_numbers,
+        room_of_another_rate,
+        room_that_is_gone,
+        alternatives_of_missing_audio,
+        answers_that_cannot_be_prompted,
+    ],
+)
+def test_what_raises_upon_an_example_costs_that_example(
+    load, tmp_path, write_manifest, write_tone, sampling, make, monkeypatch
+) -> None:
+    def encode(self, requests, encode=Seq2SeqPrompt.encode_requests):
+        for request in requests:
+            if request.answer == "vier":
+                raise DataError(f"example {request.example_id}: vier is no answer; mend it.")
+            {"eins": 1}[request.answer]
+        return encode(self, requests)
+
+    monkeypatch.setattr(Seq2SeqPrompt, "encode_requests", encode)
+    keys, causes = make(tmp_path, write_manifest, write_tone)
+    common = {"duration": 1.0, "text": "eins", "sampling_rate": 16000, "target_lang": "de"}
+    more = [{**common, **record} for record in keys.pop("more", ())]
+    records = [{**common, "audio_filepath": str(write_tone(name))} for name in ("a.wav", "b.wav")]
+    manifest = str(write_manifest("m.json", [records[0], *more, records[1]]))
+    how = {"force_finite": True, "sampling": sampling, "max_bad_records": None, "seed": 0, "shard_seed": 0}
+    loader = load({"manifest_filepath": manifest, "batch_size": 2, **how, **keys})
+    ids = ids_of(loader)
+    assert loader.bad_records.causes() == dict(causes)
+    assert len(ids) == len(records) + len(more) - causes.total()
+
+
+def test_noise_of_which_nothing_can_be_used_is_an_error(load, speech, tmp_path, write_manifest) -> None:
+    noise = str(write_manifest("noise.json", [{"audio_filepath": "gone.wav", "duration": 3.0}]))
+    for sampling in ("nemo", "emmett"):
+        with pytest.raises(DataError, match="noise_path: none of its recordings can be used"):
+            load({"manifest_filepath": str(speech(2)), "target_lang": "de", "noise_path": noise, "sampling": sampling})
+
+
 # Other datasets
 
 
@@ -397,6 +484,27 @@ def test_a_batch_that_failed_is_counted_and_never_replaced(load, speech) -> None
     names = [Path(batch["ids"][0]).name for batch in loader]
     assert names == ["speech.json-0.wav", "speech.json-2.wav"]
     assert loader.bad_records.causes() == {"refused by the dataset": 2}
+
+
+class Lengths(torch.utils.data.Dataset):
+    """How many samples each cut has."""
+
+    def __getitem__(self, cuts: CutSet) -> dict:
+        return {Path(cut.id).name: cut.load_audio().shape[1] for cut in cuts}
+
+
+@pytest.mark.parametrize("sampling", ["nemo", "emmett"])
+def test_other_datasets_get_recordings_as_they_are(load, write_tone, write_manifest, sampling) -> None:
+    """One has another rate than declared, one is longer, one ends a little too early, one is not there."""
+    write_tone("rate.wav", 1.0, rate=8000)
+    write_tone("long.wav", 2.0)
+    write_tone("short.wav", 0.95)
+    names = ("rate.wav", "long.wav", "short.wav", "gone.wav")
+    records = [{"audio_filepath": name, "duration": 1.0, "sampling_rate": 16000} for name in names]
+    config = {"manifest_filepath": str(write_manifest("m.json", records)), "batch_size": 4, "force_finite": True}
+    loader = load({**config, "max_bad_records": None, "sampling": sampling}, Lengths(), settings={})
+    assert list(loader) == [{"rate.wav": 16000, "long.wav": 16000, "short.wav": 15200}]
+    assert loader.bad_records.causes() == {"missing audio": 1}
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -463,6 +571,28 @@ def test_nemos_salm_refuses_a_batch_of_text_in_one_sentence(
         list(islice(load(config, SALMDataset(tokenizer), settings=salm_settings), 4))
     assert str(refused.value).startswith("NeMo's SALM cannot take a batch without speech: use sampler_fusion: zip")
     assert "nemo_emmett.models.SALMT5" in str(refused.value)
+
+
+@pytest.mark.parametrize("sampling", ["nemo", "emmett"])
+def test_nemos_salm_hears_each_recording_in_its_place(
+    load, tokenizer, tmp_path, write_tone, write_manifest, salm_settings, sampling
+) -> None:
+    """Files of one name share an id, by which NeMo finds their audio; one of them has another rate, one no numbers."""
+    for number in range(4):
+        (tmp_path / str(number)).mkdir()
+    rates = (16000, 16000, 8000)
+    paths = [write_tone(f"{i}/a.wav", 1.0, rate=rate, hertz=200 + 100 * i) for i, rate in enumerate(rates)]
+    paths.append(tmp_path / "3" / "a.wav")
+    soundfile.write(paths[3], np.full(16000, np.nan), 16000, subtype="FLOAT")
+    records = [{"audio_filepath": str(path), "duration": 1.0, "text": "eins"} for path in paths]
+    records[2]["sampling_rate"] = 16000
+    keys = {"target_lang": "de", "max_bad_records": None, "sampling": sampling, "shuffle": False, "force_finite": True}
+    config = {"manifest_filepath": str(write_manifest("m.json", records)), "batch_size": 4, **keys}
+    loader = load(config, SALMDataset(tokenizer), settings=salm_settings)
+    (batch,) = list(loader)
+    assert batch["audio_lens"].tolist() == [16000] * 3
+    assert [int(torch.fft.rfft(audio).abs().argmax()) for audio in batch["audios"]] == [200, 300, 400]
+    assert loader.bad_records.causes() == {"audio holds values that are not numbers": 1}
 
 
 def test_nemos_salm_counts_what_it_drops(load, tokenizer, speech_with_faults, salm_settings) -> None:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models import SALMGPT, SALMT5
-from nemo_emmett.models.inputs import fill_batches
+from nemo_emmett.models.inputs import fill_batches, load_recordings
 from nemo_emmett.prompts.encoding import encode_texts
 from nemo_emmett.prompts.markup import Prompt
 
@@ -312,13 +312,36 @@ def test_no_recordings_are_no_audio(salm_t5) -> None:
 
 def test_inputs_that_cannot_be_translated_are_told(salm_t5, tmp_path) -> None:
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    for name, value in (("nan.wav", np.nan), ("inf.wav", -np.inf), ("loud.wav", 1e29)):
+        soundfile.write(tmp_path / name, np.array([0.1, value] * 8000), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "half.wav", np.full(16000, 0.1), 16000)
+    (tmp_path / "half.wav").write_bytes((tmp_path / "half.wav").read_bytes()[:16000])
     for inputs, sentence in (
         ("six", "inputs: 'six' is one input, not a list of them"),
         (["six", None], "inputs: None is neither a text nor"),
         ([tmp_path / "empty.wav"], "holds no samples"),
+        ([tmp_path / "nan.wav"], r"audio file '.*/nan\.wav' holds values that are not numbers; convert it again\.$"),
+        ([tmp_path / "inf.wav"], r"audio file '.*/inf\.wav' holds values that are not numbers"),
+        ([tmp_path / "loud.wav"], r"audio file '.*/loud\.wav' holds values far above full scale"),
+        ([tmp_path / "half.wav"], r"audio file '.*/half\.wav' breaks off before its end"),
+        ([tmp_path / "none.wav"], r"audio file '.*/none\.wav' does not exist"),
     ):
         with pytest.raises(DataError, match=sentence):
             salm_t5.translate(inputs, "en", "de")
     for name in ("num_beams", "max_new_tokens"):
         with pytest.raises(ConfigError, match=f"{name}: 0 cannot be"):
             salm_t5.translate(["six"], "en", "de", **{name: 0})
+
+
+def test_a_recording_that_was_written_to_a_pipe_is_heard(salm_t5, tmp_path) -> None:
+    """Its header says that it holds nothing, since the writer did not come back to say how much."""
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    content[4:8] = content[40:44] = bytes(4)
+    (tmp_path / "piped.wav").write_bytes(content)
+    paths = [tmp_path / "a.wav", tmp_path / "piped.wav"]
+    audios, lens = load_recordings(paths, 16000)
+    assert lens.tolist() == [16000, 16000]
+    assert torch.equal(audios[0], audios[1])
+    whole, piped = salm_t5.translate(paths, "en", "de")
+    assert whole == piped

@@ -17,24 +17,15 @@ from lhotse.cut import Cut
 from lhotse.cut.set import LazyCutMixer
 from lhotse.dataset.sampling.base import CutSampler, SamplingConstraint
 from lhotse.lazy import LazyFilter, LazyFlattener, LazyMapper
-from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_from_config, tokenize_with_prompt
+from nemo.collections.common.data.lhotse.dataloader import tokenize_with_prompt
 from nemo.collections.common.prompts import PromptFormatter
 from omegaconf import DictConfig
 
+from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.parsers import feeding
+from nemo_emmett.data.tolerance import KEYS_OF_FUNCTION, SKIPPED, build_tolerant_sampler, guarded, stages_of
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.formatting import format_many
-
-KEYS_OF_FILTER = {
-    "DurationFilter": "min_duration, max_duration",
-    "TokenCountFilter": "min_tokens, max_tokens",
-    "TokenPerSecondFilter": "min_tps, max_tps",
-    "TokenPerTokenFilter": "min_tpt, max_tpt",
-    "CERFilter": "max_cer",
-    "ContextSpeakerSimilarityFilter": "min_context_speaker_similarity",
-    "ValidationStatusFilter": "keep",
-    "BucketingFilter": "bucket_duration_bins",
-}
-"""By which keys of a recipe NeMo's filters leave examples out."""
 
 Step = Callable[[list], list]
 """One stage of the chain: what becomes of a list of examples."""
@@ -60,14 +51,22 @@ class ExampleChain:
         structured: NeMo's config of one sampler; its ``input_cfg`` is replaced.
         tokenizer: NeMo tokenizer.
         sample: examples by which NeMo estimates the bins of buckets where the config names none.
+        bad_records: ledger for the examples that a stage of the chain raises upon.
     """
 
-    def __init__(self, structured: DictConfig, tokenizer: Any, sample: Iterable = ()) -> None:
+    def __init__(
+        self,
+        structured: DictConfig,
+        tokenizer: Any,
+        sample: Iterable = (),
+        bad_records: BadRecords | None = None,
+    ) -> None:
         self._feed = Feed(sample)
+        self.bad_records = BadRecords() if bad_records is None else bad_records
         with feeding(self._feed) as input_cfg:
             structured = structured.copy()
             structured.input_cfg = input_cfg
-            sampler, _ = get_lhotse_sampler_from_config(structured, 0, 1, tokenizer)
+            sampler = build_tolerant_sampler(structured, 0, 1, tokenizer, self.bad_records)[0]
         self._sampler: CutSampler = sampler
         self._rng = random.Random()
         self.constraint: SamplingConstraint = sampler.constraint
@@ -96,8 +95,8 @@ class ExampleChain:
         rng = random.Random(repr(list(seed)))
         for transform in transforms:
             for attribute in ("rng", "random"):  # lhotse's names for a transform's generator
-                if hasattr(transform, attribute):
-                    setattr(transform, attribute, rng)
+                if hasattr(transform.transform, attribute):
+                    setattr(transform.transform, attribute, rng)
             batch = transform(batch)
         return batch
 
@@ -112,7 +111,7 @@ class ExampleChain:
             if isinstance(stage, CutSet):
                 stage = stage.data
             elif isinstance(stage, LazyMapper):
-                steps.insert(0, _mapping(stage))
+                steps.insert(0, self._mapping(stage))
                 stage = stage.iterator
             elif isinstance(stage, LazyFilter):
                 steps.insert(0, partial(self._kept_by, stage.predicate))
@@ -122,16 +121,33 @@ class ExampleChain:
                 stage = stage.iterator
             else:
                 break
-        for other in _stages(stage):
+        for other in stages_of(stage):
             self._make_repeatable(other)
         return stage, steps
 
     def _kept_by(self, predicate: Callable, examples: list) -> list:
-        kept = [example for example in examples if predicate(example)]
-        if len(kept) < len(examples):
+        passes = [(example, guarded(predicate, self.bad_records)(example)) for example in examples]
+        kept = [example for example, passed in passes if passed is not SKIPPED and passed]
+        left_out = sum(passed is not SKIPPED and not passed for _, passed in passes)
+        if left_out:
             name = type(predicate).__name__
-            self.filtered[KEYS_OF_FILTER.get(name, name)] += len(examples) - len(kept)
+            self.filtered[KEYS_OF_FUNCTION.get(name, name)] += left_out
         return kept
+
+    def _mapping(self, stage: LazyMapper) -> Step:
+        if _prompts(stage) and stage.apply_fn is None:
+            return partial(self._prompted, _formatter_of(stage))
+        return partial(_mapped, guarded(stage.fn, self.bad_records), stage.apply_fn)
+
+    def _prompted(self, formatter: PromptFormatter, examples: list) -> list:
+        try:
+            format_many(examples, formatter)
+        except ConfigError:
+            raise
+        except Exception:  # one by one, to find those that cannot be prompted
+            prompt = guarded(partial(tokenize_with_prompt, tokenizer=None, prompt_format=formatter), self.bad_records)
+            return _mapped(prompt, None, examples)
+        return examples
 
     def _make_repeatable(self, stage: Any) -> None:
         """Each call starts the stage anew: what it draws or prepares must not begin anew with it."""
@@ -156,25 +172,13 @@ def _lhotse_draws_from(rng: random.Random) -> Iterator[None]:
         lhotse.utils._lhotse_uuid = ids
 
 
-def _mapping(stage: LazyMapper) -> Step:
-    if _prompts(stage) and stage.apply_fn is None:
-        return partial(_prompted, _formatter_of(stage))
-    return partial(_mapped, stage.fn, stage.apply_fn)
-
-
 def _mapped(function: Callable, applies: Callable | None, examples: list) -> list:
-    if applies is None:
-        return [function(example) for example in examples]
-    return [function(example) if applies(example) else example for example in examples]
+    made = (function(example) if applies is None or applies(example) else example for example in examples)
+    return [example for example in made if example is not SKIPPED]
 
 
 def _flattened(examples: list) -> list:
     return list(chain.from_iterable(examples))
-
-
-def _prompted(formatter: PromptFormatter, examples: list) -> list:
-    format_many(examples, formatter)
-    return examples
 
 
 def _prompts(stage: LazyMapper) -> bool:
@@ -185,20 +189,3 @@ def _formatter_of(stage: LazyMapper) -> PromptFormatter:
     """Made once: NeMo's chain makes one for each example."""
     name = stage.fn.keywords["prompt_format"]
     return PromptFormatter.resolve(name)(stage.fn.keywords["tokenizer"]) if isinstance(name, str) else name
-
-
-def _stages(last: Any) -> Iterator[Any]:
-    """All lazy objects of a chain, from its end to its beginning."""
-    waiting = [last]
-    while waiting:
-        stage = waiting.pop()
-        if isinstance(stage, CutSet):
-            stage = stage.data
-        if isinstance(stage, (list, tuple)):
-            waiting.extend(stage)
-            continue
-        if isinstance(stage, Feed) or stage is None:
-            continue
-        yield stage
-        for attribute in ("iterator", "iterators", "source"):
-            waiting.append(getattr(stage, attribute, None))

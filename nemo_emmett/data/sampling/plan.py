@@ -120,7 +120,7 @@ def plan_sampling(
             solved = {**group, **shared}
             config.bucket_duration_bins = auto_bins(solved, tokenizer, kind, _place(where, name), sample)
         with reading(Reading(bad_records, kind)):
-            chain = ExampleChain(config, tokenizer, sample)
+            chain = ExampleChain(config, tokenizer, sample, bad_records)
         num_open = [chunks_to_open(reader, chain, config.shuffle) for reader in readers]
         bad_records.drain()  # what was read here is read again by the workers
         names = [source.name for source, _ in opened[name]]
