@@ -29,7 +29,7 @@ class StepState:
     Args:
         pending: the batch is trained on, but what follows it (validation, logging) is not finished.
         validated: the validation that follows the batch is finished.
-        epoch_ended: the batch is the last one of its epoch.
+        epoch_ended: if the epoch is over, it is not because ``max_steps`` or a callback ended it early.
     """
 
     pending: bool = False
@@ -88,7 +88,9 @@ class ResumableEpochLoop(_TrainingEpochLoop):
         """Lightning's state, the position inside the step, and the metrics that callbacks look at."""
         current = self.batch_progress.current
         in_step = current.ready == current.processed and (self._pending or current.processed > current.completed)
-        step = StepState(in_step, in_step and self._validated, self._num_ready_batches_reached())
+        cut_short = self.trainer.should_stop or 0 <= self._max_steps <= self.global_step
+        epoch_ended = self._num_ready_batches_reached() or not cut_short
+        step = StepState(in_step, in_step and self._validated, epoch_ended)
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         return super().on_save_checkpoint() | {_KEY: vars(step) | {"callback_metrics": metrics}}
 

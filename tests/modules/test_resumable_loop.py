@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from nemo.utils.exp_manager import configure_no_restart_validation_training_loop
 
 from nemo_emmett.modules.resumable_loop import ResumableEpochLoop, install_resumable_loop
+from nemo_emmett.modules.validation_schedule import ValidateAtEpochEnd
 
 
 class Batches:
@@ -22,7 +24,8 @@ class Batches:
 
     def __iter__(self):
         number = self.trained
-        while self.length is None or number < self.length * (self.trained // self.length + 1):
+        end = None if self.length is None else self.length * (number // self.length + 1)
+        while number != end:
             yield torch.tensor([float(number)])
             number += 1
 
@@ -97,12 +100,18 @@ class SaveEverywhere(Callback):
         self.save("train_end", trainer, module)
 
 
-def fit(callback: Callback, length: int | None = None, resume: Path | None = None, **options: Any) -> list[str]:
+def fit(
+    callback: Callback,
+    length: int | None = None,
+    resume: Path | None = None,
+    extra: Sequence[Callback] = (),
+    **options: Any,
+) -> list[str]:
     loader = Batches(length)
     model = Model(loader)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
     options = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1} | options
-    trainer = Trainer(accelerator="cpu", enable_model_summary=False, callbacks=[callback], **quiet, **options)
+    trainer = Trainer(accelerator="cpu", enable_model_summary=False, callbacks=[*extra, callback], **quiet, **options)
     validation = torch.utils.data.DataLoader(torch.zeros(2, 1), batch_size=None)
     trainer.fit(model, loader, validation, ckpt_path=resume)
     return model.events
@@ -130,6 +139,20 @@ def test_each_checkpoint_of_a_run_resumes_with_the_rest_of_it(options, tmp_path)
     assert len(saver.saved) > 10
     for path, done in saver.saved:
         assert fit(SaveEverywhere(), resume=path, **options) == whole[done:], path.name
+
+
+def test_validations_at_the_end_of_short_epochs_are_not_repeated(tmp_path):
+    options = {"max_steps": 9, "length": 3, "val_check_interval": 5, "limit_train_batches": 5}
+    saver = SaveEverywhere(tmp_path)
+    whole = fit(saver, extra=[ValidateAtEpochEnd()], **options)
+    assert [event for event in whole if event.startswith("validate")] == [
+        f"validate {step} in epoch {step // 3 - 1}" for step in (3, 6, 9)
+    ]
+    for path, done in saver.saved:
+        if "validation_end" in path.name:  # what exp_manager writes
+            rest = [event for event in whole[done:] if not event.startswith("end")]
+            resumed = fit(SaveEverywhere(), extra=[ValidateAtEpochEnd()], resume=path, **options)
+            assert [event for event in resumed if not event.startswith("end")] == rest, path.name
 
 
 def test_a_longer_run_goes_on_where_max_steps_ended_the_shorter_one(tmp_path):
