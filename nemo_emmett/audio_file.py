@@ -208,7 +208,7 @@ def fitted(available: float, start: float, duration: float, missing: float = 0.0
     tolerance = TRUNCATION_TOLERANCE + 1e-6  # a difference of decimal fractions is not exact
     if lacking > tolerance or start >= available or (lacking > -tolerance and missing > tolerance):
         raise AudioFault("truncated audio")
-    return available - start if lacking > 0 else duration
+    return available - start if lacking > 1e-6 else duration
 
 
 class CheckedSource(AudioSource):

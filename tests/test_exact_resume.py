@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +144,18 @@ def moments(kills: int, seed: int) -> list[Moment]:
     ],
     ids=["validation", "validation-two-workers", "every-two-steps", "epoch-end"],
 )
-def test_killed_at_random_and_run_again_it_ends_as_if_never_killed(exact_recipe, tmp_path, kills, workers, checkpoints):
+def test_killed_at_random_and_run_again_it_ends_as_if_never_killed(
+    exact_recipe, tmp_path, uninterrupted, kills, workers, checkpoints
+):
     exact_recipe["data"]["train_ds"]["num_workers"] = workers
     exact_recipe["exp_manager"]["checkpoint_callback_params"] |= checkpoints
-    compare(exact_recipe, tmp_path, moments(kills, seed=workers + len(checkpoints)))
+    compare(exact_recipe, tmp_path, uninterrupted, moments(kills, seed=workers + len(checkpoints)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_signals_stop_it_with_a_checkpoint_and_no_step_is_trained_twice(exact_recipe, tmp_path, capfd, workers):
+def test_signals_stop_it_with_a_checkpoint_and_no_step_is_trained_twice(
+    exact_recipe, tmp_path, uninterrupted, capfd, workers
+):
     exact_recipe["data"]["train_ds"]["num_workers"] = workers
     stops = [
         ("train_batch_start", 1, signal.SIGTERM),
@@ -158,7 +163,7 @@ def test_signals_stop_it_with_a_checkpoint_and_no_step_is_trained_twice(exact_re
         ("validation_batch_end", 6, signal.SIGTERM),
         ("validation_end", 9, signal.SIGINT),
     ]
-    compare(exact_recipe, tmp_path, stops)
+    compare(exact_recipe, tmp_path, uninterrupted, stops)
     printed = capfd.readouterr().err
     stopped_after = [2, 4, 6, 10]
     for (_, _, number), step in zip(stops, stopped_after, strict=True):
@@ -180,17 +185,35 @@ def test_a_second_signal_ends_it_at_once(exact_recipe, tmp_path):
     assert run(exact_recipe, tmp_path / "log.jsonl", moment, Twice) == -signal.SIGTERM
 
 
-def compare(recipe: dict, folder: Path, stops: list[Moment]) -> None:
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory) -> Callable[[dict], tuple[dict, list[str]]]:
+    """The last checkpoint and the validations of a recipe's training that nothing interrupts; once for equal ones."""
+    known: dict[str, tuple[dict, list[str]]] = {}
+
+    def trained(recipe: dict) -> tuple[dict, list[str]]:
+        key = json.dumps({"data": recipe["data"]["train_ds"]["num_workers"], "manager": recipe["exp_manager"]})
+        if key not in known:
+            folder = tmp_path_factory.mktemp("whole")
+            changed = {"exp_manager": recipe["exp_manager"] | {"explicit_log_dir": str(folder)}}
+            assert run(recipe | changed, folder / "log.jsonl") == 0
+            known[key] = last_checkpoint(folder), (folder / "log.jsonl").read_text().splitlines()
+        return known[key]
+
+    return trained
+
+
+def compare(
+    recipe: dict, folder: Path, uninterrupted: Callable[[dict], tuple[dict, list[str]]], stops: list[Moment]
+) -> None:
     """Train without interruption, and stopped at these moments; the ends must be equal."""
-    for name in ("whole", "killed"):
-        recipe["exp_manager"]["explicit_log_dir"] = str(folder / name)
-        if name == "killed":
-            for moment in stops:
-                code = EXIT_TRY_AGAIN if moment[2] != signal.SIGKILL else -signal.SIGKILL
-                assert run(recipe, folder / "killed.jsonl", moment) == code, moment
-        assert run(recipe, folder / f"{name}.jsonl") == 0
-    assert differences(last_checkpoint(folder / "whole"), last_checkpoint(folder / "killed")) == []
-    whole = (folder / "whole.jsonl").read_text().splitlines()
+    del recipe["exp_manager"]["explicit_log_dir"]
+    checkpoint, whole = uninterrupted(recipe)
+    recipe["exp_manager"]["explicit_log_dir"] = str(folder / "killed")
+    for moment in stops:
+        code = EXIT_TRY_AGAIN if moment[2] != signal.SIGKILL else -signal.SIGKILL
+        assert run(recipe, folder / "killed.jsonl", moment) == code, moment
+    assert run(recipe, folder / "killed.jsonl") == 0
+    assert differences(checkpoint, last_checkpoint(folder / "killed")) == []
     killed = (folder / "killed.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in whole] == list(range(STEPS_PER_EPOCH, STEPS + 1, STEPS_PER_EPOCH))
     # Validations that were lost with the process come again, with the same scores.

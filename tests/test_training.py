@@ -99,10 +99,10 @@ def test_round_robin_trains_on_each_modality_in_turn(recipe):
 
 def test_randomized_round_robin_trains_by_its_weights(recipe):
     weights = {"audio": 0.3, "text": 0.7}
-    batches = trained_batches(recipe, 500, sampler_fusion="randomized_round_robin", sampler_weights=weights)
-    assert batches["steps"] == 500
-    assert batches["audio"] + batches["text"] == 500
-    assert abs(batches["text"] / 500 - 0.7) < 0.03
+    batches = trained_batches(recipe, 100, sampler_fusion="randomized_round_robin", sampler_weights=weights)
+    assert batches["steps"] == 100
+    assert batches["audio"] + batches["text"] == 100
+    assert abs(batches["text"] - 70) <= 1  # drawn by credit, not independently
 
 
 # Several ranks

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from nemo_emmett.corpora.corpus import Recording, Sentence, is_time
+from nemo_emmett.corpora.corpus import Recording, Sentence, is_seconds
 from nemo_emmett.corpora.writing import Workshop
 from nemo_emmett.errors import DataError
 
@@ -264,9 +264,9 @@ def measured(recording: Recording) -> tuple[Recording, Header]:
     """
     from nemo_emmett.audio_file import AudioFault, fitted
 
-    if not is_time(recording.start):
+    if not is_seconds(recording.start) or recording.start < 0:
         raise UnusableRecording("invalid start")
-    if recording.duration is not None and not is_time(recording.duration):
+    if recording.duration is not None and (not is_seconds(recording.duration) or recording.duration < 0):
         raise UnusableRecording("invalid duration")
     header = _header(recording.path)
     left = header.duration - recording.start

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
-def is_time(seconds: object) -> bool:
-    """Whether a publisher's value is a time in seconds: a finite number, and not negative."""
-    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    return is_number and math.isfinite(seconds) and seconds >= 0
+def is_seconds(value: object) -> bool:
+    """Whether a publisher's value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)

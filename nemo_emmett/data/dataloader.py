@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -139,8 +140,10 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             seed = self.progress.seed
         self.generator.manual_seed(seed)
         empty_in_a_row = 0
+        deliveries = super().__iter__()
+        at_exit = _shut_down_at_exit(deliveries)
         try:
-            for delivery in super().__iter__():
+            for delivery in deliveries:
                 self._account_for(delivery)
                 empty_in_a_row = empty_in_a_row + 1 if is_empty(delivery.batch) else 0
                 self._check_progress(empty_in_a_row)
@@ -152,6 +155,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             self._merge_notes_of_this_process()
             self.bad_records.check(self.max_bad_records, at_end=True)
         finally:
+            at_exit.cancel()
             self._report_epoch()
 
     def _report_epoch(self) -> None:
@@ -193,6 +197,16 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 f"nothing could be read of the last {empty_in_a_row} batches; what was skipped so far:\n"
                 f"{self.bad_records.table()}"
             )
+
+
+def _shut_down_at_exit(iterator: Any) -> Finalize:
+    """Have a loader's workers shut down by its own message when the process exits in the middle of an iteration.
+
+    multiprocessing would end them with SIGTERM. torch's handler for SIGCHLD turns that into an exception, and with it
+    into another exit code.
+    """
+    shut_down = getattr(iterator, "_shutdown_workers", None)  # there are none without worker processes
+    return Finalize(None, shut_down or (lambda: None), exitpriority=1)
 
 
 class WorkerInit:

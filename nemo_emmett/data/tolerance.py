@@ -15,13 +15,11 @@ from lhotse.cut.set import LazyCutMixer
 from lhotse.dataset.sampling.base import CutSampler
 from lhotse.lazy import LazyFilter, LazyMapper
 from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_from_config
-from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 from omegaconf import DictConfig
 
 from nemo_emmett.audio_file import fault_in
 from nemo_emmett.data.bad_records import BadRecords, Unusable
 from nemo_emmett.data.examples import note_example
-from nemo_emmett.data.speech_sources import NeMoManifest
 from nemo_emmett.errors import ConfigError, DataError
 
 SKIPPED = object()
@@ -172,28 +170,17 @@ def build_tolerant_sampler(
     with tolerating(bad_records):
         sampler, in_workers = get_lhotse_sampler_from_config(structured, global_rank, world_size, tokenizer)
     for cuts in sampler.cuts:
-        _make_noise_tolerant(cuts)
+        _check_noise(cuts)
     sampler._transforms = [TolerantTransform(transform, bad_records) for transform in sampler._transforms]
     return sampler, in_workers
 
 
-def _make_noise_tolerant(cuts: CutSet) -> None:
-    """Read the noise that a chain mixes in by our reader, which leaves out what cannot be used, with a warning.
+def _check_noise(cuts: CutSet) -> None:
+    """Look whether any noise that a chain mixes in can be used; our reader leaves out, and counts, what cannot.
 
     Raises:
         DataError: if nothing is left of it.
     """
     for stage in stages_of(cuts):
-        if isinstance(stage, LazyCutMixer):
-            _replace_reader(stage.mix_in_cuts)
-            if next(iter(stage.mix_in_cuts), None) is None:
-                raise DataError("noise_path: none of its recordings can be used; correct the path, or leave it out.")
-
-
-def _replace_reader(node: Any) -> None:
-    for attribute in ("data", "iterator"):
-        inner = getattr(node, attribute, None)
-        if type(inner) is LazyNeMoIterator:
-            setattr(node, attribute, list(NeMoManifest(inner.path, BadRecords(announce=True))))
-        elif inner is not None:
-            _replace_reader(inner)
+        if isinstance(stage, LazyCutMixer) and next(iter(stage.mix_in_cuts), None) is None:
+            raise DataError("noise_path: none of its recordings can be used; correct the path, or leave it out.")

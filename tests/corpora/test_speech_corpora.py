@@ -404,7 +404,8 @@ def test_segments_of_must_c_whose_times_are_none_are_counted(tmp_path) -> None:
     for number, (key, value) in enumerate(values):
         lines[number] = re.sub(rf"{key}: [0-9.]+", f"{key}: {value}", lines[number])
     path.write_text("\n".join(lines))
-    assert causes_of(must_c.CORPUS, tmp_path / "source", "dev", tmp_path) == {"invalid start": 4, "invalid duration": 3}
+    expected = {"segment without its times": 5, "segment with impossible times": 2}
+    assert causes_of(must_c.CORPUS, tmp_path / "source", "dev", tmp_path) == expected
 
 
 def test_segments_of_europarl_whose_times_are_none_are_counted(europarl, tmp_path) -> None:
@@ -413,5 +414,5 @@ def test_segments_of_europarl_whose_times_are_none_are_counted(europarl, tmp_pat
     times = [("nan", "1"), ("-0.5", "1"), ("inf", "inf"), ("0.5", "nan"), ("2.0", "1.0"), ("9", "9.5")]
     changed = [[line[0], *new] for line, new in zip(lines, times, strict=False)]
     write_lines(path, map(" ".join, [*changed, *lines[6:]]))
-    expected = {"invalid start": 3, "invalid duration": 2, "truncated recording": 1}
+    expected = {"segment without its times": 3, "segment with impossible times": 2, "truncated recording": 1}
     assert causes_of(europarl_st.CORPUS, europarl, "dev", tmp_path) == expected

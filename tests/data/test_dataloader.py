@@ -452,7 +452,9 @@ def test_what_raises_upon_an_example_costs_that_example(
     how = {"force_finite": True, "sampling": sampling, "max_bad_records": None, "seed": 0, "shard_seed": 0}
     loader = load({"manifest_filepath": manifest, "batch_size": 2, **how, **keys})
     ids = ids_of(loader)
-    assert loader.bad_records.causes() == dict(causes)
+    # NeMo's samplers read noise in the loader, which counts what is left out; ours read it before, and log it.
+    of_noise = {"missing audio": 1, "unreadable audio": 1} if make is faulty_noise and sampling == "nemo" else {}
+    assert loader.bad_records.causes() == dict(causes) | of_noise
     assert len(ids) == len(records) + len(more) - causes.total()
 
 

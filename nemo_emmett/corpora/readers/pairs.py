@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_emmett.corpora.corpus import Recording, Sentence, Skipped, is_time
+from nemo_emmett.corpora.corpus import Recording, Sentence, Skipped, is_seconds
 from nemo_emmett.corpora.readers.languages import chosen
 from nemo_emmett.errors import DataError
 
@@ -24,10 +24,9 @@ class Segment:
     @classmethod
     def of(cls, talk: str, start: Any, end: Any) -> Segment | Skipped:
         """A segment from a publisher's values, which may be of any kind."""
-        if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (start, end)):
+        if not all(is_seconds(value) for value in (start, end)):
             return Skipped("segment without its times")
-        possible = is_time(start) and is_time(end) and start < end
-        return cls(talk, start, end) if possible else Skipped("segment with impossible times")
+        return cls(talk, start, end) if 0 <= start < end else Skipped("segment with impossible times")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", round(self.start, 3))

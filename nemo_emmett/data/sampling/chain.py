@@ -22,7 +22,7 @@ from nemo.collections.common.prompts import PromptFormatter
 from omegaconf import DictConfig
 
 from nemo_emmett.data.bad_records import BadRecords
-from nemo_emmett.data.parsers import feeding
+from nemo_emmett.data.parsers import Reading, feeding, reading
 from nemo_emmett.data.tolerance import KEYS_OF_FUNCTION, SKIPPED, build_tolerant_sampler, guarded, stages_of
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.formatting import format_many
@@ -63,7 +63,8 @@ class ExampleChain:
     ) -> None:
         self._feed = Feed(sample)
         self.bad_records = BadRecords() if bad_records is None else bad_records
-        with feeding(self._feed) as input_cfg:
+        # Noise is read here and not by the workers, so what is left out of it is logged here.
+        with feeding(self._feed) as input_cfg, reading(Reading(BadRecords(announce=True))):
             structured = structured.copy()
             structured.input_cfg = input_cfg
             sampler = build_tolerant_sampler(structured, 0, 1, tokenizer, self.bad_records)[0]
