@@ -112,8 +112,9 @@ def differences(a: Any, b: Any, place: str = "") -> list[str]:
 
 
 @pytest.fixture
-def exact_recipe(recipe) -> dict:
-    """Four epochs with dropout, a schedule, checkpoints of the best and the last."""
+def exact_recipe(recipe, corpus, tiny_corpus) -> dict:
+    """Four epochs with dropout, a schedule, checkpoints of the best and the last; on the same files in every test."""
+    recipe = json.loads(json.dumps(recipe).replace(str(corpus), str(tiny_corpus)))
     recipe["trainer"] |= {"max_steps": STEPS, "limit_train_batches": STEPS_PER_EPOCH}
     recipe["trainer"] |= {"val_check_interval": STEPS_PER_EPOCH, "log_every_n_steps": 1}
     schedule = {"_target_": "nemo.core.optim.lr_scheduler.CosineAnnealing", "warmup_steps": 2, "max_steps": STEPS}
