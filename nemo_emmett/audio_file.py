@@ -81,15 +81,18 @@ def read_header(audio: str | BinaryIO) -> Header:
     Raises:
         AudioFault: if it is missing, empty, or no audio.
     """
-    if isinstance(audio, str):
-        return _header_of_file(audio)
+    return _header_of_file(audio) if isinstance(audio, str) else _header_of(audio)
+
+
+def _header_of(audio: BinaryIO, path: str | None = None) -> Header:
+    """The header in an open file. Given its path, libsndfile reads it by itself, which is quicker."""
     size = audio.seek(0, io.SEEK_END)
     if size == 0:
         raise AudioFault("empty audio")
     try:
         data = _wav_data(audio, size)
         audio.seek(0)
-        info = soundfile.info(io.BytesIO(_closed(audio.read(), data)) if data and data.is_open else audio)
+        info = soundfile.info(io.BytesIO(_closed(audio.read(), data)) if data and data.is_open else path or audio)
     except struct.error as error:  # the file ends before its size says
         raise AudioFault("truncated audio") from error
     except soundfile.SoundFileError as error:
@@ -109,7 +112,7 @@ def _header_of_file(path: str) -> Header:
         raise AudioFault("missing audio", path)
     try:
         with open(path, "rb") as file:
-            return read_header(file)
+            return _header_of(file, path)
     except AudioFault as fault:
         if str(fault) != "unreadable audio":
             raise AudioFault(str(fault), path) from None

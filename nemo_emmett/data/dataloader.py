@@ -155,8 +155,9 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             self._merge_notes_of_this_process()
             self.bad_records.check(self.max_bad_records, at_end=True)
         finally:
-            at_exit.cancel()
-            self._report_epoch()
+            if Finalize is not None:  # as it is where the interpreter closes this generator at its very end
+                at_exit.cancel()
+                self._report_epoch()
 
     def _report_epoch(self) -> None:
         """Say what did not reach training, and why; "" counts what did."""
