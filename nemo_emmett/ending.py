@@ -384,6 +384,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, recipe: DictConfig | None)
         ModelError: if the checkpoint cannot be read, or is not of the recipe's model.
         NonFiniteError: if its weights are not finite.
     """
+    if not checkpoint.exists():
+        raise ModelError(f"'{checkpoint}': there is no such checkpoint.")
     refuse_foreign_folder(folder, "FOLDER")
     if recipe is None:
         beside = checkpoint.absolute().parent / RECIPE_FILE
