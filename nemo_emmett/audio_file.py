@@ -331,7 +331,7 @@ def load_samples(audio: Recording | Cut, cause: str = "unreadable audio", **wind
 
 
 def fault_in(error: BaseException | None) -> AudioFault | None:
-    """The fault behind an exception, which lhotse raises anew with a longer text."""
+    """The fault behind an exception, which lhotse raises again with a longer text."""
     while error is not None:
         if isinstance(error, AudioFault):
             return error

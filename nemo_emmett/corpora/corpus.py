@@ -49,7 +49,7 @@ class Part:
 
     split: str  # as the publisher calls it
     languages: tuple[str, ...]  # ISO 639-1; every sentence of a text part has all of them
-    sentences: Callable[[], Iterable[Sentence | Skipped]]  # reads the files anew at each call, always in the same order
+    sentences: Callable[[], Iterable[Sentence | Skipped]]  # reads the files again at each call, in the same order
     spoken: str | None = None  # the language of the recordings; None: text
     name: str = ""  # of its files; derived from the split and the spoken language unless given
 

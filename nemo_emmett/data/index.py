@@ -63,7 +63,7 @@ class FileChanged(DataError):
     @classmethod
     def of(cls, path: str) -> FileChanged:
         """The error for a file."""
-        return cls(f"{path}: has changed since it was indexed; start again to index it anew.")
+        return cls(f"{path}: has changed since it was indexed; start again, and it is indexed again.")
 
 
 class _Descriptor:

@@ -34,7 +34,7 @@ class StopOnSignal(Callback, Serialization):
     of them received it. With gradient accumulation training goes on to the end of the accumulated step. A second signal
     ends the process at once, as does a first one before training starts.
 
-    SLURM and Kubernetes send SIGKILL 30 seconds after SIGTERM unless they are told otherwise (``KillWait``,
+    SLURM and Kubernetes send SIGKILL 30 seconds after SIGTERM unless configured otherwise (``KillWait``,
     ``terminationGracePeriodSeconds``): a step, a validation batch and the checkpoint must fit in.
 
     ``train`` and ``examples/speechlm/train.py`` add this callback; it replaces NeMo's ``PreemptionCallback``, which

@@ -168,16 +168,16 @@ def _is_marker_of_control(token: str, written: str) -> bool:
     return is_language or token.startswith("<|") or token in written
 
 
-def control_tokens_of(tokenizer: Any, anew: bool = False) -> ControlTokens | None:
+def control_tokens_of(tokenizer: Any, refresh: bool = False) -> ControlTokens | None:
     """The control tokens of a NeMo tokenizer, found once; None where its encoding is not that of a Hugging Face one.
 
     Args:
         tokenizer: of NeMo.
-        anew: find them again if tokens were added since; to look takes milliseconds for a large vocabulary.
+        refresh: find them again if tokens were added since; to look takes milliseconds for a large vocabulary.
     """
     if type(tokenizer) is not AutoTokenizer or tokenizer.include_special_tokens:
         return None
-    if anew and _found_once(tokenizer.tokenizer).size != len(tokenizer.tokenizer):
+    if refresh and _found_once(tokenizer.tokenizer).size != len(tokenizer.tokenizer):
         _found_once.cache_clear()
     return _found_once(tokenizer.tokenizer)
 
