@@ -23,6 +23,7 @@ from nemo.collections.common.data.lhotse.dataloader import (
 )
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data._utils import signal_handling
 
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.bins import auto_bins
@@ -141,7 +142,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self.generator.manual_seed(seed)
         empty_in_a_row = 0
         deliveries = super().__iter__()
-        at_exit = _shut_down_at_exit(deliveries)
+        at_exit = _end_workers_at_exit(deliveries)
         try:
             for delivery in deliveries:
                 self._account_for(delivery)
@@ -155,9 +156,11 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             self._merge_notes_of_this_process()
             self.bad_records.check(self.max_bad_records, at_end=True)
         finally:
-            if Finalize is not None:  # as it is where the interpreter closes this generator at its very end
+            try:
                 at_exit.cancel()
-                self._report_epoch()
+            except TypeError:  # the interpreter closes this generator at its very end, when modules are gone
+                return
+            self._report_epoch()
 
     def _report_epoch(self) -> None:
         """Say what did not reach training, and why; "" counts what did."""
@@ -200,21 +203,28 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             )
 
 
-def _shut_down_at_exit(iterator: Any) -> Finalize:
-    """Have a loader's workers shut down by its own message when the process exits in the middle of an iteration.
+def _end_workers_at_exit(iterator: Any) -> Finalize:
+    """Have a loader's workers ended when the process exits in the middle of an iteration.
 
-    multiprocessing would end them with SIGTERM. torch's handler for SIGCHLD turns that into an exception, and with it
-    into another exit code.
+    multiprocessing would send them SIGTERM, of which they ignore the first, and wait for them; and torch's handler for
+    SIGCHLD would turn their end into an exception, and with it into another exit code.
     """
-    shut_down = getattr(iterator, "_shutdown_workers", None)  # there are none without worker processes
-    return Finalize(None, shut_down or (lambda: None), exitpriority=1)
+
+    def end() -> None:
+        if getattr(iterator, "_worker_pids_set", False):  # not without worker processes
+            signal_handling._remove_worker_pids(id(iterator))
+            iterator._worker_pids_set = False
+            for worker in iterator._workers:
+                worker.kill()
+
+    return Finalize(None, end, exitpriority=1)
 
 
 class WorkerInit:
     """Prepares a worker process: signals to the whole process group must not end it before the training's last step.
 
     A terminal sends SIGINT to every process, SLURM sends SIGTERM to every process of a job. The worker ignores the
-    first SIGTERM and ends with the second; the loader ends its workers by a message, and otherwise by SIGTERM.
+    first SIGTERM and ends with the second; the loader ends its workers by a message, and at exit with SIGKILL.
 
     Args:
         init: what else is to be done in a worker.
