@@ -69,8 +69,9 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
 
     A batch of which nothing is left is left out, unless ranks would fall out of step: then it is an empty dict.
 
-    With our own samplers (:attr:`progress` is not None) iterating anew goes on behind the last batch trained on, and
-    with the next epoch where finite data has ended; :meth:`state_dict` makes another loader go on there.
+    With our own samplers (:attr:`progress` is not None) each iteration over finite data is the next pass, in an order
+    of its own, also where the last one was left before its end; data without end continues after the last batch trained
+    on. :meth:`state_dict` makes another loader continue there, with the rest of the pass.
 
     Args:
         dataset: delivers batches with their notes; :class:`ResumableDeliveries` with the state of the data besides.
@@ -98,7 +99,8 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self._epoch_of_last_pass: int | None = None
         self.progress: Progress | None = None
         if isinstance(dataset, ResumableDeliveries):
-            self.progress = Progress(self.num_workers, dataset.plan.world_size, dataset.plan.seed)
+            plan = dataset.plan
+            self.progress = Progress(self.num_workers, plan.world_size, plan.seed, plan.finite)
 
     @property
     def _delivering(self) -> DeliveringDataset:

@@ -31,9 +31,13 @@ class ResumableData(Callback, Serialization):
                 - _target_: nemo_emmett.callbacks.ResumableData
     """
 
+    def __init__(self) -> None:
+        self._loaders: list[MultimodalDataLoader] = []
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install the resumable epoch loop before a checkpoint is restored."""
         if stage == "fit":
+            self._loaders = []
             install_resumable_loop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,8 +48,21 @@ class ResumableData(Callback, Serialization):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on a batch counts when it was trained on."""
-        for loader in _resumable_loaders(trainer):
+        self._loaders = list(_resumable_loaders(trainer))
+        for loader in self._loaders:
             loader.progress.count_trained()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make new loaders (``reload_dataloaders_every_n_epochs``) continue where the old ones were.
+
+        Lightning begins to iterate over a new loader before this hook, and once more after it.
+        """
+        loaders = list(_resumable_loaders(trainer))
+        for old, new in zip(self._loaders, loaders, strict=False):
+            if new is not old:
+                new.load_state_dict(old.state_dict() | {"epoch_ended": True})
+                new.progress.count_trained()
+        self._loaders = loaders
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
