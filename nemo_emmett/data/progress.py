@@ -63,16 +63,25 @@ class Progress:
         """
         self._take_what_counts()
         self._handed_out.clear()
-        is_over = self.finite and self._has_begun and not self._completes_pass
-        self._completes_pass = False
-        if is_over or all(self._ended):
+        if all(self._ended):
             self._begin_next_pass()
+        elif not self._completes_pass:
+            self.end_epoch()
+        self._completes_pass = False
         return Start(tuple(self._states), self._next_worker, self._epoch)
 
     @property
     def _has_begun(self) -> bool:
         """Whether anything of the current pass was trained on; the same on all ranks, as the states are."""
         return any(state is not None for state in self._states)
+
+    def end_epoch(self) -> None:
+        """The trainer's epoch is over: the next iteration over finite data is the next pass."""
+        self._take_what_counts()
+        self._handed_out.clear()
+        self._completes_pass = False
+        if self.finite and self._has_begun:
+            self._begin_next_pass()
 
     def _begin_next_pass(self) -> None:
         self._epoch += 1
@@ -163,8 +172,8 @@ class Progress:
         self._ended, self._next_worker, self._epoch = ended, next_worker, state["epoch"]
         self._handed_out.clear()
         self._completes_pass = True
-        if self.finite and self._has_begun and state.get("epoch_ended"):
-            self._begin_next_pass()
+        if state.get("epoch_ended"):
+            self.end_epoch()
 
 
 def _shared_out_anew(workers: list[dict | None], num_workers: int) -> list[dict | None]:

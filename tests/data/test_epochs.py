@@ -126,6 +126,7 @@ def fit(
     folder: Path | None = None,
     saver: SaveEverywhere | None = None,
     resume: Path | None = None,
+    sanity_check: bool = True,
     extra: tuple[Callback, ...] = (),
     **options: Any,
 ) -> Model:
@@ -138,7 +139,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        num_sanity_val_steps=1,
+        num_sanity_val_steps=int(sanity_check),
         callbacks=[*extra, saver] if saver is not None else [*extra],
         **options,
     )
@@ -198,7 +199,7 @@ OPTIONS = {
     "epochs": {"max_epochs": 3},
     "steps": {"max_steps": 17},
     "validation-within-epochs": {"max_epochs": 3, "val_check_interval": 3},
-    "validation-across-epochs": {"max_epochs": 3, "val_check_interval": 5, "check_val_every_n_epoch": None},
+    "validation-across-epochs": {"max_steps": 17, "val_check_interval": 5, "check_val_every_n_epoch": None},
     "validation-of-every-second-epoch": {"max_epochs": 4, "check_val_every_n_epoch": 2},
     "accumulation": {"max_epochs": 3, "accumulate_grad_batches": 3},
     "reloading": {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1},
@@ -286,7 +287,7 @@ def test_each_checkpoint_resumes_with_the_rest_of_its_pass(ours, cuts_path, tmp_
     saver = SaveEverywhere(tmp_path)
     whole = fit(ours(config), limit, saver=saver, **length)
     for path, events, steps in saver.saved:
-        resumed = fit(ours(config), limit, resume=path, num_sanity_val_steps=0, **length)
+        resumed = fit(ours(config), limit, resume=path, sanity_check=False, **length)
         assert resumed.examples == whole.examples[steps:], path.name
         assert resumed.events == whole.events[events:], path.name
 
