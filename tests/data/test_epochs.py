@@ -187,7 +187,7 @@ def validations(model: Model) -> list[int]:
     [(BELOW, 16, [4, 8, 12, 16]), (AT, 28, [7, 14, 21, 28]), (ABOVE, 28, []), (None, 28, [7, 14, 21, 28])],
     ids=["below", "at", "above", "no-limit"],
 )
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_epochs_of_nemos_recipe_by_hand(ours, cuts_path, limit, steps, validated, workers) -> None:
     """Four epochs of 4, 7, and (where the data ends before the limit) 7 batches."""
     model = fit(ours(salm_yaml(cuts_path, num_workers=workers)), limit, max_epochs=4)
@@ -206,12 +206,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("limit", [BELOW, AT, ABOVE, None], ids=["below", "at", "above", "no-limit"])
+@pytest.mark.parametrize("limit", [BELOW, AT, ABOVE], ids=["below", "at", "above"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_steps_validations_and_checkpoints_are_stock_nemos(stock, ours, cuts_path, tmp_path, limit, options) -> None:
     config = salm_yaml(cuts_path, num_workers=0)
-    if limit is None and isinstance(options.get("val_check_interval"), int) and "check" not in str(options):
-        options = options | {"val_check_interval": 1.0}
     reference = fit(stock(config), limit, tmp_path / "stock", **options)
     model = fit(ours(config), limit, tmp_path / "ours", **options)
     assert model.events == reference.events
@@ -280,8 +278,17 @@ def test_data_without_end_continues_from_epoch_to_epoch(ours, cuts_path, reload)
 # Interrupted and resumed
 
 
-@pytest.mark.parametrize("limit", [BELOW, AT, ABOVE, None], ids=["below", "at", "above", "no-limit"])
-@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_steps": 18}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    ("limit", "length"),
+    [
+        (BELOW, {"max_epochs": 3}),
+        (BELOW, {"max_steps": 10}),
+        (AT, {"max_epochs": 2}),
+        (ABOVE, {"max_epochs": 2}),
+        (ABOVE, {"max_steps": 10}),
+        (None, {"max_epochs": 2}),
+    ],
+)
 def test_each_checkpoint_resumes_with_the_rest_of_its_pass(ours, cuts_path, tmp_path, limit, length) -> None:
     config = salm_yaml(cuts_path, num_workers=0)
     saver = SaveEverywhere(tmp_path)
@@ -326,41 +333,65 @@ LIMITS_OF_RANKS = {"below": 3, "at": 4, "above": 6}
 
 
 def fit_all(run: Run, rank: int, port: int) -> None:
-    """On one of two ranks: stock NeMo and ours with each limit, and ours once more from some of its checkpoints."""
+    """On one of two ranks: stock NeMo and ours with each limit, and ours again from checkpoints around an epoch's end.
+
+    Then ours on cuts of which one rank cannot read the whole second batch.
+    """
     join_ranks(run, rank, port)
     tokenizer = AutoTokenizer(str(run.tokenizer))
-    config = dict(run.train_ds)
+    dataset = SALMDataset(tokenizer)
+    ranks = {"devices": 2, "strategy": "ddp", "max_epochs": 2}
+    config, spoilt = run.train_ds["intact"], run.train_ds["spoilt"]
     found = {}
-    for name, limit in LIMITS_OF_RANKS.items():
-        ranks = {"devices": 2, "strategy": "ddp", "max_epochs": 3}
-        stock = fit(DataModule(OmegaConf.create(config), tokenizer, SALMDataset(tokenizer)), limit, **ranks)
+    for number, (name, limit) in enumerate(LIMITS_OF_RANKS.items()):
+        stock = fit(DataModule(OmegaConf.create(config), tokenizer, dataset), limit, **ranks)
         saver = SaveEverywhere(run.folder / name)
-
-        def ours(limit=limit, ranks=ranks, **options: Any) -> Model:
-            return fit(MultimodalDataModule(config, tokenizer, SALMDataset(tokenizer)), limit, **ranks, **options)
-
-        whole = ours(saver=saver)
+        whole = fit(MultimodalDataModule(config, tokenizer, dataset), limit, saver=saver, **ranks)
         resumed = {}
-        for path, _, steps in saver.around_an_epoch_end():
-            resumed[path.name] = [ours(resume=path).examples, whole.examples[steps:]]
-        found[name] = {"stock": stock.events, "ours": whole.events, "examples": whole.steps_of_epochs}
+        for path, _, steps in saver.around_an_epoch_end()[number : number + 2]:
+            again = fit(MultimodalDataModule(config, tokenizer, dataset), limit, resume=path, **ranks)
+            resumed[path.name] = [again.examples, whole.examples[steps:]]
+        found[name] = {"stock": stock.events, "ours": whole.events, "epochs": whole.steps_of_epochs}
         found[name]["resumed"] = resumed
+    found["spoilt"] = fit(MultimodalDataModule(spoilt, tokenizer, dataset), 9, **ranks).steps_of_epochs
     (run.folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 
-def test_two_ranks_have_stock_nemos_epochs_and_resume_in_their_pass(tmp_path, tokenizer, cuts_path) -> None:
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory, tokenizer, cuts_path) -> list[dict]:
+    """What :func:`fit_all` has found on either rank."""
     start_server()
-    config = salm_yaml(cuts_path, num_workers=0, shard_seed=0)
-    run = Run(tmp_path, config, Path(tokenizer.tokenizer.name_or_path), world_size=2)
-    complete(run, fit_all)
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    for name, limit in LIMITS_OF_RANKS.items():
-        for of_rank in (rank[name] for rank in ranks):
-            assert of_rank["ours"] == of_rank["stock"]
-            assert [len(epoch) for epoch in of_rank["examples"]] == [min(limit, 4)] * 3
-            for place, (examples, expected) in of_rank["resumed"].items():
-                assert examples == expected, place
-        for first, second in zip(ranks[0][name]["examples"], ranks[1][name]["examples"], strict=True):
-            seen = [example for step in (*first, *second) for example in step]
-            assert len(set(seen)) == len(seen)
-            assert name == "below" or len(seen) == CUTS
+    folder = tmp_path_factory.mktemp("ranks")
+    corpus = Corpus(folder)
+    manifest = corpus.source("speech_fr", CUTS)["manifest_filepath"]
+    for number in (6, 7):  # after two batches for each rank
+        corpus.audio_path("speech_fr", number).write_bytes(b"this is no sound")
+    spoilt = salm_yaml(cuts_path, num_workers=0, shuffle=False, max_bad_records=None)
+    source = {"type": "lhotse_as_conversation", "manifest_filepath": manifest, "audio_locator_tag": LOCATOR}
+    spoilt["train_ds"]["input_cfg"] = [source]
+    configs = {"intact": salm_yaml(cuts_path, num_workers=0, shard_seed=0), "spoilt": spoilt}
+    complete(Run(folder, configs, Path(tokenizer.tokenizer.name_or_path), world_size=2), fit_all)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", LIMITS_OF_RANKS)
+def test_two_ranks_have_stock_nemos_epochs_and_resume_in_their_pass(of_two_ranks, name) -> None:
+    for found in (of_rank[name] for of_rank in of_two_ranks):
+        assert found["ours"] == found["stock"]
+        assert [len(epoch) for epoch in found["epochs"]] == [min(LIMITS_OF_RANKS[name], 4)] * 2
+        assert len(found["resumed"]) == 2
+        for checkpoint, (examples, expected) in found["resumed"].items():
+            assert examples == expected, checkpoint
+    first, second = (of_rank[name]["epochs"] for of_rank in of_two_ranks)
+    for steps in (one + other for one, other in zip(first, second, strict=True)):
+        seen = [example for step in steps for example in step]
+        assert len(set(seen)) == len(seen)
+        assert name == "below" or len(seen) == CUTS
+
+
+def test_two_ranks_end_a_pass_in_step_where_one_cannot_read_a_batch(of_two_ranks) -> None:
+    """Of 4 steps the second is left out on both ranks, the last one has a cut for each."""
+    numbers = [[0, 1, 8, 9, 12], [2, 3, 10, 11, 13]]
+    for of_rank, expected in zip(of_two_ranks, numbers, strict=True):
+        for epoch in of_rank["spoilt"]:
+            assert [int(name[-9:-4]) for step in epoch for name in step] == expected
