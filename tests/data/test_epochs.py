@@ -7,6 +7,8 @@ its end, checkpoints by ``exp_manager``. The model counts; stock NeMo's own ``Da
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
 from nemo_emmett.callbacks import ResumableData
-from nemo_emmett.data import MultimodalDataModule
+from nemo_emmett.data import MultimodalDataModule, get_multimodal_dataloader
 
 from .corpora import Corpus
 from .fitting import Run, complete, join_ranks, start_server
@@ -34,15 +36,40 @@ PASS = 7
 """Batches of a pass: 14 cuts by twos."""
 
 BELOW, AT, ABOVE = 4, 7, 9
+LIMITS = {"below": BELOW, "at": AT, "above": ABOVE}
 
 
 @pytest.fixture(scope="module")
-def cuts_path(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("cuts")
-    manifest = Corpus(folder).source("speech_de", CUTS)["manifest_filepath"]
-    path = folder / "cuts.jsonl"
+def manifest(tmp_path_factory) -> str:
+    return Corpus(tmp_path_factory.mktemp("cuts")).source("speech_de", CUTS)["manifest_filepath"]
+
+
+@pytest.fixture(scope="module")
+def cuts_path(manifest) -> str:
+    path = Path(manifest).with_suffix(".jsonl")
     CutSet(LazyNeMoIterator([manifest])).to_file(path)
     return str(path)
+
+
+@pytest.fixture
+def config_of(manifest, cuts_path):
+    """NeMo's recipe, whose data we read from its beginning, and one of a plain manifest, which we read by number."""
+
+    def make(shape: str, **train_ds: Any) -> dict:
+        if shape == "salm.yaml":
+            return salm_yaml(cuts_path, **train_ds)
+        keys = {"manifest_filepath": manifest, "pretokenize": False, "shard_seed": 0}
+        training = {"sampling": "emmett", "shuffle": True, "batch_size": BATCH_SIZE}
+        return {"train_ds": keys | training | train_ds, "validation_ds": keys | {"batch_size": 1}}
+
+    return make
+
+
+class Ids(torch.utils.data.Dataset):
+    """A dataset for lhotse cuts."""
+
+    def __getitem__(self, cuts: CutSet) -> dict:
+        return {"ids": [cut.id for cut in cuts]}
 
 
 def salm_yaml(cuts_path: str, **train_ds: Any) -> dict:
@@ -55,18 +82,29 @@ def salm_yaml(cuts_path: str, **train_ds: Any) -> dict:
     return {"train_ds": common | training | train_ds, "validation_ds": common | validation}
 
 
-class Model(LightningModule):
-    """Keeps what happens to it."""
+class Interrupted(Exception):
+    """Ends a training."""
 
-    def __init__(self) -> None:
+
+class Model(LightningModule):
+    """Keeps what happens to it.
+
+    Args:
+        fails_at: raise in this step (from 0).
+    """
+
+    def __init__(self, fails_at: int | None = None) -> None:
         super().__init__()
+        self.fails_at = fails_at
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.events: list[list] = []
         self.examples: list[list[str]] = []
 
     def training_step(self, batch: dict) -> torch.Tensor:
+        if self.global_step == self.fails_at:
+            raise Interrupted
         self.events.append(["train", self.current_epoch, self.global_step])
-        self.examples.append([conversation.id for conversation in batch["conversations"]])
+        self.examples.append(batch.get("ids") or [conversation.id for conversation in batch["conversations"]])
         return self.weight * 1.0
 
     def validation_step(self, batch: dict) -> None:
@@ -101,6 +139,10 @@ class SaveEverywhere(Callback):
         trainer.save_checkpoint(path)
         self.saved.append((path, len(model.events) + extra_events, len(model.examples)))
 
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if batch_idx == 0:
+            self.save("train_batch_start", trainer, module)
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.save("train_batch_end", trainer, module)
 
@@ -117,7 +159,7 @@ class SaveEverywhere(Callback):
     def around_an_epoch_end(self) -> list[tuple[Path, int, int]]:
         """Some of what was saved: within the first epoch, as its last step ends, at its end, and within the second."""
         end = next(number for number, (path, _, _) in enumerate(self.saved) if "epoch_end" in path.name)
-        return [self.saved[number] for number in (1, end - 1, end, end + 2)]
+        return [self.saved[number] for number in (2, end - 1, end, end + 3)]
 
 
 def fit(
@@ -127,6 +169,7 @@ def fit(
     saver: SaveEverywhere | None = None,
     resume: Path | None = None,
     sanity_check: bool = True,
+    fails_at: int | None = None,
     extra: tuple[Callback, ...] = (),
     **options: Any,
 ) -> Model:
@@ -149,8 +192,9 @@ def fit(
         keys = {"explicit_log_dir": str(folder), "create_tensorboard_logger": False, "log_step_timing": False}
         keys |= {"create_checkpoint_callback": True, "checkpoint_callback_params": checkpoints}
         exp_manager(trainer, OmegaConf.create(keys | {"resume_if_exists": True, "resume_ignore_no_checkpoint": True}))
-    model = Model()
-    trainer.fit(model, data, ckpt_path=resume)
+    model = Model(fails_at)
+    with suppress(Interrupted):
+        trainer.fit(model, data, ckpt_path=resume)
     return model
 
 
@@ -161,7 +205,8 @@ def checkpoints_in(folder: Path) -> list[str]:
 @pytest.fixture
 def stock(tokenizer):
     def make(config: dict) -> DataModule:
-        return DataModule(OmegaConf.create(config), tokenizer, SALMDataset(tokenizer))
+        dataset = Ids() if "manifest_filepath" in config["train_ds"] else SALMDataset(tokenizer)
+        return DataModule(OmegaConf.create(config), tokenizer, dataset)
 
     return make
 
@@ -169,7 +214,8 @@ def stock(tokenizer):
 @pytest.fixture
 def ours(tokenizer):
     def make(config: dict) -> DataModule:
-        return MultimodalDataModule(config, tokenizer, SALMDataset(tokenizer))
+        dataset = Ids() if "manifest_filepath" in config["train_ds"] else SALMDataset(tokenizer)
+        return MultimodalDataModule(config, tokenizer, dataset)
 
     return make
 
@@ -206,10 +252,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("limit", [BELOW, AT, ABOVE], ids=["below", "at", "above"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_steps_validations_and_checkpoints_are_stock_nemos(stock, ours, cuts_path, tmp_path, limit, options) -> None:
-    config = salm_yaml(cuts_path, num_workers=0)
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize(
+    ("shape", "options"), [("salm.yaml", "epochs"), ("salm.yaml", "steps"), *(("manifest", name) for name in OPTIONS)]
+)
+def test_steps_validations_and_checkpoints_are_stock_nemos(
+    stock, ours, config_of, tmp_path, shape, options, limit
+) -> None:
+    config, options = config_of(shape, num_workers=0), OPTIONS[options]
     reference = fit(stock(config), limit, tmp_path / "stock", **options)
     model = fit(ours(config), limit, tmp_path / "ours", **options)
     assert model.events == reference.events
@@ -248,11 +298,13 @@ def test_a_share_of_a_pass_is_refused_as_by_stock_nemo(stock, ours, cuts_path, o
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("reload", [0, 1], ids=["one-loader", "a-new-loader-each-epoch"])
-def test_each_epoch_is_a_pass_in_an_order_of_its_own(ours, cuts_path, workers, reload) -> None:
-    config = salm_yaml(cuts_path, num_workers=workers)
+@pytest.mark.parametrize("shape", ["salm.yaml", "manifest"])
+def test_each_epoch_is_a_pass_in_an_order_of_its_own(ours, config_of, shape, workers, reload) -> None:
+    config = config_of(shape, num_workers=workers)
     options = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": reload}
     whole = fit(ours(config), ABOVE, **options).steps_of_epochs
-    assert [len(epoch) for epoch in whole] == [PASS] * 4
+    last_batches = 2 if (shape, workers) == ("manifest", 2) else 1  # 7 cuts for each of two workers
+    assert [len(epoch) for epoch in whole] == [PASS - 1 + last_batches] * 4
     for epoch in whole:
         assert len({example for step in epoch for example in step}) == CUTS
     assert all(one != other for number, one in enumerate(whole) for other in whole[:number])
@@ -260,8 +312,8 @@ def test_each_epoch_is_a_pass_in_an_order_of_its_own(ours, cuts_path, workers, r
     assert limited == [epoch[:BELOW] for epoch in whole], "an epoch below the pass is the head of that pass"
 
 
-def test_without_shuffling_each_epoch_is_the_same(ours, cuts_path) -> None:
-    config = salm_yaml(cuts_path, num_workers=0, shuffle=False)
+def test_without_shuffling_each_epoch_is_the_same(ours, config_of) -> None:
+    config = config_of("manifest", num_workers=0, shuffle=False)
     first, second = fit(ours(config), BELOW, max_epochs=2).steps_of_epochs
     assert first == second
 
@@ -279,34 +331,79 @@ def test_data_without_end_continues_from_epoch_to_epoch(ours, cuts_path, reload)
 
 
 @pytest.mark.parametrize(
-    ("limit", "length"),
+    ("shape", "limit", "length"),
     [
-        (BELOW, {"max_epochs": 3}),
-        (BELOW, {"max_steps": 10}),
-        (AT, {"max_epochs": 2}),
-        (ABOVE, {"max_epochs": 2}),
-        (ABOVE, {"max_steps": 10}),
-        (None, {"max_epochs": 2}),
+        ("manifest", BELOW, {"max_epochs": 3}),
+        ("manifest", BELOW, {"max_steps": 10}),
+        ("manifest", AT, {"max_epochs": 2}),
+        ("manifest", ABOVE, {"max_epochs": 2}),
+        ("manifest", ABOVE, {"max_steps": 10}),
+        ("manifest", None, {"max_epochs": 2}),
+        ("salm.yaml", BELOW, {"max_epochs": 2}),
+        ("salm.yaml", ABOVE, {"max_steps": 8}),
     ],
 )
-def test_each_checkpoint_resumes_with_the_rest_of_its_pass(ours, cuts_path, tmp_path, limit, length) -> None:
-    config = salm_yaml(cuts_path, num_workers=0)
+def test_each_checkpoint_resumes_with_the_rest_of_its_pass(ours, config_of, tmp_path, shape, limit, length) -> None:
+    config = config_of(shape, num_workers=0)
     saver = SaveEverywhere(tmp_path)
     whole = fit(ours(config), limit, saver=saver, **length)
+    of_an_epoch = min(limit or PASS, PASS)
     for path, events, steps in saver.saved:
+        if "batch_end" in path.name and steps not in (1, of_an_epoch, of_an_epoch + 1):
+            continue
         resumed = fit(ours(config), limit, resume=path, sanity_check=False, **length)
         assert resumed.examples == whole.examples[steps:], path.name
         assert resumed.events == whole.events[events:], path.name
 
 
-@pytest.mark.parametrize("limit", [BELOW, AT, ABOVE], ids=["below", "at", "above"])
-def test_two_workers_resume_within_a_pass_and_at_the_end_of_an_epoch(ours, cuts_path, tmp_path, limit) -> None:
-    config = salm_yaml(cuts_path, num_workers=2)
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
+def test_two_workers_resume_within_a_pass_and_at_the_end_of_an_epoch(ours, config_of, tmp_path, limit) -> None:
+    config = config_of("manifest", num_workers=2)
     saver = SaveEverywhere(tmp_path)
     whole = fit(ours(config), limit, saver=saver, max_epochs=2)
     for path, _, steps in saver.around_an_epoch_end():
         resumed = fit(ours(config), limit, resume=path, max_epochs=2)
         assert resumed.examples == whole.examples[steps:], path.name
+
+
+@pytest.mark.parametrize(
+    ("limit", "fails_at", "options"),
+    [(BELOW, 6, {}), (AT, 9, {}), (ABOVE, 11, {"val_check_interval": 3})],
+    ids=LIMITS,
+)
+def test_an_interrupted_run_of_the_same_command_has_stock_nemos_checkpoints(
+    stock, ours, config_of, tmp_path, limit, fails_at, options
+) -> None:
+    config, options = config_of("manifest", num_workers=0), {"max_epochs": 3} | options
+    reference = fit(stock(config), limit, tmp_path / "stock", **options)
+    whole = fit(ours(config), limit, **options)
+    fit(ours(config), limit, tmp_path / "ours", fails_at=fails_at, **options)
+    before = checkpoints_in(tmp_path / "ours")
+    resumed = fit(ours(config), limit, tmp_path / "ours", sanity_check=False, **options)
+    assert 0 < len(resumed.examples) < len(whole.examples)
+    assert resumed.examples == whole.examples[-len(resumed.examples) :]
+    assert resumed.events == reference.events[-len(resumed.events) :]
+    assert before != checkpoints_in(tmp_path / "ours") == checkpoints_in(tmp_path / "stock")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fusion", ["zip", "round_robin", "randomized_round_robin"])
+def test_fused_groups_resume_anywhere_in_a_pass(tmp_path, fusion, workers) -> None:
+    """Also where one of the groups has ended, and where all have."""
+    corpus = Corpus(tmp_path)
+    config = {"multi_config": True, "sampler_fusion": fusion, "sampling": "emmett", "force_finite": True}
+    config |= {"shuffle": True, "seed": 0, "shard_seed": 0, "num_workers": workers}
+    for name, size in (("speech_de", 17), ("speech_fr", 4)):
+        config[name] = {"input_cfg": [corpus.source(name, size)], "batch_size": 2, "pretokenize": False}
+    loader = get_multimodal_dataloader(config, 0, 1, Ids(), None)
+    passes = [list(loader), list(loader)]
+    assert passes[0] != passes[1]
+    for stop_after in {1, len(passes[0]) - 1, len(passes[0])}:
+        interrupted, resumed = (get_multimodal_dataloader(config, 0, 1, Ids(), None) for _ in range(2))
+        before = list(islice(interrupted, stop_after))
+        resumed.load_state_dict(interrupted.state_dict())
+        assert before + list(resumed) == passes[0]
+        assert list(resumed) == passes[1]
 
 
 def test_a_stock_recipe_with_our_loader_and_callback_resumes_in_its_pass(stock, cuts_path, tmp_path) -> None:
@@ -318,8 +415,8 @@ def test_a_stock_recipe_with_our_loader_and_callback_resumes_in_its_pass(stock, 
         assert resumed.examples == whole.examples[steps:], path.name
 
 
-def test_a_longer_training_continues_the_epoch_that_max_steps_ended(ours, cuts_path, tmp_path) -> None:
-    config = salm_yaml(cuts_path, num_workers=0)
+def test_a_longer_training_continues_the_epoch_that_max_steps_ended(ours, config_of, tmp_path) -> None:
+    config = config_of("manifest", num_workers=0)
     saver = SaveEverywhere(tmp_path)
     short = fit(ours(config), BELOW, saver=saver, max_steps=6)
     resumed = fit(ours(config), BELOW, resume=saver.saved[-1][0], max_steps=12)
