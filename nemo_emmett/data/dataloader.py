@@ -25,6 +25,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data._utils import signal_handling
 
+from nemo_emmett.data.agreement import RanksInStep, ranks_load_data
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.bins import auto_bins
 from nemo_emmett.data.check import check_dataset
@@ -69,8 +70,9 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
 
     A batch of which nothing is left is left out, unless ranks would fall out of step: then it is an empty dict.
 
-    With our own samplers (:attr:`progress` is not None) iterating anew goes on behind the last batch trained on, and
-    with the next epoch where finite data has ended; :meth:`state_dict` makes another loader go on there.
+    With our own samplers (:attr:`progress` is not None) each iteration over finite data is the next pass, in an order
+    of its own, also where the last one was left before its end; data without end continues after the last batch trained
+    on. :meth:`state_dict` makes another loader continue there, with the rest of the pass.
 
     Args:
         dataset: delivers batches with their notes; :class:`ResumableDeliveries` with the state of the data besides.
@@ -97,8 +99,12 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self.filtered: Counter[str] = Counter()  # examples that NeMo's filters left out, by their keys; "": those kept
         self._epoch_of_last_pass: int | None = None
         self.progress: Progress | None = None
+        self._ranks: RanksInStep | None = None
         if isinstance(dataset, ResumableDeliveries):
-            self.progress = Progress(self.num_workers, dataset.plan.world_size, dataset.plan.seed)
+            plan = dataset.plan
+            self.progress = Progress(self.num_workers, plan.world_size, plan.seed, plan.finite)
+            if plan.finite and not hands_out_empty and ranks_load_data(plan.world_size):
+                self._ranks = RanksInStep()
 
     @property
     def _delivering(self) -> DeliveringDataset:
@@ -149,6 +155,8 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 empty_in_a_row = empty_in_a_row + 1 if is_empty(delivery.batch) else 0
                 self._check_progress(empty_in_a_row)
                 hand_out = not empty_in_a_row or (self.hands_out_empty and not delivery.is_last)
+                if self._ranks is not None and not delivery.is_last:
+                    hand_out = self._all_ranks_hand_out(hand_out)
                 if self.progress is not None:
                     self.progress.hand_out(delivery, is_batch=hand_out)
                 if hand_out:
@@ -161,6 +169,15 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             except TypeError:  # the interpreter closes this generator at its very end, when modules are gone
                 return
             self._report_epoch()
+
+    def _all_ranks_hand_out(self, hand_out: bool) -> bool:
+        agreed = self._ranks.all_have(hand_out)
+        if hand_out and not agreed:
+            logging.warning(
+                "A batch is left out on all ranks, since on one of them nothing of it could be read and the model "
+                "cannot take an empty batch."
+            )
+        return agreed
 
     def _report_epoch(self) -> None:
         """Say what did not reach training, and why; "" counts what did."""

@@ -34,16 +34,19 @@ class Progress:
         num_workers: processes that make batches, at least 1.
         world_size: number of ranks.
         seed: by which the data is shuffled.
+        finite: a pass over the data has an end; then each iteration is a pass of its own.
     """
 
-    def __init__(self, num_workers: int, world_size: int, seed: int = 0) -> None:
+    def __init__(self, num_workers: int, world_size: int, seed: int = 0, finite: bool = False) -> None:
         self.num_workers = max(num_workers, 1)
         self.world_size = world_size
         self.seed = seed
+        self.finite = finite
         self._states: list[bytes | None] = [None] * self.num_workers
         self._ended = [False] * self.num_workers
         self._next_worker = 0
-        self._epoch = 0
+        self._epoch = 0  # the number of the pass over finite data
+        self._completes_pass = False  # the next iteration is the rest of a pass that was interrupted
         self._waits_for_training = False
         self._handed_out: deque[_HandedOut] = deque()
 
@@ -52,15 +55,39 @@ class Progress:
         self._waits_for_training = True
 
     def start(self) -> Start:
-        """Where an iteration begins: behind the last batch trained on, or with the next epoch where one has ended."""
+        """Where an iteration begins.
+
+        Data without end continues after the last batch trained on. Finite data begins its next pass once a batch of the
+        current one was trained on, also where not all of it was; only the first iteration after
+        :meth:`load_state_dict` is the rest of the pass that was interrupted.
+        """
         self._take_what_counts()
         self._handed_out.clear()
         if all(self._ended):
-            self._epoch += 1
-            self._states = [None] * self.num_workers
-            self._ended = [False] * self.num_workers
-            self._next_worker = 0
+            self._begin_next_pass()
+        elif not self._completes_pass:
+            self.end_epoch()
+        self._completes_pass = False
         return Start(tuple(self._states), self._next_worker, self._epoch)
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether anything of the current pass was trained on; the same on all ranks, as the states are."""
+        return any(state is not None for state in self._states)
+
+    def end_epoch(self) -> None:
+        """The trainer's epoch is over: the next iteration over finite data is the next pass."""
+        self._take_what_counts()
+        self._handed_out.clear()
+        self._completes_pass = False
+        if self.finite and self._has_begun:
+            self._begin_next_pass()
+
+    def _begin_next_pass(self) -> None:
+        self._epoch += 1
+        self._states = [None] * self.num_workers
+        self._ended = [False] * self.num_workers
+        self._next_worker = 0
 
     def hand_out(self, delivery: Delivery, is_batch: bool) -> None:
         """Note what comes from a worker: a batch for training, or something that training never sees."""
@@ -101,13 +128,14 @@ class Progress:
             "world_size": self.world_size,
             "seed": self.seed,
             "epoch": self._epoch,
+            "epoch_ended": False,  # the trainer's epoch loop changes it where a checkpoint resumes with the next epoch
             "next_worker": self._next_worker,
             "ended": list(self._ended),
             "workers": [None if state is None else pickle.loads(state) for state in self._states],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Continue from a state: with the rest of its pass, or, if ``epoch_ended`` is set, with the next one.
 
         Another number of ranks goes on with the same examples in the same order, in other batches. Another number of
         workers goes on behind what any of them has read, which is logged.
@@ -143,6 +171,9 @@ class Progress:
         self._states = [None if worker is None else pickle.dumps(worker) for worker in workers]
         self._ended, self._next_worker, self._epoch = ended, next_worker, state["epoch"]
         self._handed_out.clear()
+        self._completes_pass = True
+        if state.get("epoch_ended"):
+            self.end_epoch()
 
 
 def _shared_out_anew(workers: list[dict | None], num_workers: int) -> list[dict | None]:

@@ -31,6 +31,10 @@ class ResumableData(Callback, Serialization):
                 - _target_: nemo_emmett.callbacks.ResumableData
     """
 
+    def __init__(self) -> None:
+        self._loaders: list[MultimodalDataLoader] = []
+        self._epoch_begins = False
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install the resumable epoch loop before a checkpoint is restored."""
         if stage == "fit":
@@ -44,8 +48,24 @@ class ResumableData(Callback, Serialization):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on a batch counts when it was trained on."""
-        for loader in _resumable_loaders(trainer):
+        self._loaders = list(_resumable_loaders(trainer))
+        self._epoch_begins = False  # the first one may be the rest of one that was interrupted
+        for loader in self._loaders:
             loader.progress.count_trained()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin an epoch of finite data anew, and let new loaders (``reload_dataloaders_every_n_epochs``) take over.
+
+        Lightning begins to iterate after this hook, over new loaders once before it as well.
+        """
+        loaders = list(_resumable_loaders(trainer))
+        if self._epoch_begins:
+            for old, new in zip(self._loaders, loaders, strict=False):
+                old.progress.end_epoch()
+                if new is not old:
+                    new.load_state_dict(old.state_dict())
+                    new.progress.count_trained()
+        self._loaders, self._epoch_begins = loaders, True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

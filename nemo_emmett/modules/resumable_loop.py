@@ -124,6 +124,7 @@ class ResumableEpochLoop(_TrainingEpochLoop):
             self.scheduler_progress.reset_on_run()
             self.automatic_optimization.optim_progress.reset_on_run()
             self.val_loop.batch_progress.total.reset()
+            _end_epoch_of_data(self.trainer)
         _settle(epochs, done, epochs.total.processed - (epochs.current.processed - done))
         # Without an epoch that is begun and unfinished, Lightning would not restore the position in the data.
         epochs.current.ready += 1
@@ -136,6 +137,19 @@ def _settle(progress: _Progress, current: int, total: int) -> None:
     """So many events are over, none is under way."""
     for tracker, count in ((progress.current, current), (progress.total, total)):
         _BaseProgress.load_state_dict(tracker, dict.fromkeys(vars(tracker), count))
+
+
+def _end_epoch_of_data(trainer: Trainer) -> None:
+    """The loaders that are about to be restored continue with their next epoch, not with the rest of the last one.
+
+    That an epoch is over after ``limit_train_batches`` is known to the loops only. A loader whose state has the key
+    ``epoch_ended`` wants to know it; other states stay as they are.
+    """
+    fit_loop = trainer.fit_loop
+    fit_loop._combined_loader_states_to_load = [
+        state | {"epoch_ended": True} if "epoch_ended" in state else state
+        for state in fit_loop._combined_loader_states_to_load
+    ]
 
 
 def install_resumable_loop(trainer: Trainer) -> ResumableEpochLoop | None:

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,8 +107,8 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(run: Run, rank: int, port: int) -> None:
-    """Train in this process, which is one rank of the run."""
+def join_ranks(run: Run, rank: int, port: int) -> None:
+    """Make this process one rank of the run."""
     os.setpgrp()  # the data workers die with it
     run.folder.mkdir(parents=True, exist_ok=True)
     log = os.open(run.folder / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -120,6 +120,11 @@ def fit(run: Run, rank: int, port: int) -> None:
     os.environ |= run.environment
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
     torch.manual_seed(rank + 1)  # what the data is must not depend on it
+
+
+def fit(run: Run, rank: int, port: int) -> None:
+    """Train in this process, which is one rank of the run."""
+    join_ranks(run, rank, port)
     callbacks = []
     if run.checkpoint_every is not None:
         every = {"every_n_train_steps": run.checkpoint_every, "save_top_k": -1}
@@ -144,8 +149,12 @@ def fit(run: Run, rank: int, port: int) -> None:
     trainer.fit(Recorder(run, rank), data, ckpt_path=run.checkpoint)
 
 
-def run_ranks(run: Run) -> list[int]:
+def run_ranks(run: Run, target: Callable[[Run, int, int], None] = fit) -> list[int]:
     """Carry out a run.
+
+    Args:
+        run: what to do.
+        target: does it in each rank's process.
 
     Returns:
         The exit code of each rank; -9 of one that was killed.
@@ -157,7 +166,7 @@ def run_ranks(run: Run) -> list[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=fit, args=(run, rank, port)) for rank in range(run.world_size)]
+    processes = [context.Process(target=target, args=(run, rank, port)) for rank in range(run.world_size)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + SECONDS_UNTIL_DEADLOCK
@@ -183,9 +192,9 @@ def start_server() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
 
 
-def complete(run: Run) -> Run:
+def complete(run: Run, target: Callable[[Run, int, int], None] = fit) -> Run:
     """Carry out a run that must succeed on all ranks."""
-    codes = run_ranks(run)
+    codes = run_ranks(run, target)
     if any(codes):
         logs = "\n".join(f"rank {rank}:\n{run.log(rank)[-3000:]}" for rank in range(run.world_size))
         raise AssertionError(f"exit codes {codes}\n{logs}")

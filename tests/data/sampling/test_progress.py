@@ -79,3 +79,35 @@ def test_a_state_of_another_layout_is_refused():
 def test_a_missing_layout_is_refused():
     with pytest.raises(DataError, match="the layout None"):
         Progress(0, 1).load_state_dict({"anything": 1})
+
+
+def trained_once(progress: Progress, number: int = 1) -> Progress:
+    progress.count_trained()
+    progress.hand_out(delivery(0, number), is_batch=True)
+    progress.trained()
+    return progress
+
+
+def test_iterating_anew_over_finite_data_is_the_next_pass():
+    progress = trained_once(Progress(1, 1, finite=True))
+    assert (progress.start().epoch, progress.start().states) == (1, (None,)), "and no further one before it has begun"
+
+
+def test_a_pass_that_was_interrupted_is_completed_once():
+    state = trained_once(Progress(1, 1, finite=True)).state_dict()
+    resumed = Progress(1, 1, finite=True)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    start = resumed.start()
+    assert (start.epoch, [pickle.loads(state) for state in start.states]) == (0, [1])
+    assert (resumed.start().epoch, resumed.start().epoch) == (1, 1), "also where nothing of the rest was trained on"
+
+
+def test_a_state_of_an_epoch_that_is_over_continues_with_the_next_pass():
+    state = trained_once(Progress(1, 1, finite=True)).state_dict() | {"epoch_ended": True}
+    resumed = Progress(1, 1, finite=True)
+    resumed.load_state_dict(state)
+    assert resumed.start().epoch == 1
+    endless = Progress(1, 1)
+    endless.load_state_dict(state)
+    assert [pickle.loads(state) for state in endless.start().states] == [1]
