@@ -90,7 +90,7 @@ class Shape:
     input_tokens: int
     output_tokens: int
     total: bool = False
-    contents: Contents = field(default=Contents(), compare=False)
+    contents: Contents = field(default=Contents(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
