@@ -48,6 +48,7 @@ class SALMAdapter(Adapter):
         return any(kind.__name__ == "SALM" for kind in type(self.model).__mro__)
 
     pads_together = True
+    measures_conversations = True
 
     def check_alone(self, modality: str) -> None:
         """See :meth:`Adapter.check_alone`."""

@@ -18,6 +18,7 @@ from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, NeMoMul
 from omegaconf import OmegaConf
 
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
+from nemo_emmett.oomptimizer import guard
 from nemo_emmett.oomptimizer.adapters import Adapter, SpeechTextAdapter, adapter_for
 from nemo_emmett.oomptimizer.adapters.draws import samples_of
 from nemo_emmett.oomptimizer.buckets import Group, Task, read_groups
@@ -127,6 +128,11 @@ def test_every_example_is_at_the_upper_edge_of_its_bucket(adapters: dict, kind: 
                 assert measured == pytest.approx(bucket.bin, abs=1 / RATE)
             else:
                 assert int(bucket.bin) - (row == 0) <= measured <= int(bucket.bin)
+        # Guard, which sees no more than a batch's longest parts, finds the bucket again.
+        (extent,) = adapter.extents(adapter.synthetic_batch(bucket.shape, 1, CPU))
+        if not bucket.shape.total or kind in ("SALM", "SALMGPT"):
+            measured_by_guard = (guard.measured(b, extent, adapter.measures_conversations) for b in group.buckets)
+            assert [found.surely_fits for found in measured_by_guard].index(True) == bucket.index
 
 
 WORDS = ("a", "I", "1", ".", "ein", "one red house")
