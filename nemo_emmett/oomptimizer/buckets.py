@@ -8,8 +8,8 @@ example of a bucket.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +20,11 @@ from nemo_emmett.oomptimizer.profile import ONLY_GROUP, Bin, as_bins, shown
 TEXT_TYPES = frozenset({"txt", "txt_jsonl", "txt_pair", "parallel_text", "nemo_sft_jsonl"})
 """Types of sources (NeMo's ``input_cfg``) that hold no speech."""
 
+CONVERSATION_TYPES = ("conversation", "share_gpt")
+"""Parts of the names of types whose examples are conversations, which may hold a recording and no other words."""
+
+_TASK_KEYS = ("source_lang", "target_lang", "context", "system_prompt")
+
 AUTO_BINS = "auto"
 """Bins that are solved for when the data is opened."""
 
@@ -28,6 +33,42 @@ MUX = "mux"
 
 TOKENS_PER_SECOND = 12.0
 """Output tokens beside a second of speech where the bins do not bound them (the default of NeMo's OOMptimizer)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a source asks for, as far as its config says it; where that is None, its records may say anything.
+
+    Args:
+        source_lang: language of the speech or the text.
+        target_lang: language of the answer.
+        context: the instruction, in place of one that names the languages.
+        system_prompt: of chat formats.
+    """
+
+    source_lang: str | None = None
+    target_lang: str | None = None
+    context: str | None = None
+    system_prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a bucket's bin bounds, and what the recipe says of its examples.
+
+    Args:
+        seconds_per_token: of speech, where bins are in tokens; 0 where they are in seconds.
+        two_dimensional: the bin bounds input and output each by itself.
+        tasks: of the group's sources of speech, or of text where there is nothing else.
+        conversations: some examples may be conversations that bring their own prompt.
+        text: examples without speech may be in the same bins as speech.
+    """
+
+    seconds_per_token: float = 0.0
+    two_dimensional: bool = False
+    tasks: tuple[Task, ...] = (Task(),)
+    conversations: bool = False
+    text: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +82,7 @@ class Shape:
         output_tokens: of the answer.
         total: the bin bounds input and output together: a decoder-only model's sequence has ``input_tokens``
             positions, outputs included.
+        contents: what else is known of the bucket's examples; shapes are equal without regard to it.
     """
 
     modality: str
@@ -48,6 +90,7 @@ class Shape:
     input_tokens: int
     output_tokens: int
     total: bool = False
+    contents: Contents = field(default=Contents(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -183,7 +226,7 @@ def _read_group(
             "token must be known."
         )
     total = in_tokens and bool(config.get("measure_total_length", True))
-    measure = _Measure(modality, float(frame or 0), in_tokens, total, tokens_per_second)
+    measure = _Measure(modality, float(frame or 0), in_tokens, total, tokens_per_second, _contents(config, where))
     buckets = tuple(Bucket(name, index, item, measure.shape(item)) for index, item in enumerate(bins))
     return Group(name, config, buckets)
 
@@ -197,6 +240,7 @@ class _Measure:
     in_tokens: bool
     total: bool
     tokens_per_second: float
+    contents: Contents
 
     def shape(self, item: Bin) -> Shape:
         if isinstance(item, tuple):
@@ -206,27 +250,80 @@ class _Measure:
             longest, outputs, total = item, math.floor(item), self.total
         else:
             longest, outputs, total = item, math.ceil(item * self.tokens_per_second), False
+        contents = replace(
+            self.contents,
+            seconds_per_token=self.seconds_per_token if self.in_tokens else 0.0,
+            two_dimensional=isinstance(item, tuple),
+        )
         if self.modality == "text":
-            return Shape("text", 0.0, math.floor(longest), outputs, total)
-        # The worst batch of a bucket in tokens is all speech.
+            return Shape("text", 0.0, math.floor(longest), outputs, total, contents)
+        # As if all of it were speech; how much the prompt leaves of it, a model's adapter knows.
         seconds = longest * self.seconds_per_token if self.in_tokens else longest
-        return Shape("audio", seconds, math.floor(longest) if total else 0, outputs, total)
+        return Shape("audio", seconds, math.floor(longest) if total else 0, outputs, total, contents)
 
 
 def _is_text(config: DictConfig, where: str) -> bool:
     """Whether all sources of a group surely hold text alone."""
-    configs = _groups_in(config).values() if config.get("sampler_fusion") == MUX else [config]
-    types = [str(entry.get("type")) for each in configs for entry in _sources(each.get("input_cfg"), where)]
+    types = [str(entry.get("type")) for each in _members(config) for entry in _sources(each.get("input_cfg"), where)]
     return bool(types) and all(kind in TEXT_TYPES for kind in types)
 
 
-def _sources(input_cfg: Any, where: str) -> Iterator[Mapping]:
+def _members(config: DictConfig) -> list[DictConfig]:
+    """The configs that hold a group's sources."""
+    return list(_groups_in(config).values()) if config.get("sampler_fusion") == MUX else [config]
+
+
+def _contents(config: DictConfig, where: str) -> Contents:
+    """What a group's sources hold, as far as the recipe says it."""
+    inherited = _said(config, {})
+    found = [
+        said for each in _members(config) for said in _described(each.get("input_cfg"), where, _said(each, inherited))
+    ] or [(None, inherited)]
+    of_speech = [said for kind, said in found if kind not in TEXT_TYPES]
+    tasks = dict.fromkeys(task for said in of_speech or [said for _, said in found] for task in _tasks(said))
+    kinds = [str(kind) for kind, _ in found]
+    return Contents(
+        tasks=tuple(tasks),
+        conversations=any(any(part in kind for part in CONVERSATION_TYPES) for kind in kinds),
+        text=any(kind in TEXT_TYPES for kind in kinds),
+    )
+
+
+def _described(input_cfg: Any, where: str, said: Mapping) -> Iterator[tuple[Any, Mapping]]:
+    """The type of each source, and what it and the groups around it say of its examples."""
+    for entry in _entries(input_cfg, where):
+        own = _said(entry, said)
+        if entry.get("type") == "group":
+            yield from _described(entry.get("input_cfg"), where, own)
+        else:
+            yield entry.get("type"), own
+
+
+def _said(config: Mapping, inherited: Mapping) -> dict[str, Any]:
+    """Tags of an outer group win, as NeMo attaches them last; keys are those of the innermost."""
+    tags = {**(config.get("tags") or {}), **inherited.get("tags", {})}
+    keys = {name: config[name] for name in _TASK_KEYS if config.get(name) is not None}
+    return {**inherited, **keys, **{name: tags[name] for name in _TASK_KEYS if tags.get(name)}, "tags": tags}
+
+
+def _tasks(said: Mapping) -> Iterator[Task]:
+    targets = said.get("target_lang")
+    for target in [targets] if targets is None or isinstance(targets, str) else targets:
+        task = {name: said.get(name) for name in _TASK_KEYS} | {"target_lang": target}
+        yield Task(**{name: None if value is None else str(value) for name, value in task.items()})
+
+
+def _entries(input_cfg: Any, where: str) -> Sequence[Mapping]:
     if isinstance(input_cfg, str):
         try:
             input_cfg = OmegaConf.load(input_cfg)
         except OSError as error:
             raise ConfigError(f"{where}.input_cfg: {input_cfg} cannot be read: {error.strerror}.") from error
-    for entry in input_cfg or ():
+    return input_cfg or ()
+
+
+def _sources(input_cfg: Any, where: str) -> Iterator[Mapping]:
+    for entry in _entries(input_cfg, where):
         if entry.get("type") == "group":
             yield from _sources(entry.get("input_cfg"), where)
         else:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -207,7 +207,7 @@ class Guard:
         Where a bin bounds their sum, which example is the longest cannot be seen; then the number of examples decides.
         """
         buckets = [b for b in self._buckets if b.shape.modality == extent.modality] or self._buckets
-        possible = [bucket for bucket in buckets if _may_hold(bucket, extent)] or buckets[-1:]
+        possible = [bucket for bucket in buckets if self._measured(bucket, extent).may_fit] or buckets[-1:]
         names = dict.fromkeys(bucket.group for bucket in possible)
         of_groups = [self._of_one_group([b for b in possible if b.group == name], extent) for name in names]
         # Several groups may hold such examples, but not so many: a full batch tells its group, and no batch is fuller.
@@ -215,11 +215,16 @@ class Guard:
         return min(large_enough or of_groups[:1], key=self._first_sizes.__getitem__)
 
     def _of_one_group(self, possible: Sequence[Bucket], extent: Extent) -> Bucket:
-        surely = next((i for i, bucket in enumerate(possible) if _holds(bucket, extent)), len(possible) - 1)
+        surely = next(
+            (i for i, bucket in enumerate(possible) if self._measured(bucket, extent).surely_fits), len(possible) - 1
+        )
         for bucket in possible[:surely]:
             if self._first_sizes[bucket] == extent.examples:
                 return bucket
         return possible[surely]
+
+    def _measured(self, bucket: Bucket, extent: Extent) -> Measured:
+        return measured(bucket, extent, self._adapter.measures_conversations)
 
     def _lower(self, bucket: Bucket, examples: int, cause: str, peak: int, least: int = 1) -> None:
         """Lower a bucket below the size that took too much, but not below the least one."""
@@ -274,34 +279,44 @@ def _named(buckets: Mapping[Bucket, int]) -> str:
     return " and ".join(f"{bucket} ({examples} examples)" for bucket, examples in buckets.items())
 
 
-def _holds(bucket: Bucket, extent: Extent) -> bool:
-    """Whether every example of such a batch fits into a bucket, whichever of them is the longest."""
-    return _input_length(bucket, extent)[1] <= _bound(bucket) and _outputs_fit(bucket, extent)
+class Measured(NamedTuple):
+    """Whether a batch's examples fit into a bucket: the longest parts may be those of one example or of several."""
+
+    may_fit: bool
+    surely_fits: bool
 
 
-def _may_hold(bucket: Bucket, extent: Extent) -> bool:
-    """Whether every example of such a batch may fit into a bucket."""
-    return _input_length(bucket, extent)[0] <= _bound(bucket) and _outputs_fit(bucket, extent)
+def measured(bucket: Bucket, extent: Extent, as_conversation: bool) -> Measured:
+    """Whether a batch fits by what the loader measures (:mod:`nemo_emmett.oomptimizer.adapters.lengths`).
 
-
-def _input_length(bucket: Bucket, extent: Extent) -> tuple[float, float]:
-    """The least and the most that the longest example may measure, in the unit of the bucket's bins."""
+    Args:
+        bucket: which.
+        extent: the longest parts of the batch's examples.
+        as_conversation: the examples are conversations, not cuts.
+    """
     shape = bucket.shape
-    parts = [float(extent.input_tokens)]
+    prompt, answer = float(extent.input_tokens), float(extent.output_tokens)
+    inputs, outputs = [prompt], [answer]
     if shape.seconds:
         per_second = _bound(bucket) / shape.seconds
-        parts = [max(0.0, extent.seconds - _SECONDS_TOLERANCE) * per_second]
-        if per_second != 1.0:  # bins in tokens: the prompt counts too
-            parts.append(float(extent.input_tokens))
+        inputs = [max(0.0, extent.seconds - _SECONDS_TOLERANCE) * per_second]
+        in_tokens = per_second != 1.0
+        if as_conversation:
+            inputs += [prompt] * in_tokens
+        else:
+            tokens = [prompt + 1] if prompt else []  # of a cut the recording's locator is counted too
+            inputs += tokens if in_tokens and shape.total else []
+            outputs += tokens if shape.contents.two_dimensional else []
     if shape.total:
-        parts.append(float(extent.output_tokens))
-    return max(parts), sum(parts)
+        inputs += [answer]
+    if not isinstance(bucket.bin, tuple):  # only a bin of two dimensions bounds the output by itself
+        outputs = []
+    bounds = ((inputs, _bound(bucket)), (outputs, bucket.bin[1] if outputs else math.inf))
+    return Measured(
+        may_fit=all(max(parts, default=0.0) <= most for parts, most in bounds),
+        surely_fits=all(sum(parts) <= most for parts, most in bounds),
+    )
 
 
 def _bound(bucket: Bucket) -> float:
     return bucket.bin[0] if isinstance(bucket.bin, tuple) else bucket.bin
-
-
-def _outputs_fit(bucket: Bucket, extent: Extent) -> bool:
-    """Only a bin of two dimensions bounds the output by itself."""
-    return not isinstance(bucket.bin, tuple) or extent.output_tokens <= bucket.bin[1]

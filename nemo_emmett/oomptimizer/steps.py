@@ -34,6 +34,13 @@ from nemo_emmett.oomptimizer.memory import is_out_of_memory
 from nemo_emmett.oomptimizer.meter import Meter, Reading
 from nemo_emmett.oomptimizer.trace import local_part, no_trace
 
+PROBE_BATCH_IDX = 1000081
+"""Batch index of a probe. Models log, print and compute metrics in every n-th batch, counted from 0 (``batch_idx % n``)
+or from 1 (``(batch_idx + 1) % n``, as NeMo's do). This number is prime and the next one is twice a prime, so that
+neither is a multiple of any n from 3 to half a million. The logger's interval, which may be 1 and which NeMo's
+transducers hold against the global step, is changed while probes run (:func:`~nemo_emmett.oomptimizer.trace.no_trace`).
+"""
+
 
 class TrainingSteps:
     """Measures steps of a training that is about to begin, and leaves it as if there had been none.
@@ -206,7 +213,7 @@ class _Step:
     def forward(self) -> None:
         """Compute the loss."""
         with_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
-        arguments = (self.batch, 0) if with_index else (self.batch,)
+        arguments = (self.batch, PROBE_BATCH_IDX) if with_index else (self.batch,)
         # What training_step returns beside the loss is held through the backward pass, as Lightning does.
         self._output = self._trainer.strategy.training_step(*arguments)
         loss = self._output.get("loss") if isinstance(self._output, Mapping) else self._output
@@ -221,7 +228,7 @@ class _Step:
     def backward(self) -> None:
         """Drop the gradients of the step before, or add to them, and compute new ones."""
         if self._trainer.accumulate_grad_batches == 1:
-            self._module.optimizer_zero_grad(self._trainer.current_epoch, 0, self._optimizer)
+            self._module.optimizer_zero_grad(self._trainer.current_epoch, PROBE_BATCH_IDX, self._optimizer)
         self._trainer.strategy.backward(self._loss, self._optimizer)
         self.release()
 

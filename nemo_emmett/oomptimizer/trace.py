@@ -9,6 +9,7 @@ memory for the steps. Objects of other classes are left as they are: only the at
 from __future__ import annotations
 
 import random
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,8 +36,8 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
     These are parameters that are trained, buffers (also those that grow with the input), gradients, training modes and
     other attributes of modules, states of optimizers, of the gradient scaler and of metrics, and random states. Inside,
-    parameters have no gradients at first, the module logs nothing, and no callback, logger or profiler is told of what
-    happens.
+    parameters have no gradients at first, the module logs nothing, no step is one that a logger reports (NeMo's models
+    decode the batch and compute metrics in those), and no callback, logger or profiler is called.
 
     Args:
         trainer: in the midst of ``fit``.
@@ -170,13 +171,17 @@ def _unheard(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         if isinstance(part, LightningModule):
             part.log = part.log_dict = _nothing
     heard = trainer.callbacks, trainer.loggers, trainer.profiler
+    interval = trainer.log_every_n_steps
     # Models may well ask for their logger, so there are as many as before.
     trainer.callbacks, trainer.loggers = [], [DummyLogger() for _ in trainer.loggers]
     trainer.profiler = PassThroughProfiler()
+    # NeMo's models go by this interval, of the batch index or of the trainer's global step.
+    trainer.log_every_n_steps = sys.maxsize
     try:
         yield
     finally:
         trainer.callbacks, trainer.loggers, trainer.profiler = heard
+        trainer.log_every_n_steps = interval
 
 
 def _nothing(*_: Any, **__: Any) -> None:

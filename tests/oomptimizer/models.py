@@ -109,6 +109,18 @@ def tiny_rnnt(folder: Path, width: int = 16, layers: int = 1, **overrides: Any):
     return EncDecRNNTBPEModel(OmegaConf.create(config | overrides)).train()
 
 
+def tiny_hybrid(folder: Path, width: int = 16, layers: int = 1, **overrides: Any):
+    """NeMo's EncDecHybridRNNTCTCBPEModel: :func:`tiny_rnnt` with a CTC decoder beside it."""
+    from nemo.collections.asr.models import EncDecHybridRNNTCTCBPEModel
+
+    config = OmegaConf.to_container(tiny_rnnt(folder, width, layers).cfg)
+    del config["target"]
+    decoder = {"_target_": f"{ASR}.modules.ConvASRDecoder", "feat_in": None, "num_classes": -1, "vocabulary": []}
+    config["aux_ctc"] = {"ctc_loss_weight": 0.3, "decoder": decoder, "decoding": {"strategy": "greedy"}}
+    torch.manual_seed(0)
+    return EncDecHybridRNNTCTCBPEModel(OmegaConf.create(config | overrides)).train()
+
+
 def tiny_multitask(folder: Path, width: int = 16, layers: int = 1, **overrides: Any):
     """NeMo's EncDecMultiTaskModel (Canary); ``overrides`` are keys of the model's config."""
     from nemo.collections.asr.models import EncDecMultiTaskModel

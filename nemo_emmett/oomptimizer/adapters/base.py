@@ -56,6 +56,9 @@ class Adapter(ABC):
     pads_together: bool = False
     """Whether :meth:`join` pads the examples of all groups to one width."""
 
+    measures_conversations: bool = False
+    """Whether the examples that the loader measures are conversations, whose prompt counts as a part of the input."""
+
     def check_alone(self, modality: str) -> None:  # noqa: B027
         """Check that a step may hold a modality and nothing else, as every step does that is not of a ``zip``.
 

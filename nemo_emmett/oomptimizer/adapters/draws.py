@@ -8,6 +8,7 @@ Shapes: B examples, T tokens, N samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -81,9 +82,24 @@ def sampling_rate(model: Any) -> int:
     )
 
 
-def samples_of(model: Any, seconds: float) -> int:
-    """Samples of a recording so long, at least one."""
-    return max(1, round(seconds * sampling_rate(model)))
+def samples_of(model: Any, seconds: float, seconds_per_token: float = 0.0) -> int:
+    """Samples of the longest recording that is measured as so long, at least one.
+
+    Args:
+        model: tells the sampling rate.
+        seconds: of speech.
+        seconds_per_token: the loader counts these tokens, rounded up; 0: it measures seconds.
+    """
+    rate = sampling_rate(model)
+    samples = round(seconds * rate)
+    if seconds_per_token:
+        # As NeMo computes it: 0.56 / 0.08 is a little more than 7 in floating point, and counts as 8.
+        tokens = round(seconds / seconds_per_token)
+        while math.ceil(samples / rate / seconds_per_token) > tokens:
+            samples -= 1
+    elif samples / rate > seconds:
+        samples -= 1
+    return max(1, samples)
 
 
 def _attribute(holder: Any, path: str) -> Any:

@@ -1,9 +1,22 @@
-"""How long the parts of a bucket's longest example are, by the kind of model that reads it."""
+"""How long the parts of a bucket's longest examples are, by the kind of model that reads them.
+
+As NeMo's samplers do, the loader counts a recording in tokens, ``ceil(seconds / token_equivalent_duration)``, and
+
+- of a cut all tokens of prompt and answer, the recording's locator among them;
+- of a conversation the same but for the locators, in whose place the recordings are.
+
+One-dimensional bins bound the sum of both (or the input alone: of a cut the recording, of a conversation all that comes
+before the answer), two-dimensional ones the recording and all tokens of a cut, input and answer of a conversation. In
+seconds they bound the recording and, in the second dimension, all tokens.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_emmett.oomptimizer.adapters.prompts import PromptTokens
 from nemo_emmett.oomptimizer.buckets import Shape
 
 PROMPT_TOKENS = 16
@@ -25,38 +38,133 @@ class Lengths:
     answer: int
 
 
+@dataclass(frozen=True)
+class LongestExamples:
+    """The examples of a bucket's worst batch, which is padded to the longest of each part.
+
+    Args:
+        first: with the longest recording, or context.
+        others: with the longest answer.
+    """
+
+    first: Lengths
+    others: Lengths
+
+    def rows(self, size: int, shares_sequence: bool) -> list[Lengths]:
+        """The examples of a batch.
+
+        Args:
+            size: their number.
+            shares_sequence: all parts of an example are in one sequence. Otherwise a single one is as long in each part
+                as the longest: what an example costs in a larger batch, which is padded to them.
+        """
+        rows = [self.first, *[self.others] * (size - 1)]
+        return rows if size > 1 or shares_sequence else [widest([self.first, self.others])]
+
+
 def encoder_decoder_lengths(shape: Shape, prompt: int = PROMPT_TOKENS) -> Lengths:
-    """Input and output stand in different sequences; what bounds their sum lets either be as long.
+    """Of models without a prompt format: what bounds the sum of input and output lets either be as long.
 
     Args:
         shape: of a bucket.
         prompt: tokens beside a recording, where the bins do not bound them.
     """
-    return Lengths(shape.seconds, _context(shape, prompt), max(1, shape.output_tokens))
+    beside = shape.modality == "audio" and (shape.total or not shape.input_tokens)
+    return Lengths(shape.seconds, prompt if beside else max(1, shape.input_tokens), max(1, shape.output_tokens))
 
 
-def decoder_only_lengths(shape: Shape, prompt: int = PROMPT_TOKENS) -> Lengths:
-    """Input and output share one sequence, which a bin may bound as a whole; arguments as above."""
+def longest_speech(
+    shape: Shape,
+    *,
+    cuts: PromptTokens | None = None,
+    conversations: PromptTokens | None = None,
+    prompt: int = PROMPT_TOKENS,
+) -> LongestExamples | None:
+    """The examples of a bucket of speech that take the most memory.
+
+    Each part is as long as the bin allows while the others are as short as they can be. In a bin that bounds the whole
+    example, speech costs an encoder's memory, and answers may cost that of their logits; so one example has the longest
+    recording, all others the longest answer, and padding makes the batch pay for both.
+
+    Args:
+        shape: of the bucket.
+        cuts: the shortest tokens beside a recording of a cut; None: the model trains on no cuts.
+        conversations: the same of a conversation; None: on no conversations.
+        prompt: tokens beside a recording, where the bin does not bound them.
+
+    Returns:
+        The examples; None if the bin is too small for the shortest prompt and answer with any speech.
+    """
+    kinds = [tokens for tokens in (cuts, conversations) if tokens is not None]
+    shortest = min(kinds, key=lambda tokens: tokens.total)
+    if not shape.contents.seconds_per_token and not shape.total:
+        return _same(Lengths(shape.seconds, *_beside(shape, cuts, prompt)))
+    per_token = _seconds_per_token(shape)
+    bound = shape.input_tokens if shape.total else math.floor(shape.seconds / per_token + 1e-6)
+    if shape.total:
+        frames = max(
+            -1 if cuts is None else bound - cuts.total,
+            -1 if conversations is None else bound + 1 - conversations.total,
+        )
+        if frames < 1:
+            return None
+        # A cut's locator is counted, although its speech is there: text in the same bins has one position more.
+        extra = int(shape.contents.text and conversations is None)
+        context = shortest.context - 1 + extra
+        first = Lengths(frames * per_token, context, shortest.answer)
+        return LongestExamples(first, Lengths(per_token, context, shortest.answer + frames - 1))
+    frames = max(0 if cuts is None else bound, 0 if conversations is None else bound + 1 - conversations.context)
+    context, answer = _beside(shape, cuts if conversations is None else None, prompt)
+    if conversations is not None:
+        context = conversations.context - 1
+    return None if frames < 1 else _same(Lengths(frames * per_token, context, answer))
+
+
+def shortest_speech(shape: Shape, tokens: PromptTokens) -> Lengths:
+    """What stands for a bin that no example of speech fits into: the shortest there is.
+
+    Args:
+        shape: of the bucket.
+        tokens: the shortest tokens beside a recording.
+    """
+    return Lengths(_seconds_per_token(shape), tokens.context - 1, tokens.answer)
+
+
+def longest_text(shape: Shape, tokens: PromptTokens, *, shares_sequence: bool) -> LongestExamples:
+    """The examples of a bucket of text that take the most memory.
+
+    Args:
+        shape: of the bucket.
+        tokens: of the shortest prompt and answer.
+        shares_sequence: input and output are one sequence.
+    """
     if not shape.total:
-        return Lengths(shape.seconds, _context(shape, prompt), max(1, shape.output_tokens))
+        return _same(Lengths(0.0, max(1, shape.input_tokens), max(1, shape.output_tokens)))
     positions = max(2, shape.input_tokens)
-    if shape.modality == "text":
-        answer = positions // 2  # every position costs the same, whichever part it belongs to
-        return Lengths(0.0, positions - answer, answer)
-    # A position of speech costs the most, so only one token before the recording and one after it are not speech.
-    speech = max(1, positions - 2)
-    return Lengths(shape.seconds * speech / positions, 1, 1)
+    context = min(tokens.context, positions - 1)
+    # Every position costs the same, and those of the answer may cost their logits as well.
+    longest_answer = Lengths(0.0, context, positions - context)
+    if shares_sequence:
+        return _same(longest_answer)
+    answer = min(tokens.answer, positions - 1)
+    return LongestExamples(Lengths(0.0, positions - answer, answer), longest_answer)
 
 
-def speech_apart_lengths(shape: Shape, prompt: int = PROMPT_TOKENS) -> Lengths:
-    """Context and answer share one sequence, in which speech has no place; arguments as above."""
-    if shape.modality == "audio" and shape.total:
-        # A position of speech may cost more than one of text or less: either may be as long as both.
-        return Lengths(shape.seconds, prompt, max(1, shape.output_tokens - prompt))
-    return decoder_only_lengths(shape, prompt)
+def widest(rows: Sequence[Lengths]) -> Lengths:
+    """To what a batch is padded."""
+    return Lengths(max(r.seconds for r in rows), max(r.context for r in rows), max(r.answer for r in rows))
 
 
-def _context(shape: Shape, prompt: int) -> int:
-    if shape.modality == "audio" and (shape.total or not shape.input_tokens):
-        return prompt
-    return max(1, shape.input_tokens)
+def _seconds_per_token(shape: Shape) -> float:
+    return shape.contents.seconds_per_token or shape.seconds / max(1, shape.input_tokens)
+
+
+def _same(lengths: Lengths) -> LongestExamples:
+    return LongestExamples(lengths, lengths)
+
+
+def _beside(shape: Shape, cuts: PromptTokens | None, prompt: int) -> tuple[int, int]:
+    """Context and answer beside a recording that is bounded by itself."""
+    if shape.contents.two_dimensional and cuts is not None:
+        return cuts.context - 1, max(cuts.answer, shape.output_tokens - cuts.context)
+    return shape.input_tokens or prompt, max(1, shape.output_tokens)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,9 +27,11 @@ from nemo_emmett.oomptimizer.adapters.draws import (
     special_ids,
 )
 from nemo_emmett.oomptimizer.adapters.fakes import fake_values
-from nemo_emmett.oomptimizer.adapters.lengths import decoder_only_lengths
+from nemo_emmett.oomptimizer.adapters.lengths import Lengths, longest_speech, longest_text, shortest_speech
+from nemo_emmett.oomptimizer.adapters.prompts import PromptTokens, ShortestPrompts
 from nemo_emmett.oomptimizer.adapters.rows import split_rows, stack_padded, take_rows
-from nemo_emmett.oomptimizer.buckets import Shape
+from nemo_emmett.oomptimizer.buckets import Contents, Shape
+from nemo_emmett.prompts.families import prompt_formatter
 
 _OF_RECORDINGS = ("audios", "audio_lens")
 
@@ -45,6 +48,7 @@ class SALMAdapter(Adapter):
         return any(kind.__name__ == "SALM" for kind in type(self.model).__mro__)
 
     pads_together = True
+    measures_conversations = True
 
     def check_alone(self, modality: str) -> None:
         """See :meth:`Adapter.check_alone`."""
@@ -56,7 +60,7 @@ class SALMAdapter(Adapter):
 
     def synthetic_batch(self, shape: Shape, size: int, device: torch.device) -> dict[str, Tensor]:
         """See :meth:`Adapter.synthetic_batch`."""
-        lengths = decoder_only_lengths(shape)
+        lengths = self._lengths(shape)
         recordings = 1 if shape.modality == "audio" else 0
         context = lengths.context + recordings
         ids = random_ids(size, context + lengths.answer, self._vocab_size(), special_ids(self.model), device)
@@ -66,13 +70,35 @@ class SALMAdapter(Adapter):
             # One token of padding: without any, attention needs no mask, and batches of real data need one.
             ids[0, 0] = self.model.text_pad_id
         answer_columns = [column >= context for column in range(ids.shape[1])]
-        samples = samples_of(self.model, lengths.seconds) if recordings else 0
+        per_token = shape.contents.seconds_per_token
+        samples = samples_of(self.model, lengths.seconds, per_token) if recordings else 0
         return {
             "audios": random_recordings(size * recordings, samples, device),
             "audio_lens": full_lengths(size * recordings, samples, device),
             "input_ids": ids,
             "loss_mask": torch.tensor([answer_columns] * size, device=device),
         }
+
+    def _lengths(self, shape: Shape) -> Lengths:
+        """The example that takes the most memory: it makes the logits of all positions, so speech costs the most."""
+        if shape.modality == "text":
+            return longest_text(shape, PromptTokens(1, 1), shares_sequence=True).first
+        shortest = self._shortest(shape.contents)
+        examples = longest_speech(shape, conversations=shortest)
+        return shortest_speech(shape, shortest) if examples is None else examples.first
+
+    def _shortest(self, contents: Contents) -> PromptTokens:
+        if self._prompts is None:
+            return PromptTokens(2, 1)  # a token before the recording, and one after it
+        return self._prompts.of_conversations(contents)
+
+    @cached_property
+    def _prompts(self) -> ShortestPrompts | None:
+        """None where the model does not tell its prompt format."""
+        name = getattr(self.model, "cfg", {}).get("prompt_format")
+        if not name:
+            return None
+        return ShortestPrompts(prompt_formatter(name, self.model.tokenizer), self.model.audio_locator_tag)
 
     def _vocab_size(self) -> int:
         (size,) = (item["vocab_size"] for item in self.model.oomptimizer_schema["inputs"] if "vocab_size" in item)

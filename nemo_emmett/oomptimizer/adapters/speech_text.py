@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -14,7 +15,6 @@ from torch import Tensor
 from nemo_emmett.modules.batch import split_modalities
 from nemo_emmett.oomptimizer.adapters.base import Adapter, Extent
 from nemo_emmett.oomptimizer.adapters.draws import (
-    full_lengths,
     random_ids,
     random_recordings,
     samples_of,
@@ -25,13 +25,19 @@ from nemo_emmett.oomptimizer.adapters.fakes import fake_values
 from nemo_emmett.oomptimizer.adapters.lengths import (
     PROMPT_TOKENS,
     Lengths,
-    decoder_only_lengths,
-    encoder_decoder_lengths,
-    speech_apart_lengths,
+    longest_speech,
+    longest_text,
+    shortest_speech,
+    widest,
 )
+from nemo_emmett.oomptimizer.adapters.prompts import PromptTokens, ShortestPrompts
+from nemo_emmett.oomptimizer.adapters.rows import stack_padded
 from nemo_emmett.oomptimizer.buckets import Shape
 from nemo_emmett.prompts.families import prompt_formatter
 from nemo_emmett.prompts.translation import translation_turns
+
+_ANY = PromptTokens(1, 1)
+"""Of a prompt that a bin says nothing of."""
 
 
 class SpeechTextAdapter(Adapter):
@@ -43,45 +49,74 @@ class SpeechTextAdapter(Adapter):
         Raises:
             ModelError: if speech is asked of a model that reads text only.
         """
-        lengths = self._lengths(shape)
+        rows = self._rows_of(shape, size)
+        if rows is None:  # no speech fits into the bin beside the shortest prompt: what is in it is text
+            text = replace(shape, modality="text", seconds=0.0)
+            return self.synthetic_batch(text, size, device)
         is_speech = shape.modality == "audio"
-        recordings = self._recordings(lengths, size, device) if is_speech else {}
-        context = lengths.context + is_speech
-        context_lens = [context] * size
-        context_ids = self._ids(shape.modality, size, context, device)
+        recordings = self._recordings(shape, rows, device) if is_speech else {}
+        width = widest(rows)
+        context_lens = [row.context + is_speech for row in rows]
+        context_ids = self._ids(shape.modality, size, width.context + is_speech, device)
         if is_speech:
-            context_ids[:, (context - 1) // 2] = self.model.audio_locator_id
-        if size > 1 and context > 1:
+            context_ids[:, width.context // 2] = self.model.audio_locator_id
+        if size > 1 and rows[0] == rows[1] and context_lens[0] > 1:
             # One token of padding: without any, attention needs no mask, and batches of real data need one.
-            context_ids[0, -1] = self.model.pad_id
             context_lens[0] -= 1
+        answer_lens = [row.answer for row in rows]
         batch = {
-            "context_ids": context_ids,
+            "context_ids": self._padded(context_ids, context_lens),
             "context_lens": torch.tensor(context_lens, device=device),
-            "answer_ids": self._ids(shape.modality, size, lengths.answer, device),
-            "answer_lens": full_lengths(size, lengths.answer, device),
+            "answer_ids": self._padded(self._ids(shape.modality, size, width.answer, device), answer_lens),
+            "answer_lens": torch.tensor(answer_lens, device=device),
         }
         return {shape.modality: batch | recordings}
 
-    def _lengths(self, shape: Shape) -> Lengths:
-        if self.model.is_encoder_decoder:
-            return encoder_decoder_lengths(shape)
-        lengths_of = speech_apart_lengths if self.model.has_cross_attention else decoder_only_lengths
-        return lengths_of(shape, self._prompt_tokens)
+    def _rows_of(self, shape: Shape, size: int) -> list[Lengths] | None:
+        """The examples of a bucket's worst batch."""
+        shares_sequence = not self.model.is_encoder_decoder
+        contents = shape.contents
+        if shape.modality == "text":
+            tokens = self._prompts.of_texts(contents) if shape.total else _ANY
+            return longest_text(shape, tokens, shares_sequence=shares_sequence).rows(size, shares_sequence)
+        examples = longest_speech(
+            shape,
+            cuts=self._prompts.of_cuts(contents) if shape.total or contents.two_dimensional else _ANY,
+            conversations=self._prompts.of_conversations(contents) if contents.conversations else None,
+            prompt=self._prompt_tokens,
+        )
+        if examples is not None:
+            return examples.rows(size, shares_sequence and not self.model.has_cross_attention)
+        if contents.text and shape.total:
+            return None
+        return [shortest_speech(shape, self._prompts.of_cuts(contents))] * size
+
+    @cached_property
+    def _prompts(self) -> ShortestPrompts:
+        options = self.model.options
+        return ShortestPrompts(
+            prompt_formatter(options.prompt_format, self.model.tokenizer), self.model.audio_locator_tag
+        )
 
     @cached_property
     def _prompt_tokens(self) -> int:
-        """Of the prompt beside a recording: chat formats write more around it than ``PROMPT_TOKENS``."""
+        """Of a prompt whose length no bin bounds: chat formats write more than ``PROMPT_TOKENS``."""
         formatter = prompt_formatter(self.model.options.prompt_format, self.model.tokenizer)
         turns = translation_turns(formatter, self.model.audio_locator_tag, "de", "en")
         return max(PROMPT_TOKENS, len(formatter.encode_dialog(turns)["context_ids"]) - 1)
 
-    def _recordings(self, lengths: Lengths, size: int, device: torch.device) -> dict[str, Tensor]:
-        samples = samples_of(self.model, lengths.seconds)
+    def _recordings(self, shape: Shape, rows: Sequence[Lengths], device: torch.device) -> dict[str, Tensor]:
+        per_token = shape.contents.seconds_per_token
+        samples = [samples_of(self.model, row.seconds, per_token) for row in rows]
         return {
-            "audios": random_recordings(size, samples, device),
-            "audio_lens": full_lengths(size, samples, device),
+            "audios": random_recordings(len(rows), max(samples), device),
+            "audio_lens": torch.tensor(samples, device=device),
         }
+
+    def _padded(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        columns_T = torch.tensor(range(ids.shape[1]), device=ids.device)
+        lengths_B = torch.tensor(list(lengths), device=ids.device)
+        return ids.masked_fill(columns_T >= lengths_B[:, None], self.model.pad_id)
 
     def _ids(self, modality: str, size: int, length: int, device: torch.device) -> Tensor:
         inputs = self.model.oomptimizer_schema(modality)["inputs"]
@@ -90,7 +125,15 @@ class SpeechTextAdapter(Adapter):
 
     def join(self, batches: Sequence[Mapping]) -> dict[str, Any]:
         """See :meth:`Adapter.join`."""
-        return {modality: part for batch in batches for modality, part in batch.items()}
+        joined: dict[str, Any] = {}
+        for modality, part in (item for batch in batches for item in batch.items()):
+            joined[modality] = self._together(joined[modality], part) if modality in joined else part
+        return joined
+
+    def _together(self, first: Mapping, second: Mapping) -> dict[str, Tensor]:
+        """The examples of two batches of one modality."""
+        fillings = {"context_ids": self.model.pad_id, "answer_ids": self.model.pad_id}
+        return {key: stack_padded([first[key], second[key]], fillings.get(key, 0)) for key in first}
 
     def extents(self, batch: Mapping) -> list[Extent]:
         """See :meth:`Adapter.extents`; a flat batch of NeMo's may hold text beside speech."""

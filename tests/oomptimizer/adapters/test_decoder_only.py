@@ -7,8 +7,9 @@ import torch
 
 from nemo_emmett.models import SALMGPT, BestowGPT
 from nemo_emmett.oomptimizer.adapters import Extent, SpeechTextAdapter, adapter_for
-from nemo_emmett.oomptimizer.adapters.lengths import PROMPT_TOKENS, speech_apart_lengths
-from nemo_emmett.oomptimizer.buckets import Shape
+from nemo_emmett.oomptimizer.adapters.lengths import PROMPT_TOKENS
+from nemo_emmett.oomptimizer.adapters.prompts import ShortestPrompts
+from nemo_emmett.oomptimizer.buckets import Contents, Shape
 from nemo_emmett.prompts.families import prompt_formatter
 from nemo_emmett.prompts.translation import translation_turns
 
@@ -22,7 +23,7 @@ SPEECH_AND_PROMPT = Shape("audio", seconds=1.25, input_tokens=7, output_tokens=9
 TEXT = Shape("text", seconds=0.0, input_tokens=9, output_tokens=4)
 # NeMo's token-per-example bins: context, speech and answer together take so many positions of 80 ms.
 WHOLE_SPEECH = Shape("audio", seconds=4.8, input_tokens=60, output_tokens=60, total=True)
-WHOLE_TEXT = Shape("text", seconds=0.0, input_tokens=21, output_tokens=21, total=True)
+WHOLE_TEXT = Shape("text", seconds=0.0, input_tokens=40, output_tokens=40, total=True)
 
 
 @pytest.fixture(scope="module", params=[SALMGPT, BestowGPT], ids=lambda kind: kind.__name__)
@@ -54,7 +55,8 @@ def test_ids_are_those_of_plain_tokens_in_the_embedding_table(adapter: SpeechTex
     assert is_locator.sum(1).tolist() == [int(shape.modality == "audio")] * 50
     is_padding = torch.arange(batch["context_ids"].shape[1]) >= batch["context_lens"][:, None]
     assert is_padding.sum() <= 1
-    ids = torch.cat([batch["context_ids"][~is_locator & ~is_padding], batch["answer_ids"].flatten()])
+    is_answer = torch.arange(batch["answer_ids"].shape[1]) < batch["answer_lens"][:, None]
+    ids = torch.cat([batch["context_ids"][~is_locator & ~is_padding], batch["answer_ids"][is_answer]])
     assert not torch.isin(ids, torch.tensor([model.pad_id, model.tokenizer.eos_id, model.audio_locator_id])).any()
     assert ids.max() < model.token_embedding.num_embeddings
 
@@ -68,20 +70,22 @@ def test_the_prompt_beside_speech_is_as_long_as_the_format_s_own(adapter: Speech
 
 
 def test_a_bin_of_the_whole_is_filled(adapter: SpeechTextAdapter) -> None:
-    text = adapter.synthetic_batch(WHOLE_TEXT, 2, CPU)
-    assert adapter.extents(text) == [Extent("text", 2, 0.0, 11, 10)]
-    (speech,) = adapter.extents(adapter.synthetic_batch(WHOLE_SPEECH, 2, CPU))
-    if isinstance(adapter.model, SALMGPT):
-        assert speech == Extent("audio", 2, 58 * 0.08, 1, 1)
-    else:
-        # Speech has no positions in its language model's sequence: either may fill the bin, for all that is known.
-        assert (speech.seconds, speech.input_tokens + speech.output_tokens) == (4.8, 60)
-
-
-@pytest.mark.parametrize(("positions", "answer"), [(40, 24), (17, 1), (9, 1)])
-def test_where_speech_stands_apart_the_text_beside_it_fills_the_bin(positions: int, answer: int) -> None:
-    lengths = speech_apart_lengths(Shape("audio", 1.0, positions, positions, total=True), prompt=16)
-    assert (lengths.seconds, lengths.context, lengths.answer) == (1.0, 16, answer)
+    prompts = ShortestPrompts(
+        prompt_formatter("emmett_qwen3", adapter.model.tokenizer), adapter.model.audio_locator_tag
+    )
+    text, speech = prompts.of_texts(Contents()), prompts.of_cuts(Contents())
+    (found,) = adapter.extents(adapter.synthetic_batch(WHOLE_TEXT, 2, CPU))
+    assert found == Extent("text", 2, 0.0, text.context, 40 - text.context)
+    # The first example is speech for the most part, the others are answer for the most part.
+    batch = adapter.synthetic_batch(WHOLE_SPEECH, 3, CPU)["audio"]
+    frames = 60 - speech.total
+    assert batch["audio_lens"].tolist() == [frames * 1280, 1280, 1280]
+    assert batch["context_lens"].tolist() == [speech.context] * 3
+    assert batch["answer_lens"].tolist() == [speech.answer, *[speech.answer + frames - 1] * 2]
+    # Where speech is not in the language model's sequence, one example costs what it costs in a batch padded to both.
+    (alone,) = adapter.synthetic_batch(WHOLE_SPEECH, 1, CPU).values()
+    longest_answer = speech.answer + (frames - 1 if isinstance(adapter.model, BestowGPT) else 0)
+    assert (alone["audio_lens"].tolist(), alone["answer_lens"].tolist()) == ([frames * 1280], [longest_answer])
 
 
 def several_recordings(model) -> dict:

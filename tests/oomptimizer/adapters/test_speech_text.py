@@ -9,7 +9,7 @@ from nemo_emmett.errors import ModelError
 from nemo_emmett.models import SALMT5
 from nemo_emmett.oomptimizer.adapters import Extent, SpeechTextAdapter, adapter_for
 from nemo_emmett.oomptimizer.adapters.lengths import PROMPT_TOKENS
-from nemo_emmett.oomptimizer.buckets import Shape
+from nemo_emmett.oomptimizer.buckets import Contents, Shape
 
 from ..models import with_trainer
 from .steps import CPU, assert_same, fake, is_trained, peak_of_step, whole_and_pieces
@@ -57,11 +57,20 @@ def test_extents_give_the_shape_back(adapter: SpeechTextAdapter) -> None:
     assert adapter.extents({}) == []
 
 
-def test_a_bin_of_the_whole_lets_input_and_output_be_as_long(adapter: SpeechTextAdapter) -> None:
-    text = adapter.synthetic_batch(Shape("text", 0.0, 20, 20, total=True), 2, CPU)
-    assert adapter.extents(text) == [Extent("text", 2, 0.0, 20, 20)]
-    speech = adapter.synthetic_batch(Shape("audio", 1.6, 20, 20, total=True), 2, CPU)
-    assert adapter.extents(speech) == [Extent("audio", 2, 1.6, PROMPT_TOKENS, 20)]
+def test_a_bin_of_the_whole_is_filled_by_either_side(adapter: SpeechTextAdapter) -> None:
+    """A batch is padded to its longest context and to its longest answer, which may be those of different examples."""
+    text = adapter.synthetic_batch(Shape("text", 0.0, 20, 20, total=True), 3, CPU)["text"]
+    lens = text["context_lens"], text["answer_lens"]
+    assert (lens[0] + lens[1]).tolist() == [20, 20, 20]
+    shortest = adapter._prompts.of_texts(Contents())
+    assert lens[0].tolist() == [20 - shortest.answer, *[shortest.context] * 2]
+    speech = adapter.synthetic_batch(Shape("audio", 2.4, 30, 30, total=True), 3, CPU)["audio"]
+    assert (speech["audio_lens"] // 1280 + speech["context_lens"] + speech["answer_lens"]).tolist() == [30, 30, 30]
+    shortest = adapter._prompts.of_cuts(Contents())
+    assert speech["audio_lens"].tolist() == [(30 - shortest.total) * 1280, 1280, 1280]
+    assert adapter.extents(adapter.synthetic_batch(Shape("audio", 2.4, 30, 30, total=True), 1, CPU)) == [
+        Extent("audio", 1, (30 - shortest.total) * 0.08, shortest.context - 1, 30 - shortest.context - 1)
+    ]
 
 
 @pytest.mark.parametrize("pieces", [2, 4])
