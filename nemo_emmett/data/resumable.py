@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from nemo.core.classes.common import Serialization
+from nemo.utils import logging
 
 from nemo_emmett.data.dataloader import MultimodalDataLoader
 from nemo_emmett.modules.resumable_loop import ResumableEpochLoop, install_resumable_loop
@@ -31,6 +32,8 @@ class ResumableData(Callback, Serialization):
                 - _target_: nemo_emmett.callbacks.ResumableData
     """
 
+    is_asked_for = True  # False where a datamodule adds it by itself, which has said already if the data cannot resume
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install the resumable epoch loop before a checkpoint is restored."""
         if stage == "fit":
@@ -43,9 +46,12 @@ class ResumableData(Callback, Serialization):
             loop.validation_finished()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on a batch counts when it was trained on."""
-        for loader in _resumable_loaders(trainer):
+        """From now on a batch counts when it was trained on. Warn where no loader of the training can resume."""
+        loaders = list(_resumable_loaders(trainer))
+        for loader in loaders:
             loader.progress.count_trained()
+        if self.is_asked_for and not loaders:
+            _warn_of_data_that_starts_over(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,6 +59,23 @@ class ResumableData(Callback, Serialization):
         """Count the batch."""
         for loader in _resumable_loaders(trainer):
             loader.progress.trained()
+
+
+def _warn_of_data_that_starts_over(trainer: Trainer) -> None:
+    found = [getattr(loader, "_source", loader) for loader in CombinedLoader(trainer.train_dataloader).flattened]
+    ours = any(isinstance(loader, MultimodalDataLoader) for loader in found)
+    if not ours and any(hasattr(loader, "state_dict") for loader in found):
+        return  # Lightning keeps the state of a loader that has one
+    where = "data.train_ds" if trainer.datamodule is not None else "model.train_ds"
+    if ours:
+        why, remedy = "NeMo's samplers read it", f"set ++{where}.sampling=emmett"
+    else:
+        why, remedy = "NeMo's own dataloader reads it", f"set ++{where}.use_emmett=true and ++{where}.sampling=emmett"
+    logging.warning(
+        f"ResumableData does not hold the position in the data of {where}, since {why}: a resumed run begins the epoch's "
+        f"data anew. To resume at the next batch, {remedy}; the position in the step and in the epoch is held either "
+        "way."
+    )
 
 
 def _resumable_loaders(trainer: Trainer) -> Iterator[MultimodalDataLoader]:
