@@ -13,8 +13,8 @@ from nemo_emmett.errors import ConfigError
 FUSIONS = ("zip", "round_robin", "randomized_round_robin", "mux")
 
 TRAIN_SALM_GPT = (
-    "train nemo_emmett's SALMGPT instead, which takes text, speech and both, and whose checkpoints NeMo's SALM can load "
-    "(examples/speechlm/train.py with ++model._target_=salm_gpt)"
+    "train nemo_emmett's SALMGPT instead, which takes text, speech and both, and whose checkpoints NeMo's SALM can "
+    "load (examples/speechlm/train.py with ++model._target_=salm_gpt)"
 )
 """What to do where NeMo's SALM cannot take the data."""
 

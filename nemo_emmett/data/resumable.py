@@ -67,14 +67,14 @@ def _warn_of_data_that_starts_over(trainer: Trainer) -> None:
     if not ours and any(hasattr(loader, "state_dict") for loader in found):
         return  # Lightning keeps the state of a loader that has one
     where = "data.train_ds" if trainer.datamodule is not None else "model.train_ds"
-    if ours:
-        why, remedy = "NeMo's samplers read it", f"set ++{where}.sampling=emmett"
-    else:
-        why, remedy = "NeMo's own dataloader reads it", f"set ++{where}.use_emmett=true and ++{where}.sampling=emmett"
+    needed = ["sampling=emmett"] if ours else ["use_emmett=true", "sampling=emmett"]
+    if not ours and trainer.datamodule is None:  # NeMo's ASR models
+        needed.insert(0, "use_lhotse=true")
+    reader, keys = "samplers draw" if ours else "dataloader reads", " ".join(f"++{where}.{key}" for key in needed)
     logging.warning(
-        f"ResumableData does not hold the position in the data of {where}, since {why}: a resumed run begins the epoch's "
-        f"data anew. To resume at the next batch, {remedy}; the position in the step and in the epoch is held either "
-        "way."
+        f"ResumableData does not hold the position in the data of {where}, which NeMo's own {reader}: a resumed run "
+        "begins the data of the epoch anew, and only the position in step and epoch is held. To resume at the next "
+        f"batch, set {keys}."
     )
 
 

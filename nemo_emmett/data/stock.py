@@ -70,14 +70,10 @@ def check_nemo_model(model: Any) -> None:
             continue
         where = f"model.{name}"
         if config.get(_USE_EMMETT):
-            remedy = (
-                f"remove ++{where}.{_USE_EMMETT}"
-                if config.get("use_lhotse")
-                else f"set ++{where}.use_lhotse=true, or remove {where}.{_USE_EMMETT}"
-            )
+            remedy = "" if config.get("use_lhotse") else f"set ++{where}.use_lhotse=true, or "
             raise ConfigError(
-                f"{where}.{_USE_EMMETT}: has no effect, since {type(model).__name__} reads this dataset by NeMo's older "
-                f"dataloader; {remedy}."
+                f"{where}.{_USE_EMMETT}: has no effect, since {type(model).__name__} reads this dataset by NeMo's "
+                f"older dataloader; {remedy}remove the key."
             )
         _check_keys(config, where)
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
@@ -80,7 +80,10 @@ def _weights_of_folder(path: Path, trusted: bool) -> dict[str, Tensor]:
     content: dict[str, Any] = {}
     planner = _EmptyStateDictLoadPlanner(keys={_STATE})
     reader = FileSystemReader(path) if trusted else _DataOnlyReader(path)
-    _load_state_dict(content, storage_reader=reader, planner=planner, no_dist=True)
+    try:
+        _load_state_dict(content, storage_reader=reader, planner=planner, no_dist=True)
+    except CheckpointException as error:  # no subclass of Exception; what went wrong is in it
+        raise next(iter(error.failures.values()))[0] from error
     if not content.get(_STATE):
         raise ModelError(f"'{path}' is no checkpoint of a training: it holds no '{_STATE}'; give another one.")
     return content[_STATE]
@@ -90,20 +93,24 @@ class _DataOnlyReader(FileSystemReader):
     """Reads a distributed checkpoint without running anything: PyTorch's own unpickles its metadata, and all entries
     that are no tensors."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What is where.
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metadata = self._read_safely()  # here, since what fails below is reported in many lines
 
-        Raises:
-            ModelError: if the metadata names what is no part of one, or a weight is no tensor.
-        """
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What is where."""
+        return self._metadata
+
+    def _read_safely(self) -> Metadata:
         with open(Path(self.path) / _METADATA, "rb") as file:
             try:
                 metadata = _MetadataUnpickler(file).load()
                 metadata.storage_meta = metadata.storage_meta or StorageMeta()
                 metadata.storage_meta.load_id = self.load_id
-            except UnpicklingError as error:
+            except (UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
+                said = str(error) or type(error).__name__
                 raise ModelError(
-                    f"the checkpoint '{self.path}' is damaged or holds more than tensors and plain values ({error}). "
+                    f"the checkpoint '{self.path}' is damaged or holds more than tensors and plain values ({said}). "
                     "It is not unpickled, since that can run code. If you trust it, set model.trust_remote_code: true."
                 ) from error
         return metadata

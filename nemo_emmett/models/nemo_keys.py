@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _AUTOMODEL = (
-    "it belongs to NeMo Automodel's language models (use_nemo_automodel: true), and ours are Hugging Face's; remove it, "
-    "or train NeMo's SALMAutomodel by NeMo's own script"
+    "it belongs to NeMo Automodel's language models (use_nemo_automodel: true), and ours are Hugging Face's; remove "
+    "it, or train NeMo's SALMAutomodel by NeMo's own script"
 )
 _DUPLEX = "it belongs to NeMo's speech-to-speech models, and ours answer in text; remove it"
 _VALIDATION_FILES = (

@@ -177,13 +177,13 @@ class StopOnSignal(Callback, Serialization):
 def _warn_of_no_effect(trainer: Trainer) -> None:
     if threading.current_thread() is not threading.main_thread():
         logging.warning(
-            "StopOnSignal has no effect in this training: Python handles signals in the main thread, and this is another "
-            "one; start the training in the main thread, or remove the callback."
+            "StopOnSignal has no effect in this training: Python handles signals in the main thread, and this is "
+            "another one; start the training in the main thread, or remove the callback."
         )
     elif not any(isinstance(callback, ModelCheckpoint) for callback in trainer.checkpoint_callbacks):
         logging.warning(
-            "StopOnSignal: the trainer has no ModelCheckpoint, so a signal ends this training without a checkpoint; set "
-            "++exp_manager.create_checkpoint_callback=true, or give the trainer a ModelCheckpoint."
+            "StopOnSignal: the trainer has no ModelCheckpoint, so a signal ends this training without a checkpoint; "
+            "set ++exp_manager.create_checkpoint_callback=true, or give the trainer a ModelCheckpoint."
         )
 
 
