@@ -213,6 +213,13 @@ def check_recipe(cfg: DictConfig) -> None:
     if not cfg.model.get("_target_"):
         raise ConfigError("model._target_ is missing: name a class (nemo_emmett.models.SALMT5) or salm_t5 for short.")
     check_keys(cfg, RECIPE_KEYS, "recipe")
+    strategy = cfg.trainer.get("strategy")
+    if isinstance(strategy, DictConfig) and str(strategy.get("_target_")).endswith(".AutomodelParallelStrategy"):
+        raise ConfigError(
+            "trainer.strategy._target_: AutomodelParallelStrategy is for the language models of NeMo Automodel, which "
+            "no model here has; name lightning.pytorch.strategies.ModelParallelStrategy (FSDP2) or DDPStrategy, and "
+            f"remove its other keys ({', '.join(str(key) for key in strategy if key != '_target_')})."
+        )
     for section, known in (
         ("trainer", inspect.signature(Trainer).parameters),
         ("exp_manager", [f.name for f in fields(ExpManagerConfig)]),

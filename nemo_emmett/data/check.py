@@ -177,6 +177,7 @@ def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKi
     if groups is None:  # NeMo warns of strangers itself
         _check_group(settings, tokenizer, where, kind)
         return
+    strangers += [key for key in settings if key in LEGACY_KEYS - {"use_lhotse"} and key not in groups]
     if strangers:
         logging.warning(f"{where}: these keys are ignored: {', '.join(strangers)}")
     if not groups:
