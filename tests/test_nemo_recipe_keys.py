@@ -147,7 +147,7 @@ EFFECTS = {
     "model.perception.modality_adapter._target_": lambda m, *_: (
         type(m.perception.modality_adapter).__name__ == "IdentityConnector"
     ),
-    "model.perception.modality_adapter.d_model": lambda m, *_: m.perception.modality_adapter.d_model == 32,
+    "model.perception.modality_adapter.d_model": lambda m, *_: m.perception.proj.in_features == 32,
     "model.perception.output_dim": lambda m, *_: m.perception.proj.out_features == 32,
     "model.perception.spec_augment": lambda m, *_: m.perception.spec_augmentation is not None,
     "model.perception.target": lambda m, *_: type(m.perception).__name__ == "AudioPerceptionModule",
