@@ -185,6 +185,11 @@ def test_use_emmett_anywhere_else_than_in_the_dataset_is_refused(place, salm, gr
     assert "set ++data.train_ds.use_emmett=true" in said
 
 
+def test_a_value_of_the_section_that_another_dataset_refers_to_is_left_alone(salm, group):
+    data = {"use_emmett": True, "train_ds": group, "validation_ds": {"use_emmett": True, "datasets": {}}}
+    assert not isinstance(loader_of(salm, data), MultimodalDataLoader)
+
+
 def test_our_text_in_nemos_loader_for_nemos_salm_is_refused(salm, group, text):
     data = {"train_ds": {"multi_config": True, "sampler_fusion": "zip", "speech": group, "text": text, "seed": 0}}
     said = refusal(lambda: loader_of(salm, data))

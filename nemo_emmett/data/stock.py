@@ -89,12 +89,12 @@ def _check_keys(config: Mapping | DictConfig, where: str) -> None:
                 f"{place}.{key}: {value} has no effect, since NeMo's own dataloader reads this dataset; set "
                 f"++{where}.{_USE_EMMETT}=true, or remove the key."
             )
-    for section in _sections_around(config):
-        if _USE_EMMETT in section and section[_USE_EMMETT] is True:
-            raise ConfigError(
-                f"{section._get_full_key(_USE_EMMETT)}: has no effect there, since each dataset names its own "
-                f"dataloader; set ++{where}.{_USE_EMMETT}=true."
-            )
+    section = _plain(config._get_parent()) if isinstance(config, DictConfig) else None
+    if _asks_for_us(section) and not any(map(_asks_for_us, section.values())):
+        raise ConfigError(
+            f"{where.rpartition('.')[0]}.{_USE_EMMETT}: has no effect there, since each dataset names its own "
+            f"dataloader; set ++{where}.{_USE_EMMETT}=true."
+        )
 
 
 def _place_of(config: Any, section: str) -> str:
@@ -103,17 +103,19 @@ def _place_of(config: Any, section: str) -> str:
     return f"{section}.{key or 'train_ds'}" if "." not in key else key
 
 
-def _sections_around(config: Any) -> Iterator[DictConfig]:
-    parent = config._get_parent() if isinstance(config, DictConfig) else None
-    while isinstance(parent, DictConfig):
-        yield parent
-        parent = parent._get_parent()
+def _asks_for_us(config: Any) -> bool:
+    return isinstance(config, Mapping) and config.get(_USE_EMMETT) is True
+
+
+def _plain(node: Any) -> Any:
+    """Without the values that refer to others, which may not be there."""
+    is_config = OmegaConf.is_config(node)
+    return OmegaConf.to_container(node, resolve=False, throw_on_missing=False) if is_config else node
 
 
 def _values(node: Any, where: str, key: str) -> Iterator[tuple[str, Any]]:
     """The places and values of a key in a dataset, its groups and its sources; but for ``tags``."""
-    if OmegaConf.is_config(node):
-        node = OmegaConf.to_container(node, resolve=False, throw_on_missing=False)
+    node = _plain(node)
     entries = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for name, value in entries:
         if name == key:
