@@ -7,6 +7,7 @@ from typing import Any
 
 from lhotse.dataset.sampling.base import CutSampler
 from lightning.pytorch import LightningModule, Trainer
+from nemo.core.classes.modelPT import ModelPT
 from omegaconf import DictConfig, ListConfig
 from torch.utils.data import IterableDataset
 
@@ -36,7 +37,7 @@ def check_batch_sizes_are_read(module: LightningModule) -> None:
     Raises:
         ConfigError: naming the key with which NeMo's ASR models read their data by lhotse.
     """
-    loader = getattr(module, "_train_dl", None)  # NeMo's ASR models have it from the constructor on
+    loader = module._train_dl if isinstance(module, ModelPT) else None  # which NeMo's models have from the beginning
     if loader is None:
         return
     sampled_by_lhotse = isinstance(getattr(loader, "sampler", None), CutSampler)
