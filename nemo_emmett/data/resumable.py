@@ -71,6 +71,10 @@ def _warn_of_data_that_starts_over(trainer: Trainer) -> None:
     if not ours and trainer.datamodule is None:  # NeMo's ASR models
         needed.insert(0, "use_lhotse=true")
     reader, keys = "samplers draw" if ours else "dataloader reads", " ".join(f"++{where}.{key}" for key in needed)
+    if trainer.datamodule is None and isinstance(trainer.limit_train_batches, float):
+        keys += (
+            " ++trainer.limit_train_batches=1000 (the batches of an epoch, which NeMo's ASR models cannot count then)"
+        )
     logging.warning(
         f"ResumableData does not hold the position in the data of {where}, which NeMo's own {reader}: a resumed run "
         "begins the data of the epoch anew, and only the position in step and epoch is held. To resume at the next "
