@@ -29,6 +29,7 @@ from nemo_emmett.errors import ConfigError, EmmettError, ModelError, NonFiniteEr
 from nemo_emmett.files import check_writable, hold_folder, new_folder_elsewhere, shown, whole_folder, write_text
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.checkpoint import check_fit, read_weights
+from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
 from nemo_emmett.modules.nonfinite import refuse_nonfinite
 
 EXPORTS = ("best", "last")
@@ -398,6 +399,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, recipe: DictConfig | None)
     model_class = plugin.find_model(recipe.model.get("_target_") or _SALM)
     weights = read_weights(checkpoint)
     section = OmegaConf.to_container(recipe.model, resolve=True)
+    section = {key: value for key, value in section.items() if key not in INITIAL_WEIGHTS_KEYS}
     # What was pretrained is in the checkpoint; but what a speech encoder is like stands in its .nemo file.
     model = model_class(section)
     check_fit(weights, model, checkpoint)

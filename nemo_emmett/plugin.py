@@ -221,6 +221,9 @@ def _with_our_dataloader(original: Callable) -> Callable:
         config, *others = parameters.bind(*args, **kwargs).arguments.items()
         # `in` first: a DictConfig in struct mode raises on reading a key that it lacks.
         if USE_EMMETT not in config[1] or not config[1][USE_EMMETT]:
+            from nemo_emmett.data.stock import check_nemo_dataset
+
+            check_nemo_dataset(config[1], dict(others)["dataset"])
             return original(*args, **kwargs)
         from nemo_emmett.data import get_multimodal_dataloader
 
@@ -228,6 +231,26 @@ def _with_our_dataloader(original: Callable) -> Callable:
 
     build.opened_by_nemo_emmett = True
     return build
+
+
+def check_models_of_nemo(modules: ModuleType) -> None:
+    """Have NeMo's ASR models refuse keys of ours that do nothing: their older dataloader does not ask the factory.
+
+    Lightning calls ``setup`` of a model before it trains, when its loaders are there.
+    """
+    original = modules.ModelPT.setup
+    if getattr(original, "opened_by_nemo_emmett", False):
+        return
+
+    @functools.wraps(original)
+    def setup(self: Any, stage: str | None = None) -> None:
+        original(self, stage)
+        from nemo_emmett.data.stock import check_nemo_model
+
+        check_nemo_model(self)
+
+    setup.opened_by_nemo_emmett = True
+    modules.ModelPT.setup = setup
 
 
 def register_data_types(cutset: ModuleType) -> None:
@@ -257,6 +280,7 @@ def register_prompt_formats(_: ModuleType) -> None:
 REGISTRATIONS = (
     Registration("classes (allow-list)", "nemo.core.classes.common", open_allow_list),
     Registration("dataloader", "nemo.collections.common.data.lhotse.dataloader", open_dataloader_factory),
+    Registration("checks of datasets", "nemo.core.classes.modelPT", check_models_of_nemo),
     Registration("data types", "nemo.collections.common.data.lhotse.cutset", register_data_types),
     Registration("prompt formats", "nemo.collections.common.prompts", register_prompt_formats),
 )

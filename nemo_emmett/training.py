@@ -31,6 +31,7 @@ from nemo_emmett.checkpoints import with_resume_point
 from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.check import check_data_config
+from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.ending import (
     BestCheckpoint,
     RecipeBesideCheckpoints,
@@ -87,7 +88,7 @@ def train(cfg: DictConfig) -> LightningModule:
     plugin.register()
     check_recipe(cfg)
     check_export(cfg)
-    check_data_section(cfg.data)
+    check_data_section(cfg.data, _examples_of(cfg.model._target_))
     recipe, best = RecipeBesideCheckpoints(cfg), BestCheckpoint()
     with ExitStack() as claims:
         claim_outputs(cfg, claims, existing_only=True)
@@ -212,6 +213,13 @@ def check_recipe(cfg: DictConfig) -> None:
     if not cfg.model.get("_target_"):
         raise ConfigError("model._target_ is missing: name a class (nemo_emmett.models.SALMT5) or salm_t5 for short.")
     check_keys(cfg, RECIPE_KEYS, "recipe")
+    strategy = cfg.trainer.get("strategy")
+    if isinstance(strategy, DictConfig) and str(strategy.get("_target_")).endswith(".AutomodelParallelStrategy"):
+        raise ConfigError(
+            "trainer.strategy._target_: AutomodelParallelStrategy is for the language models of NeMo Automodel, which "
+            "no model here has; name lightning.pytorch.strategies.ModelParallelStrategy (FSDP2) or DDPStrategy, and "
+            f"remove its other keys ({', '.join(str(key) for key in strategy if key != '_target_')})."
+        )
     for section, known in (
         ("trainer", inspect.signature(Trainer).parameters),
         ("exp_manager", [f.name for f in fields(ExpManagerConfig)]),
@@ -220,8 +228,17 @@ def check_recipe(cfg: DictConfig) -> None:
             raise ConfigError(f"{section}.{stranger}: there is no such key; remove it.")
 
 
-def check_data_section(data: DictConfig) -> None:
+def _examples_of(target: str) -> ExampleKind:
+    """What the dataset of a model's class takes."""
+    return ExampleKind.CONVERSATION if issubclass(plugin.find_model(target), SALM) else ExampleKind.TRANSLATION
+
+
+def check_data_section(data: DictConfig, examples: ExampleKind = ExampleKind.TRANSLATION) -> None:
     """Look for mistakes in every dataset of a recipe's ``data`` section before a model is built.
+
+    Args:
+        data: the section.
+        examples: what the model's dataset takes.
 
     Raises:
         ConfigError: for a misspelt key, or a value that cannot work.
@@ -231,4 +248,4 @@ def check_data_section(data: DictConfig) -> None:
         logging.warning(f"data.{stranger} is not a dataset that a training has; it is ignored.")
     for name in DATASETS:
         if data.get(name) is not None:
-            check_data_config(data[name], where=f"data.{name}")
+            check_data_config(data[name], where=f"data.{name}", examples=examples)

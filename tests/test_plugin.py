@@ -198,7 +198,7 @@ class TestSeam:
         return calls
 
     @pytest.mark.parametrize("kind", ["single", "multi"])
-    @pytest.mark.parametrize("content", [{}, {"use_emmett": False}, {"nested": {"use_emmett": True}}])
+    @pytest.mark.parametrize("content", [{}, {"use_emmett": False}, {"nested": {"use_emmett": False}}])
     def test_other_configs_reach_the_original_unchanged(self, factory, ours, kind, content) -> None:
         config = OmegaConf.create(content)
         OmegaConf.set_struct(config, True)

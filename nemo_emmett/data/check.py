@@ -27,7 +27,7 @@ from nemo_emmett.data.config import (
 )
 from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.data.files import count_lines_of, is_local
-from nemo_emmett.data.fusion import check_fusion
+from nemo_emmett.data.fusion import check_for_nemo_salm, check_fusion
 from nemo_emmett.data.parsers import Reading, known_types, reading
 from nemo_emmett.data.sources import (
     CLASSIC_KEYS,
@@ -162,13 +162,22 @@ def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKi
     register_prompt_formats()
     MultimodalDataConfig.take_from(dict(settings))
     groups = groups_of(settings)
+    if settings.get("use_emmett") is False:
+        raise ConfigError(
+            f"{where}.use_emmett: false has no effect, since this training always reads its data by nemo_emmett's "
+            f"dataloader; remove the key, or set ++{where}.sampling=nemo for NeMo's samplers."
+        )
+    given = settings
     if groups and settings.get("sampler_fusion") == "mux":
         check_fusion("mux", settings.get("sampler_weights"), list(groups), where)
         settings, groups = as_one_stream(settings, where), None
     strangers = check_keys_of_dataset(settings, where)
+    if kind is ExampleKind.CONVERSATION:
+        _check_for_nemo_salm(given, where)
     if groups is None:  # NeMo warns of strangers itself
         _check_group(settings, tokenizer, where, kind)
         return
+    strangers += [key for key in settings if key in LEGACY_KEYS - {"use_lhotse"} and key not in groups]
     if strangers:
         logging.warning(f"{where}: these keys are ignored: {', '.join(strangers)}")
     if not groups:
@@ -180,6 +189,15 @@ def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKi
             if key in group:
                 raise ConfigError(f"{where}.{name}.{key}: holds for all groups together; set {where}.{key}.")
         _check_group(group, tokenizer, f"{where}.{name}", kind)
+
+
+def _check_for_nemo_salm(settings: Mapping, where: str) -> None:
+    has_groups = groups_of(settings) is not None
+    has_text = {
+        name: any(source.is_text for source in list_sources(group, f"{where}.{name}".rstrip(".")))
+        for name, group in (with_inherited(settings) if has_groups else {"": settings}).items()
+    }
+    check_for_nemo_salm(has_text, settings.get("sampler_fusion", "round_robin") if has_groups else None, where)
 
 
 def _warn_of_keys_without_effect(settings: Mapping, groups: Mapping[str, Mapping], where: str) -> None:

@@ -79,7 +79,9 @@ class MultimodalDataModule(DataModule, Serialization):
         """Give the trainer the callback :class:`~nemo_emmett.callbacks.ResumableData`, unless it has one."""
         super().setup(stage)
         if stage == "fit" and not any(isinstance(c, ResumableData) for c in self.trainer.callbacks):
-            self.trainer.callbacks.insert(0, ResumableData())  # before those that write checkpoints
+            callback = ResumableData()
+            callback.is_asked_for = False
+            self.trainer.callbacks.insert(0, callback)  # before those that write checkpoints
 
     def train_dataloader(self) -> BroadcastingDataLoader | None:
         """The loader of ``train_ds``."""

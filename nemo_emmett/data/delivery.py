@@ -22,6 +22,7 @@ from nemo_emmett.data.bad_records import BadRecords, Notes
 from nemo_emmett.data.commands import commands_allowed, is_refused
 from nemo_emmett.data.dataset import SpeechTextDataset, note_audio_fault, recordings_of
 from nemo_emmett.data.examples import ExampleKind, note_example
+from nemo_emmett.data.fusion import TRAIN_SALM_GPT
 from nemo_emmett.data.sampling.leaves import Share
 from nemo_emmett.data.sampling.sampler import SamplingPlan, WorkerSampler
 from nemo_emmett.errors import ConfigError, EmmettError
@@ -196,10 +197,7 @@ class SpeechConversations(torch.utils.data.Dataset):
             ConfigError: if there was no speech in it to begin with.
         """
         if not any(isinstance(c, NeMoMultimodalConversation) and c.has_audio_turns for c in conversations):
-            raise ConfigError(
-                "NeMo's SALM cannot take a batch without speech: use sampler_fusion: zip, so that each batch holds "
-                "both kinds, or train nemo_emmett.models.SALMT5, which takes either."
-            )
+            raise ConfigError(f"NeMo's SALM cannot take a batch without speech; {TRAIN_SALM_GPT}.")
         readable = [c for c in conversations if self._has_its_audio(c)]
         self._tell_cuts_apart(readable)
         batch = self.dataset[CutSet(readable)] if any(c.has_audio_turns for c in readable) else None

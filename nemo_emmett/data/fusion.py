@@ -12,6 +12,12 @@ from nemo_emmett.errors import ConfigError
 
 FUSIONS = ("zip", "round_robin", "randomized_round_robin", "mux")
 
+TRAIN_SALM_GPT = (
+    "train nemo_emmett's SALMGPT instead, which takes text, speech and both, and whose checkpoints NeMo's SALM can "
+    "load (examples/speechlm/train.py with ++model._target_=salm_gpt)"
+)
+"""What to do where NeMo's SALM cannot take the data."""
+
 
 def fuse(samplers: Mapping[str, CutSampler], fusion: str, weights: Mapping[str, float] | None, seed: int) -> CutSampler:
     """Join the samplers of several groups into one.
@@ -53,3 +59,30 @@ def check_fusion(fusion: str, weights: Mapping[str, float] | None, groups: list[
             )
         if not isinstance(weight, (int, float)) or weight <= 0:
             raise ConfigError(f"{where}.sampler_weights.{name}: {weight!r} is not a share; give a number above 0.")
+
+
+def check_for_nemo_salm(has_text: Mapping[str, bool], fusion: str | None, where: str) -> None:
+    """Refuse data of which NeMo's SALM may get a batch without speech: its preprocessor fails on one.
+
+    Args:
+        has_text: whether a group has sources of text, by the group's name; "" is that of a dataset without groups.
+        fusion: of the groups; None where there are none.
+        where: the dataset's place in the recipe.
+
+    Raises:
+        ConfigError: naming the first group with text.
+    """
+    can_be_zipped = fusion is not None and not all(has_text.values())
+    if not any(has_text.values()) or (can_be_zipped and fusion == "zip"):
+        return
+    place = f"{where}.{next(name for name, found in has_text.items() if found)}".rstrip(".")
+    how = "" if fusion is None else f"with sampler_fusion: {fusion} "
+    remedy = (
+        f"set ++{where}.sampler_fusion=zip, so that each batch holds both"
+        if can_be_zipped
+        else "remove its text sources"
+    )
+    raise ConfigError(
+        f"{place}: holds text, so {how}a batch may hold nothing else, and NeMo's SALM cannot take a batch without "
+        f"speech; {TRAIN_SALM_GPT}, or {remedy}."
+    )

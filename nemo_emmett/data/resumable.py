@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from nemo.core.classes.common import Serialization
+from nemo.utils import logging
 
 from nemo_emmett.data.dataloader import MultimodalDataLoader
 from nemo_emmett.modules.resumable_loop import ResumableEpochLoop, install_resumable_loop
@@ -31,6 +32,8 @@ class ResumableData(Callback, Serialization):
                 - _target_: nemo_emmett.callbacks.ResumableData
     """
 
+    is_asked_for = True  # False where a datamodule adds it by itself, which has said already if the data cannot resume
+
     def __init__(self) -> None:
         self._loaders: list[MultimodalDataLoader] = []
         self._epoch_begins = False
@@ -47,11 +50,13 @@ class ResumableData(Callback, Serialization):
             loop.validation_finished()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on a batch counts when it was trained on."""
+        """From now on a batch counts when it was trained on. Warn where no loader of the training can resume."""
         self._loaders = list(_resumable_loaders(trainer))
         self._epoch_begins = False  # the first one may be the rest of one that was interrupted
         for loader in self._loaders:
             loader.progress.count_trained()
+        if self.is_asked_for and not self._loaders:
+            _warn_of_data_that_starts_over(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin an epoch of finite data anew, and let new loaders (``reload_dataloaders_every_n_epochs``) take over.
@@ -73,6 +78,27 @@ class ResumableData(Callback, Serialization):
         """Count the batch."""
         for loader in _resumable_loaders(trainer):
             loader.progress.trained()
+
+
+def _warn_of_data_that_starts_over(trainer: Trainer) -> None:
+    found = [getattr(loader, "_source", loader) for loader in CombinedLoader(trainer.train_dataloader).flattened]
+    ours = any(isinstance(loader, MultimodalDataLoader) for loader in found)
+    if not ours and any(hasattr(loader, "state_dict") for loader in found):
+        return  # Lightning keeps the state of a loader that has one
+    where = "data.train_ds" if trainer.datamodule is not None else "model.train_ds"
+    needed = ["sampling=emmett"] if ours else ["use_emmett=true", "sampling=emmett"]
+    if not ours and trainer.datamodule is None:  # NeMo's ASR models
+        needed.insert(0, "use_lhotse=true")
+    reader, keys = "samplers draw" if ours else "dataloader reads", " ".join(f"++{where}.{key}" for key in needed)
+    if trainer.datamodule is None and isinstance(trainer.limit_train_batches, float):
+        keys += (
+            " ++trainer.limit_train_batches=1000 (the batches of an epoch, which NeMo's ASR models cannot count then)"
+        )
+    logging.warning(
+        f"ResumableData does not hold the position in the data of {where}, which NeMo's own {reader}: a resumed run "
+        "begins the data of the epoch anew, and only the position in step and epoch is held. To resume at the next "
+        f"batch, set {keys}."
+    )
 
 
 def _resumable_loaders(trainer: Trainer) -> Iterator[MultimodalDataLoader]:

@@ -41,9 +41,10 @@ from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.models.export import Export
 from nemo_emmett.models.generation import Generation
 from nemo_emmett.models.head import LLMInputs, answer_logits, answer_loss, answer_scores
+from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS, check_initial_weights, load_initial_weights
 from nemo_emmett.models.pieces import PieceSums, TokenCounts, cut_batch, target_counts
 from nemo_emmett.models.sharding import absent_modalities, modality_of_all_parts, shard, stand_in, validated_parts
-from nemo_emmett.models.step_log import StepLog
+from nemo_emmett.models.step_log import StepLog, forget_logged
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
 from nemo_emmett.modules.batch import MODALITIES, split_modalities
 from nemo_emmett.modules.loss import IGNORE_INDEX, modality_loss
@@ -63,9 +64,12 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         cfg: the ``model`` section of a recipe, see :class:`~nemo_emmett.models.config.ModelConfig`.
         trust_remote_code: run code that came with the language model or its tokenizer, and build what the config of a
             ``.nemo`` file names; None: as ``cfg`` says, by default no. It is never kept with the model.
+        for_loading: all weights are loaded afterwards: what the keys of
+            :mod:`~nemo_emmett.models.initial_weights` name is not read, and keys of NeMo's other models are not
+            refused.
 
     Raises:
-        ConfigError: for a misspelt or missing key.
+        ConfigError: for a misspelt or missing key, or one of NeMo's other models.
         ModelError: if a pretrained part cannot be found or is of the wrong kind.
     """
 
@@ -73,21 +77,26 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
     is_encoder_decoder: ClassVar[bool]
     has_cross_attention: ClassVar[bool] = False  # whether `cross_attention` means something to it
 
-    def __init__(self, cfg: dict | DictConfig, trust_remote_code: bool | None = None) -> None:
+    def __init__(
+        self, cfg: dict | DictConfig, trust_remote_code: bool | None = None, for_loading: bool = False
+    ) -> None:
         super().__init__()
         cfg = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
         asked = cfg.pop("trust_remote_code", None) or False
         if not isinstance(asked, bool):
             raise ConfigError(f"model.trust_remote_code: {asked!r} is neither true nor false.")
         self.trust_remote_code = asked if trust_remote_code is None else trust_remote_code
-        self.options = ModelConfig.from_section(cfg, type(self).__name__)
+        self.options = ModelConfig.from_section(cfg, type(self).__name__, for_loading)
+        start = {} if for_loading else self.options.initial_weights()
+        check_initial_weights(start)
         if self.options.cross_attention is not None and not self.has_cross_attention:
             raise ConfigError(
                 f"model.cross_attention: {type(self).__name__} has no such layers; leave the key out, or set "
                 "model._target_: bestow_gpt."
             )
         # NeMo's helpers ask `"key" in cfg`, so keys that are not set stay out; those that NeMo's SALM needs stay in.
-        cfg = {key: value for key, value in cfg.items() if value is not None} | {
+        # Where the training started is no part of the model: whoever loads it need not have that checkpoint.
+        cfg = {key: value for key, value in cfg.items() if value is not None and key not in INITIAL_WEIGHTS_KEYS} | {
             "pretrained_weights": self.options.pretrained_weights,
             "audio_locator_tag": self.options.audio_locator_tag,
             "freeze_params": self.options.frozen_parameters(),
@@ -108,6 +117,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         self.perception = None
         if self.options.perception is not None:
             build_perception(self)
+        load_initial_weights(self, start, self.trust_remote_code)
         if self.options.activation_checkpointing:
             save_memory(self)
         if self.options.compile:
@@ -359,8 +369,11 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         lr = self.trainer.optimizers[0].param_groups[0]["lr"] if self._trainer is not None else 0.0
         self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
         self.log("learning_rate", lr, batch_size=1)
-        for name, value in self._step_log.values().items():
+        values = self._step_log.values()
+        for name, value in values.items():
             self.log(name, value, prog_bar=name.startswith(("loss", "examples")), batch_size=1)
+        if self._trainer is not None:
+            forget_logged(self.trainer, values)
         self._counts.logged = True
 
     # Training steps in pieces.

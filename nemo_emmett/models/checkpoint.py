@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path, PosixPath
@@ -10,9 +11,12 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.futures import Future
 
 from nemo_emmett.errors import ModelError
 
@@ -42,11 +46,12 @@ def read_checkpoint(path: str | Path | BinaryIO, **options: Any) -> dict[str, An
         ) from error
 
 
-def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint by name, on the CPU. No code of the file is run.
+def read_weights(checkpoint: str | Path, trusted: bool = False) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name, on the CPU. No code of the file is run unless it is trusted.
 
     Args:
         checkpoint: a ``.ckpt`` file, or the folder of a distributed checkpoint.
+        trusted: unpickle whatever a file holds.
 
     Raises:
         ModelError: if it cannot be read or holds no weights.
@@ -56,8 +61,9 @@ def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
         raise ModelError(f"'{path}': there is no such checkpoint.")
     try:
         if path.is_dir():
-            return _weights_of_folder(path)
-        content = read_checkpoint(path, map_location="cpu", mmap=True)
+            return _weights_of_folder(path, trusted)
+        how = {"map_location": "cpu", "mmap": True}
+        content = torch.load(path, weights_only=False, **how) if trusted else read_checkpoint(path, **how)
     except (OSError, RuntimeError, EOFError, KeyError) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"'{path}' cannot be read as a checkpoint ({said}); give another one.") from error
@@ -67,14 +73,92 @@ def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def _weights_of_folder(path: Path) -> dict[str, Tensor]:
+def _weights_of_folder(path: Path, trusted: bool) -> dict[str, Tensor]:
     """Read in this process alone, whatever processes wrote them."""
     if not (path / _METADATA).is_file():
         raise ModelError(f"'{path}' is no distributed checkpoint: it has no {_METADATA}; give the .ckpt in it.")
     content: dict[str, Any] = {}
     planner = _EmptyStateDictLoadPlanner(keys={_STATE})
-    _load_state_dict(content, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+    reader = FileSystemReader(path) if trusted else _DataOnlyReader(path)
+    try:
+        _load_state_dict(content, storage_reader=reader, planner=planner, no_dist=True)
+    except CheckpointException as error:  # no subclass of Exception; what went wrong is in it
+        raise next(iter(error.failures.values()))[0] from error
+    if not content.get(_STATE):
+        raise ModelError(f"'{path}' is no checkpoint of a training: it holds no '{_STATE}'; give another one.")
     return content[_STATE]
+
+
+class _DataOnlyReader(FileSystemReader):
+    """Reads a distributed checkpoint without running anything: PyTorch's own unpickles its metadata, and all entries
+    that are no tensors."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metadata = self._read_safely()  # here, since what fails below is reported in many lines
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What is where."""
+        return self._metadata
+
+    def _read_safely(self) -> Metadata:
+        with open(Path(self.path) / _METADATA, "rb") as file:
+            try:
+                metadata = _MetadataUnpickler(file).load()
+                metadata.storage_meta = metadata.storage_meta or StorageMeta()
+                metadata.storage_meta.load_id = self.load_id
+            except (UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
+                said = str(error) or type(error).__name__
+                raise ModelError(
+                    f"the checkpoint '{self.path}' is damaged or holds more than tensors and plain values ({said}). "
+                    "It is not unpickled, since that can run code. If you trust it, set model.trust_remote_code: true."
+                ) from error
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Tensors.
+
+        Raises:
+            ModelError: if there is something else among them.
+        """
+        for item in plan.items:
+            if item.type != LoadItemType.TENSOR:
+                raise ModelError(
+                    f"the checkpoint '{self.path}' holds '{item.dest_index.fqn}', which is no tensor. It is not "
+                    "unpickled, since that can run code. If you trust it, set model.trust_remote_code: true."
+                )
+        return super().read_data(plan, planner)
+
+
+_METADATA_CLASSES = {
+    "collections": ("OrderedDict",),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+    "torch": ("Size", "device"),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.serialization": ("_get_layout",),
+}
+"""What the metadata of a distributed checkpoint is made of."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Only the classes of metadata, and PyTorch's types of numbers."""
+        if name in _METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise UnpicklingError(f"it names {module}.{name}")
 
 
 def check_fit(weights: Mapping[str, Tensor], model: torch.nn.Module, checkpoint: str | Path) -> None:

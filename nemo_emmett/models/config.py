@@ -10,6 +10,8 @@ from nemo.utils import logging
 
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.models.initial_weights import PERCEPTION_KEY, WHOLE_MODEL_KEYS
+from nemo_emmett.models.nemo_keys import NEMO_KEYS, is_off
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.modules.linear_cross_entropy import check_implementation
 from nemo_emmett.prompts.markup import AUDIO_LOCATOR
@@ -37,6 +39,10 @@ class ModelConfig:
     pretrained_llm: str  # folder or Hugging Face name of the language model
     pretrained_asr: str | None = None  # .nemo file or NGC/Hugging Face name of the speech encoder's ASR model
     pretrained_weights: bool = True  # False: the same architecture with random weights
+    init_from_checkpoint: str | None = None  # checkpoint of the whole model whose weights the training starts from
+    pretrained_s2s_model: str | None = None  # the same by NeMo's older name
+    pretrained_perception_from_s2s: str | None = None  # checkpoint whose speech encoder and adapter it starts from
+    incremental_loading: bool = False  # accepted: weights are always read tensor by tensor
     tokenizer_path: str | None = None  # folder or name of the tokenizer; default: that of pretrained_llm
     resize_token_embeddings: bool = False  # add rows for tokens that the embedding table does not have
     audio_locator_tag: str = AUDIO_LOCATOR  # stands in the prompt where a recording belongs
@@ -62,6 +68,14 @@ class ModelConfig:
         for key in ("freeze", "freeze_params", "prevent_freeze_params"):
             if isinstance(value := getattr(self, key), str):
                 raise ConfigError(f"model.{key}: '{value}' is not a list; write ['{value}'].")
+        for key, path in self.initial_weights().items():
+            if not isinstance(path, str):
+                raise ConfigError(f"model.{key}: {path!r} is not a path; give that of a checkpoint, or null.")
+        if isinstance(self.compile, Mapping) and "enabled" in self.compile:
+            raise ConfigError(
+                "model.compile.enabled: is a key of NeMo Automodel; write model.compile: true or false, or the "
+                "arguments of torch.compile."
+            )
         for part in self.freeze:
             if part not in PARTS:
                 raise ConfigError(f"model.freeze: there is no part '{part}'; name any of {', '.join(PARTS)}.")
@@ -79,22 +93,34 @@ class ModelConfig:
         check_implementation(self.loss_implementation, self.label_smoothing)
 
     @classmethod
-    def from_section(cls, section: Mapping[str, Any], model_name: str) -> ModelConfig:
+    def from_section(cls, section: Mapping[str, Any], model_name: str, for_loading: bool = False) -> ModelConfig:
         """Read a ``model`` section.
 
         Args:
             section: resolved to plain Python.
             model_name: of the model's class, for messages.
+            for_loading: the section came with weights; keys of NeMo's other models are ignored with a warning.
 
         Raises:
-            ConfigError: for a key that is missing, misspelt, or has a value that cannot be.
+            ConfigError: for a key that is missing, misspelt, of another model of NeMo's, or has a value that cannot be.
         """
         known = [f.name for f in fields(cls)]
-        for key in check_keys(section, known, "model", tolerated=_TOLERATED_KEYS):
+        for key in check_keys(section, known, "model", tolerated=(*_TOLERATED_KEYS, *NEMO_KEYS)):
             logging.warning(f"model.{key} is not a key that {model_name} knows; it is ignored.")
+        for key, value in section.items():
+            if key in NEMO_KEYS and not is_off(value):
+                sentence = f"model.{key}: {model_name} does not have this key of NeMo's; {NEMO_KEYS[key]}."
+                if not for_loading:
+                    raise ConfigError(sentence)
+                logging.warning(sentence)
         if not section.get("pretrained_llm"):
             raise ConfigError("model.pretrained_llm is missing: give a folder or a Hugging Face name.")
         return cls(**{key: value for key, value in section.items() if key in known and value is not None})
+
+    def initial_weights(self) -> dict[str, str]:
+        """The checkpoints that the training starts from, by the keys that name them."""
+        paths = {key: getattr(self, key) for key in (PERCEPTION_KEY, *WHOLE_MODEL_KEYS)}
+        return {key: path for key, path in paths.items() if path is not None}
 
     def frozen_parameters(self) -> list[str]:
         """Regular expressions of all parameters that stay as they are."""

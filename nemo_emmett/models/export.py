@@ -134,6 +134,7 @@ class Export:
         Raises:
             ModelError: if it holds more than tensors and plain values, or names what could run code.
         """
+        kwargs["for_loading"] = True
         if not kwargs.setdefault("trust_remote_code", False):
             checkpoint = read_checkpoint(checkpoint_path, map_location="meta", mmap=True)
             config = dict(checkpoint.get("hyper_parameters", {}).get("cfg", {}))
@@ -145,6 +146,7 @@ class Export:
         """What huggingface_hub calls to have a model built and its weights read."""
         if not trust_remote_code:
             _check_config(model_id, **{name: kwargs.get(name) for name in _WHERE_ON_THE_HUB})
+        kwargs["for_loading"] = True
         return super()._from_pretrained(model_id=model_id, trust_remote_code=trust_remote_code, **kwargs)
 
     @classmethod

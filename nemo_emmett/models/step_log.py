@@ -9,13 +9,15 @@ Shapes: M modalities.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from nemo_emmett.modules.batch import MODALITIES
 
+_MAY_BE_ABSENT = {f"{metric}_{modality}" for metric in ("loss", "padding") for modality in MODALITIES}
 _COLUMNS = ("loss_sum", "tokens", "examples", "padding", "cells")
 
 
@@ -28,10 +30,11 @@ class StepLog:
 
     def __init__(self, window: int) -> None:
         self._steps: deque[Tensor] = deque(maxlen=max(1, window))
+        self._with_targets: deque[frozenset[str]] = deque(maxlen=max(1, window))  # modalities; known without the device
         self._arrived: set[str] = set()
 
     def add(self, parts: Mapping[str, Mapping], loss_sums_M: Tensor, token_counts_M: Tensor) -> None:
-        """Count one step; nothing is read from the device.
+        """Count one step; nothing is read from the device but for a batch of earlier turns without any answer.
 
         Args:
             parts: the step's one-modality batches.
@@ -47,13 +50,14 @@ class StepLog:
                 step[row, 2] = len(part["context_lens"])
                 step[row, 3], step[row, 4] = _padding(part)
         self._steps.append(step)
+        self._with_targets.append(frozenset(name for name, part in parts.items() if _has_targets(part)))
 
     def values(self) -> dict[str, Tensor]:
         """What to log.
 
         ``examples_<modality>`` and ``tokens_<modality>`` are means per step: 0 shows that a modality no longer arrives.
-        ``loss_<modality>`` (nats per token) and ``padding_<modality>`` (a share) are NaN then, and not there at all
-        before the first example.
+        ``loss_<modality>`` (nats per token) and ``padding_<modality>`` (a share) are there where the window holds
+        tokens to predict.
         """
         total = torch.stack(list(self._steps)).sum(0)
         logged = {}
@@ -62,9 +66,33 @@ class StepLog:
             logged[f"examples_{modality}"] = examples / len(self._steps)
             if modality in self._arrived:
                 logged[f"tokens_{modality}"] = tokens / len(self._steps)
+            if any(modality in step for step in self._with_targets):
                 logged[f"loss_{modality}"] = loss_sum / tokens
                 logged[f"padding_{modality}"] = padding / cells
         return logged
+
+
+def forget_logged(trainer: Trainer, names: Collection[str]) -> None:
+    """Have Lightning log nothing of metrics that this step has no value for.
+
+    It keeps what was last logged of a metric and would write it again for this step; a progress bar keeps the last
+    value by itself.
+
+    Args:
+        trainer: in a training step.
+        names: of the metrics that this step has logged.
+    """
+    results = trainer._results  # private, for want of a public way: what `self.log` writes to
+    for item in (results or {}).values():
+        if item.meta.name in _MAY_BE_ABSENT and item.meta.name not in names:
+            item.reset()
+
+
+def _has_targets(part: Mapping) -> bool:
+    if part["answer_ids"].shape[1]:
+        return True
+    targets = part.get("context_targets")
+    return targets is not None and bool(targets.any())
 
 
 def _padding(part: Mapping) -> tuple[Tensor, int]:

@@ -74,8 +74,9 @@ class StopOnSignal(Callback, Serialization):
         self._install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on a signal ends training after the step."""
+        """From now on a signal ends training after the step. Warn where it would end without a checkpoint."""
         self._install()
+        _warn_of_no_effect(trainer)
         self._training = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -171,6 +172,19 @@ class StopOnSignal(Callback, Serialization):
         except OSError as error:
             return f"The checkpoint could not be written ({error}); the run continues from the one before."
         return "No checkpoint was written, because the trainer has no ModelCheckpoint."
+
+
+def _warn_of_no_effect(trainer: Trainer) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        logging.warning(
+            "StopOnSignal has no effect in this training: Python handles signals in the main thread, and this is "
+            "another one; start the training in the main thread, or remove the callback."
+        )
+    elif not any(isinstance(callback, ModelCheckpoint) for callback in trainer.checkpoint_callbacks):
+        logging.warning(
+            "StopOnSignal: the trainer has no ModelCheckpoint, so a signal ends this training without a checkpoint; "
+            "set ++exp_manager.create_checkpoint_callback=true, or give the trainer a ModelCheckpoint."
+        )
 
 
 class _Vote:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.core.classes.common import Serialization
+from nemo.utils import logging
 
 
 class Reading(NamedTuple):
@@ -42,7 +43,12 @@ class TrainingClock(Callback, Serialization):
         self._resumed_at: Reading | None = None  # None while the clock stands
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start; what came before was building and checking."""
+        """Start; what came before was building and checking. Warn where no validation will log the time."""
+        if not trainer.enable_validation or (trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)):
+            logging.warning(
+                "TrainingClock logs nothing in this training: it logs with each validation, and nothing is validated; "
+                "give a validation_ds and a trainer.limit_val_batches above 0, or remove the callback."
+            )
         self._resumed_at = _now()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

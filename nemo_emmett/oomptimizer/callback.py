@@ -34,7 +34,7 @@ from nemo_emmett.oomptimizer.calibration import AUTO_SHARE, Calibration, Listene
 from nemo_emmett.oomptimizer.cuda_meter import CudaMeter, meter_for
 from nemo_emmett.oomptimizer.fingerprint import check_fingerprint, fingerprint_of, short_hash
 from nemo_emmett.oomptimizer.guard import Guard
-from nemo_emmett.oomptimizer.in_recipe import profile_of_recipe, train_ds_of
+from nemo_emmett.oomptimizer.in_recipe import check_batch_sizes_are_read, profile_of_recipe, train_ds_of
 from nemo_emmett.oomptimizer.memory import (
     CPU_BUDGET,
     MEMORY_FRACTION,
@@ -151,6 +151,7 @@ class OOMptimizer(Callback, Serialization):
         """Write batch sizes into ``train_ds``: the profile's, or those that are found now."""
         _check_is_alone(trainer)
         train_ds, where = train_ds_of(trainer, pl_module)
+        check_batch_sizes_are_read(pl_module)
         if trainer.train_dataloader is not None:
             raise ConfigError(
                 "OOMptimizer: the batch sizes come too late, the training data loader has already been built; give the "

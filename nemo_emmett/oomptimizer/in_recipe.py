@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lhotse.dataset.sampling.base import CutSampler
 from lightning.pytorch import LightningModule, Trainer
+from nemo.core.classes.modelPT import ModelPT
 from omegaconf import DictConfig, ListConfig
+from torch.utils.data import IterableDataset
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import Group
@@ -25,6 +28,27 @@ def train_ds_of(trainer: Trainer, module: LightningModule) -> tuple[DictConfig, 
             return train_ds, "train_ds"
     raise ConfigError(
         "OOMptimizer: there is nowhere to put batch sizes: neither the datamodule nor the model has a cfg.train_ds."
+    )
+
+
+def check_batch_sizes_are_read(module: LightningModule) -> None:
+    """Refuse a NeMo model whose loader makes batches by ``batch_size``, whatever its buckets are.
+
+    Raises:
+        ConfigError: naming the key with which NeMo's ASR models read their data by lhotse.
+    """
+    loader = module._train_dl if isinstance(module, ModelPT) else None  # which NeMo's models have from the beginning
+    if loader is None:
+        return
+    sampled_by_lhotse = isinstance(getattr(loader, "sampler", None), CutSampler)
+    in_workers = isinstance(getattr(loader, "dataset", None), IterableDataset) and loader.batch_size is None
+    if sampled_by_lhotse or in_workers:
+        return
+    size = getattr(loader, "batch_size", None)
+    raise ConfigError(
+        "OOMptimizer: model.train_ds.use_lhotse is not set, so NeMo's older dataloader makes "
+        f"{'its own batches' if size is None else f'batches of {size}'}, whatever bucket_batch_size is; set "
+        "++model.train_ds.use_lhotse=true and ++model.train_ds.use_bucketing=true, or remove the callback."
     )
 
 

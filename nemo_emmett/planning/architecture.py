@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from nemo_emmett.errors import ModelError
 from nemo_emmett.models.building import read_asr_config
+from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
 
 
 def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:
         ModelError: if the config of a pretrained part cannot be read.
     """
     section = OmegaConf.to_container(model, resolve=True) if isinstance(model, DictConfig) else dict(model)
+    section = {key: value for key, value in section.items() if key not in INITIAL_WEIGHTS_KEYS}
     was_pretrained, section["pretrained_weights"] = section.get("pretrained_weights", True), False
     if was_pretrained and section.get("perception") is not None:
         section["perception"] = _perception(section)

@@ -84,11 +84,15 @@ def test_nemos_formats_skip_the_record_and_count_its_line(load, speech, tokenize
     assert [str(record) for record in loader.bad_records.first] == [f"{manifest}, line 2: text holds a control token"]
 
 
-def test_a_source_of_such_records_alone_is_told_before_training(load, write_lines, tokenizer) -> None:
-    paths = {"source_paths": str(write_lines("a.en", ["</s>"])), "target_paths": str(write_lines("a.de", ["eins"]))}
-    source = {"type": "parallel_text", **paths, "source_lang": "en", "target_lang": "de"}
-    with pytest.raises(DataError, match=r"1 x text holds a control token\); set prompt_format to one of ours"):
-        load([source], "emmett", SALMDataset(tokenizer), prompt_format="plain")
+def test_a_source_of_such_records_alone_is_told_before_training(load, speech, tokenizer) -> None:
+    source = {
+        "type": "nemo",
+        "manifest_filepath": str(speech(1, translations={"de": "eins </s>"})),
+        "target_lang": "de",
+    }
+    keys = {"prompt_format": "plain", "token_equivalent_duration": 0.08}
+    with pytest.raises(DataError, match=r"x text holds a control token\); set prompt_format to one of ours"):
+        load([source], "emmett", SALMDataset(tokenizer), **keys)
 
 
 def test_tokens_are_counted_as_they_are_trained_on(tokenizer) -> None:

@@ -564,15 +564,26 @@ def test_nemos_salm_dataset_gets_text_and_speech(load, tokenizer, speech, pairs,
     assert text[0].turns[0].value == "Translate from English to German:"
 
 
+def test_nemos_salm_refuses_batches_of_text_before_training(load, tokenizer, speech, pairs, salm_settings) -> None:
+    with pytest.raises(
+        ConfigError, match=r"train_ds\.pairs: holds text, so with sampler_fusion: round_robin a batch may"
+    ):
+        load(fused(speech(4), pairs(4), "round_robin"), SALMDataset(tokenizer), settings=salm_settings)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nemos_salm_refuses_a_batch_of_text_in_one_sentence(
-    load, tokenizer, speech, pairs, salm_settings, workers
+def test_nemos_salm_refuses_conversations_without_speech_in_one_sentence(
+    load, tokenizer, tmp_path, salm_settings, workers
 ) -> None:
-    config = fused(speech(4), pairs(4), "round_robin", num_workers=workers)
+    """Only the records tell whether a conversation holds speech."""
+    turns = [{"from": role, "value": word, "type": "text"} for role, word in (("User", "one"), ("Assistant", "eins"))]
+    path = tmp_path / "conversations.jsonl"
+    path.write_text("".join(json.dumps({"id": f"c{i}", "conversations": turns}) + "\n" for i in range(4)))
+    source = {"type": "multimodal_conversation", "manifest_filepath": str(path), "audio_locator_tag": LOCATOR}
+    config = {"input_cfg": [source], "batch_size": 2, "num_workers": workers, "use_multimodal_sampling": True}
     with pytest.raises(ConfigError) as refused:
-        list(islice(load(config, SALMDataset(tokenizer), settings=salm_settings), 4))
-    assert str(refused.value).startswith("NeMo's SALM cannot take a batch without speech: use sampler_fusion: zip")
-    assert "nemo_emmett.models.SALMT5" in str(refused.value)
+        list(islice(load(config, SALMDataset(tokenizer), settings=salm_settings), 2))
+    assert str(refused.value).startswith("NeMo's SALM cannot take a batch without speech; train nemo_emmett's SALMGPT")
 
 
 @pytest.mark.parametrize("sampling", ["nemo", "emmett"])
