@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from nemo_emmett.runner import mistakes_as_sentences
 
 if TYPE_CHECKING:
     from nemo_emmett.corpora.phrasebook.speaking import SpokenSummary
+    from nemo_emmett.data.blend_report import Recipe
 
 
 class Commands(click.Group):
@@ -184,6 +185,22 @@ def evaluate(model: Path, config: Path, trust_remote_code: bool, **options: Any)
 
 
 @main.command()
+@click.argument("recipe")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+def train(recipe: str, overrides: Sequence[str]) -> None:
+    """Train the model of RECIPE, a YAML file or the name of a shipped recipe; KEY=VALUE overrides a key of it.
+
+    Started again, it resumes from its newest complete checkpoint. torchrun and srun may start it on several devices.
+    """
+    from nemo_emmett.runner import compose_recipe
+
+    cfg = compose_recipe(recipe, overrides)
+    from nemo_emmett.training import train
+
+    train(cfg)
+
+
+@main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
@@ -211,35 +228,66 @@ def doctor() -> None:
     raise SystemExit(report(Console()))
 
 
+def _data_arguments(command: Callable) -> Callable:
+    """The arguments of the commands that report on data."""
+    command = click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)(command)
+    return click.argument("config")(command)
+
+
+def _read_data(
+    config: str, overrides: Sequence[str], section: str | None, given: Mapping[str, Any] | None = None
+) -> tuple[Recipe, Any]:
+    """The dataset that a command names, with what its model knows of it, and the model's tokenizer."""
+    from nemo_emmett.runner import compose_data
+
+    content = compose_data(config, overrides)
+    from nemo_emmett.data.blend_report import read_recipe
+    from nemo_emmett.data.check import check_files_of_dataset
+    from nemo_emmett.planning.known_by_model import known_by_model
+    from nemo_emmett.plugin import find_model
+
+    recipe = read_recipe(content, config, section)
+    if "model" not in content:
+        return read_recipe(content, config, section, given), None
+    check_files_of_dataset(recipe.settings, recipe.where)  # before the model is built, which takes seconds
+    known = known_by_model(content, find_model)
+    return read_recipe(content, config, section, {**known.defaults, **(given or {})}), known.tokenizer
+
+
 @main.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@_data_arguments
 @click.option("--section", help="Place of the dataset in the recipe.  [default: data.train_ds]")
 @click.option(
     "--steps", type=click.IntRange(min=1), help="How far to look ahead.  [default: trainer.max_steps, or 1000]"
 )
-@click.option(
-    "--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: model.pretrained_llm, or words]"
-)
+@click.option("--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: the model's, or words]")
 @click.option(
     "--index-dir",
     type=click.Path(file_okay=False),
     help="Folder for counts that cannot be written beside the data.  [default: the dataset's index_dir]",
 )
-def blend(config: Path, section: str | None, steps: int | None, tokenizer: str | None, index_dir: str | None) -> None:
+def blend(
+    config: str,
+    overrides: Sequence[str],
+    section: str | None,
+    steps: int | None,
+    tokenizer: str | None,
+    index_dir: str | None,
+) -> None:
     """Show what the data of CONFIG holds, what share of the examples each part has, and how often it will be seen.
 
-    CONFIG is a recipe, the config of a dataset, or a list of sources (input_cfg). No audio is read.
+    CONFIG is a recipe (a YAML file, or the name of a shipped one), the config of a dataset, or a list of sources
+    (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read.
     """
-    from nemo_emmett.data.blend_report import load_tokenizer, print_blend, read_recipe
+    recipe, of_model = _read_data(config, overrides, section)
+    from nemo_emmett.data.bins_report import dataset_of
+    from nemo_emmett.data.blend_report import print_blend
 
-    recipe = read_recipe(config, section)
-    folder = tokenizer or recipe.tokenizer
-    text_tokenizer = None if folder is None else load_tokenizer(folder)
-    print_blend(recipe, steps=steps, tokenizer=text_tokenizer, index_dir=index_dir)
+    print_blend(recipe, steps=steps, tokenizer=dataset_of(recipe, tokenizer, of_model).tokenizer, index_dir=index_dir)
 
 
 @main.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@_data_arguments
 @click.option("--section", help="Place of the dataset in the recipe.  [default: data.train_ds]")
 @click.option("--num-buckets", type=click.IntRange(min=1), help="Buckets of input lengths.  [default: the config's]")
 @click.option(
@@ -253,15 +301,16 @@ def blend(config: Path, section: str | None, steps: int | None, tokenizer: str |
     type=click.FloatRange(min=0, min_open=True),
     help="Leave out outputs so many standard deviations too long for their inputs.  [default: none]",
 )
-@click.option("--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: model.pretrained_llm]")
+@click.option("--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: the model's]")
 @click.option(
     "--token-equivalent-duration",
     type=click.FloatRange(min=0, min_open=True),
-    help="Seconds of speech that count as one token.  [default: the config's]",
+    help="Seconds of speech that count as one token.  [default: the config's, or the model's]",
 )
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="PNG to draw the lengths and bins in.")
 def bins(
-    config: Path,
+    config: str,
+    overrides: Sequence[str],
     section: str | None,
     tokenizer: str | None,
     token_equivalent_duration: float | None,
@@ -270,11 +319,14 @@ def bins(
 ) -> None:
     """Find the bins of least padding for the data of CONFIG, of each of its groups, and say what they save.
 
-    CONFIG is a recipe, the config of a dataset, or a list of sources (input_cfg). No audio is read.
+    CONFIG is a recipe (a YAML file, or the name of a shipped one), the config of a dataset, or a list of sources
+    (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read.
     """
-    from nemo_emmett.data.bins_report import bins_of_dataset, draw_bins, print_bins, read_dataset
+    given = {"token_equivalent_duration": token_equivalent_duration} if token_equivalent_duration else {}
+    recipe, of_model = _read_data(config, overrides, section, given)
+    from nemo_emmett.data.bins_report import bins_of_dataset, dataset_of, draw_bins, print_bins
 
-    dataset = read_dataset(config, section, tokenizer, token_equivalent_duration)
+    dataset = dataset_of(recipe, tokenizer, of_model)
     groups = bins_of_dataset(dataset.settings, dataset.where, dataset.tokenizer, **options)
     print_bins(groups)
     if output is not None:
@@ -346,9 +398,10 @@ def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
     CONFIG is a YAML file, or the name of a shipped recipe; KEY=VALUE overrides a key of it, as for train.py. A few
     steps of the training are run on made-up batches, none on the data.
     """
-    from nemo_emmett.runner import compose_recipe
+    from nemo_emmett.planning.needed import needed_for_planning
+    from nemo_emmett.runner import compose_incomplete
 
-    recipe = compose_recipe(config, overrides)
+    recipe = needed_for_planning(compose_incomplete(config, overrides), reads_data=options["predict_epoch"])
     from nemo_emmett.planning import oomptimize
     from nemo_emmett.training import build_training
 
@@ -377,9 +430,10 @@ def plan(config: str, overrides: Sequence[str], **options: Any) -> None:
     CONFIG is a YAML file, or the name of a shipped recipe; KEY=VALUE overrides a key of it, as for train.py. Steps are
     run without computing anything; no weights are read, and no data unless bins are to be found.
     """
-    from nemo_emmett.runner import compose_recipe
+    from nemo_emmett.planning.needed import needed_for_planning
+    from nemo_emmett.runner import compose_incomplete
 
-    recipe = compose_recipe(config, overrides)
+    recipe = needed_for_planning(compose_incomplete(config, overrides), reads_data=options["optimise_bins"])
     from nemo_emmett.planning import plan
     from nemo_emmett.training import build_training
 

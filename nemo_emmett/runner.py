@@ -21,7 +21,7 @@ from nemo_emmett.config import nearest
 from nemo_emmett.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, EmmettError
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from omegaconf import DictConfig, ListConfig
 
 CONFIG_PACKAGE = "pkg://nemo_emmett.conf"
 """Where recipes are searched unless ``--config-path`` says otherwise."""
@@ -88,10 +88,51 @@ def compose_recipe(config: str, overrides: Sequence[str] = ()) -> DictConfig:
         >>> compose_recipe("salm_t5_phrasebook", ["trainer.max_steps=7"]).trainer.max_steps
         7
     """
+    cfg = compose_incomplete(config, overrides)
+    _refuse_missing_values(cfg)
+    return cfg
+
+
+def compose_data(config: str, overrides: Sequence[str] = ()) -> DictConfig | ListConfig:
+    """Read a recipe, the config of a dataset, or a list of sources (an ``input_cfg``); mandatory values may be missing.
+
+    Args:
+        config: as for :func:`compose_recipe`.
+        overrides: ``key=value``; a list takes none.
+
+    Raises:
+        ConfigError: if the file cannot be read, or an override is refused.
+    """
+    from omegaconf import ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if Path(config).is_file():
+        try:
+            content = OmegaConf.load(config)
+        except OSError as error:
+            raise ConfigError(f"The config '{config}' cannot be read: {error.strerror or error}.") from error
+        except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+            raise ConfigError(f"The config '{config}' is not YAML: {_one_line(str(error))}.") from error
+        if isinstance(content, ListConfig):
+            if overrides:
+                raise ConfigError(f"{overrides[0]}: '{config}' is a list of sources, which has no keys to override.")
+            return content
+    return compose_incomplete(config, overrides)
+
+
+def compose_incomplete(config: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Read a recipe as :func:`compose_recipe` does; mandatory values (``???``) may be missing.
+
+    Raises:
+        ConfigError: if there is no such recipe, or an override is refused.
+    """
     from hydra import compose, initialize_config_dir, initialize_config_module
 
     path = Path(config)
-    is_file = path.suffix in (".yaml", ".yml") or path.parent != Path()
+    is_file = path.suffix in (".yaml", ".yml") or os.sep in str(config)
+    if is_file and not path.suffix and not path.exists():
+        path = path.with_suffix(".yaml")  # a recipe's name in its folder, as Hydra takes it
     if is_file and not path.is_file():
         raise ConfigError(f"The recipe '{config}' cannot be read: there is no such file.")
     if is_file:
@@ -109,7 +150,6 @@ def compose_recipe(config: str, overrides: Sequence[str] = ()) -> DictConfig:
         if sentence is None:
             raise
         raise ConfigError(sentence) from error
-    _refuse_missing_values(cfg)
     return cfg
 
 

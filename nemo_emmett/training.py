@@ -16,11 +16,12 @@ import torch
 from hydra.errors import InstantiationException
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nemo.collections.speechlm2.data import SALMDataset
 from nemo.collections.speechlm2.models import SALM
+from nemo.core.classes import ModelPT
 from nemo.utils import logging
 from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 from nemo.utils.trainer_utils import resolve_trainer_cfg
@@ -46,6 +47,7 @@ from nemo_emmett.errors import ConfigError, EmmettError
 from nemo_emmett.models.checkpoint import read_checkpoint
 from nemo_emmett.modules.stop_on_signal import StopOnSignal
 from nemo_emmett.modules.validation_schedule import ValidateAtEpochEnd, check_validation
+from nemo_emmett.oomptimizer import OOMptimizer
 
 RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "export", "seed", "num_threads")
 """The keys of a recipe that mean something here; a recipe may hold others for its own interpolations."""
@@ -60,7 +62,7 @@ class Training:
 
     trainer: Trainer
     model: LightningModule
-    datamodule: MultimodalDataModule
+    datamodule: MultimodalDataModule | UnreadData
 
     def fit(self) -> None:
         """Train."""
@@ -78,7 +80,8 @@ def train(cfg: DictConfig) -> LightningModule:
             that of the last step. ``seed`` seeds all generators.
 
     Returns:
-        The trained model, with the weights of the last step.
+        The trained model, with the weights of the last step. Where the recipe's OOMptimizer only plans, nothing is
+        trained or exported.
 
     Raises:
         EmmettError: for a mistake in the recipe or the data, before training starts; for too many bad records, later.
@@ -88,6 +91,11 @@ def train(cfg: DictConfig) -> LightningModule:
     plugin.register()
     check_recipe(cfg)
     check_export(cfg)
+    if issubclass(plugin.find_model(cfg.model._target_), ModelPT):
+        raise ConfigError(
+            f"model._target_: '{cfg.model._target_}' is a NeMo model with a training script of its own; train it with "
+            "that, and find its batch sizes with `nemo-emmett plan` or `oomptimize`."
+        )
     check_data_section(cfg.data, _examples_of(cfg.model._target_))
     recipe, best = RecipeBesideCheckpoints(cfg), BestCheckpoint()
     with ExitStack() as claims:
@@ -111,6 +119,8 @@ def train(cfg: DictConfig) -> LightningModule:
                 raise
             said = " ".join(str(error).split()).rstrip(".")
             raise ConfigError(f"trainer.val_check_interval: {trainer.val_check_interval} cannot be: {said}.") from error
+        if any(isinstance(callback, OOMptimizer) and callback.ends_after_planning for callback in trainer.callbacks):
+            return model
         export_trained(trainer, model, cfg, best)
     return model
 
@@ -160,9 +170,33 @@ def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | 
         trainer.strategy.checkpoint_io = CheckpointsAsData()
     if cfg.get("exp_manager") is not None:
         exp_manager(trainer, with_resume_point(cfg.exp_manager, trainer))
+    section = OmegaConf.to_container(cfg.model, resolve=True)
     with trainer.init_module(), construction or nullcontext():
-        model = model_class(OmegaConf.to_container(cfg.model, resolve=True))
+        if issubclass(model_class, ModelPT):
+            model = model_class(cfg=OmegaConf.create({k: v for k, v in section.items() if k != "_target_"}))
+        else:
+            model = model_class(section)
     return Training(trainer, model, _datamodule(cfg.data, model))
+
+
+class UnreadData(LightningDataModule):
+    """The config of a training's data whose batches nobody asks for: that of NeMo's ASR models, for planning.
+
+    Args:
+        cfg: the recipe's ``data`` section.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+
+    def train_dataloader(self) -> None:
+        """Required by Lightning.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("this data is not read")
 
 
 class CheckpointsAsData(TorchCheckpointIO):
@@ -178,8 +212,10 @@ class CheckpointsAsData(TorchCheckpointIO):
             return read_checkpoint(file, map_location=map_location)
 
 
-def _datamodule(data: DictConfig, model: LightningModule) -> MultimodalDataModule:
+def _datamodule(data: DictConfig, model: LightningModule) -> MultimodalDataModule | UnreadData:
     """The data in the form that the model takes; NeMo's SALM has its own dataset, and recipes that say all keys."""
+    if isinstance(model, ModelPT):
+        return UnreadData(data)
     if isinstance(model, SALM):
         return MultimodalDataModule(data, model.tokenizer, SALMDataset(model.tokenizer))
     return MultimodalDataModule(data, model.tokenizer, SpeechTextDataset(model.tokenizer), model.data_defaults)
@@ -211,7 +247,9 @@ def check_recipe(cfg: DictConfig) -> None:
         if section not in cfg:
             raise ConfigError(f"the recipe has no section '{section}'; the recipes in conf/ show what belongs there.")
     if not cfg.model.get("_target_"):
-        raise ConfigError("model._target_ is missing: name a class (nemo_emmett.models.SALMT5) or salm_t5 for short.")
+        raise ConfigError(
+            "model._target_ is missing: give salm_t5, salm_gpt, bestow_gpt, salm (NeMo's), or the path of a class."
+        )
     check_keys(cfg, RECIPE_KEYS, "recipe")
     strategy = cfg.trainer.get("strategy")
     if isinstance(strategy, DictConfig) and str(strategy.get("_target_")).endswith(".AutomodelParallelStrategy"):

@@ -23,7 +23,7 @@ def invoke():
 
 def test_version_and_commands(invoke) -> None:
     assert invoke("--version").output == f"nemo-emmett, version {__version__}\n"
-    commands = {"prepare", "blend", "bins", "plan", "oomptimize", "export", "evaluate", "translate", "doctor"}
+    commands = {"prepare", "train", "blend", "bins", "plan", "oomptimize", "export", "evaluate", "translate", "doctor"}
     assert set(cli.main.commands) == commands
 
 
@@ -259,3 +259,43 @@ def test_a_misspelt_key_of_the_data_is_told(invoke, tmp_path, command) -> None:
     result = invoke(command, str(config))
     assert result.exit_code == 2
     assert "data.wieghts: there is no such key; did you mean 'weights'?" in result.output + result.stderr
+
+
+class TestReportsOnData:
+    """``blend`` and ``bins`` take what ``plan`` and ``train`` take."""
+
+    @pytest.mark.parametrize("command", ["blend", "bins"])
+    def test_shipped_recipes_and_overrides(self, invoke, command: str, tmp_path: Path) -> None:
+        done = invoke(command, "salm_t5", f"corpus={tmp_path}")
+        assert done.exit_code == 2
+        (line,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
+        assert line.startswith("Error: data.train_ds.audio.input_cfg[0].manifest_filepath: there is no file '")
+        assert f"{tmp_path}/speech/en/manifest_0.json" in line
+
+    def test_a_list_of_sources_takes_no_overrides(self, invoke, tmp_path: Path) -> None:
+        (tmp_path / "list.yaml").write_text("- {type: nemo, manifest_filepath: a.json}\n")
+        done = invoke("blend", tmp_path / "list.yaml", "batch_size=4")
+        assert done.exit_code == 2
+        assert "batch_size=4: '" in done.output
+        assert "is a list of sources, which has no keys to override." in done.output
+
+    def test_the_models_defaults_are_filled_in(self, invoke, recipe, tmp_path: Path, monkeypatch) -> None:
+        from omegaconf import OmegaConf
+
+        from nemo_emmett.data import bins_report
+
+        seen = []
+        monkeypatch.setattr(
+            bins_report, "bins_of_dataset", lambda settings, *rest, **_: seen.append((settings, rest)) or []
+        )
+        OmegaConf.save(OmegaConf.create(recipe), tmp_path / "recipe.yaml")
+        done = invoke("bins", tmp_path / "recipe.yaml", "data.train_ds.audio.batch_size=7")
+        assert done.exit_code == 0, done.output
+        ((settings, (where, tokenizer)),) = seen
+        assert where == "data.train_ds"
+        # FastConformer: a frame of 10 ms, eight of them a position.
+        known = {"prompt_format": "emmett_t5", "audio_locator_tag": "<|audio|>", "token_equivalent_duration": 0.08}
+        assert {key: settings[key] for key in known} == known
+        assert settings["sample_rate"] == 16000
+        assert settings["audio"]["batch_size"] == 7
+        assert tokenizer.token_to_id("<|audio|>") is not None

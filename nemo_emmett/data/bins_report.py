@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 from nemo.collections.common.tokenizers import AutoTokenizer
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from tokenizers import AddedToken
 
 from nemo_emmett.data.bins import AUTO, Lengths, as_nemo_writes, listed, measure, solve
-from nemo_emmett.data.blend_report import load_tokenizer, read_recipe
+from nemo_emmett.data.blend_report import Recipe, load_tokenizer
 from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.data.padding import Padding, equal_mass_bins, equal_mass_bins_2d, largest_ratios, padding_of
 from nemo_emmett.data.sampling.plan import as_one_stream
@@ -40,32 +39,22 @@ class Dataset:
     tokenizer: Any
 
 
-def read_dataset(
-    path: str | Path,
-    section: str | None = None,
-    tokenizer: str | None = None,
-    token_equivalent_duration: float | None = None,
-) -> Dataset:
-    """Read the dataset that a YAML file describes: a recipe, the config of a dataset, or the list of an ``input_cfg``.
+def dataset_of(recipe: Recipe, tokenizer: str | None = None, of_model: Any = None) -> Dataset:
+    """The dataset of a recipe with its tokenizer.
 
     Args:
-        path: the file.
-        section: the dataset's place in it; by default the data that the recipe trains on.
-        tokenizer: folder of a tokenizer, or SentencePiece model; by default that of the recipe's language model.
-        token_equivalent_duration: seconds of speech in a token, where the config leaves that to the model.
+        recipe: what :func:`~nemo_emmett.data.blend_report.read_recipe` found.
+        tokenizer: folder of a tokenizer, or SentencePiece model; by default the model's, or that of the recipe's
+            language model.
+        of_model: NeMo tokenizer of the recipe's model, if it is known.
 
     Raises:
-        ConfigError: if the file cannot be read, has no such section, or there is no such tokenizer.
+        ConfigError: if there is no such tokenizer.
     """
-    recipe = read_recipe(path, section)
-    content = OmegaConf.load(path)
-    of_model = {key: OmegaConf.select(content, f"model.{key}") for key in ("prompt_format", "audio_locator_tag")}
-    defaults = {**of_model, "token_equivalent_duration": token_equivalent_duration}
-    known = {key: value for key, value in defaults.items() if value is not None}
-    settings = {**known, **recipe.settings}
-    name = tokenizer or recipe.tokenizer
+    settings = recipe.settings
+    name = tokenizer or (None if of_model is not None else recipe.tokenizer)
     if name is None:
-        return Dataset(settings, recipe.where, None)
+        return Dataset(settings, recipe.where, of_model)
     loaded = load_tokenizer(name)
     locator = settings.get("audio_locator_tag")
     if locator is not None and isinstance(loaded, AutoTokenizer):  # the model adds it as well

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +18,6 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from yaml import YAMLError
 
 from nemo_emmett.data.blend import Node, blends_of
 from nemo_emmett.data.check import check_keys_of_dataset
@@ -67,23 +66,30 @@ class Recipe:
     tokenizer: str | None = None
 
 
-def read_recipe(path: str | os.PathLike[str], section: str | None = None) -> Recipe:
-    """Read the dataset that a YAML file describes.
+def read_recipe(
+    content: DictConfig | ListConfig,
+    name: str,
+    section: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Find the dataset that a config describes.
 
     Args:
-        path: a recipe, the config of a dataset, or the list of an ``input_cfg``.
+        content: a recipe, the config of a dataset, or the list of an ``input_cfg``.
+        name: path or name that it was read by.
         section: the dataset's place in it; by default the data that the recipe trains on.
+        defaults: keys that the dataset has unless it sets them, such as what the model knows.
 
     Raises:
-        ConfigError: if the file cannot be read, has no such section, refers to what it lacks, or misspells a key.
+        ConfigError: if there is no such section, it refers to what is missing, or a key is misspelt.
     """
-    recipe = _read_recipe(Path(path), section)
+    recipe = _read_recipe(content, Path(name), section)
+    recipe = replace(recipe, settings={**(defaults or {}), **recipe.settings})
     check_keys_of_dataset(recipe.settings, recipe.where)
     return recipe
 
 
-def _read_recipe(path: Path, section: str | None) -> Recipe:
-    content = _load(path)
+def _read_recipe(content: DictConfig | ListConfig, path: Path, section: str | None) -> Recipe:
     if isinstance(content, ListConfig):
         return Recipe({"input_cfg": _resolved(content, str(path))}, path.stem)
     section = _section(content, section, path)
@@ -100,19 +106,10 @@ def _read_recipe(path: Path, section: str | None) -> Recipe:
     )
 
 
-def _load(path: Path) -> DictConfig | ListConfig:
-    try:
-        return OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"The config '{path}' cannot be read: {error.strerror or error}.") from error
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"The config '{path}' is not YAML: {' '.join(str(error).split())}.") from error
-
-
 def _section(content: DictConfig, section: str | None, path: str | os.PathLike[str]) -> str:
     """The dataset's place; the empty one is the whole file."""
     if section is not None:
-        if not isinstance(OmegaConf.select(content, section), DictConfig):
+        if not isinstance(_look_up(content, section), DictConfig):
             raise ConfigError(f"--section: '{path}' has no section '{section}'; its sections are {', '.join(content)}.")
         return section
     found = [place for place in SECTIONS if isinstance(OmegaConf.select(content, place), DictConfig)]
@@ -120,11 +117,7 @@ def _section(content: DictConfig, section: str | None, path: str | os.PathLike[s
         return found[0]
     if DATA_KEYS & set(content):
         return ""
-    composed = "; it has 'defaults', which Hydra composes: write the composed recipe to a file (--cfg job --resolve)"
-    raise ConfigError(
-        f"The config '{path}' has no {SECTIONS[0]}{composed if 'defaults' in content else ''}; name the dataset's "
-        "place in it by --section."
-    )
+    raise ConfigError(f"The config '{path}' has no {SECTIONS[0]}; name the dataset's place in it by --section.")
 
 
 def _resolved(config: DictConfig | ListConfig, where: str) -> Any:

@@ -157,6 +157,21 @@ def check_keys_of_dataset(settings: Mapping, where: str) -> list[str]:
     return strangers
 
 
+def check_files_of_dataset(settings: Mapping, where: str) -> None:
+    """Look for the files that a dataset's sources name.
+
+    Args:
+        settings: plain config of the dataset.
+        where: its place in the recipe.
+
+    Raises:
+        ConfigError: if a source names none.
+        DataError: naming the first file that is missing.
+    """
+    for source in list_all_sources(settings, where):
+        _check_files(source)
+
+
 def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKind) -> None:
     """The checks of :func:`check_data_config` for one dataset, given as plain dicts."""
     register_prompt_formats()

@@ -121,12 +121,15 @@ class Group:
     Args:
         name: its key in ``train_ds``; ``ONLY_GROUP`` where there is but one.
         config: its part of the recipe; batch sizes are written into it.
-        buckets: in rising order.
+        buckets: in rising order; one, of a group with one batch size.
+        limit_key: of a group with one batch size (``batch_size``, no buckets), the key that bounds its examples:
+            ``max_duration`` or ``max_tokens``; else None.
     """
 
     name: str
     config: DictConfig
     buckets: tuple[Bucket, ...]
+    limit_key: str | None = None
 
     @property
     def bins(self) -> tuple[Bin, ...]:
@@ -155,8 +158,9 @@ def read_groups(
         tokens_per_second: of output, for one-dimensional bins in seconds.
 
     Raises:
-        ConfigError: if a group has no bins, bins that do not rise or mix one and two dimensions, or bins in tokens
-            for speech without a ``token_equivalent_duration``.
+        ConfigError: if a group has neither bins nor one ``batch_size`` for examples of a bounded length, bins that do
+            not rise or mix one and two dimensions, or bins in tokens for speech without a
+            ``token_equivalent_duration``.
     """
     return {
         name: _read_group(name, config, train_ds, _place(where, name), token_equivalent_duration, tokens_per_second)
@@ -205,8 +209,8 @@ def _read_group(
     token_equivalent_duration: float | None,
     tokens_per_second: float,
 ) -> Group:
-    bins = bins_of(config, where)
-    if bins is None:
+    bins, limit_key = bins_of(config, where), None
+    if bins is None and (config.get("use_bucketing", False) or config.get("batch_size") is None):
         raise ConfigError(
             f"{where}.bucket_duration_bins: is missing; OOMptimizer finds a batch size for each bucket, so write the "
             "bins (`nemo-emmett bins` finds them)."
@@ -215,20 +219,36 @@ def _read_group(
     in_tokens = bool(config.get("use_multimodal_sampling", False))  # which groups do not inherit
     if modality == "text" and not in_tokens:
         raise ConfigError(
-            f"{where}.use_multimodal_sampling: is false, so the bins are in seconds, but the group holds text alone; "
+            f"{where}.use_multimodal_sampling: is false, so lengths are in seconds, but the group holds text alone; "
             "set it to true."
         )
     frame = config.get("token_equivalent_duration", train_ds.get("token_equivalent_duration"))
     frame = frame or token_equivalent_duration
     if modality == "audio" and in_tokens and not frame:
         raise ConfigError(
-            f"{where}.token_equivalent_duration: is missing; the bins are in tokens, so the seconds of speech in a "
+            f"{where}.token_equivalent_duration: is missing; lengths are in tokens, so the seconds of speech in a "
             "token must be known."
         )
+    if bins is None:
+        limit_key = "max_tokens" if in_tokens else "max_duration"
+        bins = (_longest_of_one_size(config, limit_key, where),)
     total = in_tokens and bool(config.get("measure_total_length", True))
     measure = _Measure(modality, float(frame or 0), in_tokens, total, tokens_per_second, _contents(config, where))
     buckets = tuple(Bucket(name, index, item, measure.shape(item)) for index, item in enumerate(bins))
-    return Group(name, config, buckets)
+    return Group(name, config, buckets, limit_key)
+
+
+def _longest_of_one_size(config: DictConfig, limit_key: str, where: str) -> float:
+    """The longest example of a group whose batches are all of one size, by the config's own limit."""
+    longest = config.get(limit_key)
+    if not isinstance(longest, (int, float)) or isinstance(longest, bool) or not 0 < longest < math.inf:
+        wrong = "is missing" if longest is None else f"{longest!r} is no bound"
+        unit = "tokens" if limit_key == "max_tokens" else "seconds"
+        raise ConfigError(
+            f"{where}.{limit_key}: {wrong}; OOMptimizer finds this group's one batch_size for its longest example, so "
+            f"give the most {unit} that an example may have."
+        )
+    return float(longest)
 
 
 @dataclass(frozen=True)

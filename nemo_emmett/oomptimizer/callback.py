@@ -86,6 +86,7 @@ class OOMptimizer(Callback, Serialization):
         precision: a batch size is good enough when none fits that is larger by more than this share.
         max_batch_size: no bucket gets more examples.
         listener: is told of each bucket's result as soon as it is there.
+        then_train: with mode ``plan``, train after planning; by default the fit ends there, without a batch of data.
 
     Raises:
         ConfigError: if an argument, or the profile, cannot be used.
@@ -112,6 +113,7 @@ class OOMptimizer(Callback, Serialization):
         precision: float = PRECISION,
         max_batch_size: int = MAX_BATCH_SIZE,
         listener: Listener | None = None,
+        then_train: bool | None = None,
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"OOMptimizer.mode: '{mode}' is unknown; it can be {', '.join(MODES)}.")
@@ -127,12 +129,14 @@ class OOMptimizer(Callback, Serialization):
         check_positive("tokens_per_second", tokens_per_second, (int, float))
         check_positive("max_batch_size", max_batch_size, int)
         check_switch("guard", guard)
+        check_switch("then_train", then_train)
         self.mode = mode
         self.memory_fraction = memory_fraction
         self.memory_budget = memory_budget
         self.safety_margin = safety_margin
         self.modality_share = modality_share
         self.guards = mode != "plan" if guard is None else guard
+        self.ends_after_planning = mode == "plan" and not then_train
         self.guard_is_asked_for = guard is True or mode == "guard"
         self.tokens_per_second = tokens_per_second
         self.precision = precision
@@ -144,6 +148,7 @@ class OOMptimizer(Callback, Serialization):
         # Read at once, so that a corrupt profile is told before a model is built.
         self.profile: Profile | None = read_if_there(self.path) if self.path else None
         self._guard: Guard | None = None
+        self._limits_of_trainer: dict[str, Any] = {}
 
     # Lightning's hooks
 
@@ -176,6 +181,9 @@ class OOMptimizer(Callback, Serialization):
                     self.profile.write(self.path)
                 self._apply(self.profile, train_ds, where)
                 self._log_batch_sizes(self.profile, where)
+        if self.ends_after_planning:
+            self._end(trainer)
+            return
         # NeMo's ASR models have their loader from the constructor on.
         if getattr(pl_module, "_train_dl", None) is not None:
             pl_module.setup_training_data(train_ds)
@@ -206,6 +214,19 @@ class OOMptimizer(Callback, Serialization):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave Lightning as it was."""
         self._stop_guard()
+        for name, value in self._limits_of_trainer.items():
+            setattr(trainer, name, value)
+        self._limits_of_trainer = {}
+
+    def _end(self, trainer: Trainer) -> None:
+        """Let the fit end before a data loader is built."""
+        logging.info(
+            f"OOMptimizer: the plan is in {self.path}, and the training ends here; give the callback then_train: true "
+            "to train with it, or mode: calibrate."
+        )
+        for name in ("limit_train_batches", "limit_val_batches", "num_sanity_val_steps"):
+            self._limits_of_trainer[name] = getattr(trainer, name)
+            setattr(trainer, name, 0)
 
     # The profile
 
@@ -309,6 +330,9 @@ class OOMptimizer(Callback, Serialization):
 
     def _apply_to_group(self, buckets: Buckets, config: DictConfig, where: str) -> None:
         asked = bins_of(config, where)
+        if buckets.limit_key is not None:
+            self._apply_one_size(buckets, buckets.limit_key, asked, config, where)
+            return
         if asked is not None and asked != buckets.bucket_duration_bins:
             raise ConfigError(
                 f"{where}.bucket_duration_bins: the recipe has {shown(asked)}, but the profile {self.path} is for "
@@ -319,8 +343,32 @@ class OOMptimizer(Callback, Serialization):
             if asked is None:
                 config.bucket_duration_bins = [_plain(item) for item in buckets.bucket_duration_bins]
 
+    def _apply_one_size(
+        self, buckets: Buckets, limit_key: str, asked: Sequence[Bin] | None, config: DictConfig, where: str
+    ) -> None:
+        """Of a group without buckets."""
+        (longest,), (size,) = buckets.bucket_duration_bins, buckets.bucket_batch_size
+        if asked is not None:
+            raise ConfigError(
+                f"{where}.bucket_duration_bins: the recipe has {shown(asked)}, but the profile {self.path} has one "
+                "batch_size for all lengths; remove the bins, or take a profile of these."
+            )
+        if config.get(limit_key) != longest:
+            raise ConfigError(
+                f"{where}.{limit_key}: the recipe has {config.get(limit_key)}, but the profile {self.path} is for "
+                f"{shown(longest)}; take the profile's, or delete the file to measure anew."
+            )
+        with open_dict(config):
+            config.batch_size = size
+
     def _log_batch_sizes(self, profile: Profile, where: str) -> None:
         for name, buckets in profile.groups.items():
+            if buckets.limit_key is not None:
+                logging.info(
+                    f"OOMptimizer: {_place(where, name)}.batch_size is {buckets.bucket_batch_size[0]} for "
+                    f"{buckets.limit_key} {shown(buckets.bucket_duration_bins[0])}, from {self.path}."
+                )
+                continue
             logging.info(
                 f"OOMptimizer: {_place(where, name)}.bucket_batch_size is {list(buckets.bucket_batch_size)} for the "
                 f"bins {shown(buckets.bucket_duration_bins)}, from {self.path}."
@@ -370,7 +418,9 @@ class OOMptimizer(Callback, Serialization):
             calibration.run(list(groups.values()))
         return Profile(
             groups={
-                name: Buckets(group.bins, tuple(calibration.results[b].batch_size for b in group.buckets))
+                name: Buckets(
+                    group.bins, tuple(calibration.results[b].batch_size for b in group.buckets), group.limit_key
+                )
                 for name, group in groups.items()
             },
             settings=self._settings(budget),

@@ -41,6 +41,10 @@ RUN_SPECIFIC_KEYS = frozenset(
 )
 """Keys of a model's config that change from run to run and take no memory in training."""
 
+CLASS_KEYS = ("_target_", "target")
+"""Keys of a model's config that name its class, which the fingerprint holds by itself: absent, short and full names are
+one model."""
+
 HASH_DIGITS = 12
 SHORT_HASH_DIGITS = 8
 
@@ -108,11 +112,16 @@ def short_hash(fingerprint: Mapping[str, Any]) -> str:
 
 
 def config_hash(cfg: Any) -> str | None:
-    """Hash of a model's config: blind to the order of keys, to run-specific ones, and to the folders of files."""
+    """Hash of a model's config.
+
+    It does not depend on the order of keys, on run-specific keys, on the name by which the config calls the model's
+    class, or on the folders of files.
+    """
     if cfg is None:
         return None
     plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
-    return _hash(_essence(plain))[:HASH_DIGITS]
+    described = {key: value for key, value in plain.items() if key not in CLASS_KEYS}
+    return _hash(_essence(described))[:HASH_DIGITS]
 
 
 def _essence(value: Any) -> Any:

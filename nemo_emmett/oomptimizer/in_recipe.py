@@ -62,6 +62,9 @@ def profile_of_recipe(
     """
     buckets = {}
     for name, group in groups.items():
+        if group.limit_key is not None:
+            buckets[name] = _one_size(group, f"{where}.{name}".rstrip("."))
+            continue
         sizes = group.config.get("bucket_batch_size")
         if not _are_sizes(sizes) or len(sizes) != len(group.buckets):
             raise ConfigError(
@@ -70,6 +73,13 @@ def profile_of_recipe(
             )
         buckets[name] = Buckets(group.bins, tuple(int(size) for size in sizes))
     return Profile(buckets, settings=settings, fingerprint=fingerprint)
+
+
+def _one_size(group: Group, where: str) -> Buckets:
+    size = group.config.get("batch_size")
+    if not _are_sizes([size]):
+        raise ConfigError(f"{where}.batch_size: a positive whole number is needed, not {size!r}.")
+    return Buckets(group.bins, (size,), group.limit_key)
 
 
 def _are_sizes(sizes: Any) -> bool:

@@ -16,6 +16,12 @@ or, as with NeMo's ``multi_config``, for several groups ::
         bucket_duration_bins: [[16, 12], [16, 24], [48, 40]]
         bucket_batch_size: [96, 80, 24]
 
+A group without buckets has one batch size for all of its examples, up to its longest ::
+
+    train_ds:
+      max_duration: 20.0
+      batch_size: 16
+
 That alone is a profile, for somebody to write by hand. One that was measured says below it with which ``settings``, on
 what (``fingerprint``), and what was measured of each bucket (``measures``); guard adds what happened later
 (``events``).
@@ -38,6 +44,9 @@ from nemo_emmett.oomptimizer.yaml_file import Line, as_yaml, write_atomically
 ONLY_GROUP = ""
 """Name of the group of a ``train_ds`` that is not a ``multi_config``."""
 
+LIMIT_KEYS = ("max_duration", "max_tokens")
+"""Keys that bound the examples of a group without buckets: in seconds, or in tokens."""
+
 SECTIONS = ("train_ds", "settings", "fingerprint", "epoch_seconds", "measures", "events")
 """Keys of a profile."""
 
@@ -53,10 +62,26 @@ Bin = float | tuple[float, float]
 
 @dataclass(frozen=True)
 class Buckets:
-    """Bins in rising order, and the batch size (examples) of each."""
+    """Bins in rising order, and the batch size (examples) of each.
+
+    Args:
+        bucket_duration_bins: the bins; of a group without buckets one, its longest example.
+        bucket_batch_size: examples.
+        limit_key: of a group without buckets, the key of ``LIMIT_KEYS`` that bounds its examples; else None.
+    """
 
     bucket_duration_bins: tuple[Bin, ...]
     bucket_batch_size: tuple[int, ...]
+    limit_key: str | None = None
+
+    def as_config(self) -> dict[str, Any]:
+        """The keys of the group's config in a recipe."""
+        if self.limit_key is not None:
+            return {self.limit_key: self.bucket_duration_bins[0], "batch_size": self.bucket_batch_size[0]}
+        return {
+            "bucket_duration_bins": list(self.bucket_duration_bins),
+            "bucket_batch_size": list(self.bucket_batch_size),
+        }
 
 
 @dataclass(frozen=True)
@@ -205,13 +230,7 @@ class Profile:
 
     def block(self) -> str:
         """``train_ds`` with bins and batch sizes, YAML to be pasted into a recipe; ends in a line break."""
-        groups = {
-            name: {
-                "bucket_duration_bins": list(buckets.bucket_duration_bins),
-                "bucket_batch_size": list(buckets.bucket_batch_size),
-            }
-            for name, buckets in self.groups.items()
-        }
+        groups = {name: buckets.as_config() for name, buckets in self.groups.items()}
         return as_yaml({"train_ds": groups.get(ONLY_GROUP, groups)})
 
     def _measures_content(self) -> Any:
@@ -267,7 +286,7 @@ def _groups(content: Any, path: str | Path) -> dict[str, Buckets]:
     train_ds = content.get("train_ds") if isinstance(content, dict) else None
     if not isinstance(train_ds, dict) or not train_ds:
         raise ConfigError(f"{path}: the profile is corrupt: it has no mapping `train_ds`.")
-    if "bucket_batch_size" in train_ds or "bucket_duration_bins" in train_ds:
+    if not {"bucket_batch_size", "bucket_duration_bins", "batch_size", *LIMIT_KEYS}.isdisjoint(train_ds):
         return {ONLY_GROUP: _buckets(train_ds, f"{path}: train_ds")}
     return {str(name): _buckets(group, f"{path}: train_ds.{name}") for name, group in train_ds.items()}
 
@@ -275,6 +294,8 @@ def _groups(content: Any, path: str | Path) -> dict[str, Buckets]:
 def _buckets(group: Any, where: str) -> Buckets:
     if not isinstance(group, dict):
         raise ConfigError(f"{where}: a mapping with bucket_duration_bins and bucket_batch_size is needed.")
+    if "batch_size" in group and "bucket_batch_size" not in group:
+        return _one_size(group, where)
     for key in ("bucket_duration_bins", "bucket_batch_size"):
         if key not in group:
             raise ConfigError(f"{where}.{key}: is missing from the profile.")
@@ -284,6 +305,19 @@ def _buckets(group: Any, where: str) -> Buckets:
     if len(bins) != len(sizes):
         raise ConfigError(f"{where}: there are {len(bins)} bins, but {len(sizes)} batch sizes; each bin needs one.")
     return Buckets(bins, tuple(sizes))
+
+
+def _one_size(group: Mapping, where: str) -> Buckets:
+    keys = [key for key in LIMIT_KEYS if key in group]
+    if len(keys) != 1 or not _is_number(group[keys[0]]) or group[keys[0]] <= 0:
+        raise ConfigError(
+            f"{where}.batch_size: is for examples of any length up to a bound; give one positive number as "
+            f"{' or '.join(LIMIT_KEYS)}."
+        )
+    size = group["batch_size"]
+    if type(size) is not int or size <= 0:
+        raise ConfigError(f"{where}.batch_size: a positive whole number is needed, not {size!r}.")
+    return Buckets((float(group[keys[0]]),), (size,), keys[0])
 
 
 def _measure_content(measure: Measure) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from nemo_emmett.data import MultimodalDataModule
 from nemo_emmett.data.bins import Lengths, measure
 from nemo_emmett.data.delivery import prepare_dataset
 from nemo_emmett.data.sources import groups_of, plain, with_inherited
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import ONLY_GROUP
 
 
@@ -27,6 +28,11 @@ def lengths_of_groups(
         ConfigError: if the config lacks what measuring needs.
         DataError: if there is nothing to measure.
     """
+    if not isinstance(datamodule, MultimodalDataModule):
+        raise ConfigError(
+            "model.train_ds: the lengths of an ASR model's data are not measured here; write the bins that "
+            "`nemo-emmett bins` finds, and leave the option out."
+        )
     settings, where = plain(datamodule.cfg.train_ds), "data.train_ds"
     groups = {ONLY_GROUP: settings} if groups_of(settings) is None else with_inherited(settings)
     _, kind = prepare_dataset(datamodule.dataset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ from nemo_emmett.oomptimizer.profile import Measure, TimeLine
 from nemo_emmett.planning.bins_and_sizes import BinPlan, Probed, TimeModel, epoch_seconds, plan_bins
 from nemo_emmett.planning.fake_training import fake_training
 from nemo_emmett.planning.lengths import lengths_of_groups, numbers_of_buckets
-from nemo_emmett.planning.recipe import Build, Training, ddp_bucket_bytes, with_bins, with_groups, without_device
+from nemo_emmett.planning.recipe import (
+    Build,
+    Training,
+    ddp_bucket_bytes,
+    has_language_model,
+    with_bins,
+    with_groups,
+    without_device,
+)
 from nemo_emmett.planning.report import LiveTable, comparison
 from nemo_emmett.planning.timing import Rate, operations_per_example
 
@@ -104,8 +113,9 @@ class Planner:
         return self._found[key]
 
     def _search(self, cfg: DictConfig, count_operations: bool) -> Profile:
-        # The model, too, exists on fake tensors only: it would not fit into most machines that plan.
-        with tempfile.TemporaryDirectory() as folder, fake_training():
+        # A language model, too, exists on fake tensors only: it would not fit into most machines that plan.
+        construction = fake_training() if has_language_model(cfg) else nullcontext()
+        with tempfile.TemporaryDirectory() as folder, construction:
             training = self.build(without_device(cfg))
             self.ddp_bytes = ddp_bucket_bytes(self.cfg.trainer, training.model)
             path = Path(folder, "profile.yaml")

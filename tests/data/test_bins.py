@@ -15,10 +15,13 @@ from omegaconf import OmegaConf
 from nemo_emmett.cli import main
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
 from nemo_emmett.data.bins import as_nemo_writes, auto_bins, measure, solve
-from nemo_emmett.data.bins_report import bins_of_dataset, draw_bins, read_dataset
+from nemo_emmett.data.bins_report import bins_of_dataset, dataset_of, draw_bins
+from nemo_emmett.data.blend_report import read_recipe
 from nemo_emmett.data.bucketing import optimal_bins, optimal_bins_2d
 from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.planning.known_by_model import known_by_model
+from nemo_emmett.plugin import find_model
 
 LOCATOR = "<|audio|>"
 WHERE = "data.train_ds"
@@ -263,7 +266,10 @@ def test_the_command_tells_mistakes_in_a_sentence(recipe, tmp_path) -> None:
 
 
 def test_a_recipes_model_says_what_its_data_needs(recipe) -> None:
-    dataset = read_dataset(recipe, token_equivalent_duration=0.04)
+    content = OmegaConf.load(recipe)
+    known = known_by_model(content, find_model)
+    defaults = {**known.defaults, "token_equivalent_duration": 0.04}
+    dataset = dataset_of(read_recipe(content, recipe, None, defaults), None, known.tokenizer)
     assert dataset.where == WHERE
     assert dataset.settings["prompt_format"] == "emmett_t5"
     assert dataset.settings["token_equivalent_duration"] == 0.04

@@ -16,7 +16,7 @@ from rich.console import Console
 from nemo_emmett import cli
 from nemo_emmett.data import blend as blend_module
 from nemo_emmett.data.blend import Node, blend_of, blends_of
-from nemo_emmett.data.blend_report import Recipe, print_blend, read_recipe, streams_of
+from nemo_emmett.data.blend_report import Recipe, print_blend, streams_of
 from nemo_emmett.data.sources import list_sources
 from nemo_emmett.errors import ConfigError, DataError
 
@@ -465,7 +465,7 @@ class TestCommand:
             ({"data": {"train_ds": {"manifest_filepath": "${gone}"}}}, [], "cannot be resolved"),
             ({"data": {"train_ds": {"manifest_filepath": "???"}}}, [], "cannot be resolved"),
             ({"model": {}}, [], "has no data.train_ds; name the dataset's place in it by --section."),
-            ({"defaults": ["base"]}, [], "which Hydra composes"),
+            ({"defaults": ["base"]}, [], "there is no recipe 'base'"),
             ({"data": {}}, ["--section", "data.train_ds"], "has no section 'data.train_ds'; its sections are data."),
             (
                 {"data": {"validation_ds": {"datasets": {"dev": {"manifest_filepath": "a"}}}}},
@@ -482,5 +482,6 @@ class TestCommand:
         assert sentence in done.output
 
     def test_a_missing_file_is_one_sentence(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="cannot be read: No such file"):
-            read_recipe(tmp_path / "gone.yaml")
+        done = CliRunner().invoke(cli.main, ["blend", str(tmp_path / "gone.yaml")])
+        assert (done.exit_code, done.output.count("\n")) == (2, 1)
+        assert "gone.yaml' cannot be read: there is no such file." in done.output

@@ -82,7 +82,7 @@ def test_sources_may_stand_in_a_file(tmp_path) -> None:
     [
         (
             TEXT,
-            "train_ds.use_multimodal_sampling: is false, so the bins are in seconds, but the group holds text alone",
+            "train_ds.use_multimodal_sampling: is false, so lengths are in seconds, but the group holds text alone",
         ),
         (SPEECH | IN_TOKENS, "train_ds.token_equivalent_duration: is missing"),
     ],
@@ -90,4 +90,36 @@ def test_sources_may_stand_in_a_file(tmp_path) -> None:
 def test_a_group_that_cannot_be_measured_is_told(group: dict, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         longest(group, [[10, 5]])
+    assert str(error.value).startswith(sentence)
+
+
+def one_size(config: dict) -> tuple[str | None, Shape]:
+    (group,) = read_groups(OmegaConf.create(config)).values()
+    (bucket,) = group.buckets
+    return group.limit_key, bucket.shape
+
+
+def test_a_group_of_one_batch_size_is_one_bucket_up_to_its_longest_example() -> None:
+    assert one_size(SPEECH | {"batch_size": 4, "max_duration": 10.0}) == ("max_duration", Shape("audio", 10.0, 0, 120))
+    in_tokens = {"batch_size": 4, "max_tokens": 64, **IN_TOKENS}
+    assert one_size(TEXT | in_tokens) == ("max_tokens", Shape("text", 0.0, 64, 64, total=True))
+    assert one_size(SPEECH | FRAME | in_tokens)[1].seconds == pytest.approx(5.12)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (
+            SPEECH | {"batch_size": 4},
+            "train_ds.max_duration: is missing; OOMptimizer finds this group's one batch_size",
+        ),
+        (SPEECH | {"batch_size": 4, "max_duration": float("inf")}, "train_ds.max_duration: inf is no bound"),
+        (TEXT | IN_TOKENS | {"batch_size": 4}, "train_ds.max_tokens: is missing"),
+        (SPEECH | {"batch_size": 4, "use_bucketing": True}, "train_ds.bucket_duration_bins: is missing"),
+        (SPEECH | {"batch_duration": 100}, "train_ds.bucket_duration_bins: is missing"),
+    ],
+)
+def test_a_group_without_buckets_needs_a_batch_size_and_a_bound(config: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_groups(OmegaConf.create(config))
     assert str(error.value).startswith(sentence)

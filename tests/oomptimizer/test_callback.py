@@ -357,3 +357,34 @@ def test_a_step_that_runs_out_of_memory_is_redone_and_the_profile_on_disk_lowere
     assert after.groups[""].bucket_batch_size == (3, 2)
     (event,) = after.events
     assert (event.step, event.before, event.after, event.cause) == (3, 4, 3, "out of memory in backward")
+
+
+# Groups without buckets
+
+
+def test_a_profile_of_one_size_is_written_into_batch_size(fit) -> None:
+    data = Data({"batch_size": 4, "max_duration": 20.0})
+    fit({"batch_size": 32, "max_duration": 20.0}, Model(), data)
+    assert data.seen == {"batch_size": 32, "max_duration": 20.0}
+    with pytest.raises(
+        ConfigError, match=r"train_ds\.max_duration: the recipe has 30\.0, but the profile .* is for 20"
+    ):
+        fit({"batch_size": 32, "max_duration": 20.0}, Model(), Data({"batch_size": 4, "max_duration": 30.0}))
+    with pytest.raises(ConfigError, match=r"train_ds\.bucket_duration_bins: the recipe has \[4, 8\], but the profile"):
+        fit({"batch_size": 32, "max_duration": 20.0}, Model(), Data(dict(AUDIO)))
+
+
+# A plan alone
+
+
+def test_a_plan_ends_the_fit_unless_it_is_to_train(tmp_path: Path, salm_t5_config: dict) -> None:
+    seen = {}
+    for then_train in (False, True):
+        data = BatchData(dict(BINS))
+        options = {"mode": "plan", "memory_budget": "40MiB", "profile": tmp_path / f"{then_train}.yaml"}
+        trainer = trainer_with(tmp_path, OOMptimizer(then_train=then_train, **options))
+        trainer.fit(built(salm_t5_config), datamodule=data)
+        seen[then_train] = (bool(data.seen), trainer.limit_train_batches)  # a loader was asked for
+    assert (seen[False][0], seen[True][0]) == (False, True)
+    assert seen[False][1] == seen[True][1] != 0  # the trainer's own limit is back
+    assert Profile.read(tmp_path / "False.yaml").groups == Profile.read(tmp_path / "True.yaml").groups

@@ -122,3 +122,10 @@ def test_the_refusal_names_both_values_and_the_remedy() -> None:
 
 def test_a_profile_written_by_hand_is_taken() -> None:
     check_fingerprint({}, fingerprint(), "p.yaml")
+
+
+def test_the_name_of_the_class_in_the_config_does_not_matter() -> None:
+    hashes = {config_hash({**named, **CONFIG}) for named in ({}, {"_target_": "salm"}, {"_target_": "a.b.SALM"})}
+    assert len(hashes) == 1
+    other = {**CONFIG, "optimizer": {**CONFIG["optimizer"], "_target_": "torch.optim.SGD"}}
+    assert config_hash(other) != config_hash(CONFIG)

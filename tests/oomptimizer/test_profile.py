@@ -218,3 +218,29 @@ def test_a_damaged_part_is_told_in_one_sentence(tmp_path: Path, changed: dict, s
         Profile.read(path)
     assert str(error.value).startswith(str(path))
     assert sentence in str(error.value)
+
+
+def test_a_group_of_one_batch_size_is_written_as_the_recipe_has_it(tmp_path: Path) -> None:
+    groups = {"audio": Buckets((20.0,), (16,), "max_duration"), "text": Buckets((4.0, 8.0), (9, 5))}
+    Profile(groups).write(tmp_path / "p.yaml")
+    assert Profile.read(tmp_path / "p.yaml").groups == groups
+    train_ds = yaml.safe_load((tmp_path / "p.yaml").read_text())["train_ds"]
+    assert train_ds["audio"] == {"max_duration": 20, "batch_size": 16}
+    alone = {"": Buckets((512.0,), (64,), "max_tokens")}
+    Profile(alone).write(tmp_path / "alone.yaml")
+    assert Profile.read(tmp_path / "alone.yaml").groups == alone
+
+
+@pytest.mark.parametrize(
+    ("group", "sentence"),
+    [
+        ("batch_size: 4", "batch_size: is for examples of any length up to a bound"),
+        ("batch_size: 4\n  max_duration: -1", "give one positive number as max_duration or max_tokens"),
+        ("batch_size: 0\n  max_tokens: 9", "batch_size: a positive whole number is needed, not 0"),
+    ],
+)
+def test_one_batch_size_that_cannot_be(tmp_path: Path, group: str, sentence: str) -> None:
+    (tmp_path / "p.yaml").write_text(f"train_ds:\n  {group}\n")
+    with pytest.raises(ConfigError) as error:
+        Profile.read(tmp_path / "p.yaml")
+    assert sentence in str(error.value)

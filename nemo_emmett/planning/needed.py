@@ -1,0 +1,147 @@
+"""What planning needs of a recipe: its mandatory values must be there, others may be missing.
+
+Neither NeMo nor torch is imported here, so that a missing value is reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from nemo_emmett.errors import ConfigError
+
+SECTIONS = ("model", "trainer", "seed", "num_threads")
+"""Sections of a recipe that planning needs, beside the training data."""
+
+PLACES_OF_DATA = ("data.train_ds", "model.train_ds")
+"""Where NeMo's speechlm2 recipes and its ASR recipes have the training data."""
+
+DATASETS_OF_MODEL = ("train_ds", "validation_ds", "test_ds")
+"""Keys of an ASR recipe's ``model`` section that are datasets."""
+
+PATHS = frozenset(
+    {"manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "source_paths", "target_paths", "paths"}
+)
+"""Keys of sources that name files, which a plan does not open."""
+
+NOT_GIVEN = "not_given"
+"""Stands for a missing path in the recipe that is planned."""
+
+
+def needed_for_planning(cfg: DictConfig, *, reads_data: bool) -> DictConfig:
+    """The sections of a recipe that planning needs, resolved.
+
+    The datasets of a NeMo ASR recipe are moved from ``model`` to ``data``.
+
+    Args:
+        cfg: a composed recipe; mandatory values (``???``) may be missing.
+        reads_data: files of the training data will be opened; they are as well where bins are to be found
+            (``bucket_duration_bins: auto``).
+
+    Raises:
+        ConfigError: if a value that is needed is missing, or refers to one that is, or there is no training data.
+    """
+    place = next((p for p in PLACES_OF_DATA if isinstance(OmegaConf.select(cfg, p), DictConfig)), None)
+    if place is None:
+        raise ConfigError("data.train_ds: the recipe has none, so there are no buckets to find batch sizes for.")
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    train_ds = OmegaConf.select(cfg, place)
+    if not reads_data and not _has_auto_bins(train_ds):
+        _forget_missing_paths(train_ds)
+    if isinstance(cfg.get("trainer"), DictConfig):
+        cfg.trainer.pop("callbacks", None)
+    of_data = _resolved(train_ds, place)
+    if isinstance(cfg.get("model"), DictConfig):
+        for name in DATASETS_OF_MODEL:
+            cfg.model.pop(name, None)
+    needed = {
+        name: _resolved(cfg._get_node(name), name)
+        for name in SECTIONS
+        if name in cfg and cfg._get_node(name) is not None
+    }
+    return OmegaConf.create({**needed, "data": {"train_ds": of_data}})
+
+
+def _has_auto_bins(train_ds: DictConfig) -> bool:
+    groups = [train_ds, *(node for node in _nodes(train_ds) if isinstance(node, DictConfig))]
+    return any(group._get_node("bucket_duration_bins") == "auto" for group in groups)
+
+
+def _nodes(config: DictConfig | ListConfig) -> Iterator[Any]:
+    """The nodes inside a config, not resolved."""
+    keys = config.keys() if isinstance(config, DictConfig) else range(len(config))
+    return (config._get_node(key) for key in keys)
+
+
+def _forget_missing_paths(config: Any, in_paths: bool = False) -> None:
+    if not isinstance(config, (DictConfig, ListConfig)) or config._is_none() or config._is_missing():
+        return
+    keys = list(config.keys()) if isinstance(config, DictConfig) else list(range(len(config)))
+    for key in keys:
+        is_path = in_paths or key in PATHS
+        node = config._get_node(key)
+        if isinstance(node, (DictConfig, ListConfig)) and not node._is_missing() and not node._is_interpolation():
+            _forget_missing_paths(node, is_path)
+        elif is_path and _refers_to_missing(config, key):
+            config[key] = NOT_GIVEN
+
+
+def _refers_to_missing(config: DictConfig | ListConfig, key: Any) -> bool:
+    if OmegaConf.is_missing(config, key):
+        return True
+    try:
+        value = config[key]
+        if OmegaConf.is_config(value):
+            OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+    except (InterpolationToMissingValueError, OmegaConfBaseException) as error:
+        return "issing" in type(error).__name__
+    return False
+
+
+def _resolved(node: Any, place: str) -> Any:
+    """A section as plain Python.
+
+    Raises:
+        ConfigError: naming the values that are missing.
+    """
+    if not OmegaConf.is_config(node):
+        try:
+            return node._dereference_node()._value() if node._is_interpolation() else node._value()
+        except OmegaConfBaseException as error:
+            raise _mistake(error, place) from error
+    missing = sorted(OmegaConf.missing_keys(_unresolved(node)))
+    if missing:
+        names = [f"{place}.{key}" for key in missing]
+        raise _left_to_you(names)
+    try:
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise _mistake(error, place) from error
+
+
+def _unresolved(node: DictConfig | ListConfig) -> Any:
+    """The same with interpolations as plain text, so that only its own missing values are found."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return "" if isinstance(value, str) and "${" in value else value
+
+    return OmegaConf.create(plain(OmegaConf.to_container(node)))
+
+
+def _mistake(error: OmegaConfBaseException, place: str) -> ConfigError:
+    said = str(error).splitlines()[0].rstrip(".")
+    if isinstance(error, InterpolationToMissingValueError):
+        return _left_to_you([said.rpartition("alue: ")[2].strip()])
+    return ConfigError(f"{error.full_key or place}: {said}; correct what it refers to.")
+
+
+def _left_to_you(names: list[str]) -> ConfigError:
+    return ConfigError(f"{', '.join(names)}: the recipe leaves this to you; give {names[0]}=... on the command line.")

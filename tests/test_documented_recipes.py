@@ -1,0 +1,250 @@
+"""The YAML of README.md and docs/ works: each piece is completed with tiny data and models, and trained or checked."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nemo.utils.trainer_utils import resolve_trainer_cfg
+from omegaconf import OmegaConf
+
+from nemo_emmett.callbacks import ResumableData, SkipNonFiniteSteps
+from nemo_emmett.data.blend import blends_of
+from nemo_emmett.data.check import check_data_config
+from nemo_emmett.oomptimizer.profile import Profile
+from nemo_emmett.runner import compose_data, compose_recipe
+from nemo_emmett.training import train
+
+from .conftest import SENTENCES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+BUDGET = "256MiB"
+"""For OOMptimizer: a CPU's default would have it try batches of gigabytes."""
+
+
+def fragments() -> dict[str, str]:
+    """The YAML by page and its place among the page's others: ``data.md 2``."""
+    return {
+        f"{page.name} {number}": match[1]
+        for page in PAGES
+        for number, match in enumerate(YAML.finditer(page.read_text(encoding="utf-8")), start=1)
+    }
+
+
+FRAGMENTS = fragments()
+
+COMPLETED = {
+    "README.md 1": "trains_with_oomptimizer",
+    "corpora.md 1": "names_sources",
+    "data.md 1": "trains",
+    "data.md 2": "names_callbacks",
+    "data.md 3": "names_forms_of_a_source",
+    "data.md 4": "weighs_its_sources",
+    "oomptimizer.md 1": "trains_with_oomptimizer",
+    "oomptimizer.md 2": "is_a_profile",  # a profile, no recipe
+    "training.md 1": "names_callbacks",
+}
+"""What is done with each piece: the method of :class:`Completed` below."""
+
+
+def test_every_piece_of_yaml_is_tested() -> None:
+    assert FRAGMENTS.keys() == COMPLETED.keys()
+
+
+@pytest.mark.parametrize("name", COMPLETED)
+def test_documented_yaml_works(name: str, completed: Completed) -> None:
+    getattr(completed, COMPLETED[name])(FRAGMENTS[name])
+
+
+class Completed:
+    """Gives pieces of YAML what they leave out.
+
+    Args:
+        folder: for their files.
+        recipe: a whole recipe whose other sections they get.
+    """
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
+        self.folder = folder
+        self.recipe = recipe
+
+    def trains(self, text: str) -> None:
+        """Two steps of a recipe whose lists of sources are left out."""
+        train_ds = self.recipe["data"]["train_ds"]
+        speech, texts = (json.dumps(train_ds[group]["input_cfg"]) for group in ("audio", "text"))
+        sources = iter([speech, texts, texts, speech])
+        self._train(re.sub(r"\[\.\.\.\]", lambda _: next(sources), text).replace("num_workers: 2", "num_workers: 0"))
+        assert next(sources, None) is None
+
+    def trains_with_oomptimizer(self, text: str) -> None:
+        """Two steps with the batch sizes that OOMptimizer finds for the recipe as it is documented."""
+        whole, profile = self._with_files(text), self.folder / "profile.yaml"
+        if "input_cfg" not in text:
+            whole += f"    manifest_filepath: {self.folder / 'corpus/speech/train.en.jsonl'}\n    num_workers: 0\n"
+        self._train(whole, memory_budget=BUDGET, profile=str(profile))
+        documented, found = OmegaConf.create(text).data.train_ds, Profile.read(profile)
+        if "" in found.groups:
+            assert list(found.groups[""].bucket_duration_bins) == list(documented.bucket_duration_bins)
+        for name, group in found.groups.items():
+            if name:
+                assert {**group.as_config(), "batch_size": 0} == {
+                    group.limit_key: documented[name][group.limit_key],
+                    "batch_size": 0,
+                }
+
+    def names_sources(self, text: str) -> None:
+        """The config of a dataset whose sources are lists in other files."""
+        source = self.recipe["data"]["train_ds"]["audio"]["input_cfg"][0]
+        for path in re.findall(r"input_cfg: (/\S+\.yaml)", text):
+            own = self.folder / Path(path).name
+            own.write_text(json.dumps([source]))
+            text = text.replace(path, str(own))
+        dataset = compose_data(self._written(text))
+        OmegaConf.set_struct(dataset, False)
+        check_data_config(OmegaConf.merge(dataset, {"batch_size": 1}), where="dataset")
+
+    def names_forms_of_a_source(self, text: str) -> None:
+        """A list whose every source is a dataset."""
+        sources = compose_data(self._written(self._with_files(text)))
+        assert len(sources) == 6
+        for source in sources:
+            check_data_config(
+                OmegaConf.create({"input_cfg": [source], "batch_size": 1, "use_multimodal_sampling": True}), where="it"
+            )
+
+    def names_callbacks(self, text: str) -> None:
+        """Callbacks that NeMo makes from the trainer's section."""
+        (callback,) = resolve_trainer_cfg(compose_recipe(self._written(text)).trainer)["callbacks"]
+        assert isinstance(callback, (ResumableData, SkipNonFiniteSteps))
+
+    def weighs_its_sources(self, text: str) -> None:
+        """A dataset whose weights are counted."""
+        train_ds = compose_recipe(self._written(self._with_files(text))).train_ds
+        OmegaConf.set_struct(train_ds, False)
+        train_ds.batch_size = 1
+        train_ds.use_multimodal_sampling = True
+        check_data_config(train_ds, where="train_ds")
+        (blend,) = blends_of(OmegaConf.to_container(train_ds), "train_ds").values()
+        shares = [leaf.share for leaf in blend.leaves()]
+        assert len(shares) == 4
+        assert sum(shares) == pytest.approx(1)
+
+    def is_a_profile(self, text: str) -> None:
+        """A profile whose settings and fingerprint are left out."""
+        path = self._written(text.replace("mode: calibrate, ...", "mode: calibrate").replace("{...}", "{}"))
+        lines = Path(path).read_text().splitlines()
+        second = [line for line in lines if line.startswith("  - bin")]
+        assert len(second) == 1  # of two buckets the first is shown
+        content = "\n".join(lines).replace("[4, 8.5]", "[4]").replace("[32, 14]", "[32]")
+        Path(path).write_text(content)
+        profile = Profile.read(path)
+        assert profile.groups["audio"].bucket_batch_size == (32,)
+        (measure,) = profile.measures["audio"]
+        assert measure.memory.peak(measure.batch_size) == measure.predicted_peak
+        assert measure.time.seconds(measure.batch_size) == measure.seconds
+        assert profile.events[0].after == 14
+
+    def _train(self, text: str, **of_oomptimizer: str) -> None:
+        documented = compose_recipe(self._written(text))
+        OmegaConf.set_struct(documented, False)
+        for callback in documented.get("trainer", {}).get("callbacks", []):
+            if callback._target_.endswith("OOMptimizer"):
+                callback.update(of_oomptimizer)
+        base = OmegaConf.create({key: self.recipe[key] for key in ("seed", "model", "trainer")})
+        base.trainer.max_steps = base.trainer.limit_train_batches = 2
+        base.trainer.limit_val_batches = 1
+        cfg = OmegaConf.merge(base, documented)
+        steps = []
+        trained = _counting(steps, lambda: train(cfg))
+        assert trained is not None
+        assert len(steps) == 2
+
+    def _written(self, text: str) -> str:
+        path = self.folder / "fragment.yaml"
+        path.write_text(text)
+        return str(path)
+
+    def _with_files(self, text: str) -> str:
+        """With files of their names, of tiny data, in the place of those that are named."""
+        for named in dict.fromkeys(re.findall(r"[\w./]+\.(?:gz|tsv|jsonl|json|tar|en|de|es)\b", text)):
+            path = self.folder / "files" / named
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(path)
+            text = re.sub(rf"(?<![\w/.]){re.escape(named)}(?![\w.])", str(path), text)
+        return text
+
+    def _write(self, path: Path) -> None:
+        language = "de" if ".de" in path.name else "en"
+        lines = SENTENCES[language]
+        pairs = list(zip(SENTENCES["en"], SENTENCES["de"], strict=True))
+        if path.suffix == ".gz":
+            with gzip.open(path, "wt", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+        elif path.suffix == ".tsv":
+            path.write_text("english\tgerman\n" + "".join(f"{a}\t{b}\n" for a, b in pairs))
+        elif path.name == "pairs.jsonl":
+            records = [{"src": a, "tgt": b, "source_lang": "en", "target_lang": "de"} for a, b in pairs]
+            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        elif path.suffix == ".jsonl":
+            self._write_manifest(path, self._records())
+        elif path.suffix in (".json", ".tar"):
+            for shard in range(512):
+                self._write_shard(path, shard)
+        else:
+            path.write_text("\n".join(lines) + "\n")
+
+    def _records(self) -> list[dict]:
+        manifest = self.folder / "corpus" / "speech" / "train.en.jsonl"
+        records = [json.loads(line) for line in manifest.read_text().splitlines()]
+        return [{**record, "audio_filepath": str(manifest.parent / record["audio_filepath"])} for record in records]
+
+    def _write_shard(self, path: Path, shard: int) -> None:
+        path = path.with_name(re.sub(r"_OP_.*_CL_", str(shard), path.name))
+        records = self._records()
+        record = records[shard % len(records)]
+        audio = Path(record["audio_filepath"])
+        if path.suffix == ".json":
+            self._write_manifest(path, [{**record, "audio_filepath": audio.name, "shard_id": shard}])
+        else:
+            with tarfile.open(path, "w") as tar:
+                tar.add(audio, audio.name)
+
+    @staticmethod
+    def _write_manifest(path: Path, records: list[dict]) -> None:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def completed(tmp_path: Path, recipe: dict) -> Completed:
+    return Completed(tmp_path, recipe)
+
+
+def _counting(steps: list[int], run: Callable[[], Any]) -> Any:
+    """Run a training, and note its steps."""
+    from nemo_emmett.models import SALMT5
+
+    original = SALMT5.on_train_batch_end
+
+    def note(self, outputs, batch, batch_idx) -> None:
+        steps.append(self.trainer.global_step)
+        original(self, outputs, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SALMT5, "on_train_batch_end", note)
+        return run()
+
+
+def test_a_recipe_with_a_documented_error_is_found(completed: Completed) -> None:
+    broken = FRAGMENTS["README.md 1"].replace("      max_tokens: 512 ", "      # max_tokens: 512")
+    assert broken != FRAGMENTS["README.md 1"]
+    with pytest.raises(Exception, match=r"train_ds\.text\.max_tokens: is missing; OOMptimizer finds this group's one"):
+        completed._train(completed._with_files(broken), memory_budget=BUDGET)
