@@ -1,7 +1,8 @@
-"""Calibration of real models: the batch sizes are those of a brute force on the same meter."""
+"""Calibration of real models: on the same meter the batch sizes fit, and larger ones do not."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from itertools import product
@@ -47,16 +48,10 @@ def steps_at_fit_start(folder: Path, model: LightningModule, train_ds: dict, fun
     trainer_with(folder, AtFitStart(at_start)).fit(model, datamodule=Data(train_ds))
 
 
-def true_maximum(fits: Callable[[int], bool]) -> int:
-    """By doubling and bisection, from nothing known."""
-    most = 1
-    while fits(most):
-        most *= 2
-    least = most // 2
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle)
-    return least
+def assert_largest(size: int, fits: Callable[[int], bool]) -> None:
+    """No batch size that fits is more than two percent larger: memory grows with the batch, so one step shows it."""
+    assert fits(size)
+    assert not fits(math.floor(size / 0.98) + 1)
 
 
 def calibrated(folder: Path, model: LightningModule, train_ds: dict, **options) -> tuple[Profile, list]:
@@ -84,7 +79,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_batch_size_is_that_of_a_brute_force(
+def test_every_batch_size_is_the_largest_that_fits(
     name: str, tmp_path: Path, salm_t5_config: dict, request: pytest.FixtureRequest
 ) -> None:
     family, train_ds, mib = CASES[name]
@@ -100,11 +95,9 @@ def test_every_batch_size_is_that_of_a_brute_force(
 
     def compare(buckets: list[Bucket], peak: Callable) -> None:
         for bucket, size in zip(buckets, sizes, strict=True):
-            best = true_maximum(lambda n, bucket=bucket: peak((bucket, n)) <= budget)
-            assert 0.98 * best <= size <= best, bucket
+            assert_largest(size, lambda n, bucket=bucket: peak((bucket, n)) <= budget)
 
     steps_at_fit_start(tmp_path, build(), train_ds, compare)
-    print(name, sizes, sum(result.probes for result in results) / 30)
     assert sum(result.probes for result in results) <= 2.5 * 30
 
 
