@@ -59,6 +59,26 @@ def _environment() -> Iterator[None]:
         os.environ.update(before)
 
 
+IMPORT_DEPENDENCIES = """
+import importlib, sys
+from contextlib import suppress
+
+for name in {names}:
+    with suppress(Exception):
+        importlib.import_module(name)
+assert not [name for name in sys.modules if name.partition(".")[0] in ("nemo", "nemo_emmett")]
+"""
+
+
+def import_dependencies() -> str:
+    """Code for a new interpreter that is to fork: it imports what NeMo imports, but neither NeMo nor this package."""
+    import nemo.collections.speechlm2  # noqa: F401
+
+    own = ("nemo", "nemo_emmett", "hydra_plugins", "tests", "_pytest", "pytest", "xdist", "execnet", "__main__")
+    names = [name for name in sys.modules if name.partition(".")[0] not in own]
+    return IMPORT_DEPENDENCIES.format(names=names)
+
+
 def call_in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function of a module returns in a new process.
 

@@ -13,6 +13,8 @@ import pytest
 import soundfile
 import yaml
 
+from .fork_server import import_dependencies
+
 ROOT = Path(__file__).parents[1]
 
 # As NeMo's own speechlm2 training script goes.
@@ -62,13 +64,9 @@ train()
 """
 
 # Runs the script for each line that it reads, with its arguments and in a new process; answers with the exit code.
-# What the script imports before NeMo is imported once for all.
 SERVER = """
 import json, os, runpy, sys
-import torch
-from lightning.pytorch import Trainer
 
-assert not [name for name in sys.modules if name.startswith("nemo")]
 for line in sys.stdin:
     request = json.loads(line)
     if os.fork():
@@ -244,9 +242,11 @@ def train(clean_python: Path, experiment: Path):
         (line,) = (line for line in printed.splitlines() if line.startswith("REPORT "))
         return json.loads(line.removeprefix("REPORT "))
 
-    command = [str(clean_python), "-c", SERVER]
+    (experiment / "server.py").write_text(import_dependencies() + SERVER)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=experiment, env=environment, text=True, **pipes) as server:
+    with subprocess.Popen(
+        [str(clean_python), "server.py"], cwd=experiment, env=environment, text=True, **pipes
+    ) as server:
         yield run
         server.stdin.close()
 

@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from nemo_emmett import plugin
 from nemo_emmett.errors import ConfigError
 
+from .fork_server import import_dependencies
+
 
 def entry_points_for_test(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
     made = {name: EntryPoint(name, value, "nemo_emmett.models") for name, value in points.items()}
@@ -109,8 +111,7 @@ FIRST = ("nemo_emmett.data.parsers", "nemo_emmett.prompts.t5", "nemo_emmett.mode
 
 IMPORT_FIRST = """
 import importlib, json, os, sys
-import lightning.pytorch, lhotse, torch, transformers  # once for all; none of them imports NeMo
-assert not [name for name in sys.modules if name.startswith("nemo")]
+
 for first in sys.argv[1:]:
     if os.fork():
         assert os.wait()[1] == 0
@@ -127,7 +128,8 @@ for first in sys.argv[1:]:
 @pytest.fixture(scope="module")
 def not_done() -> dict[str, list[str]]:
     """The registrations that are not done, by the module of ours that a new process imports first."""
-    done = subprocess.run([sys.executable, "-c", IMPORT_FIRST, *FIRST], capture_output=True, text=True, check=True)
+    code = import_dependencies() + IMPORT_FIRST
+    done = subprocess.run([sys.executable, "-", *FIRST], input=code, capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     return {first: found for line in lines for first, found in json.loads(line.removeprefix("FOUND ")).items()}
 
