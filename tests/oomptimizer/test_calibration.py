@@ -179,7 +179,8 @@ def test_zip_with_a_model_that_needs_speech_in_every_batch(tmp_path: Path) -> No
 
     def compare(buckets: list[Bucket], peak: Callable) -> None:
         sized = [(bucket, profile.groups[bucket.group].bucket_batch_size[bucket.index]) for bucket in buckets]
-        audio, text = ([pair for pair in sized if pair[0].group == group] for group in ("audio", "text"))
+        outer = [pair for pair in sized if pair[0].index in (0, 3)]
+        audio, text = ([pair for pair in outer if pair[0].group == group] for group in ("audio", "text"))
         peaks = [peak(*pair) for pair in product(audio, text)]
         assert max(peaks) <= 30 * MIB
 
