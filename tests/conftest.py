@@ -39,7 +39,34 @@ def write_tone(path: Path, seconds: float, frequency: float = 440.0) -> Path:
     return path
 
 
-SLOWEST = ()
+SLOWEST = (
+    "models/test_fsdp2.py",
+    "oomptimizer/test_calibration.py",
+    "test_exact_resume.py",
+    "oomptimizer/test_fake.py",
+    "test_training.py",
+    "data/test_resumption.py",
+    "oomptimizer/test_guard_ranks.py",
+    "data/test_dataloader.py",
+    "data/test_ranks.py",
+    "data/test_stationarity.py",
+    "models/test_ddp.py",
+    "test_nemo_recipe.py",
+    "oomptimizer/test_callback.py",
+    "planning/test_commands.py",
+    "planning/test_shipped_recipes.py",
+    "models/test_memorising_salm_t5.py",
+    "safety/test_models.py",
+    "test_recipes.py",
+    "test_ending.py",
+    "data/test_nemo_configs.py",
+    "data/test_fuzzed_manifests.py",
+    "modules/test_resumable_loop.py",
+    "oomptimizer/test_steps.py",
+    "oomptimizer/test_recovery.py",
+    "oomptimizer/test_edge_cases.py",
+    "test_plugin.py",
+)
 """Files that take longest, in the order in which they begin: one that began last would keep a process waiting."""
 
 
