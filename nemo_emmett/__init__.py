@@ -19,7 +19,7 @@ from types import ModuleType
 
 from nemo_emmett import plugin
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _ON_DEMAND = ("callbacks", "corpora", "data", "evaluation", "models", "modules", "oomptimizer", "prompts")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +37,65 @@ def write_tone(path: Path, seconds: float, frequency: float = 440.0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, 0.3 * np.sin(2 * np.pi * frequency * time), SAMPLING_RATE)
     return path
+
+
+SLOWEST = (
+    "models/test_fsdp2.py",
+    "oomptimizer/test_calibration.py",
+    "test_exact_resume.py",
+    "oomptimizer/test_fake.py",
+    "test_training.py",
+    "data/test_resumption.py",
+    "oomptimizer/test_guard_ranks.py",
+    "data/test_dataloader.py",
+    "data/test_ranks.py",
+    "data/test_stationarity.py",
+    "models/test_ddp.py",
+    "test_nemo_recipe.py",
+    "oomptimizer/test_callback.py",
+    "planning/test_commands.py",
+    "planning/test_shipped_recipes.py",
+    "models/test_memorising_salm_t5.py",
+    "safety/test_models.py",
+    "test_recipes.py",
+    "test_ending.py",
+    "data/test_nemo_configs.py",
+    "data/test_fuzzed_manifests.py",
+    "modules/test_resumable_loop.py",
+    "oomptimizer/test_steps.py",
+    "oomptimizer/test_recovery.py",
+    "oomptimizer/test_edge_cases.py",
+    "test_plugin.py",
+)
+"""Files that take longest, in the order in which they begin: one that began last would keep a process waiting."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    folder = Path(__file__).parent
+    items.sort(key=lambda item: places.get(item.path.relative_to(folder).as_posix(), len(SLOWEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of garbage collections, which would look through all of NeMo each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Iterator[None]:
+    """Processes that share the tests can send one another valid text only; what is logged of damaged text is not."""
+    return _escaped((yield))
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(of_key) for key, of_key in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_escaped, value))
+    return value
 
 
 @pytest.fixture(scope="session")

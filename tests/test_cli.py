@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ def test_version_and_commands(invoke) -> None:
     assert invoke("--version").output == f"nemo-emmett, version {__version__}\n"
     commands = {"prepare", "train", "blend", "bins", "plan", "oomptimize", "export", "evaluate", "translate", "doctor"}
     assert set(cli.main.commands) == commands
+
+
+def test_the_version_is_the_one_that_the_changelog_describes() -> None:
+    changelog = (Path(__file__).parents[1] / "CHANGELOG.md").read_text()
+    number, unreleased = re.search(r"^## ([\d.]+)( \(unreleased\))?$", changelog, re.MULTILINE).groups()
+    assert __version__ == number + (".dev0" if unreleased else "")
 
 
 def test_the_installed_command_starts_without_heavy_imports() -> None:

@@ -13,6 +13,8 @@ import pytest
 import soundfile
 import yaml
 
+from .fork_server import import_dependencies
+
 ROOT = Path(__file__).parents[1]
 
 # As NeMo's own speechlm2 training script goes.
@@ -59,6 +61,22 @@ def report(trainer):
 
 
 train()
+"""
+
+# Runs the script for each line that it reads, with its arguments and in a new process; answers with the exit code.
+SERVER = """
+import json, os, runpy, sys
+
+for line in sys.stdin:
+    request = json.loads(line)
+    if os.fork():
+        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+        continue
+    os.dup2(os.open(request["log"], os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    sys.argv = ["train.py", *request["arguments"]]
+    runpy.run_path(os.path.abspath("train.py"), run_name="__main__")
+    break
 """
 
 RECIPE = """
@@ -216,19 +234,21 @@ def train(clean_python: Path, experiment: Path):
     }
 
     def run(*overrides: str) -> dict:
-        done = subprocess.run(
-            [str(clean_python), "train.py", *overrides],
-            cwd=experiment,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        (line,) = (line for line in done.stdout.splitlines() if line.startswith("REPORT "))
+        log = experiment / "log"
+        print(json.dumps({"arguments": overrides, "log": str(log)}), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        printed = log.read_text()
+        assert code == 0, printed[-6000:]
+        (line,) = (line for line in printed.splitlines() if line.startswith("REPORT "))
         return json.loads(line.removeprefix("REPORT "))
 
-    return run
+    (experiment / "server.py").write_text(import_dependencies() + SERVER)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(
+        [str(clean_python), "server.py"], cwd=experiment, env=environment, text=True, **pipes
+    ) as server:
+        yield run
+        server.stdin.close()
 
 
 def test_callback_config_group_and_dataloader_from_yaml_alone(train, clean_python: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from omegaconf import OmegaConf
 
 from nemo_emmett import plugin
 from nemo_emmett.errors import ConfigError
+
+from .fork_server import import_dependencies
 
 
 def entry_points_for_test(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
@@ -104,6 +107,33 @@ class TestRequestedCallbacks:
             plugin.requested_callbacks()
 
 
+FIRST = ("nemo_emmett.data.parsers", "nemo_emmett.prompts.t5", "nemo_emmett.models.salm_t5")
+
+IMPORT_FIRST = """
+import importlib, json, os, sys
+
+for first in sys.argv[1:]:
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    importlib.import_module(first)
+    from nemo_emmett import plugin
+    import nemo.collections.speechlm2
+    found = [f"{r.what}: {r.state} {r.error}" for r in plugin.REGISTRATIONS if r.state != "done"]
+    print("FOUND", json.dumps({first: found}), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def not_done() -> dict[str, list[str]]:
+    """The registrations that are not done, by the module of ours that a new process imports first."""
+    code = import_dependencies() + IMPORT_FIRST
+    done = subprocess.run([sys.executable, "-", *FIRST], input=code, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    return {first: found for line in lines for first, found in json.loads(line.removeprefix("FOUND ")).items()}
+
+
 class TestRegistration:
     def test_everything_is_registered_once_nemo_is_imported(self) -> None:
         import nemo.collections.speechlm2  # noqa: F401
@@ -130,18 +160,9 @@ class TestRegistration:
         assert type(callback).__name__ == "RandomState"
         assert PromptFormatter.resolve("emmett_t5").NAME == "emmett_t5"
 
-    @pytest.mark.parametrize(
-        "first", ["nemo_emmett.data.parsers", "nemo_emmett.prompts.t5", "nemo_emmett.models.salm_t5"]
-    )
-    def test_holds_whichever_of_our_modules_imports_nemo_first(self, first: str) -> None:
-        code = f"""
-import {first}
-from nemo_emmett import plugin
-import nemo.collections.speechlm2
-print("STATES", *[f"{{r.what}}: {{r.state}} {{r.error}}" for r in plugin.REGISTRATIONS if r.state != "done"])
-"""
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines()[-1].strip() == "STATES"
+    @pytest.mark.parametrize("first", FIRST)
+    def test_holds_whichever_of_our_modules_imports_nemo_first(self, first: str, not_done: dict[str, list]) -> None:
+        assert not_done[first] == []
 
     def test_a_failing_registration_is_logged_and_spares_the_import(self, caplog: pytest.LogCaptureFixture) -> None:
         def fail(_: types.ModuleType) -> None:

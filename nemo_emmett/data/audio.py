@@ -47,8 +47,13 @@ def with_checked_audio(cut: Cut) -> Cut:
     """
     if commands.is_refused(cut):
         raise AudioFault(RUNS_A_COMMAND)
+    return _with_opened_recordings(cut)
+
+
+def _with_opened_recordings(cut: Cut) -> Cut:
     if isinstance(cut, MixedCut):
-        return fastcopy(cut, tracks=[fastcopy(track, cut=with_checked_audio(track.cut)) for track in cut.tracks])
+        tracks = [fastcopy(track, cut=_with_opened_recordings(track.cut)) for track in cut.tracks]
+        return fastcopy(cut, tracks=tracks)
     if isinstance(cut, PaddingCut) or not cut.has_recording:
         return cut
     declared = cut.recording

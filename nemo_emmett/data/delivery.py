@@ -47,7 +47,8 @@ class DeliveringDataset(torch.utils.data.Dataset):
     Args:
         dataset: maps the examples of a batch to the batch; may hold a ledger of its own, ``bad_records``.
         bad_records: ledger of the sources that live in the same process.
-        allow_commands: examples may run commands when they are loaded; otherwise those are skipped.
+        allow_commands: examples may run commands when they are loaded; otherwise those are skipped: by the dataset
+            where it is one of ours, which check each cut before they read it, else here.
     """
 
     def __init__(
@@ -56,13 +57,14 @@ class DeliveringDataset(torch.utils.data.Dataset):
         self.dataset = dataset
         self.bad_records = bad_records
         self.allow_commands = allow_commands
+        self._checks_commands = type(dataset) not in (SpeechTextDataset, SpeechConversations, CheckedCuts)
 
     def __getitem__(self, examples: CutSet) -> Delivery:
         if len(examples) == 0:  # transforms of the batch have failed on all of it
             return self.deliver(None)
         with commands_allowed(self.allow_commands):
-            if any(map(self._is_refused, examples)):
-                examples = CutSet([example for example in examples if not self._is_refused(example, note=True)])
+            if self._checks_commands:
+                examples = CutSet([example for example in examples if not note_refused(self.bad_records, example)])
                 if not examples:
                     return self.deliver({})
             try:
@@ -73,12 +75,6 @@ class DeliveringDataset(torch.utils.data.Dataset):
             for example in examples:
                 note_example(self.bad_records, example, "refused by the dataset")
         return self.deliver(batch)
-
-    def _is_refused(self, example: Any, note: bool = False) -> bool:
-        refused = any(map(is_refused, recordings_of(example)))
-        if refused and note:
-            note_example(self.bad_records, example, RUNS_A_COMMAND)
-        return refused
 
     def deliver(self, batch: Any, error: EmmettError | None = None) -> Delivery:
         """A batch, with all notes made so far in this process."""
@@ -256,12 +252,20 @@ class CheckedCuts(torch.utils.data.Dataset):
 
     def _checked(self, example: Any) -> Any:
         if not isinstance(example, Cut):
-            return example
+            return None if note_refused(self.bad_records, example) else example
         try:
             return with_checked_audio(example)
         except AudioFault as fault:
             note_audio_fault(self.bad_records, example, fault)
             return None
+
+
+def note_refused(bad_records: BadRecords, example: Any) -> bool:
+    """Whether loading an example would run a command that the recipe does not allow; notes one that would."""
+    refused = any(map(is_refused, recordings_of(example)))
+    if refused:
+        note_example(bad_records, example, RUNS_A_COMMAND)
+    return refused
 
 
 def _marks(conversation: NeMoMultimodalConversation) -> list[str]:

@@ -1,7 +1,4 @@
-"""Training runs in processes of their own, one per rank, that write down what they train on and may be killed.
-
-The processes are forked from a server that has imported everything once (``multiprocessing``'s forkserver).
-"""
+"""Training runs in processes of their own, one per rank, that write down what they train on and may be killed."""
 
 from __future__ import annotations
 
@@ -26,6 +23,7 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 
+from ..fork_server import fork_server, print_to
 from .corpora import ids_of
 
 SECONDS_UNTIL_DEADLOCK = 40
@@ -111,9 +109,7 @@ def join_ranks(run: Run, rank: int, port: int) -> None:
     """Make this process one rank of the run."""
     os.setpgrp()  # the data workers die with it
     run.folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(run.folder / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
+    print_to(run.folder / f"rank{rank}.log")
     multiprocessing.set_start_method("fork", force=True)  # for the data workers, as in any training
     faulthandler.dump_traceback_later(SECONDS_UNTIL_DEADLOCK - 5, file=sys.stderr)
     # What Lightning reads to find that its ranks are started by somebody else.
@@ -165,7 +161,7 @@ def run_ranks(run: Run, target: Callable[[Run, int, int], None] = fit) -> list[i
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     processes = [context.Process(target=target, args=(run, rank, port)) for rank in range(run.world_size)]
     for process in processes:
         process.start()
@@ -180,16 +176,6 @@ def run_ranks(run: Run, target: Callable[[Run, int, int], None] = fit) -> list[i
         logs = "\n".join(f"rank {rank}:\n{run.log(rank)[-2000:]}" for rank in range(run.world_size))
         raise TimeoutError(f"ranks {hangs} have not ended in {SECONDS_UNTIL_DEADLOCK} s\n{logs}")
     return [process.exitcode for process in processes]
-
-
-def start_server() -> None:
-    """Have everything imported by the process that all runs are forked from."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.pop("TOKENIZERS_PARALLELISM", None)
-    os.unsetenv("TOKENIZERS_PARALLELISM")  # NeMo sets it behind os.environ's back
-    root = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
 
 
 def complete(run: Run, target: Callable[[Run, int, int], None] = fit) -> Run:

@@ -28,7 +28,7 @@ from nemo_emmett.callbacks import ResumableData
 from nemo_emmett.data import MultimodalDataModule, get_multimodal_dataloader
 
 from .corpora import Corpus
-from .fitting import Run, complete, join_ranks, start_server
+from .fitting import Run, complete, join_ranks
 
 LOCATOR = "<|audio|>"
 CUTS, BATCH_SIZE = 14, 2
@@ -457,7 +457,6 @@ def fit_all(run: Run, rank: int, port: int) -> None:
 @pytest.fixture(scope="module")
 def of_two_ranks(tmp_path_factory, tokenizer, cuts_path) -> list[dict]:
     """What :func:`fit_all` has found on either rank."""
-    start_server()
     folder = tmp_path_factory.mktemp("ranks")
     corpus = Corpus(folder)
     manifest = corpus.source("speech_fr", CUTS)["manifest_filepath"]

@@ -13,7 +13,7 @@ import pytest
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
 
 from .corpora import SAMPLING_RATE, Corpus, dataset_of, ids_of
-from .fitting import Run, complete, start_server
+from .fitting import Run, complete
 
 SETTINGS = {
     "prompt_format": "emmett_t5",
@@ -29,7 +29,6 @@ TEXT_BINS, TEXT_SIZES = [8, 16, 30], [5, 4, 3]
 
 @pytest.fixture
 def corpus(tmp_path) -> Corpus:
-    start_server()
     (tmp_path / "corpus").mkdir()
     return Corpus(tmp_path / "corpus")
 

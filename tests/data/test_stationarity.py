@@ -141,10 +141,14 @@ def shares_of_batches(window: list[list[tuple[str, str]]]) -> dict[str, float]:
     return dict(shares)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("blend", [nested_blend, tempered_blend])
 @pytest.mark.parametrize(
-    ("configure", "count"), [(mux_config, shares_of_examples), (fused_config, shares_of_batches)], ids=["mux", "fused"]
+    ("configure", "count", "blend", "world_size"),
+    [  # of a way to combine, a blend and a number of ranks, any two meet
+        pytest.param(mux_config, shares_of_examples, nested_blend, 2, id="mux, nested, 2 ranks"),
+        pytest.param(mux_config, shares_of_examples, tempered_blend, 1, id="mux, tempered, 1 rank"),
+        pytest.param(fused_config, shares_of_batches, nested_blend, 1, id="fused, nested, 1 rank"),
+        pytest.param(fused_config, shares_of_batches, tempered_blend, 2, id="fused, tempered, 2 ranks"),
+    ],
 )
 def test_every_window_holds_the_shares(sources, batches, configure, count, blend, world_size) -> None:
     speech, text, expected = blend(sources)

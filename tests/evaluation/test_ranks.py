@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import socket
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from nemo_emmett.evaluation.translation import Translated
 from nemo_emmett.models import SALMT5
 
 from ..conftest import SENTENCES
+from ..fork_server import fork_server, print_to
 
 RANKS = 2
 SECONDS_TO_END = 120
@@ -36,11 +35,7 @@ def run_on_ranks(job: Callable[..., None], folder: Path, *arguments: Any) -> lis
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    root = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([root, *os.environ.get("PYTHONPATH", "").split(":")]))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = fork_server()
     logs = [folder / f"rank{rank}.log" for rank in range(RANKS)]
     ranks = [context.Process(target=_rank, args=(rank, port, log, job, arguments)) for rank, log in enumerate(logs)]
     for process in ranks:
@@ -55,9 +50,7 @@ def run_on_ranks(job: Callable[..., None], folder: Path, *arguments: Any) -> lis
 
 
 def _rank(rank: int, port: int, log: Path, job: Callable[..., None], arguments: tuple) -> None:
-    written = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(written, sys.stdout.fileno())
-    os.dup2(written, sys.stderr.fileno())
+    print_to(log)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
     job(rank, *arguments)

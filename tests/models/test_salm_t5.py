@@ -1,7 +1,5 @@
-import json
 import math
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import sacrebleu
@@ -11,6 +9,7 @@ from nemo_emmett.errors import ConfigError, DataError, ModelError
 from nemo_emmett.models import SALMT5, load
 from nemo_emmett.modules.batch import MODALITIES
 
+from ..fork_server import call_in_new_process
 from .batches import audio_batch, text_batch
 
 PAIRS = [("one red house", "ein rotes haus"), ("four old doors", "vier alte türen"), ("six", "sechs")]
@@ -258,18 +257,17 @@ def test_translate_refuses_an_unknown_language_and_missing_or_broken_audio(model
 # What is written and read
 
 
+def translate(folder: Path, inputs: list[str]) -> list[str]:
+    return load(folder).translate(inputs, None, "de")
+
+
 def test_an_exported_folder_translates_the_same_in_a_new_process(model, tmp_path, tiny_corpus):
     inputs = ["one red house", str(tiny_corpus / "audio" / "en-1.wav")]
     expected = model.translate(inputs, None, "de")
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     assert (folder / "model.safetensors").exists()
-    program = (
-        "import json, sys; from nemo_emmett.models import load\n"
-        f"print(json.dumps(load({str(folder)!r}).translate({inputs!r}, None, 'de')))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == expected
+    assert call_in_new_process(translate, folder, inputs) == expected
 
 
 def test_a_loaded_folder_has_every_weight_and_can_be_trained_on(model, tmp_path):

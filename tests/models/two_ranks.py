@@ -1,12 +1,8 @@
-"""Two processes that train together, and what they train on.
-
-The ranks are forked from a server that has imported everything once.
-"""
+"""Two processes that train together, and what they train on."""
 
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import socket
@@ -25,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nemo_emmett.models.base import SpeechTextModel
 
+from ..fork_server import fork_server, print_to
 from .batches import prompted_batch, with_recordings
 
 RANKS = 2
@@ -45,7 +42,7 @@ def run_on_two_ranks(job: Callable[..., None], folder: Path, *arguments: Any) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = _server_of_ranks(job.__module__)
+    context = fork_server()
     processes = [
         context.Process(target=_rank, args=(rank, port, folder / f"rank{rank}.log", job, arguments))
         for rank in range(RANKS)
@@ -66,20 +63,9 @@ def run_on_two_ranks(job: Callable[..., None], folder: Path, *arguments: Any) ->
     assert [process.exitcode for process in processes] == [0] * RANKS, "\n".join(logs)
 
 
-def _server_of_ranks(module: str) -> multiprocessing.context.BaseContext:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    root = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([root, *os.environ.get("PYTHONPATH", "").split(":")]))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])
-    return context
-
-
 def _rank(rank: int, port: int, log: Path, job: Callable[..., None], arguments: Sequence[Any]) -> None:
     os.setpgrp()
-    written = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(written, sys.stdout.fileno())
-    os.dup2(written, sys.stderr.fileno())
+    print_to(log)
     faulthandler.dump_traceback_later(SECONDS_TO_END - 5, file=sys.stderr)
     # What Lightning reads to find that its ranks are started by somebody else.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}

@@ -1,9 +1,8 @@
-import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nemo_emmett.modules.loss import (
     IGNORE_INDEX,
@@ -11,6 +10,8 @@ from nemo_emmett.modules.loss import (
     modality_loss,
     sum_over_ranks,
 )
+
+from ..models.two_ranks import run_on_two_ranks
 
 
 def test_mask_padding():
@@ -38,36 +39,19 @@ def local_loss(weight: torch.Tensor, inputs: dict) -> torch.Tensor:
     return modality_loss(sums, sum_over_ranks(counts), torch.tensor([1.0, 0.5]))
 
 
-def rank_gradient(rank: int, port: int, queue) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def rank_gradient(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     weight = torch.ones((), requires_grad=True)
     local_loss(weight, INPUTS[rank]).backward()
-    queue.put(weight.grad.item())
-    dist.destroy_process_group()
+    torch.save(weight.grad, folder / f"{rank}.pt")
 
 
-def test_two_ranks_average_to_the_gradient_of_one_process_on_the_joined_batch(free_port):
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    ranks = [context.Process(target=rank_gradient, args=(rank, free_port, queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    gradients = [queue.get(timeout=60) for _ in ranks]
-    for process in ranks:
-        process.join()
+def test_two_ranks_average_to_the_gradient_of_one_process_on_the_joined_batch(tmp_path):
+    run_on_two_ranks(rank_gradient, tmp_path, tmp_path)
+    gradients = [torch.load(tmp_path / f"{rank}.pt").item() for rank in range(2)]
 
     weight = torch.ones((), requires_grad=True)
     joined = {m: INPUTS[0][m] + INPUTS[1][m] for m in ("audio", "text")}
     local_loss(weight, joined).backward()
     assert weight.grad.item() == pytest.approx((1 + 2 + 3) / 3 + 0.5 * (4 + 5 + 6 + 7 + 8) / 5)
     assert sum(gradients) / 2 == pytest.approx(weight.grad.item())
-
-
-@pytest.fixture
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nemo_emmett.modules.random_state import RandomState, random_state, restore_random_state
 
+from ..models.two_ranks import run_on_two_ranks
+
 STEPS, HALF = 20, 10
 
 
@@ -111,16 +113,13 @@ def test_states_are_restored_exactly() -> None:
     assert draws() == first
 
 
-def _two_ranks(rank: int, folder: str) -> None:
-    from nemo_emmett.modules.random_state import RandomState
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _two_ranks(rank: int) -> None:
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     torch.manual_seed(rank)
     states = RandomState().state_dict()["ranks"]
     expected = [torch.Generator().manual_seed(seed).get_state() for seed in (0, 1)]
     assert all(torch.equal(state["torch"], other) for state, other in zip(states, expected, strict=True))
-    torch.distributed.destroy_process_group()
 
 
 def test_every_ranks_state_is_in_the_checkpoint(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_two_ranks, args=(str(tmp_path),), nprocs=2)
+    run_on_two_ranks(_two_ranks, tmp_path)

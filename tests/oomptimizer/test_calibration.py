@@ -1,7 +1,8 @@
-"""Calibration of real models: the batch sizes are those of a brute force on the same meter."""
+"""Calibration of real models: on the same meter the batch sizes fit, and larger ones do not."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from itertools import product
@@ -25,7 +26,8 @@ from tests.oomptimizer.models import tiny_ctc, tiny_salm
 
 MIB = 2**20
 SPEECH_BINS = [[seconds, tokens] for seconds, tokens in product((1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12), (6, 15, 40))]
-TEXT_BINS = [[i, o] for i, o in product((8, 14, 20, 30, 40, 60, 80, 100, 140, 200), (10, 40, 90))]
+FEW_SPEECH_BINS = [[seconds, tokens] for seconds, tokens in product((1, 2, 4, 10), (6, 15, 40))]
+TEXT_BINS = [[i, o] for i, o in product((8, 20, 60, 200), (10, 40, 90))]
 
 
 def steps_at_fit_start(folder: Path, model: LightningModule, train_ds: dict, function: Callable) -> None:
@@ -47,16 +49,10 @@ def steps_at_fit_start(folder: Path, model: LightningModule, train_ds: dict, fun
     trainer_with(folder, AtFitStart(at_start)).fit(model, datamodule=Data(train_ds))
 
 
-def true_maximum(fits: Callable[[int], bool]) -> int:
-    """By doubling and bisection, from nothing known."""
-    most = 1
-    while fits(most):
-        most *= 2
-    least = most // 2
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle)
-    return least
+def assert_largest(size: int, fits: Callable[[int], bool]) -> None:
+    """No batch size that fits is more than two percent larger: memory grows with the batch, so one step shows it."""
+    assert fits(size)
+    assert not fits(math.floor(size / 0.98) + 1)
 
 
 def calibrated(folder: Path, model: LightningModule, train_ds: dict, **options) -> tuple[Profile, list]:
@@ -78,13 +74,13 @@ CASES = {
         },
         16,
     ),
-    "SALM": ("salm", {"bucket_duration_bins": SPEECH_BINS}, 16),
-    "CTC": ("ctc", {"bucket_duration_bins": SPEECH_BINS}, 16),
+    "SALM": ("salm", {"bucket_duration_bins": FEW_SPEECH_BINS}, 16),
+    "CTC": ("ctc", {"bucket_duration_bins": FEW_SPEECH_BINS}, 16),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_batch_size_is_that_of_a_brute_force(
+def test_every_batch_size_is_the_largest_that_fits(
     name: str, tmp_path: Path, salm_t5_config: dict, request: pytest.FixtureRequest
 ) -> None:
     family, train_ds, mib = CASES[name]
@@ -96,16 +92,14 @@ def test_every_batch_size_is_that_of_a_brute_force(
     budget = mib * MIB
     profile, results = calibrated(tmp_path, build(), train_ds, memory_budget=budget)
     sizes = profile.groups[""].bucket_batch_size
-    assert len(sizes) == 30
+    assert len(sizes) == len(train_ds["bucket_duration_bins"])
 
     def compare(buckets: list[Bucket], peak: Callable) -> None:
         for bucket, size in zip(buckets, sizes, strict=True):
-            best = true_maximum(lambda n, bucket=bucket: peak((bucket, n)) <= budget)
-            assert 0.98 * best <= size <= best, bucket
+            assert_largest(size, lambda n, bucket=bucket: peak((bucket, n)) <= budget)
 
     steps_at_fit_start(tmp_path, build(), train_ds, compare)
-    print(name, sizes, sum(result.probes for result in results) / 30)
-    assert sum(result.probes for result in results) <= 2.5 * 30
+    assert sum(result.probes for result in results) <= (2.5 if len(sizes) == 30 else 4) * len(sizes)
 
 
 def zip_of_speech_and_text() -> dict:
@@ -113,9 +107,9 @@ def zip_of_speech_and_text() -> dict:
         "multi_config": True,
         "sampler_fusion": "zip",
         "sampler_weights": {"audio": 0.5, "text": 0.5},
-        "audio": {"bucket_duration_bins": [[s, o] for s in (1, 2, 3, 5) for o in (6, 20)]},
+        "audio": {"bucket_duration_bins": [[s, o] for s in (1, 5) for o in (6, 20)]},
         "text": {
-            "bucket_duration_bins": [[i, o] for i in (10, 20, 40, 80) for o in (10, 40)],
+            "bucket_duration_bins": [[i, o] for i in (10, 80) for o in (10, 40)],
             "use_multimodal_sampling": True,
             "input_cfg": [{"type": "parallel_text"}],
         },
@@ -123,7 +117,7 @@ def zip_of_speech_and_text() -> dict:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7])
-def test_zip_random_pairs_of_buckets_fit_and_the_binding_pair_fills_the_budget(
+def test_zip_all_pairs_of_buckets_fit_and_the_binding_pair_fills_the_budget(
     share: float, tmp_path: Path, salm_t5_config: dict
 ) -> None:
     budget = 40 * MIB
@@ -135,8 +129,7 @@ def test_zip_random_pairs_of_buckets_fit_and_the_binding_pair_fills_the_budget(
             (bucket, profile.groups[bucket.group].bucket_batch_size[bucket.index])
             for bucket in sorted(buckets, key=lambda bucket: bucket.group)
         ]
-        pairs = list(product(sized[:8], sized[8:]))
-        peaks = [peak(*pair) for pair in random.Random(0).sample(pairs, 40)]
+        peaks = [peak(*pair) for pair in product(sized[:4], sized[4:])]
         assert max(peaks) <= budget
         assert max(peaks) >= 0.95 * budget
 
@@ -185,9 +178,9 @@ def test_zip_with_a_model_that_needs_speech_in_every_batch(tmp_path: Path) -> No
     profile, _ = calibrated(tmp_path, tiny_salm(tmp_path), train_ds, memory_budget=30 * MIB)
 
     def compare(buckets: list[Bucket], peak: Callable) -> None:
-        sized = {b: profile.groups[b.group].bucket_batch_size[b.index] for b in buckets}
-        some = [(bucket, size) for bucket, size in sized.items() if bucket.index in (0, 3, 7)]
-        audio, text = ([pair for pair in some if pair[0].group == group] for group in ("audio", "text"))
+        sized = [(bucket, profile.groups[bucket.group].bucket_batch_size[bucket.index]) for bucket in buckets]
+        outer = [pair for pair in sized if pair[0].index in (0, 3)]
+        audio, text = ([pair for pair in outer if pair[0].group == group] for group in ("audio", "text"))
         peaks = [peak(*pair) for pair in product(audio, text)]
         assert max(peaks) <= 30 * MIB
 

@@ -92,15 +92,17 @@ def test_planned_peaks_of_salm_t5_are_the_measured_ones(tmp_path, salm_t5_config
     model = SALMT5(salm_t5_config | changes)
     if change is not None:
         change(model)
-    planned = read_steps(tmp_path, model, BATCHES, on_fakes=True, **trainer_options)
-    assert planned == read_steps(tmp_path, model, BATCHES, on_fakes=False, **trainer_options)
-    assert planned[2][0] > planned[1][0]
+    is_plain = not changes and change is None and not trainer_options
+    batches = BATCHES if is_plain else BATCHES[-1:]
+    planned = read_steps(tmp_path, model, batches, on_fakes=True, **trainer_options)
+    assert planned == read_steps(tmp_path, model, batches, on_fakes=False, **trainer_options)
+    assert not is_plain or planned[2][0] > planned[1][0]
 
 
 @pytest.mark.parametrize(
     ("kind", "backbone", "changes", "trainer_options"),
     [
-        pytest.param(SALMGPT, "llama", {}, {}, id="SALMGPT"),
+        pytest.param(SALMGPT, "llama", {}, {}, id="SALMGPT"),  # these two with each batch, the others with one
         pytest.param(BestowGPT, "llama", {}, {}, id="BestowGPT"),
         pytest.param(SALMGPT, "gemma2", {"label_smoothing": 0.1}, {"precision": "bf16-true"}, id="capped logits"),
         pytest.param(
@@ -129,6 +131,8 @@ def test_planned_peaks_of_decoder_only_models_are_the_measured_ones(
     monkeypatch.setattr(linear_cross_entropy, "MIN_CHUNK_ROWS", 8)
     model = kind(model_config(backbone, tmp_path_factory.getbasetemp() / "backbones", tiny_asr, **changes))
     batches = [{SPEECH: 3}, {TEXT: 7}, {WHOLE_SPEECH: 2, WHOLE_TEXT: 3}]
+    if changes:
+        batches = batches[1:2] if "freeze" in changes else batches[2:]
     planned = read_steps(tmp_path, model, batches, on_fakes=True, **trainer_options)
     assert planned == read_steps(tmp_path, model, batches, on_fakes=False, **trainer_options)
 

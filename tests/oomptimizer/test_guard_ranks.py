@@ -1,13 +1,9 @@
-"""Two ranks, one of which runs out of memory.
-
-The ranks are processes forked from a server that has imported everything once.
-"""
+"""Two ranks, one of which runs out of memory."""
 
 from __future__ import annotations
 
 import faulthandler
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -33,6 +29,7 @@ from nemo_emmett.oomptimizer.buckets import Bucket, Group, Shape
 from nemo_emmett.oomptimizer.guard import Guard
 from nemo_emmett.oomptimizer.meter import TensorMeter
 
+from ..fork_server import call_in_new_process, fork_server, print_to
 from .injected import Bomb, Charges, Guarded, weights
 from .models import encoder, preprocessor
 from .rows import text_group
@@ -113,9 +110,7 @@ def fit(run: Run, rank: int, port: int) -> None:
     """Train in this process, which is one rank of the run."""
     os.setpgrp()
     run.folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(run.folder / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
+    print_to(run.folder / f"rank{rank}.log")
     faulthandler.dump_traceback_later(SECONDS_TO_END - 5, file=sys.stderr)
     # What Lightning reads to find that its ranks are started by somebody else.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
@@ -168,7 +163,7 @@ def exit_codes(run: Run) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     processes = [context.Process(target=fit, args=(run, rank, port)) for rank in range(2)]
     for process in processes:
         process.start()
@@ -192,14 +187,8 @@ def complete(run: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def t5(tiny_t5, tmp_path_factory) -> Path:
-    """A T5 without dropout; and the server from which ranks are forked."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    root = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    warm_up = multiprocessing.get_context("forkserver").Process(target=os.getpid)  # which waits for the imports
-    warm_up.start()
-    warm_up.join()
+    """A T5 without dropout."""
+    call_in_new_process(os.getpid)  # waits for the server, which is not to be in the times that are measured
     folder = tmp_path_factory.mktemp("quiet") / "t5"
     shutil.copytree(tiny_t5, folder)
     config = json.loads((folder / "config.json").read_text())

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from nemo_emmett.errors import ConfigError, ModelError
-from nemo_emmett.oomptimizer.meter import Reading
+from nemo_emmett.oomptimizer.meter import Reading, TensorMeter
 from nemo_emmett.oomptimizer.steps import TrainingSteps
+from tests.models.two_ranks import quiet_trainer, run_on_two_ranks
 from tests.oomptimizer.probing import Probing, assert_no_trace, trainer_for
 
 FLOAT = 4  # bytes
@@ -262,18 +262,6 @@ def test_a_step_without_a_loss_is_refused() -> None:
 
 # Two ranks.
 
-RANKS = """
-import json, sys
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader
-
-from nemo_emmett.oomptimizer.meter import TensorMeter
-from nemo_emmett.oomptimizer.steps import TrainingSteps
-
 STRATEGIES = {
     "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
     "ddp_views": lambda: DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True),
@@ -281,38 +269,42 @@ STRATEGIES = {
 }
 
 
-class Layers(LightningModule):
-    failing = None  # where the second rank runs out of memory
+class NormalisedLayers(LightningModule):
+    """Two layers with a batch norm in between, whose second rank fails."""
 
-    def __init__(self, sharded):
+    def __init__(self, sharded: bool) -> None:
         super().__init__()
         self.first, self.norm, self.second = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)
         self.sharded = sharded
+        self.failing: str | None = None  # where the second rank runs out of memory
 
-    def configure_model(self):
+    def configure_model(self) -> None:
         for part in (self.first, self.norm, self.second) * self.sharded:
             fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         hidden = self.norm(self.first(batch)).relu()
         if self.trainer.global_rank == 1:
             self.fail("forward")
             hidden.register_hook(lambda gradient: self.fail("backward"))
         return self.second(hidden).square().mean()
 
-    def fail(self, where):
+    def fail(self, where: str) -> None:
         if where == self.failing:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters())
 
 
-class Probing(Callback):
-    def __init__(self, failures):
-        self.failures, self.readings = failures, []
+class ProbingRanks(Callback):
+    """Takes readings of which some fail."""
 
-    def on_fit_start(self, trainer, pl_module):
+    def __init__(self, failures: Sequence[str]) -> None:
+        self.failures = failures
+        self.readings: list[list] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: NormalisedLayers) -> None:
         # The ranks' batches differ in size: the larger one's reading is everybody's.
         rows = torch.ones(1000 * (1 + trainer.global_rank), 64)
         with TrainingSteps(trainer, pl_module, TensorMeter(torch.device("cpu"))) as steps:
@@ -320,42 +312,39 @@ class Probing(Callback):
             for pl_module.failing in (None, *self.failures, None):
                 self.note(steps.run(rows))
 
-    def note(self, reading):
+    def note(self, reading: Reading) -> None:
         self.readings.append([reading.peak, reading.held, reading.seconds, reading.out_of_memory])
 
 
 class Losses(Callback):
-    def __init__(self):
-        self.losses = []
+    """Keeps the loss of each step."""
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.losses.append(outputs["loss"].item())
 
 
-def losses_of(strategy, *callbacks):
+def losses_of(strategy: str, *callbacks: Callback) -> list[float]:
     seed_everything(1, verbose=False)
     losses = Losses()
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(
-        accelerator="cpu", devices=2, strategy=STRATEGIES[strategy](), max_steps=10, callbacks=[losses, *callbacks],
-        use_distributed_sampler=False, **quiet,
-    )
+    trainer = quiet_trainer(strategy=STRATEGIES[strategy](), max_steps=10, callbacks=[losses, *callbacks])
     generator = torch.Generator().manual_seed(trainer.global_rank)
     batches = [torch.randn(4, 64, generator=generator) for _ in range(10)]
-    trainer.fit(Layers(strategy == "fsdp2"), DataLoader(batches, batch_size=None))
+    trainer.fit(NormalisedLayers(strategy == "fsdp2"), DataLoader(batches, batch_size=None))
     return losses.losses
 
 
-torch.set_num_threads(1)
-folder, cases = sys.argv[1], json.loads(sys.argv[2])
-found = {}
-for strategy, failures in cases.items():
-    probing = Probing(failures)
-    losses = losses_of(strategy, probing)
-    found[strategy] = {"probed": losses, "plain": losses_of(strategy), "readings": probing.readings}
-with open(f"{folder}/{torch.distributed.get_rank()}.json", "w") as report:
-    json.dump(found, report)
-"""
+def probe_and_train(rank: int, folder: Path) -> None:
+    """What this rank finds, by strategy."""
+    found = {}
+    for strategy, failures in FAILURES.items():
+        probing = ProbingRanks(failures)
+        losses = losses_of(strategy, probing)
+        found[strategy] = {"probed": losses, "plain": losses_of(strategy), "readings": probing.readings}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
 
 # Where the second of two ranks runs out of memory; where gradients are averaged, none may do so in its backward pass.
 FAILURES = {"ddp": ["forward", "backward"], "ddp_views": ["forward"], "fsdp2": []}
@@ -365,18 +354,7 @@ FAILURES = {"ddp": ["forward", "backward"], "ddp_views": ["forward"], "fsdp2": [
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of two ranks found, by strategy."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = folder / "train.py"
-    script.write_text(RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, str(script), str(folder), json.dumps(FAILURES)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run_on_two_ranks(probe_and_train, folder, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

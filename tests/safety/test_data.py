@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +12,10 @@ import pytest
 import torch
 import yaml
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item, get_current_io_backend, open_best
 
-from nemo_emmett.data import SpeechTextDataset, check_data_config, get_multimodal_dataloader
+from nemo_emmett.data import SpeechTextDataset, check_data_config, commands, get_multimodal_dataloader
 from nemo_emmett.data.check import check_keys_of_dataset
 from nemo_emmett.errors import ConfigError
 from tests.conftest import write_tone
@@ -34,6 +35,13 @@ class AsRead(torch.utils.data.Dataset):
                 if isinstance(value, Recording):
                     cut.load_custom(key)
         return [cut.id for cut in cuts]
+
+
+class ReadsItself(SpeechTextDataset):
+    """One of ours, changed by somebody else so that it loads the audio in its own way."""
+
+    def __getitem__(self, cuts: CutSet) -> list:
+        return AsRead()[cuts]
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +158,7 @@ def ids(loader) -> set:
 
 
 @pytest.mark.parametrize("make", CUTS, ids=lambda make: make.__name__)
-@pytest.mark.parametrize("reader", ["cuts.jsonl", "cuts.json", "as_read"])
+@pytest.mark.parametrize("reader", ["cuts.jsonl", "cuts.json", "as_read", "reads_itself"])
 def test_a_record_that_names_a_command_is_skipped_and_counted(
     tokenizer,  # noqa: F811
     cuts_with: Callable,
@@ -159,7 +167,8 @@ def test_a_record_that_names_a_command_is_skipped_and_counted(
     reader: str,
 ) -> None:
     path = cuts_with(make, "cuts.json" if reader == "cuts.json" else "cuts.jsonl")
-    dataset = AsRead() if reader == "as_read" else SpeechTextDataset(tokenizer)
+    datasets = {"as_read": lambda _: AsRead(), "reads_itself": ReadsItself}
+    dataset = datasets.get(reader, SpeechTextDataset)(tokenizer)
     found, loaders = set(), []
 
     def read() -> None:
@@ -171,6 +180,22 @@ def test_a_record_that_names_a_command_is_skipped_and_counted(
     assert said == ""
     assert found == {"good-0", "good-2", "good-3"}
     assert loaders[0].bad_records.causes() == {"runs a command": 1}
+
+
+@pytest.mark.parametrize("dataset", ["ours", "as_read", "reads_itself"])
+def test_each_cut_is_looked_into_once(tokenizer, tone: Path, tmp_path: Path, monkeypatch, dataset: str) -> None:  # noqa: F811
+    looked_into, stored = [], commands._stored
+
+    def note(thing: object) -> Iterator:
+        if isinstance(thing, Cut):
+            looked_into.append(thing.id)
+        return stored(thing)
+
+    monkeypatch.setattr(commands, "_stored", note)
+    CutSet([good_cut(tone, number) for number in range(3)]).to_file(tmp_path / "cuts.jsonl")
+    made = {"ours": SpeechTextDataset, "as_read": lambda _: AsRead(), "reads_itself": ReadsItself}[dataset](tokenizer)
+    ids(loader_of({"type": "lhotse", "cuts_path": str(tmp_path / "cuts.jsonl")}, made, tokenizer))
+    assert sorted(looked_into) == ["good-0", "good-1", "good-2"]
 
 
 @pytest.mark.parametrize("make", CUTS[:1], ids=lambda make: make.__name__)
