@@ -139,7 +139,7 @@ class TestAsNeMo:
         config |= {"input_cfg": str(outside), "reweight_temperature": [0.5, 0.0, 2.0]}
         ours, expected = list(self.levels(blend_of(config, WHERE))), nemos(config)
         assert ours == [pytest.approx(level) for level in expected]
-        assert blend_of(config, WHERE).children[1].children[0].where == f"{WHERE}.input_cfg[1].input_cfg[0]"
+        assert blend_of(config, WHERE).children[1].children[0].where == f"{WHERE}.input_cfg.1.input_cfg.0"
 
     def test_by_hand(self, nested) -> None:
         # outer 1 : 9 : 7 at temperature 0.5 is 1 : 3 : sqrt(7); then 3 : 1, equal; then 5 : 0.5 : 2 squared

@@ -669,7 +669,7 @@ def test_records_that_nemo_reads_are_counted_too(load, speech, tmp_path, kind) -
     assert len(ids_of(loader)) == 3
     assert loader.bad_records.read_count == 4
     assert list(loader.bad_records.shares().values()) == [0.25]
-    assert all(source.startswith("data.train_ds.input_cfg[0] (") for source in loader.bad_records.shares())
+    assert all(source.startswith("data.train_ds.input_cfg.0 (") for source in loader.bad_records.shares())
 
 
 # Epochs and random states

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
+from omegaconf import OmegaConf
 
 from nemo_emmett.data.check import check_data_config
 from nemo_emmett.data.files import count_lines, expand_paths
@@ -109,6 +110,13 @@ def test_dollar_signs_in_a_path_are_no_interpolations(path) -> None:
     assert plain(config_of(config)) == config
     structured = plain(structured_config(config, "train_ds"))
     assert structured["input_cfg"][0]["source"]["manifest_filepath"] == path
+
+
+def test_a_path_object_is_the_path_as_text(tmp_path: Path) -> None:
+    written = {"input_cfg": [{"type": "lhotse", "cuts_path": tmp_path, "shar_path": {"cuts": [tmp_path]}}], "n": 1}
+    folder = str(tmp_path)
+    as_text = {"input_cfg": [{"type": "lhotse", "cuts_path": folder, "shar_path": {"cuts": [folder]}}], "n": 1}
+    assert plain(written) == plain(OmegaConf.create(written)) == as_text
 
 
 def test_an_input_cfg_that_is_not_yaml_is_named(tmp_path: Path) -> None:

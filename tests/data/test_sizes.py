@@ -24,7 +24,7 @@ from nemo_emmett.errors import ConfigError, DataError
 
 
 def size_of(config: dict, tokenizer=None, index_dir=None) -> Size | None:
-    (size,) = sizes_of([Source(config, "train_ds.input_cfg[0]")], tokenizer, index_dir)
+    (size,) = sizes_of([Source(config, "train_ds.input_cfg.0")], tokenizer, index_dir)
     return size
 
 
