@@ -189,7 +189,7 @@ def test_a_shipped_recipe_goes_by_its_name() -> None:
         ("{}/torn.yaml", [], "torn.yaml"),
         ("{}/lists.yaml", [], "a.0.b: the recipe leaves this to you; give a.0.b=... on the command line."),
         ("{}/lists.yaml", ["a.0.bb=1"], "a.0.bb: there is no such key in the recipe; did you mean 'b'?"),
-        ("{}/lists.yaml", ["a.0.other=1"], "a.0.other: there is no such key in the recipe; to add it, write +a.0.other="),
+        ("{}/lists.yaml", ["a.0.other=1"], "there is no such key in the recipe; to add it, write +a.0.other="),
         ("{}/lists.yaml", ["a.4.b=1"], "a.4: the recipe's list has no such item; give the whole list."),
     ],
 )

@@ -281,9 +281,9 @@ def get_multimodal_dataloader(
     """
     register_data_types()
     register_prompt_formats()
-    where = where or place_of(config)
     settings = plain(config)
     dataset, kind = prepare_dataset(dataset)
+    where = where or place_of(config, "model" if kind is ExampleKind.AS_READ else "data")
     check_dataset(settings, tokenizer, where, kind)
     ours = MultimodalDataConfig.take_from(dict(settings))
     maybe_set_cuda_expandable_segments(enabled=settings.get("cuda_expandable_segments", True))

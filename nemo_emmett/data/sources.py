@@ -189,15 +189,19 @@ def languages_of(config: Mapping) -> dict[str, Any]:
     return {key: tags.get(key) or config.get(key) or config.get(nemos) for key, nemos in LANGUAGE_KEYS.items()}
 
 
-def place_of(config: Mapping | DictConfig) -> str:
-    """A config's place in the recipe that it is part of; ``data.train_ds`` for one that is part of none.
+def place_of(config: Mapping | DictConfig, section: str) -> str:
+    """A config's place in its recipe, for messages; ``data.train_ds`` for one that is part of none.
+
+    Args:
+        config: of a dataset.
+        section: of the recipe that holds the datasets: NeMo's models keep a copy of ``model``, detached from the rest.
 
     Example:
-        >>> place_of(OmegaConf.create({"model": {"validation_ds": {"batch_size": 4}}}).model.validation_ds)
+        >>> place_of(OmegaConf.create({"model": {"validation_ds": {"batch_size": 4}}}).model.validation_ds, "model")
         'model.validation_ds'
     """
     place = config._get_full_key(None) if isinstance(config, DictConfig) else ""
-    return place or "data.train_ds"
+    return place if "." in place else f"{section}.{place}" if place else "data.train_ds"
 
 
 def plain(config: Mapping | DictConfig) -> dict[str, Any]:

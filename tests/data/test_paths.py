@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from nemo_emmett.data.check import check_data_config
 from nemo_emmett.data.files import count_lines, expand_paths
 from nemo_emmett.data.sampling.plan import structured_config
-from nemo_emmett.data.sources import Source, config_of, plain
+from nemo_emmett.data.sources import Source, config_of, place_of, plain
 from nemo_emmett.errors import DataError
 
 PATTERNS = [
@@ -123,3 +123,23 @@ def test_an_input_cfg_that_is_not_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("- {type: nemo")
     with pytest.raises(DataError, match=r"train_ds\.input_cfg: the file '.*a\.yaml' is not YAML: "):
         check_data_config({"input_cfg": str(tmp_path / "a.yaml")}, where="train_ds")
+
+
+@pytest.mark.parametrize(
+    ("key", "section", "place"),
+    [
+        ("data.train_ds", "data", "data.train_ds"),
+        ("model.validation_ds", "model", "model.validation_ds"),
+        ("data.validation_ds.datasets.dev", "data", "data.validation_ds.datasets.dev"),
+        ("train_ds", "model", "model.train_ds"),  # the recipe of a NeMo model, which holds its section alone
+    ],
+)
+def test_the_place_of_a_config_in_its_recipe(key: str, section: str, place: str) -> None:
+    recipe = OmegaConf.create()
+    OmegaConf.update(recipe, key, {"batch_size": 2}, force_add=True)
+    assert place_of(OmegaConf.select(recipe, key), section) == place
+
+
+@pytest.mark.parametrize("config", [{"batch_size": 2}, OmegaConf.create({"batch_size": 2})])
+def test_the_place_of_a_config_in_no_recipe(config) -> None:
+    assert place_of(config, "model") == "data.train_ds"
