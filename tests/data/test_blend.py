@@ -263,9 +263,7 @@ class TestAuto:
 
     def test_a_source_that_cannot_be_counted_needs_a_weight(self, hours) -> None:
         entries = [hours("a", 1), {"type": "multimodal_conversation", "manifest_filepath": "c.json"}]
-        with pytest.raises(
-            ConfigError, match=r"input_cfg\.1\.weight: missing; what a source of type 'multimodal_con"
-        ):
+        with pytest.raises(ConfigError, match=r"input_cfg\.1\.weight: missing; what a source of type 'multimodal_con"):
             blend_of({"weights": "auto", "input_cfg": entries}, WHERE)
         for entry in entries:
             entry["weight"] = 1
