@@ -115,6 +115,16 @@ def check_keys(
     return strangers
 
 
+def item_of(where: str, index: int) -> str:
+    """The place of a list's item in a recipe, as Hydra takes it on the command line, which refuses brackets.
+
+    Example:
+        >>> item_of("data.train_ds.input_cfg", 0)
+        'data.train_ds.input_cfg.0'
+    """
+    return f"{where}.{index}"
+
+
 def escape_interpolations(text: str) -> str:
     r"""A text as it must stand in a recipe: ``${`` in it, such as in a path, is no interpolation.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nemo_emmett.config import nearest
+from nemo_emmett.config import item_of, nearest
 from nemo_emmett.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, EmmettError
 
 if TYPE_CHECKING:
@@ -287,11 +288,12 @@ def _refuse_missing_values(cfg: DictConfig) -> None:
         OmegaConf.missing_keys(cfg)  # which resolves all
     except OmegaConfBaseException as error:
         said = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"{error.full_key}: {said}; correct what it refers to.") from error
+        place = _place(error.full_key)
+        raise ConfigError(f"{place}: {said}; correct what it refers to.") from error
 
 
 def _missing_keys(value: Any, path: str = "") -> Iterator[str]:
-    """Paths of the mandatory values that are missing, as OmegaConf writes paths."""
+    """Paths of the mandatory values that are missing, as they are written on the command line."""
     if value == _MISSING:
         yield path
     elif isinstance(value, dict):
@@ -299,7 +301,7 @@ def _missing_keys(value: Any, path: str = "") -> Iterator[str]:
             yield from _missing_keys(child, f"{path}.{key}".lstrip("."))
     elif isinstance(value, list):
         for index, child in enumerate(value):
-            yield from _missing_keys(child, f"{path}[{index}]")
+            yield from _missing_keys(child, item_of(path, index))
 
 
 def _composition_mistake(error: Exception, arguments: Namespace) -> str | None:
@@ -311,12 +313,45 @@ def _composition_mistake(error: Exception, arguments: Namespace) -> str | None:
     if isinstance(error, MissingConfigException):
         return _missing_config(error, arguments)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read as key=value: {error.message.splitlines()[0]}."
+        fault = error.message.splitlines()[0]
+        readable = _readable_override(error.override)
+        hint = f"; write {readable} instead" if readable else ""
+        return f"{error.override}: cannot be read as key=value: {fault}{hint}."
     if isinstance(error.__cause__, OmegaConfBaseException):
         return _refused_override(error.__cause__)
+    if ambiguous := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", str(error)):
+        key, value = ambiguous.groups()
+        text, several = shlex.quote(f'{key}="{value}"'), shlex.quote(f"{key}=[{value}]")
+        return f"{key}={value}: has a comma; write {text} for a text or {several} for a list."
     if isinstance(error, (HydraException, OmegaConfBaseException, YAMLError)):
         return _one_line(str(error))
     return None
+
+
+def _readable_override(override: str) -> str | None:
+    """What a user meant by an override that Hydra cannot read, as it is typed in a shell; None if that is unknown.
+
+    Items of lists are written ``.0``, and a text with ``=``, brackets and the like in it is quoted, such as the name of
+    a checkpoint in ``'path="step=7-last.ckpt"'``.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    key, _, value = override.partition("=")
+    key = _place(key)
+    candidates = [f"{key}={value}"] if value.startswith(("[", "{")) else [f"{key}={value}", f'{key}="{value}"']
+    for candidate in candidates:
+        try:
+            OverridesParser.create().parse_overrides([candidate])
+        except OverrideParseException:
+            continue
+        return shlex.quote(candidate)
+    return None
+
+
+def _place(full_key: str) -> str:
+    """A key as it is written on the command line, from the form in which OmegaConf names it (``input_cfg[0].type``)."""
+    return re.sub(r"\[(\d+)\]", r".\1", full_key)
 
 
 def _missing_config(error: Any, arguments: Namespace) -> str:
@@ -333,15 +368,18 @@ def _missing_config(error: Any, arguments: Namespace) -> str:
 def _refused_override(error: Any) -> str:
     """``error`` is OmegaConf's: an unknown key, or a value of the wrong kind."""
     from omegaconf import DictConfig
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+    from omegaconf.errors import ConfigAttributeError, ConfigIndexError, ConfigKeyError
 
+    if isinstance(error, ConfigIndexError):
+        return f"{_place(error.full_key)}: the recipe's list has no such item; give the whole list."
     if not isinstance(error, (ConfigAttributeError, ConfigKeyError)):
         return _one_line(str(error))
     parent = error.parent_node
     known = sorted(map(str, parent.keys())) if isinstance(parent, DictConfig) else []
     suggestion = nearest(str(error.key), known)
-    hint = f"did you mean '{suggestion}'?" if suggestion else f"to add it, write +{error.full_key}=..."
-    return f"{error.full_key}: there is no such key in the recipe; {hint}"
+    place = _place(error.full_key)
+    hint = f"did you mean '{suggestion}'?" if suggestion else f"to add it, write +{place}=..."
+    return f"{place}: there is no such key in the recipe; {hint}"
 
 
 def _recipes(group: str, arguments: Namespace) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.runner import compose_recipe
@@ -133,8 +136,6 @@ def test_a_bug_keeps_its_traceback(run) -> None:
 
 
 def test_called_with_a_config_it_just_runs() -> None:
-    from omegaconf import OmegaConf
-
     from nemo_emmett.runner import recipe_runner
 
     assert recipe_runner("any")(lambda cfg: cfg.x)(OmegaConf.create({"x": 3})) == 3
@@ -150,6 +151,7 @@ def recipes(tmp_path: Path) -> Path:
     (tmp_path / "referring.yaml").write_text(
         "folder: ???\npaths:\n  - ${folder}/a\n  - {b: '${folder}/b', c: \"???\"}\n"
     )
+    (tmp_path / "lists.yaml").write_text("a: [{b: '???', c: 2}]\nx: 1\n")
     (tmp_path / "astray.yaml").write_text("a:\n  b: ${no.such.key}/x\n")
     (tmp_path / "torn.yaml").write_text("fault: [\n")
     return tmp_path
@@ -182,9 +184,13 @@ def test_a_shipped_recipe_goes_by_its_name() -> None:
             "there is no recipe 'random_stat'; did you mean 'random_state'",
         ),
         ("{}/needy.yaml", [], "model.name: the recipe leaves this to you; give model.name=..."),
-        ("{}/referring.yaml", [], "folder, paths[1].c: the recipe leaves this to you; give folder=... on the"),
+        ("{}/referring.yaml", [], "folder, paths.1.c: the recipe leaves this to you; give folder=... on the"),
         ("{}/astray.yaml", [], "a.b: Interpolation key 'no.such.key' not found; correct what it refers to."),
         ("{}/torn.yaml", [], "torn.yaml"),
+        ("{}/lists.yaml", [], "a.0.b: the recipe leaves this to you; give a.0.b=... on the command line."),
+        ("{}/lists.yaml", ["a.0.bb=1"], "a.0.bb: there is no such key in the recipe; did you mean 'b'?"),
+        ("{}/lists.yaml", ["a.0.other=1"], "there is no such key in the recipe; to add it, write +a.0.other="),
+        ("{}/lists.yaml", ["a.4.b=1"], "a.4: the recipe's list has no such item; give the whole list."),
     ],
 )
 def test_mistakes_are_told_as_scripts_tell_them(
@@ -194,3 +200,24 @@ def test_mistakes_are_told_as_scripts_tell_them(
         compose_recipe(config.format(recipes), overrides)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "key", "value"),
+    [
+        ("x=exp/step=7-last.ckpt", "x", "exp/step=7-last.ckpt"),
+        ("x=/corpus (v1)/a.ckpt", "x", "/corpus (v1)/a.ckpt"),
+        ("x=it's=1", "x", "it's=1"),
+        ("+y=a=b", "y", "a=b"),
+        ("x=a,b", "x", "a,b"),
+        ("a[0].c=5", "a.0.c", 5),
+        ("a[0].c=d=e", "a.0.c", "d=e"),
+    ],
+)
+def test_a_remedy_can_be_typed_as_it_is_printed(recipes: Path, typed: str, key: str, value) -> None:
+    recipe = str(recipes / "lists.yaml")
+    with pytest.raises(ConfigError) as error:
+        compose_recipe(recipe, ["a.0.b=1", typed])
+    (written,) = re.findall(r"; write (.+?) (?:instead|for a text)", str(error.value))
+    (argument,) = shlex.split(written)
+    assert OmegaConf.select(compose_recipe(recipe, ["a.0.b=1", argument]), key) == value

@@ -205,7 +205,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_with_dropout(salm_
 def test_a_missing_manifest(recipe, tmp_path, monkeypatch, capfd):
     recipe["data"]["train_ds"]["audio"]["input_cfg"][0]["manifest_filepath"] = "/no/such/manifest.jsonl"
     sentence = sentence_of_mistake(recipe, tmp_path, monkeypatch, capfd)
-    assert "data.train_ds.audio.input_cfg[0].manifest_filepath" in sentence
+    assert "data.train_ds.audio.input_cfg.0.manifest_filepath" in sentence
     assert "/no/such/manifest.jsonl" in sentence
 
 

@@ -113,8 +113,10 @@ def _as_declared(declared: Recording, recording: Recording) -> Recording:
         at_first = next((t.source_sampling_rate for t in transforms if isinstance(t, Resample)), declared.sampling_rate)
         recording = recording.resample(at_first)
     for transform in transforms:
-        if isinstance(transform, Resample):
+        if isinstance(transform, Resample) and transform.target_sampling_rate != recording.sampling_rate:
             recording = recording.resample(transform.target_sampling_rate)
+        elif isinstance(transform, Resample) and transform.source_sampling_rate != recording.sampling_rate:
+            pass  # declared of another rate than the file's, which is the target's
         elif isinstance(transform, Speed):
             recording = recording.perturb_speed(transform.factor, affix_id=False)
         elif isinstance(transform, Tempo):

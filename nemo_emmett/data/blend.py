@@ -14,6 +14,7 @@ from typing import Any
 from nemo.collections.common.data.lhotse.cutset import count_input_cfg_levels, temperature_reweighting
 from nemo.utils import logging, logging_mode
 
+from nemo_emmett.config import item_of
 from nemo_emmett.data.measures import Size
 from nemo_emmett.data.sizes import sizes_of
 from nemo_emmett.data.sources import Source, groups_of, rewrite_sources, with_inherited
@@ -150,7 +151,7 @@ def _group(
     seconds_per_token = config.get("token_equivalent_duration") or seconds_per_token
     for index, entry in enumerate(entries):
         if entry.get("type") == "group":
-            here = f"{place}[{index}]"
+            here = item_of(place, index)
             member = _group(entry["input_cfg"], entry, here, f"{here}.input_cfg", group.is_auto, seconds_per_token)
         else:
             member = _leaf(entry["source"], seconds_per_token)

@@ -14,7 +14,7 @@ from nemo.collections.common.prompts import PromptFormatter
 from nemo.utils import logging, logging_mode
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_emmett.config import check_keys, nearest
+from nemo_emmett.config import check_keys, item_of, nearest
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.commands import commands_allowed
 from nemo_emmett.data.config import (
@@ -263,8 +263,9 @@ def _check_keys_of_groups(entries: Any, where: str) -> None:
         return
     for index, entry in enumerate(entries):
         if isinstance(entry, Mapping) and entry.get("type") == "group":
-            check_keys(entry, ANY_SOURCE_KEYS | nemo_keys(), f"{where}[{index}]", LEGACY_KEYS)
-            _check_keys_of_groups(entry.get("input_cfg"), f"{where}[{index}].input_cfg")
+            place = item_of(where, index)
+            check_keys(entry, ANY_SOURCE_KEYS | nemo_keys(), place, LEGACY_KEYS)
+            _check_keys_of_groups(entry.get("input_cfg"), f"{place}.input_cfg")
 
 
 def _check_type_and_keys(source: Source) -> None:

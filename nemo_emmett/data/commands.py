@@ -22,6 +22,7 @@ from lhotse.image import Image
 from lhotse.serialization import CompositeIOBackend, PipeIOBackend, get_current_io_backend, set_current_io_backend
 
 from nemo_emmett.audio_file import is_command, is_pipe
+from nemo_emmett.config import item_of
 from nemo_emmett.errors import ConfigError, DataError
 
 _UNPICKLED = ("memory_raw", "pillow_memory", "kaldiio")
@@ -86,7 +87,8 @@ def _stored(thing: Any) -> Iterator[Any]:
 def _runs_a_command(stored: AudioSource | Array | TemporalArray | Features | Image) -> bool:
     if not isinstance(stored, AudioSource):
         array = stored.array if isinstance(stored, TemporalArray) else stored
-        return array.storage_type in _UNPICKLED or is_pipe(array.storage_path)
+        # lhotse saves a cut without the data of its in-memory arrays.
+        return array is not None and (array.storage_type in _UNPICKLED or is_pipe(array.storage_path))
     return stored.type == "command" or (stored.type != "memory" and is_command(stored.source))
 
 
@@ -102,7 +104,7 @@ def refuse_pipes(config: Any, where: str) -> None:
                 refuse_pipes(value, f"{where}.{key}")
     elif isinstance(config, (list, tuple)):
         for number, value in enumerate(config):
-            refuse_pipes(value, f"{where}[{number}]")
+            refuse_pipes(value, item_of(where, number))
     elif is_pipe(config):
         raise ConfigError(
             f"{where}: '{config}' would run a command; if you want that, set allow_commands: true in the dataset's "

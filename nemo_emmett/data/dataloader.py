@@ -50,6 +50,7 @@ from nemo_emmett.data.sources import (
     Source,
     groups_of,
     list_all_sources,
+    place_of,
     plain,
     source_of_files,
     structured_config,
@@ -268,7 +269,7 @@ def get_multimodal_dataloader(
     world_size: int,
     dataset: torch.utils.data.Dataset,
     tokenizer: Any = None,
-    where: str = "data.train_ds",
+    where: str | None = None,
     deal_batches: bool = False,
 ) -> MultimodalDataLoader:
     """Build the dataloader of a dataset's config.
@@ -281,7 +282,7 @@ def get_multimodal_dataloader(
         dataset: maps a ``CutSet`` to a batch: ours (:class:`SpeechTextDataset`), NeMo's ``SALMDataset``, or any NeMo
             dataset for lhotse cuts. A ``FallbackDataset`` around it is taken off.
         tokenizer: NeMo tokenizer, applied before batches are sampled.
-        where: the config's place in the recipe, for messages.
+        where: the config's place in the recipe, for messages; by default that of the ``DictConfig`` in its root.
         deal_batches: give each rank some of the batches that one process would get, whole, an empty one for each of
             which nothing could be read (:class:`~nemo_emmett.data.dealing.DealtBatches`). For finite data of our
             dataset, with ``force_map_dataset``.
@@ -299,6 +300,7 @@ def get_multimodal_dataloader(
     register_prompt_formats()
     settings = plain(config)
     dataset, kind = prepare_dataset(dataset)
+    where = where or place_of(config, "model" if kind is ExampleKind.AS_READ else "data")
     check_dataset(settings, tokenizer, where, kind)
     ours = MultimodalDataConfig.take_from(dict(settings))
     maybe_set_cuda_expandable_segments(enabled=settings.get("cuda_expandable_segments", True))

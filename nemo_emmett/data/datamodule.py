@@ -201,7 +201,7 @@ def _settings_within(node: Any, where: str) -> Iterator[tuple[str, str, Any]]:
         if isinstance(key, str) and key != "tags":
             yield where, key, value
         if key != "tags":
-            yield from _settings_within(value, f"{where}.{key}" if isinstance(key, str) else f"{where}[{key}]")
+            yield from _settings_within(value, f"{where}.{key}")
 
 
 def _merged(common: DictConfig, config: DictConfig) -> DictConfig:

@@ -16,7 +16,7 @@ from nemo.collections.common.data.lhotse.dataloader import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_emmett.config import escape_interpolations
+from nemo_emmett.config import escape_interpolations, item_of
 from nemo_emmett.data.commands import is_pipe, refuse_pipes
 from nemo_emmett.data.config import OUR_KEYS
 from nemo_emmett.data.files import expand_paths, open_bytes
@@ -122,7 +122,7 @@ class Source:
 
     Args:
         config: its keys, with the ``tags`` of the groups around it and the keys that it inherits.
-        where: its place in the recipe, for messages (``data.train_ds.input_cfg[0]``).
+        where: its place in the recipe, for messages (``data.train_ds.input_cfg.0``).
     """
 
     config: dict[str, Any]
@@ -189,11 +189,34 @@ def languages_of(config: Mapping) -> dict[str, Any]:
     return {key: tags.get(key) or config.get(key) or config.get(nemos) for key, nemos in LANGUAGE_KEYS.items()}
 
 
+def place_of(config: Mapping | DictConfig, section: str) -> str:
+    """A config's place in its recipe, for messages; ``data.train_ds`` for one that is part of none.
+
+    Args:
+        config: of a dataset.
+        section: of the recipe that holds the datasets: NeMo's models keep a copy of ``model``, detached from the rest.
+
+    Example:
+        >>> place_of(OmegaConf.create({"model": {"validation_ds": {"batch_size": 4}}}).model.validation_ds, "model")
+        'model.validation_ds'
+    """
+    place = config._get_full_key(None) if isinstance(config, DictConfig) else ""
+    return place if "." in place else f"{section}.{place}" if place else "data.train_ds"
+
+
 def plain(config: Mapping | DictConfig) -> dict[str, Any]:
-    """A config as plain dicts and lists, with its interpolations resolved."""
+    """A config as plain dicts and lists, with its interpolations resolved and its paths as text, as YAML has them."""
     if not isinstance(config, DictConfig):
         config = OmegaConf.create(config)
-    return OmegaConf.to_container(config, resolve=True)
+    return _paths_as_text(OmegaConf.to_container(config, resolve=True))
+
+
+def _paths_as_text(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _paths_as_text(item) for key, item in value.items()}
+    return [_paths_as_text(item) for item in value] if isinstance(value, list) else value
 
 
 def config_of(settings: Mapping) -> DictConfig:
@@ -335,7 +358,7 @@ def _rewrite(
         raise ConfigError(f"{where}: is empty or not a list; it must list the sources of the data.")
     rewritten = []
     for index, entry in enumerate(entries):
-        place = f"{where}[{index}]"
+        place = item_of(where, index)
         if not isinstance(entry, Mapping) or "type" not in entry:
             raise ConfigError(f"{place}.type: missing; name the kind of source (nemo, lhotse, parallel_text, ...).")
         # NeMo attaches a group's tags after those of its members: the outer ones win.

@@ -41,7 +41,8 @@ class Export:
 
         Args:
             save_directory: is made if need be.
-            kwargs: of huggingface_hub's ``save_pretrained``.
+            kwargs: of huggingface_hub's ``save_pretrained``. To its ``config``, which NeMo's ``to_hf.py`` gives, the
+                model's own is added.
 
         Raises:
             NonFiniteError: if a weight is not finite; then nothing is written.
@@ -58,7 +59,8 @@ class Export:
         Args:
             folder: is made if need be.
             weights: on the CPU, by the names of the model's state; shared ones may be there once or several times.
-            kwargs: of huggingface_hub's ``save_pretrained``.
+            kwargs: of huggingface_hub's ``save_pretrained``. To its ``config``, which NeMo's ``to_hf.py`` gives, the
+                model's own is added.
 
         Raises:
             NonFiniteError: if a weight is not finite; then nothing is written.
@@ -67,12 +69,14 @@ class Export:
         refuse_nonfinite(weights, {name for name, _ in self.named_buffers()})
         again = {name for names in self.shared_weights() for name in names[1:]}
         kwargs.setdefault("repo_id", Path(folder).name)
+        config = dict(kwargs.pop("config", None) or {}) | self._exported_config()
+        config.pop("trust_remote_code", None)  # who loads the folder decides
         self._weights_to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}
         try:
             with whole_folder(folder, last=CONFIG_NAME) as unfinished:
                 self.tokenizer.tokenizer.save_pretrained(unfinished)
                 self.llm.config.save_pretrained(unfinished / LLM_BACKBONE_DIR)
-                return super().save_pretrained(unfinished, config=self._exported_config(), **kwargs)
+                return super().save_pretrained(unfinished, config=config, **kwargs)
         finally:
             del self._weights_to_save
 
@@ -82,7 +86,6 @@ class Export:
 
     def _exported_config(self) -> dict[str, Any]:
         own_class = next(kind for kind in type(self).__mro__ if not issubclass(kind, FSDPModule))
-        # `trust_remote_code` is not in it: who loads the folder decides.
         return OmegaConf.to_container(self.cfg, resolve=True) | {
             "_target_": f"{own_class.__module__}.{own_class.__qualname__}",
             "model_type": self.model_type,

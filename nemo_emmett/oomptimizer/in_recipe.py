@@ -17,15 +17,15 @@ from nemo_emmett.oomptimizer.profile import Buckets, Profile
 
 
 def train_ds_of(trainer: Trainer, module: LightningModule) -> tuple[DictConfig, str]:
-    """The config of the training data, and its place.
+    """The config of the training data, and its place in the recipe.
 
     Raises:
         ConfigError: if there is none.
     """
-    for owner in (getattr(trainer, "datamodule", None), module):
+    for section, owner in (("data", getattr(trainer, "datamodule", None)), ("model", module)):
         train_ds = getattr(getattr(owner, "cfg", None), "train_ds", None)
         if isinstance(train_ds, DictConfig):
-            return train_ds, "train_ds"
+            return train_ds, f"{section}.train_ds"
     raise ConfigError(
         "OOMptimizer: there is nowhere to put batch sizes: neither the datamodule nor the model has a cfg.train_ds."
     )

@@ -16,7 +16,7 @@ from lhotse.cut import MonoCut
 from lhotse.shar import SharWriter
 
 from nemo_emmett.audio_file import AudioFault
-from nemo_emmett.data.audio import load_waveform
+from nemo_emmett.data.audio import load_waveform, with_checked_audio
 from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.examples import ExampleKind
 from nemo_emmett.data.parsers import open_source
@@ -352,3 +352,11 @@ def test_a_tar_file_without_any_member_of_the_manifest_is_reported_once(tmp_path
     (note,) = [bad for bad in ledger.first if bad.cause == cause]
     assert note.place == f"{tar} holds x/a.wav, x/b.wav, x/c.wav, ...; the manifest names a.wav, b.wav, c.wav, ..."
     assert ledger.count() == 4, "records are bad once"
+
+
+def test_what_is_done_to_a_recording_is_done_to_the_checked_one(tmp_path) -> None:
+    soundfile.write(tmp_path / "a.wav", NOISE, RATE)
+    cut = recording_of(tmp_path / "a.wav", 3.0, RATE, 1).to_cut()
+    for oversampling in (None, 1, 2):
+        clipped = cut.clip_amplitude(gain_db=6.0, oversampling=oversampling)
+        assert with_checked_audio(clipped).recording.transforms == clipped.recording.transforms

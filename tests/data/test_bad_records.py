@@ -159,7 +159,7 @@ def test_an_epoch_is_reported_by_itself_and_in_total() -> None:
 
 def test_reports_stay_readable_with_long_paths() -> None:
     path = f"/data/{'corpora/' * 20}manifest_0.json"
-    title = f"data.train_ds.input_cfg[0] ({path})"
+    title = f"data.train_ds.input_cfg.0 ({path})"
     ledger = BadRecords(source_of={path: title})
     ledger.read(path, 2_000_000)
     ledger.add(path, "line 1", "several target languages, but no translations")

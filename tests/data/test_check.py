@@ -64,13 +64,13 @@ def test_interpolations_are_resolved(good) -> None:
 def test_a_missing_speech_file(good, key) -> None:
     speech_source(good)[key] = "/nowhere/audio_0.json"
     message = refused(good, DataError)
-    assert message.startswith(f"data.train_ds.speech.input_cfg[0].{key}: there is no file '/nowhere/audio_0.json'")
+    assert message.startswith(f"data.train_ds.speech.input_cfg.0.{key}: there is no file '/nowhere/audio_0.json'")
 
 
 def test_a_missing_text_file_among_shards(good, tmp_path, write_lines) -> None:
     write_lines("a_0.en", ["one"])
     text_source(good)["source_paths"] = f"{tmp_path}/a__OP_0..1_CL_.en"
-    assert f"pairs.input_cfg[0].source_paths: there is no file '{tmp_path}/a_1.en'" in refused(good, DataError)
+    assert f"pairs.input_cfg.0.source_paths: there is no file '{tmp_path}/a_1.en'" in refused(good, DataError)
 
 
 def test_a_missing_classic_manifest() -> None:
@@ -93,7 +93,7 @@ def test_parallel_files_of_unequal_length(good, write_lines) -> None:
     message = refused(good, DataError)
     source, target = text_source(good)["source_paths"], text_source(good)["target_paths"]
     assert message == (
-        "data.train_ds.pairs.input_cfg[0]: parallel files must have the same number of lines, "
+        "data.train_ds.pairs.input_cfg.0: parallel files must have the same number of lines, "
         f"but {source} has 3, {target} has 2."
     )
 
@@ -115,10 +115,10 @@ def test_no_data_at_all() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"target_lang": "dee"}, "input_cfg[0].target_lang: 'dee' is not a known language"),
-        ({"target_lang": ["de", "xx"]}, "input_cfg[0].target_lang: 'xx' is not a known language"),
-        ({"tags": {"target_lang": "xx"}}, "input_cfg[0].target_lang: 'xx' is not a known language"),
-        ({"source_lang": "xx"}, "input_cfg[0].source_lang: 'xx' is not a known language"),
+        ({"target_lang": "dee"}, "input_cfg.0.target_lang: 'dee' is not a known language"),
+        ({"target_lang": ["de", "xx"]}, "input_cfg.0.target_lang: 'xx' is not a known language"),
+        ({"tags": {"target_lang": "xx"}}, "input_cfg.0.target_lang: 'xx' is not a known language"),
+        ({"source_lang": "xx"}, "input_cfg.0.source_lang: 'xx' is not a known language"),
     ],
 )
 def test_unknown_languages_of_speech(good, change, sentence) -> None:
@@ -129,7 +129,7 @@ def test_unknown_languages_of_speech(good, change, sentence) -> None:
 def test_languages_of_text(good) -> None:
     source = text_source(good)
     del source["target_lang"]
-    assert "input_cfg[0].target_lang: missing; name the language" in refused(good)
+    assert "input_cfg.0.target_lang: missing; name the language" in refused(good)
     source["target_lang"] = ["de", "fr"]
     assert "a text has one target language" in refused(good)
     source["target_lang"] = "xx"
@@ -137,10 +137,10 @@ def test_languages_of_text(good) -> None:
     files = {"en": source.pop("source_paths"), "xx": source.pop("target_paths")}
     del source["target_lang"]
     source["paths"] = files
-    assert "input_cfg[0].paths: 'xx' is not a known language" in refused(good)
+    assert "input_cfg.0.paths: 'xx' is not a known language" in refused(good)
     source["paths"] = {"en": files["en"], "de": files["xx"]}
     source["directions"] = ["en-fr"]
-    assert "input_cfg[0].directions: 'en-fr' is not a pair of two languages" in refused(good)
+    assert "input_cfg.0.directions: 'en-fr' is not a pair of two languages" in refused(good)
 
 
 def test_speech_that_never_names_its_target_language(write_tone, write_manifest) -> None:
@@ -179,7 +179,7 @@ def test_misspelt_keys(good, place, key, known) -> None:
 def test_misspelt_keys_of_a_group(good) -> None:
     group = {"type": "group", "wieght": 0.5, "input_cfg": good["speech"]["input_cfg"]}
     good["speech"]["input_cfg"] = [group]
-    assert "data.train_ds.speech.input_cfg[0].wieght: there is no such key; did you mean 'weight'?" in refused(good)
+    assert "data.train_ds.speech.input_cfg.0.wieght: there is no such key; did you mean 'weight'?" in refused(good)
 
 
 def test_legacy_keys_of_nemo_pass(good) -> None:
@@ -193,9 +193,9 @@ def test_legacy_keys_of_nemo_pass(good) -> None:
 
 def test_unknown_types(good) -> None:
     text_source(good)["type"] = "paralel_text"
-    assert "input_cfg[0].type: there is no data type 'paralel_text'; did you mean 'parallel_text'?" in refused(good)
+    assert "input_cfg.0.type: there is no data type 'paralel_text'; did you mean 'parallel_text'?" in refused(good)
     del text_source(good)["type"]
-    assert "data.train_ds.pairs.input_cfg[0].type: missing" in refused(good)
+    assert "data.train_ds.pairs.input_cfg.0.type: missing" in refused(good)
 
 
 @pytest.mark.parametrize("name", ["audio", "text"])
@@ -287,7 +287,7 @@ def test_speech_filtered_to_nothing(good, tokenizer) -> None:
     manifest = speech_source(good)["manifest_filepath"]
     message = refused(good, DataError)
     assert message == (
-        f"data.train_ds.speech.input_cfg[0]: nothing of {manifest} is left of 3 records after filtering by "
+        f"data.train_ds.speech.input_cfg.0: nothing of {manifest} is left of 3 records after filtering by "
         "min_duration: 40, max_duration: 50; relax these keys, or drop the source."
     )
     assert refused(good, DataError, tokenizer) == message
@@ -296,7 +296,7 @@ def test_speech_filtered_to_nothing(good, tokenizer) -> None:
 def test_one_of_several_sources_filtered_to_nothing(good, speech) -> None:
     good["speech"]["input_cfg"].append({"type": "nemo", "manifest_filepath": str(speech(8, "longer.json"))})
     good["speech"]["min_duration"] = 1.5
-    assert "speech.input_cfg[0]: nothing of" in refused(good, DataError)
+    assert "speech.input_cfg.0: nothing of" in refused(good, DataError)
 
 
 def test_text_filtered_to_nothing(good, tokenizer) -> None:

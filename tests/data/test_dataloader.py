@@ -680,7 +680,7 @@ def test_records_that_nemo_reads_are_counted_too(load, speech, tmp_path, kind) -
     assert len(ids_of(loader)) == 3
     assert loader.bad_records.read_count == 4
     assert list(loader.bad_records.shares().values()) == [0.25]
-    assert all(source.startswith("data.train_ds.input_cfg[0] (") for source in loader.bad_records.shares())
+    assert all(source.startswith("data.train_ds.input_cfg.0 (") for source in loader.bad_records.shares())
 
 
 # Epochs and random states
@@ -713,3 +713,15 @@ def test_building_a_loader_leaves_the_random_states_alone(load, speech, pairs, k
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     load(config)
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
+
+
+@pytest.mark.parametrize("section", ["data", "model"])
+def test_messages_of_a_nemo_recipe_name_its_section(section) -> None:
+    """NeMo's own factory, with the config as NeMo's data module (``data``) and its ASR models (``model``) hold it."""
+    broken = {"use_emmett": True, "manifest_filepath": "/nowhere.json", "batch_size": 2}
+    recipe = OmegaConf.create({section: {"validation_ds": broken}})
+    dataset = torch.utils.data.Dataset()
+    for config in (recipe[section].validation_ds, OmegaConf.create({"validation_ds": broken}).validation_ds):
+        place = section if config._get_full_key(None).startswith(section) else "model"
+        with pytest.raises(DataError, match=rf"^{place}\.validation_ds\.manifest_filepath: there is no file"):
+            get_lhotse_dataloader_from_config(config, 0, 1, dataset)

@@ -104,7 +104,7 @@ MODEL = {"sample_rate": 16000, "audio_locator_tag": "<|audio|>", "prompt_format"
         ("train_ds.spoken.sample_rate", 44100, "the speech encoder reads 16000 samples per second, not 44100; leave"),
         ("validation_ds.datasets.dev_speech.sample_rate", 8000, "the speech encoder reads 16000"),
         ("train_ds.audio_locator_tag", "<|speech|>", r"the model takes '<\|audio\|>' for speech, not '<\|speech\|>'; "),
-        ("train_ds.written.input_cfg[0].audio_locator_tag", "<a>", "the model takes"),
+        ("train_ds.written.input_cfg.0.audio_locator_tag", "<a>", "the model takes"),
         ("train_ds.prompt_format", "emmett_nllb", "the model translates with 'emmett_t5', but this data would train "),
         ("test_ds.prompt_format", "emmett_nllb", "the model translates with 'emmett_t5'"),
     ],

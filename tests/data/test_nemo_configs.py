@@ -24,6 +24,7 @@ import torch
 from lhotse import CutSet, MonoCut, Recording, RecordingSet, SupervisionSegment
 from lhotse.cut import Cut
 from lhotse.shar import SharWriter
+from lhotse.testing.dummies import dummy_temporal_array
 from lhotse.utils import fix_random_seed
 from nemo.collections.common.data.lhotse import dataloader as nemo_dataloader
 from nemo.collections.common.data.lhotse.indexed_adapters import create_index, create_tar_index
@@ -368,6 +369,11 @@ def conversations(files: Files) -> dict:
     return source("multimodal_conversation", manifest_filepath=files.conversations())
 
 
+def with_dropped_array(cut: Cut) -> Cut:
+    """A cut with the metadata alone of an array in memory."""
+    return cut.with_custom("indexes", dummy_temporal_array(0)).drop_in_memory_data()
+
+
 # Source types
 
 case("nemo")(nemo)
@@ -457,6 +463,10 @@ case("nemo_tarred/metadata only", metadata_only=True)(tarred)
 case("lhotse")(lambda f: source("lhotse", cuts_path=f.cuts()))
 case("lhotse/plain lines")(lambda f: source("lhotse", cuts_path=f.cuts("cuts.jsonl")))
 case("lhotse/one document")(lambda f: source("lhotse", cuts_path=f.cuts("cuts.json")))
+case("lhotse/path object")(lambda f: source("lhotse", cuts_path=Path(f.cuts())))
+case("lhotse/array whose data was dropped")(
+    lambda f: source("lhotse", cuts_path=f.cuts("no_data.jsonl", with_dropped_array))
+)
 case("lhotse_shar")(lambda f: source("lhotse_shar", shar_path=f.shar()))
 case("lhotse_shar/once", force_finite=True)(lambda f: source("lhotse_shar", shar_path=f.shar()))
 case("lhotse_shar/list")(lambda f: source("lhotse", shar_path=[f.shar(), f.shar("shar2")]))
@@ -493,6 +503,14 @@ case("txt_pair/shards", **TEXT)(
         target_paths=f.text_shards("de", ["eins", "zwei"]),
     )
 )
+case("txt_pair/path objects", **TEXT)(
+    lambda f: source(
+        "txt_pair",
+        **{key: Path(path) for key, path in f.text_pair().items()},
+        source_language="en",
+        target_language="de",
+    )
+)
 case("txt_pair/questions", **TEXT)(
     lambda f: source(
         "txt_pair", **f.text_pair(), questions_path=f.text("questions.txt", "three", 16), questions_language="en"
@@ -526,6 +544,9 @@ case("lhotse_as_conversation/nemo", **CONVERSATION)(
 )
 case("lhotse_as_conversation/tarred", **CONVERSATION)(lambda f: source("lhotse_as_conversation", **f.tarred()))
 case("lhotse_as_conversation/cuts", **CONVERSATION)(lambda f: source("lhotse_as_conversation", cuts_path=f.cuts()))
+case("lhotse_as_conversation/path object", **CONVERSATION)(
+    lambda f: source("lhotse_as_conversation", cuts_path=Path(f.cuts()))
+)
 case("lhotse_as_conversation/shar", **CONVERSATION)(lambda f: source("lhotse_as_conversation", shar_path=f.shar()))
 case("lhotse_as_conversation/input_cfg", **CONVERSATION)(
     lambda f: source(

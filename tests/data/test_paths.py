@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
+from omegaconf import OmegaConf
 
 from nemo_emmett.data.check import check_data_config
 from nemo_emmett.data.files import count_lines, expand_paths
 from nemo_emmett.data.sampling.plan import structured_config
-from nemo_emmett.data.sources import Source, config_of, plain
+from nemo_emmett.data.sources import Source, config_of, place_of, plain
 from nemo_emmett.errors import DataError
 
 PATTERNS = [
@@ -111,7 +112,34 @@ def test_dollar_signs_in_a_path_are_no_interpolations(path) -> None:
     assert structured["input_cfg"][0]["source"]["manifest_filepath"] == path
 
 
+def test_a_path_object_is_the_path_as_text(tmp_path: Path) -> None:
+    written = {"input_cfg": [{"type": "lhotse", "cuts_path": tmp_path, "shar_path": {"cuts": [tmp_path]}}], "n": 1}
+    folder = str(tmp_path)
+    as_text = {"input_cfg": [{"type": "lhotse", "cuts_path": folder, "shar_path": {"cuts": [folder]}}], "n": 1}
+    assert plain(written) == plain(OmegaConf.create(written)) == as_text
+
+
 def test_an_input_cfg_that_is_not_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("- {type: nemo")
     with pytest.raises(DataError, match=r"train_ds\.input_cfg: the file '.*a\.yaml' is not YAML: "):
         check_data_config({"input_cfg": str(tmp_path / "a.yaml")}, where="train_ds")
+
+
+@pytest.mark.parametrize(
+    ("key", "section", "place"),
+    [
+        ("data.train_ds", "data", "data.train_ds"),
+        ("model.validation_ds", "model", "model.validation_ds"),
+        ("data.validation_ds.datasets.dev", "data", "data.validation_ds.datasets.dev"),
+        ("train_ds", "model", "model.train_ds"),  # the recipe of a NeMo model, which holds its section alone
+    ],
+)
+def test_the_place_of_a_config_in_its_recipe(key: str, section: str, place: str) -> None:
+    recipe = OmegaConf.create()
+    OmegaConf.update(recipe, key, {"batch_size": 2}, force_add=True)
+    assert place_of(OmegaConf.select(recipe, key), section) == place
+
+
+@pytest.mark.parametrize("config", [{"batch_size": 2}, OmegaConf.create({"batch_size": 2})])
+def test_the_place_of_a_config_in_no_recipe(config) -> None:
+    assert place_of(config, "model") == "data.train_ds"

@@ -34,7 +34,7 @@ ENGLISH_TO_GERMAN = {"source_lang": "en", "target_lang": "de"}
 
 
 def source_of(config: dict) -> Source:
-    return Source({"force_finite": True, **config}, "train_ds.input_cfg[0]")
+    return Source({"force_finite": True, **config}, "train_ds.input_cfg.0")
 
 
 def opened(config: dict, ledger: BadRecords | None = None, **how) -> Records | None:

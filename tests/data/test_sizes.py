@@ -24,7 +24,7 @@ from nemo_emmett.errors import ConfigError, DataError
 
 
 def size_of(config: dict, tokenizer=None, index_dir=None) -> Size | None:
-    (size,) = sizes_of([Source(config, "train_ds.input_cfg[0]")], tokenizer, index_dir)
+    (size,) = sizes_of([Source(config, "train_ds.input_cfg.0")], tokenizer, index_dir)
     return size
 
 
@@ -247,9 +247,9 @@ class TestMistakes:
             size_of({"type": "nemo", "manifest_filepath": "gone.json"})
 
     def test_missing_key(self) -> None:
-        with pytest.raises(ConfigError, match=r"train_ds\.input_cfg\[0\]\.manifest_filepath: missing"):
+        with pytest.raises(ConfigError, match=r"train_ds\.input_cfg\.0\.manifest_filepath: missing"):
             size_of({"type": "nemo"})
-        with pytest.raises(ConfigError, match=r"train_ds\.input_cfg\[0\]\.target_paths: missing"):
+        with pytest.raises(ConfigError, match=r"train_ds\.input_cfg\.0\.target_paths: missing"):
             size_of({"type": "parallel_text", "source_paths": "a"})
 
     def test_parallel_files_of_unequal_length(self, write_lines) -> None:

@@ -340,3 +340,15 @@ def test_activation_checkpointing_gives_frozen_embeddings_no_gradient(folder, ti
     model.configure_optimizers()
     # Otherwise text, of which nothing is learned then, would pass through the whole backward pass.
     assert not model.embed(torch.tensor([[5, 6]])).requires_grad
+
+
+def test_a_config_that_is_given_to_the_export_is_completed(model, tmp_path) -> None:
+    """NeMo's ``to_hf.py`` gives the model's config with the type of the weights in it."""
+    given = OmegaConf.to_container(model.cfg) | {"dtype": "float32", "trust_remote_code": True}
+    model.save_pretrained(tmp_path, config=given)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["dtype"] == "float32"
+    assert written["_target_"] == "nemo_emmett.models.salm_gpt.SALMGPT"
+    assert "trust_remote_code" not in written
+    again = load(tmp_path).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())

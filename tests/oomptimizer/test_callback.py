@@ -133,7 +133,7 @@ def test_a_model_that_has_its_loader_already_builds_it_again(fit) -> None:
         ),
         (
             {"multi_config": True, "audio": {}, "text": {}},
-            "the profile is for one dataset without groups, the recipe's train_ds has the groups 'audio', 'text'",
+            "the profile is for one dataset without groups, the recipe's data.train_ds has the groups 'audio', 'text'",
         ),
     ],
 )
@@ -314,10 +314,10 @@ def test_guard_alone_takes_the_recipes_batch_sizes(tmp_path: Path, salm_t5_confi
 @pytest.mark.parametrize(
     ("bins", "sentence"),
     [
-        ([2, 1], "train_ds.bucket_duration_bins: bins must rise"),
-        ([1, [2, 3]], "train_ds.bucket_duration_bins: bins are all numbers or all pairs"),
-        (None, "train_ds.bucket_duration_bins: is missing"),
-        ("auto", "train_ds.bucket_duration_bins: 'auto' is not solved for by this datamodule"),
+        ([2, 1], "data.train_ds.bucket_duration_bins: bins must rise"),
+        ([1, [2, 3]], "data.train_ds.bucket_duration_bins: bins are all numbers or all pairs"),
+        (None, "data.train_ds.bucket_duration_bins: is missing"),
+        ("auto", "data.train_ds.bucket_duration_bins: 'auto' is not solved for by this datamodule"),
     ],
 )
 def test_bins_that_cannot_be_used_are_told(tmp_path: Path, salm_t5_config: dict, bins: Any, sentence: str) -> None:

@@ -54,7 +54,7 @@ class SALMAdapter(Adapter):
         """See :meth:`Adapter.check_alone`."""
         if modality == "text":
             raise ConfigError(
-                f"train_ds: {type(self.model).__name__} cannot train on a batch of text alone; give "
+                f"data.train_ds: {type(self.model).__name__} cannot train on a batch of text alone; give "
                 "sampler_fusion: zip, so that each batch holds speech too."
             )
 
