@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,7 +35,13 @@ from nemo_emmett.oomptimizer.calibration import AUTO_SHARE, Calibration, Listene
 from nemo_emmett.oomptimizer.cuda_meter import CudaMeter, meter_for
 from nemo_emmett.oomptimizer.fingerprint import check_fingerprint, fingerprint_of, short_hash
 from nemo_emmett.oomptimizer.guard import Guard
-from nemo_emmett.oomptimizer.in_recipe import check_batch_sizes_are_read, profile_of_recipe, train_ds_of
+from nemo_emmett.oomptimizer.in_recipe import (
+    check_batch_sizes_are_read,
+    check_fits,
+    described,
+    profile_of_recipe,
+    train_ds_of,
+)
 from nemo_emmett.oomptimizer.memory import (
     CPU_BUDGET,
     MEMORY_FRACTION,
@@ -45,11 +52,17 @@ from nemo_emmett.oomptimizer.memory import (
 )
 from nemo_emmett.oomptimizer.memory import shown as shown_bytes
 from nemo_emmett.oomptimizer.meter import Meter, TensorMeter, Unmetered
-from nemo_emmett.oomptimizer.profile import ONLY_GROUP, Bin, Buckets, Event, Profile, shown
+from nemo_emmett.oomptimizer.profile import ONLY_GROUP, Buckets, Event, Profile
 from nemo_emmett.oomptimizer.search import MAX_BATCH_SIZE, PRECISION
 
 PROFILE_VARIABLE = "NEMO_EMMETT_PROFILE"
 """Environment variable: the profile, where the callback does not name one."""
+
+_LIMITS_OF_FIT = ("limit_train_batches", "limit_val_batches", "num_sanity_val_steps")
+"""Attributes of a trainer that are 0 for the rest of a fit that ends after planning."""
+
+_LIMITS_AFTER_FIT = ("limit_test_batches", "limit_predict_batches")
+"""Those that stay 0: NeMo's ASR scripts test after the fit, with a model that was not trained."""
 
 MODES = ("calibrate", "plan", "guard")
 """What the callback may do."""
@@ -130,6 +143,8 @@ class OOMptimizer(Callback, Serialization):
         check_positive("max_batch_size", max_batch_size, int)
         check_switch("guard", guard)
         check_switch("then_train", then_train)
+        if then_train is not None and mode != "plan":
+            raise ConfigError(f"OOMptimizer.then_train: means nothing in mode '{mode}'; remove it.")
         self.mode = mode
         self.memory_fraction = memory_fraction
         self.memory_budget = memory_budget
@@ -224,7 +239,9 @@ class OOMptimizer(Callback, Serialization):
             f"OOMptimizer: the plan is in {self.path}, and the training ends here; give the callback then_train: true "
             "to train with it, or mode: calibrate."
         )
-        for name in ("limit_train_batches", "limit_val_batches", "num_sanity_val_steps"):
+        for name in _LIMITS_AFTER_FIT:
+            setattr(trainer, name, 0)
+        for name in _LIMITS_OF_FIT:
             self._limits_of_trainer[name] = getattr(trainer, name)
             setattr(trainer, name, 0)
 
@@ -330,49 +347,15 @@ class OOMptimizer(Callback, Serialization):
 
     def _apply_to_group(self, buckets: Buckets, config: DictConfig, where: str) -> None:
         asked = bins_of(config, where)
-        if buckets.limit_key is not None:
-            self._apply_one_size(buckets, buckets.limit_key, asked, config, where)
-            return
-        if asked is not None and asked != buckets.bucket_duration_bins:
-            raise ConfigError(
-                f"{where}.bucket_duration_bins: the recipe has {shown(asked)}, but the profile {self.path} is for "
-                f"{shown(buckets.bucket_duration_bins)}; take the profile's bins, or a profile of these."
-            )
+        check_fits(buckets, asked, config, where, self.path)
         with open_dict(config):
-            config.bucket_batch_size = list(buckets.bucket_batch_size)
-            if asked is None:
-                config.bucket_duration_bins = [_plain(item) for item in buckets.bucket_duration_bins]
-
-    def _apply_one_size(
-        self, buckets: Buckets, limit_key: str, asked: Sequence[Bin] | None, config: DictConfig, where: str
-    ) -> None:
-        """Of a group without buckets."""
-        (longest,), (size,) = buckets.bucket_duration_bins, buckets.bucket_batch_size
-        if asked is not None:
-            raise ConfigError(
-                f"{where}.bucket_duration_bins: the recipe has {shown(asked)}, but the profile {self.path} has one "
-                "batch_size for all lengths; remove the bins, or take a profile of these."
-            )
-        if config.get(limit_key) != longest:
-            raise ConfigError(
-                f"{where}.{limit_key}: the recipe has {config.get(limit_key)}, but the profile {self.path} is for "
-                f"{shown(longest)}; take the profile's, or delete the file to measure anew."
-            )
-        with open_dict(config):
-            config.batch_size = size
+            for key, value in buckets.as_config().items():
+                if key.endswith("batch_size") or config.get(key) in (None, math.inf):
+                    config[key] = value
 
     def _log_batch_sizes(self, profile: Profile, where: str) -> None:
         for name, buckets in profile.groups.items():
-            if buckets.limit_key is not None:
-                logging.info(
-                    f"OOMptimizer: {_place(where, name)}.batch_size is {buckets.bucket_batch_size[0]} for "
-                    f"{buckets.limit_key} {shown(buckets.bucket_duration_bins[0])}, from {self.path}."
-                )
-                continue
-            logging.info(
-                f"OOMptimizer: {_place(where, name)}.bucket_batch_size is {list(buckets.bucket_batch_size)} for the "
-                f"bins {shown(buckets.bucket_duration_bins)}, from {self.path}."
-            )
+            logging.info(f"OOMptimizer: {_place(where, name)}.{described(buckets)}, from {self.path}.")
 
     def _settings(self, budget: int | None) -> dict[str, Any]:
         return {"mode": self.mode, "budget": budget, **self._asked()}
@@ -538,10 +521,6 @@ def _check_is_alone(trainer: Trainer) -> None:
 
 def _place(where: str, group: str) -> str:
     return f"{where}.{group}".rstrip(".")
-
-
-def _plain(item: Bin) -> Any:
-    return list(item) if isinstance(item, tuple) else item
 
 
 def _named(groups: Mapping[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lhotse.dataset.sampling.base import CutSampler
@@ -13,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import Group
-from nemo_emmett.oomptimizer.profile import Buckets, Profile
+from nemo_emmett.oomptimizer.profile import Bin, Buckets, Profile, shown
 
 
 def train_ds_of(trainer: Trainer, module: LightningModule) -> tuple[DictConfig, str]:
@@ -73,6 +74,47 @@ def profile_of_recipe(
             )
         buckets[name] = Buckets(group.bins, tuple(int(size) for size in sizes))
     return Profile(buckets, settings=settings, fingerprint=fingerprint)
+
+
+def check_fits(buckets: Buckets, asked: Sequence[Bin] | None, config: DictConfig, where: str, path: str) -> None:
+    """Refuse a profile's batch sizes for a group that bounds its examples otherwise.
+
+    Args:
+        buckets: of the profile.
+        asked: the bins of the group; None where it has none.
+        config: of the group.
+        where: its place in the recipe.
+        path: of the profile.
+
+    Raises:
+        ConfigError: if the group has other bins, or may hold longer examples than the profile was made for.
+    """
+    if buckets.limit_key is None:
+        if asked is not None and asked != buckets.bucket_duration_bins:
+            raise ConfigError(
+                f"{where}.bucket_duration_bins: the recipe has {shown(asked)}, but the profile {path} is for "
+                f"{shown(buckets.bucket_duration_bins)}; take the profile's bins, or a profile of these."
+            )
+        return
+    longest, own = buckets.bucket_duration_bins[0], config.get(buckets.limit_key)
+    if asked is not None:
+        raise ConfigError(
+            f"{where}.bucket_duration_bins: the recipe has {shown(asked)}, but the profile {path} has one batch_size "
+            "for all lengths; remove the bins, or take a profile of these."
+        )
+    if own is not None and longest < own < math.inf:
+        raise ConfigError(
+            f"{where}.{buckets.limit_key}: is {own:g}, but the profile {path} is for examples up to {longest:g}; set "
+            f"it to {longest:g}, or delete the profile to measure again."
+        )
+
+
+def described(buckets: Buckets) -> str:
+    """The batch sizes of a group in a line of the log."""
+    bins = buckets.bucket_duration_bins
+    if buckets.limit_key is not None:
+        return f"batch_size is {buckets.bucket_batch_size[0]} for {buckets.limit_key} {shown(bins[0])}"
+    return f"bucket_batch_size is {list(buckets.bucket_batch_size)} for the bins {shown(bins)}"
 
 
 def _one_size(group: Group, where: str) -> Buckets:

@@ -77,11 +77,10 @@ class Buckets:
     def as_config(self) -> dict[str, Any]:
         """The keys of the group's config in a recipe."""
         if self.limit_key is not None:
-            return {self.limit_key: self.bucket_duration_bins[0], "batch_size": self.bucket_batch_size[0]}
-        return {
-            "bucket_duration_bins": list(self.bucket_duration_bins),
-            "bucket_batch_size": list(self.bucket_batch_size),
-        }
+            (longest,), (size,) = self.bucket_duration_bins, self.bucket_batch_size
+            return {self.limit_key: int(longest) if self.limit_key == "max_tokens" else longest, "batch_size": size}
+        bins = [list(item) if isinstance(item, tuple) else item for item in self.bucket_duration_bins]
+        return {"bucket_duration_bins": bins, "bucket_batch_size": list(self.bucket_batch_size)}
 
 
 @dataclass(frozen=True)

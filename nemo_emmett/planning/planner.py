@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from nemo_emmett.planning.recipe import (
     Build,
     Training,
     ddp_bucket_bytes,
-    has_language_model,
     with_bins,
     with_groups,
     without_device,
@@ -113,9 +111,8 @@ class Planner:
         return self._found[key]
 
     def _search(self, cfg: DictConfig, count_operations: bool) -> Profile:
-        # A language model, too, exists on fake tensors only: it would not fit into most machines that plan.
-        construction = fake_training() if has_language_model(cfg) else nullcontext()
-        with tempfile.TemporaryDirectory() as folder, construction:
+        # The model, too, exists on fake tensors only: it would not fit into most machines that plan.
+        with tempfile.TemporaryDirectory() as folder, fake_training():
             training = self.build(without_device(cfg))
             self.ddp_bytes = ddp_bucket_bytes(self.cfg.trainer, training.model)
             path = Path(folder, "profile.yaml")

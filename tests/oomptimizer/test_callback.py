@@ -367,11 +367,18 @@ def test_a_profile_of_one_size_is_written_into_batch_size(fit) -> None:
     fit({"batch_size": 32, "max_duration": 20.0}, Model(), data)
     assert data.seen == {"batch_size": 32, "max_duration": 20.0}
     with pytest.raises(
-        ConfigError, match=r"train_ds\.max_duration: the recipe has 30\.0, but the profile .* is for 20"
+        ConfigError, match=r"train_ds\.max_duration: is 30, but the profile .* is for examples up to 20"
     ):
         fit({"batch_size": 32, "max_duration": 20.0}, Model(), Data({"batch_size": 4, "max_duration": 30.0}))
     with pytest.raises(ConfigError, match=r"train_ds\.bucket_duration_bins: the recipe has \[4, 8\], but the profile"):
         fit({"batch_size": 32, "max_duration": 20.0}, Model(), Data(dict(AUDIO)))
+
+
+@pytest.mark.parametrize("given", [{}, {"max_duration": 3.0}, {"max_duration": float("inf")}])
+def test_one_batch_size_comes_with_its_limit(fit, given: dict) -> None:
+    data = Data({"batch_size": 1, **given})
+    fit({"max_duration": 4.0, "batch_size": 7}, Model(), data)
+    assert data.seen == {"batch_size": 7, "max_duration": 3.0 if given == {"max_duration": 3.0} else 4.0}
 
 
 # A plan alone
@@ -385,6 +392,9 @@ def test_a_plan_ends_the_fit_unless_it_is_to_train(tmp_path: Path, salm_t5_confi
         trainer = trainer_with(tmp_path, OOMptimizer(then_train=then_train, **options))
         trainer.fit(built(salm_t5_config), datamodule=data)
         seen[then_train] = (bool(data.seen), trainer.limit_train_batches)  # a loader was asked for
+        assert (trainer.limit_test_batches == 0) is not then_train  # of a model that was not trained
     assert (seen[False][0], seen[True][0]) == (False, True)
     assert seen[False][1] == seen[True][1] != 0  # the trainer's own limit is back
     assert Profile.read(tmp_path / "False.yaml").groups == Profile.read(tmp_path / "True.yaml").groups
+    with pytest.raises(ConfigError, match="OOMptimizer.then_train: means nothing in mode 'calibrate'"):
+        OOMptimizer(then_train=False)
