@@ -53,7 +53,7 @@ class Data(LightningDataModule):
 
     def __init__(self, train_ds: dict) -> None:
         super().__init__()
-        self.cfg = OmegaConf.create({"train_ds": {k: v for k, v in train_ds.items() if k != "input_cfg"}})
+        self.cfg = OmegaConf.create({"train_ds": train_ds})
 
     def train_dataloader(self) -> None:
         raise AssertionError("no batch is to be asked for")
