@@ -248,8 +248,8 @@ def check_recipe(cfg: DictConfig) -> None:
             raise ConfigError(f"the recipe has no section '{section}'; the recipes in conf/ show what belongs there.")
     if not cfg.model.get("_target_"):
         raise ConfigError(
-            "model._target_ is missing: add +model._target_=salm_t5 (salm_gpt, bestow_gpt, NeMo's salm), or the path of "
-            "a class, such as nemo.collections.asr.models.EncDecCTCModelBPE for a plan."
+            "model._target_ is missing: add +model._target_=salm_t5 (salm_gpt, bestow_gpt, NeMo's salm), or the path "
+            "of a class, such as nemo.collections.asr.models.EncDecCTCModelBPE for a plan."
         )
     check_keys(cfg, RECIPE_KEYS, "recipe")
     strategy = cfg.trainer.get("strategy")

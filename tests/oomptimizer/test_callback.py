@@ -396,5 +396,5 @@ def test_a_plan_ends_the_fit_unless_it_is_to_train(tmp_path: Path, salm_t5_confi
     assert (seen[False][0], seen[True][0]) == (False, True)
     assert seen[False][1] == seen[True][1] != 0  # the trainer's own limit is back
     assert Profile.read(tmp_path / "False.yaml").groups == Profile.read(tmp_path / "True.yaml").groups
-    with pytest.raises(ConfigError, match="OOMptimizer.then_train: means nothing in mode 'calibrate'"):
+    with pytest.raises(ConfigError, match=r"OOMptimizer\.then_train: means nothing in mode 'calibrate'"):
         OOMptimizer(then_train=False)
