@@ -20,7 +20,7 @@ from nemo_emmett.training import build_training
 
 from ..oomptimizer.models import tiny_ctc, tiny_multitask, tiny_salm
 
-MEMORY = str(24 * 2**20)
+MEMORY = str(4 * 2**20)  # batches of some 50 examples: NeMo places the recordings of each in a loop
 SALM_DATA = {
     "use_emmett": True,
     "use_multimodal_sampling": True,
