@@ -276,7 +276,7 @@ class TestReportsOnData:
         done = invoke(command, "salm_t5", f"corpus={tmp_path}")
         assert done.exit_code == 2
         (line,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
-        assert line.startswith("Error: data.train_ds.audio.input_cfg[0].manifest_filepath: there is no file '")
+        assert line.startswith("Error: data.train_ds.audio.input_cfg.0.manifest_filepath: there is no file '")
         assert f"{tmp_path}/speech/en/manifest_0.json" in line
 
     def test_a_list_of_sources_takes_no_overrides(self, invoke, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import OmegaConf
 
@@ -19,7 +20,7 @@ from nemo_emmett.data.blend import blends_of
 from nemo_emmett.data.check import check_data_config
 from nemo_emmett.oomptimizer.profile import Profile
 from nemo_emmett.runner import compose_data, compose_recipe
-from nemo_emmett.training import train
+from nemo_emmett.training import build_training, train
 
 from .conftest import SENTENCES
 
@@ -49,6 +50,7 @@ COMPLETED = {
     "data.md 2": "names_callbacks",
     "data.md 3": "names_forms_of_a_source",
     "data.md 4": "weighs_its_sources",
+    "models.md 1": "begins_with_weights",
     "oomptimizer.md 1": "trains_with_oomptimizer",
     "oomptimizer.md 2": "is_a_profile",  # a profile, no recipe
     "training.md 1": "names_callbacks",
@@ -120,6 +122,20 @@ class Completed:
             check_data_config(
                 OmegaConf.create({"input_cfg": [source], "batch_size": 1, "use_multimodal_sampling": True}), where="it"
             )
+
+    def begins_with_weights(self, text: str) -> None:
+        """A training that starts from the checkpoint of another one."""
+        checkpoint = self.folder / "first.ckpt"
+        first = build_training(OmegaConf.create(self.recipe)).model
+        with torch.no_grad():
+            for weight in first.parameters():
+                weight.normal_()
+        torch.save({"state_dict": first.state_dict()}, checkpoint)
+        text = re.sub(r"exp/\S+\.ckpt", str(checkpoint), text)
+        documented = OmegaConf.to_container(compose_recipe(self._written(text)))["model"]
+        model = build_training(OmegaConf.create({**self.recipe, "model": self.recipe["model"] | documented})).model
+        weights = model.state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in first.state_dict().items())
 
     def names_callbacks(self, text: str) -> None:
         """Callbacks that NeMo makes from the trainer's section."""

@@ -206,7 +206,8 @@ def checkpoints_in(folder: Path) -> list[str]:
 def stock(tokenizer):
     def make(config: dict) -> DataModule:
         dataset = Ids() if "manifest_filepath" in config["train_ds"] else SALMDataset(tokenizer)
-        return DataModule(OmegaConf.create(config), tokenizer, dataset)
+        train_ds = {key: value for key, value in config["train_ds"].items() if key != "sampling"}  # ours alone
+        return DataModule(OmegaConf.create({**config, "train_ds": train_ds}), tokenizer, dataset)
 
     return make
 

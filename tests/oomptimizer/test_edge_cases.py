@@ -95,7 +95,7 @@ def test_an_argument_without_meaning_is_told_at_once(arguments: dict, sentence: 
 @pytest.mark.parametrize("sizes", [8, [3, 2, 0], [3, 2, "1"], [3, 2, 1.5]])
 def test_guard_alone_refuses_batch_sizes_that_are_none(tmp_path: Path, salm_t5_config: dict, sizes: Any) -> None:
     data = Data(BINS | {"bucket_batch_size": sizes})
-    with pytest.raises(ConfigError, match=r"^train_ds\.bucket_batch_size: one is needed for each of the 3 bins"):
+    with pytest.raises(ConfigError, match=r"^data\.train_ds\.bucket_batch_size: one is needed for each of the 3 bins"):
         trainer_with(tmp_path, OOMptimizer(mode="guard")).fit(built(salm_t5_config), datamodule=data)
 
 
