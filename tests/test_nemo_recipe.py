@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import yaml
 
-from .fork_server import import_dependencies
+from .fork_server import IMPORT_DEPENDENCIES
 
 ROOT = Path(__file__).parents[1]
 
@@ -242,7 +242,7 @@ def train(clean_python: Path, experiment: Path):
         (line,) = (line for line in printed.splitlines() if line.startswith("REPORT "))
         return json.loads(line.removeprefix("REPORT "))
 
-    (experiment / "server.py").write_text(import_dependencies() + SERVER)
+    (experiment / "server.py").write_text(IMPORT_DEPENDENCIES + SERVER)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(
         [str(clean_python), "server.py"], cwd=experiment, env=environment, text=True, **pipes

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from nemo_emmett import plugin
 from nemo_emmett.errors import ConfigError
 
-from .fork_server import import_dependencies
+from .fork_server import IMPORT_DEPENDENCIES
 
 
 def entry_points_for_test(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
@@ -128,7 +128,7 @@ for first in sys.argv[1:]:
 @pytest.fixture(scope="module")
 def not_done() -> dict[str, list[str]]:
     """The registrations that are not done, by the module of ours that a new process imports first."""
-    code = import_dependencies() + IMPORT_FIRST
+    code = IMPORT_DEPENDENCIES + IMPORT_FIRST
     done = subprocess.run([sys.executable, "-", *FIRST], input=code, capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     return {first: found for line in lines for first, found in json.loads(line.removeprefix("FOUND ")).items()}
