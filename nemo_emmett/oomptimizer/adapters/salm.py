@@ -54,8 +54,9 @@ class SALMAdapter(Adapter):
         """See :meth:`Adapter.check_alone`."""
         if modality == "text":
             raise ConfigError(
-                f"data.train_ds: {type(self.model).__name__} cannot train on a batch of text alone; give "
-                "sampler_fusion: zip, so that each batch holds speech too."
+                f"data.train_ds: {type(self.model).__name__} cannot train on a batch of text alone; train "
+                "nemo_emmett's SALMGPT, which takes text, speech and both, or set ++data.train_ds.sampler_fusion=zip, so "
+                "that each batch holds speech too."
             )
 
     def synthetic_batch(self, shape: Shape, size: int, device: torch.device) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ def test_join_pads_on_the_left_as_the_dataset_does_and_trains(adapter: SALMAdapt
 
 def test_text_alone_is_refused(adapter: SALMAdapter) -> None:
     adapter.check_alone("audio")
-    with pytest.raises(ConfigError, match="SALM cannot train on a batch of text alone; give sampler_fusion: zip"):
+    with pytest.raises(ConfigError, match="SALM cannot train on a batch of text alone; train nemo_emmett's SALMGPT"):
         adapter.check_alone("text")
     with pytest.raises(ConfigError, match="text alone"):
         adapter.join([adapter.synthetic_batch(TEXT, 2, CPU)])
