@@ -55,8 +55,8 @@ class SALMAdapter(Adapter):
         if modality == "text":
             raise ConfigError(
                 f"data.train_ds: {type(self.model).__name__} cannot train on a batch of text alone; train "
-                "nemo_emmett's SALMGPT, which takes text, speech and both, or set ++data.train_ds.sampler_fusion=zip, so "
-                "that each batch holds speech too."
+                "nemo_emmett's SALMGPT, which takes text, speech and both, or set ++data.train_ds.sampler_fusion=zip, "
+                "so that each batch holds speech too."
             )
 
     def synthetic_batch(self, shape: Shape, size: int, device: torch.device) -> dict[str, Tensor]:
