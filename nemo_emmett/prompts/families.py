@@ -133,11 +133,8 @@ def stop_ids(formatter: PromptFormatter, tokenizer: Any) -> list[int]:
     """The ids that end an answer: EOS, and the token with which the format ends the assistant's turn, if it has one.
 
     Llama 3's turns end in ``<|eot_id|>``, Qwen's in ``<|im_end|>``, Gemma's in ``<end_of_turn>``, whatever the
-    tokenizer's EOS is. Whitespace that follows such a token is not waited for. A formatter without NeMo's templates has
-    EOS alone.
+    tokenizer's EOS is. Whitespace that follows such a token is not waited for.
     """
-    if not isinstance(formatter, PromptFormatter):
-        return [tokenizer.eos_id]
     after_message = formatter.get_template(formatter.OUTPUT_ROLE).rsplit("|message|", 1)[-1]
     closing = token_id(tokenizer, after_message.replace(EOS_SLOT, "").strip())
     return list(dict.fromkeys(number for number in (tokenizer.eos_id, closing) if number is not None))
