@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nemo_emmett.errors import DataError
 
@@ -125,7 +126,12 @@ def padding_mask(ids_BT: Tensor, pad_id: int) -> Tensor:
 
 def length_mask(lens_B: Tensor, width: int) -> Tensor:
     """(B, width) bool, true in the first ``lens_B[b]`` columns of row b."""
-    return torch.arange(width, device=lens_B.device)[None, :] < lens_B[:, None]
+    if isinstance(lens_B, FakeTensor):
+        # What OOMptimizer plans on knows the values of lengths, but none of `arange`.
+        columns_T = torch.tensor(range(width), dtype=torch.int64, device=lens_B.device)
+    else:
+        columns_T = torch.arange(width, device=lens_B.device)
+    return columns_T[None, :] < lens_B[:, None]
 
 
 def _from_first_to_last(marks_BT: Tensor) -> Tensor:

@@ -147,10 +147,11 @@ def _sizes(
     """S, the longest row's length, and A, the most targets of a row; refuses recordings that are left over."""
     R = len(audio_lens_R)
     if isinstance(lens_B, FakeTensor):
-        # OOMptimizer plans on tensors without values, in batches whose longest row is full.
+        # OOMptimizer plans on tensors of which it knows the values at most where they follow from lengths and ids;
+        # otherwise each row is taken to be full.
         B, T = is_locator_BT.shape
-        S = T + (_longest(audio_lens_R, F) - 1) * (R // B) if R else T
-        return S, T if max_targets is None else max_targets
+        full = T + (_longest(audio_lens_R, F) - 1) * (R // B) if R else T
+        return max(_longest(lens_B, full), 1), T if max_targets is None else max_targets
     most_targets = (lens_B if is_target_BT is None else is_target_BT.sum(1)).max()
     # The only read of the device by the host.
     found, S, A = torch.stack([num_locators, lens_B.max(), most_targets]).tolist()
@@ -170,12 +171,12 @@ def _frame_rows(first_R: Tensor, audio_lens_R: Tensor, F: int, beyond: int) -> T
     return torch.where(frame_F < audio_lens_R[:, None], first_R[:, None] + frame_F, beyond)
 
 
-def _longest(fake_lens_R: Tensor, F: int) -> int:
+def _longest(fake_lens_N: Tensor, padded: int) -> int:
     """The greatest of the lengths where their values are known all the same, or else what they are padded to."""
     try:
-        return int(fake_lens_R.max())
+        return int(fake_lens_N.max())
     except DataDependentOutputException:
-        return F
+        return padded
 
 
 class _CopyRows(torch.autograd.Function):

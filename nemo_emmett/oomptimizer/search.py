@@ -132,6 +132,14 @@ class _Readings:
             return None
         return max(self.base, min(self.last.peak - secant * self.fitting, self.smallest_peak))
 
+    def beginning(self) -> float | None:
+        """What a step without examples takes at least, by the line through the two smallest sizes."""
+        if len(self.of_size) < 2:
+            return None
+        smaller, larger = sorted(self.of_size)[:2]
+        low, high = self.of_size[smaller].peak, self.of_size[larger].peak
+        return max(self.base, min(low - (high - low) / (larger - smaller) * smaller, self.smallest_peak))
+
     def rise_at_least(self, nothing: float) -> float:
         """Bytes that one more example does take, where a step without examples takes ``nothing`` at most."""
         rises = [(self.last.peak - min(nothing, self.last.peak)) / self.fitting]
@@ -303,8 +311,9 @@ class Search:
 
     def _second_fits(self, reading: Reading) -> bool:
         """Whether two examples may fit where one takes so much: beside one there is no smaller probe to tell."""
-        intercepts = self._intercepts()
-        return not intercepts or 2 * reading.peak - OF_OTHERS**2 * max(intercepts) <= self._budget
+        # A floor, such as the batch of another group in the same step, hides where the line of large sizes begins.
+        nothing = [*self._intercepts(), *(found for known in self._known if (found := known.beginning()) is not None)]
+        return not nothing or 2 * reading.peak - OF_OTHERS**2 * max(nothing) <= self._budget
 
     def _intercepts(self) -> list[float]:
         """Where the lines of the buckets so far begin, as far as two readings tell."""
