@@ -59,7 +59,7 @@ class ResumableData(Callback, Serialization):
             _warn_of_data_that_starts_over(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin an epoch of finite data anew, and let new loaders (``reload_dataloaders_every_n_epochs``) take over.
+        """Start the next pass of finite data, and let new loaders (``reload_dataloaders_every_n_epochs``) take over.
 
         Lightning begins to iterate after this hook, over new loaders once before it as well.
         """
@@ -96,8 +96,8 @@ def _warn_of_data_that_starts_over(trainer: Trainer) -> None:
         )
     logging.warning(
         f"ResumableData does not hold the position in the data of {where}, which NeMo's own {reader}: a resumed run "
-        "begins the data of the epoch anew, and only the position in step and epoch is held. To resume at the next "
-        f"batch, set {keys}."
+        "starts the data of the epoch from its beginning, and only the position in step and epoch is held. To resume "
+        f"at the next batch, set {keys}."
     )
 
 

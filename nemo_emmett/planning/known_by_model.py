@@ -1,4 +1,4 @@
-"""What a recipe's model tells about its data, for reports on the data alone."""
+"""What a recipe's model says of its data, for reports on the data alone."""
 
 from __future__ import annotations
 

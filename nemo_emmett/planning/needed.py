@@ -14,7 +14,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from nemo_emmett.errors import ConfigError
 
 SECTIONS = ("model", "trainer", "seed", "num_threads")
-"""Sections of a recipe that planning needs, beside the training data."""
+"""Sections of a recipe that planning needs, apart from the training data."""
 
 PLACES_OF_DATA = ("data.train_ds", "model.train_ds")
 """Where NeMo's speechlm2 recipes and its ASR recipes have the training data."""
