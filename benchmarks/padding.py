@@ -40,10 +40,10 @@ from rich.table import Table
 from nemo_emmett.corpora.phrasebook.espeak import Engine, espeak_version
 from nemo_emmett.corpora.phrasebook.voices import Voice
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
-from nemo_emmett.data.bins import measure
-from nemo_emmett.data.bucketing import optimal_bins_2d
-from nemo_emmett.data.examples import ExampleKind
-from nemo_emmett.data.padding import equal_mass_bins, equal_mass_bins_2d, padding_of
+from nemo_emmett.data.bucketing.bins import optimal_bins_2d
+from nemo_emmett.data.bucketing.length_stats import measure
+from nemo_emmett.data.bucketing.padding import equal_mass_bins, equal_mass_bins_2d, padding_of
+from nemo_emmett.data.readers.examples import ExampleKind
 
 RESULTS = Path(__file__).parent / "results" / "padding.json"
 DATA = Path(os.environ.get("NEMO_EMMETT_SHARED_DATA", "../shared/data")) / "multi30k"

@@ -7,33 +7,19 @@
 - ``nemo_emmett.corpora``: corpora to manifests.
 - ``nemo_emmett.plugin``: what installing the package makes Lightning, Hydra and NeMo see.
 
-Importing the package imports neither torch nor NeMo: these attributes load when they are first used. It does leave word
-with Python's import system, so that whoever imports NeMo afterwards finds our data types, prompt formats and dataloader
-registered with it.
+Importing the package imports neither torch nor NeMo: these modules load when they are first used. It registers
+post-import hooks, which add our data types, prompt formats and dataloader to NeMo as soon as NeMo is imported.
 """
 
-from __future__ import annotations
-
-from importlib import import_module
-from types import ModuleType
+import lazy_loader
 
 from nemo_emmett import plugin
 
 __version__ = "0.2.0.dev0"
 
-_ON_DEMAND = ("callbacks", "corpora", "data", "evaluation", "models", "modules", "oomptimizer", "prompts")
-
-__all__ = ["__version__", "plugin", *_ON_DEMAND]
-
-
-def __getattr__(name: str) -> ModuleType:
-    if name not in _ON_DEMAND:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module(f"{__name__}.{name}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_DEMAND})
-
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submodules=["callbacks", "corpora", "data", "evaluation", "models", "modules", "oomptimizer", "prompts"]
+)
+__all__ += ["__version__", "plugin"]
 
 plugin.register()

@@ -14,7 +14,7 @@ from nemo_emmett.runner import mistakes_as_sentences
 
 if TYPE_CHECKING:
     from nemo_emmett.corpora.phrasebook.speaking import SpokenSummary
-    from nemo_emmett.data.blend_report import Recipe
+    from nemo_emmett.planning.blend_report import Recipe
 
 
 class Commands(click.Group):
@@ -241,8 +241,8 @@ def _read_data(
     from nemo_emmett.runner import compose_data
 
     content = compose_data(config, overrides)
-    from nemo_emmett.data.blend_report import read_recipe
-    from nemo_emmett.data.check import check_files_of_dataset
+    from nemo_emmett.data.config.validation import check_files_of_dataset
+    from nemo_emmett.planning.blend_report import read_recipe
     from nemo_emmett.planning.known_by_model import known_by_model
     from nemo_emmett.plugin import find_model
 
@@ -280,8 +280,8 @@ def blend(
     (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read.
     """
     recipe, of_model = _read_data(config, overrides, section)
-    from nemo_emmett.data.bins_report import dataset_of
-    from nemo_emmett.data.blend_report import print_blend
+    from nemo_emmett.planning.bins_report import dataset_of
+    from nemo_emmett.planning.blend_report import print_blend
 
     print_blend(recipe, steps=steps, tokenizer=dataset_of(recipe, tokenizer, of_model).tokenizer, index_dir=index_dir)
 
@@ -324,7 +324,7 @@ def bins(
     """
     given = {"token_equivalent_duration": token_equivalent_duration} if token_equivalent_duration else {}
     recipe, of_model = _read_data(config, overrides, section, given)
-    from nemo_emmett.data.bins_report import bins_of_dataset, dataset_of, draw_bins, print_bins
+    from nemo_emmett.planning.bins_report import bins_of_dataset, dataset_of, draw_bins, print_bins
 
     dataset = dataset_of(recipe, tokenizer, of_model)
     groups = bins_of_dataset(dataset.settings, dataset.where, dataset.tokenizer, **options)

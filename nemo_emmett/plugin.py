@@ -261,7 +261,7 @@ def register_data_types(cutset: ModuleType) -> None:
     """
 
     def read(config: Any, name: str) -> Any:
-        from nemo_emmett.data.parsers import register_data_types
+        from nemo_emmett.data.readers.registry import register_data_types
 
         register_data_types()
         return cutset.get_parser_fn(name)(config)

@@ -28,11 +28,14 @@ from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett import plugin
+from nemo_emmett.callbacks.oomptimizer import OOMptimizer
+from nemo_emmett.callbacks.stop_on_signal import StopOnSignal
+from nemo_emmett.callbacks.validation_schedule import ValidateAtEpochEnd, check_validation
 from nemo_emmett.checkpoints import with_resume_point
 from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
-from nemo_emmett.data.check import check_data_config
-from nemo_emmett.data.examples import ExampleKind
+from nemo_emmett.data.config.validation import check_data_config
+from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.ending import (
     BestCheckpoint,
     RecipeBesideCheckpoints,
@@ -45,9 +48,6 @@ from nemo_emmett.ending import (
 )
 from nemo_emmett.errors import ConfigError, EmmettError
 from nemo_emmett.models.checkpoint import read_checkpoint
-from nemo_emmett.modules.stop_on_signal import StopOnSignal
-from nemo_emmett.modules.validation_schedule import ValidateAtEpochEnd, check_validation
-from nemo_emmett.oomptimizer import OOMptimizer
 
 RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "export", "seed", "num_threads")
 """The keys of a recipe that mean something here; a recipe may hold others for its own interpolations."""

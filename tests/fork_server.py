@@ -28,7 +28,7 @@ PRELOADED = [
     "nemo_emmett.models.bestow_gpt",
     "nemo_emmett.models.salm_gpt",
     "nemo_emmett.models.salm_t5",
-    "nemo_emmett.oomptimizer.callback",
+    "nemo_emmett.callbacks.oomptimizer",
 ]
 
 

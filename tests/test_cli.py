@@ -289,7 +289,7 @@ class TestReportsOnData:
     def test_the_models_defaults_are_filled_in(self, invoke, recipe, tmp_path: Path, monkeypatch) -> None:
         from omegaconf import OmegaConf
 
-        from nemo_emmett.data import bins_report
+        from nemo_emmett.planning import bins_report
 
         seen = []
         monkeypatch.setattr(

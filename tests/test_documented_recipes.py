@@ -16,8 +16,8 @@ from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import OmegaConf
 
 from nemo_emmett.callbacks import ResumableData, SkipNonFiniteSteps
-from nemo_emmett.data.blend import blends_of
-from nemo_emmett.data.check import check_data_config
+from nemo_emmett.data.blending.weights import blends_of
+from nemo_emmett.data.config.validation import check_data_config
 from nemo_emmett.oomptimizer.profile import Profile
 from nemo_emmett.runner import compose_data, compose_recipe
 from nemo_emmett.training import build_training, train

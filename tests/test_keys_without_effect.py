@@ -358,7 +358,7 @@ def test_steps_with_losses_that_are_not_finite_are_skipped_in_asr_models(build, 
 
 
 def test_false_is_refused_where_our_loader_is_always_taken(tmp_path, text):
-    from nemo_emmett.data.check import check_data_config
+    from nemo_emmett.data.config.validation import check_data_config
 
     said = refusal(lambda: check_data_config(text | {"use_emmett": False}))
     assert said.startswith("data.train_ds.use_emmett: false has no effect")

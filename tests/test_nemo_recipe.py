@@ -254,7 +254,7 @@ def train(clean_python: Path, experiment: Path):
 def test_callback_config_group_and_dataloader_from_yaml_alone(train, clean_python: Path) -> None:
     found = train()
     assert found["steps"] == 2
-    assert found["callbacks"].count("nemo_emmett.modules.random_state.RandomState") == 1
+    assert found["callbacks"].count("nemo_emmett.callbacks.random_state.RandomState") == 1
     assert found["loader"] == "nemo_emmett.data.dataloader.MultimodalDataLoader"
     assert found["datasets"][-1] == "SALMDataset"
     assert "FallbackDataset" not in found["datasets"]  # which would replay batches in silence
@@ -264,7 +264,7 @@ def test_callback_config_group_and_dataloader_from_yaml_alone(train, clean_pytho
 
 def test_a_callback_listed_by_target(train) -> None:
     found = train("~emmett_callbacks", "+trainer.callbacks=[{_target_: nemo_emmett.callbacks.RandomState}]")
-    assert found["callbacks"].count("nemo_emmett.modules.random_state.RandomState") == 1
+    assert found["callbacks"].count("nemo_emmett.callbacks.random_state.RandomState") == 1
 
 
 def test_oomptimizer_by_its_yaml_alone_in_an_otherwise_stock_recipe(train, experiment: Path) -> None:
@@ -277,7 +277,7 @@ def test_oomptimizer_by_its_yaml_alone_in_an_otherwise_stock_recipe(train, exper
     ]
     found = train(*overrides)
     assert found["steps"] == 2
-    assert found["callbacks"].count("nemo_emmett.oomptimizer.callback.OOMptimizer") == 1
+    assert found["callbacks"].count("nemo_emmett.callbacks.oomptimizer.OOMptimizer") == 1
     assert found["loader"] == "torch.utils.data.dataloader.DataLoader"
     assert found["batch_sizes"] == yaml.safe_load(profile.read_text())["train_ds"]["bucket_batch_size"]
     assert found["batch_sizes"][0] > found["batch_sizes"][1] > 1

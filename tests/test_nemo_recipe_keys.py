@@ -14,8 +14,8 @@ from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import OmegaConf
 
 from nemo_emmett.data import get_multimodal_dataloader
-from nemo_emmett.data.check import check_data_config
-from nemo_emmett.data.sources import CLASSIC_KEYS, nemo_keys, structured_config
+from nemo_emmett.data.config.sources import CLASSIC_KEYS, nemo_keys, structured_config
+from nemo_emmett.data.config.validation import check_data_config
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
 from nemo_emmett.models.config import ModelConfig

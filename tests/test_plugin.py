@@ -34,8 +34,8 @@ class TestFind:
         [
             ("models", "salm_t5", "nemo_emmett.models.salm_t5.SALMT5"),
             ("dataloaders", "multimodal", "nemo_emmett.data.dataloader.get_multimodal_dataloader"),
-            ("callbacks", "oomptimizer", "nemo_emmett.oomptimizer.callback.OOMptimizer"),
-            ("callbacks", "random_state", "nemo_emmett.modules.random_state.RandomState"),
+            ("callbacks", "oomptimizer", "nemo_emmett.callbacks.oomptimizer.OOMptimizer"),
+            ("callbacks", "random_state", "nemo_emmett.callbacks.random_state.RandomState"),
         ],
     )
     def test_every_short_name_and_path_leads_to_its_object(self, kind: str, name: str, path: str) -> None:
@@ -107,7 +107,7 @@ class TestRequestedCallbacks:
             plugin.requested_callbacks()
 
 
-FIRST = ("nemo_emmett.data.parsers", "nemo_emmett.prompts.t5", "nemo_emmett.models.salm_t5")
+FIRST = ("nemo_emmett.data.readers.registry", "nemo_emmett.prompts.t5", "nemo_emmett.models.salm_t5")
 
 IMPORT_FIRST = """
 import importlib, json, os, sys

@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_emmett import plugin
 from nemo_emmett.cli import main
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
-from nemo_emmett.data.check import check_keys_of_dataset
-from nemo_emmett.data.sources import list_all_sources, plain
+from nemo_emmett.data.config.sources import list_all_sources, plain
+from nemo_emmett.data.config.validation import check_keys_of_dataset
 from nemo_emmett.errors import DataError
 from nemo_emmett.evaluation import from_json
 from nemo_emmett.runner import compose_recipe

@@ -13,8 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett import plugin
-from nemo_emmett.data.check import check_keys_of_dataset
-from nemo_emmett.data.sources import plain
+from nemo_emmett.data.config.sources import plain
+from nemo_emmett.data.config.validation import check_keys_of_dataset
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.runner import compose_recipe

@@ -23,8 +23,8 @@ from lightning.pytorch import Trainer
 from nemo.collections.speechlm2.parts.parallel import AutomodelParallelStrategy
 from nemo.utils.exp_manager import ExpManagerConfig
 
-from nemo_emmett.data.config import ANY_SOURCE_KEYS, KEYS_OF_TYPE, LEGACY_KEYS
-from nemo_emmett.data.sources import nemo_keys
+from nemo_emmett.data.config.schema import ANY_SOURCE_KEYS, KEYS_OF_TYPE, LEGACY_KEYS
+from nemo_emmett.data.config.sources import nemo_keys
 from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.models.nemo_keys import NEMO_KEYS
 

@@ -23,10 +23,10 @@ def main(cfg) -> None:
 
     from omegaconf import OmegaConf
 
-    from nemo_emmett.data.bins import measure, solve
-    from nemo_emmett.data.examples import ExampleKind
-    from nemo_emmett.data.padding import equal_mass_bins_2d
-    from nemo_emmett.data.sources import with_inherited
+    from nemo_emmett.data.bucketing.length_stats import measure, solve
+    from nemo_emmett.data.bucketing.padding import equal_mass_bins_2d
+    from nemo_emmett.data.config.sources import with_inherited
+    from nemo_emmett.data.readers.examples import ExampleKind
     from nemo_emmett.training import build_training
 
     training = build_training(cfg)

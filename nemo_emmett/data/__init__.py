@@ -1,38 +1,20 @@
-"""From files to batches: speech and parallel text, blended by NeMo's samplers, as batches of one modality each.
+"""From files to batches of one modality each.
 
-- :class:`MultimodalDataModule`: drop-in for NeMo's speechlm2 ``DataModule``.
-- :func:`get_multimodal_dataloader`: drop-in for NeMo's ``get_lhotse_dataloader_from_config``.
-- :class:`SpeechTextDataset`: examples to a batch.
-- :func:`check_data_config`: everything about a data config that can be known to be wrong before training.
-- :func:`register_data_types`: makes our data types known to NeMo.
-- :class:`BadRecords`: the count of what was skipped, and why.
+In the order in which data flows:
+
+- ``io``: files, indexes of lines and tar members, audio, skipped records.
+- ``config``: a dataset's section of a recipe.
+- ``readers``: records and examples, one module for each format.
+- ``blending``: sampling weights from sizes.
+- ``bucketing``: optimal bins and their padding.
+- ``sampling``: shuffling, mixing, buckets; NeMo's samplers behind the same interface.
+- ``worker_batches``, ``loader_state``: what a worker sends with a batch, and the state of a loader.
+- ``dataset``, ``dataloader``, ``datamodule``: examples to a batch, and what trainings call.
+- ``stock``: our keys in trainings of NeMo's own models.
 
 Importing this package imports neither torch nor NeMo; using one of its names does.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from importlib import import_module
-
-_HOME_OF = {
-    "BadRecords": "bad_records",
-    "MultimodalDataConfig": "config",
-    "MultimodalDataLoader": "dataloader",
-    "MultimodalDataModule": "datamodule",
-    "SpeechTextDataset": "dataset",
-    "check_data_config": "check",
-    "get_multimodal_dataloader": "dataloader",
-    "register_data_types": "parsers",
-}
-
-__all__ = sorted(_HOME_OF)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

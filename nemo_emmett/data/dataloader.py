@@ -25,27 +25,11 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data._utils import signal_handling
 
+from nemo_emmett.callbacks.random_state import random_state, restore_random_state
 from nemo_emmett.data.agreement import RanksInStep, ranks_load_data
-from nemo_emmett.data.bad_records import BadRecords
-from nemo_emmett.data.bins import auto_bins
-from nemo_emmett.data.check import check_dataset
-from nemo_emmett.data.commands import commands_allowed
-from nemo_emmett.data.config import AUTO_BINS, MultimodalDataConfig
-from nemo_emmett.data.dealing import DealtBatches
-from nemo_emmett.data.delivery import (
-    DeliveringDataset,
-    DeliveringIterable,
-    Delivery,
-    ResumableDeliveries,
-    is_empty,
-    prepare_dataset,
-)
-from nemo_emmett.data.examples import ExampleKind
-from nemo_emmett.data.fusion import fuse
-from nemo_emmett.data.parsers import Reading, reading, register_data_types
-from nemo_emmett.data.progress import Progress
-from nemo_emmett.data.sampling.plan import plan_sampling, why_nemo_samples
-from nemo_emmett.data.sources import (
+from nemo_emmett.data.bucketing.length_stats import auto_bins
+from nemo_emmett.data.config.schema import AUTO_BINS, MultimodalDataConfig
+from nemo_emmett.data.config.sources import (
     SHARED_BY_GROUPS,
     Source,
     groups_of,
@@ -56,9 +40,25 @@ from nemo_emmett.data.sources import (
     structured_config,
     with_inherited,
 )
-from nemo_emmett.data.tolerance import build_tolerant_sampler
+from nemo_emmett.data.config.validation import check_dataset
+from nemo_emmett.data.io.commands import commands_allowed
+from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.loader_state import Progress
+from nemo_emmett.data.readers.examples import ExampleKind
+from nemo_emmett.data.readers.registry import Reading, reading, register_data_types
+from nemo_emmett.data.sampling.fusion import fuse
+from nemo_emmett.data.sampling.plan import plan_sampling, why_nemo_samples
+from nemo_emmett.data.sampling.shard_batches import DealtBatches
+from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
+from nemo_emmett.data.worker_batches import (
+    DeliveringDataset,
+    DeliveringIterable,
+    Delivery,
+    ResumableDeliveries,
+    is_empty,
+    prepare_dataset,
+)
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.modules.random_state import random_state, restore_random_state
 from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.prompts.translation import register_prompt_formats
 
@@ -276,7 +276,7 @@ def get_multimodal_dataloader(
 
     Args:
         config: any NeMo dataloader config (``LhotseDataLoadingConfig``), with our keys
-            (:class:`~nemo_emmett.data.config.MultimodalDataConfig`) and data types (``parallel_text``).
+            (:class:`~nemo_emmett.data.config.schema.MultimodalDataConfig`) and data types (``parallel_text``).
         global_rank: this process's place among those that load data.
         world_size: how many load data.
         dataset: maps a ``CutSet`` to a batch: ours (:class:`SpeechTextDataset`), NeMo's ``SALMDataset``, or any NeMo
@@ -284,8 +284,8 @@ def get_multimodal_dataloader(
         tokenizer: NeMo tokenizer, applied before batches are sampled.
         where: the config's place in the recipe, for messages; by default that of the ``DictConfig`` in its root.
         deal_batches: give each rank some of the batches that one process would get, whole, an empty one for each of
-            which nothing could be read (:class:`~nemo_emmett.data.dealing.DealtBatches`). For finite data of our
-            dataset, with ``force_map_dataset``.
+            which nothing could be read (:class:`~nemo_emmett.data.sampling.shard_batches.DealtBatches`). For finite
+            data of our dataset, with ``force_map_dataset``.
 
     Raises:
         ConfigError: if a key is misspelt or has a value that cannot work.

@@ -20,9 +20,9 @@ from nemo.collections.common.data.lhotse.text_adapters import (
 from nemo.collections.speechlm2.data.utils import get_pad_id
 
 from nemo_emmett.audio_file import AudioFault
-from nemo_emmett.data.audio import audio_path, audio_start, load_waveform
-from nemo_emmett.data.bad_records import BadRecords
-from nemo_emmett.data.examples import origin_of
+from nemo_emmett.data.io.audio import audio_path, audio_start, load_waveform
+from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.readers.examples import origin_of
 from nemo_emmett.errors import DataError
 
 

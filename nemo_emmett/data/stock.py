@@ -8,7 +8,7 @@ from typing import Any
 from nemo.collections.common.data.fallback import FallbackDataset
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_emmett.data.config import AUTO_BINS, SAMPLINGS
+from nemo_emmett.data.config.schema import AUTO_BINS, SAMPLINGS
 from nemo_emmett.data.dataloader import MultimodalDataLoader
 from nemo_emmett.errors import ConfigError
 

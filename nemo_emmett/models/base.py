@@ -27,6 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from nemo_emmett.callbacks.nonfinite import SkipNonFiniteSteps
+from nemo_emmett.callbacks.random_state import RandomState
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.models.building import (
     build_llm,
@@ -42,15 +44,13 @@ from nemo_emmett.models.export import Export
 from nemo_emmett.models.generation import Generation
 from nemo_emmett.models.head import LLMInputs, answer_logits, answer_loss, answer_scores
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS, check_initial_weights, load_initial_weights
-from nemo_emmett.models.pieces import PieceSums, TokenCounts, cut_batch, target_counts
+from nemo_emmett.models.microbatches import PieceSums, TokenCounts, cut_batch, target_counts
 from nemo_emmett.models.sharding import absent_modalities, modality_of_all_parts, shard, stand_in, validated_parts
 from nemo_emmett.models.step_log import StepLog, forget_logged
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
 from nemo_emmett.modules.batch import MODALITIES, split_modalities
 from nemo_emmett.modules.loss import IGNORE_INDEX, modality_loss
-from nemo_emmett.modules.nonfinite import SkipNonFiniteSteps
 from nemo_emmett.modules.placement import Placed, place_audio
-from nemo_emmett.modules.random_state import RandomState
 from nemo_emmett.prompts.families import default_prompt_format
 
 

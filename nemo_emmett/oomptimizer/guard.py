@@ -22,7 +22,7 @@ from nemo_emmett.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, ConfigError
 from nemo_emmett.modules.loss import world_size
 from nemo_emmett.oomptimizer.adapters.base import Adapter, Extent
 from nemo_emmett.oomptimizer.buckets import Bucket, Group
-from nemo_emmett.oomptimizer.leaving import Departure
+from nemo_emmett.oomptimizer.coordinated_exit import Departure
 from nemo_emmett.oomptimizer.meter import Meter
 from nemo_emmett.oomptimizer.profile import Event
 from nemo_emmett.oomptimizer.recovery import NOT_EVEN_ONE, Recovery

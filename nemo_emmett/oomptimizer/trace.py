@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from nemo_emmett.modules.random_state import random_state, restore_random_state
+from nemo_emmett.callbacks.random_state import random_state, restore_random_state
 
 _FOLLOWED = (Module, Optimizer, torch.amp.GradScaler)
 """Classes whose attributes are noted; beyond them a model may hold anything, open files included."""

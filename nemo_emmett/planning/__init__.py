@@ -4,20 +4,6 @@
 - :func:`plan`: find them anywhere for a memory budget, and, if asked, the bins with the shortest epoch.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from nemo_emmett.planning.commands import oomptimize, plan
-
-__all__ = ["oomptimize", "plan"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("nemo_emmett.planning.commands"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

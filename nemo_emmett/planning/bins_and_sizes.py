@@ -6,8 +6,9 @@ example in a bucket of caps (x, y), which has the batch size b, costs
     seconds(x, y) = overhead / b + per_example(x, y),        b = (budget - intercept) / slope(x, y)  rounded down,
 
 a function of the caps alone that does not fall with them: just what the exact solver of
-:mod:`nemo_emmett.data.bucketing` minimises. ``slope`` and ``per_example`` come from a few buckets that were probed, and
-the solver asks for caps that were not; so the bins that it finds are probed in turn, until the time stops falling.
+:mod:`nemo_emmett.data.bucketing.bins` minimises. ``slope`` and ``per_example`` come from a few buckets that were
+probed, and the solver asks for caps that were not; so the bins that it finds are probed in turn, until the time
+stops falling.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import nnls
 
-from nemo_emmett.data.bins import Lengths
-from nemo_emmett.data.bucketing import solve_bins, solve_bins_2d
-from nemo_emmett.data.padding import bucket_of, padding_of
+from nemo_emmett.data.bucketing.bins import solve_bins, solve_bins_2d
+from nemo_emmett.data.bucketing.length_stats import Lengths
+from nemo_emmett.data.bucketing.padding import bucket_of, padding_of
 from nemo_emmett.oomptimizer.profile import MemoryLine
 from nemo_emmett.oomptimizer.search import MAX_BATCH_SIZE
 

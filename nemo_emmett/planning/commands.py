@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 
-from nemo_emmett.data.bins import Lengths
+from nemo_emmett.callbacks.oomptimizer import OOMptimizer
+from nemo_emmett.data.bucketing.length_stats import Lengths
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.oomptimizer import OOMptimizer, Profile
+from nemo_emmett.oomptimizer import Profile
 from nemo_emmett.oomptimizer.memory import budget_of, parse_memory, shown
 from nemo_emmett.planning.bins_and_sizes import examples_per_bucket
 from nemo_emmett.planning.lengths import lengths_of_groups

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from nemo_emmett.data import MultimodalDataModule
-from nemo_emmett.data.bins import Lengths, measure
-from nemo_emmett.data.delivery import prepare_dataset
-from nemo_emmett.data.sources import groups_of, plain, with_inherited
+from nemo_emmett.data.bucketing.length_stats import Lengths, measure
+from nemo_emmett.data.config.sources import groups_of, plain, with_inherited
+from nemo_emmett.data.worker_batches import prepare_dataset
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import ONLY_GROUP
 

@@ -14,10 +14,11 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from nemo_emmett.callbacks.oomptimizer import OOMptimizer
 from nemo_emmett.data import MultimodalDataModule
-from nemo_emmett.data.bins import AUTO, Lengths, groups_with_auto_bins, solve
-from nemo_emmett.data.sources import plain
-from nemo_emmett.oomptimizer import OOMptimizer, Profile
+from nemo_emmett.data.bucketing.length_stats import AUTO, Lengths, groups_with_auto_bins, solve
+from nemo_emmett.data.config.sources import plain
+from nemo_emmett.oomptimizer import Profile
 from nemo_emmett.oomptimizer.adapters import adapter_for
 from nemo_emmett.oomptimizer.buckets import configs_of_groups, is_zip, read_groups
 from nemo_emmett.oomptimizer.profile import Measure, TimeLine

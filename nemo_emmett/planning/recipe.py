@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from nemo_emmett.data import MultimodalDataModule
-from nemo_emmett.data.check import check_keys_of_dataset
-from nemo_emmett.data.sources import plain
+from nemo_emmett.data.config.sources import plain
+from nemo_emmett.data.config.validation import check_keys_of_dataset
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import configs_of_groups
 from nemo_emmett.planning.architecture import architecture_only

@@ -18,9 +18,9 @@ from nemo.core.classes.common import Serialization
 from omegaconf import OmegaConf
 
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
-from nemo_emmett.data.bins import measure
-from nemo_emmett.data.bucketing import optimal_bins, optimal_bins_2d
-from nemo_emmett.data.examples import ExampleKind
+from nemo_emmett.data.bucketing.bins import optimal_bins, optimal_bins_2d
+from nemo_emmett.data.bucketing.length_stats import measure
+from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError
 
 

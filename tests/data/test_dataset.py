@@ -17,7 +17,7 @@ from nemo.collections.common.data.lhotse.text_adapters import (
 )
 
 from nemo_emmett.data import SpeechTextDataset
-from nemo_emmett.data.audio import AudioFault, audio_start, load_waveform
+from nemo_emmett.data.io.audio import AudioFault, audio_start, load_waveform
 from nemo_emmett.errors import DataError
 
 PAD = 0

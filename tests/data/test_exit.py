@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_emmett.data.bad_records import BadRecords
 from nemo_emmett.data.dataloader import MultimodalDataLoader
-from nemo_emmett.data.delivery import DeliveringDataset, Delivery
+from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.worker_batches import DeliveringDataset, Delivery
 
 from ..fork_server import call_in_new_process, fork_server, print_to
 

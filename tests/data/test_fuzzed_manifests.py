@@ -26,7 +26,7 @@ from lhotse.shar import SharWriter
 from nemo.collections.speechlm2.data.salm_dataset import SALMDataset
 
 from nemo_emmett.data import MultimodalDataLoader, SpeechTextDataset, get_multimodal_dataloader
-from nemo_emmett.data.bad_records import BadRecords
+from nemo_emmett.data.io.skipped_records import BadRecords
 
 RATE = 16000
 SECONDS = 0.5

@@ -8,10 +8,10 @@ import pytest
 from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
 from omegaconf import OmegaConf
 
-from nemo_emmett.data.check import check_data_config
-from nemo_emmett.data.files import count_lines, expand_paths
+from nemo_emmett.data.config.sources import Source, config_of, place_of, plain
+from nemo_emmett.data.config.validation import check_data_config
+from nemo_emmett.data.io.files import count_lines, expand_paths
 from nemo_emmett.data.sampling.plan import structured_config
-from nemo_emmett.data.sources import Source, config_of, place_of, plain
 from nemo_emmett.errors import DataError
 
 PATTERNS = [

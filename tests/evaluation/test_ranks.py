@@ -15,7 +15,7 @@ import torch
 from lhotse import Recording
 from omegaconf import OmegaConf
 
-from nemo_emmett.data.dealing import DealtBatches
+from nemo_emmett.data.sampling.shard_batches import DealtBatches
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.evaluation import evaluate, from_json
 from nemo_emmett.evaluation.distributed import Processes, joined_processes

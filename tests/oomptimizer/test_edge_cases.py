@@ -181,7 +181,7 @@ def test_what_guard_lowered_holds_in_the_next_fit_and_its_events_stay(
 ) -> None:
     path = tmp_path / "profile.yaml"
     path.write_text("train_ds: {bucket_duration_bins: [[4, 4], [8, 8]], bucket_batch_size: [40, 20]}\n")
-    monkeypatch.setattr("nemo_emmett.oomptimizer.callback.adapter_for", RowsAdapter)
+    monkeypatch.setattr("nemo_emmett.callbacks.oomptimizer.adapter_for", RowsAdapter)
     callback = OOMptimizer(profile=path)
     for phase in ("forward", "backward"):
         model, size = Rows(), Profile.read(path).groups[""].bucket_batch_size[1]

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from nemo_emmett.data.bins import Lengths, solve
+from nemo_emmett.data.bucketing.length_stats import Lengths, solve
 from nemo_emmett.oomptimizer.profile import MemoryLine
 from nemo_emmett.planning.bins_and_sizes import (
     BinPlan,

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from nemo_emmett.callbacks import OOMptimizer
-from nemo_emmett.data.bins import measure, solve
-from nemo_emmett.data.examples import ExampleKind
-from nemo_emmett.data.sources import plain
+from nemo_emmett.data.bucketing.length_stats import measure, solve
+from nemo_emmett.data.config.sources import plain
+from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMT5
 from nemo_emmett.oomptimizer.profile import Profile

@@ -15,8 +15,9 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item, get_current_io_backend, open_best
 
-from nemo_emmett.data import SpeechTextDataset, check_data_config, commands, get_multimodal_dataloader
-from nemo_emmett.data.check import check_keys_of_dataset
+from nemo_emmett.data import SpeechTextDataset, check_data_config, get_multimodal_dataloader
+from nemo_emmett.data.config.validation import check_keys_of_dataset
+from nemo_emmett.data.io import commands
 from nemo_emmett.errors import ConfigError
 from tests.conftest import write_tone
 from tests.data.conftest import LOCATOR, tokenizer  # noqa: F401 - a fixture

@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
 
-from nemo_emmett.data.blend_report import load_tokenizer
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.models import SALMT5, load
 from nemo_emmett.models.building import _check_adapter_config
+from nemo_emmett.planning.blend_report import load_tokenizer
 from tests.safety.conftest import Payload, set_in_json, with_own_code
 
 LOADER = "nemo.collections.speechlm2.parts.pretrained.load_pretrained_hf"

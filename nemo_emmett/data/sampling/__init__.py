@@ -1,10 +1,10 @@
-"""Sampling of our own: stationary, resumable, and the same on all ranks.
+"""Samplers: which examples come next.
 
-From a source's records to the batches of every rank, each module one step:
-
-- :mod:`order`: at which position of a source's endless order stands which record;
-- :mod:`draws`: which source gives the next example, so that each holds its share in any stretch;
-- :mod:`leaves`: the examples of a source, by number, tokenised and filtered by NeMo's own chain (:mod:`chain`);
-- :mod:`buckets`: examples of like length until there is a batch for every rank;
-- :mod:`sampler`: all of these for one worker process, several groups fused, with its state.
+- ``plan``: a dataset's sources, opened, as groups with shares and buckets.
+- ``shuffle``: the order of a source's records, a function of position and seed.
+- ``source_iterator``: the examples of one source from a position on.
+- ``transforms``, ``tolerance``: NeMo's maps and filters as functions of lists, which skip examples on which they raise.
+- ``proportional_mixing``: which source comes next, by shares.
+- ``buckets``, ``sampler``: examples wait in buckets until a step is full.
+- ``fusion``, ``shard_batches``: how groups are combined; batches shared out to ranks.
 """

@@ -13,19 +13,10 @@ from lhotse.dataset.dataloading import resolve_seed
 from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 from omegaconf import OmegaConf
 
-from nemo_emmett.data.bad_records import BadRecords
-from nemo_emmett.data.bins import auto_bins
-from nemo_emmett.data.blend import blend_of
-from nemo_emmett.data.config import AUTO_BINS
-from nemo_emmett.data.examples import ExampleKind
-from nemo_emmett.data.parsers import Reading, reading
-from nemo_emmett.data.records import build_indexes, open_records
-from nemo_emmett.data.sampling.chain import ExampleChain
-from nemo_emmett.data.sampling.draws import StationaryDraws
-from nemo_emmett.data.sampling.leaves import ChunkReader, Share, chunks_to_open, make_reader
-from nemo_emmett.data.sampling.order import STRETCH
-from nemo_emmett.data.sampling.sampler import GroupPlan, SamplingPlan
-from nemo_emmett.data.sources import (
+from nemo_emmett.data.blending.weights import blend_of
+from nemo_emmett.data.bucketing.length_stats import auto_bins
+from nemo_emmett.data.config.schema import AUTO_BINS
+from nemo_emmett.data.config.sources import (
     SHARED_BY_GROUPS,
     Source,
     as_one_stream,
@@ -35,6 +26,15 @@ from nemo_emmett.data.sources import (
     with_inherited,
     with_keys_of_dataset,
 )
+from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.readers.examples import ExampleKind
+from nemo_emmett.data.readers.random_access import build_indexes, open_records
+from nemo_emmett.data.readers.registry import Reading, reading
+from nemo_emmett.data.sampling.proportional_mixing import StationaryDraws
+from nemo_emmett.data.sampling.sampler import GroupPlan, SamplingPlan
+from nemo_emmett.data.sampling.shuffle import STRETCH
+from nemo_emmett.data.sampling.source_iterator import ChunkReader, Share, chunks_to_open, make_reader
+from nemo_emmett.data.sampling.transforms import ExampleChain
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.families import forbidden_text
 

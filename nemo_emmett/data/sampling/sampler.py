@@ -16,9 +16,9 @@ from lhotse import CutSet
 from nemo.utils import logging
 
 from nemo_emmett.data.sampling.buckets import Buckets, Drawn
-from nemo_emmett.data.sampling.chain import ExampleChain
-from nemo_emmett.data.sampling.draws import StationaryDraws
-from nemo_emmett.data.sampling.leaves import ChunkReader, Leaf, Share
+from nemo_emmett.data.sampling.proportional_mixing import StationaryDraws
+from nemo_emmett.data.sampling.source_iterator import ChunkReader, Leaf, Share
+from nemo_emmett.data.sampling.transforms import ExampleChain
 
 
 @dataclass

@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 
-from nemo_emmett.data.bad_records import Notes
-from nemo_emmett.data.delivery import Delivery
-from nemo_emmett.data.progress import Progress
+from nemo_emmett.data.io.skipped_records import Notes
+from nemo_emmett.data.loader_state import Progress
+from nemo_emmett.data.worker_batches import Delivery
 from nemo_emmett.errors import DataError
 
 

@@ -1,0 +1,46 @@
+"""Which channel of a recording is used."""
+
+from __future__ import annotations
+
+from lhotse.cut import Cut, MixedCut
+from lhotse.utils import fastcopy
+
+from nemo_emmett.data.io.skipped_records import Unusable
+
+AVERAGE = "average"
+"""Selector of all channels: what our datasets make of a recording with several channels."""
+
+
+def is_chosen(selector: int | str | None) -> bool:
+    """Whether one channel is to be used, and not the average of all."""
+    return selector is not None and selector != AVERAGE
+
+
+def select_channel(cut: Cut, selector: int | str | None) -> Cut:
+    """A cut with the channel that NeMo's ``channel_selector`` names.
+
+    Args:
+        cut: of a recording with one channel or several.
+        selector: number of the channel, from 0, or the field of the record that holds it; ``average`` and None leave
+            all channels.
+
+    Raises:
+        Unusable: if there is no such channel or field.
+    """
+    if not is_chosen(selector):
+        return cut
+    channel = selector
+    if isinstance(selector, str):
+        custom = (cut._first_non_padding_cut if isinstance(cut, MixedCut) else cut).custom or {}
+        if (channel := custom.get(selector)) is None:
+            raise Unusable(f"no field '{selector}' to select a channel by")
+    if not isinstance(channel, int) or isinstance(channel, bool) or channel < 0:
+        raise Unusable("invalid channel")
+    if channel >= cut.num_channels:
+        raise Unusable(f"no channel {channel}")
+    if cut.num_channels == 1:
+        return cut
+    selected = cut.with_channels(channel)
+    if not selected.supervisions:  # a text of which nobody has said that it is spoken in another channel
+        selected.supervisions = [fastcopy(supervision, channel=channel) for supervision in cut.supervisions]
+    return selected

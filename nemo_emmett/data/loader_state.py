@@ -1,0 +1,194 @@
+"""Where training is in its data: the state behind the last batch trained on, not behind the last one prefetched."""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from nemo.utils import logging
+
+from nemo_emmett.data.worker_batches import Delivery, Start
+from nemo_emmett.errors import DataError
+
+VERSION = 1
+"""Of the layout of a state."""
+
+
+class _HandedOut(NamedTuple):
+    is_batch: bool
+    worker: int
+    state: bytes
+    is_last: bool
+
+
+class Progress:
+    """Keeps the state of every worker's sampler as of the last batch trained on.
+
+    Who takes batches may take some in advance, as Lightning does. Until somebody says :meth:`count_trained`, a batch
+    counts as trained on when it is handed out; from then on, when :meth:`trained` is called. The state is the same on
+    all ranks, and keeping it needs no communication.
+
+    Args:
+        num_workers: processes that make batches, at least 1.
+        world_size: number of ranks.
+        seed: by which the data is shuffled.
+        finite: a pass over the data has an end; then each iteration is a pass of its own.
+    """
+
+    def __init__(self, num_workers: int, world_size: int, seed: int = 0, finite: bool = False) -> None:
+        self.num_workers = max(num_workers, 1)
+        self.world_size = world_size
+        self.seed = seed
+        self.finite = finite
+        self._states: list[bytes | None] = [None] * self.num_workers
+        self._ended = [False] * self.num_workers
+        self._next_worker = 0
+        self._epoch = 0  # the number of the pass over finite data
+        self._completes_pass = False  # the next iteration is the rest of a pass that was interrupted
+        self._waits_for_training = False
+        self._handed_out: deque[_HandedOut] = deque()
+
+    def count_trained(self) -> None:
+        """From now on a batch counts when :meth:`trained` is called."""
+        self._waits_for_training = True
+
+    def start(self) -> Start:
+        """Where an iteration begins.
+
+        Data without end continues after the last batch trained on. Finite data begins its next pass once a batch of the
+        current one was trained on, also where not all of it was; only the first iteration after
+        :meth:`load_state_dict` is the rest of the pass that was interrupted.
+        """
+        self._take_what_counts()
+        self._handed_out.clear()
+        if all(self._ended):
+            self._begin_next_pass()
+        elif not self._completes_pass:
+            self.end_epoch()
+        self._completes_pass = False
+        return Start(tuple(self._states), self._next_worker, self._epoch)
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether anything of the current pass was trained on; the same on all ranks, as the states are."""
+        return any(state is not None for state in self._states)
+
+    def end_epoch(self) -> None:
+        """The trainer's epoch is over: the next iteration over finite data is the next pass."""
+        self._take_what_counts()
+        self._handed_out.clear()
+        self._completes_pass = False
+        if self.finite and self._has_begun:
+            self._begin_next_pass()
+
+    def _begin_next_pass(self) -> None:
+        self._epoch += 1
+        self._states = [None] * self.num_workers
+        self._ended = [False] * self.num_workers
+        self._next_worker = 0
+
+    def hand_out(self, delivery: Delivery, is_batch: bool) -> None:
+        """Note what comes from a worker: a batch for training, or something that training never sees."""
+        if not self._waits_for_training:  # the last one is kept, in case that somebody begins to count
+            self._take(len(self._handed_out))
+        self._handed_out.append(_HandedOut(is_batch, delivery.worker, delivery.state, delivery.is_last))
+        if self._waits_for_training:
+            self._take_what_training_never_sees()
+
+    def trained(self) -> None:
+        """One more of the batches handed out has been trained on."""
+        numbers = [number for number, handed_out in enumerate(self._handed_out) if handed_out.is_batch]
+        if numbers:
+            self._take(numbers[0] + 1)
+        self._take_what_training_never_sees()
+
+    def _take_what_counts(self) -> None:
+        if not self._waits_for_training:
+            self._take(len(self._handed_out))
+
+    def _take_what_training_never_sees(self) -> None:
+        while self._handed_out and not self._handed_out[0].is_batch:
+            self._take(1)
+
+    def _take(self, count: int) -> None:
+        for _ in range(count):
+            handed_out = self._handed_out.popleft()
+            self._states[handed_out.worker] = handed_out.state
+            self._ended[handed_out.worker] = handed_out.is_last
+            self._next_worker = (handed_out.worker + 1) % self.num_workers
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as plain numbers, strings and lists."""
+        self._take_what_counts()
+        return {
+            "version": VERSION,
+            "num_workers": self.num_workers,
+            "world_size": self.world_size,
+            "seed": self.seed,
+            "epoch": self._epoch,
+            "epoch_ended": False,  # the trainer's epoch loop changes it where a checkpoint resumes with the next epoch
+            "next_worker": self._next_worker,
+            "ended": list(self._ended),
+            "workers": [None if state is None else pickle.loads(state) for state in self._states],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state: with the rest of its pass, or, if ``epoch_ended`` is set, with the next one.
+
+        Another number of ranks goes on with the same examples in the same order, in other batches. Another number of
+        workers goes on behind what any of them has read, which is logged.
+
+        Raises:
+            DataError: if another version of nemo_emmett has written the state.
+        """
+        if state.get("version") != VERSION:
+            raise DataError(
+                f"the checkpoint's position in the data has the layout {state.get('version')!r}, this version reads "
+                f"{VERSION}; resume with the nemo_emmett that wrote it, or train on from the weights alone."
+            )
+        if state["seed"] != self.seed:
+            logging.warning(
+                f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: "
+                "sources go on in the checkpoint's order to the end of the epoch, but what mixes groups and augments "
+                f"batches is drawn anew; for the very same batches set seed and shard_seed to {state['seed']}."
+            )
+        workers, ended, next_worker = list(state["workers"]), list(state["ended"]), state["next_worker"]
+        if state["num_workers"] != self.num_workers:
+            logging.warning(
+                f"The checkpoint was written with {state['num_workers']} data workers, this run has "
+                f"{self.num_workers}: the batches will differ from those of an uninterrupted run. The data goes on "
+                "behind what was read; examples that waited in a bucket come in the next pass."
+            )
+            workers = _shared_out_anew(workers, self.num_workers)
+            ended, next_worker = [all(ended)] * self.num_workers, 0
+        elif state["world_size"] != self.world_size:
+            logging.warning(
+                f"The checkpoint was written by {state['world_size']} ranks, this run has {self.world_size}: the "
+                "examples come in the same order, but in other batches than in an uninterrupted run."
+            )
+        self._states = [None if worker is None else pickle.dumps(worker) for worker in workers]
+        self._ended, self._next_worker, self._epoch = ended, next_worker, state["epoch"]
+        self._handed_out.clear()
+        self._completes_pass = True
+        if state.get("epoch_ended"):
+            self.end_epoch()
+
+
+def _shared_out_anew(workers: list[dict | None], num_workers: int) -> list[dict | None]:
+    """States for another number of workers: each source goes on behind the furthest chunk that any worker has read."""
+    known = [worker for worker in workers if worker is not None]
+    if not known:
+        return [None] * num_workers
+    groups = {}
+    for name, group in known[0]["groups"].items():
+        leaves = []
+        for number in range(len(group["leaves"])):
+            next_chunk = max(worker["groups"][name]["leaves"][number]["next_chunk"] for worker in known)
+            next_chunk = -(-next_chunk * len(workers) // num_workers)
+            seed = known[0]["groups"][name]["leaves"][number]["seed"]
+            leaves.append({"seed": seed, "open": [], "next_chunk": next_chunk, "drawn": 0, "at_end": False})
+        fresh = {**group["draws"], "counts": [0] * len(leaves), "drawn": 0}
+        groups[name] = {**group, "leaves": leaves, "draws": fresh, "waiting": [], "ready": [], "left_out": 0}
+    return [{**known[0], "groups": groups}] * num_workers

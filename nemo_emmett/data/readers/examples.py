@@ -1,0 +1,310 @@
+"""What a source yields becomes an example: a source and a target text (or a recording and a text), and their languages.
+
+Speech records follow one of two conventions:
+
+- ``text`` is the transcript and ``translations`` maps languages to translations: one example per target language;
+- ``text`` is the target text itself, in ``target_lang`` (NeMo's Canary convention).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from lhotse import SupervisionSegment
+from lhotse.cut import Cut, MixedCut
+from lhotse.utils import fastcopy
+from nemo.collections.common.data.lhotse.text_adapters import (
+    AudioTurn,
+    Formattable,
+    NeMoMultimodalConversation,
+    NeMoSFTExample,
+    SourceTargetTextExample,
+    TextExample,
+    TextTurn,
+)
+
+from nemo_emmett.data.io.files import is_unicode
+from nemo_emmett.data.io.skipped_records import BadRecords, Unusable
+from nemo_emmett.prompts.languages import is_known_language
+from nemo_emmett.prompts.markup import Prompt
+from nemo_emmett.prompts.translation import translation_instruction
+
+
+class ExampleKind(str, Enum):
+    """What the dataset behind a loader takes."""
+
+    TRANSLATION = "translation"  # ours: cuts and text pairs with their languages
+    CONVERSATION = "conversation"  # NeMo's SALMDataset
+    AS_READ = "as_read"  # any other dataset: what NeMo's readers yield
+
+
+@dataclass(frozen=True)
+class SourceDefaults:
+    """What a source's config says for the records that do not say it themselves."""
+
+    name: str  # for the report, where a record does not know its manifest
+    source_lang: str | None = None
+    target_lang: str | Sequence[str] | None = None
+    audio_locator_tag: str | None = None
+    token_equivalent_duration: float | None = None  # seconds of speech that count as one token
+    context: str | None = None  # instruction of a conversation
+    system_prompt: str | None = None  # of a conversation
+
+
+class Examples:
+    """The examples of a source, made from what its reader yields; records that make none are noted.
+
+    Args:
+        records: what the reader yields: cuts, text pairs, conversations.
+        kind: what the dataset takes.
+        defaults: the source's own languages and tags.
+        bad_records: ledger for records that cannot be used.
+        forbidden: what no text may hold (:func:`~nemo_emmett.prompts.families.forbidden_text`).
+    """
+
+    def __init__(
+        self,
+        records: Iterable,
+        kind: ExampleKind,
+        defaults: SourceDefaults,
+        bad_records: BadRecords,
+        forbidden: re.Pattern | None = None,
+    ) -> None:
+        self.records = records
+        self.kind = kind
+        self.defaults = defaults
+        self.bad_records = bad_records
+        self.forbidden = forbidden
+
+    def __iter__(self) -> Iterator:
+        for example in self._examples():
+            if self.forbidden is not None and any(map(self.forbidden.search, _texts_of(example))):
+                self._note(example, "text holds a control token")
+            else:
+                yield example
+
+    def _examples(self) -> Iterator[Cut | Formattable]:
+        for record in self.records:
+            if isinstance(record, Cut):
+                yield from self._of_speech(record)
+            elif isinstance(record, SourceTargetTextExample):
+                yield from self._of_text(record)
+            else:
+                yield self._with_languages(record)
+
+    def _of_speech(self, cut: Cut) -> Iterator[Cut | NeMoMultimodalConversation]:
+        custom = _custom_of(cut)
+        try:
+            translations = list(_translations(cut, custom, self.defaults, self._has_instruction(custom)))
+        except Unusable as cause:
+            self._note(cut, str(cause))
+            return
+        source_lang = _spoken_language(cut, custom, self.defaults)
+        for target_lang, text in translations:
+            try:
+                _check_example(text, target_lang, source_lang)
+                example = _speech_example(cut, text, source_lang, target_lang, self.defaults.audio_locator_tag)
+                if len(translations) > 1:
+                    example.id = f"{cut.id}-{target_lang}"
+                example = self._finished(example)
+            except Unusable as cause:
+                self._note(cut, str(cause))
+                continue
+            yield example
+
+    def _of_text(self, pair: SourceTargetTextExample) -> Iterator[SourceTargetTextExample | NeMoMultimodalConversation]:
+        custom = pair.custom or {}
+        source_lang = custom.get("source_lang") or pair.source.language or self.defaults.source_lang
+        target_lang = custom.get("target_lang") or pair.target.language or self.defaults.target_lang
+        try:
+            if not pair.source.text:
+                raise Unusable("empty text")
+            if target_lang is None and not self._has_instruction(custom):
+                raise Unusable("no target language")
+            _check_example(pair.target.text, target_lang, source_lang)
+        except Unusable as cause:
+            self._note(pair, str(cause))
+            return
+        pair.source.language, pair.target.language = source_lang, target_lang
+        pair.custom = {**custom, "source_lang": source_lang, "target_lang": target_lang}
+        yield self._finished(pair)
+
+    def _with_languages(self, example: Formattable) -> Formattable:
+        if isinstance(example, TextExample):
+            example.text = Prompt([example.text])  # no locator in it stands for a recording
+        if isinstance(example, NeMoSFTExample):
+            turns = [{**turn, "value": Prompt([turn["value"]])} for turn in example.data["conversations"]]
+            example.data = {**example.data, "conversations": turns}
+        defaults = {"source_lang": self.defaults.source_lang, "target_lang": self.defaults.target_lang}
+        known = {key: value for key, value in defaults.items() if isinstance(value, str)}
+        example.custom = {**known, **(getattr(example, "custom", None) or {})}
+        return example
+
+    def _has_instruction(self, custom: Mapping) -> bool:
+        """A conversation may be told what to do in words; a translation needs a language."""
+        return self.kind is ExampleKind.CONVERSATION and bool(custom.get("context") or self.defaults.context)
+
+    def _finished(self, example: Cut | SourceTargetTextExample) -> Cut | Formattable:
+        return as_conversation(example, self.defaults) if self.kind is ExampleKind.CONVERSATION else example
+
+    def _note(self, example: Cut | Formattable, cause: str) -> None:
+        note_example(self.bad_records, example, cause, self.defaults.name)
+
+
+def origin_of(example: Cut | Formattable) -> tuple[str | None, str]:
+    """The manifest (None where unknown) and the place in it that an example comes from."""
+    custom = _custom_of(example)
+    place = custom.get("manifest_place") or getattr(example, "id", None) or custom.get("id")
+    if place is None and isinstance(example, SourceTargetTextExample):
+        place = example.source.text
+    return custom.get("manifest_origin"), str(place or "an example without id")
+
+
+def note_example(bad_records: BadRecords, example: Cut | Formattable, cause: str, source: str = "examples") -> None:
+    """Note that an example had to be skipped, under its own source or, where it does not know it, this one."""
+    origin, place = origin_of(example)
+    bad_records.add(origin or source, place, cause)
+
+
+def mark_origin(example: Cut | Formattable, source: str, place: str) -> None:
+    """Write the source and the place in it that an example comes from into its custom fields."""
+    if isinstance(example, MixedCut):  # its first recording carries the fields of the whole
+        example = example._first_non_padding_cut
+    example.custom = {**(getattr(example, "custom", None) or {}), "manifest_origin": source, "manifest_place": place}
+
+
+def _texts_of(example: Cut | Formattable) -> Iterator[str]:
+    """All that a record says to the model in words."""
+    custom = _custom_of(example)
+    yield from (custom[field] for field in ("context", "system_prompt") if isinstance(custom.get(field), str))
+    if isinstance(example, Cut):
+        yield from (supervision.text for supervision in example.supervisions if supervision.text)
+    elif isinstance(example, SourceTargetTextExample):
+        yield from (part.text for part in (example.question, example.source, example.target) if part is not None)
+    elif isinstance(example, NeMoMultimodalConversation):
+        yield from (turn.value for turn in example.turns if isinstance(turn, TextTurn))
+    elif isinstance(example, TextExample):
+        yield example.text
+    elif isinstance(example, NeMoSFTExample):
+        yield from (turn["value"] for turn in example.data["conversations"])
+
+
+def _custom_of(example: Cut | Formattable) -> dict:
+    if isinstance(example, MixedCut):
+        example = example._first_non_padding_cut
+    return getattr(example, "custom", None) or {}
+
+
+def _transcript(cut: Cut) -> str:
+    """The text of all its supervisions, as NeMo's Canary prompt joins them."""
+    texts = [s.text for s in cut.supervisions if s.text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unusable("text is not a string")
+    return " ".join(texts).strip()
+
+
+def _spoken_language(cut: Cut, custom: Mapping, defaults: SourceDefaults) -> str | None:
+    spoken = custom.get("lang")
+    if spoken is None and "translations" in custom:
+        spoken = next((s.language for s in cut.supervisions if s.language), None)
+    return custom.get("source_lang") or defaults.source_lang or spoken
+
+
+def _translations(
+    cut: Cut, custom: Mapping, defaults: SourceDefaults, has_instruction: bool
+) -> Iterator[tuple[str | None, str]]:
+    """The target languages of a cut and the text in each."""
+    wanted = custom.get("target_lang") or defaults.target_lang
+    for language in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
+        if language is not None and not (isinstance(language, str) and is_known_language(language)):
+            raise Unusable(f"unknown language '{language}'")
+    texts = custom.get("translations")
+    if texts is None:
+        if wanted is not None and not isinstance(wanted, str):
+            raise Unusable("several target languages, but no translations")
+        if wanted is None and not has_instruction:
+            raise Unusable("no target language")
+        yield wanted, _transcript(cut)
+        return
+    if not isinstance(texts, Mapping):
+        raise Unusable("translations is not a mapping")
+    spoken = _spoken_language(cut, custom, defaults)
+    targets = [wanted] if isinstance(wanted, str) else list(wanted or texts)
+    for target in targets:
+        text = texts.get(target)
+        if text is None and target == spoken:
+            text = _transcript(cut)
+        yield target, text
+
+
+def _check_example(text: str | None, target_lang: str | None, source_lang: str | None) -> None:
+    for language in (source_lang, target_lang):
+        if language is not None and not is_known_language(str(language)):
+            raise Unusable(f"unknown language '{language}'")
+    if text is None:
+        raise Unusable(f"no translation to '{target_lang}'")
+    if not isinstance(text, str):
+        raise Unusable("text is not a string")
+    if not text.strip():
+        raise Unusable("empty text")
+    if not is_unicode(text):
+        raise Unusable("text is not Unicode")
+
+
+def _speech_example(
+    cut: Cut, text: str, source_lang: str | None, target_lang: str | None, audio_locator_tag: str | None
+) -> Cut:
+    """A copy of the cut whose one supervision is the target text and whose custom fields name the languages."""
+    if isinstance(cut, MixedCut):  # its first recording carries the fields of the whole
+        first = cut._first_non_padding_cut
+        tracks = [
+            fastcopy(track, cut=_speech_example(track.cut, text, source_lang, target_lang, audio_locator_tag))
+            if track.cut is first
+            else track
+            for track in cut.tracks
+        ]
+        return fastcopy(cut, tracks=tracks)
+    spoken = cut.supervisions[0] if cut.supervisions else SupervisionSegment(cut.id, cut.recording_id, 0, cut.duration)
+    custom = {**(cut.custom or {}), "source_lang": source_lang, "target_lang": target_lang}
+    if "translations" in custom or source_lang == target_lang:  # then the record's text is what is spoken
+        custom.setdefault("source_text", _transcript(cut) or None)
+    if audio_locator_tag is not None:
+        custom["audio_locator_tag"] = audio_locator_tag
+    return fastcopy(cut, supervisions=[fastcopy(spoken, text=text, language=target_lang)], custom=custom)
+
+
+def as_conversation(example: Cut | SourceTargetTextExample, defaults: SourceDefaults) -> NeMoMultimodalConversation:
+    """The same example as the user's turns (instruction, then speech or text) and the assistant's turn (the answer)."""
+    custom = _custom_of(example)
+    if isinstance(example, Cut):
+        answer = example.supervisions[0].text
+        question = AudioTurn(cut=example, role="user", audio_locator_tag=defaults.audio_locator_tag, text=answer)
+    else:
+        answer = example.target.text
+        question = TextTurn(value=example.source.text, role="user")
+    turns = [TextTurn(value=_instruction(custom, defaults), role="user"), question]
+    if system_prompt := _words(custom, "system_prompt") or defaults.system_prompt:
+        turns.insert(0, TextTurn(value=system_prompt, role="system"))
+    return NeMoMultimodalConversation(
+        id=example.id if isinstance(example, Cut) else custom["id"],
+        turns=[*turns, TextTurn(value=answer, role="assistant")],
+        token_equivalent_duration=defaults.token_equivalent_duration,
+        custom=custom,
+    )
+
+
+def _words(custom: Mapping, field: str) -> str | None:
+    """What a record says to the model in words."""
+    words = custom.get(field)
+    if words is not None and not (isinstance(words, str) and is_unicode(words)):
+        raise Unusable(f"{field} is not a string")
+    return words
+
+
+def _instruction(custom: Mapping, defaults: SourceDefaults) -> str:
+    if context := _words(custom, "context") or defaults.context:
+        return context
+    return translation_instruction(custom["target_lang"], custom["source_lang"])

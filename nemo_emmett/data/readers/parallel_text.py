@@ -1,0 +1,340 @@
+"""Parallel text: line-aligned files, TSV and JSONL, in two languages or in many.
+
+Each source is an iterable of NeMo's ``SourceTargetTextExample``; a record that cannot be used is noted and skipped.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from itertools import permutations
+
+from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample, TextExample
+
+from nemo_emmett.data.config.sources import languages_of
+from nemo_emmett.data.io.files import ShardOrder, decoded, expand_paths, is_unicode, open_lines, without_mark, zip_lines
+from nemo_emmett.data.io.skipped_records import BadRecords, Unusable
+from nemo_emmett.data.readers.examples import mark_origin
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.languages import is_known_language
+
+
+class AlignedText:
+    """Line-aligned files, one per side: each line is one example per direction.
+
+    Args:
+        shards: for each shard, the file of each side. Sides are language codes, or ``source`` and ``target``.
+        directions: the pairs of sides to translate between, (from, to).
+        languages: language code of each side; None where it is not known.
+        bad_records: ledger for the lines that cannot be used.
+        order: order of the shards.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Mapping[str, str]],
+        directions: Sequence[tuple[str, str]],
+        languages: Mapping[str, str | None],
+        bad_records: BadRecords,
+        order: ShardOrder,
+    ) -> None:
+        self.shards = list(shards)
+        self.directions = list(directions)
+        self.languages = dict(languages)
+        self.bad_records = bad_records
+        self.order = order
+
+    def __iter__(self) -> Iterator[SourceTargetTextExample]:
+        for shard in self.order(self.shards):
+            for number, lines in zip_lines(list(shard.values())):
+                yield from self.examples_of(shard, number, lines)
+
+    def examples_of(
+        self, shard: Mapping[str, str], number: int, lines: Sequence[bytes]
+    ) -> Iterator[SourceTargetTextExample]:
+        """The examples of one line of a shard, one per direction; ``number`` is from 1, ``lines`` has one per side."""
+        self.bad_records.read(_first_file(shard))
+        texts = self._usable_texts(shard, number, lines)
+        for source, target in self.directions:
+            if source in texts and target in texts:
+                identity = f"{shard[source]}:{number}"
+                if len(self.directions) > 1:
+                    identity += f":{source}-{target}"
+                pair = _text_pair(
+                    identity, texts[source], texts[target], self.languages[source], self.languages[target]
+                )
+                mark_origin(pair, _first_file(shard), f"line {number}")
+                yield pair
+
+    def _usable_texts(self, shard: Mapping[str, str], number: int, lines: Sequence[bytes]) -> dict[str, str]:
+        texts = {}
+        for (side, path), line in zip(shard.items(), lines, strict=True):
+            place = f"line {number}"
+            note = partial(self.bad_records.add, path, place, record=(_first_file(shard), place))
+            if (text := decoded(line, note)) is None:
+                continue
+            if text := text.strip():
+                texts[side] = text
+            else:
+                note("empty text")
+        return texts
+
+
+def _first_file(shard: Mapping[str, str]) -> str:
+    """The file under which the lines of all sides are counted: together they are one record."""
+    return next(iter(shard.values()))
+
+
+class _OneFileText(ABC):
+    """Text files whose lines hold both sides of an example; what a line looks like is the subclass's business.
+
+    Blank lines are no records.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        source_lang: str | None,
+        target_lang: str | None,
+        bad_records: BadRecords,
+        order: ShardOrder,
+    ) -> None:
+        self.paths = list(paths)
+        self.source_lang = source_lang
+        self.target_lang = target_lang
+        self.bad_records = bad_records
+        self.order = order
+
+    def _lines(self, path: str) -> Iterator[tuple[int, bytes]]:
+        yield from enumerate(open_lines(path), start=1)
+
+    @abstractmethod
+    def _fields(self, path: str, line: str) -> dict:
+        """The fields ``source``, ``target`` and, perhaps, ``source_lang`` and ``target_lang`` of one line."""
+
+    def __iter__(self) -> Iterator[SourceTargetTextExample]:
+        for path in self.order(self.paths):
+            for number, line in self._lines(path):
+                if (pair := self.example_of(path, number, line)) is not None:
+                    yield pair
+
+    def example_of(self, path: str, number: int, line: bytes) -> SourceTargetTextExample | None:
+        """The example of one line of a file, counted from 1; None where there is none."""
+        if not line.strip(b" "):  # a line of tabs is a row of empty cells
+            return None
+        self.bad_records.read(path)
+        note = partial(self.bad_records.add, path, f"line {number}")
+        if (text := decoded(line, note)) is None:
+            return None
+        try:
+            pair = self._example(f"{path}:{number}", self._fields(path, text))
+        except Unusable as cause:
+            note(str(cause))
+            return None
+        mark_origin(pair, path, f"line {number}")
+        return pair
+
+    def _example(self, identity: str, fields: Mapping) -> SourceTargetTextExample:
+        source, target = fields["source"], fields["target"]
+        if not isinstance(source, str) or not isinstance(target, str):
+            raise Unusable("text is not a string")
+        if not source.strip() or not target.strip():
+            raise Unusable("empty text")
+        if not is_unicode(source) or not is_unicode(target):
+            raise Unusable("text is not Unicode")
+        source_lang = fields.get("source_lang") or self.source_lang
+        target_lang = fields.get("target_lang") or self.target_lang
+        if not target_lang:
+            raise Unusable("no target language")
+        for language in (source_lang, target_lang):
+            if language is not None and not is_known_language(str(language)):
+                raise Unusable(f"unknown language '{language}'")
+        return _text_pair(identity, source.strip(), target.strip(), source_lang, target_lang)
+
+
+class TsvText(_OneFileText):
+    """Tab-separated files.
+
+    Args:
+        columns: numbers (from 0) of the source and the target column, or their names in the first line of each file.
+    """
+
+    def __init__(self, paths: Sequence[str], columns: tuple[int | str, int | str], **kwargs) -> None:
+        super().__init__(paths, **kwargs)
+        self.columns = columns
+        self._numbers: dict[str, list[int]] = {}
+
+    @property
+    def has_header(self) -> bool:
+        """Whether the first line of each file names its columns."""
+        return any(isinstance(column, str) for column in self.columns)
+
+    def example_of(self, path: str, number: int, line: bytes) -> SourceTargetTextExample | None:
+        """The example of one line of a file, counted from 1; None where there is none, as in the header."""
+        return None if self.has_header and number == 1 else super().example_of(path, number, line)
+
+    def _lines(self, path: str) -> Iterator[tuple[int, bytes]]:
+        lines = super()._lines(path)
+        if self.has_header:
+            _, header = next(lines, (0, b""))
+            self._read_header(path, header)
+        yield from lines
+
+    def _columns_of(self, path: str) -> Sequence[int]:
+        if not self.has_header:
+            return self.columns
+        if path not in self._numbers:  # its lines are not read in their order
+            with closing(open_lines(path)) as lines:
+                self._read_header(path, next(lines, b""))
+        return self._numbers[path]
+
+    def _read_header(self, path: str, header: bytes) -> None:
+        self._numbers[path] = self._find_columns(
+            path, without_mark(header).decode("utf-8", errors="replace").split("\t")
+        )
+
+    def _find_columns(self, path: str, header: list[str]) -> list[int]:
+        names = [name.strip() for name in header]
+        for column in self.columns:
+            if isinstance(column, str) and column not in names:
+                raise ConfigError(
+                    f"source_column/target_column: {path} has no column '{column}'; its columns are {', '.join(names)}."
+                )
+        return [names.index(column) if isinstance(column, str) else column for column in self.columns]
+
+    def _fields(self, path: str, line: str) -> dict:
+        cells = line.split("\t")
+        source, target = self._columns_of(path)
+        if max(source, target) >= len(cells):
+            raise Unusable("missing column")
+        return {"source": cells[source], "target": cells[target]}
+
+
+class JsonlText(_OneFileText):
+    """One JSON object a line.
+
+    Args:
+        fields: names of the fields with the source and the target text.
+    """
+
+    def __init__(self, paths: Sequence[str], fields: tuple[str, str], **kwargs) -> None:
+        super().__init__(paths, **kwargs)
+        self.fields = fields
+
+    def _fields(self, path: str, line: str) -> dict:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # the latter where it is nested too deeply
+            raise Unusable("not JSON") from None
+        if not isinstance(record, dict):
+            raise Unusable("not a JSON object")
+        for field in self.fields:
+            if field not in record:
+                raise Unusable(f"no field '{field}'")
+        source, target = (record[field] for field in self.fields)
+        return {**record, "source": source, "target": target}
+
+
+def _text_pair(
+    identity: str, source: str, target: str, source_lang: str | None, target_lang: str | None
+) -> SourceTargetTextExample:
+    return SourceTargetTextExample(
+        source=TextExample(source, language=source_lang),
+        target=TextExample(target, language=target_lang),
+        custom={"id": identity, "source_lang": source_lang, "target_lang": target_lang},
+    )
+
+
+def text_layout(config: Mapping) -> str:
+    """How the files of a ``parallel_text`` or ``txt_pair`` source hold their text.
+
+    Returns:
+        ``pair`` (two line-aligned files), ``many`` (line-aligned files in many languages), ``tsv`` or ``jsonl``.
+
+    Raises:
+        ConfigError: if the config names no files, or files of an unknown kind.
+    """
+    if config.get("source_paths") is not None or config.get("target_paths") is not None:
+        for key in ("source_paths", "target_paths"):
+            if config.get(key) is None:
+                raise ConfigError(f"{key}: missing; parallel text needs both source_paths and target_paths.")
+        return "pair"
+    paths = config.get("paths")
+    if paths is None:
+        raise ConfigError(
+            "paths: missing; give source_paths and target_paths, or paths (TSV, JSONL, one per language)."
+        )
+    if isinstance(paths, Mapping):
+        return "many"
+    suffixes = {path.removesuffix(".gz").rpartition(".")[2] for path in expand_paths(paths)}
+    if suffixes == {"tsv"}:
+        return "tsv"
+    if suffixes <= {"jsonl", "json"}:
+        return "jsonl"
+    raise ConfigError(
+        f"paths: {paths} is neither .tsv nor .jsonl (or .gz of these); for line-aligned files give source_paths and "
+        "target_paths, or a mapping of each language to its file(s)."
+    )
+
+
+def aligned_shards(config: Mapping) -> list[dict[str, str]]:
+    """For each shard of a line-aligned source, the file of each side.
+
+    Raises:
+        ConfigError: if the sides have different numbers of shards.
+    """
+    if text_layout(config) == "pair":
+        sides = {"source": expand_paths(config["source_paths"]), "target": expand_paths(config["target_paths"])}
+    else:
+        sides = {str(lang): expand_paths(paths) for lang, paths in config["paths"].items()}
+    counts = {side: len(paths) for side, paths in sides.items()}
+    if len(set(counts.values())) > 1:
+        raise ConfigError(f"parallel text must have as many files on each side, but has {counts}.")
+    return [dict(zip(sides, shard, strict=True)) for shard in zip(*sides.values(), strict=True)]
+
+
+def directions_of(config: Mapping) -> list[tuple[str, str]]:
+    """The directions of an n-way source: those it names (``en-de``), or all between different languages.
+
+    Raises:
+        ConfigError: if a direction names a language that has no file.
+    """
+    languages = [str(language) for language in config["paths"]]
+    if config.get("directions") is None:
+        return list(permutations(languages, 2))
+    known = {f"{source}-{target}": (source, target) for source, target in permutations(languages, 2)}
+    for direction in config["directions"]:
+        if direction not in known:
+            raise ConfigError(
+                f"directions: '{direction}' is not a pair of two languages that have files ({', '.join(languages)})."
+            )
+    return [known[direction] for direction in config["directions"]]
+
+
+def open_parallel_text(config: Mapping, bad_records: BadRecords) -> AlignedText | TsvText | JsonlText:
+    """Open a ``parallel_text`` or ``txt_pair`` source.
+
+    Args:
+        config: the source's own config, with ``shuffle`` and ``shard_seed``.
+        bad_records: ledger for the lines that cannot be used.
+
+    Raises:
+        ConfigError: if its keys do not fit together.
+    """
+    layout = text_layout(config)
+    order = ShardOrder(config.get("shuffle", False), config.get("shard_seed", "trng"))
+    languages = languages_of(config)
+    if layout == "pair":
+        of_side = {"source": languages["source_lang"], "target": languages["target_lang"]}
+        return AlignedText(aligned_shards(config), [("source", "target")], of_side, bad_records, order)
+    if layout == "many":
+        of_side = {str(language): str(language) for language in config["paths"]}
+        return AlignedText(aligned_shards(config), directions_of(config), of_side, bad_records, order)
+    paths = expand_paths(config["paths"])
+    common = {**languages, "bad_records": bad_records, "order": order}
+    if layout == "tsv":
+        return TsvText(paths, (config.get("source_column", 0), config.get("target_column", 1)), **common)
+    return JsonlText(paths, (config.get("source_field", "source"), config.get("target_field", "target")), **common)

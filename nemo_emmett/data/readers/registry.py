@@ -1,0 +1,304 @@
+"""The seam between our readers and NeMo's sampling: data types that NeMo's ``input_cfg`` knows.
+
+A loader of ours hands NeMo an ``input_cfg`` in which every source has the type ``emmett_source``. So NeMo keeps what it
+is good at (groups, weights, mixing, filters, samplers), while every record is read, judged and given its languages
+here, before it is tokenised.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.cut.set import is_cut
+from nemo.collections.asr.data import audio_to_text
+from nemo.collections.common.data.lhotse.cutset import (
+    attach_tags,
+    data_type_parser,
+    get_known_config_data_types,
+    get_parser_fn,
+    mux,
+)
+from nemo.collections.common.data.lhotse.text_adapters import Formattable
+from omegaconf import DictConfig
+
+from nemo_emmett.data.config.sources import SOURCE_TYPE, Source, config_of, languages_of, plain, unwrap
+from nemo_emmett.data.io import commands
+from nemo_emmett.data.io.channels import is_chosen, select_channel
+from nemo_emmett.data.io.files import expand_paths
+from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.readers.examples import ExampleKind, Examples, SourceDefaults, mark_origin, origin_of
+from nemo_emmett.data.readers.parallel_text import open_parallel_text
+from nemo_emmett.data.readers.speech_sources import LhotseManifest, NeMoManifest, NeMoTarredManifest
+from nemo_emmett.data.sampling.tolerance import TolerantMapper
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read while a loader is being built.
+
+    Args:
+        bad_records: ledger for the records that cannot be used.
+        kind: what the loader's dataset takes.
+        endless: start sources over when they end, since they are fused with others that do.
+        forbidden: what no text may hold, where it is prompted (:func:`~nemo_emmett.prompts.families.forbidden_text`).
+    """
+
+    bad_records: BadRecords = field(default_factory=partial(BadRecords, announce=True))
+    kind: ExampleKind = ExampleKind.AS_READ
+    endless: bool = False
+    forbidden: re.Pattern | None = None
+
+
+_reading: ContextVar[Reading | None] = ContextVar("nemo_emmett_reading", default=None)
+
+
+@contextmanager
+def reading(how: Reading) -> Iterator[Reading]:
+    """Read the sources that NeMo parses inside this context in this way."""
+    token = _reading.set(how)
+    try:
+        yield how
+    finally:
+        _reading.reset(token)
+
+
+_fed: ContextVar[Iterable | None] = ContextVar("nemo_emmett_fed", default=None)
+
+FEED_TYPE = "emmett_feed"
+"""NeMo data type that stands for examples which are put in by hand; it is made by us, users need not write it."""
+
+
+@contextmanager
+def feeding(examples: Iterable) -> Iterator[list[dict]]:
+    """An ``input_cfg`` that NeMo, inside this context, takes to be these examples."""
+    token = _fed.set(examples)
+    try:
+        yield [{"type": FEED_TYPE}]
+    finally:
+        _fed.reset(token)
+
+
+def read_feed(_: DictConfig) -> tuple[CutSet, bool]:
+    """NeMo parser of the type ``emmett_feed``."""
+    return CutSet(_fed.get()), True
+
+
+def register_data_types() -> None:
+    """Make our data types known to NeMo: ``parallel_text`` for everyone, the others for our own loaders.
+
+    Calling it again changes nothing.
+    """
+    data_type_parser("parallel_text")(read_parallel_text)
+    data_type_parser(SOURCE_TYPE)(read_source)
+    data_type_parser(FEED_TYPE)(read_feed)
+
+
+def read_parallel_text(config: DictConfig) -> tuple[CutSet, bool]:
+    """NeMo parser of the type ``parallel_text``: examples, and that they are read in the workers (True)."""
+    how = _reading.get() or Reading()
+    cuts = CutSet(open_parallel_text(plain(config), how.bad_records))
+    return _repeated(cuts, config), True
+
+
+def read_source(config: DictConfig) -> tuple[CutSet, bool]:
+    """NeMo parser of the type ``emmett_source``: examples, and whether they are read in the workers."""
+    how = _reading.get() or Reading()
+    source = unwrap(plain(config))
+    kind = ExampleKind(config.get("examples", how.kind))
+    cuts, is_tarred = open_source(source, how.bad_records, kind)
+    if kind is not ExampleKind.AS_READ:
+        cuts = CutSet(Examples(cuts, kind, defaults_of(source), how.bad_records, how.forbidden))
+    if how.endless:
+        cuts = cuts.repeat(preserve_id=True)
+    return cuts, is_tarred
+
+
+def defaults_of(source: Source) -> SourceDefaults:
+    """What a source says for its records."""
+    config, tags = source.config, source.config.get("tags") or {}
+    return SourceDefaults(
+        name=source.name,
+        audio_locator_tag=config.get("audio_locator_tag"),
+        token_equivalent_duration=config.get("token_equivalent_duration"),
+        context=tags.get("context"),
+        system_prompt=tags.get("system_prompt"),
+        **languages_of(config),
+    )
+
+
+def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> tuple[CutSet, bool]:
+    """Open one source with our reader where we have one, with NeMo's own otherwise.
+
+    Args:
+        source: where the data is.
+        bad_records: ledger for the records that cannot be used.
+        kind: what the dataset takes; text for a dataset that is not ours is read by NeMo.
+
+    Returns:
+        What it holds, with the source's tags attached, and whether it is read in the workers.
+    """
+    config = source.config
+    if is_nemo(config):
+        cuts, is_tarred = _open_nemo(config, bad_records)
+    elif is_lhotse_jsonl(config):
+        manifest = LhotseManifest(config["cuts_path"], bad_records, config.get("channel_selector"))
+        cuts, is_tarred = CutSet(manifest), False
+    elif source.type == "parallel_text" or (source.type == "txt_pair" and reads_pairs_ourselves(config, kind)):
+        cuts, is_tarred = _repeated(CutSet(open_parallel_text(config, bad_records)), config), True
+    else:
+        inside = _with_our_reader_inside(source)
+        with nullcontext() if commands.are_allowed() else commands.without_commands(), _paths_expanded_by_us():
+            cuts, is_tarred = get_parser_fn(source.type)(config_of(inside))
+        if not commands.are_allowed():
+            cuts = CutSet(commands.WithoutCommands(cuts))
+        ledger = bad_records if inside == config else None  # otherwise the reader inside counts
+        cuts = cuts.map(partial(_with_origin, source=source.name, bad_records=ledger), apply_fn=None)
+        if inside == config and is_chosen(config.get("channel_selector")):
+            select = partial(select_channel, selector=config["channel_selector"])
+            cuts = CutSet(TolerantMapper(cuts, select, is_cut, bad_records=bad_records))
+    if tags := config.get("tags"):
+        cuts = cuts.map(partial(attach_tags, tags=tags), apply_fn=None)
+    return cuts, is_tarred
+
+
+def is_nemo(config: Mapping) -> bool:
+    """Whether we read a source as NeMo manifests, plain or tarred."""
+    # NeMo's batched reads from AIStore bypass the tar files; its own reader knows how.
+    from_aistore = os.environ.get("USE_AIS_GET_BATCH", "False").lower() == "true"
+    return config["type"] in ("nemo", "nemo_tarred") and not (from_aistore and config.get("tarred_audio_filepaths"))
+
+
+def is_lhotse_jsonl(config: Mapping) -> bool:
+    """Whether a source is a lhotse manifest of lines."""
+    path = str(config.get("cuts_path") or "")
+    return (
+        config["type"] in ("lhotse", "lhotse_shar")
+        and config.get("shar_path") is None
+        and path.removesuffix(".gz").endswith(".jsonl")
+    )
+
+
+def reads_pairs_ourselves(config: Mapping, kind: ExampleKind) -> bool:
+    """Whether we read a ``txt_pair`` source: not for datasets of others, nor with questions."""
+    return kind is not ExampleKind.AS_READ and config.get("questions_path") is None
+
+
+def _with_our_reader_inside(source: Source) -> dict:
+    """NeMo's conversion types (``lhotse_as_conversation``, ...) read a manifest: let it be read by us, tolerantly."""
+    config = dict(source.config)
+    if not source.type.endswith("_as_conversation") or "input_cfg" in config:
+        return config
+    manifest = {
+        key: config.pop(key)
+        for key in ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "extra_fields")
+        if key in config
+    }
+    if "channel_selector" in config:
+        manifest["channel_selector"] = config.pop("channel_selector")
+    inner = {"type": "lhotse" if "cuts_path" in manifest or "shar_path" in manifest else "nemo", **manifest}
+    wrapped = {"type": SOURCE_TYPE, "source": inner, "where": source.where, "examples": ExampleKind.AS_READ.value}
+    return {**config, "input_cfg": [wrapped]}
+
+
+@contextmanager
+def _paths_expanded_by_us() -> Iterator[None]:
+    """NeMo's readers, built inside this context, find their files by our rule: NeMo takes any bracket for a pattern."""
+
+    def expand(sharded_filepaths: str | list[str], **_) -> list[str]:
+        return expand_paths(sharded_filepaths) if isinstance(sharded_filepaths, str) else sharded_filepaths
+
+    nemos, audio_to_text.expand_sharded_filepaths = audio_to_text.expand_sharded_filepaths, expand
+    try:
+        yield
+    finally:
+        audio_to_text.expand_sharded_filepaths = nemos
+
+
+def _with_origin(example: Cut | Formattable, source: str, bad_records: BadRecords | None) -> Cut | Formattable:
+    """What NeMo has read, counted, and told where it comes from unless it knows."""
+    if bad_records is not None:
+        bad_records.read(source)
+    origin, place = origin_of(example)
+    if origin is None:
+        mark_origin(example, source, place)
+    return example
+
+
+def _repeated(cuts: CutSet, config: Mapping) -> CutSet:
+    """As NeMo has it: text and tarred speech start over when they end, unless they are to be finite."""
+    return cuts if config.get("force_finite") else cuts.repeat(preserve_id=True)
+
+
+def _open_nemo(config: Mapping, bad_records: BadRecords) -> tuple[CutSet, bool]:
+    """NeMo manifests, plain or tarred, one or many, as NeMo's ``nemo`` and ``nemo_tarred`` types combine them."""
+    is_tarred = config.get("tarred_audio_filepaths") is not None
+    metadata_only = config.get("metadata_only", False)
+    finite = config.get("force_finite", False)
+    from_tar = is_tarred and not metadata_only
+    manifests = config["manifest_filepath"]
+    if isinstance(manifests, str):
+        reader = nemo_reader(config, manifests, config.get("tarred_audio_filepaths") if from_tar else None, bad_records)
+        cuts = CutSet(reader)
+        return (_repeated(cuts, config) if from_tar else cuts), is_tarred
+
+    cutsets, weights = [], []
+    for entry, tars in zip(manifests, config["tarred_audio_filepaths"] if is_tarred else repeat(None), strict=False):
+        path, weight = manifest_and_weight(entry)
+        if isinstance(tars, Sequence) and not isinstance(tars, str):
+            (tars,) = tars
+        reader = nemo_reader(config, path, tars if from_tar else None, bad_records)
+        weight = len(reader) if weight is None else weight
+        split = config.get("max_open_streams") is not None and from_tar
+        for part in reader.to_shards() if split else [reader]:
+            cutsets.append(CutSet(part))
+            weights.append(weight)
+    cuts = mux(
+        *cutsets,
+        weights=weights,
+        max_open_streams=config.get("max_open_streams"),
+        seed=config.get("shard_seed", "trng"),
+        force_finite=finite or metadata_only,
+    )
+    return cuts, is_tarred
+
+
+def manifest_and_weight(entry: str | Sequence) -> tuple[str, float | None]:
+    """NeMo's forms of a list of manifests: ``path``, ``[path]`` or ``[path, weight]``."""
+    if isinstance(entry, str):
+        return entry, None
+    path, *weight = entry
+    return path, weight[0] if weight else None
+
+
+def nemo_reader(
+    config: Mapping, manifest: str, tars: str | None, bad_records: BadRecords
+) -> NeMoManifest | NeMoTarredManifest:
+    """The reader of one NeMo manifest, with tar files where they are given."""
+    keys = ("text_field", "lang_field", "shard_seed", "extra_fields", "channel_selector")
+    settings = {key: config[key] for key in keys if key in config}
+    settings["shuffle_shards"] = config.get("shuffle", False)
+    if tars is None:
+        return NeMoManifest(manifest, bad_records, metadata_only=config.get("metadata_only", False), **settings)
+    return NeMoTarredManifest(
+        manifest,
+        tars,
+        bad_records,
+        skip_missing_manifest_entries=config.get("skip_missing_manifest_entries", False),
+        slice_length=config.get("slice_length"),
+        **settings,
+    )
+
+
+def known_types() -> list[str]:
+    """The source types that a config may name."""
+    register_data_types()
+    return sorted(set(get_known_config_data_types()) - {SOURCE_TYPE, FEED_TYPE})

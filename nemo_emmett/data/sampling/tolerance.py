@@ -1,0 +1,186 @@
+"""NeMo's and lhotse's functions of examples, so that one that raises costs its record and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import lhotse.cut.set
+import lhotse.lazy
+from lhotse import CutSet
+from lhotse.cut.set import LazyCutMixer
+from lhotse.dataset.sampling.base import CutSampler
+from lhotse.lazy import LazyFilter, LazyMapper
+from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_from_config
+from omegaconf import DictConfig
+
+from nemo_emmett.audio_file import fault_in
+from nemo_emmett.data.io.skipped_records import BadRecords, Unusable
+from nemo_emmett.data.readers.examples import note_example
+from nemo_emmett.errors import ConfigError, DataError
+
+SKIPPED = object()
+"""What a guarded function gives for an example that it raised upon."""
+
+_LONGEST_CAUSE = 60
+
+KEYS_OF_FUNCTION = {
+    "tokenize_with_prompt": "prompt_format",
+    "tokenize": "tokenizer",
+    "resample": "sample_rate",
+    "_flatten_alt_text": "alt_text",
+    "_cut_text_into_windows": "cut_text_into_windows_tokens",
+    "DurationFilter": "min_duration, max_duration",
+    "TokenCountFilter": "min_tokens, max_tokens",
+    "TokenPerSecondFilter": "min_tps, max_tps",
+    "TokenPerTokenFilter": "min_tpt, max_tpt",
+    "CERFilter": "max_cer",
+    "ContextSpeakerSimilarityFilter": "min_context_speaker_similarity",
+    "ValidationStatusFilter": "keep",
+    "BucketingFilter": "bucket_duration_bins",
+    "ReverbWithImpulseResponse": "rir_path",
+}
+"""By which keys of a recipe NeMo's functions are set."""
+
+
+def guarded(function: Callable[[Any], Any], bad_records: BadRecords) -> Callable[[Any], Any]:
+    """A function of an example that gives :data:`SKIPPED` where it raises, and notes the cause.
+
+    A :class:`ConfigError` is a fault of the recipe, and is raised.
+    """
+    return partial(_guarded_call, function, bad_records)
+
+
+def _guarded_call(function: Callable[[Any], Any], bad_records: BadRecords, example: Any) -> Any:
+    try:
+        return function(example)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a record's values make NeMo or lhotse trip over
+        note_example(bad_records, example, cause_of(function, example, error))
+        return SKIPPED
+
+
+def cause_of(function: Callable, example: Any, error: Exception) -> str:
+    """Why a function could not be applied to an example, in words that are the same for examples of one fault."""
+    while isinstance(function, partial):
+        function = function.func
+    if (reason := error if isinstance(error, Unusable) else fault_in(error)) is not None:
+        return str(reason)
+    if isinstance(error, DataError):  # one sentence: the example, the cause; what to do
+        sentence = str(error).removeprefix(f"example {getattr(example, 'id', None)}: ")
+        return sentence.split(";")[0][:_LONGEST_CAUSE]
+    name = getattr(function, "__name__", type(function).__name__)
+    return f"{KEYS_OF_FUNCTION.get(name, name)}: {type(error).__name__}"
+
+
+class TolerantMapper(LazyMapper):
+    """lhotse's map without the examples on which its function raises."""
+
+    def __init__(self, iterator: Any, fn: Callable, apply_fn: Callable | None = None, *, bad_records: BadRecords):
+        super().__init__(iterator, fn, apply_fn)
+        self.bad_records = bad_records
+
+    def __iter__(self) -> Iterator:
+        function = guarded(self.fn, self.bad_records)
+        for example in self.iterator:
+            applies = self.apply_fn is None or self.apply_fn(example)
+            if (made := function(example) if applies else example) is not SKIPPED:
+                yield made
+
+
+class TolerantFilter(LazyFilter):
+    """lhotse's filter without the examples on which its predicate raises."""
+
+    def __init__(self, iterator: Any, predicate: Callable, *, bad_records: BadRecords):
+        super().__init__(iterator, predicate)
+        self.bad_records = bad_records
+
+    def __iter__(self) -> Iterator:
+        predicate = guarded(self.predicate, self.bad_records)
+        for example in self.iterator:
+            if (keep := predicate(example)) is not SKIPPED and keep:
+                yield example
+
+
+@contextmanager
+def tolerating(bad_records: BadRecords) -> Iterator[None]:
+    """Inside this context, ``CutSet.map`` and ``CutSet.filter`` make tolerant maps and filters.
+
+    A sampler's chain is built inside of NeMo's factory, which also reads from it where it estimates bins.
+    """
+    mapper, filter_ = partial(TolerantMapper, bad_records=bad_records), partial(TolerantFilter, bad_records=bad_records)
+    with patch.object(lhotse.cut.set, "LazyMapper", mapper), patch.object(lhotse.lazy, "LazyFilter", filter_):
+        yield
+
+
+class TolerantTransform:
+    """A function of a whole batch; where it raises, it is applied to each example by itself.
+
+    Args:
+        transform: NeMo's or lhotse's, which takes a CutSet.
+        bad_records: ledger for the examples on which it raises.
+    """
+
+    def __init__(self, transform: Callable[[CutSet], CutSet], bad_records: BadRecords) -> None:
+        self.transform = transform
+        self.bad_records = bad_records
+
+    def __call__(self, batch: CutSet) -> CutSet:
+        """The batch, transformed, without the examples on which the transform raises."""
+        try:
+            return self.transform(batch)
+        except Exception:  # whatever a record's values make lhotse trip over
+            function = guarded(self._of_one, self.bad_records)
+            made = (function(example) for example in batch)
+            return CutSet([example for examples in made if examples is not SKIPPED for example in examples])
+
+    def _of_one(self, example: Any) -> list:
+        try:
+            return list(self.transform(CutSet([example])))
+        except Exception as error:
+            raise Unusable(cause_of(self.transform, example, error)) from error
+
+
+def stages_of(last: Any) -> Iterator[Any]:
+    """All lazy objects of a chain, from its end to its beginning."""
+    waiting = [last]
+    while waiting:
+        stage = waiting.pop()
+        if isinstance(stage, CutSet):
+            stage = stage.data
+        if isinstance(stage, (list, tuple)):
+            waiting.extend(stage)
+        elif stage is not None:
+            yield stage
+            waiting += [getattr(stage, attribute, None) for attribute in ("iterator", "iterators", "source")]
+
+
+def build_tolerant_sampler(
+    structured: DictConfig, global_rank: int, world_size: int, tokenizer: Any, bad_records: BadRecords
+) -> tuple[CutSampler, bool]:
+    """NeMo's sampler of a config, whose maps, filters and transforms of batches are tolerant.
+
+    Returns:
+        The sampler, and whether it lives in the workers.
+    """
+    with tolerating(bad_records):
+        sampler, in_workers = get_lhotse_sampler_from_config(structured, global_rank, world_size, tokenizer)
+    for cuts in sampler.cuts:
+        _check_noise(cuts)
+    sampler._transforms = [TolerantTransform(transform, bad_records) for transform in sampler._transforms]
+    return sampler, in_workers
+
+
+def _check_noise(cuts: CutSet) -> None:
+    """Look whether any noise that a chain mixes in can be used; our reader leaves out, and counts, what cannot.
+
+    Raises:
+        DataError: if nothing is left of it.
+    """
+    for stage in stages_of(cuts):
+        if isinstance(stage, LazyCutMixer) and next(iter(stage.mix_in_cuts), None) is None:
+            raise DataError("noise_path: none of its recordings can be used; correct the path, or leave it out.")

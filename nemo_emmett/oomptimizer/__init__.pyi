@@ -1,0 +1,3 @@
+from .profile import Profile as Profile
+
+__all__ = ["Profile"]

@@ -1,0 +1,486 @@
+"""``nemo-emmett blend``: what a dataset is made of, and how often a training will see each part of it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from nemo.collections.common.tokenizers import AutoTokenizer, SentencePieceTokenizer
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nemo_emmett.data.blending.counting import Size, TokenCounter
+from nemo_emmett.data.blending.weights import Node, blends_of
+from nemo_emmett.data.config.schema import MultimodalDataConfig
+from nemo_emmett.data.config.sources import Source, as_one_stream, groups_of, with_inherited
+from nemo_emmett.data.config.validation import check_keys_of_dataset
+from nemo_emmett.data.io.files import is_local
+from nemo_emmett.data.readers.registry import register_data_types
+from nemo_emmett.data.sampling.fusion import check_fusion
+from nemo_emmett.errors import ConfigError
+
+SECTIONS = ("data.train_ds", "model.train_ds", "train_ds")
+"""Where NeMo's recipes have the data that they train on."""
+
+DATA_KEYS = frozenset({"input_cfg", "multi_config", "manifest_filepath", "cuts_path", "shar_path", "datasets"})
+"""A config with one of these is that of a dataset."""
+
+DEFAULT_STEPS = 1_000
+"""Looked ahead where neither the user nor the recipe says how long the training is."""
+
+GAP = 2
+"""Columns of the terminal between those of the table."""
+
+SHORTEST_NAME = 16
+"""Columns of the terminal; names are not cut shorter, even if lines then break."""
+
+SPEECH, TEXT, OTHER = "speech", "text", "other"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A dataset's config, and what the recipe around it says of the training.
+
+    Args:
+        settings: plain config of the dataset.
+        where: its place in the recipe.
+        steps: of the training; None where the recipe does not say.
+        batches_per_step: how many batches all processes together take for one step of the optimizer.
+        tokenizer: folder of the language model's tokenizer, if it is there.
+    """
+
+    settings: dict[str, Any]
+    where: str
+    steps: int | None = None
+    batches_per_step: int = 1
+    tokenizer: str | None = None
+
+
+def read_recipe(
+    content: DictConfig | ListConfig,
+    name: str,
+    section: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Find the dataset that a config describes.
+
+    Args:
+        content: a recipe, the config of a dataset, or the list of an ``input_cfg``.
+        name: path or name that it was read by.
+        section: the dataset's place in it; by default the data that the recipe trains on.
+        defaults: keys that the dataset has unless it sets them, such as what the model knows.
+
+    Raises:
+        ConfigError: if there is no such section, it refers to what is missing, or a key is misspelt.
+    """
+    recipe = _read_recipe(content, Path(name), section)
+    recipe = replace(recipe, settings={**(defaults or {}), **recipe.settings})
+    check_keys_of_dataset(recipe.settings, recipe.where)
+    return recipe
+
+
+def _read_recipe(content: DictConfig | ListConfig, path: Path, section: str | None) -> Recipe:
+    if isinstance(content, ListConfig):
+        return Recipe({"input_cfg": _resolved(content, str(path))}, path.stem)
+    section = _section(content, section, path)
+    settings = _resolved(OmegaConf.select(content, section) if section else content, section or str(path))
+    if "datasets" in settings:
+        names = ", ".join(f"{section}.datasets.{name}".lstrip(".") for name in settings["datasets"])
+        raise ConfigError(f"--section: '{section or path}' holds several datasets; choose one of {names}.")
+    return Recipe(
+        settings,
+        section or path.stem,
+        steps=_positive(_look_up(content, "trainer.max_steps")),
+        batches_per_step=_processes(content) * (_positive(_look_up(content, "trainer.accumulate_grad_batches")) or 1),
+        tokenizer=_tokenizer_folder(content),
+    )
+
+
+def _section(content: DictConfig, section: str | None, path: str | os.PathLike[str]) -> str:
+    """The dataset's place; the empty one is the whole file."""
+    if section is not None:
+        if not isinstance(_look_up(content, section), DictConfig):
+            raise ConfigError(f"--section: '{path}' has no section '{section}'; its sections are {', '.join(content)}.")
+        return section
+    found = [place for place in SECTIONS if isinstance(OmegaConf.select(content, place), DictConfig)]
+    if found:
+        return found[0]
+    if DATA_KEYS & set(content):
+        return ""
+    raise ConfigError(f"The config '{path}' has no {SECTIONS[0]}; name the dataset's place in it by --section.")
+
+
+def _resolved(config: DictConfig | ListConfig, where: str) -> Any:
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"{error.full_key or where}: cannot be resolved ({reason}); write the value into the config."
+        ) from error
+
+
+def _look_up(content: DictConfig, key: str) -> Any:
+    """A value that the recipe may have; what cannot be resolved is not needed."""
+    try:
+        return OmegaConf.select(content, key)
+    except OmegaConfBaseException:
+        return None
+
+
+def _positive(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _processes(content: DictConfig) -> int:
+    devices = _look_up(content, "trainer.devices")
+    devices = len(devices) if isinstance(devices, ListConfig) else _positive(devices) or 1
+    return devices * (_positive(_look_up(content, "trainer.num_nodes")) or 1)
+
+
+def _tokenizer_folder(content: DictConfig) -> str | None:
+    folder = _look_up(content, "model.pretrained_llm")
+    return folder if isinstance(folder, str) and os.path.isdir(folder) else None
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """A NeMo tokenizer from a SentencePiece ``.model`` or a folder of Hugging Face's.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    try:
+        if not os.path.exists(path):  # it would be searched for in the network
+            raise FileNotFoundError(path)
+        if str(path).endswith(".model"):
+            return SentencePieceTokenizer(str(path))
+        return AutoTokenizer(str(path), use_fast=True)
+    except Exception as error:  # each library raises its own kind
+        raise ConfigError(
+            f"--tokenizer: '{path}' is neither a SentencePiece model (.model) nor a folder with a tokenizer."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Sources that share their batches: a dataset, or a group of a ``multi_config``.
+
+    Args:
+        name: of the group; empty for a dataset without groups.
+        blend: its groups and sources.
+        batches: that it gives to a step on each process, on average.
+        examples: in a batch, on average; None where that is not known.
+        batch: how that is known, in words.
+    """
+
+    name: str
+    blend: Node
+    batches: float
+    examples: float | None
+    batch: str
+
+    @property
+    def examples_per_step(self) -> float | None:
+        """On each process; None where it is not known."""
+        return None if self.examples is None else self.batches * self.examples
+
+
+def streams_of(recipe: Recipe, tokenizer: Any = None, index_dir: str | None = None) -> list[Stream]:
+    """The streams of a dataset, with all their sources counted.
+
+    Raises:
+        ConfigError: if a key has a value that cannot work.
+        DataError: if a file cannot be read.
+    """
+    settings, where = recipe.settings, recipe.where
+    register_data_types()
+    MultimodalDataConfig.take_from(dict(settings))
+    if groups_of(settings) is not None:
+        check_fusion(_fusion(settings), settings.get("sampler_weights"), list(groups_of(settings)), where)
+        if _fusion(settings) == "mux":
+            settings = as_one_stream(settings, where)
+    blends = blends_of(settings, where, tokenizer=tokenizer, index_dir=index_dir, count_all=True)
+    configs = with_inherited(settings) if groups_of(settings) is not None else {"": settings}
+    batches = _batches_per_step(settings, list(blends))
+    return [
+        Stream(name, blend, batches[name], *_examples_per_batch(configs[name], blend)) for name, blend in blends.items()
+    ]
+
+
+def _fusion(settings: Mapping) -> str:
+    return settings.get("sampler_fusion") or "round_robin"
+
+
+def _batches_per_step(settings: Mapping, names: Sequence[str]) -> dict[str, float]:
+    if len(names) == 1 or _fusion(settings) == "zip":
+        return dict.fromkeys(names, 1.0)
+    weights = settings.get("sampler_weights") if _fusion(settings) == "randomized_round_robin" else None
+    weights = weights or dict.fromkeys(names, 1.0)
+    return {name: weights[name] / sum(weights[n] for n in names) for name in names}
+
+
+def _examples_per_batch(config: Mapping, blend: Node) -> tuple[float | None, str]:
+    """How many examples a batch holds on average, and how that is known."""
+    if of_buckets := config.get("bucket_batch_size"):
+        mean = fmean(of_buckets)
+        return mean, f"{_number(mean)} examples (mean of bucket_batch_size, as if buckets were equally frequent)"
+    in_tokens = config.get("use_multimodal_sampling")
+    key, unit = ("batch_tokens", "tokens") if in_tokens else ("batch_duration", "s")
+    limits = []
+    if config.get(key) and (mean := _mean_length(blend, config.get("token_equivalent_duration"), in_tokens)):
+        examples = config[key] / mean
+        limits.append((examples, f"about {_number(examples)} examples ({key} {config[key]} at {mean:.3g} {unit} each)"))
+    if config.get("batch_size"):
+        limits.append((config["batch_size"], f"{config['batch_size']} examples (batch_size)"))
+    return min(limits, default=(None, "a number of examples that the config does not tell (batch_size, ...)"))
+
+
+def _mean_length(blend: Node, seconds_per_token: float | None, in_tokens: bool) -> float | None:
+    """Length of the examples that are drawn, on average, in seconds or tokens; None where a source's is not known."""
+    mean = 0.0
+    for leaf in blend.leaves():
+        size = leaf.size or Size()
+        length = size.seconds
+        if in_tokens:
+            of_source = leaf.source.config.get("token_equivalent_duration") or seconds_per_token
+            length = size.tokens or (size.seconds / of_source if of_source else 0)
+        if not length:
+            return None
+        mean += leaf.share * length / size.examples
+    return mean
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    source: str  # or group, behind the lines of the tree
+    speech: str
+    text: str
+    examples: str
+    weight: str
+    share: str
+    epochs: str
+
+
+def print_blend(
+    recipe: Recipe,
+    *,
+    steps: int | None = None,
+    tokenizer: Any = None,
+    index_dir: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print the groups and sources of a dataset: what they hold, weigh, and give to a training of so many steps.
+
+    Args:
+        recipe: with the dataset.
+        steps: of the optimizer; by default those of the recipe, or 1,000.
+        tokenizer: NeMo tokenizer by which text is measured; without one, words are counted.
+        index_dir: folder for counts that cannot be written beside the data.
+        console: where to print; the terminal unless given.
+
+    Raises:
+        ConfigError: if a key has a value that cannot work.
+        DataError: if a file cannot be read.
+    """
+    console = console or Console()
+    steps = steps or recipe.steps or DEFAULT_STEPS
+    streams = streams_of(recipe, tokenizer, index_dir)
+    unit = TokenCounter(tokenizer).unit
+    sources = [leaf.source for stream in streams for leaf in stream.blend.leaves()]
+    folder = _common_folder(sources)
+    rows = list(_rows(recipe, streams, steps, folder))
+    console.print(_table(rows, unit, console.width))
+    for line in _remarks(recipe, streams, steps):
+        console.print(line, highlight=False)
+    if folder not in ("", "."):
+        console.print(f"Files are in {folder}.", highlight=False)
+    if tokenizer is None and any(source.is_text for source in sources):
+        console.print("Text is measured in words, since there is no tokenizer; name one by --tokenizer.")
+
+
+def _rows(recipe: Recipe, streams: Sequence[Stream], steps: int, folder: str) -> Iterator[Row]:
+    are_groups = len(streams) > 1 or streams[0].name != ""
+    if are_groups:
+        sizes = [stream.blend.size for stream in streams]
+        yield _row(recipe.where, None if None in sizes else sum(sizes, Size()), 1.0)
+    for number, (stream, share) in enumerate(zip(streams, _shares_of_streams(streams), strict=True)):
+        draws = None
+        if stream.examples_per_step is not None:
+            draws = steps * recipe.batches_per_step * stream.examples_per_step
+        lead = _branches(is_last=number == len(streams) - 1) if are_groups else ("", "")
+        yield _row(lead[0] + (stream.name or recipe.where), stream.blend.size, share)
+        yield from _rows_below(stream.blend, lead[1], share, draws, folder)
+
+
+def _shares_of_streams(streams: Sequence[Stream]) -> list[float]:
+    """Of the examples; of the batches where it is not known how many examples they hold."""
+    weights = [stream.examples_per_step for stream in streams]
+    if None in weights:
+        weights = [stream.batches for stream in streams]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _rows_below(node: Node, lead: str, share: float, draws: float | None, folder: str) -> Iterator[Row]:
+    """The rows of all that is in a group.
+
+    Args:
+        node: the group.
+        lead: the lines of the tree that run through these rows.
+        share: of the stream among all streams.
+        draws: examples of the stream that the training takes.
+        folder: left out of file names.
+    """
+    for number, child in enumerate(node.children):
+        own, below = _branches(is_last=number == len(node.children) - 1)
+        weight = _number(child.weight) if len(node.children) > 1 else ""
+        if child.source is None:
+            yield _row(lead + own + child.name, child.size, share * child.share, weight)
+            yield from _rows_below(child, lead + below, share, draws, folder)
+            continue
+        known = draws is not None and child.size is not None and child.size.examples
+        epochs = _epochs(draws * child.share / child.size.examples) if known else "?"
+        yield _row(lead + own + _short_name(child.source, folder), child.size, share * child.share, weight, epochs)
+
+
+def _row(name: str, size: Size | None, share: float, weight: str = "", epochs: str = "") -> Row:
+    shown = f"{100 * share:.1f} %"
+    if size is None:
+        return Row(name, "?", "?", "?", weight, shown, epochs)
+    speech = _duration(size.seconds) if size.seconds else ""
+    text = _number(size.tokens) if size.tokens else ""
+    return Row(name, speech, text, _number(size.examples), weight, shown, epochs)
+
+
+def _branches(is_last: bool) -> tuple[str, str]:
+    return ("└─ ", "   ") if is_last else ("├─ ", "│  ")
+
+
+def _common_folder(sources: Sequence[Source]) -> str:
+    """The folder that holds all files of all sources; empty if there is none."""
+    folders = [os.path.dirname(path) for source in sources for _, path in source.files()]
+    try:
+        return os.path.commonpath(folders) if all(map(is_local, folders)) else ""
+    except ValueError:  # absolute paths beside relative ones, or none at all
+        return ""
+
+
+def _short_name(source: Source, folder: str) -> str:
+    """The files of a source, relative to the folder of all; of parallel ones, what they share and where they differ."""
+    keys = ("manifest_filepath", "cuts_path", "shar_path", "source_paths", "target_paths", "paths", "data_dir")
+    paths = [path for key in keys if source.config.get(key) is not None for path in _paths(source.config[key])]
+    names = [os.path.relpath(path, folder) if folder and is_local(path) else path for path in paths]
+    if not names:
+        return source.type
+    # In runs of equal letters, and not of folders: `train.en` and `train.de` share `train.`
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    stem = "".join(letters[0] for letters in alike)
+    if len(names) == 1 or stem.endswith("/") or not stem:
+        return ", ".join(names)
+    return f"{stem}{{{','.join(name.removeprefix(stem) for name in names)}}}"
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """The paths in a value, sharded ones as they are written."""
+    if isinstance(value, (str, Path)):
+        yield str(value)
+    elif isinstance(value, (Mapping, Sequence)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _paths(item)
+
+
+def _table(rows: Sequence[Row], unit: str, width: int) -> Table:
+    """Columns that say nothing of any row are left out; names get what room is left."""
+    titles = Row("source", "speech", unit, "examples", "weight", "share", "epochs")
+    weights = {row.weight for row in rows}
+    shown = [n for n in range(1, len(titles)) if any(row[n] not in ("", "?") for row in rows)]
+    shown = [n for n in shown if titles[n] != "weight" or weights - {"", "1"}]
+    taken = sum(GAP + max(cell_len(row[n]) for row in (titles, *rows)) for n in shown)
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    table.add_column(titles.source, no_wrap=True)
+    for number in shown:
+        table.add_column(titles[number], justify="right", no_wrap=True)
+    for row in rows:
+        name = Text(row.source if not row.epochs else _shortened(row.source, max(width - taken, SHORTEST_NAME)))
+        name.truncate(max(width - taken, SHORTEST_NAME), overflow="ellipsis")
+        table.add_row(name, *(row[number] for number in shown), style=None if row.epochs else "bold")
+    return table
+
+
+def _shortened(name: str, width: int) -> str:
+    """The name of a source that fits: of files, the end says more than the beginning."""
+    if cell_len(name) <= width:
+        return name
+    bare = name.lstrip("│├└─ ")
+    lines = name[: len(name) - len(bare)]
+    return f"{lines}…{bare[-max(width - len(lines) - 1, 1) :]}"
+
+
+def _remarks(recipe: Recipe, streams: Sequence[Stream], steps: int) -> Iterator[str]:
+    """What the table does not say, one sentence a line."""
+    yield ""
+    yield f"Expected share of the examples: {_modalities(streams)}."
+    yield from _batch_lines(recipe, streams)
+    if recipe.batches_per_step > 1:
+        yield f"So does each process at each accumulated batch: {recipe.batches_per_step} times a step of the trainer."
+    if any(stream.examples is not None for stream in streams):
+        yield f"Epochs are passes over a source in {steps:,} steps."
+
+
+def _modalities(streams: Sequence[Stream]) -> str:
+    shares: Counter[str] = Counter()
+    for stream, of_stream in zip(streams, _shares_of_streams(streams), strict=True):
+        for leaf in stream.blend.leaves():
+            shares[_modality(leaf.source)] += of_stream * leaf.share
+    listed = ", ".join(f"{modality} {100 * share:.1f} %" for modality, share in shares.most_common())
+    if any(stream.examples is None for stream in streams) and len(streams) > 1:
+        listed += " (as if all batches were of one size)"
+    return listed
+
+
+def _modality(source: Source) -> str:
+    if source.is_text:
+        return TEXT
+    is_speech = source.type.startswith(("nemo", "lhotse")) or source.type.endswith("_as_conversation")
+    return SPEECH if is_speech else OTHER
+
+
+def _batch_lines(recipe: Recipe, streams: Sequence[Stream]) -> Iterator[str]:
+    fusion = _fusion(recipe.settings)
+    if len(streams) > 1 and fusion == "zip":
+        yield "A step takes one batch of each group (sampler_fusion: zip)."
+    elif len(streams) > 1:
+        listed = ", ".join(f"{stream.name} {100 * stream.batches:.1f} %" for stream in streams)
+        yield f"A step takes one batch of one group (sampler_fusion: {fusion}): {listed}."
+    else:
+        yield "A step takes one batch."
+    for stream in streams:
+        yield f"A batch{f' of {stream.name}' if stream.name else ''} holds {stream.batch}."
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{_number(seconds / 3600)} h"
+
+
+def _number(value: float) -> str:
+    """Whole numbers below 100,000 as they are, others to three digits."""
+    for limit, suffix in ((1e9, " G"), (1e6, " M"), (1e5, " k")):
+        if value >= limit:
+            return f"{value / (1e3 if suffix == ' k' else limit):.3g}{suffix}"
+    return f"{value:,.0f}" if value == int(value) or value >= 1000 else f"{value:.3g}"
+
+
+def _epochs(epochs: float) -> str:
+    return f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2f}"
