@@ -19,7 +19,7 @@ FLOORS = (
     ("models", "data", "oomptimizer"),
     ("callbacks.*",),
     ("modules", "prompts"),
-    ("errors", "config", "files", "processes", "audio_file"),
+    ("errors", "config", "typed_config", "files", "processes", "audio_file"),
 )
 # What others see and start is one floor of equals, and so is what all of them rest on.
 SHARED_FLOORS = (0, len(FLOORS) - 1)
