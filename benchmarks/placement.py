@@ -3,7 +3,7 @@
 Batches of 64 prompts with one recording each, padded on the left, as SALM reads them. Three ways from the encoder's
 padded output to embeddings, mask and targets:
 
-- ours: ``place_audio``;
+- ours: ``merge_audio_embeddings``;
 - NeMo's: ``replace_placeholders_and_build_targets``, given a list of recordings without padding;
 - NeMo's with the making of that list: ``encode_audio_with_optional_chunking`` on an encoder that costs nothing.
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_emmett.modules.placement import place_audio
+from nemo_emmett.modules.placement import merge_audio_embeddings
 
 PACKAGES = ("nemo_emmett", "nemo_toolkit", "torch")
 B, PAD, LOCATOR, VOCABULARY = 64, 0, 1, 32_000
@@ -83,8 +83,8 @@ def make_batch(setting: Setting) -> Batch:
 
 
 def ours(batch: Batch) -> Tensor:
-    """Embeddings, as ``place_audio`` makes them beside mask and targets."""
-    placed = place_audio(
+    """Embeddings, as ``merge_audio_embeddings`` makes them beside mask and targets."""
+    placed = merge_audio_embeddings(
         batch.embeds_BTH,
         batch.ids_BT,
         batch.ids_BT != PAD,

@@ -104,15 +104,15 @@ def check_keys(
         >>> check_keys({"batch_size": 4, "labels": None}, {"batch_size"}, "data.train_ds")
         ['labels']
     """
-    strangers = []
+    unknown_keys = []
     for key in config:
         key = str(key)
         if key in known or key in tolerated or key.startswith("_"):
             continue
         if (suggestion := nearest(key, known)) is not None:
             raise ConfigError(f"{where}.{key}: there is no such key; did you mean '{suggestion}'?")
-        strangers.append(key)
-    return strangers
+        unknown_keys.append(key)
+    return unknown_keys
 
 
 def item_of(where: str, index: int) -> str:

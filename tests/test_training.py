@@ -312,7 +312,7 @@ def test_bad_records_are_skipped_counted_by_cause_and_reported(recipe, corpus, t
         MultimodalDataModule, "train_dataloader", lambda self: loaders.append(original(self)) or loaders[-1]
     )
     run_train_py(recipe, tmp_path, monkeypatch)
-    table = loaders[0]._source.bad_records.table()
+    table = loaders[0]._source.skipped_records.table()
     assert Path(recipe["export_dir"], "config.json").exists()
     for cause in ("missing audio", "empty audio", "truncated audio", "not JSON"):
         assert cause in table

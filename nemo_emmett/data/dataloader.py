@@ -42,19 +42,19 @@ from nemo_emmett.data.config.sources import (
 )
 from nemo_emmett.data.config.validation import check_dataset
 from nemo_emmett.data.io.commands import commands_allowed
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.loader_state import Progress
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.data.readers.registry import Reading, reading, register_data_types
+from nemo_emmett.data.readers.registry import ReaderContext, reader_context, register_data_types
 from nemo_emmett.data.sampling.fusion import fuse
-from nemo_emmett.data.sampling.plan import plan_sampling, why_nemo_samples
-from nemo_emmett.data.sampling.shard_batches import DealtBatches
+from nemo_emmett.data.sampling.plan import nemo_sampler_reason, plan_sampling
+from nemo_emmett.data.sampling.shard_batches import ShardedBatches
 from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
 from nemo_emmett.data.worker_batches import (
     DeliveringDataset,
     DeliveringIterable,
-    Delivery,
     ResumableDeliveries,
+    WorkerBatch,
     is_empty,
     prepare_dataset,
 )
@@ -77,7 +77,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
 
     Args:
         dataset: delivers batches with their notes; :class:`ResumableDeliveries` with the state of the data besides.
-        bad_records: ledger of everything skipped so far, of all workers.
+        skipped_records: ledger of everything skipped so far, of all workers.
         max_bad_records: stop past so many bad records, or past this share of those read of any source; None: never.
         hands_out_empty: an empty dict for a batch of which nothing is left, so that a rank stays in step.
         kwargs: of ``torch.utils.data.DataLoader``.
@@ -86,7 +86,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
     def __init__(
         self,
         dataset: DeliveringDataset | DeliveringIterable | ResumableDeliveries,
-        bad_records: BadRecords | None = None,
+        skipped_records: SkippedRecords | None = None,
         max_bad_records: int | float | None = None,
         hands_out_empty: bool = False,
         **kwargs: Any,
@@ -95,7 +95,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         # Iterators draw a seed for their workers; drawn from torch's global generator, it would move the training's.
         super().__init__(dataset, generator=torch.Generator(), **kwargs)
         self.hands_out_empty = hands_out_empty
-        self.bad_records = BadRecords(announce=True) if bad_records is None else bad_records
+        self.skipped_records = SkippedRecords(announce=True) if skipped_records is None else skipped_records
         self.max_bad_records = max_bad_records
         self.filtered: Counter[str] = Counter()  # examples that NeMo's filters left out, by their keys; "": those kept
         self._epoch_of_last_pass: int | None = None
@@ -163,7 +163,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 if hand_out:
                     yield delivery.batch or {}
             self._merge_notes_of_this_process()
-            self.bad_records.check(self.max_bad_records, at_end=True)
+            self.skipped_records.check(self.max_bad_records, at_end=True)
         finally:
             try:
                 at_exit.cancel()
@@ -182,7 +182,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
 
     def _report_epoch(self) -> None:
         """Say what did not reach training, and why; "" counts what did."""
-        if report := self.bad_records.end_epoch():
+        if report := self.skipped_records.end_epoch():
             logging.warning(f"Bad records skipped so far:\n{report}")
         kept = self.filtered.pop("", 0)
         if self.filtered:
@@ -199,25 +199,25 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             self.sampler.set_epoch(self.sampler.epoch + 1)
         self._epoch_of_last_pass = self.sampler.epoch
 
-    def _account_for(self, delivery: Delivery) -> None:
-        self.bad_records.merge(delivery.notes)
+    def _account_for(self, delivery: WorkerBatch) -> None:
+        self.skipped_records.merge(delivery.notes)
         self.filtered.update(delivery.filtered)
         self._merge_notes_of_this_process()
-        self.bad_records.check(self.max_bad_records)
-        if delivery.farewell:
+        self.skipped_records.check(self.max_bad_records)
+        if delivery.end_of_data_message:
             logging.info(f"The data has ended: {delivery.farewell}.")
         if delivery.error is not None:
             raise delivery.error
 
     def _merge_notes_of_this_process(self) -> None:
         """The map-style flavour samples here, while the workers only read audio."""
-        self.bad_records.merge(self._delivering.deliver(None).notes)
+        self.skipped_records.merge(self._delivering.deliver(None).notes)
 
     def _check_progress(self, empty_in_a_row: int) -> None:
         if empty_in_a_row >= EMPTY_BATCHES_IN_A_ROW:
             raise DataError(
                 f"nothing could be read of the last {empty_in_a_row} batches; what was skipped so far:\n"
-                f"{self.bad_records.table()}"
+                f"{self.skipped_records.table()}"
             )
 
 
@@ -259,7 +259,7 @@ class WorkerInit:
             self.init(worker_id)
 
 
-def _as_it_is(delivery: Delivery) -> Delivery:
+def _as_it_is(delivery: WorkerBatch) -> WorkerBatch:
     return delivery
 
 
@@ -270,7 +270,7 @@ def get_multimodal_dataloader(
     dataset: torch.utils.data.Dataset,
     tokenizer: Any = None,
     where: str | None = None,
-    deal_batches: bool = False,
+    shard_batches: bool = False,
 ) -> MultimodalDataLoader:
     """Build the dataloader of a dataset's config.
 
@@ -283,8 +283,8 @@ def get_multimodal_dataloader(
             dataset for lhotse cuts. A ``FallbackDataset`` around it is taken off.
         tokenizer: NeMo tokenizer, applied before batches are sampled.
         where: the config's place in the recipe, for messages; by default that of the ``DictConfig`` in its root.
-        deal_batches: give each rank some of the batches that one process would get, whole, an empty one for each of
-            which nothing could be read (:class:`~nemo_emmett.data.sampling.shard_batches.DealtBatches`). For finite
+        shard_batches: give each rank some of the batches that one process would get, whole, an empty one for each of
+            which nothing could be read (:class:`~nemo_emmett.data.sampling.shard_batches.ShardedBatches`). For finite
             data of our dataset, with ``force_map_dataset``.
 
     Raises:
@@ -305,40 +305,40 @@ def get_multimodal_dataloader(
     ours = MultimodalDataConfig.take_from(dict(settings))
     maybe_set_cuda_expandable_segments(enabled=settings.get("cuda_expandable_segments", True))
 
-    if deal_batches and ours.sampling == "emmett":
+    if shard_batches and ours.sampling == "emmett":
         raise ConfigError(f"{where}.sampling: batches are dealt out from NeMo's samplers only; leave the key out.")
 
-    bad_records = BadRecords()
+    skipped_records = SkippedRecords()
     sources = list_all_sources(settings, where)
-    dataset = DeliveringDataset(dataset, bad_records, ours.allow_commands)
+    dataset = DeliveringDataset(dataset, skipped_records, ours.allow_commands)
     states, allowed = random_state(), ExitStack()
     allowed.enter_context(commands_allowed(ours.allow_commands))
     try:  # the samplers are seeded with the dataset's own seed; the training's dropout is none of their business
-        if not deal_batches and _we_sample(settings, ours, kind, where):
-            plan = plan_sampling(settings, where, tokenizer, kind, bad_records, world_size, ours.index_dir)
+        if not shard_batches and _we_sample(settings, ours, kind, where):
+            plan = plan_sampling(settings, where, tokenizer, kind, skipped_records, world_size, ours.index_dir)
             flavour = {
                 "dataset": ResumableDeliveries(dataset, plan, global_rank),
                 "worker_init_fn": make_worker_init_fn(rank=global_rank, world_size=world_size, seed=plan.seed),
             }
             shared = _shared_by_groups(settings)
         else:
-            _refuse_what_nemo_cannot(settings, ours, where)
+            _check_nemo_sampler_keys(settings, ours, where)
             settings = _with_bins(settings, tokenizer, kind, where)
             build = _fused_sampler if groups_of(settings) is not None else _single_sampler
-            share = (0, 1) if deal_batches else (global_rank, world_size)
-            sampler, is_iterable, shared = build(settings, sources, where, *share, tokenizer, kind, bad_records)
-            if deal_batches:
-                sampler = DealtBatches(sampler, global_rank, world_size)
+            share = (0, 1) if shard_batches else (global_rank, world_size)
+            sampler, is_iterable, shared = build(settings, sources, where, *share, tokenizer, kind, skipped_records)
+            if shard_batches:
+                sampler = ShardedBatches(sampler, global_rank, world_size)
             flavour = _flavour(dataset, sampler, is_iterable, shared, global_rank, world_size)
     finally:
         restore_random_state(states)
         allowed.close()
     return MultimodalDataLoader(
         **flavour,
-        bad_records=BadRecords(announce=True, source_of=source_of_files(sources)),
+        skipped_records=SkippedRecords(announce=True, source_of=source_of_files(sources)),
         max_bad_records=ours.max_bad_records,
         # Only our models can take an empty batch; and samplers of NeMo's that live in workers share nothing out.
-        hands_out_empty=deal_batches
+        hands_out_empty=shard_batches
         or (
             world_size > 1
             and kind is ExampleKind.TRANSLATION
@@ -356,7 +356,7 @@ def _we_sample(settings: Mapping, ours: MultimodalDataConfig, kind: ExampleKind,
     """Whether our own samplers are to be used."""
     if ours.sampling != "auto":
         return ours.sampling == "emmett"
-    reason = why_nemo_samples(settings, kind)
+    reason = nemo_sampler_reason(settings, kind)
     if reason is not None and kind is not ExampleKind.AS_READ and not settings.get("force_finite"):
         logging.info(f"{where}: NeMo samples, so that training cannot resume where it was in the data: {reason}.")
     return reason is None
@@ -372,7 +372,7 @@ def _with_bins(settings: Mapping, tokenizer: Any, kind: ExampleKind, where: str)
     return {**settings, **solved}
 
 
-def _refuse_what_nemo_cannot(settings: Mapping, ours: MultimodalDataConfig, where: str) -> None:
+def _check_nemo_sampler_keys(settings: Mapping, ours: MultimodalDataConfig, where: str) -> None:
     """What only our own samplers can do.
 
     Raises:
@@ -392,7 +392,7 @@ def _single_sampler(
     world_size: int,
     tokenizer: Any,
     kind: ExampleKind,
-    bad_records: BadRecords,
+    skipped_records: SkippedRecords,
 ) -> tuple[CutSampler, bool, DictConfig]:
     """The sampler of a dataset without groups, whether it lives in the workers, and the config that it was made of."""
     structured = structured_config({**settings, **_flavour_flags(sources, settings)}, where)
@@ -400,8 +400,10 @@ def _single_sampler(
     fix_random_seed(structured.seed)
     if kind is not ExampleKind.AS_READ:
         _agree_on_order(structured, sources, world_size)
-    with reading(Reading(bad_records, kind, forbidden=forbidden_text(structured.prompt_format, tokenizer))):
-        sampler, is_iterable = build_tolerant_sampler(structured, global_rank, world_size, tokenizer, bad_records)
+    with reader_context(
+        ReaderContext(skipped_records, kind, forbidden=forbidden_text(structured.prompt_format, tokenizer))
+    ):
+        sampler, is_iterable = build_tolerant_sampler(structured, global_rank, world_size, tokenizer, skipped_records)
     return sampler, is_iterable, structured
 
 
@@ -413,7 +415,7 @@ def _fused_sampler(
     world_size: int,
     tokenizer: Any,
     kind: ExampleKind,
-    bad_records: BadRecords,
+    skipped_records: SkippedRecords,
 ) -> tuple[CutSampler, bool, DictConfig]:
     """The same for a dataset whose groups have a sampler each."""
     shared = _shared_by_groups(settings)
@@ -427,9 +429,11 @@ def _fused_sampler(
         structured.merge_with(shared)
         if kind is not ExampleKind.AS_READ:
             _agree_on_order(structured, sources, world_size)
-        with reading(Reading(bad_records, kind, endless, forbidden_text(structured.prompt_format, tokenizer))):
+        with reader_context(
+            ReaderContext(skipped_records, kind, endless, forbidden_text(structured.prompt_format, tokenizer))
+        ):
             samplers[name], in_workers = build_tolerant_sampler(
-                structured, global_rank, world_size, tokenizer, bad_records
+                structured, global_rank, world_size, tokenizer, skipped_records
             )
     return fuse(samplers, shared.sampler_fusion, shared.sampler_weights, shared.seed), in_workers, shared
 

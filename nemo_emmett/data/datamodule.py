@@ -23,7 +23,7 @@ from nemo_emmett.errors import ConfigError
 
 EVALUATION_SETS = ("validation_ds", "test_ds", "predict_ds")
 
-SAID_BY_MODEL = {
+MODEL_DEFINED_KEYS = {
     "sample_rate": "the speech encoder reads {model} samples per second, not {data}; leave the key out, and recordings "
     "are resampled",
     "audio_locator_tag": "the model takes {model} for speech, not {data}; leave the key out, or say the same in "
@@ -45,7 +45,8 @@ class MultimodalDataModule(DataModule, Serialization):
         tokenizer: NeMo tokenizer.
         dataset: examples to batches; :class:`~nemo_emmett.data.SpeechTextDataset`, or NeMo's ``SALMDataset``.
         defaults: keys that every dataset gets unless it sets them, such as what the model knows anyway
-            (``SALMT5.data_defaults``). In the keys of :data:`SAID_BY_MODEL` no dataset, group or source may differ.
+            (``SALMT5.data_defaults``). In the keys of :data:`MODEL_DEFINED_KEYS` no dataset, group or source may
+            differ.
 
     Raises:
         ConfigError: if a dataset has the name of a modality, or says something else than the model.
@@ -136,7 +137,7 @@ class MultimodalDataModule(DataModule, Serialization):
                 self.dataset,
                 self.tokenizer,
                 where=f"data.test_ds.datasets.{name}",
-                deal_batches=True,
+                shard_batches=True,
             )
             for name, config in (datasets or {}).items()
         }
@@ -189,8 +190,8 @@ class _Loader(BroadcastingDataLoader):
 def _check_agreement(settings: Mapping, defaults: Mapping[str, Any], where: str) -> None:
     """Refuse data that would reach the model in another form than it expects: nothing later would tell."""
     for place, key, value in _settings_within(settings, where):
-        if key in SAID_BY_MODEL and value is not None and key in defaults and value != defaults[key]:
-            said = SAID_BY_MODEL[key].format(model=repr(defaults[key]), data=repr(value))
+        if key in MODEL_DEFINED_KEYS and value is not None and key in defaults and value != defaults[key]:
+            said = MODEL_DEFINED_KEYS[key].format(model=repr(defaults[key]), data=repr(value))
             raise ConfigError(f"{place}.{key}: {said}.")
 
 

@@ -21,7 +21,7 @@ from nemo.collections.speechlm2.data.utils import get_pad_id
 
 from nemo_emmett.audio_file import AudioFault
 from nemo_emmett.data.io.audio import audio_path, audio_start, load_waveform
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import origin_of
 from nemo_emmett.errors import DataError
 
@@ -30,7 +30,7 @@ class SpeechTextDataset(torch.utils.data.Dataset):
     """Collates prompted examples of speech and text into ``{"audio": {...}, "text": {...}}``.
 
     A modality without examples is left out; examples whose audio cannot be read are left out and noted in
-    ``bad_records``. A batch of which nothing is left is an empty dict.
+    ``skipped_records``. A batch of which nothing is left is an empty dict.
 
     Args:
         tokenizer: NeMo tokenizer, for its pad id.
@@ -43,7 +43,7 @@ class SpeechTextDataset(torch.utils.data.Dataset):
 
     def __init__(self, tokenizer) -> None:
         self.pad_id = get_pad_id(tokenizer)
-        self.bad_records = BadRecords()
+        self.skipped_records = SkippedRecords()
 
     def __getitem__(self, examples: CutSet) -> dict[str, dict]:
         """Collate the examples of one batch.
@@ -70,7 +70,7 @@ class SpeechTextDataset(torch.utils.data.Dataset):
             try:
                 of_example = [load_waveform(cut) for cut in recordings_of(example)]
             except AudioFault as fault:
-                note_audio_fault(self.bad_records, example, fault)
+                note_audio_fault(self.skipped_records, example, fault)
                 continue
             readable.append(example)
             waveforms += of_example
@@ -106,13 +106,15 @@ def recordings_of(example: Cut | Formattable) -> list[Cut]:
     return []
 
 
-def note_audio_fault(bad_records: BadRecords, example: Cut | NeMoMultimodalConversation, fault: AudioFault) -> None:
+def note_audio_fault(
+    skipped_records: SkippedRecords, example: Cut | NeMoMultimodalConversation, fault: AudioFault
+) -> None:
     """Note that an example had to be skipped, and the file that is at fault, which may be that of a noise."""
     source, place = origin_of(example)
     record = (source or "cuts", place)
     files = fault.path or ", ".join(filter(None, map(audio_path, recordings_of(example))))
     named = f"{place} ({files})" if files else place
-    bad_records.add(record[0], named, str(fault), record, example.id)
+    skipped_records.add(record[0], named, str(fault), record, example.id)
 
 
 def _tokens(example: Cut | Formattable, key: str) -> torch.Tensor:

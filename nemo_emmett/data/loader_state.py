@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from nemo.utils import logging
 
-from nemo_emmett.data.worker_batches import Delivery, Start
+from nemo_emmett.data.worker_batches import ResumePoint, WorkerBatch
 from nemo_emmett.errors import DataError
 
 VERSION = 1
@@ -54,7 +54,7 @@ class Progress:
         """From now on a batch counts when :meth:`trained` is called."""
         self._waits_for_training = True
 
-    def start(self) -> Start:
+    def start(self) -> ResumePoint:
         """Where an iteration begins.
 
         Data without end continues after the last batch trained on. Finite data begins its next pass once a batch of the
@@ -68,7 +68,7 @@ class Progress:
         elif not self._completes_pass:
             self.end_epoch()
         self._completes_pass = False
-        return Start(tuple(self._states), self._next_worker, self._epoch)
+        return ResumePoint(tuple(self._states), self._next_worker, self._epoch)
 
     @property
     def _has_begun(self) -> bool:
@@ -89,7 +89,7 @@ class Progress:
         self._ended = [False] * self.num_workers
         self._next_worker = 0
 
-    def hand_out(self, delivery: Delivery, is_batch: bool) -> None:
+    def hand_out(self, delivery: WorkerBatch, is_batch: bool) -> None:
         """Note what comes from a worker: a batch for training, or something that training never sees."""
         if not self._waits_for_training:  # the last one is kept, in case that somebody begins to count
             self._take(len(self._handed_out))

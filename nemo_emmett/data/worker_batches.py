@@ -20,15 +20,15 @@ from nemo_emmett.audio_file import RUNS_A_COMMAND, AudioFault
 from nemo_emmett.data.dataset import SpeechTextDataset, note_audio_fault, recordings_of
 from nemo_emmett.data.io.audio import load_waveform, with_checked_audio
 from nemo_emmett.data.io.commands import commands_allowed, is_refused
-from nemo_emmett.data.io.skipped_records import BadRecords, Notes
+from nemo_emmett.data.io.skipped_records import Notes, SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind, note_example
 from nemo_emmett.data.sampling.fusion import TRAIN_SALM_GPT
 from nemo_emmett.data.sampling.sampler import SamplingPlan, WorkerSampler
-from nemo_emmett.data.sampling.source_iterator import Share
+from nemo_emmett.data.sampling.source_iterator import WorkerInfo
 from nemo_emmett.errors import ConfigError, EmmettError
 
 
-class Delivery(NamedTuple):
+class WorkerBatch(NamedTuple):
     """One item of a loader's queue."""
 
     batch: Any  # None where nothing is left of it
@@ -38,33 +38,33 @@ class Delivery(NamedTuple):
     state: bytes | None = None  # of that sampler after this batch, pickled
     is_last: bool = False  # the worker has come to the end of its data; there is no batch
     filtered: Mapping[str, int] = {}  # examples left out since the last delivery, by the keys of NeMo's filters
-    farewell: str = ""  # what the log shall say of what was left when finite data ended
+    end_of_data_message: str = ""  # what the log shall say of what was left when finite data ended
 
 
 class DeliveringDataset(torch.utils.data.Dataset):
     """A dataset whose batches come with the notes of the process that made them.
 
     Args:
-        dataset: maps the examples of a batch to the batch; may hold a ledger of its own, ``bad_records``.
-        bad_records: ledger of the sources that live in the same process.
+        dataset: maps the examples of a batch to the batch; may hold a ledger of its own, ``skipped_records``.
+        skipped_records: ledger of the sources that live in the same process.
         allow_commands: examples may run commands when they are loaded; otherwise those are skipped: by the dataset
             where it is one of ours, which check each cut before they read it, else here.
     """
 
     def __init__(
-        self, dataset: torch.utils.data.Dataset, bad_records: BadRecords, allow_commands: bool = False
+        self, dataset: torch.utils.data.Dataset, skipped_records: SkippedRecords, allow_commands: bool = False
     ) -> None:
         self.dataset = dataset
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
         self.allow_commands = allow_commands
         self._checks_commands = type(dataset) not in (SpeechTextDataset, SpeechConversations, CheckedCuts)
 
-    def __getitem__(self, examples: CutSet) -> Delivery:
+    def __getitem__(self, examples: CutSet) -> WorkerBatch:
         if len(examples) == 0:  # transforms of the batch have failed on all of it
             return self.deliver(None)
         with commands_allowed(self.allow_commands):
             if self._checks_commands:
-                examples = CutSet([example for example in examples if not note_refused(self.bad_records, example)])
+                examples = CutSet([example for example in examples if not note_refused(self.skipped_records, example)])
                 if not examples:
                     return self.deliver({})
             try:
@@ -73,16 +73,16 @@ class DeliveringDataset(torch.utils.data.Dataset):
                 return self.deliver(None, error)
         if batch is None:
             for example in examples:
-                note_example(self.bad_records, example, "refused by the dataset")
+                note_example(self.skipped_records, example, "refused by the dataset")
         return self.deliver(batch)
 
-    def deliver(self, batch: Any, error: EmmettError | None = None) -> Delivery:
+    def deliver(self, batch: Any, error: EmmettError | None = None) -> WorkerBatch:
         """A batch, with all notes made so far in this process."""
-        notes = self.bad_records.drain()
-        if isinstance(ledger := getattr(self.dataset, "bad_records", None), BadRecords):
+        notes = self.skipped_records.drain()
+        if isinstance(ledger := getattr(self.dataset, "skipped_records", None), SkippedRecords):
             of_dataset = ledger.drain()
             notes = Notes(notes.read + of_dataset.read, notes.skipped + of_dataset.skipped)
-        return Delivery(batch, notes, error)
+        return WorkerBatch(batch, notes, error)
 
 
 class DeliveringIterable(IterableDatasetWrapper):
@@ -96,7 +96,7 @@ class DeliveringIterable(IterableDatasetWrapper):
         self._ended = False
         return super().__iter__()
 
-    def __next__(self) -> Delivery:
+    def __next__(self) -> WorkerBatch:
         if self._ended:
             raise StopIteration
         try:
@@ -122,15 +122,15 @@ class ResumableDeliveries(torch.utils.data.IterableDataset):
         self.dataset = dataset
         self.plan = plan
         self.rank = rank
-        self.start = Start()
+        self.start = ResumePoint()
 
-    def __iter__(self) -> Iterator[Delivery]:
+    def __iter__(self) -> Iterator[WorkerBatch]:
         info = torch.utils.data.get_worker_info()
         num_workers = 1 if info is None else info.num_workers
         if info is not None:  # the workers are the parallelism; tokenizers would start threads in each of them
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         worker = ((0 if info is None else info.id) + self.start.first_worker) % num_workers
-        sampler = WorkerSampler(self.plan, Share(worker, num_workers), self.rank, self.start.epoch)
+        sampler = WorkerSampler(self.plan, WorkerInfo(worker, num_workers), self.rank, self.start.epoch)
         state = self.start.states[worker] if self.start.states else None
         goes_on = True
         while goes_on:
@@ -139,18 +139,18 @@ class ResumableDeliveries(torch.utils.data.IterableDataset):
             goes_on = not (delivery.is_last or delivery.error)
             yield delivery._replace(worker=worker, filtered=sampler.take_filtered())
 
-    def _next_of(self, sampler: WorkerSampler, state: bytes | None) -> Delivery:
+    def _next_of(self, sampler: WorkerSampler, state: bytes | None) -> WorkerBatch:
         with commands_allowed(self.dataset.allow_commands):
             return self._sampled(sampler, state)
 
-    def _sampled(self, sampler: WorkerSampler, state: bytes | None) -> Delivery:
+    def _sampled(self, sampler: WorkerSampler, state: bytes | None) -> WorkerBatch:
         try:
             if state is not None:
                 sampler.load_state_dict(pickle.loads(state))
-                self.dataset.bad_records.drain()  # what is read again has been noted before
+                self.dataset.skipped_records.drain()  # what is read again has been noted before
             examples = sampler.next()
         except StopIteration:
-            last = self.dataset.deliver(None)._replace(is_last=True, farewell=sampler.farewell)
+            last = self.dataset.deliver(None)._replace(is_last=True, end_of_data_message=sampler.end_of_data_message)
             return last._replace(state=pickle.dumps(sampler.state_dict()))
         except EmmettError as error:
             return self.dataset.deliver(None, error)
@@ -158,7 +158,7 @@ class ResumableDeliveries(torch.utils.data.IterableDataset):
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where the workers begin.
 
     Args:
@@ -184,7 +184,7 @@ class SpeechConversations(torch.utils.data.Dataset):
 
     def __init__(self, dataset: torch.utils.data.Dataset) -> None:
         self.dataset = dataset
-        self.bad_records = BadRecords()
+        self.skipped_records = SkippedRecords()
 
     def __getitem__(self, conversations: CutSet) -> dict:
         """Collate the conversations of one batch; an empty one where no speech is left of it.
@@ -210,7 +210,7 @@ class SpeechConversations(torch.utils.data.Dataset):
             for turn in _audio_turns(conversation):
                 turn.cut = with_checked_audio(turn.cut)
         except AudioFault as fault:
-            note_audio_fault(self.bad_records, conversation, fault)
+            note_audio_fault(self.skipped_records, conversation, fault)
             return False
         return True
 
@@ -222,15 +222,15 @@ class SpeechConversations(torch.utils.data.Dataset):
     def _note_dropped(self, conversation: NeMoMultimodalConversation) -> None:
         """Note why NeMo has left a conversation out."""
         if not conversation.has_audio_turns:
-            note_example(self.bad_records, conversation, "left without speech in its batch")
+            note_example(self.skipped_records, conversation, "left without speech in its batch")
             return
         try:
             for cut in conversation.list_cuts():
                 load_waveform(cut)
         except AudioFault as fault:
-            note_audio_fault(self.bad_records, conversation, fault)
+            note_audio_fault(self.skipped_records, conversation, fault)
         else:
-            note_example(self.bad_records, conversation, "unreadable audio")
+            note_example(self.skipped_records, conversation, "unreadable audio")
 
 
 class CheckedCuts(torch.utils.data.Dataset):
@@ -242,7 +242,7 @@ class CheckedCuts(torch.utils.data.Dataset):
 
     def __init__(self, dataset: torch.utils.data.Dataset) -> None:
         self.dataset = dataset
-        self.bad_records = BadRecords()
+        self.skipped_records = SkippedRecords()
 
     def __getitem__(self, examples: CutSet) -> Any:
         """The dataset's batch; an empty one where no example is left of it."""
@@ -252,19 +252,19 @@ class CheckedCuts(torch.utils.data.Dataset):
 
     def _checked(self, example: Any) -> Any:
         if not isinstance(example, Cut):
-            return None if note_refused(self.bad_records, example) else example
+            return None if note_refused(self.skipped_records, example) else example
         try:
             return with_checked_audio(example)
         except AudioFault as fault:
-            note_audio_fault(self.bad_records, example, fault)
+            note_audio_fault(self.skipped_records, example, fault)
             return None
 
 
-def note_refused(bad_records: BadRecords, example: Any) -> bool:
+def note_refused(skipped_records: SkippedRecords, example: Any) -> bool:
     """Whether loading an example would run a command that the recipe does not allow; notes one that would."""
     refused = any(map(is_refused, recordings_of(example)))
     if refused:
-        note_example(bad_records, example, RUNS_A_COMMAND)
+        note_example(skipped_records, example, RUNS_A_COMMAND)
     return refused
 
 

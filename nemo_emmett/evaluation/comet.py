@@ -40,8 +40,8 @@ class CometConfig:
             raise ConfigError("metrics: COMET needs the package unbabel-comet; pip install it, or leave COMET out.")
         settings = dict(settings or {})
         known = [field.name for field in fields(cls)]
-        if strangers := check_keys(settings, known, "comet"):
-            raise ConfigError(f"comet.{strangers[0]}: there is no such key; the keys are {', '.join(known)}.")
+        if unknown_keys := check_keys(settings, known, "comet"):
+            raise ConfigError(f"comet.{unknown_keys[0]}: there is no such key; the keys are {', '.join(known)}.")
         if not isinstance(settings.get("model"), str):
             raise ConfigError(
                 f"comet.model: {settings.get('model')!r} names no model of COMET; give a checkpoint's file, or a name "

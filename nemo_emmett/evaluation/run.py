@@ -334,7 +334,7 @@ class _Share:
         return cls(
             translated,
             {name: loader.sampler.order for name, loader in test_sets.items()},
-            {name: loader.bad_records.records() for name, loader in test_sets.items()},
+            {name: loader.skipped_records.records() for name, loader in test_sets.items()},
         )
 
 

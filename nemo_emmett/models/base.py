@@ -35,22 +35,22 @@ from nemo_emmett.models.building import (
     build_perception,
     build_tokenizer,
     compile_blocks,
+    enable_activation_checkpointing,
     fit_embeddings,
     install_lora,
-    save_memory,
 )
 from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.models.export import Export
 from nemo_emmett.models.generation import Generation
 from nemo_emmett.models.head import LLMInputs, answer_logits, answer_loss, answer_scores
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS, check_initial_weights, load_initial_weights
-from nemo_emmett.models.microbatches import PieceSums, TokenCounts, cut_batch, target_counts
-from nemo_emmett.models.sharding import absent_modalities, modality_of_all_parts, shard, stand_in, validated_parts
+from nemo_emmett.models.microbatches import MicrobatchLoss, TokenCounts, cut_batch, target_counts
+from nemo_emmett.models.sharding import absent_modalities, dummy_batch, modality_of_all_parts, shard, validated_parts
 from nemo_emmett.models.step_log import StepLog, forget_logged
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
 from nemo_emmett.modules.batch import MODALITIES, split_modalities
 from nemo_emmett.modules.loss import IGNORE_INDEX, modality_loss
-from nemo_emmett.modules.placement import Placed, place_audio
+from nemo_emmett.modules.placement import Placed, merge_audio_embeddings
 from nemo_emmett.prompts.families import default_prompt_format
 
 
@@ -111,7 +111,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         self.cfg.prompt_format = cfg["prompt_format"] = self.options.prompt_format
         self.save_hyperparameters({"cfg": cfg})
         fit_embeddings(self)
-        self._take_parts()
+        self._post_init_llm()
         if self.options.lora is not None:
             install_lora(self)
         self.perception = None
@@ -119,7 +119,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             build_perception(self)
         load_initial_weights(self, start, self.trust_remote_code)
         if self.options.activation_checkpointing:
-            save_memory(self)
+            enable_activation_checkpointing(self)
         if self.options.compile:
             compile_blocks(self.llm, self.options.compile)
         self.register_buffer("_loss_weights", torch.tensor(self.options.loss_weights()), persistent=False)
@@ -127,10 +127,10 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         self._step_log: StepLog | None = None
         self.modality_losses: dict[str, Tensor] = {}  # of the last step's batch, summed, nats
         self._counts: TokenCounts | None = None  # of the last step's batch
-        self._pieces: PieceSums | None = None  # only while a batch is trained on in pieces
+        self._pieces: MicrobatchLoss | None = None  # only while a batch is trained on in pieces
         self.is_sharded = False
 
-    def _take_parts(self) -> None:
+    def _post_init_llm(self) -> None:
         """What a subclass makes of the language model before anything is added to it."""
 
     def embeddings_inside(self) -> AbstractContextManager[None]:
@@ -262,11 +262,11 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             batch: one-modality batch, for its ``audios`` and ``audio_lens``.
             ids_BT: (B, T) int64.
             mask_BT: (B, T) bool, false where no token stands.
-            options: of :func:`~nemo_emmett.modules.placement.place_audio`.
+            options: of :func:`~nemo_emmett.modules.placement.merge_audio_embeddings`.
         """
         has_audio = batch.get("audios") is not None
         audio = self.encode_speech(batch["audios"], batch["audio_lens"]) if has_audio else (None, None)
-        return place_audio(self.embed(ids_BT), ids_BT, mask_BT, *audio, self.audio_locator_id, **options)
+        return merge_audio_embeddings(self.embed(ids_BT), ids_BT, mask_BT, *audio, self.audio_locator_id, **options)
 
     # Training.
 
@@ -302,7 +302,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
         A rank whose batch has nothing left of it (an empty dict) steps along with the others, with a loss of zero.
         """
-        self._hold_frozen_parts()
+        self._eval_frozen_modules()
         parts = self._parts(batch)
         if self._pieces is None:
             self._counts = TokenCounts(batch, parts, self.device)
@@ -346,14 +346,14 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
     def _zero_loss(self, modality: str) -> Tensor:
         """Zero, with a gradient of zero for all parameters that a batch of the modality passes through."""
-        with stand_in(self, modality) as batch:
+        with dummy_batch(self, modality) as batch:
             return 0.0 * self._loss_sum(batch)
 
     def _loss_sum(self, part: Mapping) -> Tensor:
         options = self.options
         return answer_loss(self.llm, self.llm_inputs(part), options.label_smoothing, options.loss_implementation)
 
-    def _hold_frozen_parts(self) -> None:
+    def _eval_frozen_modules(self) -> None:
         """Keep frozen parts in evaluation mode, as NeMo's SALM does: no dropout, no update of batch norm."""
         parts = [self.llm]
         if self.perception is not None:
@@ -395,7 +395,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         parts = self._parts(batch)
         if self._counts is None or not self._counts.are_of(batch):
             self._counts = TokenCounts(batch, parts, self.device)
-        self._pieces = PieceSums(self._counts)
+        self._pieces = MicrobatchLoss(self._counts)
         try:
             yield
             if not self._counts.logged:
@@ -419,7 +419,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             if modality in parts[dataset]:
                 self._validate(dataset, modality, parts[dataset][modality])
             else:
-                with stand_in(self, modality) as batch_of_none:
+                with dummy_batch(self, modality) as batch_of_none:
                     answer_scores(self.llm, self.llm_inputs(batch_of_none))
 
     def _validate(self, dataset: str, modality: str, part: Mapping) -> None:

@@ -23,7 +23,14 @@ from transformers.cache_utils import DynamicLayer
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError, DataError, ModelError
 from nemo_emmett.models.base import SpeechTextModel
-from nemo_emmett.models.causal import Sequences, bare, context_and_answer, context_only, put_back, take_embeddings
+from nemo_emmett.models.causal import (
+    Sequences,
+    context_and_answer,
+    context_only,
+    detach_embeddings,
+    reattach_embeddings,
+    unwrap_peft,
+)
 from nemo_emmett.models.head import LLMInputs
 from nemo_emmett.modules.batch import pack
 from nemo_emmett.modules.cross_attention import SpeechCrossAttention, SpeechMemory
@@ -48,8 +55,8 @@ class BestowGPT(SpeechTextModel):
     is_encoder_decoder = False
     has_cross_attention = True
 
-    def _take_parts(self) -> None:
-        self.embed_tokens = take_embeddings(self.llm)
+    def _post_init_llm(self) -> None:
+        self.embed_tokens = detach_embeddings(self.llm)
         options = self.options.cross_attention or {}
         for stranger in check_keys(options, CROSS_ATTENTION_KEYS, "model.cross_attention"):
             raise ConfigError(
@@ -64,7 +71,7 @@ class BestowGPT(SpeechTextModel):
 
     def embeddings_inside(self) -> AbstractContextManager[None]:
         """See :meth:`SpeechTextModel.embeddings_inside`."""
-        return put_back(self.llm, self.embed_tokens)
+        return reattach_embeddings(self.llm, self.embed_tokens)
 
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
         """Contexts and answers one after another, padded on the right, which needs no attention mask."""
@@ -119,7 +126,7 @@ class BestowGPT(SpeechTextModel):
             return
         look_up = _LookUp(self.embed, self.cross_attention, memory)
         # peft's wrapper hands `generate` on to the model inside.
-        handle = bare(self.llm).register_forward_pre_hook(look_up, with_kwargs=True)
+        handle = unwrap_peft(self.llm).register_forward_pre_hook(look_up, with_kwargs=True)
         try:
             yield
         finally:

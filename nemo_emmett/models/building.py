@@ -24,7 +24,7 @@ from transformers import AddedToken, AutoConfig, PreTrainedModel
 
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ConfigError, EmmettError, ModelError
-from nemo_emmett.models.causal import bare
+from nemo_emmett.models.causal import unwrap_peft
 from nemo_emmett.modules.modality_adapters import check_modality_adapter, leave_out_collectives
 from nemo_emmett.prompts.families import may_be_read
 
@@ -130,7 +130,9 @@ def install_lora(model: SpeechTextModel) -> None:
         with model.embeddings_inside():
             embeddings = model.token_embedding
             model.llm = get_peft_model(model.llm, LoraConfig(**model.options.lora))
-            is_out_of_reach = hasattr(model, "embed_tokens") and bare(model.llm).model.embed_tokens is not embeddings
+            is_out_of_reach = (
+                hasattr(model, "embed_tokens") and unwrap_peft(model.llm).model.embed_tokens is not embeddings
+            )
     except (ValueError, TypeError) as error:
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.llm.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(
@@ -233,7 +235,7 @@ def transformer_blocks(llm: nn.Module) -> list[nn.Module]:
     return [module for module in llm.modules() if type(module).__name__ in names]
 
 
-def save_memory(model: SpeechTextModel) -> None:
+def enable_activation_checkpointing(model: SpeechTextModel) -> None:
     """Activation checkpointing (arXiv 1604.06174) of language model and speech encoder, block by block, and of the
     cross-attention layers between them."""
     with model.embeddings_inside():

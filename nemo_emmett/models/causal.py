@@ -49,7 +49,7 @@ def context_only(batch: Mapping) -> Sequences:
     return Sequences(ids_BT, mask_BT, torch.zeros_like(mask_BT) if targets_BT is None else targets_BT)
 
 
-def take_embeddings(llm: nn.Module) -> nn.Module:
+def detach_embeddings(llm: nn.Module) -> nn.Module:
     """Take the token embeddings out of a decoder-only LLM, where NeMo's SALM keeps them: what it reads is embedded
     before it, and FSDP2 shards the two apart.
 
@@ -68,14 +68,14 @@ def take_embeddings(llm: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def put_back(llm: nn.Module, embed_tokens: nn.Module) -> Iterator[None]:
+def reattach_embeddings(llm: nn.Module, embed_tokens: nn.Module) -> Iterator[None]:
     """The token embeddings in their old place for a while, for what looks for them there: ``generate``, and peft.
 
     Args:
         llm: the language model, with or without peft around it.
-        embed_tokens: what :func:`take_embeddings` took.
+        embed_tokens: what :func:`detach_embeddings` took.
     """
-    decoder = bare(llm).model
+    decoder = unwrap_peft(llm).model
     decoder.embed_tokens = embed_tokens
     try:
         yield
@@ -83,6 +83,6 @@ def put_back(llm: nn.Module, embed_tokens: nn.Module) -> Iterator[None]:
         del decoder.embed_tokens
 
 
-def bare(llm: nn.Module) -> nn.Module:
+def unwrap_peft(llm: nn.Module) -> nn.Module:
     """The Hugging Face model itself, without peft around it."""
     return llm.get_base_model() if hasattr(llm, "get_base_model") else llm

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nemo_emmett.models.causal import bare
+from nemo_emmett.models.causal import unwrap_peft
 from nemo_emmett.modules.linear_cross_entropy import linear_cross_entropy, token_scores
 from nemo_emmett.modules.loss import IGNORE_INDEX
 
@@ -126,7 +126,7 @@ def has_linear_head(llm: PreTrainedModel) -> bool:
 
 def output_layer(llm: PreTrainedModel) -> nn.Module:
     """The layer that makes logits; transformers itself does not find it once the token embeddings are taken out."""
-    owner = bare(llm)
+    owner = unwrap_peft(llm)
     return owner.lm_head if hasattr(owner, "lm_head") else owner.get_output_embeddings()
 
 
@@ -187,7 +187,7 @@ def _answering(
 @contextmanager
 def _bare_logits(llm: PreTrainedModel) -> Iterator[tuple[Tensor | None, float | None]]:
     """Keep a model from changing what its output layer returns; yields the bias and the soft cap it would apply."""
-    owner = bare(llm)
+    owner = unwrap_peft(llm)
     softcap = getattr(owner.config, "final_logit_softcapping", None)
     bias_1V = owner._buffers.get("final_logits_bias")  # mBART's
     try:

@@ -111,7 +111,7 @@ class TokenCounts:
         return self._totals_M
 
 
-class PieceSums:
+class MicrobatchLoss:
     """What the pieces of a step have added up to so far."""
 
     def __init__(self, counts: TokenCounts) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nemo_emmett.models.base import SpeechTextModel
-from nemo_emmett.models.causal import context_and_answer, context_only, put_back, take_embeddings
+from nemo_emmett.models.causal import context_and_answer, context_only, detach_embeddings, reattach_embeddings
 from nemo_emmett.models.head import LLMInputs
 from nemo_emmett.modules.batch import padding_mask
 from nemo_emmett.modules.loss import IGNORE_INDEX
@@ -42,8 +42,8 @@ class SALMGPT(SpeechTextModel):
     model_type = "nemo_speechlm"
     architecture = "NeMoSpeechLMForConditionalGeneration"
 
-    def _take_parts(self) -> None:
-        self.embed_tokens = take_embeddings(self.llm)
+    def _post_init_llm(self) -> None:
+        self.embed_tokens = detach_embeddings(self.llm)
 
     @property
     def token_embedding(self) -> nn.Module:
@@ -52,7 +52,7 @@ class SALMGPT(SpeechTextModel):
 
     def embeddings_inside(self) -> AbstractContextManager[None]:
         """See :meth:`SpeechTextModel.embeddings_inside`."""
-        return put_back(self.llm, self.embed_tokens)
+        return reattach_embeddings(self.llm, self.embed_tokens)
 
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
         """Contexts and answers one after another, padded on the right.

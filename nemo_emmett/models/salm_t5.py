@@ -50,7 +50,7 @@ class SALMT5(SpeechTextModel):
     auto_class = AutoModelForSeq2SeqLM
     is_encoder_decoder = True
 
-    def _take_parts(self) -> None:
+    def _post_init_llm(self) -> None:
         self.register_load_state_dict_pre_hook(_untie_output_layer)
 
     @property
@@ -79,7 +79,7 @@ class SALMT5(SpeechTextModel):
 
         Args:
             batch: one-modality batch.
-            locators_elsewhere: of :func:`~nemo_emmett.modules.placement.place_audio`.
+            locators_elsewhere: of :func:`~nemo_emmett.modules.placement.merge_audio_embeddings`.
 
         Raises:
             DataError: if an example is longer than the language model has positions for.

@@ -105,7 +105,7 @@ def validated_parts(model: SpeechTextModel, parts: Mapping[str, Mapping[str, Map
 
 
 @contextmanager
-def stand_in(model: SpeechTextModel, modality: str) -> Iterator[dict[str, Tensor]]:
+def dummy_batch(model: SpeechTextModel, modality: str) -> Iterator[dict[str, Tensor]]:
     """A batch of one short example, for a rank that has nothing of a modality whose parts it must enter.
 
     Meanwhile the speech encoder is in evaluation mode, so that its batch norms do not learn from it.

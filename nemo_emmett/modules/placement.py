@@ -49,7 +49,7 @@ class Placed:
     positions_BA: Tensor | None = None
 
 
-def place_audio(
+def merge_audio_embeddings(
     token_embeds_BTH: Tensor,
     token_ids_BT: Tensor,
     token_mask_BT: Tensor,
@@ -88,7 +88,7 @@ def place_audio(
 
     Example:
         >>> ids, embeds, speech = torch.tensor([[5, 9, 6]]), torch.zeros(1, 3, 4), torch.ones(1, 2, 4)
-        >>> place_audio(embeds, ids, ids > 0, speech, torch.tensor([2]), locator_id=9).embeds_BSH[0, :, 0]
+        >>> merge_audio_embeddings(embeds, ids, ids > 0, speech, torch.tensor([2]), locator_id=9).embeds_BSH[0, :, 0]
         tensor([0., 1., 1., 0.])
     """
     B, T, H = token_embeds_BTH.shape

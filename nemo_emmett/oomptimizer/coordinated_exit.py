@@ -23,7 +23,7 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_WAIT = 20.0  # for ranks that do not answer; they may be gone already
 
 
-class Departure:
+class CoordinatedExit:
     """Lets the ranks of a training leave together."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from nemo_emmett.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, ConfigError
 from nemo_emmett.modules.loss import world_size
 from nemo_emmett.oomptimizer.adapters.base import Adapter, Extent
 from nemo_emmett.oomptimizer.buckets import Bucket, Group
-from nemo_emmett.oomptimizer.coordinated_exit import Departure
+from nemo_emmett.oomptimizer.coordinated_exit import CoordinatedExit
 from nemo_emmett.oomptimizer.meter import Meter
 from nemo_emmett.oomptimizer.profile import Event
 from nemo_emmett.oomptimizer.recovery import NOT_EVEN_ONE, Recovery
@@ -81,7 +81,7 @@ class Guard:
         self._slopes = dict(slopes or {})
         self._agree_every = agree_every
         self._recovery = Recovery(adapter, self)
-        self._departure = Departure()
+        self._departure = CoordinatedExit()
         self._module: LightningModule | None = None
         self._trainer: Trainer | None = None
         self._optimizer_is_tracked = False

@@ -46,7 +46,7 @@ NOT_EVEN_ONE = "not even one example of it fits"
 _Result = TypeVar("_Result")
 
 
-class Watcher(Protocol):
+class RecoveryListener(Protocol):
     """Who is told what memory a step takes, and decides what a step of pieces cannot."""
 
     def pieces(self, batch: Any) -> int:
@@ -70,7 +70,7 @@ class Recovery:
         watcher: is told.
     """
 
-    def __init__(self, adapter: Adapter, watcher: Watcher) -> None:
+    def __init__(self, adapter: Adapter, watcher: RecoveryListener) -> None:
         self._adapter = adapter
         self._watcher = watcher
         self._loop: Any = None
@@ -144,7 +144,7 @@ class _RecoveringClosure(Closure):
         trainer: Trainer,
         module: LightningModule,
         adapter: Adapter,
-        watcher: Watcher,
+        watcher: RecoveryListener,
         batch: Any,
         closure_of: Callable[[Any], Closure],
     ) -> None:
@@ -294,7 +294,9 @@ class _RecoveringClosure(Closure):
         model = self._strategy.model
         if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
             return loss
-        return _Tie.apply(loss, *(p for p in model.parameters() if p.requires_grad and p.grad is not None))
+        return ZeroGradDependency.apply(
+            loss, *(p for p in model.parameters() if p.requires_grad and p.grad is not None)
+        )
 
 
 class _Once:
@@ -359,16 +361,18 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-class _Tie(torch.autograd.Function):
+class ZeroGradDependency(torch.autograd.Function):
     """A loss that depends on parameters, with a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        """The loss, unchanged."""
         ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        """The loss's gradient; zero for each parameter."""
         # One zero each, seen as many: nothing is allocated.
         zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.parameters)
         return gradient, *zeros

@@ -19,7 +19,7 @@ from nemo_emmett.data.bucketing.length_stats import AUTO, Lengths, as_nemo_write
 from nemo_emmett.data.bucketing.padding import Padding, equal_mass_bins, equal_mass_bins_2d, largest_ratios, padding_of
 from nemo_emmett.data.config.sources import groups_of, with_inherited
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.data.sampling.plan import as_one_stream
+from nemo_emmett.data.sampling.plan import merge_groups
 from nemo_emmett.errors import ConfigError, DataError, EmmettError
 from nemo_emmett.planning.blend_report import Recipe, load_tokenizer
 
@@ -112,7 +112,7 @@ def bins_of_dataset(
         DataError: if there is nothing to measure.
     """
     if groups_of(settings) is not None and settings.get("sampler_fusion") == "mux":
-        settings = as_one_stream(settings, where)
+        settings = merge_groups(settings, where)
     if groups_of(settings) is None:
         groups = {where: settings}
     else:

@@ -22,7 +22,7 @@ from rich.text import Text
 from nemo_emmett.data.blending.counting import Size, TokenCounter
 from nemo_emmett.data.blending.weights import Node, blends_of
 from nemo_emmett.data.config.schema import MultimodalDataConfig
-from nemo_emmett.data.config.sources import Source, as_one_stream, groups_of, with_inherited
+from nemo_emmett.data.config.sources import Source, groups_of, merge_groups, with_inherited
 from nemo_emmett.data.config.validation import check_keys_of_dataset
 from nemo_emmett.data.io.files import is_local
 from nemo_emmett.data.readers.registry import register_data_types
@@ -208,7 +208,7 @@ def streams_of(recipe: Recipe, tokenizer: Any = None, index_dir: str | None = No
     if groups_of(settings) is not None:
         check_fusion(_fusion(settings), settings.get("sampler_weights"), list(groups_of(settings)), where)
         if _fusion(settings) == "mux":
-            settings = as_one_stream(settings, where)
+            settings = merge_groups(settings, where)
     blends = blends_of(settings, where, tokenizer=tokenizer, index_dir=index_dir, count_all=True)
     configs = with_inherited(settings) if groups_of(settings) is not None else {"": settings}
     batches = _batches_per_step(settings, list(blends))

@@ -58,7 +58,7 @@ def test_our_formats_train_on_the_text(load, text, tokenizer, sampling) -> None:
         [eins, unknown, unknown, unknown, eos],
     )
     assert len(found) == 3
-    assert loader.bad_records.count() == 0
+    assert loader.skipped_records.count() == 0
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -81,7 +81,9 @@ def test_nemos_formats_skip_the_record_and_count_its_line(load, speech, tokenize
     keys = {"prompt_format": "plain", "token_equivalent_duration": 0.08}
     loader = load([source], sampling, SALMDataset(tokenizer), **keys)
     assert sum(len(batch["input_ids"]) for batch in loader) == 2
-    assert [str(record) for record in loader.bad_records.first] == [f"{manifest}, line 2: text holds a control token"]
+    assert [str(record) for record in loader.skipped_records.first] == [
+        f"{manifest}, line 2: text holds a control token"
+    ]
 
 
 def test_a_source_of_such_records_alone_is_told_before_training(load, speech, tokenizer) -> None:

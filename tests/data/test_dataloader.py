@@ -137,7 +137,7 @@ def test_every_source_type_as_an_evaluation_set(load, speech, pairs, tmp_path, s
 def test_without_input_cfg(load, speech) -> None:
     loader = load({"manifest_filepath": str(speech(3)), "target_lang": "de"})
     assert examples_of(loader) == SPEECH_EXAMPLES
-    assert loader.bad_records.read_count == 3
+    assert loader.skipped_records.read_count == 3
 
 
 def test_groups_weights_and_tags_keep_nemos_meaning(load, speech, pairs) -> None:
@@ -295,13 +295,13 @@ def test_bad_records_are_counted_and_the_good_ones_arrive(load, speech_with_faul
     batches = list(loader)
     assert len(batches) == 2, "batches of which nothing is left do not reach the trainer"
     assert {Path(i).name for i in ids_of(batches)} == {"speech.json-0.wav", "speech.json-5.wav"}
-    assert loader.bad_records.causes() == FAULTS
-    assert loader.bad_records.read_count == 6
+    assert loader.skipped_records.causes() == FAULTS
+    assert loader.skipped_records.read_count == 6
     assert set(batches[0]["audio"]) == {
         *("context_ids", "context_lens", "answer_ids", "answer_lens", "audios", "audio_lens", "examples")
     }
     list(loader)
-    assert loader.bad_records.causes() == FAULTS, "the same records, met again"
+    assert loader.skipped_records.causes() == FAULTS, "the same records, met again"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -320,7 +320,7 @@ def test_a_bad_record_behind_the_last_batch_is_counted_too(load, speech, flavour
         }
     )
     assert len(list(loader)) == (2 if workers and flavour == "force_iterable_dataset" else 1)
-    assert loader.bad_records.causes() == {"not JSON": 1}
+    assert loader.skipped_records.causes() == {"not JSON": 1}
 
 
 def test_notes_survive_the_way_into_a_spawned_worker(load, speech) -> None:
@@ -339,7 +339,7 @@ def test_bad_records_are_named_by_line_and_reported(load, speech_with_faults, mo
     monkeypatch.setattr(logging, "warning", lambda message, *args, **kwargs: warnings.append(message))
     loader = load({"manifest_filepath": str(speech_with_faults), "target_lang": "de", "max_bad_records": None})
     list(loader)
-    named = sorted(str(record).split(": ")[0].rpartition("speech.json, ")[2] for record in loader.bad_records.first)
+    named = sorted(str(record).split(": ")[0].rpartition("speech.json, ")[2] for record in loader.skipped_records.first)
     assert [name.split(" (")[0] for name in named] == ["line 2", "line 3", "line 4", "line 5"]
     assert sum("Skipped a bad record" in w for w in warnings) == 4
     assert sum("Bad records skipped so far" in w and "truncated audio" in w for w in warnings) == 1
@@ -454,7 +454,7 @@ def test_what_raises_upon_an_example_costs_that_example(
     ids = ids_of(loader)
     # NeMo's samplers read noise in the loader, which counts what is left out; ours read it before, and log it.
     of_noise = {"missing audio": 1, "unreadable audio": 1} if make is faulty_noise and sampling == "nemo" else {}
-    assert loader.bad_records.causes() == dict(causes) | of_noise
+    assert loader.skipped_records.causes() == dict(causes) | of_noise
     assert len(ids) == len(records) + len(more) - causes.total()
 
 
@@ -485,7 +485,7 @@ def test_a_batch_that_failed_is_counted_and_never_replaced(load, speech) -> None
     loader = load(config, FallbackDataset(Forgetful()), settings={})
     names = [Path(batch["ids"][0]).name for batch in loader]
     assert names == ["speech.json-0.wav", "speech.json-2.wav"]
-    assert loader.bad_records.causes() == {"refused by the dataset": 2}
+    assert loader.skipped_records.causes() == {"refused by the dataset": 2}
 
 
 class Lengths(torch.utils.data.Dataset):
@@ -506,7 +506,7 @@ def test_other_datasets_get_recordings_as_they_are(load, write_tone, write_manif
     config = {"manifest_filepath": str(write_manifest("m.json", records)), "batch_size": 4, "force_finite": True}
     loader = load({**config, "max_bad_records": None, "sampling": sampling}, Lengths(), settings={})
     assert list(loader) == [{"rate.wav": 16000, "long.wav": 16000, "short.wav": 15200}]
-    assert loader.bad_records.causes() == {"missing audio": 1}
+    assert loader.skipped_records.causes() == {"missing audio": 1}
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -605,7 +605,7 @@ def test_nemos_salm_hears_each_recording_in_its_place(
     (batch,) = list(loader)
     assert batch["audio_lens"].tolist() == [16000] * 3
     assert [int(torch.fft.rfft(audio).abs().argmax()) for audio in batch["audios"]] == [200, 300, 400]
-    assert loader.bad_records.causes() == {"audio holds values that are not numbers": 1}
+    assert loader.skipped_records.causes() == {"audio holds values that are not numbers": 1}
 
 
 def test_nemos_salm_counts_what_it_drops(load, tokenizer, speech_with_faults, salm_settings) -> None:
@@ -613,7 +613,7 @@ def test_nemos_salm_counts_what_it_drops(load, tokenizer, speech_with_faults, sa
     loader = load(config, SALMDataset(tokenizer), settings=salm_settings)
     batches = list(loader)
     assert sum(len(batch["input_ids"]) for batch in batches) == 2
-    assert loader.bad_records.causes() == FAULTS
+    assert loader.skipped_records.causes() == FAULTS
 
 
 def test_parallel_text_in_a_recipe_without_us(tokenizer, pairs) -> None:
@@ -648,8 +648,8 @@ def test_the_share_is_one_of_records_not_of_their_translations(load, speech, fla
     loader = load({**config, "max_bad_records": 0.25})
     for _ in range(2):
         assert len(ids_of(loader)) == 2 * 6
-        assert loader.bad_records.shares() == {f"data.train_ds ({manifest})": 0.25}
-    assert loader.bad_records.count() == 2
+        assert loader.skipped_records.shares() == {f"data.train_ds ({manifest})": 0.25}
+    assert loader.skipped_records.count() == 2
 
 
 def test_shards_of_a_source_are_judged_together(load, write_manifest, speech, tmp_path) -> None:
@@ -659,7 +659,7 @@ def test_shards_of_a_source_are_judged_together(load, write_manifest, speech, tm
     manifest = f"{tmp_path}/shard__OP_0..1_CL_.json"
     loader = load({"manifest_filepath": manifest, "target_lang": "de", "max_bad_records": 0.25})
     assert len(ids_of(loader)) == 4
-    assert loader.bad_records.shares() == {f"data.train_ds ({manifest})": 0.2}
+    assert loader.skipped_records.shares() == {f"data.train_ds ({manifest})": 0.2}
 
 
 @pytest.mark.parametrize("kind", ["lhotse_shar", "lhotse_as_conversation"])
@@ -678,9 +678,9 @@ def test_records_that_nemo_reads_are_counted_too(load, speech, tmp_path, kind) -
     config = {"input_cfg": [{"type": kind, **source}], "force_finite": True, "force_map_dataset": True}
     loader = load({**config, "max_bad_records": 0.25})
     assert len(ids_of(loader)) == 3
-    assert loader.bad_records.read_count == 4
-    assert list(loader.bad_records.shares().values()) == [0.25]
-    assert all(source.startswith("data.train_ds.input_cfg.0 (") for source in loader.bad_records.shares())
+    assert loader.skipped_records.read_count == 4
+    assert list(loader.skipped_records.shares().values()) == [0.25]
+    assert all(source.startswith("data.train_ds.input_cfg.0 (") for source in loader.skipped_records.shares())
 
 
 # Epochs and random states

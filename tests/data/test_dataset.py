@@ -119,7 +119,7 @@ def test_unreadable_audio_costs_its_example_only(dataset, write_tone, tmp_path) 
     assert batch["audio"]["audios"].shape == (1, 16000)
     assert len(batch["text"]["examples"]) == 1
     expected = [f"m.json, line 4 ({tmp_path}/missing.wav): missing audio"]
-    assert [str(r) for r in dataset.bad_records.drain().skipped] == expected
+    assert [str(r) for r in dataset.skipped_records.drain().skipped] == expected
     assert dataset[CutSet([missing])] == {}
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nemo_emmett.data.dataloader import MultimodalDataLoader
-from nemo_emmett.data.io.skipped_records import BadRecords
-from nemo_emmett.data.worker_batches import DeliveringDataset, Delivery
+from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.worker_batches import DeliveringDataset, WorkerBatch
 
 from ..fork_server import call_in_new_process, fork_server, print_to
 
@@ -25,9 +25,9 @@ class Endless(torch.utils.data.IterableDataset):
     """Batches without an end."""
 
     def __init__(self) -> None:
-        self.dataset = DeliveringDataset([], BadRecords())
+        self.dataset = DeliveringDataset([], SkippedRecords())
 
-    def __iter__(self) -> Iterator[Delivery]:
+    def __iter__(self) -> Iterator[WorkerBatch]:
         while True:
             yield self.dataset.deliver({"step": 1})
 

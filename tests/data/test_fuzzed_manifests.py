@@ -26,7 +26,7 @@ from lhotse.shar import SharWriter
 from nemo.collections.speechlm2.data.salm_dataset import SALMDataset
 
 from nemo_emmett.data import MultimodalDataLoader, SpeechTextDataset, get_multimodal_dataloader
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 
 RATE = 16000
 SECONDS = 0.5
@@ -490,19 +490,19 @@ def build(
     return get_multimodal_dataloader(config, 0, 1, dataset, tokenizer)
 
 
-def load(source: dict, tokenizer: Any, sampling: str, workers: int) -> tuple[list[str], BadRecords]:
+def load(source: dict, tokenizer: Any, sampling: str, workers: int) -> tuple[list[str], SkippedRecords]:
     """The ids of all examples of one pass, and the loader's ledger."""
     loader = build(source, tokenizer, SpeechTextDataset(tokenizer), sampling, workers)
     ids = [example["id"] for batch in loader for part in batch.values() for example in part["examples"]]
-    return ids, loader.bad_records
+    return ids, loader.skipped_records
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("name", "sampling"), CASES)
 def test_every_fault_is_counted_and_every_good_record_arrives(tmp_path, tokenizer, name, sampling, workers) -> None:
     fuzzed = SOURCES[name](tmp_path, random.Random(f"{name} {workers}"))
-    ids, bad_records = load(fuzzed.source, tokenizer, sampling, workers)
-    assert bad_records.causes() == fuzzed.causes
+    ids, skipped_records = load(fuzzed.source, tokenizer, sampling, workers)
+    assert skipped_records.causes() == fuzzed.causes
     assert sorted(ids) == sorted(fuzzed.good)
 
 
@@ -527,7 +527,7 @@ def test_instructions_that_are_no_words_cost_their_record_alone(tmp_path, tokeni
     source = {"type": "nemo", "manifest_filepath": str(tmp_path / "speech.json")}
     loader = build(source, tokenizer, SALMDataset(tokenizer), sampling, workers=0, prompt_format="plain")
     assert sum(len(batch["conversations"]) for batch in loader) == 2
-    assert loader.bad_records.causes() == {"context is not a string": 4, "system_prompt is not a string": 4}
+    assert loader.skipped_records.causes() == {"context is not a string": 4, "system_prompt is not a string": 4}
 
 
 # Damage drawn at random
@@ -564,9 +564,9 @@ def test_damage_costs_no_record_but_the_damaged_ones(tmp_path, tokenizer, kind, 
     path = tmp_path / "lines.jsonl"
     path.write_bytes(content)
     key = {"nemo": "manifest_filepath", "lhotse": "cuts_path", "parallel_text": "paths"}[kind]
-    ids, bad_records = load({"type": kind, key: str(path)}, tokenizer, sampling, workers=0)
+    ids, skipped_records = load({"type": kind, key: str(path)}, tokenizer, sampling, workers=0)
     wanted = [f"{path}:{numbers[line]}" if kind == "parallel_text" else f"good{i}" for i, line in enumerate(good)]
     counts = Counter(i if kind == "parallel_text" else Path(i).stem for i in ids)
     assert [counts[i] for i in wanted] == [1] * GOOD
-    assert bad_records.read_count == GOOD + 80
-    assert len(ids) + bad_records.count() == GOOD + 80
+    assert skipped_records.read_count == GOOD + 80
+    assert len(ids) + skipped_records.count() == GOOD + 80

@@ -15,7 +15,7 @@ import torch
 from lhotse import Recording
 from omegaconf import OmegaConf
 
-from nemo_emmett.data.sampling.shard_batches import DealtBatches
+from nemo_emmett.data.sampling.shard_batches import ShardedBatches
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.evaluation import evaluate, from_json
 from nemo_emmett.evaluation.distributed import Processes, joined_processes
@@ -172,10 +172,10 @@ def test_a_record_that_several_ranks_met_counts_once():
 
 def test_batches_are_dealt_in_turns_and_their_order_is_the_same_to_all():
     batches = [list("ab"), list("cd"), list("e"), list("fg"), list("h")]
-    dealt = [DealtBatches(batches, rank, 3) for rank in range(3)]
+    dealt = [ShardedBatches(batches, rank, 3) for rank in range(3)]
     assert [list(of_rank) for of_rank in dealt] == [batches[0::3], batches[1::3], batches[2::3]]
     assert len({of_rank.order for of_rank in dealt}) == 1
-    other = DealtBatches(batches[::-1], 0, 3)
+    other = ShardedBatches(batches[::-1], 0, 3)
     list(other)
     assert other.order != dealt[0].order
 

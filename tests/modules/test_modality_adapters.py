@@ -280,7 +280,7 @@ def test_a_frozen_encoder_stays_in_evaluation_mode_while_the_adapter_trains(mode
         parameter.requires_grad = False
     try:
         model.train()
-        model._hold_frozen_parts()
+        model._eval_frozen_modules()
         assert not any(part.training for part in model.perception.encoder.modules())
         assert model.perception.modality_adapter.training
     finally:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_emmett.errors import DataError
 from nemo_emmett.modules.loss import IGNORE_INDEX
-from nemo_emmett.modules.placement import Placed, place_audio
+from nemo_emmett.modules.placement import Placed, merge_audio_embeddings
 
 LOCATOR, PAD, H = 9, 0, 4
 
@@ -110,7 +110,7 @@ def test_rows_are_those_of_nemo(draw, our_padding, their_padding):
         ]
         ids, embeds, is_target, mask = (torch.cat(pair, 1) for pair in zip(*parts, strict=True))
         ids[~mask] = LOCATOR  # stands for nothing where it is padding
-        ours = place_audio(
+        ours = merge_audio_embeddings(
             embeds, ids, mask, *rows.audio(), LOCATOR, is_target_BT=is_target, pad_left=our_padding == "left"
         )
         assert torch.equal(ours.lens_B, their_mask.sum(1))
@@ -131,7 +131,7 @@ def test_left_padded_tensors_are_those_of_nemo_to_the_last_element(draw):
         rows = random_rows(draw)
         ids, embeds, is_target, mask = rows.flush("left", draw(0, 3))
         theirs, _, their_mask = nemo(ids, embeds, is_target, rows.recordings)
-        ours = place_audio(embeds, ids, mask, *rows.audio(), LOCATOR, pad_left=True)
+        ours = merge_audio_embeddings(embeds, ids, mask, *rows.audio(), LOCATOR, pad_left=True)
         assert torch.equal(ours.mask_BS, their_mask)
         assert torch.equal(ours.embeds_BSH, theirs * their_mask[..., None])
         assert ours.targets_BA is ours.positions_BA is None
@@ -145,7 +145,7 @@ def test_gradients_are_those_of_nemo(draw):
             tensor.requires_grad_()
         theirs, _, their_mask = nemo(ids, embeds, is_target, rows.recordings)
         audio, audio_lens = rows.audio()
-        ours = place_audio(embeds, ids, mask, audio, audio_lens, LOCATOR, pad_left=True).embeds_BSH
+        ours = merge_audio_embeddings(embeds, ids, mask, audio, audio_lens, LOCATOR, pad_left=True).embeds_BSH
         upstream = torch.randn_like(theirs) * their_mask[..., None]
         inputs = [embeds, *rows.recordings]
         expected = torch.autograd.grad(theirs, inputs, upstream)
@@ -158,7 +158,7 @@ def test_gradients_reach_every_frame_and_token_that_is_placed_and_no_other():
     ids = torch.tensor([[5, LOCATOR, 6], [7, 8, PAD]])
     embeds = torch.randn(2, 3, H, requires_grad=True)
     audio = torch.randn(1, 4, H, requires_grad=True)
-    placed = place_audio(embeds, ids, ids != PAD, audio, torch.tensor([2]), LOCATOR)
+    placed = merge_audio_embeddings(embeds, ids, ids != PAD, audio, torch.tensor([2]), LOCATOR)
     placed.embeds_BSH.sum().backward()
     assert embeds.grad[..., 0].tolist() == [[1, 0, 1], [1, 1, 0]]
     assert audio.grad[..., 0].tolist() == [[1, 1, 0, 0]]
@@ -168,7 +168,7 @@ def test_gradients_reach_every_frame_and_token_that_is_placed_and_no_other():
 def test_what_is_frozen_gets_no_gradient(frozen):
     ids, embeds, audio = torch.tensor([[5, LOCATOR]]), torch.zeros(1, 2, H), torch.zeros(1, 2, H)
     (audio if frozen == "tokens" else embeds).requires_grad_()
-    place_audio(embeds, ids, ids != PAD, audio, torch.tensor([2]), LOCATOR).embeds_BSH.sum().backward()
+    merge_audio_embeddings(embeds, ids, ids != PAD, audio, torch.tensor([2]), LOCATOR).embeds_BSH.sum().backward()
     assert (embeds.grad is None, audio.grad is None) == (frozen == "tokens", frozen == "speech")
 
 
@@ -177,20 +177,20 @@ def test_targets_are_in_order_and_each_has_the_position_before_it():
     ids = torch.tensor([[5, LOCATOR, PAD, 6, 7], [PAD, 3, LOCATOR, 4, PAD]])
     args = (torch.zeros(2, 5, H), ids, ids != PAD, torch.zeros(2, 3, H), torch.tensor([3, 0]), LOCATOR)
     everything = torch.ones_like(ids, dtype=torch.bool)
-    placed = place_audio(*args, is_target_BT=everything)
+    placed = merge_audio_embeddings(*args, is_target_BT=everything)
     assert placed.targets_BA.tolist() == [[IGNORE_INDEX, 6, 7], [IGNORE_INDEX, 4, IGNORE_INDEX]]
     assert placed.positions_BA.tolist() == [[0, 3, 4], [0, 0, 0]]
-    flush_right = place_audio(*args, is_target_BT=everything, pad_left=True)
+    flush_right = merge_audio_embeddings(*args, is_target_BT=everything, pad_left=True)
     assert flush_right.targets_BA.tolist() == placed.targets_BA.tolist()
     assert flush_right.positions_BA[0].tolist() == [0, 3, 4]
     assert flush_right.positions_BA[1, 1] == 4
-    wider = place_audio(*args, is_target_BT=everything, max_targets=4)
+    wider = merge_audio_embeddings(*args, is_target_BT=everything, max_targets=4)
     assert wider.targets_BA.tolist() == [[*row, IGNORE_INDEX] for row in placed.targets_BA.tolist()]
 
 
 def test_speech_takes_the_type_of_the_tokens_and_gives_its_own_to_the_gradient():
     ids, audio = torch.tensor([[5, LOCATOR]]), torch.ones(1, 2, H, dtype=torch.bfloat16, requires_grad=True)
-    placed = place_audio(torch.zeros(1, 2, H), ids, ids != PAD, audio, torch.tensor([2]), LOCATOR)
+    placed = merge_audio_embeddings(torch.zeros(1, 2, H), ids, ids != PAD, audio, torch.tensor([2]), LOCATOR)
     placed.embeds_BSH.sum().backward()
     assert (placed.embeds_BSH.dtype, audio.grad.dtype) == (torch.float32, torch.bfloat16)
     assert audio.grad.sum() == 2 * H
@@ -205,7 +205,7 @@ def test_rows_of_any_width_anywhere_in_memory_are_copied(width, offset, dtype):
         return flat[offset:].view(shape)
 
     ids, embeds, audio = torch.tensor([[5, LOCATOR, 6]]), numbers(1, 3, width), -numbers(1, width, 2).transpose(1, 2)
-    placed = place_audio(embeds, ids, ids != PAD, audio, torch.tensor([2]), LOCATOR).embeds_BSH
+    placed = merge_audio_embeddings(embeds, ids, ids != PAD, audio, torch.tensor([2]), LOCATOR).embeds_BSH
     assert torch.equal(placed[0], torch.stack([embeds[0, 0], audio[0, 0], audio[0, 1], embeds[0, 2]]))
 
 
@@ -214,7 +214,7 @@ def test_recordings_that_differ_from_the_locators_are_refused_with_both_counts(r
     ids = torch.tensor([[5, LOCATOR]])
     audio = (None, None) if recordings is None else (torch.zeros(recordings, 1, H), torch.ones(recordings).long())
     with pytest.raises(DataError, match=f"{recordings or 0} recordings but 1 audio locator"):
-        place_audio(torch.zeros(1, 2, H), ids, ids != PAD, *audio, LOCATOR)
+        merge_audio_embeddings(torch.zeros(1, 2, H), ids, ids != PAD, *audio, LOCATOR)
 
 
 # How much is done.
@@ -265,7 +265,7 @@ def test_operations_do_not_depend_on_the_batch_and_the_host_reads_once(pad_left)
         is_target = torch.zeros_like(batch[2])
         is_target[:, 5:] = True
         with Operations() as operations, HostReads() as reads:
-            place_audio(*batch, is_target_BT=is_target, pad_left=pad_left).embeds_BSH.sum().backward()
+            merge_audio_embeddings(*batch, is_target_BT=is_target, pad_left=pad_left).embeds_BSH.sum().backward()
         assert reads.names == ["tolist"]
         names[B] = operations.names
     assert names[2] == names[64]
@@ -285,7 +285,7 @@ def test_tensors_without_values_get_the_shapes_of_real_ones(B, speech):
                 mask[0, 4] = False
             is_target = torch.zeros_like(mask)
             is_target[:, 5:] = True
-            placed = place_audio(
+            placed = merge_audio_embeddings(
                 embeds, ids, mask, audio, audio_lens, LOCATOR, is_target_BT=is_target, max_targets=ids.shape[1] - 5
             )
         shapes.append({name: (value.shape, value.dtype) for name, value in vars(placed).items()})

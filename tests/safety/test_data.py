@@ -180,7 +180,7 @@ def test_a_record_that_names_a_command_is_skipped_and_counted(
     said = payload.refused(read)
     assert said == ""
     assert found == {"good-0", "good-2", "good-3"}
-    assert loaders[0].bad_records.causes() == {"runs a command": 1}
+    assert loaders[0].skipped_records.causes() == {"runs a command": 1}
 
 
 @pytest.mark.parametrize("dataset", ["ours", "as_read", "reads_itself"])
@@ -331,7 +331,7 @@ def test_a_manifest_whose_recording_has_the_name_of_a_command(
     source = {"type": "nemo", "manifest_filepath": str(manifest)}
     loader = loader_of(source, SpeechTextDataset(tokenizer), tokenizer, max_bad_records=None)
     payload.refused(lambda: ids(loader))
-    assert loader.bad_records.causes() == {"runs a command": 1}
+    assert loader.skipped_records.causes() == {"runs a command": 1}
 
 
 def test_others_pipes_open_as_ever(cuts_with: Callable, tokenizer, payload: Payload) -> None:  # noqa: F811

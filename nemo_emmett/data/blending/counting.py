@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from nemo_emmett.data.io.skipped_records import Unusable
+from nemo_emmett.data.io.skipped_records import InvalidRecord
 from nemo_emmett.data.readers.json_records import check_sampling_rate, check_times, is_seconds, sampling_rate_of
 from nemo_emmett.prompts.encoding import encode_texts
 from nemo_emmett.prompts.markup import Prompt
@@ -190,7 +190,7 @@ def _seconds_of_record(record: Mapping, is_tarred: bool) -> float | None:
     """Length of a NeMo manifest's record; None if our reader skips it for what it says."""
     if record.get("_skipme", False) or not isinstance(record.get("audio_filepath"), str):
         return None
-    with suppress(Unusable):
+    with suppress(InvalidRecord):
         check_times(record)
         if not is_tarred and (rate := sampling_rate_of(record)) is not None:
             check_sampling_rate(rate)

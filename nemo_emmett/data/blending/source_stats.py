@@ -354,7 +354,7 @@ def _sizes_of_parts(parts: Sequence[Part], counter: TokenCounter, index_dir: str
     labels = {part: (part.key(counter), part.states()) for part in parts}
     kept = {part: indexes[part.home].get(*labels[part]) for part in parts}
     sizes = {part: size for part, size in kept.items() if size is not None}
-    homeless = []
+    uncached = []
     missing = {home: [p for p in members if p not in sizes] for home, members in of_home.items()}
     for part in (part for members in missing.values() for part in members):
         for state in labels[part][1]:
@@ -366,10 +366,10 @@ def _sizes_of_parts(parts: Sequence[Part], counter: TokenCounter, index_dir: str
                 is_kept = indexes[home].put({labels[part][0]: (labels[part][1], size) for part, size in new.items()})
                 sizes |= new
                 if not is_kept:
-                    homeless.append(home)
-    if homeless:
+                    uncached.append(home)
+    if uncached:
         logging.info(
-            f"The counts of {homeless[0]}{f' and {len(homeless) - 1} more' if homeless[1:] else ''} cannot be kept "
+            f"The counts of {uncached[0]}{f' and {len(uncached) - 1} more' if uncached[1:] else ''} cannot be kept "
             "beside the data, nor in index_dir, and are made anew at each start; set index_dir to a folder that can be "
             "written."
         )

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from nemo_emmett.data.bucketing.bins import optimal_bins, optimal_bins_2d
 from nemo_emmett.data.bucketing.padding import within_deviations
-from nemo_emmett.data.config.sources import as_one_stream, groups_of, list_sources, structured_config, with_inherited
+from nemo_emmett.data.config.sources import groups_of, list_sources, merge_groups, structured_config, with_inherited
 from nemo_emmett.data.io.commands import commands_allowed
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.data.readers.registry import Reading, feeding, reading, register_data_types
+from nemo_emmett.data.readers.registry import ReaderContext, injected_examples, reader_context, register_data_types
 from nemo_emmett.data.sampling.tolerance import SKIPPED, build_tolerant_sampler, guarded
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.translation import register_prompt_formats
@@ -126,17 +126,22 @@ def measure(
     constraint = _constraint(config, two_dimensional)
     lengths: list = []
     dropped: Counter[str] = Counter()
-    fed = nullcontext(config.input_cfg) if sample is None else feeding(sample)
-    bad_records = BadRecords()
+    fed = nullcontext(config.input_cfg) if sample is None else injected_examples(sample)
+    skipped_records = SkippedRecords()
     allowed = commands_allowed(settings.get("allow_commands") is True)
-    with logging.temp_verbosity(logging.ERROR), reading(Reading(bad_records, kind)), allowed, fed as input_cfg:
+    with (
+        logging.temp_verbosity(logging.ERROR),
+        reader_context(ReaderContext(skipped_records, kind)),
+        allowed,
+        fed as input_cfg,
+    ):
         config.input_cfg = input_cfg
-        sampler, _ = build_tolerant_sampler(config, 0, 1, tokenizer, bad_records)
+        sampler, _ = build_tolerant_sampler(config, 0, 1, tokenizer, skipped_records)
         examples, filters = _without_filters(sampler.cuts[0])
         for example in tqdm(
             itertools.islice(examples, limit), desc=f"Measuring {where}", unit=" examples", delay=5, disable=None
         ):
-            verdicts = ((keeps, guarded(keeps, bad_records)(example)) for keeps in filters)
+            verdicts = ((keeps, guarded(keeps, skipped_records)(example)) for keeps in filters)
             out_by, verdict = next(((f, kept) for f, kept in verdicts if kept is SKIPPED or not kept), (None, True))
             if out_by is None:
                 lengths.append(constraint.measure_length(example))
@@ -144,8 +149,9 @@ def measure(
                 dropped[type(out_by).__name__] += 1
     if not lengths:
         raise DataError(
-            f"{where}: no example is left to make bins of, of {bad_records.read_count} records "
-            f"({listed({**bad_records.causes(), **dropped}) or 'there are none'}); mend the data or relax its filters."
+            f"{where}: no example is left to make bins of, of {skipped_records.read_count} records "
+            f"({listed({**skipped_records.causes(), **dropped}) or 'there are none'}); mend the data or relax "
+            "its filters."
         )
     sides = np.asarray(lengths, dtype=float)
     unit = "tokens" if settings.get("use_multimodal_sampling") else "seconds"
@@ -259,7 +265,7 @@ def groups_with_auto_bins(settings: Mapping[str, Any], where: str) -> dict[str, 
     By the empty name, the dataset as a whole, if it does.
     """
     is_mux = groups_of(settings) is not None and settings.get("sampler_fusion") == "mux"
-    configs = {"": as_one_stream(settings, where) if is_mux else settings, **with_inherited(settings)}
+    configs = {"": merge_groups(settings, where) if is_mux else settings, **with_inherited(settings)}
     return {name: config for name, config in configs.items() if config.get("bucket_duration_bins") == AUTO}
 
 

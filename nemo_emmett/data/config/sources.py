@@ -245,7 +245,7 @@ def with_inherited(settings: Mapping) -> dict[str, dict]:
     return {name: {**inherited, **group} for name, group in (groups_of(settings) or {}).items()}
 
 
-def as_one_stream(settings: Mapping, where: str) -> dict[str, Any]:
+def merge_groups(settings: Mapping, where: str) -> dict[str, Any]:
     """``sampler_fusion: mux``: the groups of a ``multi_config`` as the members of one stream with one kind of batch.
 
     The weights of the groups (``sampler_weights``) become their shares of the examples.
@@ -387,7 +387,7 @@ def _load_entries(path: str | Path, where: str) -> Any:
     return OmegaConf.to_container(OmegaConf.create(entries), resolve=True) if isinstance(entries, list) else entries
 
 
-def route_to_our_reader(settings: Mapping, where: str) -> list[dict]:
+def wrap_sources(settings: Mapping, where: str) -> list[dict]:
     """The ``input_cfg`` of a dataset with every source of the type ``emmett_source``, which wraps the original."""
 
     return rewrite_sources(settings, where, _wrapped)
@@ -404,9 +404,7 @@ def structured_config(settings: Mapping, where: str) -> DictConfig:
     routed = {key: value for key, value in settings.items() if key not in elsewhere}
     if routed.get("noise_path") is not None:
         routed["noise_path"] = _noise_read_by_us(routed["noise_path"], f"{where}.noise_path")
-    return make_structured_with_schema_warnings(
-        config_of({**routed, "input_cfg": route_to_our_reader(settings, where)})
-    )
+    return make_structured_with_schema_warnings(config_of({**routed, "input_cfg": wrap_sources(settings, where)}))
 
 
 def _noise_read_by_us(noise: str | Path | Mapping, where: str) -> dict[str, Any]:

@@ -28,23 +28,23 @@ from nemo_emmett.data.config.sources import (
     INHERITED_BY_GROUPS,
     SHARED_BY_GROUPS,
     Source,
-    as_one_stream,
     config_of,
     groups_of,
     languages_of,
     list_all_sources,
     list_sources,
+    merge_groups,
     nemo_keys,
     plain,
-    route_to_our_reader,
     with_inherited,
+    wrap_sources,
 )
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.files import count_lines_of, is_local
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.parallel_text import aligned_shards, directions_of, text_layout
-from nemo_emmett.data.readers.registry import Reading, known_types, reading
+from nemo_emmett.data.readers.registry import ReaderContext, known_types, reader_context
 from nemo_emmett.data.sampling.fusion import check_for_nemo_salm, check_fusion
 from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
 from nemo_emmett.errors import ConfigError, DataError
@@ -147,14 +147,14 @@ def check_keys_of_dataset(settings: Mapping, where: str) -> list[str]:
     """
     groups = groups_of(settings)
     own = {key: value for key, value in settings.items() if groups is None or key not in groups}
-    strangers = check_keys(own, nemo_keys() | OUR_KEYS, where, LEGACY_KEYS)
+    unknown_keys = check_keys(own, nemo_keys() | OUR_KEYS, where, LEGACY_KEYS)
     _check_keys_of_groups(settings.get("input_cfg"), f"{where}.input_cfg")
     for name, group in (groups or {}).items():
         check_keys(group, nemo_keys() | OUR_KEYS, f"{where}.{name}", LEGACY_KEYS)
         _check_keys_of_groups(group.get("input_cfg"), f"{where}.{name}.input_cfg")
     for source in list_all_sources(settings, where):
         _check_type_and_keys(source)
-    return strangers
+    return unknown_keys
 
 
 def check_files_of_dataset(settings: Mapping, where: str) -> None:
@@ -185,16 +185,16 @@ def check_dataset(settings: Mapping, tokenizer: Any, where: str, kind: ExampleKi
     given = settings
     if groups and settings.get("sampler_fusion") == "mux":
         check_fusion("mux", settings.get("sampler_weights"), list(groups), where)
-        settings, groups = as_one_stream(settings, where), None
-    strangers = check_keys_of_dataset(settings, where)
+        settings, groups = merge_groups(settings, where), None
+    unknown_keys = check_keys_of_dataset(settings, where)
     if kind is ExampleKind.CONVERSATION:
         _check_for_nemo_salm(given, where)
     if groups is None:  # NeMo warns of strangers itself
         _check_group(settings, tokenizer, where, kind)
         return
-    strangers += [key for key in settings if key in LEGACY_KEYS - {"use_lhotse"} and key not in groups]
-    if strangers:
-        logging.warning(f"{where}: these keys are ignored: {', '.join(strangers)}")
+    unknown_keys += [key for key in settings if key in LEGACY_KEYS - {"use_lhotse"} and key not in groups]
+    if unknown_keys:
+        logging.warning(f"{where}: these keys are ignored: {', '.join(unknown_keys)}")
     if not groups:
         raise ConfigError(f"{where}: multi_config is set, but there are no groups; give each kind of data a section.")
     check_fusion(settings.get("sampler_fusion", "round_robin"), settings.get("sampler_weights"), list(groups), where)
@@ -277,8 +277,8 @@ def _check_type_and_keys(source: Source) -> None:
     if source.type not in KEYS_OF_TYPE:
         return
     known = ANY_SOURCE_KEYS | KEYS_OF_TYPE[source.type] | nemo_keys()
-    if strangers := check_keys(source.config, known, source.where, LEGACY_KEYS):
-        logging.warning(f"{source.where}: these keys have no meaning for '{source.type}': {', '.join(strangers)}")
+    if unknown_keys := check_keys(source.config, known, source.where, LEGACY_KEYS):
+        logging.warning(f"{source.where}: these keys have no meaning for '{source.type}': {', '.join(unknown_keys)}")
     tags = source.config.get("tags")
     if tags is not None and not isinstance(tags, Mapping):
         raise ConfigError(f"{source.where}.tags: {tags!r} is not a mapping; write each tag as 'name: value'.")
@@ -410,15 +410,17 @@ def _check_something_is_left(source: Source, settings: Mapping, tokenizer: Any, 
     """Send a source's records through NeMo's own filters until one passes. Nothing but manifests and text is read."""
     if not _can_be_probed(source, kind):
         return
-    bad_records = BadRecords()
+    skipped_records = SkippedRecords()
     allowed = commands_allowed(settings.get("allow_commands") is True)
-    how = Reading(bad_records, kind, forbidden=forbidden_text(settings.get("prompt_format"), tokenizer))
-    with logging.temp_verbosity(logging.ERROR), reading(how), allowed:
-        sampler, _ = build_tolerant_sampler(_probe_config(source, settings, tokenizer), 0, 1, tokenizer, bad_records)
+    how = ReaderContext(skipped_records, kind, forbidden=forbidden_text(settings.get("prompt_format"), tokenizer))
+    with logging.temp_verbosity(logging.ERROR), reader_context(how), allowed:
+        sampler, _ = build_tolerant_sampler(
+            _probe_config(source, settings, tokenizer), 0, 1, tokenizer, skipped_records
+        )
         if next(iter(sampler.cuts[0]), None) is not None:
             return
-    read, bad = bad_records.read_count, bad_records.count()
-    causes = bad_records.causes()
+    read, bad = skipped_records.read_count, skipped_records.count()
+    causes = skipped_records.causes()
     listed = ", ".join(f"{count} x {cause}" for cause, count in causes.items())
     if read == 0:
         raise DataError(f"{source.where}: {source.name} is empty; correct the path, or drop the source.")
@@ -448,7 +450,7 @@ def _probe_config(source: Source, settings: Mapping, tokenizer: Any) -> DictConf
     """The config of a sampler that only filters: one source, once through, in order."""
     probe = {key: value for key, value in settings.items() if key in nemo_keys() - CLASSIC_KEYS}
     probe |= {
-        "input_cfg": route_to_our_reader(
+        "input_cfg": wrap_sources(
             {"input_cfg": [source.config], "allow_commands": settings.get("allow_commands")}, source.where
         ),
         "metadata_only": True,

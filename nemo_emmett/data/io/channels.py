@@ -5,7 +5,7 @@ from __future__ import annotations
 from lhotse.cut import Cut, MixedCut
 from lhotse.utils import fastcopy
 
-from nemo_emmett.data.io.skipped_records import Unusable
+from nemo_emmett.data.io.skipped_records import InvalidRecord
 
 AVERAGE = "average"
 """Selector of all channels: what our datasets make of a recording with several channels."""
@@ -33,11 +33,11 @@ def select_channel(cut: Cut, selector: int | str | None) -> Cut:
     if isinstance(selector, str):
         custom = (cut._first_non_padding_cut if isinstance(cut, MixedCut) else cut).custom or {}
         if (channel := custom.get(selector)) is None:
-            raise Unusable(f"no field '{selector}' to select a channel by")
+            raise InvalidRecord(f"no field '{selector}' to select a channel by")
     if not isinstance(channel, int) or isinstance(channel, bool) or channel < 0:
-        raise Unusable("invalid channel")
+        raise InvalidRecord("invalid channel")
     if channel >= cut.num_channels:
-        raise Unusable(f"no channel {channel}")
+        raise InvalidRecord(f"no channel {channel}")
     if cut.num_channels == 1:
         return cut
     selected = cut.with_channels(channel)

@@ -250,7 +250,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def without_mark(line: bytes) -> bytes:
+def strip_bom(line: bytes) -> bytes:
     """The line without the byte order mark that programs under Windows put at the beginning of a file."""
     return line.removeprefix(codecs.BOM_UTF8)
 
@@ -258,7 +258,7 @@ def without_mark(line: bytes) -> bytes:
 def decoded(line: bytes, note: Callable[[str], None]) -> str | None:
     """The line as text; None, and a note of the cause, if it is not UTF-8."""
     try:
-        return without_mark(line).decode("utf-8")
+        return strip_bom(line).decode("utf-8")
     except UnicodeDecodeError:
         note("not UTF-8")
         return None

@@ -459,7 +459,7 @@ def build_indexes(indexes: Sequence[Index]) -> None:
     for first, *others in missing.values():
         for index in others:
             index.adopt(first.state, None if first._is_mapped else first._contents)
-    _tell_of_unwritten([index for index in firsts if not index._is_mapped])
+    _warn_uncached([index for index in firsts if not index._is_mapped])
 
 
 def _build_here(indexes: Sequence[Index], bar: tqdm) -> None:
@@ -507,7 +507,7 @@ def _add_to_done(count: int) -> None:
         _done.value += count
 
 
-def _tell_of_unwritten(indexes: Sequence[Index]) -> None:
+def _warn_uncached(indexes: Sequence[Index]) -> None:
     if indexes:
         others = f" (and those of {len(indexes) - 1} more files)" if len(indexes) > 1 else ""
         logging.info(

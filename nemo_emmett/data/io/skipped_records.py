@@ -1,8 +1,8 @@
-"""What was skipped, and why: one ledger per loader, kept across its worker processes.
+"""What was skipped, and why: one count per loader, shared by its worker processes.
 
-Whoever reads a record (a source in the sampler, a dataset in a worker) notes it in the ledger of its own process. The
-notes travel to the main process with the batches (:meth:`BadRecords.drain`, :meth:`BadRecords.merge`), where the loader
-judges them against ``max_bad_records``.
+Whoever reads a record (a source in the sampler, a dataset in a worker) notes a skipped one in the counts of its own
+process. The notes travel to the main process with the batches (:meth:`SkippedRecords.drain`,
+:meth:`SkippedRecords.merge`), where the loader compares them with ``max_bad_records``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RECORDS_BEFORE_JUDGING_A_SHARE = 1_000
 """A share of fewer records of a source is judged when the data ends: one bad one of the first two is not half."""
 
 
-class Unusable(Exception):
+class InvalidRecord(Exception):
     """Why a record cannot be used, in the words of the report."""
 
 
@@ -68,7 +68,7 @@ class Tally:
     causes: Counter[tuple[str, str]] = field(default_factory=Counter)  # records by source and cause; may overlap
 
 
-class BadRecords:
+class SkippedRecords:
     """Ledger of the records that were read and of those that had to be skipped.
 
     Data that is read again and again (endless training data, one reader per worker) meets its bad records again and
@@ -76,7 +76,7 @@ class BadRecords:
     examples are made (one per target language) counts once per pass in :meth:`shares`, as it is read once.
 
     Example:
-        >>> ledger = BadRecords()
+        >>> ledger = SkippedRecords()
         >>> ledger.add("train.json", "line 2", "not JSON")
         >>> ledger.count()
         1

@@ -27,7 +27,7 @@ from nemo.collections.common.data.lhotse.text_adapters import (
 )
 
 from nemo_emmett.data.io.files import is_unicode
-from nemo_emmett.data.io.skipped_records import BadRecords, Unusable
+from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.prompts.languages import is_known_language
 from nemo_emmett.prompts.markup import Prompt
 from nemo_emmett.prompts.translation import translation_instruction
@@ -61,7 +61,7 @@ class Examples:
         records: what the reader yields: cuts, text pairs, conversations.
         kind: what the dataset takes.
         defaults: the source's own languages and tags.
-        bad_records: ledger for records that cannot be used.
+        skipped_records: ledger for records that cannot be used.
         forbidden: what no text may hold (:func:`~nemo_emmett.prompts.families.forbidden_text`).
     """
 
@@ -70,13 +70,13 @@ class Examples:
         records: Iterable,
         kind: ExampleKind,
         defaults: SourceDefaults,
-        bad_records: BadRecords,
+        skipped_records: SkippedRecords,
         forbidden: re.Pattern | None = None,
     ) -> None:
         self.records = records
         self.kind = kind
         self.defaults = defaults
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
         self.forbidden = forbidden
 
     def __iter__(self) -> Iterator:
@@ -99,7 +99,7 @@ class Examples:
         custom = _custom_of(cut)
         try:
             translations = list(_translations(cut, custom, self.defaults, self._has_instruction(custom)))
-        except Unusable as cause:
+        except InvalidRecord as cause:
             self._note(cut, str(cause))
             return
         source_lang = _spoken_language(cut, custom, self.defaults)
@@ -110,7 +110,7 @@ class Examples:
                 if len(translations) > 1:
                     example.id = f"{cut.id}-{target_lang}"
                 example = self._finished(example)
-            except Unusable as cause:
+            except InvalidRecord as cause:
                 self._note(cut, str(cause))
                 continue
             yield example
@@ -121,11 +121,11 @@ class Examples:
         target_lang = custom.get("target_lang") or pair.target.language or self.defaults.target_lang
         try:
             if not pair.source.text:
-                raise Unusable("empty text")
+                raise InvalidRecord("empty text")
             if target_lang is None and not self._has_instruction(custom):
-                raise Unusable("no target language")
+                raise InvalidRecord("no target language")
             _check_example(pair.target.text, target_lang, source_lang)
-        except Unusable as cause:
+        except InvalidRecord as cause:
             self._note(pair, str(cause))
             return
         pair.source.language, pair.target.language = source_lang, target_lang
@@ -151,7 +151,7 @@ class Examples:
         return as_conversation(example, self.defaults) if self.kind is ExampleKind.CONVERSATION else example
 
     def _note(self, example: Cut | Formattable, cause: str) -> None:
-        note_example(self.bad_records, example, cause, self.defaults.name)
+        note_example(self.skipped_records, example, cause, self.defaults.name)
 
 
 def origin_of(example: Cut | Formattable) -> tuple[str | None, str]:
@@ -163,10 +163,12 @@ def origin_of(example: Cut | Formattable) -> tuple[str | None, str]:
     return custom.get("manifest_origin"), str(place or "an example without id")
 
 
-def note_example(bad_records: BadRecords, example: Cut | Formattable, cause: str, source: str = "examples") -> None:
+def note_example(
+    skipped_records: SkippedRecords, example: Cut | Formattable, cause: str, source: str = "examples"
+) -> None:
     """Note that an example had to be skipped, under its own source or, where it does not know it, this one."""
     origin, place = origin_of(example)
-    bad_records.add(origin or source, place, cause)
+    skipped_records.add(origin or source, place, cause)
 
 
 def mark_origin(example: Cut | Formattable, source: str, place: str) -> None:
@@ -202,7 +204,7 @@ def _transcript(cut: Cut) -> str:
     """The text of all its supervisions, as NeMo's Canary prompt joins them."""
     texts = [s.text for s in cut.supervisions if s.text is not None]
     if not all(isinstance(text, str) for text in texts):
-        raise Unusable("text is not a string")
+        raise InvalidRecord("text is not a string")
     return " ".join(texts).strip()
 
 
@@ -220,17 +222,17 @@ def _translations(
     wanted = custom.get("target_lang") or defaults.target_lang
     for language in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
         if language is not None and not (isinstance(language, str) and is_known_language(language)):
-            raise Unusable(f"unknown language '{language}'")
+            raise InvalidRecord(f"unknown language '{language}'")
     texts = custom.get("translations")
     if texts is None:
         if wanted is not None and not isinstance(wanted, str):
-            raise Unusable("several target languages, but no translations")
+            raise InvalidRecord("several target languages, but no translations")
         if wanted is None and not has_instruction:
-            raise Unusable("no target language")
+            raise InvalidRecord("no target language")
         yield wanted, _transcript(cut)
         return
     if not isinstance(texts, Mapping):
-        raise Unusable("translations is not a mapping")
+        raise InvalidRecord("translations is not a mapping")
     spoken = _spoken_language(cut, custom, defaults)
     targets = [wanted] if isinstance(wanted, str) else list(wanted or texts)
     for target in targets:
@@ -243,15 +245,15 @@ def _translations(
 def _check_example(text: str | None, target_lang: str | None, source_lang: str | None) -> None:
     for language in (source_lang, target_lang):
         if language is not None and not is_known_language(str(language)):
-            raise Unusable(f"unknown language '{language}'")
+            raise InvalidRecord(f"unknown language '{language}'")
     if text is None:
-        raise Unusable(f"no translation to '{target_lang}'")
+        raise InvalidRecord(f"no translation to '{target_lang}'")
     if not isinstance(text, str):
-        raise Unusable("text is not a string")
+        raise InvalidRecord("text is not a string")
     if not text.strip():
-        raise Unusable("empty text")
+        raise InvalidRecord("empty text")
     if not is_unicode(text):
-        raise Unusable("text is not Unicode")
+        raise InvalidRecord("text is not Unicode")
 
 
 def _speech_example(
@@ -300,7 +302,7 @@ def _words(custom: Mapping, field: str) -> str | None:
     """What a record says to the model in words."""
     words = custom.get(field)
     if words is not None and not (isinstance(words, str) and is_unicode(words)):
-        raise Unusable(f"{field} is not a string")
+        raise InvalidRecord(f"{field} is not a string")
     return words
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from nemo_emmett.data.io.files import count_lines, decoded, open_lines
-from nemo_emmett.data.io.skipped_records import BadRecords, Unusable
+from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 
 
 class Record(NamedTuple):
@@ -32,9 +32,9 @@ class Record(NamedTuple):
 class JsonRecords:
     """The JSON objects of a file, one a line. Lines that hold something else are noted; blank ones are no records."""
 
-    def __init__(self, path: str, bad_records: BadRecords) -> None:
+    def __init__(self, path: str, skipped_records: SkippedRecords) -> None:
         self.path = path
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
 
     def __iter__(self) -> Iterator[Record]:
         for number, line in enumerate(open_lines(self.path), start=1):
@@ -45,8 +45,8 @@ class JsonRecords:
         """The record in a line, counted from 1; None where there is none."""
         if not line.strip():
             return None
-        self.bad_records.read(self.path)
-        note = partial(self.bad_records.add, self.path, f"line {number}")
+        self.skipped_records.read(self.path)
+        note = partial(self.skipped_records.add, self.path, f"line {number}")
         if (text := decoded(line, note)) is None:
             return None
         try:
@@ -67,11 +67,11 @@ def check_times(data: Mapping) -> None:
     """Refuse a manifest record without a length in seconds, or with an offset that is none."""
     duration, offset = data.get("duration"), data.get("offset")
     if duration is None:
-        raise Unusable("no duration")
+        raise InvalidRecord("no duration")
     if not is_seconds(duration) or duration <= 0:
-        raise Unusable("invalid duration")
+        raise InvalidRecord("invalid duration")
     if offset is not None and (not is_seconds(offset) or offset < 0):
-        raise Unusable("invalid offset")
+        raise InvalidRecord("invalid offset")
 
 
 def is_seconds(value: object) -> bool:
@@ -88,7 +88,7 @@ def sampling_rate_of(data: Mapping) -> object:
 def check_sampling_rate(rate: object) -> None:
     """Refuse a sampling rate that is not a number of samples."""
     if not is_seconds(rate) or rate <= 0 or rate != int(rate):
-        raise Unusable("invalid sampling_rate")
+        raise InvalidRecord("invalid sampling_rate")
 
 
 def check_alternatives(data: Mapping) -> None:
@@ -97,7 +97,7 @@ def check_alternatives(data: Mapping) -> None:
     if texts is not None and not (
         isinstance(texts, dict) and all(isinstance(t, dict) and {"text", "lang"} <= t.keys() for t in texts.values())
     ):
-        raise Unusable("alt_text is not a mapping of texts")
+        raise InvalidRecord("alt_text is not a mapping of texts")
 
 
 def times_of(record: Record) -> tuple[float, float]:

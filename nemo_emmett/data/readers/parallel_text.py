@@ -15,8 +15,8 @@ from itertools import permutations
 from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample, TextExample
 
 from nemo_emmett.data.config.sources import languages_of
-from nemo_emmett.data.io.files import ShardOrder, decoded, expand_paths, is_unicode, open_lines, without_mark, zip_lines
-from nemo_emmett.data.io.skipped_records import BadRecords, Unusable
+from nemo_emmett.data.io.files import ShardOrder, decoded, expand_paths, is_unicode, open_lines, strip_bom, zip_lines
+from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.data.readers.examples import mark_origin
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.languages import is_known_language
@@ -29,7 +29,7 @@ class AlignedText:
         shards: for each shard, the file of each side. Sides are language codes, or ``source`` and ``target``.
         directions: the pairs of sides to translate between, (from, to).
         languages: language code of each side; None where it is not known.
-        bad_records: ledger for the lines that cannot be used.
+        skipped_records: ledger for the lines that cannot be used.
         order: order of the shards.
     """
 
@@ -38,13 +38,13 @@ class AlignedText:
         shards: Sequence[Mapping[str, str]],
         directions: Sequence[tuple[str, str]],
         languages: Mapping[str, str | None],
-        bad_records: BadRecords,
+        skipped_records: SkippedRecords,
         order: ShardOrder,
     ) -> None:
         self.shards = list(shards)
         self.directions = list(directions)
         self.languages = dict(languages)
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
         self.order = order
 
     def __iter__(self) -> Iterator[SourceTargetTextExample]:
@@ -56,7 +56,7 @@ class AlignedText:
         self, shard: Mapping[str, str], number: int, lines: Sequence[bytes]
     ) -> Iterator[SourceTargetTextExample]:
         """The examples of one line of a shard, one per direction; ``number`` is from 1, ``lines`` has one per side."""
-        self.bad_records.read(_first_file(shard))
+        self.skipped_records.read(_first_file(shard))
         texts = self._usable_texts(shard, number, lines)
         for source, target in self.directions:
             if source in texts and target in texts:
@@ -73,7 +73,7 @@ class AlignedText:
         texts = {}
         for (side, path), line in zip(shard.items(), lines, strict=True):
             place = f"line {number}"
-            note = partial(self.bad_records.add, path, place, record=(_first_file(shard), place))
+            note = partial(self.skipped_records.add, path, place, record=(_first_file(shard), place))
             if (text := decoded(line, note)) is None:
                 continue
             if text := text.strip():
@@ -99,13 +99,13 @@ class _OneFileText(ABC):
         paths: Sequence[str],
         source_lang: str | None,
         target_lang: str | None,
-        bad_records: BadRecords,
+        skipped_records: SkippedRecords,
         order: ShardOrder,
     ) -> None:
         self.paths = list(paths)
         self.source_lang = source_lang
         self.target_lang = target_lang
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
         self.order = order
 
     def _lines(self, path: str) -> Iterator[tuple[int, bytes]]:
@@ -125,13 +125,13 @@ class _OneFileText(ABC):
         """The example of one line of a file, counted from 1; None where there is none."""
         if not line.strip(b" "):  # a line of tabs is a row of empty cells
             return None
-        self.bad_records.read(path)
-        note = partial(self.bad_records.add, path, f"line {number}")
+        self.skipped_records.read(path)
+        note = partial(self.skipped_records.add, path, f"line {number}")
         if (text := decoded(line, note)) is None:
             return None
         try:
             pair = self._example(f"{path}:{number}", self._fields(path, text))
-        except Unusable as cause:
+        except InvalidRecord as cause:
             note(str(cause))
             return None
         mark_origin(pair, path, f"line {number}")
@@ -140,18 +140,18 @@ class _OneFileText(ABC):
     def _example(self, identity: str, fields: Mapping) -> SourceTargetTextExample:
         source, target = fields["source"], fields["target"]
         if not isinstance(source, str) or not isinstance(target, str):
-            raise Unusable("text is not a string")
+            raise InvalidRecord("text is not a string")
         if not source.strip() or not target.strip():
-            raise Unusable("empty text")
+            raise InvalidRecord("empty text")
         if not is_unicode(source) or not is_unicode(target):
-            raise Unusable("text is not Unicode")
+            raise InvalidRecord("text is not Unicode")
         source_lang = fields.get("source_lang") or self.source_lang
         target_lang = fields.get("target_lang") or self.target_lang
         if not target_lang:
-            raise Unusable("no target language")
+            raise InvalidRecord("no target language")
         for language in (source_lang, target_lang):
             if language is not None and not is_known_language(str(language)):
-                raise Unusable(f"unknown language '{language}'")
+                raise InvalidRecord(f"unknown language '{language}'")
         return _text_pair(identity, source.strip(), target.strip(), source_lang, target_lang)
 
 
@@ -192,9 +192,7 @@ class TsvText(_OneFileText):
         return self._numbers[path]
 
     def _read_header(self, path: str, header: bytes) -> None:
-        self._numbers[path] = self._find_columns(
-            path, without_mark(header).decode("utf-8", errors="replace").split("\t")
-        )
+        self._numbers[path] = self._find_columns(path, strip_bom(header).decode("utf-8", errors="replace").split("\t"))
 
     def _find_columns(self, path: str, header: list[str]) -> list[int]:
         names = [name.strip() for name in header]
@@ -209,7 +207,7 @@ class TsvText(_OneFileText):
         cells = line.split("\t")
         source, target = self._columns_of(path)
         if max(source, target) >= len(cells):
-            raise Unusable("missing column")
+            raise InvalidRecord("missing column")
         return {"source": cells[source], "target": cells[target]}
 
 
@@ -228,12 +226,12 @@ class JsonlText(_OneFileText):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):  # the latter where it is nested too deeply
-            raise Unusable("not JSON") from None
+            raise InvalidRecord("not JSON") from None
         if not isinstance(record, dict):
-            raise Unusable("not a JSON object")
+            raise InvalidRecord("not a JSON object")
         for field in self.fields:
             if field not in record:
-                raise Unusable(f"no field '{field}'")
+                raise InvalidRecord(f"no field '{field}'")
         source, target = (record[field] for field in self.fields)
         return {**record, "source": source, "target": target}
 
@@ -314,12 +312,12 @@ def directions_of(config: Mapping) -> list[tuple[str, str]]:
     return [known[direction] for direction in config["directions"]]
 
 
-def open_parallel_text(config: Mapping, bad_records: BadRecords) -> AlignedText | TsvText | JsonlText:
+def open_parallel_text(config: Mapping, skipped_records: SkippedRecords) -> AlignedText | TsvText | JsonlText:
     """Open a ``parallel_text`` or ``txt_pair`` source.
 
     Args:
         config: the source's own config, with ``shuffle`` and ``shard_seed``.
-        bad_records: ledger for the lines that cannot be used.
+        skipped_records: ledger for the lines that cannot be used.
 
     Raises:
         ConfigError: if its keys do not fit together.
@@ -329,12 +327,12 @@ def open_parallel_text(config: Mapping, bad_records: BadRecords) -> AlignedText 
     languages = languages_of(config)
     if layout == "pair":
         of_side = {"source": languages["source_lang"], "target": languages["target_lang"]}
-        return AlignedText(aligned_shards(config), [("source", "target")], of_side, bad_records, order)
+        return AlignedText(aligned_shards(config), [("source", "target")], of_side, skipped_records, order)
     if layout == "many":
         of_side = {str(language): str(language) for language in config["paths"]}
-        return AlignedText(aligned_shards(config), directions_of(config), of_side, bad_records, order)
+        return AlignedText(aligned_shards(config), directions_of(config), of_side, skipped_records, order)
     paths = expand_paths(config["paths"])
-    common = {**languages, "bad_records": bad_records, "order": order}
+    common = {**languages, "skipped_records": skipped_records, "order": order}
     if layout == "tsv":
         return TsvText(paths, (config.get("source_column", 0), config.get("target_column", 1)), **common)
     return JsonlText(paths, (config.get("source_field", "source"), config.get("target_field", "target")), **common)

@@ -35,7 +35,7 @@ from nemo_emmett.data.io.line_index import (
     open_numbered_lines,
 )
 from nemo_emmett.data.io.line_index import build_indexes as build_all
-from nemo_emmett.data.io.skipped_records import BadRecords, Unusable
+from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.data.io.tar_index import Member, TarIndex
 from nemo_emmett.data.readers.examples import ExampleKind, mark_origin
 from nemo_emmett.data.readers.json_records import JsonRecords, Record, times_of
@@ -237,7 +237,9 @@ class TarredRecords(Records):
         self, name: str, manifests: Sequence[NeMoTarredManifest], index_dir: str | None, tags: Mapping | None
     ) -> None:
         self.shards = [
-            (JsonRecords(path, manifest.bad_records), manifest) for manifest in manifests for path in manifest.manifests
+            (JsonRecords(path, manifest.skipped_records), manifest)
+            for manifest in manifests
+            for path in manifest.manifests
         ]
         super().__init__(name, [[open_numbered_lines(records.path, index_dir)] for records, _ in self.shards], tags)
         tars = [path for manifest in manifests for path in manifest.tars.values()]
@@ -256,8 +258,8 @@ class TarredRecords(Records):
             return
         try:
             yield self._cut(record, manifest)
-        except (Unusable, AudioFault) as cause:
-            records.bad_records.add(record.path, record.place, str(cause))
+        except (InvalidRecord, AudioFault) as cause:
+            records.skipped_records.add(record.path, record.place, str(cause))
 
     def _cut(self, record: Record, manifest: NeMoTarredManifest) -> Cut:
         tar = self.tars[manifest.tars[manifest.shard_of(record)]]
@@ -265,7 +267,7 @@ class TarredRecords(Records):
             if (member := tar.find(name)) is not None:
                 self._with_members.add(tar.path)
                 return manifest.labelled(_cut_in_tar(name, member, *times_of(record)), record, tar.path)
-        _note_damage(tar, manifest.bad_records, (record.path, record.place))
+        _note_damage(tar, manifest.skipped_records, (record.path, record.place))
         self._look_for_any_member(tar, manifest, record)
         raise AudioFault("missing audio")
 
@@ -275,8 +277,8 @@ class TarredRecords(Records):
             return
         self._with_members.add(tar.path)
         wanted = []
-        for other in islice(JsonRecords(record.path, BadRecords()), _RECORDS_TO_LOOK_FOR):
-            with suppress(Unusable):
+        for other in islice(JsonRecords(record.path, SkippedRecords()), _RECORDS_TO_LOOK_FOR):
+            with suppress(InvalidRecord):
                 if manifest.tars[manifest.shard_of(other)] == tar.path:
                     wanted += [(name, other) for name in member_names(other)[:1]]
                     if any(tar.find(name) is not None for name in member_names(other)):
@@ -284,10 +286,10 @@ class TarredRecords(Records):
         manifest.note_no_member(tar.path, wanted, [tar.name(n) for n in range(min(len(tar), 3))])
 
 
-def _note_damage(tar: TarIndex, bad_records: BadRecords, record: tuple[str, str]) -> None:
+def _note_damage(tar: TarIndex, skipped_records: SkippedRecords, record: tuple[str, str]) -> None:
     """What is missing may lie behind a damage; it is told under the record, which is bad once."""
     if tar.damage is not None:
-        bad_records.add(tar.path, f"after {tar.damage}", "unreadable tar", record=record)
+        skipped_records.add(tar.path, f"after {tar.damage}", "unreadable tar", record=record)
 
 
 class SharRecords(Records):
@@ -304,7 +306,7 @@ class SharRecords(Records):
         self,
         name: str,
         shards: Sequence[Mapping[str, str | Path]],
-        bad_records: BadRecords,
+        skipped_records: SkippedRecords,
         index_dir: str | None,
         tags: Mapping | None,
         channel_selector: int | str | None = None,
@@ -312,7 +314,7 @@ class SharRecords(Records):
         cuts = [str(shard["cuts"]) for shard in shards]
         super().__init__(name, [[open_numbered_lines(p, index_dir, _beside_shar(p))] for p in cuts], tags)
         self.shards = list(shards)
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
         self.channel_selector = channel_selector
         self.tars = [
             {
@@ -333,19 +335,19 @@ class SharRecords(Records):
             return
         origin, place = self.shards[shard]["cuts"], f"line {number}"
         as_read = (self.name, f"{origin}, {place}")
-        self.bad_records.read(self.name)
+        self.skipped_records.read(self.name)
         try:
             cut = lhotse_cut(Record(str(origin), number, _json(*lines)))
             for field, tar in self.tars[shard].items():
                 if 2 * number > len(tar):  # two members each
-                    _note_damage(tar, self.bad_records, as_read)
-                    raise Unusable(f"missing {_spoken(field)}")
+                    _note_damage(tar, self.skipped_records, as_read)
+                    raise InvalidRecord(f"missing {_spoken(field)}")
                 if (value := _shar_value(tar, number - 1, cut.id, field)) is not None:
                     setattr(cut, field, value)
             check_cut(cut)
             cut = select_channel(cut, self.channel_selector)
-        except (Unusable, AudioFault) as cause:
-            self.bad_records.add(str(origin), place, str(cause), record=as_read)
+        except (InvalidRecord, AudioFault) as cause:
+            self.skipped_records.add(str(origin), place, str(cause), record=as_read)
             return
         cut.shard_origin = origin
         mark_origin(cut, self.name, cut.id)
@@ -366,11 +368,11 @@ def _json(line: bytes) -> dict:
     try:
         data = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise Unusable("not UTF-8") from None
+        raise InvalidRecord("not UTF-8") from None
     except (ValueError, RecursionError):  # the latter where it is nested too deeply
-        raise Unusable("not JSON") from None
+        raise InvalidRecord("not JSON") from None
     if not isinstance(data, dict):
-        raise Unusable("not a JSON object")
+        raise InvalidRecord("not a JSON object")
     return data
 
 
@@ -378,7 +380,7 @@ def _shar_value(tar: TarIndex, number: int, cut_id: str, field: str) -> object |
     """What a field of a cut holds, from two members: its data, and lhotse's description of it; None if nothing."""
     name, data, description = tar.name(2 * number), tar.member(2 * number), tar.member(2 * number + 1)
     if str(Path(name).with_suffix("")) != cut_id:
-        raise Unusable(f"{_spoken(field)} of another cut")
+        raise InvalidRecord(f"{_spoken(field)} of another cut")
     if tar.name(2 * number + 1).endswith(".nometa"):
         return None
     try:
@@ -388,7 +390,7 @@ def _shar_value(tar: TarIndex, number: int, cut_id: str, field: str) -> object |
     except DataError:  # the tar file has changed
         raise
     except Exception as error:  # lhotse raises whatever its constructors trip over
-        raise Unusable(f"unreadable {_spoken(field)}") from error
+        raise InvalidRecord(f"unreadable {_spoken(field)}") from error
     if isinstance(value, Recording):
         if data.size == 0:
             raise AudioFault("empty audio")
@@ -397,13 +399,13 @@ def _shar_value(tar: TarIndex, number: int, cut_id: str, field: str) -> object |
 
 
 def open_records(
-    source: Source, bad_records: BadRecords, kind: ExampleKind, index_dir: str | None = None
+    source: Source, skipped_records: SkippedRecords, kind: ExampleKind, index_dir: str | None = None
 ) -> Records | None:
     """Open a source for reading by number.
 
     Args:
         source: where the data is.
-        bad_records: ledger for the records that cannot be used.
+        skipped_records: ledger for the records that cannot be used.
         kind: what the dataset takes; text for a dataset that is not ours is read by NeMo.
         index_dir: folder for indexes that cannot be written beside the data.
 
@@ -419,19 +421,19 @@ def open_records(
         return None
     how = {"index_dir": index_dir, "tags": config.get("tags")}
     if is_nemo(config):
-        return _nemo_records(source, bad_records, **how)
+        return _nemo_records(source, skipped_records, **how)
     if is_lhotse_jsonl(config):
-        manifest = LhotseManifest(config["cuts_path"], bad_records, config.get("channel_selector"))
+        manifest = LhotseManifest(config["cuts_path"], skipped_records, config.get("channel_selector"))
         return ManifestRecords(source.name, [(manifest.records, manifest)], **how)
     if source.type in ("lhotse", "lhotse_shar") and config.get("shar_path") is not None:
-        return _shar_records(source, bad_records, **how)
+        return _shar_records(source, skipped_records, **how)
     if source.type == "parallel_text" or (source.type == "txt_pair" and reads_pairs_ourselves(config, kind)):
-        text = open_parallel_text(config, bad_records)
+        text = open_parallel_text(config, skipped_records)
         return (AlignedTextRecords if isinstance(text, AlignedText) else TextRecords)(source.name, text, **how)
     return None
 
 
-def _nemo_records(source: Source, bad_records: BadRecords, **how) -> Records | None:
+def _nemo_records(source: Source, skipped_records: SkippedRecords, **how) -> Records | None:
     config = source.config
     is_tarred = config.get("tarred_audio_filepaths") is not None
     if is_tarred and (config.get("metadata_only") or config.get("slice_length") is not None):
@@ -442,7 +444,7 @@ def _nemo_records(source: Source, bad_records: BadRecords, **how) -> Records | N
     if isinstance(tars, str):
         tars = [tars]
     tars = [t if t is None or isinstance(t, str) else t[0] for t, _ in zip(tars, entries, strict=False)]
-    readers = [nemo_reader(config, path, tar, bad_records) for path, tar in zip(entries, tars, strict=True)]
+    readers = [nemo_reader(config, path, tar, skipped_records) for path, tar in zip(entries, tars, strict=True)]
     if not is_tarred:
         return ManifestRecords(source.name, [(shard, reader) for reader in readers for shard in reader.shards], **how)
     if not _can_be_entered([path for reader in readers for path in reader.tars.values()]):
@@ -465,7 +467,7 @@ def _can_be_entered(tars: Sequence[str]) -> bool:
     return all(is_local(path) and not is_compressed(path) for path in tars)
 
 
-def _shar_records(source: Source, bad_records: BadRecords, **how) -> Records | None:
+def _shar_records(source: Source, skipped_records: SkippedRecords, **how) -> Records | None:
     config, where = source.config, source.config["shar_path"]
     if config.get("metadata_only") or config.get("slice_length") is not None:
         return None
@@ -479,7 +481,7 @@ def _shar_records(source: Source, bad_records: BadRecords, **how) -> Records | N
     data = [str(path) for shard in shards for field, path in shard.items() if field != "cuts"]
     if not all(path.endswith(".tar") for path in data) or not _can_be_entered(data):
         return None
-    return SharRecords(source.name, shards, bad_records, channel_selector=config.get("channel_selector"), **how)
+    return SharRecords(source.name, shards, skipped_records, channel_selector=config.get("channel_selector"), **how)
 
 
 def _shar_shards(name: str, **where) -> list[dict[str, str | Path]]:

@@ -34,7 +34,7 @@ from nemo_emmett.data.config.sources import SOURCE_TYPE, Source, config_of, lang
 from nemo_emmett.data.io import commands
 from nemo_emmett.data.io.channels import is_chosen, select_channel
 from nemo_emmett.data.io.files import expand_paths
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind, Examples, SourceDefaults, mark_origin, origin_of
 from nemo_emmett.data.readers.parallel_text import open_parallel_text
 from nemo_emmett.data.readers.speech_sources import LhotseManifest, NeMoManifest, NeMoTarredManifest
@@ -42,27 +42,27 @@ from nemo_emmett.data.sampling.tolerance import TolerantMapper
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReaderContext:
     """How sources are read while a loader is being built.
 
     Args:
-        bad_records: ledger for the records that cannot be used.
+        skipped_records: ledger for the records that cannot be used.
         kind: what the loader's dataset takes.
         endless: start sources over when they end, since they are fused with others that do.
         forbidden: what no text may hold, where it is prompted (:func:`~nemo_emmett.prompts.families.forbidden_text`).
     """
 
-    bad_records: BadRecords = field(default_factory=partial(BadRecords, announce=True))
+    skipped_records: SkippedRecords = field(default_factory=partial(SkippedRecords, announce=True))
     kind: ExampleKind = ExampleKind.AS_READ
     endless: bool = False
     forbidden: re.Pattern | None = None
 
 
-_reading: ContextVar[Reading | None] = ContextVar("nemo_emmett_reading", default=None)
+_reading: ContextVar[ReaderContext | None] = ContextVar("nemo_emmett_reading", default=None)
 
 
 @contextmanager
-def reading(how: Reading) -> Iterator[Reading]:
+def reader_context(how: ReaderContext) -> Iterator[ReaderContext]:
     """Read the sources that NeMo parses inside this context in this way."""
     token = _reading.set(how)
     try:
@@ -78,7 +78,7 @@ FEED_TYPE = "emmett_feed"
 
 
 @contextmanager
-def feeding(examples: Iterable) -> Iterator[list[dict]]:
+def injected_examples(examples: Iterable) -> Iterator[list[dict]]:
     """An ``input_cfg`` that NeMo, inside this context, takes to be these examples."""
     token = _fed.set(examples)
     try:
@@ -104,19 +104,19 @@ def register_data_types() -> None:
 
 def read_parallel_text(config: DictConfig) -> tuple[CutSet, bool]:
     """NeMo parser of the type ``parallel_text``: examples, and that they are read in the workers (True)."""
-    how = _reading.get() or Reading()
-    cuts = CutSet(open_parallel_text(plain(config), how.bad_records))
+    how = _reading.get() or ReaderContext()
+    cuts = CutSet(open_parallel_text(plain(config), how.skipped_records))
     return _repeated(cuts, config), True
 
 
 def read_source(config: DictConfig) -> tuple[CutSet, bool]:
     """NeMo parser of the type ``emmett_source``: examples, and whether they are read in the workers."""
-    how = _reading.get() or Reading()
+    how = _reading.get() or ReaderContext()
     source = unwrap(plain(config))
     kind = ExampleKind(config.get("examples", how.kind))
-    cuts, is_tarred = open_source(source, how.bad_records, kind)
+    cuts, is_tarred = open_source(source, how.skipped_records, kind)
     if kind is not ExampleKind.AS_READ:
-        cuts = CutSet(Examples(cuts, kind, defaults_of(source), how.bad_records, how.forbidden))
+        cuts = CutSet(Examples(cuts, kind, defaults_of(source), how.skipped_records, how.forbidden))
     if how.endless:
         cuts = cuts.repeat(preserve_id=True)
     return cuts, is_tarred
@@ -135,12 +135,12 @@ def defaults_of(source: Source) -> SourceDefaults:
     )
 
 
-def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> tuple[CutSet, bool]:
+def open_source(source: Source, skipped_records: SkippedRecords, kind: ExampleKind) -> tuple[CutSet, bool]:
     """Open one source with our reader where we have one, with NeMo's own otherwise.
 
     Args:
         source: where the data is.
-        bad_records: ledger for the records that cannot be used.
+        skipped_records: ledger for the records that cannot be used.
         kind: what the dataset takes; text for a dataset that is not ours is read by NeMo.
 
     Returns:
@@ -148,23 +148,23 @@ def open_source(source: Source, bad_records: BadRecords, kind: ExampleKind) -> t
     """
     config = source.config
     if is_nemo(config):
-        cuts, is_tarred = _open_nemo(config, bad_records)
+        cuts, is_tarred = _open_nemo(config, skipped_records)
     elif is_lhotse_jsonl(config):
-        manifest = LhotseManifest(config["cuts_path"], bad_records, config.get("channel_selector"))
+        manifest = LhotseManifest(config["cuts_path"], skipped_records, config.get("channel_selector"))
         cuts, is_tarred = CutSet(manifest), False
     elif source.type == "parallel_text" or (source.type == "txt_pair" and reads_pairs_ourselves(config, kind)):
-        cuts, is_tarred = _repeated(CutSet(open_parallel_text(config, bad_records)), config), True
+        cuts, is_tarred = _repeated(CutSet(open_parallel_text(config, skipped_records)), config), True
     else:
         inside = _with_our_reader_inside(source)
         with nullcontext() if commands.are_allowed() else commands.without_commands(), _paths_expanded_by_us():
             cuts, is_tarred = get_parser_fn(source.type)(config_of(inside))
         if not commands.are_allowed():
             cuts = CutSet(commands.WithoutCommands(cuts))
-        ledger = bad_records if inside == config else None  # otherwise the reader inside counts
-        cuts = cuts.map(partial(_with_origin, source=source.name, bad_records=ledger), apply_fn=None)
+        ledger = skipped_records if inside == config else None  # otherwise the reader inside counts
+        cuts = cuts.map(partial(_with_origin, source=source.name, skipped_records=ledger), apply_fn=None)
         if inside == config and is_chosen(config.get("channel_selector")):
             select = partial(select_channel, selector=config["channel_selector"])
-            cuts = CutSet(TolerantMapper(cuts, select, is_cut, bad_records=bad_records))
+            cuts = CutSet(TolerantMapper(cuts, select, is_cut, skipped_records=skipped_records))
     if tags := config.get("tags"):
         cuts = cuts.map(partial(attach_tags, tags=tags), apply_fn=None)
     return cuts, is_tarred
@@ -223,10 +223,10 @@ def _paths_expanded_by_us() -> Iterator[None]:
         audio_to_text.expand_sharded_filepaths = nemos
 
 
-def _with_origin(example: Cut | Formattable, source: str, bad_records: BadRecords | None) -> Cut | Formattable:
+def _with_origin(example: Cut | Formattable, source: str, skipped_records: SkippedRecords | None) -> Cut | Formattable:
     """What NeMo has read, counted, and told where it comes from unless it knows."""
-    if bad_records is not None:
-        bad_records.read(source)
+    if skipped_records is not None:
+        skipped_records.read(source)
     origin, place = origin_of(example)
     if origin is None:
         mark_origin(example, source, place)
@@ -238,7 +238,7 @@ def _repeated(cuts: CutSet, config: Mapping) -> CutSet:
     return cuts if config.get("force_finite") else cuts.repeat(preserve_id=True)
 
 
-def _open_nemo(config: Mapping, bad_records: BadRecords) -> tuple[CutSet, bool]:
+def _open_nemo(config: Mapping, skipped_records: SkippedRecords) -> tuple[CutSet, bool]:
     """NeMo manifests, plain or tarred, one or many, as NeMo's ``nemo`` and ``nemo_tarred`` types combine them."""
     is_tarred = config.get("tarred_audio_filepaths") is not None
     metadata_only = config.get("metadata_only", False)
@@ -246,7 +246,9 @@ def _open_nemo(config: Mapping, bad_records: BadRecords) -> tuple[CutSet, bool]:
     from_tar = is_tarred and not metadata_only
     manifests = config["manifest_filepath"]
     if isinstance(manifests, str):
-        reader = nemo_reader(config, manifests, config.get("tarred_audio_filepaths") if from_tar else None, bad_records)
+        reader = nemo_reader(
+            config, manifests, config.get("tarred_audio_filepaths") if from_tar else None, skipped_records
+        )
         cuts = CutSet(reader)
         return (_repeated(cuts, config) if from_tar else cuts), is_tarred
 
@@ -255,7 +257,7 @@ def _open_nemo(config: Mapping, bad_records: BadRecords) -> tuple[CutSet, bool]:
         path, weight = manifest_and_weight(entry)
         if isinstance(tars, Sequence) and not isinstance(tars, str):
             (tars,) = tars
-        reader = nemo_reader(config, path, tars if from_tar else None, bad_records)
+        reader = nemo_reader(config, path, tars if from_tar else None, skipped_records)
         weight = len(reader) if weight is None else weight
         split = config.get("max_open_streams") is not None and from_tar
         for part in reader.to_shards() if split else [reader]:
@@ -280,18 +282,18 @@ def manifest_and_weight(entry: str | Sequence) -> tuple[str, float | None]:
 
 
 def nemo_reader(
-    config: Mapping, manifest: str, tars: str | None, bad_records: BadRecords
+    config: Mapping, manifest: str, tars: str | None, skipped_records: SkippedRecords
 ) -> NeMoManifest | NeMoTarredManifest:
     """The reader of one NeMo manifest, with tar files where they are given."""
     keys = ("text_field", "lang_field", "shard_seed", "extra_fields", "channel_selector")
     settings = {key: config[key] for key in keys if key in config}
     settings["shuffle_shards"] = config.get("shuffle", False)
     if tars is None:
-        return NeMoManifest(manifest, bad_records, metadata_only=config.get("metadata_only", False), **settings)
+        return NeMoManifest(manifest, skipped_records, metadata_only=config.get("metadata_only", False), **settings)
     return NeMoTarredManifest(
         manifest,
         tars,
-        bad_records,
+        skipped_records,
         skip_missing_manifest_entries=config.get("skip_missing_manifest_entries", False),
         slice_length=config.get("slice_length"),
         **settings,

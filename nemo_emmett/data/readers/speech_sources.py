@@ -29,7 +29,7 @@ from nemo_emmett.audio_file import AudioFault, fitted, open_recording, read_head
 from nemo_emmett.data.io.audio import with_checked_audio
 from nemo_emmett.data.io.channels import is_chosen, select_channel
 from nemo_emmett.data.io.files import count_lines, expand_paths, is_local, open_bytes
-from nemo_emmett.data.io.skipped_records import BadRecords, Unusable
+from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.data.io.tar_index import normal_name
 from nemo_emmett.data.readers.examples import mark_origin
 from nemo_emmett.data.readers.json_records import (
@@ -67,17 +67,19 @@ class NeMoManifest(LazyNeMoIterator):
 
     Args:
         path: the manifest; may be sharded (``manifest__OP_0..7_CL_.json``).
-        bad_records: ledger for the records that cannot be used.
+        skipped_records: ledger for the records that cannot be used.
         channel_selector: see :func:`~nemo_emmett.data.io.channels.select_channel`.
         kwargs: what NeMo's ``LazyNeMoIterator`` takes.
     """
 
-    def __init__(self, path: str, bad_records: BadRecords, channel_selector: int | str | None = None, **kwargs) -> None:
+    def __init__(
+        self, path: str, skipped_records: SkippedRecords, channel_selector: int | str | None = None, **kwargs
+    ) -> None:
         paths = expand_paths(path)
         super().__init__(paths, **kwargs)  # a list, since NeMo takes any bracket in a path for a pattern
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
         self.channel_selector = channel_selector
-        self.shards = [JsonRecords(shard, bad_records) for shard in paths]
+        self.shards = [JsonRecords(shard, skipped_records) for shard in paths]
         self.source = LazyIteratorChain(*self.shards, shuffle_iters=self.shuffle_shards, seed=self.shard_seed)
 
     def __iter__(self) -> Iterator[Cut]:
@@ -94,14 +96,14 @@ class NeMoManifest(LazyNeMoIterator):
         """The cut of one record, without extra fields; None, and a note of the cause, where there is none."""
         try:
             return self._cut(record)
-        except (Unusable, AudioFault) as cause:
-            self.bad_records.add(record.path, record.place, str(cause))
+        except (InvalidRecord, AudioFault) as cause:
+            self.skipped_records.add(record.path, record.place, str(cause))
             return None
 
     def _cut(self, record: Record) -> Cut:
         data = dict(record.data)
         if not isinstance(data.get("audio_filepath"), str):
-            raise Unusable("no audio_filepath")
+            raise InvalidRecord("no audio_filepath")
         check_times(data)
         audio_path = get_full_path(data.pop("audio_filepath"), record.path, force_cache=False)
         duration, offset = data.pop("duration"), data.pop("offset", None)
@@ -174,7 +176,7 @@ class NeMoTarredManifest:
     Args:
         manifest_path: one manifest for all shards, or a sharded one (``manifest__OP_0..7_CL_.json``).
         tar_paths: the tar files (``audio__OP_0..7_CL_.tar``).
-        bad_records: ledger for the records that cannot be used.
+        skipped_records: ledger for the records that cannot be used.
         shuffle_shards: take the shards in another order at each pass.
         shard_seed: of that order: an integer, ``trng`` or ``randomized``.
         text_field: key of the transcript.
@@ -189,7 +191,7 @@ class NeMoTarredManifest:
         self,
         manifest_path: str,
         tar_paths: str | Sequence[str],
-        bad_records: BadRecords,
+        skipped_records: SkippedRecords,
         shuffle_shards: bool = False,
         shard_seed: int | str = "trng",
         text_field: str = "text",
@@ -202,7 +204,7 @@ class NeMoTarredManifest:
         validate_extra_fields(extra_fields)
         self.manifests = expand_paths(manifest_path)
         self.tars = _by_shard_number(expand_paths(tar_paths), _TAR_SHARD, "tarred_audio_filepaths")
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
         self.shuffle_shards = shuffle_shards
         self.shard_seed = shard_seed
         self.text_field = text_field
@@ -230,7 +232,7 @@ class NeMoTarredManifest:
             return [self]
         numbers = _by_shard_number(self.manifests, _MANIFEST_SHARD, "manifest_filepath")
         settings = {
-            "bad_records": self.bad_records,
+            "skipped_records": self.skipped_records,
             "shard_seed": self.shard_seed,
             "text_field": self.text_field,
             "lang_field": self.lang_field,
@@ -256,14 +258,14 @@ class NeMoTarredManifest:
         if len(self.manifests) > 1:
             paths = _by_shard_number(self.manifests, _MANIFEST_SHARD, "manifest_filepath")
             for number in numbers:
-                yield self.tars[number], list(JsonRecords(paths[number], self.bad_records))
+                yield self.tars[number], list(JsonRecords(paths[number], self.skipped_records))
             return
         of_shard = defaultdict(list)
-        for record in JsonRecords(self.manifests[0], self.bad_records):
+        for record in JsonRecords(self.manifests[0], self.skipped_records):
             try:
                 of_shard[self.shard_of(record)].append(record)
-            except Unusable as cause:
-                self.bad_records.add(record.path, record.place, str(cause))
+            except InvalidRecord as cause:
+                self.skipped_records.add(record.path, record.place, str(cause))
         for number in numbers:
             yield self.tars[number], of_shard[number]
 
@@ -277,7 +279,7 @@ class NeMoTarredManifest:
             return int(_MANIFEST_SHARD.search(record.path)[1])
         number = record.data.get("shard_id", next(iter(self.tars)) if len(self.tars) == 1 else None)
         if not isinstance(number, (int, float)) or number not in self.tars:
-            raise Unusable("no such shard_id")
+            raise InvalidRecord("no such shard_id")
         return int(number)
 
     def _cuts_of_shard(
@@ -293,20 +295,20 @@ class NeMoTarredManifest:
                     continue
                 try:
                     cuts.append(extra_fields.attach_to(self._cut(tar_path, record_name, audio, record)))
-                except (Unusable, AudioFault) as cause:
-                    self.bad_records.add(record.path, record.place, str(cause))
+                except (InvalidRecord, AudioFault) as cause:
+                    self.skipped_records.add(record.path, record.place, str(cause))
                     extra_fields.skip()
             del audio  # the cuts hold what they need of it
             yield from cuts
         if self.slice_length is None:
             for name in of_member.keys() - found:
                 for _, record in of_member[name]:
-                    self.bad_records.add(record.path, record.place, "missing audio")
+                    self.skipped_records.add(record.path, record.place, "missing audio")
         if of_member and not found:
             self.note_no_member(tar_path, [named[0] for named in of_member.values()], unnamed)
         elif not self.skip_missing_manifest_entries:
             for name in unnamed:
-                self.bad_records.add(tar_path, name, "not in the manifest")
+                self.skipped_records.add(tar_path, name, "not in the manifest")
 
     def note_no_member(self, tar_path: str, wanted: Sequence[tuple[str, Record]], there: Sequence[str]) -> None:
         """Note once that none of the audio that a manifest names lies in its tar file.
@@ -319,7 +321,7 @@ class NeMoTarredManifest:
         looked_for = ", ".join(name for name, _ in wanted[:_NAMES_IN_REPORTS])
         holds = ", ".join(there[:_NAMES_IN_REPORTS]) or "nothing"
         first = wanted[0][1]
-        self.bad_records.add(
+        self.skipped_records.add(
             str(self.name),
             f"{tar_path} holds {holds}, ...; the manifest names {looked_for}, ...",
             "no member of the tar file is in the manifest",
@@ -332,8 +334,8 @@ class NeMoTarredManifest:
         for record in records:
             try:
                 names[record.number] = member_names(record)
-            except Unusable as cause:
-                self.bad_records.add(record.path, record.place, str(cause))
+            except InvalidRecord as cause:
+                self.skipped_records.add(record.path, record.place, str(cause))
         there = self._names_to_choose_by(tar_path, records, names)
         of_member = defaultdict(list)
         for record in records:
@@ -380,7 +382,7 @@ class NeMoTarredManifest:
                     else:
                         unnamed.append(name)
         except (tarfile.ReadError, EOFError):
-            self.bad_records.add(tar_path, f"after {name}", "unreadable tar")
+            self.skipped_records.add(tar_path, f"after {name}", "unreadable tar")
 
     def _cut(self, tar_path: str, name: str, audio: bytes, record: Record) -> Cut:
         offset, duration = times_of(record)
@@ -426,15 +428,15 @@ class LhotseManifest:
 
     Args:
         path: the manifest; relative audio paths are relative to it.
-        bad_records: ledger for the records that cannot be used.
+        skipped_records: ledger for the records that cannot be used.
         channel_selector: see :func:`~nemo_emmett.data.io.channels.select_channel`.
     """
 
-    def __init__(self, path: str, bad_records: BadRecords, channel_selector: int | str | None = None) -> None:
+    def __init__(self, path: str, skipped_records: SkippedRecords, channel_selector: int | str | None = None) -> None:
         self.path = path
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
         self.channel_selector = channel_selector
-        self.records = JsonRecords(path, bad_records)
+        self.records = JsonRecords(path, skipped_records)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -450,8 +452,8 @@ class LhotseManifest:
             cut = lhotse_cut(record)
             check_cut(cut)
             cut = select_channel(cut, self.channel_selector)
-        except Unusable as cause:
-            self.bad_records.add(record.path, record.place, str(cause))
+        except InvalidRecord as cause:
+            self.skipped_records.add(record.path, record.place, str(cause))
             return None
         cut = resolve_relative_paths(cut, manifest_path=self.path)
         mark_origin(cut, record.path, record.place)
@@ -467,9 +469,9 @@ def lhotse_cut(record: Record) -> Cut:
     try:
         cut = deserialize_item(record.data)
     except Exception as error:  # lhotse raises whatever its constructors trip over
-        raise Unusable("not a lhotse cut") from error
+        raise InvalidRecord("not a lhotse cut") from error
     if not isinstance(cut, Cut):
-        raise Unusable("not a lhotse cut")
+        raise InvalidRecord("not a lhotse cut")
     return cut
 
 
@@ -482,19 +484,19 @@ def check_cut(cut: Cut) -> None:
     if isinstance(cut, MixedCut):
         for track in cut.tracks:
             if not is_seconds(track.offset) or track.offset < 0:
-                raise Unusable("invalid start")
+                raise InvalidRecord("invalid start")
             check_cut(track.cut)
         return
     if not isinstance(cut.id, str):
-        raise Unusable("not a lhotse cut")
+        raise InvalidRecord("not a lhotse cut")
     if not is_seconds(cut.duration) or cut.duration <= 0:
-        raise Unusable("invalid duration")
+        raise InvalidRecord("invalid duration")
     if isinstance(cut, PaddingCut):
         return
     if not cut.has_recording:
-        raise Unusable("no audio")
+        raise InvalidRecord("no audio")
     if not is_seconds(cut.start) or cut.start < 0:
-        raise Unusable("invalid start")
+        raise InvalidRecord("invalid start")
     check_sampling_rate(cut.recording.sampling_rate)
     if any(source.type == "file" and not isinstance(source.source, str) for source in cut.recording.sources):
-        raise Unusable("not a lhotse cut")
+        raise InvalidRecord("not a lhotse cut")

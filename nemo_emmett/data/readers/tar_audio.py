@@ -16,7 +16,7 @@ from lhotse.utils import compute_num_samples
 
 from nemo_emmett.audio_file import AudioFault, CheckedSource, Header, fitted, load_samples, recording_from
 from nemo_emmett.data.io.files import is_local
-from nemo_emmett.data.io.skipped_records import Unusable
+from nemo_emmett.data.io.skipped_records import InvalidRecord
 from nemo_emmett.data.io.tar_index import Member, normal_name
 from nemo_emmett.data.readers.json_records import Record
 
@@ -33,7 +33,7 @@ def member_names(record: Record) -> list[str]:
     """
     name = record.data.get("audio_filepath")
     if not isinstance(name, str):
-        raise Unusable("no audio_filepath")
+        raise InvalidRecord("no audio_filepath")
     if (segment := _SEGMENT.match(name)) is None:
         return [name]
     return [name, segment["stem"] + (segment["ext"] or "")]

@@ -19,27 +19,27 @@ from nemo_emmett.data.config.schema import AUTO_BINS
 from nemo_emmett.data.config.sources import (
     SHARED_BY_GROUPS,
     Source,
-    as_one_stream,
     groups_of,
     list_sources,
+    merge_groups,
     structured_config,
     with_inherited,
     with_keys_of_dataset,
 )
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.random_access import build_indexes, open_records
-from nemo_emmett.data.readers.registry import Reading, reading
-from nemo_emmett.data.sampling.proportional_mixing import StationaryDraws
+from nemo_emmett.data.readers.registry import ReaderContext, reader_context
+from nemo_emmett.data.sampling.proportional_mixing import ProportionalMixer
 from nemo_emmett.data.sampling.sampler import GroupPlan, SamplingPlan
-from nemo_emmett.data.sampling.shuffle import STRETCH
-from nemo_emmett.data.sampling.source_iterator import ChunkReader, Share, chunks_to_open, make_reader
-from nemo_emmett.data.sampling.transforms import ExampleChain
+from nemo_emmett.data.sampling.shuffle import SHUFFLE_BLOCK_SIZE
+from nemo_emmett.data.sampling.source_iterator import ChunkReader, WorkerInfo, chunks_to_open, make_reader
+from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.families import forbidden_text
 
 
-def why_nemo_samples(settings: Mapping, kind: ExampleKind) -> str | None:
+def nemo_sampler_reason(settings: Mapping, kind: ExampleKind) -> str | None:
     """Why a dataset with ``sampling: auto`` gets NeMo's samplers; None if it gets ours."""
     if kind is ExampleKind.AS_READ:
         return "its dataset takes examples as NeMo reads them"
@@ -63,7 +63,7 @@ def plan_sampling(
     where: str,
     tokenizer: Any,
     kind: ExampleKind,
-    bad_records: BadRecords,
+    skipped_records: SkippedRecords,
     world_size: int,
     index_dir: str | None = None,
 ) -> SamplingPlan:
@@ -74,7 +74,7 @@ def plan_sampling(
         where: its place in the recipe, for messages.
         tokenizer: NeMo tokenizer.
         kind: what the dataset takes.
-        bad_records: ledger for records that cannot be used.
+        skipped_records: ledger for records that cannot be used.
         world_size: number of ranks.
         index_dir: folder for indexes that cannot be written beside the data.
 
@@ -84,7 +84,7 @@ def plan_sampling(
     """
     if (reason := _why_noise_needs_nemo(settings)) is not None:
         raise ConfigError(f"{where}.noise_path: {reason}; give a manifest of audio files, or set sampling: nemo.")
-    settings = as_one_stream(settings, where) if settings.get("sampler_fusion") == "mux" else settings
+    settings = merge_groups(settings, where) if settings.get("sampler_fusion") == "mux" else settings
     groups = with_inherited(settings) if groups_of(settings) is not None else {"": dict(settings)}
     defaults = OmegaConf.structured(LhotseDataLoadingConfig)
     shared = {key: settings.get(key, defaults[key]) for key in SHARED_BY_GROUPS}
@@ -99,7 +99,8 @@ def plan_sampling(
     for name, group in groups.items():
         sources = [with_keys_of_dataset(s, structured[name]) for s in list_sources(group, _place(where, name))]
         opened[name] = [
-            (source, open_records(source, bad_records, kind, group.get("index_dir") or index_dir)) for source in sources
+            (source, open_records(source, skipped_records, kind, group.get("index_dir") or index_dir))
+            for source in sources
         ]
     build_indexes([records for group in opened.values() for _, records in group if records is not None])
     plans = []
@@ -108,10 +109,12 @@ def plan_sampling(
         blend = blend_of(group, _place(where, name), tokenizer=tokenizer, index_dir=index_dir)
         shares = [leaf.share for leaf in blend.leaves()]
         seeds = [[seed, number] for number in _numbers_of_sources(name, [source for source, _ in opened[name]])]
-        group_size = max(STRETCH, config.shuffle_buffer_size or 0)
+        group_size = max(SHUFFLE_BLOCK_SIZE, config.shuffle_buffer_size or 0)
         forbidden = forbidden_text(config.prompt_format, tokenizer)
         readers = [
-            make_reader(source, records, kind, bad_records, finite, config.shuffle, of_source, group_size, forbidden)
+            make_reader(
+                source, records, kind, skipped_records, finite, config.shuffle, of_source, group_size, forbidden
+            )
             for (source, records), of_source in zip(opened[name], seeds, strict=True)
         ]
         config.reweight_temperature = None  # it is in the shares
@@ -119,10 +122,10 @@ def plan_sampling(
         if config.bucket_duration_bins == AUTO_BINS:
             solved = {**group, **shared}
             config.bucket_duration_bins = auto_bins(solved, tokenizer, kind, _place(where, name), sample)
-        with reading(Reading(bad_records, kind)):
-            chain = ExampleChain(config, tokenizer, sample, bad_records)
+        with reader_context(ReaderContext(skipped_records, kind)):
+            chain = TransformPipeline(config, tokenizer, sample, skipped_records)
         num_open = [chunks_to_open(reader, chain, config.shuffle) for reader in readers]
-        bad_records.drain()  # what was read here is read again by the workers
+        skipped_records.drain()  # what was read here is read again by the workers
         names = [source.name for source, _ in opened[name]]
         plans.append(GroupPlan(name, readers, names, seeds, num_open, shares, chain))
     weights = shared["sampler_weights"] or dict.fromkeys(groups, 1.0)
@@ -149,7 +152,7 @@ class _Sample:
         return islice(self._all(), self.limit)
 
     def _all(self) -> Iterator:
-        draws = StationaryDraws(self.shares)
+        draws = ProportionalMixer(self.shares)
         streams = [self._examples_of(reader) for reader in self.readers]
         while not draws.is_empty:
             number = draws.next()
@@ -160,7 +163,7 @@ class _Sample:
 
     def _examples_of(self, reader: ChunkReader) -> Iterator:
         for chunk in range(self.limit):
-            if (examples := reader.read(chunk, 0, Share())) is None:
+            if (examples := reader.read(chunk, 0, WorkerInfo())) is None:
                 return
             yield from examples
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 
-class StationaryDraws:
+class ProportionalMixer:
     """An endless sequence of indices in which index i has the share ``shares[i]`` of any stretch, give or take one.
 
     After n draws index i is due ``shares[i] * n`` times. Tijdeman's rule (The chairman assignment problem, 1980) draws,

@@ -16,9 +16,9 @@ from lhotse import CutSet
 from nemo.utils import logging
 
 from nemo_emmett.data.sampling.buckets import Buckets, Drawn
-from nemo_emmett.data.sampling.proportional_mixing import StationaryDraws
-from nemo_emmett.data.sampling.source_iterator import ChunkReader, Leaf, Share
-from nemo_emmett.data.sampling.transforms import ExampleChain
+from nemo_emmett.data.sampling.proportional_mixing import ProportionalMixer
+from nemo_emmett.data.sampling.source_iterator import ChunkReader, Leaf, WorkerInfo
+from nemo_emmett.data.sampling.transforms import TransformPipeline
 
 
 @dataclass
@@ -41,7 +41,7 @@ class GroupPlan:
     seeds: list[list[int]]
     num_open: list[int]
     shares: list[float]
-    chain: ExampleChain
+    chain: TransformPipeline
 
 
 @dataclass
@@ -78,7 +78,7 @@ class GroupSampler:
         epoch: which pass over finite data this is.
     """
 
-    def __init__(self, plan: GroupPlan, number: int, of_all: SamplingPlan, share: Share, epoch: int) -> None:
+    def __init__(self, plan: GroupPlan, number: int, of_all: SamplingPlan, share: WorkerInfo, epoch: int) -> None:
         self.plan = plan
         self.world_size = of_all.world_size
         self.leaves = [
@@ -86,7 +86,7 @@ class GroupSampler:
             for reader, seed, name, num_open in zip(plan.readers, plan.seeds, plan.names, plan.num_open, strict=True)
         ]
         shift = [of_all.seed, number, share.worker, epoch] if of_all.shuffle else None
-        self.draws = StationaryDraws(plan.shares, shift)
+        self.draws = ProportionalMixer(plan.shares, shift)
         self.buckets = Buckets(plan.chain.constraint, plan.chain.duration_bins, of_all.world_size, plan.chain.drop_last)
         self.left_out = 0  # examples that fit into no step when the data ended
         self._ready: list[list[list[Drawn]]] = []  # steps that are complete already
@@ -194,7 +194,7 @@ def _places(batch: Sequence[Drawn]) -> list[list[int]]:
 
 
 @dataclass
-class Turns:
+class GroupScheduler:
     """Which group gives the next step: in turns, or at random yet so that each keeps its share in any stretch.
 
     A group's credit grows by its weight at each step and falls by one when it is drawn. Groups are drawn with
@@ -254,16 +254,16 @@ class WorkerSampler:
         epoch: which pass over finite data this is.
     """
 
-    def __init__(self, plan: SamplingPlan, share: Share, rank: int, epoch: int = 0) -> None:
+    def __init__(self, plan: SamplingPlan, share: WorkerInfo, rank: int, epoch: int = 0) -> None:
         self.plan = plan
         self.share = share
         self.rank = rank
         self.epoch = epoch
         self.groups = [GroupSampler(group, number, plan, share, epoch) for number, group in enumerate(plan.groups)]
         weights = plan.weights if plan.fusion == "randomized_round_robin" else None
-        self.turns = Turns(weights, len(self.groups), [plan.seed, 7, share.worker, epoch])
+        self.turns = GroupScheduler(weights, len(self.groups), [plan.seed, 7, share.worker, epoch])
         self.steps = 0
-        self.farewell = ""  # what the log shall say of what was left when finite data ended
+        self.end_of_data_message = ""  # what the log shall say of what was left when finite data ended
 
     def next(self) -> CutSet:
         """This rank's examples of the next step.
@@ -311,7 +311,7 @@ class WorkerSampler:
             if group.left_out:
                 what = f"of {group.plan.name} " if group.plan.name else ""
                 said.append(f"{group.left_out} examples {what}did not fill a batch for each rank and were left out")
-        self.farewell = "; ".join(said)
+        self.end_of_data_message = "; ".join(said)
 
     def take_filtered(self) -> Counter[str]:
         """The examples left out by filters since the last call, by the keys of the filter; "" for those kept."""

@@ -11,7 +11,7 @@ from lhotse.dataset.sampling.base import CutSampler
 from nemo_emmett.data.readers.examples import origin_of
 
 
-class DealtBatches:
+class ShardedBatches:
     """Of the batches that one process would get those of a rank: the ``rank``-th of every ``world_size``.
 
     Samplers that divide the batches themselves keep the ranks in step, for which they cut the last ones anew or repeat

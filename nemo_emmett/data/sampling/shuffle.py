@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-STRETCH = 256
+SHUFFLE_BLOCK_SIZE = 256
 """So many neighbouring records are read from one place: long enough for a disk, short enough to be well shuffled."""
 
 
@@ -129,12 +129,12 @@ class RecordOrder:
             rng.shuffle(order)
         shards, starts, sizes = [], [], []
         for shard in order:
-            begins = np.arange(0, self.shard_sizes[shard], STRETCH)
+            begins = np.arange(0, self.shard_sizes[shard], SHUFFLE_BLOCK_SIZE)
             if self.shuffle and not self.is_sequential[shard]:
                 rng.shuffle(begins)
             shards.append(np.full(len(begins), shard))
             starts.append(begins)
-            sizes.append(np.minimum(self.shard_sizes[shard] - begins, STRETCH))
+            sizes.append(np.minimum(self.shard_sizes[shard] - begins, SHUFFLE_BLOCK_SIZE))
         all_sizes = np.concatenate(sizes)
         computed = _Pass(np.concatenate(shards), np.concatenate(starts), all_sizes, np.cumsum(all_sizes))
         self._pass = (number_of_pass, computed)

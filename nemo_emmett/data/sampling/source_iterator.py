@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nemo_emmett.data.config.sources import Source
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind, Examples
 from nemo_emmett.data.readers.random_access import Records
 from nemo_emmett.data.readers.registry import defaults_of, open_source
 from nemo_emmett.data.sampling.shuffle import RecordOrder
-from nemo_emmett.data.sampling.transforms import ExampleChain
+from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.errors import DataError
 
 CHUNK = 16
@@ -38,7 +38,7 @@ EMPTY_RECORDS_IN_A_ROW = 10_000
 """A source that has been read through, and at least so far, without one usable example stops the run."""
 
 
-class Share(NamedTuple):
+class WorkerInfo(NamedTuple):
     """Which part of every source a worker reads: the workers take its records, or chunks of a stream, by turns."""
 
     worker: int = 0
@@ -49,7 +49,7 @@ class ChunkReader(ABC):
     """The records of a source in chunks, which the workers take by turns."""
 
     @abstractmethod
-    def read(self, chunk: int, epoch: int, share: Share) -> list | None:
+    def read(self, chunk: int, epoch: int, share: WorkerInfo) -> list | None:
         """The examples of a worker's chunk number ``chunk``, before NeMo's chain; None past the end of an epoch."""
 
     @abstractmethod
@@ -69,7 +69,7 @@ class RecordChunks(ChunkReader):
         records: reads its records.
         order: in which they come.
         kind: what the dataset takes.
-        bad_records: ledger for records that make no example.
+        skipped_records: ledger for records that make no example.
         finite: whether each epoch is one pass; otherwise passes follow one another without end.
         forbidden: what no text may hold.
     """
@@ -80,7 +80,7 @@ class RecordChunks(ChunkReader):
         records: Records,
         order: RecordOrder,
         kind: ExampleKind,
-        bad_records: BadRecords,
+        skipped_records: SkippedRecords,
         finite: bool,
         forbidden: re.Pattern | None = None,
     ) -> None:
@@ -89,7 +89,7 @@ class RecordChunks(ChunkReader):
         self.records = records
         self.order = order
         self.kind = kind
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
         self.finite = finite
         self._defaults = defaults_of(source)
         self._prepared: list[tuple[int, int, int]] = []
@@ -102,7 +102,7 @@ class RecordChunks(ChunkReader):
         """How many records there are."""
         return len(self.order)
 
-    def read(self, chunk: int, epoch: int, share: Share) -> list | None:
+    def read(self, chunk: int, epoch: int, share: WorkerInfo) -> list | None:
         """See :meth:`ChunkReader.read`."""
         total = len(self.order)
         first = chunk * CHUNK * share.num_workers + share.worker
@@ -117,7 +117,7 @@ class RecordChunks(ChunkReader):
             found.extend(self.records.read(*self.order.locate(position)))
         if self.kind is ExampleKind.AS_READ:
             return found
-        return list(Examples(found, self.kind, self._defaults, self.bad_records, self.forbidden))
+        return list(Examples(found, self.kind, self._defaults, self.skipped_records, self.forbidden))
 
     def _prepare(self, position: int) -> None:
         if any(self.order.is_sequential):
@@ -134,7 +134,7 @@ class StreamChunks(ChunkReader):
     Args:
         source: the source; its readers shuffle shards by the seed given here.
         kind: what the dataset takes.
-        bad_records: ledger for records that make no example.
+        skipped_records: ledger for records that make no example.
         finite: whether each epoch is one pass.
         shuffle: whether examples of a block are shuffled.
         seed: of all shuffling.
@@ -145,7 +145,7 @@ class StreamChunks(ChunkReader):
         self,
         source: Source,
         kind: ExampleKind,
-        bad_records: BadRecords,
+        skipped_records: SkippedRecords,
         finite: bool,
         shuffle: bool,
         seed: Sequence[int],
@@ -154,7 +154,7 @@ class StreamChunks(ChunkReader):
         self.source = source
         self.forbidden = forbidden
         self.kind = kind
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
         self.finite = finite
         self.shuffle = shuffle
         self.seed = list(seed)
@@ -172,7 +172,7 @@ class StreamChunks(ChunkReader):
         """Unknown."""
         return None
 
-    def read(self, chunk: int, epoch: int, share: Share) -> list | None:
+    def read(self, chunk: int, epoch: int, share: WorkerInfo) -> list | None:
         """See :meth:`ChunkReader.read`."""
         start = (chunk * share.num_workers + share.worker) * CHUNK
         wanted, offset = divmod(start, BLOCK)
@@ -192,9 +192,9 @@ class StreamChunks(ChunkReader):
 
     def _open(self, epoch: int) -> None:
         config = {**self.source.config, "shard_seed": sum(self.seed) + epoch, "force_finite": self.finite}
-        cuts, _ = open_source(Source(config, self.source.where), self.bad_records, self.kind)
+        cuts, _ = open_source(Source(config, self.source.where), self.skipped_records, self.kind)
         if self.kind is not ExampleKind.AS_READ:
-            cuts = Examples(cuts, self.kind, defaults_of(self.source), self.bad_records, self.forbidden)
+            cuts = Examples(cuts, self.kind, defaults_of(self.source), self.skipped_records, self.forbidden)
         self._stream = iter(cuts) if self.finite else _without_end(cuts)
         self._process, self._epoch, self._number, self._block = os.getpid(), epoch, -1, []
 
@@ -231,9 +231,9 @@ class Leaf:
     def __init__(
         self,
         reader: ChunkReader,
-        chain: ExampleChain,
+        chain: TransformPipeline,
         seed: Sequence[int],
-        share: Share,
+        share: WorkerInfo,
         epoch: int = 0,
         name: str = "",
         num_open: int = 1,
@@ -355,10 +355,10 @@ def _mixed(*numbers: int) -> int:
     return mixed
 
 
-def chunks_to_open(reader: ChunkReader, chain: ExampleChain, shuffle: bool) -> int:
+def chunks_to_open(reader: ChunkReader, chain: TransformPipeline, shuffle: bool) -> int:
     """How many chunks of a source are to be open at a time: several where its records make several examples each, one
     per target language, speed or window."""
-    if not shuffle or (examples := reader.read(0, 0, Share())) is None:
+    if not shuffle or (examples := reader.read(0, 0, WorkerInfo())) is None:
         return 1
     made = max(len(examples), len(chain.run(examples, [0])))
     chain.filtered.clear()
@@ -369,7 +369,7 @@ def make_reader(
     source: Source,
     records: Records | None,
     kind: ExampleKind,
-    bad_records: BadRecords,
+    skipped_records: SkippedRecords,
     finite: bool,
     shuffle: bool,
     seed: Sequence[int],
@@ -382,8 +382,8 @@ def make_reader(
         DataError: if the source holds nothing.
     """
     if records is None:
-        return StreamChunks(source, kind, bad_records, finite, shuffle, seed, forbidden)
+        return StreamChunks(source, kind, skipped_records, finite, shuffle, seed, forbidden)
     if not sum(records.shard_sizes):
         raise DataError(f"{source.where}: {source.name} is empty; correct the path, or drop the source.")
     order = RecordOrder(records.shard_sizes, records.is_sequential, shuffle, seed, group_size)
-    return RecordChunks(source, records, order, kind, bad_records, finite, forbidden)
+    return RecordChunks(source, records, order, kind, skipped_records, finite, forbidden)

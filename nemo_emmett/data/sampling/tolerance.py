@@ -18,7 +18,7 @@ from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_fr
 from omegaconf import DictConfig
 
 from nemo_emmett.audio_file import fault_in
-from nemo_emmett.data.io.skipped_records import BadRecords, Unusable
+from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.data.readers.examples import note_example
 from nemo_emmett.errors import ConfigError, DataError
 
@@ -46,21 +46,21 @@ KEYS_OF_FUNCTION = {
 """By which keys of a recipe NeMo's functions are set."""
 
 
-def guarded(function: Callable[[Any], Any], bad_records: BadRecords) -> Callable[[Any], Any]:
+def guarded(function: Callable[[Any], Any], skipped_records: SkippedRecords) -> Callable[[Any], Any]:
     """A function of an example that gives :data:`SKIPPED` where it raises, and notes the cause.
 
     A :class:`ConfigError` is a fault of the recipe, and is raised.
     """
-    return partial(_guarded_call, function, bad_records)
+    return partial(_guarded_call, function, skipped_records)
 
 
-def _guarded_call(function: Callable[[Any], Any], bad_records: BadRecords, example: Any) -> Any:
+def _guarded_call(function: Callable[[Any], Any], skipped_records: SkippedRecords, example: Any) -> Any:
     try:
         return function(example)
     except ConfigError:
         raise
     except Exception as error:  # whatever a record's values make NeMo or lhotse trip over
-        note_example(bad_records, example, cause_of(function, example, error))
+        note_example(skipped_records, example, cause_of(function, example, error))
         return SKIPPED
 
 
@@ -68,7 +68,7 @@ def cause_of(function: Callable, example: Any, error: Exception) -> str:
     """Why a function could not be applied to an example, in words that are the same for examples of one fault."""
     while isinstance(function, partial):
         function = function.func
-    if (reason := error if isinstance(error, Unusable) else fault_in(error)) is not None:
+    if (reason := error if isinstance(error, InvalidRecord) else fault_in(error)) is not None:
         return str(reason)
     if isinstance(error, DataError):  # one sentence: the example, the cause; what to do
         sentence = str(error).removeprefix(f"example {getattr(example, 'id', None)}: ")
@@ -80,12 +80,14 @@ def cause_of(function: Callable, example: Any, error: Exception) -> str:
 class TolerantMapper(LazyMapper):
     """lhotse's map without the examples on which its function raises."""
 
-    def __init__(self, iterator: Any, fn: Callable, apply_fn: Callable | None = None, *, bad_records: BadRecords):
+    def __init__(
+        self, iterator: Any, fn: Callable, apply_fn: Callable | None = None, *, skipped_records: SkippedRecords
+    ):
         super().__init__(iterator, fn, apply_fn)
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
 
     def __iter__(self) -> Iterator:
-        function = guarded(self.fn, self.bad_records)
+        function = guarded(self.fn, self.skipped_records)
         for example in self.iterator:
             applies = self.apply_fn is None or self.apply_fn(example)
             if (made := function(example) if applies else example) is not SKIPPED:
@@ -95,24 +97,27 @@ class TolerantMapper(LazyMapper):
 class TolerantFilter(LazyFilter):
     """lhotse's filter without the examples on which its predicate raises."""
 
-    def __init__(self, iterator: Any, predicate: Callable, *, bad_records: BadRecords):
+    def __init__(self, iterator: Any, predicate: Callable, *, skipped_records: SkippedRecords):
         super().__init__(iterator, predicate)
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
 
     def __iter__(self) -> Iterator:
-        predicate = guarded(self.predicate, self.bad_records)
+        predicate = guarded(self.predicate, self.skipped_records)
         for example in self.iterator:
             if (keep := predicate(example)) is not SKIPPED and keep:
                 yield example
 
 
 @contextmanager
-def tolerating(bad_records: BadRecords) -> Iterator[None]:
+def tolerating(skipped_records: SkippedRecords) -> Iterator[None]:
     """Inside this context, ``CutSet.map`` and ``CutSet.filter`` make tolerant maps and filters.
 
     A sampler's chain is built inside of NeMo's factory, which also reads from it where it estimates bins.
     """
-    mapper, filter_ = partial(TolerantMapper, bad_records=bad_records), partial(TolerantFilter, bad_records=bad_records)
+    mapper, filter_ = (
+        partial(TolerantMapper, skipped_records=skipped_records),
+        partial(TolerantFilter, skipped_records=skipped_records),
+    )
     with patch.object(lhotse.cut.set, "LazyMapper", mapper), patch.object(lhotse.lazy, "LazyFilter", filter_):
         yield
 
@@ -122,19 +127,19 @@ class TolerantTransform:
 
     Args:
         transform: NeMo's or lhotse's, which takes a CutSet.
-        bad_records: ledger for the examples on which it raises.
+        skipped_records: ledger for the examples on which it raises.
     """
 
-    def __init__(self, transform: Callable[[CutSet], CutSet], bad_records: BadRecords) -> None:
+    def __init__(self, transform: Callable[[CutSet], CutSet], skipped_records: SkippedRecords) -> None:
         self.transform = transform
-        self.bad_records = bad_records
+        self.skipped_records = skipped_records
 
     def __call__(self, batch: CutSet) -> CutSet:
         """The batch, transformed, without the examples on which the transform raises."""
         try:
             return self.transform(batch)
         except Exception:  # whatever a record's values make lhotse trip over
-            function = guarded(self._of_one, self.bad_records)
+            function = guarded(self._of_one, self.skipped_records)
             made = (function(example) for example in batch)
             return CutSet([example for examples in made if examples is not SKIPPED for example in examples])
 
@@ -142,7 +147,7 @@ class TolerantTransform:
         try:
             return list(self.transform(CutSet([example])))
         except Exception as error:
-            raise Unusable(cause_of(self.transform, example, error)) from error
+            raise InvalidRecord(cause_of(self.transform, example, error)) from error
 
 
 def stages_of(last: Any) -> Iterator[Any]:
@@ -160,18 +165,18 @@ def stages_of(last: Any) -> Iterator[Any]:
 
 
 def build_tolerant_sampler(
-    structured: DictConfig, global_rank: int, world_size: int, tokenizer: Any, bad_records: BadRecords
+    structured: DictConfig, global_rank: int, world_size: int, tokenizer: Any, skipped_records: SkippedRecords
 ) -> tuple[CutSampler, bool]:
     """NeMo's sampler of a config, whose maps, filters and transforms of batches are tolerant.
 
     Returns:
         The sampler, and whether it lives in the workers.
     """
-    with tolerating(bad_records):
+    with tolerating(skipped_records):
         sampler, in_workers = get_lhotse_sampler_from_config(structured, global_rank, world_size, tokenizer)
     for cuts in sampler.cuts:
         _check_noise(cuts)
-    sampler._transforms = [TolerantTransform(transform, bad_records) for transform in sampler._transforms]
+    sampler._transforms = [TolerantTransform(transform, skipped_records) for transform in sampler._transforms]
     return sampler, in_workers
 
 

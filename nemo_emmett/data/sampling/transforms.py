@@ -21,8 +21,8 @@ from nemo.collections.common.data.lhotse.dataloader import tokenize_with_prompt
 from nemo.collections.common.prompts import PromptFormatter
 from omegaconf import DictConfig
 
-from nemo_emmett.data.io.skipped_records import BadRecords
-from nemo_emmett.data.readers.registry import Reading, feeding, reading
+from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.readers.registry import ReaderContext, injected_examples, reader_context
 from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION, SKIPPED, build_tolerant_sampler, guarded, stages_of
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.formatting import format_many
@@ -41,7 +41,7 @@ class Feed:
         return iter(self.examples)
 
 
-class ExampleChain:
+class TransformPipeline:
     """What NeMo does to an example between reading and batching it: resampling, tokens, augmentation, filters.
 
     NeMo builds the chain and everything about batches from the config, as it does for its own samplers; the samplers
@@ -51,7 +51,7 @@ class ExampleChain:
         structured: NeMo's config of one sampler; its ``input_cfg`` is replaced.
         tokenizer: NeMo tokenizer.
         sample: examples by which NeMo estimates the bins of buckets where the config names none.
-        bad_records: ledger for the examples that a stage of the chain raises upon.
+        skipped_records: ledger for the examples that a stage of the chain raises upon.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class ExampleChain:
         structured: DictConfig,
         tokenizer: Any,
         sample: Iterable = (),
-        bad_records: BadRecords | None = None,
+        skipped_records: SkippedRecords | None = None,
     ) -> None:
         self._feed = Feed(sample)
-        self.bad_records = BadRecords() if bad_records is None else bad_records
+        self.skipped_records = SkippedRecords() if skipped_records is None else skipped_records
         # Noise is read here and not by the workers, so what is left out of it is logged here.
-        with feeding(self._feed) as input_cfg, reading(Reading(BadRecords(announce=True))):
+        with injected_examples(self._feed) as input_cfg, reader_context(ReaderContext(SkippedRecords(announce=True))):
             structured = structured.copy()
             structured.input_cfg = input_cfg
-            sampler = build_tolerant_sampler(structured, 0, 1, tokenizer, self.bad_records)[0]
+            sampler = build_tolerant_sampler(structured, 0, 1, tokenizer, self.skipped_records)[0]
         self._sampler: CutSampler = sampler
         self._rng = random.Random()
         self.constraint: SamplingConstraint = sampler.constraint
@@ -127,7 +127,7 @@ class ExampleChain:
         return stage, steps
 
     def _kept_by(self, predicate: Callable, examples: list) -> list:
-        passes = [(example, guarded(predicate, self.bad_records)(example)) for example in examples]
+        passes = [(example, guarded(predicate, self.skipped_records)(example)) for example in examples]
         kept = [example for example, passed in passes if passed is not SKIPPED and passed]
         left_out = sum(passed is not SKIPPED and not passed for _, passed in passes)
         if left_out:
@@ -138,7 +138,7 @@ class ExampleChain:
     def _mapping(self, stage: LazyMapper) -> Step:
         if _prompts(stage) and stage.apply_fn is None:
             return partial(self._prompted, _formatter_of(stage))
-        return partial(_mapped, guarded(stage.fn, self.bad_records), stage.apply_fn)
+        return partial(_mapped, guarded(stage.fn, self.skipped_records), stage.apply_fn)
 
     def _prompted(self, formatter: PromptFormatter, examples: list) -> list:
         try:
@@ -146,7 +146,9 @@ class ExampleChain:
         except ConfigError:
             raise
         except Exception:  # one by one, to find those that cannot be prompted
-            prompt = guarded(partial(tokenize_with_prompt, tokenizer=None, prompt_format=formatter), self.bad_records)
+            prompt = guarded(
+                partial(tokenize_with_prompt, tokenizer=None, prompt_format=formatter), self.skipped_records
+            )
             return _mapped(prompt, None, examples)
         return examples
 

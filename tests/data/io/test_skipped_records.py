@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.errors import TooManyBadRecords
 
 
-def filled(bad: int, good: int) -> BadRecords:
-    ledger = BadRecords()
+def filled(bad: int, good: int) -> SkippedRecords:
+    ledger = SkippedRecords()
     ledger.read("train.json", bad + good)
     for i in range(bad):
         ledger.add("train.json", f"line {i}", "not JSON")
@@ -30,7 +30,7 @@ def test_a_record_met_again_counts_once() -> None:
 
 
 def test_notes_travel_once() -> None:
-    total, worker = BadRecords(), filled(2, 8)
+    total, worker = SkippedRecords(), filled(2, 8)
     total.merge(worker.drain())
     total.merge(worker.drain())
     assert (total.count(), total.read_count) == (2, 10)
@@ -82,7 +82,7 @@ def test_the_table_has_a_line_per_source_and_cause() -> None:
 
 
 def test_a_record_of_several_examples_is_bad_once_per_pass() -> None:
-    ledger = BadRecords()
+    ledger = SkippedRecords()
     for _ in range(2):
         ledger.read("train.json", 1000)
         for line in range(100):
@@ -96,7 +96,7 @@ def test_a_record_of_several_examples_is_bad_once_per_pass() -> None:
 
 
 def test_a_record_with_several_faults_is_one_record() -> None:
-    ledger = BadRecords()
+    ledger = SkippedRecords()
     ledger.read("train.json", 10)
     for language in ("de", "es"):
         ledger.add("train.json", "line 4", f"no translation to '{language}'")
@@ -108,7 +108,7 @@ def test_a_record_with_several_faults_is_one_record() -> None:
 
 
 def test_each_source_is_judged_by_its_own_share() -> None:
-    ledger = BadRecords(source_of={"speech_0.json": "speech", "speech_1.json": "speech"})
+    ledger = SkippedRecords(source_of={"speech_0.json": "speech", "speech_1.json": "speech"})
     ledger.read("train.de", 1_000_000)
     ledger.add("train.de", "line 1", "empty text")
     for shard in ("speech_0.json", "speech_1.json"):
@@ -130,7 +130,7 @@ def test_each_source_is_judged_by_its_own_share() -> None:
 
 
 def test_an_epoch_is_reported_by_itself_and_in_total() -> None:
-    ledger = BadRecords(source_of={"speech_0.json": "speech", "speech_1.json": "speech"})
+    ledger = SkippedRecords(source_of={"speech_0.json": "speech", "speech_1.json": "speech"})
     for epoch in range(2):
         for shard in ("speech_0.json", "speech_1.json"):
             ledger.read(shard, 1000)
@@ -160,7 +160,7 @@ def test_an_epoch_is_reported_by_itself_and_in_total() -> None:
 def test_reports_stay_readable_with_long_paths() -> None:
     path = f"/data/{'corpora/' * 20}manifest_0.json"
     title = f"data.train_ds.input_cfg.0 ({path})"
-    ledger = BadRecords(source_of={path: title})
+    ledger = SkippedRecords(source_of={path: title})
     ledger.read(path, 2_000_000)
     ledger.add(path, "line 1", "several target languages, but no translations")
     for report in (ledger.table(), ledger.end_epoch()):
@@ -171,7 +171,7 @@ def test_reports_stay_readable_with_long_paths() -> None:
 
 
 def test_what_several_workers_noted_is_one_epoch() -> None:
-    total = BadRecords()
+    total = SkippedRecords()
     for _ in range(2):
         for worker in (filled(1, 99), filled(1, 99)):  # each has read all of the data
             total.merge(worker.drain())

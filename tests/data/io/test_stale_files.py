@@ -22,7 +22,7 @@ from nemo_emmett.data.io import line_index as index_module
 from nemo_emmett.data.io import sidecar as index_file
 from nemo_emmett.data.io.files import FileState, count_lines
 from nemo_emmett.data.io.line_index import FileChanged, LineCount, LineIndex, open_numbered_lines
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.io.tar_index import TarIndex
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.random_access import AudioInTar, open_records
@@ -158,7 +158,7 @@ def test_pairs_stay_pairs_when_one_side_is_rewritten(tmp_path) -> None:
     config |= {"source_paths": f"{tmp_path}/a.en", "target_paths": f"{tmp_path}/a.de"}
 
     def pairs() -> list[tuple[str, str]]:
-        records = open_records(Source(config, "train_ds"), BadRecords(), ExampleKind.TRANSLATION)
+        records = open_records(Source(config, "train_ds"), SkippedRecords(), ExampleKind.TRANSLATION)
         (size,) = records.shard_sizes
         return [(p.source.text, p.target.text) for i in range(size) for p in records.read(0, i)]
 

@@ -7,7 +7,7 @@ from lhotse import MonoCut, SupervisionSegment
 from lhotse.testing.dummies import dummy_recording
 from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample, TextExample
 
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind, Examples, SourceDefaults
 
 
@@ -17,8 +17,8 @@ def cut(text: str | None = "one two", lang: str | None = None, **custom) -> Mono
     return MonoCut("c", 0, 1.0, 0, supervisions=[supervision], recording=recording, custom={"lang": lang, **custom})
 
 
-def made(records, kind: ExampleKind = ExampleKind.TRANSLATION, **defaults) -> tuple[list, BadRecords]:
-    ledger = BadRecords()
+def made(records, kind: ExampleKind = ExampleKind.TRANSLATION, **defaults) -> tuple[list, SkippedRecords]:
+    ledger = SkippedRecords()
     examples = Examples(records, kind, SourceDefaults(name="m.json", **defaults), ledger)
     return list(examples), ledger
 

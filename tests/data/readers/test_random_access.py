@@ -23,7 +23,7 @@ from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io import line_index as index_module
 from nemo_emmett.data.io.audio import AudioFault, load_waveform, with_checked_audio
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.random_access import Records, build_indexes, open_records
 from nemo_emmett.data.readers.registry import open_source
@@ -37,8 +37,8 @@ def source_of(config: dict) -> Source:
     return Source({"force_finite": True, **config}, "train_ds.input_cfg.0")
 
 
-def opened(config: dict, ledger: BadRecords | None = None, **how) -> Records | None:
-    return open_records(source_of(config), ledger or BadRecords(), ExampleKind.TRANSLATION, **how)
+def opened(config: dict, ledger: SkippedRecords | None = None, **how) -> Records | None:
+    return open_records(source_of(config), ledger or SkippedRecords(), ExampleKind.TRANSLATION, **how)
 
 
 def positions(records: Records) -> list[tuple[int, int]]:
@@ -55,13 +55,13 @@ def place_of(cut: Cut) -> tuple[str, int]:
     return cut.manifest_origin, int(cut.manifest_place.removeprefix("line "))
 
 
-def faults(ledger: BadRecords) -> Counter:
+def faults(ledger: SkippedRecords) -> Counter:
     return Counter((record.source, record.place, record.cause) for record in ledger.drain().skipped)
 
 
 def compare_with_the_stream(config: dict, in_order: bool = True) -> tuple[list, Counter]:
     """Check that reading by number, in a random order, gives what the stream gives; returns that and its faults."""
-    streamed_ledger, ledger = BadRecords(), BadRecords()
+    streamed_ledger, ledger = SkippedRecords(), SkippedRecords()
     streamed = list(open_source(source_of(config), streamed_ledger, ExampleKind.TRANSLATION)[0])
     records = opened(config, ledger)
     found = {}
@@ -301,7 +301,7 @@ def test_lists_of_tarred_sets_are_shards_of_one(tarred, tmp_path) -> None:
 def test_a_tar_file_that_breaks_off_is_noted_with_what_is_missing(tarred, tmp_path) -> None:
     path = tmp_path / "audio_0.tar"
     path.write_bytes(path.read_bytes()[:70_000])  # in the middle of the second recording
-    ledger = BadRecords()
+    ledger = SkippedRecords()
     records = opened(tarred, ledger)
     ids = [cut.id for number in range(records.shard_sizes[0]) for cut in records.read(0, number)]
     assert ids == ["0-stereo.wav", "0-0.wav"]
@@ -309,7 +309,7 @@ def test_a_tar_file_that_breaks_off_is_noted_with_what_is_missing(tarred, tmp_pa
 
 
 def test_audio_in_tar_files_is_read_when_it_is_asked_for(tarred, tmp_path) -> None:
-    streamed = list(open_source(source_of(tarred), BadRecords(), ExampleKind.TRANSLATION)[0])
+    streamed = list(open_source(source_of(tarred), SkippedRecords(), ExampleKind.TRANSLATION)[0])
     records = opened(tarred)
     cuts = [cut for position in positions(records) for cut in records.read(*position)]
     assert len(pickle.dumps(cuts)) < 1500 * len(cuts), "no audio travels with them"
@@ -384,8 +384,10 @@ def test_shar_by_number_is_that_of_the_stream(shar, suffix, as_fields) -> None:
         files = {"cuts": suffix, "recording": "tar", "vector": "tar"}
         where = {field: [f"{where}/{field}.00000{i}.{s}" for i in (0, 1)] for field, s in files.items()}
     config = {"type": "lhotse_shar", "shar_path": where, "tags": {"source_lang": "en"}}
-    streamed = sorted(open_source(source_of(config), BadRecords(), ExampleKind.TRANSLATION)[0], key=lambda cut: cut.id)
-    ledger = BadRecords()
+    streamed = sorted(
+        open_source(source_of(config), SkippedRecords(), ExampleKind.TRANSLATION)[0], key=lambda cut: cut.id
+    )
+    ledger = SkippedRecords()
     records = opened(config, ledger)
     assert (records.shard_sizes, records.is_sequential) == ([3, 3], [suffix == "jsonl.gz"] * 2)
     ours = [cut for position in positions(records) for cut in records.read(*position)]
@@ -402,7 +404,7 @@ def test_indexes_of_shar_do_not_stand_in_its_way(shar) -> None:
     folder = shar()
     config = {"type": "lhotse_shar", "shar_path": str(folder)}
     assert opened(config).shard_sizes == [3, 3]
-    assert len(list(open_source(source_of(config), BadRecords(), ExampleKind.TRANSLATION)[0])) == 6
+    assert len(list(open_source(source_of(config), SkippedRecords(), ExampleKind.TRANSLATION)[0])) == 6
     assert len(list(Path(f"{folder}.emmett-index").iterdir())) == 6
 
 
@@ -422,7 +424,7 @@ def test_bad_records_of_shar(shar) -> None:
     path = folder / "recording.000001.tar"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    ledger = BadRecords()
+    ledger = SkippedRecords()
     records = opened({"type": "lhotse_shar", "shar_path": str(folder)}, ledger)
     ids = [cut.id for position in positions(records) for cut in records.read(*position)]
     assert ids == ["shar.3"]
@@ -464,7 +466,7 @@ def test_the_rest_is_left_to_the_readers_that_stream(tarred, tmp_path, write_lin
         {"type": "lhotse_shar", "shar_path": str(shar()), "slice_length": 2},
     ]
     assert [opened(case) for case in cases] == [None] * len(cases)
-    assert open_records(source_of(text), BadRecords(), ExampleKind.AS_READ) is None
+    assert open_records(source_of(text), SkippedRecords(), ExampleKind.AS_READ) is None
     (tmp_path / "audio_1.tar").write_bytes(gzip.compress((tmp_path / "audio_1.tar").read_bytes()))
     assert opened(tarred) is None, "compressed, whatever its name says"
 

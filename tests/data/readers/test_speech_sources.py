@@ -12,7 +12,7 @@ import pytest
 from lhotse import CutSet
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator, LazyNeMoTarredIterator
 
-from nemo_emmett.data.io.skipped_records import BadRecords
+from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.speech_sources import LhotseManifest, NeMoManifest, NeMoTarredManifest
 from nemo_emmett.errors import ConfigError
 
@@ -35,7 +35,7 @@ def cut_in_half(path: Path) -> Path:
 @pytest.mark.parametrize("sampling_rate", [16000, None])
 def test_cuts_equal_those_of_nemo(speech, sampling_rate) -> None:
     manifest = str(speech(4, sampling_rate=sampling_rate))
-    ours = [comparable(cut) for cut in NeMoManifest(manifest, BadRecords())]
+    ours = [comparable(cut) for cut in NeMoManifest(manifest, SkippedRecords())]
     assert ours == [comparable(cut) for cut in LazyNeMoIterator(manifest)]
     assert len(ours) == 4
 
@@ -44,7 +44,7 @@ def test_segments_of_a_recording_equal_those_of_nemo(write_tone, write_manifest)
     record = {"audio_filepath": str(write_tone("long.wav", seconds=3)), "text": "one"}
     segments = [{**record, "offset": 0.5, "duration": 1.0}, {**record, "offset": 2.0, "duration": 1.0}]
     manifest = str(write_manifest("m.json", segments))
-    ours = list(NeMoManifest(manifest, BadRecords()))
+    ours = list(NeMoManifest(manifest, SkippedRecords()))
     assert [comparable(c) for c in ours] == [comparable(c) for c in LazyNeMoIterator(manifest)]
     assert [(c.start, c.duration) for c in ours] == [(0.5, 1.0), (2.0, 1.0)]
 
@@ -54,8 +54,8 @@ def test_segments_keep_their_audio_where_the_manifest_tells_the_sampling_rate(
     write_tone, write_manifest, offset
 ) -> None:
     record = {"audio_filepath": str(write_tone("long.wav", seconds=3)), "duration": 1.0, "offset": offset, "text": "1"}
-    (with_rate,) = NeMoManifest(str(write_manifest("a.json", [{**record, "sampling_rate": 16000}])), BadRecords())
-    (opened,) = NeMoManifest(str(write_manifest("b.json", [record])), BadRecords())
+    (with_rate,) = NeMoManifest(str(write_manifest("a.json", [{**record, "sampling_rate": 16000}])), SkippedRecords())
+    (opened,) = NeMoManifest(str(write_manifest("b.json", [record])), SkippedRecords())
     assert (with_rate.start, with_rate.duration) == (opened.start, opened.duration) == (offset, 1.0)
     assert np.array_equal(with_rate.load_audio(), opened.load_audio())
 
@@ -63,7 +63,7 @@ def test_segments_keep_their_audio_where_the_manifest_tells_the_sampling_rate(
 def test_a_relative_path_is_relative_to_the_manifest(write_tone, write_manifest) -> None:
     path = write_tone("a.wav")
     manifest = write_manifest("m.json", [{"audio_filepath": "a.wav", "duration": 1.0, "sampling_rate": 16000}])
-    (cut,) = NeMoManifest(str(manifest), BadRecords())
+    (cut,) = NeMoManifest(str(manifest), SkippedRecords())
     assert cut.recording.sources[0].source == str(path)
 
 
@@ -85,7 +85,7 @@ def test_bad_manifest_records(write_tone, write_manifest) -> None:
     )
     with manifest.open("ab") as file:
         file.write(b'{"audio_filepath": "\xff"}\n\n')
-    ledger = BadRecords()
+    ledger = SkippedRecords()
     assert len(list(NeMoManifest(str(manifest), ledger))) == 2
     assert ledger.read_count == 10  # the blank line is none
     assert [(r.place, r.cause) for r in ledger.first] == [
@@ -108,7 +108,7 @@ def test_audio_opened_for_its_sampling_rate_is_judged_there(write_tone, write_ma
     write_tone("good.wav")
     write_tone("short.wav", seconds=0.5)
     manifest = write_manifest("m.json", [{"audio_filepath": f"{n}.wav", "duration": 1.0} for n in names])
-    ledger = BadRecords()
+    ledger = SkippedRecords()
     assert [Path(c.id).name for c in NeMoManifest(str(manifest), ledger)] == ["good"]
     assert [(r.place, r.cause) for r in ledger.first] == [
         ("line 2", "missing audio"),
@@ -123,7 +123,7 @@ def test_a_skipped_record_takes_its_extra_field_with_it(write_tone, write_manife
     good = {"audio_filepath": str(write_tone("a.wav")), "duration": 1.0, "sampling_rate": 16000}
     manifest = write_manifest("m.json", [good, {**good, "duration": None}, good])
     extra = [{"type": "text_iter", "name": "question", "path": str(write_lines("q.txt", ["first", "second", "third"]))}]
-    cuts = list(NeMoManifest(str(manifest), BadRecords(), extra_fields=extra))
+    cuts = list(NeMoManifest(str(manifest), SkippedRecords(), extra_fields=extra))
     assert [cut.question for cut in cuts] == ["first", "third"]
 
 
@@ -155,7 +155,7 @@ def test_tarred_cuts_equal_those_of_nemo(tar, tmp_path) -> None:
     tar(0, ["a.wav", "b.wav"])
     tar(1, ["c.wav"])
     paths = f"{tmp_path}/manifest__OP_0..1_CL_.json", f"{tmp_path}/audio__OP_0..1_CL_.tar"
-    ours, nemos = list(NeMoTarredManifest(*paths, BadRecords())), list(LazyNeMoTarredIterator(*paths))
+    ours, nemos = list(NeMoTarredManifest(*paths, SkippedRecords())), list(LazyNeMoTarredIterator(*paths))
     assert [comparable(c) for c in ours] == [comparable(c) for c in nemos]
     assert [c.id for c in ours] == ["a.wav", "b.wav", "c.wav"]
     assert np.array_equal(ours[1].load_audio(), nemos[1].load_audio())
@@ -167,7 +167,7 @@ def test_one_manifest_for_several_tar_files(tar, tmp_path, write_manifest) -> No
     lines = [line for i in (0, 1) for line in (tmp_path / f"manifest_{i}.json").read_text().splitlines()]
     stray = json.dumps({"audio_filepath": "d.wav", "duration": 1.0, "shard_id": 7})
     manifest = write_manifest("whole.json", ["broken", *lines, stray])
-    ledger = BadRecords()
+    ledger = SkippedRecords()
     cuts = NeMoTarredManifest(str(manifest), f"{tmp_path}/audio__OP_0..1_CL_.tar", ledger)
     assert [c.id for c in cuts] == ["a.wav", "b.wav", "c.wav"]
     assert ledger.causes() == {"not JSON": 1, "no such shard_id": 1}
@@ -184,7 +184,7 @@ def test_segments_in_tar_files_equal_those_of_nemo(tar, tmp_path) -> None:
     manifest = tmp_path / "manifest_0.json"
     manifest.write_text("".join(json.dumps({**s, "shard_id": 0}) + "\n" for s in segments))
     paths = str(manifest), str(tmp_path / "audio_0.tar")
-    ours, nemos = list(NeMoTarredManifest(*paths, BadRecords())), list(LazyNeMoTarredIterator(*paths))
+    ours, nemos = list(NeMoTarredManifest(*paths, SkippedRecords())), list(LazyNeMoTarredIterator(*paths))
     assert [c.supervisions[0].text for c in ours] == ["x", "y"]
     assert all(np.array_equal(a.load_audio(), b.load_audio()) for a, b in zip(ours, nemos, strict=True))
 
@@ -196,7 +196,7 @@ def test_bad_records_in_tar_files(tar, tmp_path) -> None:
     tar(0, ["a.wav", "empty.wav", "noise.wav", "b.wav"], extra)
     with tarfile.open(tmp_path / "audio_0.tar", "a") as archive:
         archive.add(tmp_path / "a.wav", arcname="unnamed.wav")
-    ledger = BadRecords()
+    ledger = SkippedRecords()
     cuts = NeMoTarredManifest(str(tmp_path / "manifest_0.json"), str(tmp_path / "audio_0.tar"), ledger)
     assert [c.id for c in cuts] == ["a.wav", "b.wav"]
     assert {(r.place, r.cause) for r in ledger.first} == {
@@ -212,7 +212,7 @@ def test_a_subset_manifest_is_no_fault_when_said_so(tar, tmp_path) -> None:
     tar(0, ["a.wav", "b.wav"])
     manifest = tmp_path / "manifest_0.json"
     manifest.write_text(manifest.read_text().splitlines()[0] + "\n")
-    ledger = BadRecords()
+    ledger = SkippedRecords()
     paths = str(manifest), str(tmp_path / "audio_0.tar")
     cuts = NeMoTarredManifest(*paths, ledger, skip_missing_manifest_entries=True)
     assert [c.id for c in cuts] == ["a.wav"]
@@ -223,7 +223,7 @@ def test_a_tar_file_that_breaks_off_keeps_what_came_before(tar, tmp_path) -> Non
     tar(0, ["a.wav", "b.wav"])
     path = tmp_path / "audio_0.tar"
     path.write_bytes(path.read_bytes()[:40000])  # a.wav takes 32044 bytes and a header
-    ledger = BadRecords()
+    ledger = SkippedRecords()
     assert [c.id for c in NeMoTarredManifest(str(tmp_path / "manifest_0.json"), str(path), ledger)] == ["a.wav"]
     assert ledger.causes() == {"unreadable tar": 1, "missing audio": 1}
 
@@ -232,7 +232,7 @@ def test_shards_that_do_not_match_are_named(tar, tmp_path) -> None:
     tar(0, ["a.wav"])
     tar(1, ["b.wav"])
     with pytest.raises(ConfigError, match=r"shards \[0, 1\], tarred_audio_filepaths \[0\]"):
-        NeMoTarredManifest(f"{tmp_path}/manifest__OP_0..1_CL_.json", f"{tmp_path}/audio_0.tar", BadRecords())
+        NeMoTarredManifest(f"{tmp_path}/manifest__OP_0..1_CL_.json", f"{tmp_path}/audio_0.tar", SkippedRecords())
 
 
 # lhotse
@@ -242,12 +242,12 @@ def test_lhotse_cuts_and_bad_lines(speech, tmp_path) -> None:
     cuts = CutSet(list(LazyNeMoIterator(str(speech(3)))))
     path = tmp_path / "cuts.jsonl.gz"
     cuts.to_file(path)
-    assert [comparable(c) for c in LhotseManifest(str(path), BadRecords())] == [comparable(c) for c in cuts]
+    assert [comparable(c) for c in LhotseManifest(str(path), SkippedRecords())] == [comparable(c) for c in cuts]
 
     plain = tmp_path / "cuts.jsonl"
     cuts.to_file(plain)
     with plain.open("a") as file:
         file.write('nothing\n{"id": "a", "type": "MonoCut"}\n{"id": "b"}\n')
-    ledger = BadRecords()
+    ledger = SkippedRecords()
     assert len(list(LhotseManifest(str(plain), ledger))) == 3
     assert ledger.causes() == {"not JSON": 1, "not a lhotse cut": 2}

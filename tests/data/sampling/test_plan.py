@@ -186,7 +186,7 @@ def test_streams_are_opened_by_each_worker_itself(load, tmp_path, keys):
     loader = load({"input_cfg": [source], "batch_size": 50, "force_finite": True, "num_workers": 2})
     for _ in range(2):
         assert len([i for batch in loader for i in ids_of(batch)]) == 3000
-    assert loader.bad_records.count() == 0
+    assert loader.skipped_records.count() == 0
 
 
 def test_fewer_ranks_lose_nothing_that_waited(load, groups):

@@ -6,12 +6,12 @@ import pytest
 
 from nemo_emmett.data.io.skipped_records import Notes
 from nemo_emmett.data.loader_state import Progress
-from nemo_emmett.data.worker_batches import Delivery
+from nemo_emmett.data.worker_batches import WorkerBatch
 from nemo_emmett.errors import DataError
 
 
-def delivery(worker: int, number: int, is_last: bool = False) -> Delivery:
-    return Delivery(None, Notes(), worker=worker, state=pickle.dumps(number), is_last=is_last)
+def delivery(worker: int, number: int, is_last: bool = False) -> WorkerBatch:
+    return WorkerBatch(None, Notes(), worker=worker, state=pickle.dumps(number), is_last=is_last)
 
 
 def workers_of(progress: Progress) -> list:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nemo_emmett.data.sampling.proportional_mixing import StationaryDraws
+from nemo_emmett.data.sampling.proportional_mixing import ProportionalMixer
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -12,7 +12,7 @@ def test_no_count_is_ever_off_by_more_than_tijdemans_bound(seed):
     k = int(rng.integers(2, 9))
     shares = rng.dirichlet(np.full(k, 0.5)) + 1e-3
     shares /= shares.sum()
-    draws = StationaryDraws(shares)
+    draws = ProportionalMixer(shares)
     counts = np.zeros(k)
     for n in range(1, 3001):
         counts[draws.next()] += 1
@@ -21,7 +21,7 @@ def test_no_count_is_ever_off_by_more_than_tijdemans_bound(seed):
 
 def test_any_stretch_holds_the_shares_also_with_a_shifted_beginning():
     shares = [0.7, 0.2, 0.06, 0.04]
-    draws = StationaryDraws(shares, seed=[3, 1])
+    draws = ProportionalMixer(shares, seed=[3, 1])
     drawn = np.array([draws.next() for _ in range(5000)])
     for start in range(0, 4800, 37):
         counts = np.bincount(drawn[start : start + 200], minlength=4)
@@ -29,18 +29,20 @@ def test_any_stretch_holds_the_shares_also_with_a_shifted_beginning():
 
 
 def test_shifted_beginnings_differ_between_workers():
-    sequences = [[draws.next() for _ in range(50)] for draws in (StationaryDraws([1, 2, 3], [0, w]) for w in range(2))]
+    sequences = [
+        [draws.next() for _ in range(50)] for draws in (ProportionalMixer([1, 2, 3], [0, w]) for w in range(2))
+    ]
     assert sequences[0] != sequences[1]
 
 
 def test_one_index_is_always_drawn_and_one_without_share_never():
-    assert {StationaryDraws([2.0]).next() for _ in range(5)} == {0}
-    draws = StationaryDraws([1.0, 0.0, 1.0])
+    assert {ProportionalMixer([2.0]).next() for _ in range(5)} == {0}
+    draws = ProportionalMixer([1.0, 0.0, 1.0])
     assert {draws.next() for _ in range(100)} == {0, 2}
 
 
 def test_the_others_share_what_a_removed_index_had():
-    draws = StationaryDraws([0.5, 0.375, 0.125])
+    draws = ProportionalMixer([0.5, 0.375, 0.125])
     for _ in range(10):
         draws.next()
     draws.remove(0)
@@ -53,9 +55,9 @@ def test_the_others_share_what_a_removed_index_had():
 
 
 def test_a_restored_state_goes_on_the_same():
-    draws = StationaryDraws([0.61, 0.29, 0.1], seed=[1])
+    draws = ProportionalMixer([0.61, 0.29, 0.1], seed=[1])
     for _ in range(77):
         draws.next()
-    other = StationaryDraws([0.61, 0.29, 0.1], seed=[1])
+    other = ProportionalMixer([0.61, 0.29, 0.1], seed=[1])
     other.load_state_dict(draws.state_dict())
     assert [draws.next() for _ in range(300)] == [other.next() for _ in range(300)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nemo_emmett.data.sampling.shuffle import STRETCH, RecordOrder
+from nemo_emmett.data.sampling.shuffle import SHUFFLE_BLOCK_SIZE, RecordOrder
 
 
 def order_of(sizes, sequential=None, shuffle=True, seed=(0,), group_size=1000):
@@ -14,7 +14,7 @@ def one_pass(order, number=0):
     return [order.locate(number * len(order) + offset) for offset in range(len(order))]
 
 
-@pytest.mark.parametrize("sizes", [[1], [5, 0, 3], [700, 20, 1300], [STRETCH, STRETCH], [3] * 50])
+@pytest.mark.parametrize("sizes", [[1], [5, 0, 3], [700, 20, 1300], [SHUFFLE_BLOCK_SIZE, SHUFFLE_BLOCK_SIZE], [3] * 50])
 @pytest.mark.parametrize("group_size", [1, 100, 10_000])
 @pytest.mark.parametrize("sequential", [False, True])
 def test_every_pass_holds_every_record_once(sizes, group_size, sequential):
@@ -48,7 +48,7 @@ def test_records_come_from_few_places_at_a_time():
     """Any 1,000 records of a large file lie in a few stretches of neighbours, so that a disk reads in stretches."""
     order = order_of([100_000], group_size=1024)
     numbers = np.array([order.locate(position).number for position in range(1000)])
-    assert len(set(numbers // STRETCH)) <= 5
+    assert len(set(numbers // SHUFFLE_BLOCK_SIZE)) <= 5
 
 
 def test_shuffling_goes_far():
@@ -84,7 +84,7 @@ def test_each_pass_begins_in_other_places():
     """It is not the same stretches that are shuffled together in every pass."""
     order = order_of([100_000], group_size=1024)
     begins = [
-        {place.number // STRETCH for place in one_pass_begin}
+        {place.number // SHUFFLE_BLOCK_SIZE for place in one_pass_begin}
         for one_pass_begin in (
             [order.locate(number * 100_000 + offset) for offset in range(1024)] for number in range(4)
         )

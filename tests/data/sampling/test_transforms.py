@@ -11,7 +11,7 @@ from nemo.collections.common.data.lhotse.dataloader import (
 from omegaconf import OmegaConf
 
 from nemo_emmett.data.readers.registry import register_data_types
-from nemo_emmett.data.sampling.transforms import ExampleChain
+from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.prompts.translation import register_prompt_formats
 
 from ..conftest import LOCATOR
@@ -57,7 +57,7 @@ def facts(cuts) -> list:
 )
 def test_it_gives_what_nemos_chain_gives(config, tokenizer, keys):
     read, expected = examples_of(config(**keys), tokenizer)
-    chain = ExampleChain(config(**keys), tokenizer)
+    chain = TransformPipeline(config(**keys), tokenizer)
     assert facts(chain.run(read, [0])) == facts(expected)
     assert chain.filtered[""] == len(expected)
     assert chain.filtered.total() == len(read)
@@ -66,7 +66,7 @@ def test_it_gives_what_nemos_chain_gives(config, tokenizer, keys):
 
 def test_speed_perturbation_gives_each_recording_at_three_speeds(config, tokenizer):
     read, _ = examples_of(config(), tokenizer)
-    ran = ExampleChain(config(perturb_speed=True), tokenizer).run(read, [0])
+    ran = TransformPipeline(config(perturb_speed=True), tokenizer).run(read, [0])
     expected = {f"{cut.id}{suffix}" for cut in read for suffix in ("", "_sp0.9", "_sp1.1")}
     assert {cut.id for cut in ran} == expected
     assert len(ran) == 24
@@ -75,7 +75,7 @@ def test_speed_perturbation_gives_each_recording_at_three_speeds(config, tokeniz
 def test_random_stages_draw_by_the_seed_of_the_call(config, tokenizer, speech):
     noise = str(speech(3, name="noise.json"))
     read, _ = examples_of(config(), tokenizer)
-    chain = ExampleChain(config(noise_path=noise, noise_mix_prob=0.5), tokenizer)
+    chain = TransformPipeline(config(noise_path=noise, noise_mix_prob=0.5), tokenizer)
 
     def mixed(seed):
         return [
@@ -92,7 +92,7 @@ def test_random_stages_draw_by_the_seed_of_the_call(config, tokenizer, speech):
 
 def test_transforms_of_whole_batches_draw_by_the_seed_of_the_call(config, tokenizer):
     read, _ = examples_of(config(), tokenizer)
-    chain = ExampleChain(config(clipping_enabled=True, clipping_prob=0.5), tokenizer)
+    chain = TransformPipeline(config(clipping_enabled=True, clipping_prob=0.5), tokenizer)
     cuts = chain.run(read, [0])
 
     def clipped(seed):

@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from nemo_emmett.data.sampling.sampler import Turns
+from nemo_emmett.data.sampling.sampler import GroupScheduler
 
 
 def test_groups_come_in_turns():
-    turns = Turns(None, 3, [0])
+    turns = GroupScheduler(None, 3, [0])
     assert [turns.next() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("weights", [[0.3, 0.7], [5.0, 1.0, 1.0, 3.0]])
 def test_random_groups_keep_their_shares_give_or_take_the_number_of_groups(weights):
-    turns = Turns(weights, len(weights), [1])
+    turns = GroupScheduler(weights, len(weights), [1])
     shares = np.array(weights) / sum(weights)
     counts = np.zeros(len(weights))
     for step in range(1, 2001):
@@ -25,7 +25,7 @@ def test_groups_may_end_at_any_moment():
     rng = np.random.default_rng(0)
     for run in range(400):
         num_groups = int(rng.integers(2, 5))
-        turns = Turns(rng.uniform(0.05, 1, num_groups).tolist(), num_groups, [run])
+        turns = GroupScheduler(rng.uniform(0.05, 1, num_groups).tolist(), num_groups, [run])
         while len(turns.ended) < num_groups:
             group = turns.next()
             assert group not in turns.ended
@@ -34,9 +34,9 @@ def test_groups_may_end_at_any_moment():
 
 
 def test_a_restored_state_goes_on_the_same():
-    turns = Turns([0.2, 0.5, 0.3], 3, [4])
+    turns = GroupScheduler([0.2, 0.5, 0.3], 3, [4])
     for _ in range(30):
         turns.next()
-    other = Turns([0.2, 0.5, 0.3], 3, [4])
+    other = GroupScheduler([0.2, 0.5, 0.3], 3, [4])
     other.load_state_dict(turns.state_dict())
     assert [turns.next() for _ in range(100)] == [other.next() for _ in range(100)]
