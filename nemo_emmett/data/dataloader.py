@@ -205,7 +205,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self._merge_notes_of_this_process()
         self.skipped_records.check(self.max_bad_records)
         if delivery.end_of_data_message:
-            logging.info(f"The data has ended: {delivery.farewell}.")
+            logging.info(f"The data has ended: {delivery.end_of_data_message}.")
         if delivery.error is not None:
             raise delivery.error
 
