@@ -19,6 +19,7 @@ from nemo_emmett.data.blending.counting import Size
 from nemo_emmett.data.blending.source_stats import sizes_of
 from nemo_emmett.data.config.sources import Source, groups_of, rewrite_sources, with_inherited
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.typed_config import is_number
 
 AUTO = "auto"
 
@@ -183,8 +184,7 @@ def _check_weights(group: _Entry) -> None:
     """All members of a group have a weight, or none has."""
     for member in group.members:
         weight = member.weight
-        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if weight is not None and not (is_number and 0 < weight < float("inf")):
+        if weight is not None and not (is_number(weight) and 0 < weight < float("inf")):
             raise ConfigError(f"{member.where}.weight: {weight!r} is no weight; give a number above 0.")
     without = [member for member in group.members if member.weight is None]
     if without and len(without) < len(group.members):
@@ -200,7 +200,7 @@ def _temperatures(settings: Mapping, where: str) -> list[float] | None:
     if value is None or settings.get("input_cfg") is None:
         return None
     levels = count_input_cfg_levels(settings)
-    if _is_number(value):
+    if is_number(value):
         return [float(value)] * levels
     values = _listed_temperatures(value, where)
     if len(values) != levels:
@@ -220,16 +220,12 @@ def _own_temperatures(group: Mapping, where: str) -> list[float] | None:
 
 
 def _listed_temperatures(value: Any, where: str) -> list[float]:
-    if isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_number, value)):
+    if isinstance(value, Sequence) and not isinstance(value, str) and all(map(is_number, value)):
         return [float(temperature) for temperature in value]
     raise ConfigError(
         f"{where}.reweight_temperature: {value!r} is no list of numbers; give one for each level of groups, from the "
         "outermost (0: equal weights, 1: weights as they are)."
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _node(
