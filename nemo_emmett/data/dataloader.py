@@ -43,7 +43,7 @@ from nemo_emmett.data.config.sources import (
 from nemo_emmett.data.config.validation import check_dataset
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.skipped_records import SkippedRecords
-from nemo_emmett.data.loader_state import Progress
+from nemo_emmett.data.loader_state import LoaderState
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.registry import ReaderContext, reader_context, register_data_types
 from nemo_emmett.data.sampling.fusion import fuse
@@ -51,10 +51,10 @@ from nemo_emmett.data.sampling.plan import nemo_sampler_reason, plan_sampling
 from nemo_emmett.data.sampling.shard_batches import ShardedBatches
 from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
 from nemo_emmett.data.worker_batches import (
-    DeliveringDataset,
-    DeliveringIterable,
-    ResumableDeliveries,
+    IterableWorkerBatches,
+    ResumableWorkerBatches,
     WorkerBatch,
+    WorkerBatchDataset,
     is_empty,
     prepare_dataset,
 )
@@ -76,7 +76,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
     on. :meth:`state_dict` makes another loader continue there, with the rest of the pass.
 
     Args:
-        dataset: delivers batches with their notes; :class:`ResumableDeliveries` with the state of the data besides.
+        dataset: delivers batches with their notes; :class:`ResumableWorkerBatches` with the state of the data besides.
         skipped_records: ledger of everything skipped so far, of all workers.
         max_bad_records: stop past so many bad records, or past this share of those read of any source; None: never.
         hands_out_empty: an empty dict for a batch of which nothing is left, so that a rank stays in step.
@@ -85,7 +85,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
 
     def __init__(
         self,
-        dataset: DeliveringDataset | DeliveringIterable | ResumableDeliveries,
+        dataset: WorkerBatchDataset | IterableWorkerBatches | ResumableWorkerBatches,
         skipped_records: SkippedRecords | None = None,
         max_bad_records: int | float | None = None,
         hands_out_empty: bool = False,
@@ -99,17 +99,17 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self.max_bad_records = max_bad_records
         self.filtered: Counter[str] = Counter()  # examples that NeMo's filters left out, by their keys; "": those kept
         self._epoch_of_last_pass: int | None = None
-        self.progress: Progress | None = None
+        self.progress: LoaderState | None = None
         self._ranks: RanksInStep | None = None
-        if isinstance(dataset, ResumableDeliveries):
+        if isinstance(dataset, ResumableWorkerBatches):
             plan = dataset.plan
-            self.progress = Progress(self.num_workers, plan.world_size, plan.seed, plan.finite)
+            self.progress = LoaderState(self.num_workers, plan.world_size, plan.seed, plan.finite)
             if plan.finite and not hands_out_empty and ranks_load_data(plan.world_size):
                 self._ranks = RanksInStep()
 
     @property
-    def _delivering(self) -> DeliveringDataset:
-        return self.dataset if isinstance(self.dataset, DeliveringDataset) else self.dataset.dataset
+    def _delivering(self) -> WorkerBatchDataset:
+        return self.dataset if isinstance(self.dataset, WorkerBatchDataset) else self.dataset.dataset
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is in the data: behind the last batch trained on, as far as that is counted
@@ -159,7 +159,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 if self._ranks is not None and not delivery.is_last:
                     hand_out = self._all_ranks_hand_out(hand_out)
                 if self.progress is not None:
-                    self.progress.hand_out(delivery, is_batch=hand_out)
+                    self.progress.yielded(delivery, is_batch=hand_out)
                 if hand_out:
                     yield delivery.batch or {}
             self._merge_notes_of_this_process()
@@ -200,7 +200,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self._epoch_of_last_pass = self.sampler.epoch
 
     def _account_for(self, delivery: WorkerBatch) -> None:
-        self.skipped_records.merge(delivery.notes)
+        self.skipped_records.merge(delivery.records)
         self.filtered.update(delivery.filtered)
         self._merge_notes_of_this_process()
         self.skipped_records.check(self.max_bad_records)
@@ -211,7 +211,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
 
     def _merge_notes_of_this_process(self) -> None:
         """The map-style flavour samples here, while the workers only read audio."""
-        self.skipped_records.merge(self._delivering.deliver(None).notes)
+        self.skipped_records.merge(self._delivering.worker_batch(None).records)
 
     def _check_progress(self, empty_in_a_row: int) -> None:
         if empty_in_a_row >= EMPTY_BATCHES_IN_A_ROW:
@@ -310,14 +310,14 @@ def get_multimodal_dataloader(
 
     skipped_records = SkippedRecords()
     sources = list_all_sources(settings, where)
-    dataset = DeliveringDataset(dataset, skipped_records, ours.allow_commands)
+    dataset = WorkerBatchDataset(dataset, skipped_records, ours.allow_commands)
     states, allowed = random_state(), ExitStack()
     allowed.enter_context(commands_allowed(ours.allow_commands))
     try:  # the samplers are seeded with the dataset's own seed; the training's dropout is none of their business
         if not shard_batches and _we_sample(settings, ours, kind, where):
             plan = plan_sampling(settings, where, tokenizer, kind, skipped_records, world_size, ours.index_dir)
             flavour = {
-                "dataset": ResumableDeliveries(dataset, plan, global_rank),
+                "dataset": ResumableWorkerBatches(dataset, plan, global_rank),
                 "worker_init_fn": make_worker_init_fn(rank=global_rank, world_size=world_size, seed=plan.seed),
             }
             shared = _shared_by_groups(settings)
@@ -342,7 +342,7 @@ def get_multimodal_dataloader(
         or (
             world_size > 1
             and kind is ExampleKind.TRANSLATION
-            and not isinstance(flavour["dataset"], DeliveringIterable)
+            and not isinstance(flavour["dataset"], IterableWorkerBatches)
         ),
         batch_size=None,
         # These batches are all tensors already, which torch's own conversion would take apart for nothing.
@@ -470,7 +470,7 @@ def _agree_on_order(structured: DictConfig, sources: Sequence[Source], world_siz
 
 
 def _flavour(
-    dataset: DeliveringDataset,
+    dataset: WorkerBatchDataset,
     sampler: CutSampler,
     is_iterable: bool,
     settings: DictConfig,
@@ -481,7 +481,7 @@ def _flavour(
     if not is_iterable:
         return {"dataset": dataset, "sampler": sampler}
     return {
-        "dataset": DeliveringIterable(dataset, sampler),
+        "dataset": IterableWorkerBatches(dataset, sampler),
         # Seeds each worker of each rank differently: they all read all data, each in its own order.
         "worker_init_fn": make_worker_init_fn(rank=global_rank, world_size=world_size, seed=settings.seed),
         "persistent_workers": settings.num_workers > 0,

@@ -7,17 +7,17 @@ from nemo_emmett.data.sampling.sampler import GroupScheduler
 
 
 def test_groups_come_in_turns():
-    turns = GroupScheduler(None, 3, [0])
-    assert [turns.next() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    scheduler = GroupScheduler(None, 3, [0])
+    assert [scheduler.next() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("weights", [[0.3, 0.7], [5.0, 1.0, 1.0, 3.0]])
 def test_random_groups_keep_their_shares_give_or_take_the_number_of_groups(weights):
-    turns = GroupScheduler(weights, len(weights), [1])
+    scheduler = GroupScheduler(weights, len(weights), [1])
     shares = np.array(weights) / sum(weights)
     counts = np.zeros(len(weights))
     for step in range(1, 2001):
-        counts[turns.next()] += 1
+        counts[scheduler.next()] += 1
         assert np.abs(counts - shares * step).max() <= len(weights)
 
 
@@ -25,18 +25,18 @@ def test_groups_may_end_at_any_moment():
     rng = np.random.default_rng(0)
     for run in range(400):
         num_groups = int(rng.integers(2, 5))
-        turns = GroupScheduler(rng.uniform(0.05, 1, num_groups).tolist(), num_groups, [run])
-        while len(turns.ended) < num_groups:
-            group = turns.next()
-            assert group not in turns.ended
+        scheduler = GroupScheduler(rng.uniform(0.05, 1, num_groups).tolist(), num_groups, [run])
+        while len(scheduler.ended) < num_groups:
+            group = scheduler.next()
+            assert group not in scheduler.ended
             if rng.random() < 0.1:
-                turns.end(group)
+                scheduler.end(group)
 
 
 def test_a_restored_state_goes_on_the_same():
-    turns = GroupScheduler([0.2, 0.5, 0.3], 3, [4])
+    scheduler = GroupScheduler([0.2, 0.5, 0.3], 3, [4])
     for _ in range(30):
-        turns.next()
+        scheduler.next()
     other = GroupScheduler([0.2, 0.5, 0.3], 3, [4])
-    other.load_state_dict(turns.state_dict())
-    assert [turns.next() for _ in range(100)] == [other.next() for _ in range(100)]
+    other.load_state_dict(scheduler.state_dict())
+    assert [scheduler.next() for _ in range(100)] == [other.next() for _ in range(100)]
