@@ -118,7 +118,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(run, train_ds, fusion
 
 
 def test_endless_data_in_epochs_of_a_given_length(run, train_ds) -> None:
-    """Lightning begins a new pass over the loader in the middle of the data; the data does not begin anew."""
+    """Lightning begins a new pass over the loader in the middle of the data; the data continues."""
     whole = complete(run(train_ds("zip"), steps=14, batches_per_epoch=5, checkpoint_every=1))
     expected = sequence(whole.records())
     assert [record["epoch"] for record in whole.records()] == [0] * 5 + [1] * 5 + [2] * 4
@@ -185,7 +185,7 @@ def assert_continues(load, config: dict, stop_after: int, steps: int = 24, **ran
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_every_fusion_resumes_after_the_last_batch_handed_out(load, train_ds, fusion, workers) -> None:
+def test_every_fusion_resumes_after_the_last_batch_that_was_yielded(load, train_ds, fusion, workers) -> None:
     assert_continues(load, train_ds(fusion, num_workers=workers), stop_after=7)
 
 

@@ -12,7 +12,7 @@ def test_groups_come_in_turns():
 
 
 @pytest.mark.parametrize("weights", [[0.3, 0.7], [5.0, 1.0, 1.0, 3.0]])
-def test_random_groups_keep_their_shares_give_or_take_the_number_of_groups(weights):
+def test_random_groups_keep_their_shares_up_to_the_number_of_groups(weights):
     scheduler = GroupScheduler(weights, len(weights), [1])
     shares = np.array(weights) / sum(weights)
     counts = np.zeros(len(weights))
@@ -33,7 +33,7 @@ def test_groups_may_end_at_any_moment():
                 scheduler.end(group)
 
 
-def test_a_restored_state_goes_on_the_same():
+def test_a_restored_state_continues_in_the_same_way():
     scheduler = GroupScheduler([0.2, 0.5, 0.3], 3, [4])
     for _ in range(30):
         scheduler.next()

@@ -19,7 +19,7 @@ def test_no_count_is_ever_off_by_more_than_tijdemans_bound(seed):
         assert np.abs(counts - shares * n).max() <= 1 - 1 / (2 * k - 2) + 1e-9
 
 
-def test_any_stretch_holds_the_shares_also_with_a_shifted_beginning():
+def test_any_200_draws_have_the_shares_also_with_a_shifted_start():
     shares = [0.7, 0.2, 0.06, 0.04]
     mixer = ProportionalMixer(shares, seed=[3, 1])
     drawn = np.array([mixer.next() for _ in range(5000)])
@@ -28,7 +28,7 @@ def test_any_stretch_holds_the_shares_also_with_a_shifted_beginning():
         assert np.abs(counts - 200 * np.array(shares)).max() <= 2.5
 
 
-def test_shifted_beginnings_differ_between_workers():
+def test_shifted_starts_differ_between_workers():
     sequences = [
         [mixer.next() for _ in range(50)] for mixer in (ProportionalMixer([1, 2, 3], [0, w]) for w in range(2))
     ]
@@ -54,7 +54,7 @@ def test_the_others_share_what_a_removed_index_had():
     assert mixer.is_empty
 
 
-def test_a_restored_state_goes_on_the_same():
+def test_a_restored_state_continues_in_the_same_way():
     mixer = ProportionalMixer([0.61, 0.29, 0.1], seed=[1])
     for _ in range(77):
         mixer.next()

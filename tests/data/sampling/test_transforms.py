@@ -1,4 +1,4 @@
-"""NeMo's chain, taken apart: the same examples as NeMo's own lazy chain gives, and the same whenever it is run."""
+"""The pipeline gives the examples of NeMo's own lazy chain, and the same ones in each run."""
 
 from __future__ import annotations
 
