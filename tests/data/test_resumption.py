@@ -19,6 +19,7 @@ from .fitting import Run, complete, run_ranks
 
 SPEECH_BUCKETS = {"bucket_duration_bins": [0.2, 0.3, 0.5], "bucket_batch_size": [4, 3, 2]}
 TEXT_BUCKETS = {"bucket_duration_bins": [8, 16, 30], "bucket_batch_size": [5, 4, 3]}
+STATES = Path(__file__).parent / "states.json"
 FUSIONS = ("zip", "round_robin", "randomized_round_robin", "mux")
 
 
@@ -241,3 +242,14 @@ def test_a_state_taken_before_the_first_batch(load, train_ds) -> None:
     resumed = load(config)
     resumed.load_state_dict(through_a_file(load(config).state_dict()))
     assert [ids_of(batch) for batch in islice(resumed, 4)] == expected
+
+
+@pytest.mark.parametrize("fusion", ["randomized_round_robin", "mux"])
+def test_a_state_of_an_earlier_version_continues(load, train_ds, sources, fusion) -> None:
+    """``states.json`` was written by commit e203360: states after 7 batches, with the ids of the next 8."""
+    speech, _ = sources["plain"]
+    folder = str(Path(speech[0]["manifest_filepath"]).parent)
+    written = json.loads(STATES.read_text().replace("FOLDER", folder))[fusion]
+    loader = load(train_ds(fusion, num_workers=2))
+    loader.load_state_dict(written["state"])
+    assert [ids_of(batch) for batch in islice(loader, 8)] == written["next"]
