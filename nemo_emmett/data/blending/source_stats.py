@@ -34,7 +34,13 @@ from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.base import Records, build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind, Examples
 from nemo_emmett.data.readers.random_access import open_records
-from nemo_emmett.data.readers.registry import defaults_of, open_source, register_data_types
+from nemo_emmett.data.readers.registry import (
+    ReaderContext,
+    defaults_of,
+    open_source,
+    reader_context,
+    register_data_types,
+)
 from nemo_emmett.data.readers.shar import cuts_of_shar
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.processes import map_in_processes, workers_for
@@ -139,11 +145,14 @@ class _Part:
         source = with_keys_of_dataset(self.source, OmegaConf.structured(LhotseDataLoadingConfig))
         once = {"metadata_only": True, "force_finite": True, "slice_length": None, "shuffle": False, "shard_seed": 0}
         try:
-            yield from open_source(Source({**source.config, **once}, source.where), _NoReport(), reading.kind)[0]
+            with reader_context(ReaderContext(_NoReport(), reading.kind)):
+                cuts, _ = open_source(Source({**source.config, **once}, source.where), _NoReport(), reading.kind)
+            yield from cuts
         except (ConfigError, DataError):
             raise
         except Exception as error:  # NeMo's readers do not skip a bad record
-            raise DataError(f"{source.where}: {source.name} cannot be read to its end ({error}).") from error
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{source.where}: {self.home} cannot be read to its end ({reason}).") from error
 
 
 def _parts_of(source: Source, reading: _Reading, index_dir: str | None) -> list[_Part] | None:
