@@ -93,7 +93,12 @@ class Examples:
             elif isinstance(record, SourceTargetTextExample):
                 yield from self._of_text(record)
             else:
-                yield self._with_languages(record)
+                try:
+                    _check_turns(record)
+                except InvalidRecord as cause:
+                    self._note(record, str(cause))
+                else:
+                    yield self._with_languages(record)
 
     def _of_speech(self, cut: Cut) -> Iterator[Cut | NeMoMultimodalConversation]:
         custom = _custom_of(cut)
@@ -254,6 +259,15 @@ def _check_example(text: str | None, target_lang: str | None, source_lang: str |
         raise InvalidRecord("empty text")
     if not is_unicode(text):
         raise InvalidRecord("text is not Unicode")
+
+
+def _check_turns(example: Formattable) -> None:
+    """Refuse a conversation that NeMo has made of a record whose text is none."""
+    for turn in example.turns if isinstance(example, NeMoMultimodalConversation) else ():
+        if isinstance(turn, TextTurn) and not isinstance(turn.value, str):
+            raise InvalidRecord("text is not a string")
+        if isinstance(turn, TextTurn) and not is_unicode(turn.value):
+            raise InvalidRecord("text is not Unicode")
 
 
 def _speech_example(

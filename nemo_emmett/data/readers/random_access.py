@@ -81,7 +81,7 @@ def open_records(
     if is_nemo(config):
         return _nemo_records(source, skipped_records, metadata_only, **how)
     if is_lhotse_jsonl(config):
-        manifest = LhotseManifest(config["cuts_path"], skipped_records, config.get("channel_selector"))
+        manifest = LhotseManifest(config["cuts_path"], skipped_records, config.get("channel_selector"), metadata_only)
         return ManifestRecords(source.name, [manifest], **how)
     if source.type in ("lhotse", "lhotse_shar") and config.get("shar_path") is not None:
         return _shar_records(source, skipped_records, metadata_only, **how)

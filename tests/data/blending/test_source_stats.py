@@ -25,7 +25,6 @@ from nemo_emmett.data.io import sidecar
 from nemo_emmett.data.io.line_index import LineCount
 from nemo_emmett.errors import ConfigError, DataError
 
-
 FILES = ["speech.json", "speech.json.emmett-index", "speech.json.sizes.json"]
 """In the folder of a manifest that has been counted."""
 
@@ -236,8 +235,8 @@ class TestText:
         assert size_of({**text, **fields}) == Size(examples=1, tokens=3)
 
     def test_text_that_nemo_reads(self, write_lines) -> None:
-        lines = write_lines("a.en", ["one two", "", "three"])
-        assert size_of({"type": "txt", "paths": str(lines), "language": "en"}) == Size(examples=3, tokens=3)  # NeMo skips no line
+        config = {"type": "txt", "paths": str(write_lines("a.en", ["one two", "", "three"])), "language": "en"}
+        assert size_of(config) == Size(examples=3, tokens=3)  # NeMo skips no line
         lines = ['{"src": "one two"}', '{"other": "one"}', '{"src": "one"}']
         path = str(write_lines("a.jsonl", lines))
         config = {"type": "txt_jsonl", "paths": path, "text_field": "src", "language": "en"}
