@@ -379,7 +379,7 @@ def counted(config: dict, tokenizer, kind: ExampleKind = ExampleKind.TRANSLATION
 
 
 def causes_in_code() -> set[str]:
-    """All causes that readers know, with ``{}`` for the values in them."""
+    """All causes in the code of readers, with ``{}`` for the values in them."""
     modules = [channels.__file__, files.__file__, audio_file.__file__]
     found = set()
     for path in [*Path(nemo_emmett.data.readers.__file__).parent.glob("*.py"), *map(Path, modules)]:

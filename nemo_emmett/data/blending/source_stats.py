@@ -221,7 +221,7 @@ def _metadata_files(source: Source) -> list[str]:
 
 
 def _settings_of(source: Source) -> str:
-    """What a source's reader is told, apart from the place of its files."""
+    """The settings of a source's reader, apart from the place of its files."""
     settings: dict[str, Any] = {key: value for key, value in source.config.items() if key not in _NOT_READ}
     settings["languages"] = list(paths) if isinstance(paths := source.config.get("paths"), Mapping) else None
     settings["tars"] = [os.path.basename(path) for key, path in source.files() if key == "tarred_audio_filepaths"]

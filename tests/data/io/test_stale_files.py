@@ -1,4 +1,4 @@
-"""A file beside the data is believed as long as it is whole and the data is what it was made of."""
+"""A sidecar is used as long as it is whole and the data is what it was made of."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def messages(monkeypatch) -> list[str]:
 
 @pytest.fixture(params=[True, False], ids=["", "without change times"])
 def change_times(request, monkeypatch) -> bool:
-    """Whether the file system has change times; as if not, only the content tells."""
+    """Whether the file system has change times; without them only the content shows a change."""
     if not request.param:
         of = FileState.of.__func__
         monkeypatch.setattr(FileState, "of", classmethod(lambda cls, path: of(cls, path)._replace(ctime_ns=0)))
@@ -86,7 +86,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_rewritten_file_of_the_same_size_and_time_is_read_anew_at_the_next_start(tmp_path, change, name) -> None:
+def test_a_rewritten_file_of_the_same_size_and_time_is_read_again_at_the_next_start(tmp_path, change, name) -> None:
     path = tmp_path / name
     pack = (lambda data: gzip.compress(data, 0, mtime=0)) if name.endswith(".gz") else bytes
     path.write_bytes(pack(text(LINES)))
@@ -204,7 +204,7 @@ def test_members_that_change_places_are_found_at_the_next_start_and_refused_befo
     assert found[name].read() == content, "a member that is where it was"
 
 
-# Damaged files beside the data
+# Damaged sidecars
 
 
 def header_of(index: bytes) -> tuple[dict, bytes]:
