@@ -17,8 +17,17 @@ from nemo.utils import logging, logging_mode
 from nemo_emmett.config import item_of
 from nemo_emmett.data.blending.counting import Size
 from nemo_emmett.data.blending.source_stats import sizes_of
-from nemo_emmett.data.config.sources import Source, groups_of, rewrite_sources, with_inherited
+from nemo_emmett.data.config.sources import (
+    Source,
+    groups_of,
+    languages_of,
+    rewrite_sources,
+    with_inherited,
+    with_keys_of_dataset,
+)
+from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.typed_config import is_number
 
 AUTO = "auto"
@@ -48,13 +57,19 @@ class Node:
 
 
 def blends_of(
-    settings: Mapping, where: str, *, tokenizer: Any = None, index_dir: str | None = None, count_all: bool = False
+    settings: Mapping,
+    where: str,
+    *,
+    tokenizer: Any = None,
+    index_dir: str | None = None,
+    count_all: bool = False,
+    kind: ExampleKind | None = None,
 ) -> dict[str, Node]:
     """The blend of each group of a ``multi_config``, by name; of a dataset without groups under the empty name.
 
     Arguments and errors are those of :func:`blend_of`.
     """
-    options = {"tokenizer": tokenizer, "index_dir": index_dir, "count_all": count_all}
+    options = {"tokenizer": tokenizer, "index_dir": index_dir, "count_all": count_all, "kind": kind}
     if groups_of(settings) is None:
         return {"": blend_of(settings, where, **options)}
     shared = {key: settings[key] for key in SHARED_WITH_GROUPS if settings.get(key) is not None}
@@ -65,7 +80,13 @@ def blends_of(
 
 
 def blend_of(
-    settings: Mapping, where: str, *, tokenizer: Any = None, index_dir: str | None = None, count_all: bool = False
+    settings: Mapping,
+    where: str,
+    *,
+    tokenizer: Any = None,
+    index_dir: str | None = None,
+    count_all: bool = False,
+    kind: ExampleKind | None = None,
 ) -> Node:
     """The groups and sources of a dataset, and their shares.
 
@@ -75,6 +96,7 @@ def blend_of(
         tokenizer: NeMo tokenizer, by which text is measured where weights are derived.
         index_dir: folder for counts that cannot be written beside the data; by default the config's own.
         count_all: count all sources, and not only those on whose size a weight depends.
+        kind: what the dataset takes; by default what its config suggests.
 
     Returns:
         The dataset itself, a group whose sources are those of :func:`~nemo_emmett.data.config.sources.list_sources`.
@@ -91,7 +113,10 @@ def blend_of(
     """
     root = _tree(settings, where)
     leaves = [entry for entry in root.leaves() if count_all or entry.is_measured]
-    sizes = sizes_of([entry.source for entry in leaves], tokenizer, index_dir or settings.get("index_dir"))
+    sources = [with_keys_of_dataset(entry.source, settings) for entry in leaves]
+    forbidden = None if tokenizer is None else forbidden_text(settings.get("prompt_format"), tokenizer)
+    kind = kind or _suggested_kind(settings, sources)
+    sizes = sizes_of(sources, tokenizer, index_dir or settings.get("index_dir"), kind, forbidden)
     for entry, size in zip(leaves, sizes, strict=True):
         if size is None and entry.is_measured:
             raise ConfigError(
@@ -100,6 +125,15 @@ def blend_of(
             )
         entry.size = size
     return _node(root, 1.0, 1.0, _temperatures(settings, where), frozenset(), tokenizer)
+
+
+def _suggested_kind(settings: Mapping, sources: Sequence[Source]) -> ExampleKind:
+    """What a dataset takes whose config is all that is known of it."""
+    prompt_format = settings.get("prompt_format")
+    if prompt_format is None:
+        translates = any(languages_of(source.config)["target_lang"] or source.is_text for source in sources)
+        return ExampleKind.TRANSLATION if translates else ExampleKind.AS_READ
+    return ExampleKind.TRANSLATION if prompt_format.startswith("emmett_") else ExampleKind.CONVERSATION
 
 
 @dataclass

@@ -429,9 +429,9 @@ def unwrap(config: Mapping) -> Source:
     return Source({**passed_down, **config["source"]}, config["where"])
 
 
-def with_keys_of_dataset(source: Source, structured: DictConfig) -> Source:
+def with_keys_of_dataset(source: Source, structured: Mapping | DictConfig) -> Source:
     """A source with the keys of its dataset that hold for the sources which do not set them."""
-    passed_down = {key: structured[key] for key in _PASSED_DOWN_BY_NEMO}
+    passed_down = {key: structured[key] for key in _PASSED_DOWN_BY_NEMO if key in structured}
     return Source({**passed_down, **source.config}, source.where)
 
 

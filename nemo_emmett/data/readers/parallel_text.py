@@ -16,7 +16,9 @@ from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextEx
 
 from nemo_emmett.data.config.sources import languages_of
 from nemo_emmett.data.io.files import ShardOrder, decoded, expand_paths, is_unicode, open_lines, strip_bom, zip_lines
+from nemo_emmett.data.io.line_index import open_numbered_lines
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
+from nemo_emmett.data.readers.base import Records
 from nemo_emmett.data.readers.examples import mark_origin
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.languages import is_known_language
@@ -29,7 +31,7 @@ class AlignedText:
         shards: for each shard, the file of each side. Sides are language codes, or ``source`` and ``target``.
         directions: the pairs of sides to translate between, (from, to).
         languages: language code of each side; None where it is not known.
-        skipped_records: ledger for the lines that cannot be used.
+        skipped_records: receives the lines that cannot be used.
         order: order of the shards.
     """
 
@@ -48,14 +50,18 @@ class AlignedText:
         self.order = order
 
     def __iter__(self) -> Iterator[SourceTargetTextExample]:
-        for shard in self.order(self.shards):
-            for number, lines in zip_lines(list(shard.values())):
+        for shard in self.order(range(len(self.shards))):
+            for number, lines in zip_lines(self.files[shard]):
                 yield from self.examples_of(shard, number, lines)
 
-    def examples_of(
-        self, shard: Mapping[str, str], number: int, lines: Sequence[bytes]
-    ) -> Iterator[SourceTargetTextExample]:
-        """The examples of one line of a shard, one per direction; ``number`` is from 1, ``lines`` has one per side."""
+    @property
+    def files(self) -> list[tuple[str, ...]]:
+        """The files of each shard."""
+        return [tuple(shard.values()) for shard in self.shards]
+
+    def examples_of(self, index: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
+        """The examples of one line of the shard ``index``, one per direction; ``number`` is from 1."""
+        shard = self.shards[index]
         self.skipped_records.read(_first_file(shard))
         texts = self._usable_texts(shard, number, lines)
         for source, target in self.directions:
@@ -89,7 +95,7 @@ def _first_file(shard: Mapping[str, str]) -> str:
 
 
 class _OneFileText(ABC):
-    """Text files whose lines hold both sides of an example; what a line looks like is the subclass's business.
+    """Text files with both sides of an example in one line. A subclass defines the format of a line.
 
     Blank lines are no records.
     """
@@ -111,31 +117,36 @@ class _OneFileText(ABC):
     def _lines(self, path: str) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(open_lines(path), start=1)
 
+    @property
+    def files(self) -> list[tuple[str, ...]]:
+        """The file of each shard."""
+        return [(path,) for path in self.paths]
+
     @abstractmethod
     def _fields(self, path: str, line: str) -> dict:
         """The fields ``source``, ``target`` and, perhaps, ``source_lang`` and ``target_lang`` of one line."""
 
     def __iter__(self) -> Iterator[SourceTargetTextExample]:
-        for path in self.order(self.paths):
-            for number, line in self._lines(path):
-                if (pair := self.example_of(path, number, line)) is not None:
-                    yield pair
+        for index in self.order(range(len(self.paths))):
+            for number, line in self._lines(self.paths[index]):
+                yield from self.examples_of(index, number, (line,))
 
-    def example_of(self, path: str, number: int, line: bytes) -> SourceTargetTextExample | None:
-        """The example of one line of a file, counted from 1; None where there is none."""
+    def examples_of(self, index: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
+        """The example of one line of the file ``index``, if it has one; ``number`` is from 1."""
+        path, (line,) = self.paths[index], lines
         if not line.strip(b" "):  # a line of tabs is a row of empty cells
-            return None
+            return
         self.skipped_records.read(path)
         note = partial(self.skipped_records.add, path, f"line {number}")
         if (text := decoded(line, note)) is None:
-            return None
+            return
         try:
             pair = self._example(f"{path}:{number}", self._fields(path, text))
         except InvalidRecord as cause:
             note(str(cause))
-            return None
+            return
         mark_origin(pair, path, f"line {number}")
-        return pair
+        yield pair
 
     def _example(self, identity: str, fields: Mapping) -> SourceTargetTextExample:
         source, target = fields["source"], fields["target"]
@@ -172,9 +183,9 @@ class TsvText(_OneFileText):
         """Whether the first line of each file names its columns."""
         return any(isinstance(column, str) for column in self.columns)
 
-    def example_of(self, path: str, number: int, line: bytes) -> SourceTargetTextExample | None:
-        """The example of one line of a file, counted from 1; None where there is none, as in the header."""
-        return None if self.has_header and number == 1 else super().example_of(path, number, line)
+    def examples_of(self, index: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
+        """The example of one line of the file ``index``, if it has one, which the header has not."""
+        return iter(()) if self.has_header and number == 1 else super().examples_of(index, number, lines)
 
     def _lines(self, path: str) -> Iterator[tuple[int, bytes]]:
         lines = super()._lines(path)
@@ -234,6 +245,19 @@ class JsonlText(_OneFileText):
                 raise InvalidRecord(f"no field '{field}'")
         source, target = (record[field] for field in self.fields)
         return {**record, "source": source, "target": target}
+
+
+class TextRecords(Records):
+    """The lines of parallel text by number."""
+
+    def __init__(
+        self, name: str, text: AlignedText | TsvText | JsonlText, index_dir: str | None, tags: Mapping | None
+    ) -> None:
+        super().__init__(name, [[open_numbered_lines(path, index_dir) for path in files] for files in text.files], tags)
+        self.text = text
+
+    def _examples(self, shard: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
+        return self.text.examples_of(shard, number, lines)
 
 
 def _text_pair(
@@ -317,7 +341,7 @@ def open_parallel_text(config: Mapping, skipped_records: SkippedRecords) -> Alig
 
     Args:
         config: the source's own config, with ``shuffle`` and ``shard_seed``.
-        skipped_records: ledger for the lines that cannot be used.
+        skipped_records: receives the lines that cannot be used.
 
     Raises:
         ConfigError: if its keys do not fit together.

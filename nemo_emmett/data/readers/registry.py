@@ -36,8 +36,10 @@ from nemo_emmett.data.io.channels import is_chosen, select_channel
 from nemo_emmett.data.io.files import expand_paths
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind, Examples, SourceDefaults, mark_origin, origin_of
+from nemo_emmett.data.readers.lhotse_manifest import LhotseManifest
+from nemo_emmett.data.readers.nemo_manifest import NeMoManifest
+from nemo_emmett.data.readers.nemo_tarred import NeMoTarredManifest
 from nemo_emmett.data.readers.parallel_text import open_parallel_text
-from nemo_emmett.data.readers.speech_sources import LhotseManifest, NeMoManifest, NeMoTarredManifest
 from nemo_emmett.data.sampling.tolerance import TolerantMapper
 
 
@@ -246,9 +248,7 @@ def _open_nemo(config: Mapping, skipped_records: SkippedRecords) -> tuple[CutSet
     from_tar = is_tarred and not metadata_only
     manifests = config["manifest_filepath"]
     if isinstance(manifests, str):
-        reader = nemo_reader(
-            config, manifests, config.get("tarred_audio_filepaths") if from_tar else None, skipped_records
-        )
+        reader = nemo_reader(config, manifests, config.get("tarred_audio_filepaths"), skipped_records)
         cuts = CutSet(reader)
         return (_repeated(cuts, config) if from_tar else cuts), is_tarred
 
@@ -257,7 +257,7 @@ def _open_nemo(config: Mapping, skipped_records: SkippedRecords) -> tuple[CutSet
         path, weight = manifest_and_weight(entry)
         if isinstance(tars, Sequence) and not isinstance(tars, str):
             (tars,) = tars
-        reader = nemo_reader(config, path, tars if from_tar else None, skipped_records)
+        reader = nemo_reader(config, path, tars, skipped_records)
         weight = len(reader) if weight is None else weight
         split = config.get("max_open_streams") is not None and from_tar
         for part in reader.to_shards() if split else [reader]:
@@ -287,9 +287,9 @@ def nemo_reader(
     """The reader of one NeMo manifest, with tar files where they are given."""
     keys = ("text_field", "lang_field", "shard_seed", "extra_fields", "channel_selector")
     settings = {key: config[key] for key in keys if key in config}
-    settings["shuffle_shards"] = config.get("shuffle", False)
+    settings |= {"shuffle_shards": config.get("shuffle", False), "metadata_only": config.get("metadata_only", False)}
     if tars is None:
-        return NeMoManifest(manifest, skipped_records, metadata_only=config.get("metadata_only", False), **settings)
+        return NeMoManifest(manifest, skipped_records, **settings)
     return NeMoTarredManifest(
         manifest,
         tars,

@@ -27,8 +27,9 @@ from nemo_emmett.data.config.sources import (
     with_keys_of_dataset,
 )
 from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.readers.base import build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.data.readers.random_access import build_indexes, open_records
+from nemo_emmett.data.readers.random_access import open_records
 from nemo_emmett.data.readers.registry import ReaderContext, reader_context
 from nemo_emmett.data.sampling.proportional_mixing import ProportionalMixer
 from nemo_emmett.data.sampling.sampler import GroupPlan, SamplingPlan
@@ -106,7 +107,7 @@ def plan_sampling(
     plans = []
     for name, group in groups.items():
         config = structured[name]
-        blend = blend_of(group, _place(where, name), tokenizer=tokenizer, index_dir=index_dir)
+        blend = blend_of(group, _place(where, name), tokenizer=tokenizer, index_dir=index_dir, kind=kind)
         shares = [leaf.share for leaf in blend.leaves()]
         seeds = [[seed, number] for number in _numbers_of_sources(name, [source for source, _ in opened[name]])]
         group_size = max(SHUFFLE_BLOCK_SIZE, config.shuffle_buffer_size or 0)

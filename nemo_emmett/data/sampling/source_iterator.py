@@ -18,8 +18,8 @@ import numpy as np
 
 from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.readers.base import Records
 from nemo_emmett.data.readers.examples import ExampleKind, Examples
-from nemo_emmett.data.readers.random_access import Records
 from nemo_emmett.data.readers.registry import defaults_of, open_source
 from nemo_emmett.data.sampling.shuffle import RecordOrder
 from nemo_emmett.data.sampling.transforms import TransformPipeline

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from nemo_emmett.data.io import line_index as index_module
-from nemo_emmett.data.io import tar_index
+from nemo_emmett import processes
+from nemo_emmett.data.io import index, line_index, sidecar, tar_index
 from nemo_emmett.data.io.files import open_lines
-from nemo_emmett.data.io.line_index import LineCount, LineIndex, build_indexes, is_compressed, open_numbered_lines
+from nemo_emmett.data.io.index import build_indexes
+from nemo_emmett.data.io.line_index import LineCount, LineIndex, is_compressed, open_numbered_lines
 from nemo_emmett.data.io.tar_index import TarIndex
 from nemo_emmett.errors import ConfigError, DataError
 
@@ -70,21 +71,22 @@ def numbers(tmp_path: Path) -> str:
 def messages(monkeypatch) -> list[str]:
     """What is logged as information."""
     said = []
-    monkeypatch.setattr(index_module.logging, "info", said.append)
+    monkeypatch.setattr(sidecar.logging, "info", said.append)
     return said
 
 
 @pytest.fixture
-def no_place_beside(monkeypatch, tmp_path: Path) -> None:
+def read_only_folder(monkeypatch, tmp_path: Path) -> None:
     """Nothing can be written into the folder of the data, as on a read-only disk."""
-    write_index = index_module.write_index
+    whole_file = sidecar.whole_file
 
-    def refuse(place: str, *args) -> None:
+    def refuse(place: str):
         if Path(place).parent == tmp_path:
             raise PermissionError(13, "Permission denied", place)
-        write_index(place, *args)
+        return whole_file(place)
 
-    monkeypatch.setattr(index_module, "write_index", refuse)
+    monkeypatch.setattr(sidecar, "whole_file", refuse)
+    monkeypatch.setattr(sidecar, "_in_memory", {})
 
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS.keys())
@@ -116,13 +118,13 @@ def test_an_index_is_small_and_is_read_not_built_the_second_time(numbers, monkey
 def test_a_line_of_ten_megabytes(tmp_path) -> None:
     long = b"x" * 10_000_000
     lines = LineIndex(write(tmp_path / "a.txt", b"one\n" + long + b"\ntwo\n"))
-    index_module._cached_lines.cache_clear()
+    line_index._cached_lines.cache_clear()
     assert (lines.read(0), lines.read(1), lines.read(2)) == (b"one", long, b"two")
-    assert index_module._cached_lines.cache_info().currsize == 2, "the long line is not kept"
+    assert line_index._cached_lines.cache_info().currsize == 2, "the long line is not kept"
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
-def test_a_file_that_changed_is_indexed_anew(tmp_path, messages, name) -> None:
+def test_a_file_that_changed_is_indexed_again(tmp_path, messages, name) -> None:
     path = write(tmp_path / name, b"one\ntwo\n")
     assert len(open_numbered_lines(path)) == 2
     write(tmp_path / name, b"1\n2\n3\nx\n")
@@ -143,7 +145,7 @@ def test_a_change_of_the_same_size_is_seen_by_its_time(numbers) -> None:
 @pytest.mark.parametrize(
     "spoil", [lambda data: data[:-8], lambda data: b"junk", lambda data: b"", lambda data: b"[]\n"]
 )
-def test_a_spoilt_index_is_built_anew(numbers, spoil) -> None:
+def test_a_spoilt_index_is_built_again(numbers, spoil) -> None:
     assert len(LineIndex(numbers)) == 5000
     kept = Path(numbers + ".emmett-index")
     kept.write_bytes(spoil(kept.read_bytes()))
@@ -162,7 +164,7 @@ def test_data_that_changes_during_a_run_stops_it(numbers) -> None:
 # Where indexes are kept
 
 
-def test_index_dir_serves_where_nothing_can_be_written_beside(numbers, tmp_path, no_place_beside, monkeypatch) -> None:
+def test_index_dir_is_used_where_the_data_is_read_only(numbers, tmp_path, read_only_folder, monkeypatch) -> None:
     folder = tmp_path / "indexes"
     assert LineIndex(numbers, index_dir=str(folder)).read(7) == b"7"
     assert not Path(numbers + ".emmett-index").exists()
@@ -174,18 +176,17 @@ def test_index_dir_serves_where_nothing_can_be_written_beside(numbers, tmp_path,
         assert LineIndex(same, index_dir=str(folder)).read(8) == b"8"
 
 
-def test_files_of_the_same_name_have_different_indexes(tmp_path, no_place_beside) -> None:
+def test_files_of_the_same_name_have_different_indexes(tmp_path, read_only_folder) -> None:
     folder = str(tmp_path / "indexes")
     for language in ("de", "en"):
         (tmp_path / language).mkdir()
         path = write(tmp_path / language / "train.txt", language.encode() + b"\n")
-        lines = LineIndex(path, index_dir=folder)
-        lines.beside = str(tmp_path / "refused")
+        lines = LineIndex(path, index_dir=folder, place=str(tmp_path / "refused"))
         assert lines.read(0) == language.encode()
     assert len(os.listdir(folder)) == 2
 
 
-def test_without_any_place_the_index_is_kept_in_memory_and_pickled(numbers, messages, no_place_beside) -> None:
+def test_without_any_place_the_index_is_kept_in_memory_and_pickled(numbers, messages, read_only_folder) -> None:
     lines = LineIndex(numbers)
     assert lines.read(7) == b"7"
     assert len(messages) == 1
@@ -200,13 +201,13 @@ def test_an_index_that_cannot_be_put_in_place_leaves_nothing_behind(numbers, mes
         assert Path(draft).stat().st_size > 0
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index_module.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert LineIndex(numbers).read(4999) == b"4999"
     assert os.listdir(os.path.dirname(numbers)) == ["numbers.txt"]
     assert len(messages) == 1
 
 
-def test_an_index_dir_that_cannot_be_written_is_an_error(numbers, tmp_path, no_place_beside) -> None:
+def test_an_index_dir_that_cannot_be_written_is_an_error(numbers, tmp_path, read_only_folder) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"index_dir: cannot write to '.*file' \("):
         len(LineIndex(numbers, index_dir=str(tmp_path / "file")))
@@ -217,7 +218,7 @@ def test_a_missing_file_is_named(tmp_path) -> None:
         len(LineIndex(str(tmp_path / "none.txt")))
 
 
-def test_what_cannot_be_entered_is_told_by_its_name_and_its_content(tmp_path) -> None:
+def test_what_can_only_be_read_forward_is_known_by_its_name_and_its_content(tmp_path) -> None:
     kinds = {path: open_numbered_lines(path).is_sequential for path in ("a.txt", "a.gz", "s3://b/a.txt", "pipe:cat a")}
     assert kinds == {"a.txt": False, "a.gz": True, "s3://b/a.txt": True, "pipe:cat a": True}
     assert is_compressed(write(tmp_path / "a.gz", b"one"))
@@ -254,7 +255,7 @@ def test_a_forked_worker_does_not_disturb_its_parent(tmp_path, name) -> None:
     assert [lines.read(i) for i in (1999, 2000, 150_000)] == [b"1999", b"2000", b"150000"]
 
 
-def build_when_told(barrier, path: str) -> list[bytes]:
+def build_after(barrier, path: str) -> list[bytes]:
     lines = LineIndex(path)
     barrier.wait(20)
     return [lines.read(i) for i in (0, 4999)]
@@ -262,7 +263,7 @@ def build_when_told(barrier, path: str) -> list[bytes]:
 
 def test_processes_that_build_the_same_index_do_not_disturb_one_another(numbers) -> None:
     barrier, results = FORK.Barrier(2), FORK.Queue()
-    processes = [FORK.Process(target=lambda: results.put(build_when_told(barrier, numbers))) for _ in range(2)]
+    processes = [FORK.Process(target=lambda: results.put(build_after(barrier, numbers))) for _ in range(2)]
     for process in processes:
         process.start()
     assert [results.get(timeout=20) for _ in processes] == [[b"0", b"4999"]] * 2
@@ -275,21 +276,31 @@ def test_processes_that_build_the_same_index_do_not_disturb_one_another(numbers)
 @pytest.mark.parametrize("is_written", [True, False])
 def test_many_files_are_indexed_in_several_processes(tmp_path, monkeypatch, request, is_written) -> None:
     if not is_written:
-        request.getfixturevalue("no_place_beside")
-    monkeypatch.setattr(index_module, "_PARALLEL_FROM", 0)
-    monkeypatch.setattr(index_module, "available_cores", lambda: 2)
-    monkeypatch.setattr(index_module, "_build_here", None)
+        request.getfixturevalue("read_only_folder")
+    monkeypatch.setattr(index, "_PARALLEL_FROM", 0)
+    monkeypatch.setattr(processes, "available_cores", lambda: 2)
     paths = [write(tmp_path / f"{i}.txt{'.gz' * (i % 2)}", b"%d\n" % i * (i + 1)) for i in range(5)]
     indexes = [open_numbered_lines(path) for path in [*paths, paths[0]]]
+    here = os.getpid()
+    for kind in (LineIndex, LineCount):
+        find = kind._find
+        monkeypatch.setattr(kind, "_find", lambda *args, find=find: (os.getpid() != here or None) and find(*args))
     build_indexes(indexes)
     assert [len(lines) for lines in indexes] == [1, 2, 3, 4, 5, 1]
     assert [lines.read(0) for lines in indexes] == [b"0", b"1", b"2", b"3", b"4", b"0"]
-    assert [lines._is_mapped for lines in indexes] == [is_written] * 6
+    assert [lines.contents.is_mapped for lines in indexes] == [is_written] * 6
 
 
 def test_the_bar_counts_the_bytes_of_the_files(tmp_path, monkeypatch) -> None:
     counted = []
-    monkeypatch.setattr(index_module, "_build_here", lambda indexes, bar: record_progress(indexes, counted, bar))
+
+    def record_progress(function, indexes, workers, bar):
+        for one in indexes:
+            before = bar.n
+            yield function(one, bar.update)
+            counted.append(bar.n - before)
+
+    monkeypatch.setattr(index, "map_in_processes", record_progress)
     paths = [
         write(tmp_path / "a.txt", random_text(2)),
         write(tmp_path / "b.txt.gz", random_text(3)),
@@ -301,20 +312,13 @@ def test_the_bar_counts_the_bytes_of_the_files(tmp_path, monkeypatch) -> None:
     assert counted[2] == 512 + 5120, "a tar file's padding at its end is not read"
 
 
-def record_progress(indexes, counted, bar) -> None:
-    for index in indexes:
-        before = bar.n
-        index.adopt(*index.build(bar.update))
-        counted.append(bar.n - before)
-
-
 # Read forward
 
 
 def test_a_stretch_is_held_and_the_earlier_one_forgotten(tmp_path, monkeypatch) -> None:
     lines = LineCount(write(tmp_path / "a.gz", b"".join(b"%d\n" % i for i in range(1000))))
     opened = []
-    monkeypatch.setattr(index_module, "open_lines", lambda path: opened.append(path) or open_lines(path))
+    monkeypatch.setattr(line_index, "open_lines", lambda path: opened.append(path) or open_lines(path))
     lines.prepare(0, 100)
     lines.prepare(50, 150)
     lines.prepare(150, 250)

@@ -1,7 +1,8 @@
-"""A file beside the data is believed as long as it is whole and the data is what it was made of."""
+"""A sidecar is used as long as it is whole and the data is what it was made of."""
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import random
 import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,14 +20,15 @@ import pytest
 from nemo_emmett.data.blending import source_stats as sizes
 from nemo_emmett.data.blending.source_stats import sizes_of
 from nemo_emmett.data.config.sources import Source
-from nemo_emmett.data.io import line_index as index_module
-from nemo_emmett.data.io import sidecar as index_file
+from nemo_emmett.data.io import sidecar
 from nemo_emmett.data.io.files import FileState, count_lines
-from nemo_emmett.data.io.line_index import FileChanged, LineCount, LineIndex, open_numbered_lines
+from nemo_emmett.data.io.index import FileChanged
+from nemo_emmett.data.io.line_index import LineCount, LineIndex, open_numbered_lines
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.io.tar_index import TarIndex
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.data.readers.random_access import AudioInTar, open_records
+from nemo_emmett.data.readers.random_access import open_records
+from nemo_emmett.data.readers.tar_audio import AudioInTar
 from nemo_emmett.errors import DataError
 
 
@@ -42,13 +45,13 @@ def rewrite(path: str | Path, content: bytes) -> None:
 def messages(monkeypatch) -> list[str]:
     """What is logged as information."""
     said = []
-    monkeypatch.setattr(index_module.logging, "info", said.append)
+    monkeypatch.setattr(sidecar.logging, "info", said.append)
     return said
 
 
 @pytest.fixture(params=[True, False], ids=["", "without change times"])
 def change_times(request, monkeypatch) -> bool:
-    """Whether the file system has change times; as if not, only the content tells."""
+    """Whether the file system has change times; without them only the content shows a change."""
     if not request.param:
         of = FileState.of.__func__
         monkeypatch.setattr(FileState, "of", classmethod(lambda cls, path: of(cls, path)._replace(ctime_ns=0)))
@@ -83,7 +86,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_rewritten_file_of_the_same_size_and_time_is_read_anew_at_the_next_start(tmp_path, change, name) -> None:
+def test_a_rewritten_file_of_the_same_size_and_time_is_read_again_at_the_next_start(tmp_path, change, name) -> None:
     path = tmp_path / name
     pack = (lambda data: gzip.compress(data, 0, mtime=0)) if name.endswith(".gz") else bytes
     path.write_bytes(pack(text(LINES)))
@@ -201,7 +204,7 @@ def test_members_that_change_places_are_found_at_the_next_start_and_refused_befo
     assert found[name].read() == content, "a member that is where it was"
 
 
-# Damaged files beside the data
+# Damaged sidecars
 
 
 def header_of(index: bytes) -> tuple[dict, bytes]:
@@ -297,9 +300,9 @@ def test_something_else_in_the_place_of_an_index_is_no_index(tmp_path, messages,
     }
     make[what]()
     if what == "unreadable":  # permissions would not hold back a root user
-        real = index_file.mmap.mmap
+        real = sidecar.mmap.mmap
         maps = iter([refuse, real])
-        monkeypatch.setattr(index_file.mmap, "mmap", lambda *args, **keys: next(maps)(*args, **keys))
+        monkeypatch.setattr(sidecar.mmap, "mmap", lambda *args, **keys: next(maps)(*args, **keys))
     lines = LineIndex(str(path))
     assert [lines.read(i) for i in range(400)] == LINES[:400]
     assert sum("does not fit" in message for message in messages) == (what != "broken link")
@@ -309,13 +312,60 @@ def refuse(*_, **__):
     raise PermissionError(13, "Permission denied")
 
 
+# Files of earlier versions
+
+WRITTEN_BEFORE = {
+    "a.txt": (
+        "c-pI0DoZUY&dkqKvQjY8QBcax%u4|>m2xukQj3*<0>znCsXzfkV+%_IAUC%pGdDFpuNWj`ZfR<1Y-VC<Y-(m{WMXPzWDZo2Oh`d-"
+        "Vs1eW$Vf{wLsMfT0~2GAu8h>=?Bdc~kSi>Wjf{XY#vtnwi;5B}L1tAe<)@_;r<Q=&(MmR%7C^U|!~#{MWfm2e#6z5mCIvGTDp6_z"
+        "lrWC11!+o5E`gW|(`am9U{G7DKq}y3fC45c&8z^Soy-_e03(!kWrxr^xFNLAS+6>$ch>vn8GhIY01}*7KL"
+    ),
+    "a.gz": (
+        "c-oDQ!4AS85Jc~OMZ?)c7uap_XAD7%q=g!wCffAhUHSvMr<s@8$!y}~a|uflmrkBLF@<zvDcrKADj1aT@eGt=9czgGnhJXu3>rn+"
+        "C?ul+05u2PuRyW!Ik!GAl7^v2!1ng=ZYpa$c#i~H)5zTBY~QVH+u7Z%tA`PDNWQ7I$z`Wx8!r(R5UFwByT9-B1tN?-9s"
+    ),
+    "a.tar": (
+        "c-n<e!A`?43@u0?v@;)2<-`G@CTY6_apW)1G<j{xqO}=n+D&8h&PVYFh=0PS?STTqhuH5u`^7%8ovFRuI(8e1>yT}%%dun))C{4w"
+        "&julnL>wWk8e5sA^F+;cqGcLunWTEIl;9~gWdAjIsGdr)lqsqr7RlGx+GHEwRx~D48EdW-@le-rAhRRe7KJwr)er2>DqK!1h6R6+"
+        "YXdo6HKoU22BD2d!2vGq@#Js*lBCsPN$S*!xW4zL<w){q(IH(x*7WP<P{AXOxwb63F8m{A!D-OPMW5aVd=gCJyifN1<LZ8Y`8v{P"
+        "L!Je{&#i9uumgHN0fb&{Tm"
+    ),
+}
+"""Index files of the format's version 2, as they were written before sidecars had a module of their own; compressed."""
+
+
+@pytest.mark.parametrize("name", WRITTEN_BEFORE)
+def test_an_index_that_an_earlier_version_wrote_is_still_used(tmp_path, monkeypatch, messages, name) -> None:
+    path, index = tmp_path / name, zlib.decompress(base64.b85decode(WRITTEN_BEFORE[name]))
+    header, _ = header_of(index)
+    if name == "a.tar":
+        write_tar(path, [("b.wav", b"b" * 700), ("a.wav", b"a")], tarfile.USTAR_FORMAT)
+    else:
+        numbers = b"".join(b"%d\n" % i for i in range(3000))
+        path.write_bytes(numbers if name == "a.txt" else gzip.compress(b"one\ntwo\nthree", mtime=0))
+    Path(f"{path}.emmett-index").write_bytes(index)
+    os.utime(path, ns=(0, header["mtime_ns"]))
+    of = FileState.of.__func__  # nobody can set a change time
+    at_that_time = classmethod(lambda cls, path: of(cls, path)._replace(ctime_ns=header["ctime_ns"]))
+    monkeypatch.setattr(FileState, "of", at_that_time)
+    kind = TarIndex if name == "a.tar" else type(open_numbered_lines(str(path)))
+    monkeypatch.setattr(kind, "_find", None)
+    if name == "a.tar":
+        assert TarIndex(str(path)).find("b.wav").read() == b"b" * 700
+    else:
+        monkeypatch.setattr(LineCount, "_check_unchanged", lambda _: None)
+        lines = open_numbered_lines(str(path))
+        assert (len(lines), lines.read(2)) == ((3000, b"2") if name == "a.txt" else (3, b"three"))
+    assert not messages
+
+
 # Counts
 
 
 def speech(path: Path, durations: list[float]) -> dict:
     lines = [json.dumps({"audio_filepath": "a.wav", "duration": d, "text": "x"}) for d in durations]
     path.write_text("".join(f"{line}\n" for line in lines))
-    return {"type": "nemo", "manifest_filepath": str(path)}
+    return {"type": "nemo", "manifest_filepath": str(path), "target_lang": "de"}
 
 
 def seconds_of(config: dict) -> float:
@@ -337,13 +387,14 @@ def test_counts_of_a_file_rewritten_with_its_size_and_time_are_made_again(tmp_pa
 def test_counts_are_kept_when_a_file_is_copied_or_touched(tmp_path, monkeypatch) -> None:
     config = speech(tmp_path / "a.json", [1.0, 2.0])
     assert seconds_of(config) == 3
-    monkeypatch.setattr(sizes, "_batches", None)
+    monkeypatch.setattr(sizes._Part, "examples", None)
     (tmp_path / "copy").mkdir()
     for name in ("a.json", "a.json.sizes.json"):
         (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
     copied = {**config, "manifest_filepath": f"{tmp_path}/copy/a.json"}
     assert seconds_of(copied) == 3
     monkeypatch.setattr(sizes, "content_checksum", None)
+    monkeypatch.setattr(sidecar, "content_checksum", None)
     assert seconds_of(copied) == 3, "once it was compared in full, its times are known"
 
 
@@ -356,9 +407,10 @@ def test_counts_are_kept_when_a_file_is_copied_or_touched(tmp_path, monkeypatch)
         lambda text: text.replace('"size": {', '"size": {"more": 1,'),
         lambda text: text.replace('"stamps": [', '"stamps": [null,'),
         lambda text: text.replace('"version": 2', '"version": 1'),
-        lambda text: text[:-20],
+        lambda text: text.replace('"counts": 3', '"counts": 2'),
+        lambda text: text.rstrip()[:-20],
         lambda text: "[" * 100_000,
-        lambda text: '{"version": 2, "counts": [], "checksum": 0}',
+        lambda text: json.dumps({"version": 2, "counts": {}, "checksum": 0}, indent=1),  # of the version before
     ],
 )
 def test_damaged_counts_are_made_again(tmp_path, messages, spoil) -> None:
@@ -370,7 +422,7 @@ def test_damaged_counts_are_made_again(tmp_path, messages, spoil) -> None:
     assert kept.read_text() != good
     messages.clear()
     assert seconds_of(config) == 3
-    assert "are damaged or of another version" in messages[0]
+    assert "is damaged, or does not fit the data" in messages[0]
     assert kept.read_text() == good
 
 
@@ -381,10 +433,10 @@ def test_something_else_in_the_place_of_counts_is_none(tmp_path, make) -> None:
 
 
 def test_a_checksum_covers_facts_names_and_arrays() -> None:
-    contents = index_file.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 3})
+    contents = sidecar.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 3})
     others = [
-        index_file.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 4}),
-        index_file.Contents({"b": np.arange(3), "a": np.arange(2)}, {"lines": 3}),
-        index_file.Contents({"a": np.arange(3), "b": np.arange(2)[::-1]}, {"lines": 3}),
+        sidecar.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 4}),
+        sidecar.Contents({"b": np.arange(3), "a": np.arange(2)}, {"lines": 3}),
+        sidecar.Contents({"a": np.arange(3), "b": np.arange(2)[::-1]}, {"lines": 3}),
     ]
     assert contents.checksum() not in [other.checksum() for other in others]
