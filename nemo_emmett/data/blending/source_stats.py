@@ -28,7 +28,7 @@ from nemo.utils import logging
 from tqdm import tqdm
 
 from nemo_emmett.data.blending.counting import Measure, Size, SpeechMeasure, TextMeasure, TokenCounter
-from nemo_emmett.data.config.sources import Source, languages_of, list_sources
+from nemo_emmett.data.config.sources import Source, languages_of
 from nemo_emmett.data.io.files import (
     SECONDS_WITHOUT_A_BAR,
     FileState,
@@ -171,7 +171,7 @@ def _column_numbers(path: str, columns: Sequence[int | str]) -> tuple[int, ...]:
 def _parts_of_speech(source: Source) -> list[Part] | None:
     config = source.config
     if config.get("input_cfg") is not None:  # the sources of a conversation type
-        inner = [parts_of(part) for part in list_sources(config, source.where)]
+        inner = [parts_of(part) for part in source.members]
         return None if None in inner else [part for parts in inner for part in parts]
     if config.get("shar_path") is not None:
         return _parts_of_shar(config["shar_path"], _speech_measure(config, is_cuts=True))

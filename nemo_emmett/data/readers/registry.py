@@ -23,14 +23,15 @@ from nemo.collections.asr.data import audio_to_text
 from nemo.collections.common.data.lhotse.cutset import (
     attach_tags,
     data_type_parser,
-    get_known_config_data_types,
     get_parser_fn,
     mux,
 )
 from nemo.collections.common.data.lhotse.text_adapters import Formattable
 from omegaconf import DictConfig
 
-from nemo_emmett.data.config.sources import SOURCE_TYPE, Source, config_of, languages_of, plain, unwrap
+from nemo_emmett.data.config.nemo_config import unwrap, wrap
+from nemo_emmett.data.config.section import config_of, plain
+from nemo_emmett.data.config.sources import FEED_TYPE, SOURCE_TYPE, Source
 from nemo_emmett.data.io import commands
 from nemo_emmett.data.io.channels import is_chosen, select_channel
 from nemo_emmett.data.io.files import expand_paths
@@ -73,9 +74,6 @@ def reader_context(how: ReaderContext) -> Iterator[ReaderContext]:
 
 _fed: ContextVar[Iterable | None] = ContextVar("nemo_emmett_fed", default=None)
 
-FEED_TYPE = "emmett_feed"
-"""NeMo data type that stands for examples which are put in by hand; it is made by us, users need not write it."""
-
 
 @contextmanager
 def injected_examples(examples: Iterable) -> Iterator[list[dict]]:
@@ -112,7 +110,7 @@ def read_parallel_text(config: DictConfig) -> tuple[CutSet, bool]:
 def read_source(config: DictConfig) -> tuple[CutSet, bool]:
     """NeMo parser of the type ``emmett_source``: examples, and whether they are read in the workers."""
     how = _reading.get() or ReaderContext()
-    source = unwrap(plain(config))
+    source = unwrap(config)
     kind = ExampleKind(config.get("examples", how.kind))
     cuts, is_tarred = open_source(source, how.skipped_records, kind)
     if kind is not ExampleKind.AS_READ:
@@ -124,14 +122,15 @@ def read_source(config: DictConfig) -> tuple[CutSet, bool]:
 
 def defaults_of(source: Source) -> SourceDefaults:
     """What a source says for its records."""
-    config, tags = source.config, source.config.get("tags") or {}
+    tags = source.tags or {}
     return SourceDefaults(
         name=source.name,
-        audio_locator_tag=config.get("audio_locator_tag"),
-        token_equivalent_duration=config.get("token_equivalent_duration"),
+        audio_locator_tag=source.audio_locator_tag,
+        token_equivalent_duration=source.token_equivalent_duration,
         context=tags.get("context"),
         system_prompt=tags.get("system_prompt"),
-        **languages_of(config),
+        source_lang=source.source_lang,
+        target_lang=source.target_lang,
     )
 
 
@@ -205,8 +204,7 @@ def _with_our_reader_inside(source: Source) -> dict:
     if "channel_selector" in config:
         manifest["channel_selector"] = config.pop("channel_selector")
     inner = {"type": "lhotse" if "cuts_path" in manifest or "shar_path" in manifest else "nemo", **manifest}
-    wrapped = {"type": SOURCE_TYPE, "source": inner, "where": source.where, "examples": ExampleKind.AS_READ.value}
-    return {**config, "input_cfg": [wrapped]}
+    return {**config, "input_cfg": [wrap(inner, source.place, examples=ExampleKind.AS_READ.value)]}
 
 
 @contextmanager
@@ -298,9 +296,3 @@ def nemo_reader(
         slice_length=config.get("slice_length"),
         **settings,
     )
-
-
-def known_types() -> list[str]:
-    """The source types that a config may name."""
-    register_data_types()
-    return sorted(set(get_known_config_data_types()) - {SOURCE_TYPE, FEED_TYPE})

@@ -191,8 +191,8 @@ class StreamChunks(ChunkReader):
         return examples or None
 
     def _open(self, epoch: int) -> None:
-        config = {**self.source.config, "shard_seed": sum(self.seed) + epoch, "force_finite": self.finite}
-        cuts, _ = open_source(Source(config, self.source.where), self.skipped_records, self.kind)
+        source = self.source.with_keys(shard_seed=sum(self.seed) + epoch, force_finite=self.finite)
+        cuts, _ = open_source(source, self.skipped_records, self.kind)
         if self.kind is not ExampleKind.AS_READ:
             cuts = Examples(cuts, self.kind, defaults_of(self.source), self.skipped_records, self.forbidden)
         self._stream = iter(cuts) if self.finite else _without_end(cuts)

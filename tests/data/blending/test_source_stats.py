@@ -19,12 +19,12 @@ from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo_emmett.data.blending import source_stats as sizes
 from nemo_emmett.data.blending.counting import Size, TokenCounter
 from nemo_emmett.data.blending.source_stats import SizeIndex, sizes_of
-from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.config.sources import parse_source
 from nemo_emmett.errors import ConfigError, DataError
 
 
 def size_of(config: dict, tokenizer=None, index_dir=None) -> Size | None:
-    (size,) = sizes_of([Source(config, "train_ds.input_cfg.0")], tokenizer, index_dir)
+    (size,) = sizes_of([parse_source(config, "train_ds.input_cfg.0")], tokenizer, index_dir)
     return size
 
 
@@ -376,7 +376,7 @@ class TestIndex:
         assert len(counted) == 1
 
     def test_a_source_named_twice_is_read_once(self, nemo, counted) -> None:
-        source = Source(nemo(record(2.0)), "train_ds")
+        source = parse_source(nemo(record(2.0)), "train_ds")
         assert sizes_of([source, source]) == [Size(1, 2.0)] * 2
         assert len(counted) == 1
 
@@ -414,7 +414,7 @@ class TestWhereNothingCanBeWritten:
         said = []
         monkeypatch.setattr(sizes.logging, "info", said.append)
         configs = [nemo(record(2.0), name=name) for name in ("a.json", "b.json", "c.json")]
-        sources = [Source(config, "train_ds") for config in configs]
+        sources = [parse_source(config, "train_ds") for config in configs]
         for _ in range(2):
             assert [size.seconds for size in sizes_of(sources)] == [2.0] * 3
         assert len(counted) == 3
@@ -428,7 +428,9 @@ class TestProcesses:
         lines = ["one two " * (i % 7 + 1) for i in range(500)]
         text = {"type": "parallel_text", "source_paths": str(write_lines("a.en", lines))}
         text["target_paths"] = str(write_lines("a.de", reversed(lines)))
-        sources = [Source(c, "") for c in (text, nemo(*[record(0.1 * i) for i in range(1, 300)]), nemo(name="b.json"))]
+        sources = [
+            parse_source(c, "") for c in (text, nemo(*[record(0.1 * i) for i in range(1, 300)]), nemo(name="b.json"))
+        ]
         expected = sizes_of(sources, tokenizer)
         monkeypatch.setattr(sizes.SizeIndex, "get", lambda *_: None)
         monkeypatch.setattr(sizes, "BATCH_BYTES", 1000)
