@@ -41,6 +41,9 @@ Whole = Annotated[int, BeforeValidator(_no_boolean)]
 Number = Annotated[float, BeforeValidator(_no_boolean), annotated_types.Predicate(lambda x: abs(x) < float("inf"))]
 """A finite number."""
 
+Limit = Annotated[float, BeforeValidator(_no_boolean), annotated_types.Predicate(lambda x: x == x)]
+"""A number, which may be infinite."""
+
 Text = Annotated[str, Strict()]
 """A text that is not made of a number."""
 

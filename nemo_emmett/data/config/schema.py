@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import annotated_types
 from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
-from pydantic import BeforeValidator
 
 from nemo_emmett.typed_config import (
     Count,
+    Limit,
     NonNegative,
     Number,
     Positive,
@@ -32,15 +32,6 @@ SAMPLINGS = ("auto", "emmett", "nemo")
 FUSIONS = ("zip", "round_robin", "randomized_round_robin", "mux")
 """How the groups of a ``multi_config`` may be combined."""
 
-
-def _number_only(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-Limit = Annotated[float, BeforeValidator(_number_only), annotated_types.Predicate(lambda x: x == x)]
-"""A number, which may be infinite."""
 
 Seed = Whole | Literal["trng", "randomized"]
 """A random seed, or one of lhotse's ways to choose one."""
@@ -141,50 +132,14 @@ def parse_keys(section: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 LEGACY_KEYS = frozenset(
-    {
-        "ais_config",
-        "augmentor",
-        "batch_sampler",
-        "blank_index",
-        "bos_id",
-        "bucketing_batch_size",
-        "bucketing_strategy",
-        "bucketing_weights",
-        "concat_sampling_probabilities",
-        "concat_sampling_scale",
-        "concat_sampling_seed",
-        "concat_sampling_technique",
-        "concat_sampling_temperature",
-        "concat_shuffle",
-        "defer_setup",
-        "ds_item",
-        "eos_id",
-        "ignore_eos",
-        "int_values",
-        "is_concat",
-        "is_tarred",
-        "labels",
-        "manifest_parse_func",
-        "max_utts",
-        "name",
-        "normalize",
-        "normalize_transcripts",
-        "pad_id",
-        "parser",
-        "persistent_workers",
-        "prefetch_factor",
-        "return_language_id",
-        "return_sample_id",
-        "shard_manifests",
-        "shard_strategy",
-        "shuffle_n",
-        "tarred_shard_strategy",
-        "trim",
-        "trim_silence",
-        "unk_index",
-        "use_lhotse",
-        "use_start_end_token",
-    }
+    """
+    ais_config augmentor batch_sampler blank_index bos_id bucketing_batch_size bucketing_strategy bucketing_weights
+    concat_sampling_probabilities concat_sampling_scale concat_sampling_seed concat_sampling_technique
+    concat_sampling_temperature concat_shuffle defer_setup ds_item eos_id ignore_eos int_values is_concat is_tarred
+    labels manifest_parse_func max_utts name normalize normalize_transcripts pad_id parser persistent_workers
+    prefetch_factor return_language_id return_sample_id shard_manifests shard_strategy shuffle_n
+    tarred_shard_strategy trim trim_silence unk_index use_lhotse use_start_end_token
+    """.split()
 )
 """Keys that NeMo's recipes carry from older dataloaders; NeMo warns of them, and so do we."""
 
