@@ -184,7 +184,7 @@ def test_another_list_leaves_corpora_out_by_one_override(corpus, tmp_path):
     cfg = recipe("salm_t5", corpus, **{"paths.train_text": mine})
     check_data_section(cfg.data)
     sources = parse_dataset(cfg.data.train_ds, "data.train_ds").sources
-    assert [set(source.config["paths"]) for source in sources if source.is_text] == [{"en", "de", "fr"}]
+    assert [set(source.paths) for source in sources if source.is_text] == [{"en", "de", "fr"}]
 
 
 def test_a_list_that_is_not_there_is_named(tmp_path):

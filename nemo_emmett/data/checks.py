@@ -160,24 +160,15 @@ def _check_languages(source: Source) -> None:
             check_language(code, f"{source.place}.{key}")
     if source.type not in ("parallel_text", "txt_pair"):
         return
-    layout = _text_layout(source)
+    layout = text_layout(source)
     if layout == "many":
+        directions_of(source)
         for code in source.paths:
             check_language(code, f"{source.place}.paths")
     elif isinstance(source.target_lang, list):
         raise ConfigError(f"{source.place}.target_lang: a text has one target language, not {source.target_lang}.")
     elif source.target_lang is None and layout != "jsonl":
         raise ConfigError(f"{source.place}.target_lang: missing; name the language of the target texts.")
-
-
-def _text_layout(source: Source) -> str:
-    try:
-        layout = text_layout(source.config)
-        if layout == "many":
-            directions_of(source.config)
-        return layout
-    except ConfigError as error:
-        raise ConfigError(f"{source.place}.{error}") from None
 
 
 def check_files(sources: Iterable[Source]) -> None:
@@ -200,9 +191,9 @@ def check_files(sources: Iterable[Source]) -> None:
 
 
 def _check_parallel(source: Source) -> None:
-    if source.type not in ("parallel_text", "txt_pair") or _text_layout(source) not in ("pair", "many"):
+    if source.type not in ("parallel_text", "txt_pair") or text_layout(source) not in ("pair", "many"):
         return
-    shards = aligned_shards(source.config)
+    shards = aligned_shards(source)
     counts = count_lines_of([path for shard in shards for path in shard.values() if is_local(path)])
     for shard in shards:
         of_shard = {path: counts[path] for path in shard.values() if path in counts}

@@ -18,7 +18,9 @@ from nemo_emmett.data.blending.counting import Size
 from nemo_emmett.data.blending.source_stats import sizes_of
 from nemo_emmett.data.config.dataset_config import GroupConfig
 from nemo_emmett.data.config.sources import Source, SourceGroup
+from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.prompts.families import forbidden_text
 
 
 @dataclass
@@ -42,7 +44,12 @@ class Node:
 
 
 def blend_of(
-    group: GroupConfig, *, tokenizer: Any = None, index_dir: str | None = None, count_all: bool = False
+    group: GroupConfig,
+    *,
+    tokenizer: Any = None,
+    index_dir: str | None = None,
+    count_all: bool = False,
+    kind: ExampleKind | None = None,
 ) -> Node:
     """The sources of a group, with the groups in it, and their shares.
 
@@ -51,6 +58,7 @@ def blend_of(
         tokenizer: NeMo tokenizer, by which text is measured where weights are derived.
         index_dir: folder for counts that cannot be written next to the data; by default the group's own.
         count_all: count all sources, and not only those on whose size a weight depends.
+        kind: what the dataset takes; by default what the section suggests.
 
     Returns:
         The group itself, as a node whose leaves are its sources.
@@ -68,7 +76,9 @@ def blend_of(
     measured = {source.place: source for source in _measured(group.root)}
     sources = group.sources if count_all else list(measured.values())
     sizes = {}
-    for source, size in zip(sources, sizes_of(sources, tokenizer, index_dir or group.index_dir), strict=True):
+    forbidden = None if tokenizer is None else forbidden_text(group.prompt_format, tokenizer)
+    counted = sizes_of(sources, tokenizer, index_dir or group.index_dir, kind or _suggested_kind(group), forbidden)
+    for source, size in zip(sources, counted, strict=True):
         if size is None and source.place in measured:
             raise ConfigError(
                 f"{source.place}.weight: missing; what a source of type '{source.type}' holds cannot be counted, "
@@ -76,6 +86,14 @@ def blend_of(
             )
         sizes[source.place] = size
     return _node(group.root, 1.0, 1.0, group.temperatures, frozenset(), _Sizes(sizes, tokenizer))
+
+
+def _suggested_kind(group: GroupConfig) -> ExampleKind:
+    """What a dataset takes of which its section is all that is known."""
+    if group.prompt_format is None:
+        translates = any(source.target_lang or source.is_text for source in group.sources)
+        return ExampleKind.TRANSLATION if translates else ExampleKind.AS_READ
+    return ExampleKind.TRANSLATION if group.prompt_format.startswith("emmett_") else ExampleKind.CONVERSATION
 
 
 @dataclass(frozen=True)

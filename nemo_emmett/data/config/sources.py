@@ -131,16 +131,6 @@ class Source:
     slice_length: Count | None = None
 
     @property
-    def config(self) -> Mapping[str, Any]:
-        """Its keys."""
-        return self.keys
-
-    @property
-    def where(self) -> str:
-        """Its place."""
-        return self.place
-
-    @property
     def is_text(self) -> bool:
         """Whether it surely holds no speech."""
         return self.type in TEXT_TYPES

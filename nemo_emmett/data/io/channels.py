@@ -25,17 +25,10 @@ def select_channel(cut: Cut, selector: int | str | None) -> Cut:
             all channels.
 
     Raises:
-        Unusable: if there is no such channel or field.
+        InvalidRecord: if there is no such channel or field.
     """
-    if not is_chosen(selector):
+    if (channel := channel_of(cut, selector)) is None:
         return cut
-    channel = selector
-    if isinstance(selector, str):
-        custom = (cut._first_non_padding_cut if isinstance(cut, MixedCut) else cut).custom or {}
-        if (channel := custom.get(selector)) is None:
-            raise InvalidRecord(f"no field '{selector}' to select a channel by")
-    if not isinstance(channel, int) or isinstance(channel, bool) or channel < 0:
-        raise InvalidRecord("invalid channel")
     if channel >= cut.num_channels:
         raise InvalidRecord(f"no channel {channel}")
     if cut.num_channels == 1:
@@ -44,3 +37,21 @@ def select_channel(cut: Cut, selector: int | str | None) -> Cut:
     if not selected.supervisions:  # a text of which nobody has said that it is spoken in another channel
         selected.supervisions = [fastcopy(supervision, channel=channel) for supervision in cut.supervisions]
     return selected
+
+
+def channel_of(cut: Cut, selector: int | str | None) -> int | None:
+    """The channel that a cut's metadata and ``channel_selector`` name; None: all.
+
+    Raises:
+        InvalidRecord: if they name none.
+    """
+    if not is_chosen(selector):
+        return None
+    channel = selector
+    if isinstance(selector, str):
+        custom = (cut._first_non_padding_cut if isinstance(cut, MixedCut) else cut).custom or {}
+        if (channel := custom.get(selector)) is None:
+            raise InvalidRecord(f"no field '{selector}' to select a channel by")
+    if not isinstance(channel, int) or isinstance(channel, bool) or channel < 0:
+        raise InvalidRecord("invalid channel")
+    return channel

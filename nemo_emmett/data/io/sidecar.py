@@ -1,17 +1,19 @@
-"""The format of an index file: one line of JSON, then arrays of numbers, mapped into memory.
+"""Sidecars: cache files next to the data, which hold what was found in it by reading it once.
 
-The line says of which data file the index is, in which state, and carries a checksum of all that follows. Whatever does
-not fit is no index: it is built again.
+A sidecar is one line of JSON, then arrays of numbers, mapped into memory so that all workers share one copy. The line
+identifies what the contents are of, such as the state of a data file, and has a checksum of all contents. A file that
+is damaged, of another version or of other data is ignored and written again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
 import stat
-import uuid
 import zlib
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,21 +21,27 @@ from typing import Any
 import numpy as np
 from nemo.utils import logging
 
-from nemo_emmett.data.io.files import FileState
+from nemo_emmett.data.io.files import FileState, content_checksum, is_local
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.files import whole_file
 
 _VERSION = 2
-"""Of the format of index files; files of another version are built again."""
+"""Of the format; files of another version are written again."""
 
-_LONGEST_HEADER = 1 << 16
-"""Bytes. A longer first line is no header of an index file."""
+_LONGEST_HEADER = 1 << 26
+"""Bytes. A longer first line is not that of a sidecar."""
+
+_in_memory: dict[tuple[str, str], tuple[dict, Contents]] = {}
+"""By kind and path of the data: contents that could not be written, and what they are of."""
 
 
 @dataclass
 class Contents:
-    """What an index holds: arrays by name, and facts that fit into its header."""
+    """Arrays by name, and facts that fit into the header."""
 
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    is_mapped: bool = False  # from a file, which any process can map
 
     def checksum(self) -> int:
         """The same for the same contents."""
@@ -43,43 +51,121 @@ class Contents:
         return checksum
 
 
-def write_index(place: str, kind: str, state: FileState, contents: Contents) -> None:
-    """Write an index file as a whole or not at all, whoever else does so at the same time."""
-    os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
-    draft = f"{place}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(draft, "xb") as file:
-            file.write(_header(kind, state, contents))
-            for array in contents.arrays.values():
-                file.write(np.ascontiguousarray(array).data)
-        os.replace(draft, place)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(draft)
+@dataclass(frozen=True)
+class Sidecar:
+    """The cache file of some data: next to it, in ``index_dir`` where that cannot be written, else in memory.
+
+    Args:
+        path: the data file, or a URL.
+        suffix: of the file's name.
+        kind: what the file contains; a file of another kind is not used.
+        index_dir: folder for the file where it cannot be written next to the data.
+        place: where the file is written first of all; by default the data file's name with the suffix.
+    """
+
+    path: str
+    suffix: str
+    kind: str
+    index_dir: str | None = None
+    place: str | None = None
+
+    @property
+    def places(self) -> list[str]:
+        """Where the file may be, in the order of preference."""
+        places = [self.place or self.path + self.suffix] if is_local(self.path) else []
+        if self.index_dir is not None:
+            name = os.path.abspath(self.path) if is_local(self.path) else self.path
+            stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in os.path.basename(name))[-80:]
+            digest = hashlib.sha256(name.encode()).hexdigest()[:16]  # files of the same name in several folders
+            places.append(os.path.join(self.index_dir, f"{stem}-{digest}{self.suffix}"))
+        return places
+
+    def read(self, identity: Mapping[str, Any]) -> Contents | None:
+        """The contents, if they are whole and of this identity."""
+        kept, contents = _in_memory.get((self.kind, self.path), (None, None))
+        if kept == identity:
+            return contents
+        header = {"version": _VERSION, "kind": self.kind, **identity}
+        return next((found for place in self.places if (found := _read(place, header)) is not None), None)
+
+    def write(self, identity: Mapping[str, Any], contents: Contents) -> bool:
+        """Write the file, whole or not at all, whoever else does so at the same time.
+
+        Returns:
+            Whether it is written; otherwise the contents last as long as the process (:func:`warn_uncached`).
+
+        Raises:
+            ConfigError: if ``index_dir`` is given, and the file cannot be written there either.
+        """
+        for place in self.places:
+            try:
+                with whole_file(place) as unfinished, open(unfinished, "wb") as file:
+                    file.write(_first_line({"version": _VERSION, "kind": self.kind, **identity}, contents))
+                    for array in contents.arrays.values():
+                        file.write(np.ascontiguousarray(array).data)
+                _in_memory.pop((self.kind, self.path), None)
+                return True
+            except OSError as error:
+                if self.index_dir is not None and place == self.places[-1]:
+                    raise ConfigError(
+                        f"index_dir: cannot write to '{self.index_dir}' ({error.strerror}); name a folder that can "
+                        "be written."
+                    ) from error
+        self.keep(identity, contents)
+        return False
+
+    def keep(self, identity: Mapping[str, Any], contents: Contents) -> None:
+        """Keep contents in memory that could not be written."""
+        _in_memory[self.kind, self.path] = dict(identity), contents
+
+    def remove(self) -> None:
+        """Remove the files, so that the next start writes them again whatever the data file's times are."""
+        _in_memory.pop((self.kind, self.path), None)
+        for place in self.places:
+            with suppress(OSError):
+                os.remove(place)
 
 
-def _header(kind: str, state: FileState, contents: Contents) -> bytes:
-    """One line of JSON, filled up with blanks so that the numbers behind it are aligned."""
+def is_unchanged(stamp: Sequence[int], state: FileState) -> bool:
+    """Whether a file is what it was when ``stamp`` was taken: by its size, times and sampled content or, if the stamp
+    ends with a checksum of all content, by that, since a move, a copy or a restored backup changes the times."""
+    known = state.stamp
+    if list(stamp[: len(known)]) == known:
+        return True
+    return len(stamp) > len(known) and (stamp[0], stamp[-1]) == (state.size, content_checksum(state))
+
+
+def warn_uncached(what: str, paths: Sequence[str]) -> None:
+    """Log once that sidecars are lost at the end of this process.
+
+    Args:
+        what: they contain, in the plural.
+        paths: of the data files.
+    """
+    if paths:
+        others = f" and {len(paths) - 1} more files" if len(paths) > 1 else ""
+        logging.info(
+            f"The {what} of {paths[0]}{others} cannot be written next to the data, and are lost when this process "
+            "ends; set index_dir to a folder that can be written."
+        )
+
+
+def _first_line(header: Mapping[str, Any], contents: Contents) -> bytes:
+    """One line of JSON, filled up with blanks so that the numbers after it are aligned."""
     shapes = {name: [array.dtype.str, len(array)] for name, array in contents.arrays.items()}
-    content = {"checksum": contents.checksum(), "arrays": shapes, "facts": contents.facts}
-    line = json.dumps({**_identity(kind, state), **content}).encode()
+    line = json.dumps({**header, "checksum": contents.checksum(), "arrays": shapes, "facts": contents.facts}).encode()
     return line.ljust(-(-(len(line) + 1) // 64) * 64 - 1) + b"\n"
 
 
-def _identity(kind: str, state: FileState) -> dict[str, Any]:
-    keys = ("size", "mtime_ns", "ctime_ns", "sample")
-    return {"version": _VERSION, "kind": kind, **dict(zip(keys, state.stamp, strict=True))}
-
-
-def read_index(place: str, kind: str, state: FileState) -> Contents | None:
-    """Map an index file; None if there is none, or it is not a whole one of the data as it is now."""
+def _read(place: str, wanted: Mapping[str, Any]) -> Contents | None:
+    """Map a sidecar; None if there is none, or it is not whole or not of the wanted header."""
     try:
-        if not stat.S_ISREG(os.stat(place).st_mode):  # opening a pipe would wait for ever
-            raise ValueError("no file")
+        if not stat.S_ISREG(os.stat(place).st_mode):  # opening a pipe would block
+            raise ValueError("not a file")
         with open(place, "rb") as file:
             line = file.readline(_LONGEST_HEADER)
             header = json.loads(line)
-            if {key: header.get(key) for key in _identity(kind, state)} != _identity(kind, state):
+            if {key: header.get(key) for key in wanted} != wanted:
                 raise ValueError("out of date")
             if len(line) % 64:
                 raise ValueError("cut off")
@@ -88,12 +174,12 @@ def read_index(place: str, kind: str, state: FileState) -> Contents | None:
         for name, (dtype, count) in header["arrays"].items():
             arrays[name] = np.frombuffer(view, dtype, count, offset)  # refuses objects, and what is not in the file
             offset += arrays[name].nbytes
-        contents = Contents(arrays, header["facts"])
+        contents = Contents(arrays, header["facts"], is_mapped=True)
         if offset != len(view) or contents.checksum() != header["checksum"]:
             raise ValueError("damaged")
         return contents
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        logging.info(f"The index {place} does not fit {state.path} as it is now: it is built again.")
+        logging.info(f"{place} is damaged, or does not fit the data as it is now: it is written again.")
         return None

@@ -1,4 +1,4 @@
-"""Where each member of a tar file stands: an index of its own kind (:mod:`~nemo_emmett.data.io.line_index`)."""
+"""The position of each member of a tar file: an index (:mod:`~nemo_emmett.data.io.index`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from nemo_emmett.data.io.files import FileState
-from nemo_emmett.data.io.line_index import Contents, FileChanged, Index, Progress, read_at
+from nemo_emmett.data.io.index import FileChanged, Index, Progress, read_at
+from nemo_emmett.data.io.sidecar import Contents
 
 
 def normal_name(name: str) -> str:
@@ -23,7 +24,7 @@ def normal_name(name: str) -> str:
 
 
 class Member(NamedTuple):
-    """The bytes of one member of a tar file, read when they are asked for.
+    """The bytes of one member of a tar file, read on demand.
 
     Its header, which names it, is compared with the one that was indexed, so that no other audio is taken for it.
     """
@@ -46,7 +47,7 @@ class Member(NamedTuple):
         return data[self.offset - self.header :]
 
     def open(self) -> BinaryIO:
-        """They as a file, of which only what is read of it is read from disk; errors are those of :meth:`read`."""
+        """The bytes as a file, of which only what is read of it is read from disk; errors are those of :meth:`read`."""
         self._check(read_at(self.file, self.header, self.offset - self.header))
         return io.BufferedReader(_MemberFile(self), buffer_size=4096)
 
@@ -85,7 +86,7 @@ class _MemberFile(io.RawIOBase):
 class TarIndex(Index):
     """The members of a local, uncompressed tar file, by name and by number.
 
-    Members behind a damage are not there; :attr:`damage` tells where it is.
+    It has no members behind a damage, whose place is :attr:`damage`.
     """
 
     kind = "tar"
@@ -116,7 +117,7 @@ class TarIndex(Index):
     def _find_exactly(self, name: str) -> Member | None:
         try:
             wanted = name.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:  # no file can be called so
+        except UnicodeEncodeError:  # no file can have such a name
             return None
         by_name = self.contents.arrays["by_name"]
         place = bisect_left(by_name, wanted, key=self._name)

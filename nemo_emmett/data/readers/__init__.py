@@ -1,8 +1,8 @@
-"""Records and examples, one module for each format.
+"""Records and examples, in the order in which data flows; each format decides alone which records are usable.
 
-- ``json_records``, ``speech_sources``, ``tar_audio``: NeMo's and lhotse's manifests, plain and tarred.
-- ``parallel_text``: lines of text and their translations.
-- ``random_access``: the records of any source by number.
+- ``registry``: opens a source with its reader; our data types, registered with NeMo.
+- ``random_access``: opens a source for reading by number.
+- ``base``, ``json_records``, ``tar_audio``: shared by formats: records by number, lines of JSON, audio in tar files.
+- ``nemo_manifest``, ``nemo_tarred``, ``lhotse_manifest``, ``shar``, ``parallel_text``: one format each.
 - ``examples``: what a record yields for the dataset that will collate it.
-- ``registry``: our data types and readers, registered with NeMo.
 """

@@ -1,4 +1,4 @@
-"""The records of a speech manifest, one JSON object a line, and what makes their values usable."""
+"""The records of a speech manifest, one JSON object a line, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 
 
 class Record(NamedTuple):
-    """One JSON object of a file, and where it stands."""
+    """One JSON object of a file, with its place there."""
 
     path: str
     number: int  # of its line, from 1
@@ -20,17 +20,17 @@ class Record(NamedTuple):
 
     @property
     def place(self) -> str:
-        """How a report names it."""
+        """Its name in reports."""
         return f"line {self.number}"
 
     @property
     def is_left_out(self) -> bool:
-        """Whether it is marked as not to be used, as NeMo's tools do."""
+        """Whether NeMo's tools have marked it as not to be used."""
         return bool(self.data.get("_skipme", False))
 
 
 class JsonRecords:
-    """The JSON objects of a file, one a line. Lines that hold something else are noted; blank ones are no records."""
+    """The JSON objects of a file, one a line. Lines that hold anything else are skipped; blank ones are no records."""
 
     def __init__(self, path: str, skipped_records: SkippedRecords) -> None:
         self.path = path
@@ -42,7 +42,7 @@ class JsonRecords:
                 yield record
 
     def parse(self, number: int, line: bytes) -> Record | None:
-        """The record in a line, counted from 1; None where there is none."""
+        """The record in a line, counted from 1; None if it holds none."""
         if not line.strip():
             return None
         self.skipped_records.read(self.path)
@@ -104,7 +104,7 @@ def times_of(record: Record) -> tuple[float, float]:
     """Offset and duration of a record in its recording, in seconds.
 
     Raises:
-        Unusable: if they are missing, or no times.
+        InvalidRecord: if they are missing, or no times of a recording.
     """
     check_times(record.data)
     check_alternatives(record.data)

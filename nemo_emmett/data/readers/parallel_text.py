@@ -14,9 +14,11 @@ from itertools import permutations
 
 from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample, TextExample
 
-from nemo_emmett.data.config.sources import languages_of
+from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import ShardOrder, decoded, expand_paths, is_unicode, open_lines, strip_bom, zip_lines
+from nemo_emmett.data.io.line_index import open_numbered_lines
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
+from nemo_emmett.data.readers.base import Records
 from nemo_emmett.data.readers.examples import mark_origin
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.languages import is_known_language
@@ -29,7 +31,7 @@ class AlignedText:
         shards: for each shard, the file of each side. Sides are language codes, or ``source`` and ``target``.
         directions: the pairs of sides to translate between, (from, to).
         languages: language code of each side; None where it is not known.
-        skipped_records: ledger for the lines that cannot be used.
+        skipped_records: receives the lines that cannot be used.
         order: order of the shards.
     """
 
@@ -48,14 +50,18 @@ class AlignedText:
         self.order = order
 
     def __iter__(self) -> Iterator[SourceTargetTextExample]:
-        for shard in self.order(self.shards):
-            for number, lines in zip_lines(list(shard.values())):
+        for shard in self.order(range(len(self.shards))):
+            for number, lines in zip_lines(self.files[shard]):
                 yield from self.examples_of(shard, number, lines)
 
-    def examples_of(
-        self, shard: Mapping[str, str], number: int, lines: Sequence[bytes]
-    ) -> Iterator[SourceTargetTextExample]:
-        """The examples of one line of a shard, one per direction; ``number`` is from 1, ``lines`` has one per side."""
+    @property
+    def files(self) -> list[tuple[str, ...]]:
+        """The files of each shard."""
+        return [tuple(shard.values()) for shard in self.shards]
+
+    def examples_of(self, index: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
+        """The examples of one line of the shard ``index``, one per direction; ``number`` is from 1."""
+        shard = self.shards[index]
         self.skipped_records.read(_first_file(shard))
         texts = self._usable_texts(shard, number, lines)
         for source, target in self.directions:
@@ -89,7 +95,7 @@ def _first_file(shard: Mapping[str, str]) -> str:
 
 
 class _OneFileText(ABC):
-    """Text files whose lines hold both sides of an example; what a line looks like is the subclass's business.
+    """Text files with both sides of an example in one line. A subclass defines the format of a line.
 
     Blank lines are no records.
     """
@@ -111,31 +117,36 @@ class _OneFileText(ABC):
     def _lines(self, path: str) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(open_lines(path), start=1)
 
+    @property
+    def files(self) -> list[tuple[str, ...]]:
+        """The file of each shard."""
+        return [(path,) for path in self.paths]
+
     @abstractmethod
     def _fields(self, path: str, line: str) -> dict:
         """The fields ``source``, ``target`` and, perhaps, ``source_lang`` and ``target_lang`` of one line."""
 
     def __iter__(self) -> Iterator[SourceTargetTextExample]:
-        for path in self.order(self.paths):
-            for number, line in self._lines(path):
-                if (pair := self.example_of(path, number, line)) is not None:
-                    yield pair
+        for index in self.order(range(len(self.paths))):
+            for number, line in self._lines(self.paths[index]):
+                yield from self.examples_of(index, number, (line,))
 
-    def example_of(self, path: str, number: int, line: bytes) -> SourceTargetTextExample | None:
-        """The example of one line of a file, counted from 1; None where there is none."""
+    def examples_of(self, index: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
+        """The example of one line of the file ``index``, if it has one; ``number`` is from 1."""
+        path, (line,) = self.paths[index], lines
         if not line.strip(b" "):  # a line of tabs is a row of empty cells
-            return None
+            return
         self.skipped_records.read(path)
         note = partial(self.skipped_records.add, path, f"line {number}")
         if (text := decoded(line, note)) is None:
-            return None
+            return
         try:
             pair = self._example(f"{path}:{number}", self._fields(path, text))
         except InvalidRecord as cause:
             note(str(cause))
-            return None
+            return
         mark_origin(pair, path, f"line {number}")
-        return pair
+        yield pair
 
     def _example(self, identity: str, fields: Mapping) -> SourceTargetTextExample:
         source, target = fields["source"], fields["target"]
@@ -172,9 +183,9 @@ class TsvText(_OneFileText):
         """Whether the first line of each file names its columns."""
         return any(isinstance(column, str) for column in self.columns)
 
-    def example_of(self, path: str, number: int, line: bytes) -> SourceTargetTextExample | None:
-        """The example of one line of a file, counted from 1; None where there is none, as in the header."""
-        return None if self.has_header and number == 1 else super().example_of(path, number, line)
+    def examples_of(self, index: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
+        """The example of one line of the file ``index``, if it has one, which the header has not."""
+        return iter(()) if self.has_header and number == 1 else super().examples_of(index, number, lines)
 
     def _lines(self, path: str) -> Iterator[tuple[int, bytes]]:
         lines = super()._lines(path)
@@ -236,6 +247,19 @@ class JsonlText(_OneFileText):
         return {**record, "source": source, "target": target}
 
 
+class TextRecords(Records):
+    """The lines of parallel text by number."""
+
+    def __init__(
+        self, name: str, text: AlignedText | TsvText | JsonlText, index_dir: str | None, tags: Mapping | None
+    ) -> None:
+        super().__init__(name, [[open_numbered_lines(path, index_dir) for path in files] for files in text.files], tags)
+        self.text = text
+
+    def _examples(self, shard: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
+        return self.text.examples_of(shard, number, lines)
+
+
 def _text_pair(
     identity: str, source: str, target: str, source_lang: str | None, target_lang: str | None
 ) -> SourceTargetTextExample:
@@ -246,24 +270,26 @@ def _text_pair(
     )
 
 
-def text_layout(config: Mapping) -> str:
+def text_layout(source: Source) -> str:
     """How the files of a ``parallel_text`` or ``txt_pair`` source hold their text.
 
     Returns:
         ``pair`` (two line-aligned files), ``many`` (line-aligned files in many languages), ``tsv`` or ``jsonl``.
 
     Raises:
-        ConfigError: if the config names no files, or files of an unknown kind.
+        ConfigError: if it names no files, or files of an unknown kind.
     """
-    if config.get("source_paths") is not None or config.get("target_paths") is not None:
+    if source.source_paths is not None or source.target_paths is not None:
         for key in ("source_paths", "target_paths"):
-            if config.get(key) is None:
-                raise ConfigError(f"{key}: missing; parallel text needs both source_paths and target_paths.")
+            if getattr(source, key) is None:
+                raise ConfigError(
+                    f"{source.place}.{key}: missing; parallel text needs both source_paths and target_paths."
+                )
         return "pair"
-    paths = config.get("paths")
+    paths, place = source.paths, f"{source.place}.paths"
     if paths is None:
         raise ConfigError(
-            "paths: missing; give source_paths and target_paths, or paths (TSV, JSONL, one per language)."
+            f"{place}: missing; give source_paths and target_paths, or paths (TSV, JSONL, one per language)."
         )
     if isinstance(paths, Mapping):
         return "many"
@@ -273,66 +299,68 @@ def text_layout(config: Mapping) -> str:
     if suffixes <= {"jsonl", "json"}:
         return "jsonl"
     raise ConfigError(
-        f"paths: {paths} is neither .tsv nor .jsonl (or .gz of these); for line-aligned files give source_paths and "
+        f"{place}: {paths} is neither .tsv nor .jsonl (or .gz of these); for line-aligned files give source_paths and "
         "target_paths, or a mapping of each language to its file(s)."
     )
 
 
-def aligned_shards(config: Mapping) -> list[dict[str, str]]:
+def aligned_shards(source: Source) -> list[dict[str, str]]:
     """For each shard of a line-aligned source, the file of each side.
 
     Raises:
         ConfigError: if the sides have different numbers of shards.
     """
-    if text_layout(config) == "pair":
-        sides = {"source": expand_paths(config["source_paths"]), "target": expand_paths(config["target_paths"])}
+    if text_layout(source) == "pair":
+        sides = {"source": expand_paths(source.source_paths), "target": expand_paths(source.target_paths)}
     else:
-        sides = {str(lang): expand_paths(paths) for lang, paths in config["paths"].items()}
+        sides = {str(lang): expand_paths(paths) for lang, paths in source.paths.items()}
     counts = {side: len(paths) for side, paths in sides.items()}
     if len(set(counts.values())) > 1:
-        raise ConfigError(f"parallel text must have as many files on each side, but has {counts}.")
+        raise ConfigError(f"{source.place}: parallel text must have as many files on each side, but has {counts}.")
     return [dict(zip(sides, shard, strict=True)) for shard in zip(*sides.values(), strict=True)]
 
 
-def directions_of(config: Mapping) -> list[tuple[str, str]]:
+def directions_of(source: Source) -> list[tuple[str, str]]:
     """The directions of an n-way source: those it names (``en-de``), or all between different languages.
 
     Raises:
         ConfigError: if a direction names a language that has no file.
     """
-    languages = [str(language) for language in config["paths"]]
-    if config.get("directions") is None:
+    languages = [str(language) for language in source.paths]
+    if source.directions is None:
         return list(permutations(languages, 2))
-    known = {f"{source}-{target}": (source, target) for source, target in permutations(languages, 2)}
-    for direction in config["directions"]:
+    known = {f"{one}-{other}": (one, other) for one, other in permutations(languages, 2)}
+    for direction in source.directions:
         if direction not in known:
             raise ConfigError(
-                f"directions: '{direction}' is not a pair of two languages that have files ({', '.join(languages)})."
+                f"{source.place}.directions: '{direction}' is not a pair of two languages that have files "
+                f"({', '.join(languages)})."
             )
-    return [known[direction] for direction in config["directions"]]
+    return [known[direction] for direction in source.directions]
 
 
-def open_parallel_text(config: Mapping, skipped_records: SkippedRecords) -> AlignedText | TsvText | JsonlText:
+def open_parallel_text(source: Source, skipped_records: SkippedRecords) -> AlignedText | TsvText | JsonlText:
     """Open a ``parallel_text`` or ``txt_pair`` source.
 
     Args:
-        config: the source's own config, with ``shuffle`` and ``shard_seed``.
-        skipped_records: ledger for the lines that cannot be used.
+        source: names the files.
+        skipped_records: receives the lines that cannot be used.
 
     Raises:
         ConfigError: if its keys do not fit together.
     """
-    layout = text_layout(config)
-    order = ShardOrder(config.get("shuffle", False), config.get("shard_seed", "trng"))
-    languages = languages_of(config)
+    layout = text_layout(source)
+    order = ShardOrder(bool(source.shuffle), "trng" if source.shard_seed is None else source.shard_seed)
     if layout == "pair":
-        of_side = {"source": languages["source_lang"], "target": languages["target_lang"]}
-        return AlignedText(aligned_shards(config), [("source", "target")], of_side, skipped_records, order)
+        of_side = {"source": source.source_lang, "target": source.target_lang}
+        return AlignedText(aligned_shards(source), [("source", "target")], of_side, skipped_records, order)
     if layout == "many":
-        of_side = {str(language): str(language) for language in config["paths"]}
-        return AlignedText(aligned_shards(config), directions_of(config), of_side, skipped_records, order)
-    paths = expand_paths(config["paths"])
+        of_side = {str(language): str(language) for language in source.paths}
+        return AlignedText(aligned_shards(source), directions_of(source), of_side, skipped_records, order)
+    paths = expand_paths(source.paths)
+    languages = {"source_lang": source.source_lang, "target_lang": source.target_lang}
     common = {**languages, "skipped_records": skipped_records, "order": order}
     if layout == "tsv":
-        return TsvText(paths, (config.get("source_column", 0), config.get("target_column", 1)), **common)
-    return JsonlText(paths, (config.get("source_field", "source"), config.get("target_field", "target")), **common)
+        columns = (source.source_column, source.target_column)
+        return TsvText(paths, tuple(n if c is None else c for n, c in enumerate(columns)), **common)
+    return JsonlText(paths, (source.source_field or "source", source.target_field or "target"), **common)

@@ -1,4 +1,4 @@
-"""Encoded audio that lies in tar files: by which names a record's is found, and what cuts are made of it."""
+"""Encoded audio in tar files: the names by which that of a record is found, and the cuts made of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import re
 import tarfile
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import soundfile
@@ -14,10 +15,10 @@ from lhotse.cut import Cut
 from lhotse.serialization import open_best
 from lhotse.utils import compute_num_samples
 
-from nemo_emmett.audio_file import AudioFault, CheckedSource, Header, fitted, load_samples, recording_from
+from nemo_emmett.audio_file import AudioFault, CheckedSource, Header, fitted, load_samples, read_header, recording_from
 from nemo_emmett.data.io.files import is_local
-from nemo_emmett.data.io.skipped_records import InvalidRecord
-from nemo_emmett.data.io.tar_index import Member, normal_name
+from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
+from nemo_emmett.data.io.tar_index import Member, TarIndex, normal_name
 from nemo_emmett.data.readers.json_records import Record
 
 _SEGMENT = re.compile(r"^(?P<stem>.+)-sub\d+(?P<ext>\.\w+)?$")
@@ -29,7 +30,7 @@ def member_names(record: Record) -> list[str]:
     it is a segment.
 
     Raises:
-        Unusable: if the record names none.
+        InvalidRecord: if the record names none.
     """
     name = record.data.get("audio_filepath")
     if not isinstance(name, str):
@@ -47,7 +48,7 @@ def names_in(tar_path: str) -> set[str]:
         with tarfile.open(**where, mode="r:*" if is_local(tar_path) else "r|*") as tar:
             names.update(normal_name(member.name) for member in tar if member.isfile())
     except (tarfile.ReadError, EOFError):
-        pass  # who reads the members will report it
+        pass  # the reader of the members reports it
     return names
 
 
@@ -95,7 +96,7 @@ def encoded_part(audio: bytes, header: Header, offset: float, duration: float) -
 
 
 class AudioInTar(AudioSource):
-    """Encoded audio in a tar file. lhotse takes it for audio in memory, but it is read whenever it is asked for.
+    """Encoded audio in a tar file. For lhotse it is audio in memory, but each access to it reads it from disk.
 
     Args:
         member: where its bytes are.
@@ -125,7 +126,7 @@ class AudioInTar(AudioSource):
 
 
 class SegmentInTar(AudioInTar):
-    """A part of encoded audio in a tar file, cut out when it is asked for.
+    """A part of encoded audio in a tar file, cut out at each access.
 
     Args:
         member: where the bytes of the whole recording are.
@@ -148,3 +149,23 @@ class SegmentInTar(AudioInTar):
             AudioFault: if it cannot be decoded.
         """
         return encoded_part(super().source, self.header, self.offset, self.duration)
+
+
+def cut_in_tar(name: str, member: Member, offset: float, duration: float) -> Cut:
+    """The cut of a member, as the streaming reader makes it; only the header is read now, the audio later.
+
+    Raises:
+        AudioFault: if its header shows that the audio cannot be used.
+    """
+    try:
+        header = read_header(member.open())
+    except OSError as error:
+        raise AudioFault("unreadable audio") from error
+    whole = AudioInTar(member, range(header.num_channels))
+    return cut_of_encoded(name, header, offset, duration, whole, partial(SegmentInTar, member, header, offset))
+
+
+def note_damage(tar: TarIndex, skipped_records: SkippedRecords, record: tuple[str, str]) -> None:
+    """Report the damage of a tar file under a record whose audio is missing, since it may lie behind the damage."""
+    if tar.damage is not None:
+        skipped_records.add(tar.path, f"after {tar.damage}", "unreadable tar", record=record)

@@ -17,8 +17,9 @@ from nemo_emmett.data.config.dataset_config import DatasetConfig
 from nemo_emmett.data.config.nemo_config import sampler_config, with_keys_of_dataset
 from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.readers.base import build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.data.readers.random_access import build_indexes, open_records
+from nemo_emmett.data.readers.random_access import open_records
 from nemo_emmett.data.readers.registry import ReaderContext, reader_context
 from nemo_emmett.data.sampling.nemo_sampler import tarred_noise_reason
 from nemo_emmett.data.sampling.proportional_mixing import ProportionalMixer
@@ -61,7 +62,7 @@ def plan_sampling(
     build_indexes([records for group in opened for _, records in group if records is not None])
     plans = []
     for group, config, in_group in zip(dataset.groups, structured, opened, strict=True):
-        blend = blend_of(group, tokenizer=tokenizer, index_dir=group.index_dir or dataset.index_dir)
+        blend = blend_of(group, tokenizer=tokenizer, index_dir=group.index_dir or dataset.index_dir, kind=kind)
         shares = [leaf.share for leaf in blend.leaves()]
         seeds = [[seed, number] for number in _numbers_of_sources(group.name, [source for source, _ in in_group])]
         group_size = max(SHUFFLE_BLOCK_SIZE, config.shuffle_buffer_size or 0)

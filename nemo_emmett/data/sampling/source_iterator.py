@@ -18,8 +18,8 @@ import numpy as np
 
 from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.readers.base import Records
 from nemo_emmett.data.readers.examples import ExampleKind, Examples
-from nemo_emmett.data.readers.random_access import Records
 from nemo_emmett.data.readers.registry import defaults_of, open_source
 from nemo_emmett.data.sampling.shuffle import RecordOrder
 from nemo_emmett.data.sampling.transforms import TransformPipeline
@@ -384,6 +384,6 @@ def make_reader(
     if records is None:
         return StreamChunks(source, kind, skipped_records, finite, shuffle, seed, forbidden)
     if not sum(records.shard_sizes):
-        raise DataError(f"{source.where}: {source.name} is empty; correct the path, or drop the source.")
+        raise DataError(f"{source.place}: {source.name} is empty; correct the path, or drop the source.")
     order = RecordOrder(records.shard_sizes, records.is_sequential, shuffle, seed, group_size)
     return RecordChunks(source, records, order, kind, skipped_records, finite, forbidden)

@@ -1,4 +1,4 @@
-"""What sources hold is counted from manifests and text, once."""
+"""The size of sources is counted from manifests and text, once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from lhotse import CutSet, MonoCut, SupervisionSegment
 from lhotse.testing.dummies import dummy_recording
 from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 
+from nemo_emmett import processes
 from nemo_emmett.data.blending import source_stats as sizes
 from nemo_emmett.data.blending.counting import Size, TokenCounter
-from nemo_emmett.data.blending.source_stats import SizeIndex, sizes_of
+from nemo_emmett.data.blending.source_stats import sizes_of
 from nemo_emmett.data.config.sources import parse_source
+from nemo_emmett.data.io import sidecar
+from nemo_emmett.data.io.line_index import LineCount
 from nemo_emmett.errors import ConfigError, DataError
+
+FILES = ["speech.json", "speech.json.emmett-index", "speech.json.sizes.json"]
+"""In the folder of a manifest that has been counted."""
 
 
 def size_of(config: dict, tokenizer=None, index_dir=None) -> Size | None:
@@ -35,7 +41,7 @@ def record(duration: object = 2.0, **fields) -> dict:
 @pytest.fixture
 def nemo(write_manifest) -> Callable[..., dict]:
     def make(*records: dict | str, name: str = "speech.json", **keys) -> dict:
-        return {"type": "nemo", "manifest_filepath": str(write_manifest(name, records)), **keys}
+        return {"type": "nemo", "manifest_filepath": str(write_manifest(name, records)), "target_lang": "de", **keys}
 
     return make
 
@@ -44,8 +50,8 @@ def nemo(write_manifest) -> Callable[..., dict]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """The files that are read to be counted, in that order."""
     files = []
-    real = sizes._batches
-    monkeypatch.setattr(sizes, "_batches", lambda part: files.append(part.files) or real(part))
+    real = sizes._Part.examples
+    monkeypatch.setattr(sizes._Part, "examples", lambda part, *args: files.append(part.files) or real(part, *args))
     return files
 
 
@@ -87,12 +93,13 @@ class TestSpeech:
     @pytest.mark.parametrize(
         ("keys", "examples"),
         [
-            ({}, 2),  # de and es, as the record has them
+            ({"target_lang": None}, 2),  # de and es, as the record has them
             ({"target_lang": "de"}, 1),
             ({"target_lang": ["de", "es", "fr"]}, 2),  # there is no fr
             ({"target_lang": ["de", "en"]}, 2),  # en is spoken: transcription
             ({"target_lang": ["de", "en"], "source_lang": "es"}, 1),
             ({"tags": {"target_lang": "es"}}, 1),
+            ({"target_lang": ["de", "klingon"]}, 0),
         ],
     )
     def test_a_recording_is_an_example_for_each_target_language(self, nemo, keys, examples) -> None:
@@ -110,12 +117,13 @@ class TestSpeech:
         sharded = f"{tmp_path}/manifest__OP_0..2_CL_.json"
         audio = f"{tmp_path}/audio__OP_0..2_CL_.tar"  # which is not there: no audio is read
         expected = Size(examples=6, seconds=6.0)
-        tarred = {"type": "nemo_tarred", "tarred_audio_filepaths": audio}
+        tarred = {"type": "nemo_tarred", "tarred_audio_filepaths": audio, "target_lang": "de"}
         assert size_of({**tarred, "manifest_filepath": sharded}) == expected
         single = [f"{tmp_path}/manifest_{shard}.json" for shard in range(3)]
-        assert size_of({"type": "nemo", "manifest_filepath": single}) == expected
+        assert size_of({"type": "nemo", "manifest_filepath": single, "target_lang": "de"}) == expected
         weighted = [[single[0], 0.2], [single[1], 0.3], [single[2], 0.5]]
-        assert size_of({**tarred, "manifest_filepath": weighted}) == expected
+        tars = [[f"{tmp_path}/audio_{shard}.tar"] for shard in range(3)]
+        assert size_of({**tarred, "manifest_filepath": weighted, "tarred_audio_filepaths": tars}) == expected
 
     def test_lhotse_cuts_and_conversations(self, tmp_path: Path) -> None:
         cuts = [_cut(0, 1.0), _cut(1, 2.5), _cut(2, 1.0).append(_cut(3, 2.0)), _cut(4, 1.0).pad(3.0)]
@@ -124,9 +132,12 @@ class TestSpeech:
             with (gzip.open if path.suffix == ".gz" else open)(path, "at") as file:
                 file.write('{"type": "MonoCut"}\n{"type": "MixedCut", "tracks": [3]}\nnot JSON\n')
             for kind in ("lhotse", "lhotse_as_conversation"):
-                size = size_of({"type": kind, "cuts_path": str(path)})
+                size = size_of({"type": kind, "cuts_path": str(path), "target_lang": "de"})
                 assert (size.examples, size.seconds) == (4, pytest.approx(1.0 + 2.5 + 3.0 + 3.0))
         inside = {"input_cfg": [{"type": "lhotse", "cuts_path": str(tmp_path / "cuts.jsonl")}]}
+        with pytest.raises(DataError, match=r"cuts\.jsonl cannot be read to its end"):  # NeMo reads what is inside
+            size_of({"type": "lhotse_as_conversation", **inside})
+        CutSet(cuts).to_file(tmp_path / "cuts.jsonl")
         assert size_of({"type": "lhotse_as_conversation", **inside}).examples == 4
 
     def test_translations_of_cuts(self, tmp_path: Path) -> None:
@@ -149,7 +160,7 @@ class TestSpeech:
             "folders": [[str(folder), 0.7]],
             "fields": {"cuts": f"{folder}/cuts._OP_000000..000002_CL_.jsonl.gz", "recording": "gone.tar"},
         }[form]
-        size = size_of({"type": "lhotse_shar", "shar_path": path})
+        size = size_of({"type": "lhotse_shar", "shar_path": path, "target_lang": "de"})
         assert size == Size(examples=5, seconds=15.0)
         if form != "fields":  # lhotse takes each file in the folder for data
             assert sorted(folder.iterdir()) == before
@@ -209,7 +220,7 @@ class TestText:
         path = str(
             write_lines("a.tsv", ["english\tnote\tgerman", "one two\tx\teins", "one", "\tx\teins", "one\tx\t\t"])
         )
-        config = {"type": "parallel_text", "paths": path}
+        config = {"type": "parallel_text", "paths": path, "target_lang": "de"}
         assert size_of({**config, "target_column": 2}) == Size(examples=2, tokens=2 + 3)
         named = {"source_column": "english", "target_column": "german"}
         assert size_of({**config, **named}) == Size(examples=1, tokens=3)  # the header is no record
@@ -220,8 +231,21 @@ class TestText:
         lines = ['{"src": "one two", "tgt": "eins"}', '{"src": "one"}', '{"src": 1, "tgt": "eins"}', "[]", "{"]
         path = str(write_lines("a.jsonl", lines))
         fields = {"source_field": "src", "target_field": "tgt"}
-        assert size_of({"type": "parallel_text", "paths": path, **fields}) == Size(examples=1, tokens=3)
-        assert size_of({"type": "txt_jsonl", "paths": path, "text_field": "src"}) == Size(examples=2, tokens=3)
+        text = {"type": "parallel_text", "paths": path, "target_lang": "de"}
+        assert size_of({**text, **fields}) == Size(examples=1, tokens=3)
+
+    def test_text_that_nemo_reads(self, write_lines) -> None:
+        lines = write_lines("a.en", ["one two", "", "three"])
+        assert size_of({"type": "txt", "paths": str(lines), "language": "en"}) == Size(
+            examples=3, tokens=3
+        )  # NeMo skips no line
+        lines = ['{"src": "one two"}', '{"other": "one"}', '{"src": "one"}']
+        path = str(write_lines("a.jsonl", lines))
+        config = {"type": "txt_jsonl", "paths": path, "text_field": "src", "language": "en"}
+        assert size_of(config) == Size(examples=2, tokens=3)
+        config = {**config, "paths": str(write_lines("b.jsonl", [*lines, "{"]))}
+        with pytest.raises(DataError, match=r"input_cfg\.0: .*b\.jsonl.* cannot be read to its end"):
+            size_of(config)
 
     def test_gzip_and_shards(self, tmp_path: Path) -> None:
         for shard in range(2):
@@ -231,10 +255,10 @@ class TestText:
         sides = {
             f"{key}_paths": f"{tmp_path}/a__OP_0..1_CL_.{side}.gz" for key, side in (("source", "en"), ("target", "de"))
         }
-        assert size_of({"type": "parallel_text", **sides}) == Size(examples=3, tokens=9)
+        assert size_of({"type": "parallel_text", "target_lang": "de", **sides}) == Size(examples=3, tokens=9)
 
     def test_an_empty_file_holds_nothing(self, write_lines, nemo) -> None:
-        assert size_of({"type": "txt", "paths": str(write_lines("a.en", []))}) == Size()
+        assert size_of({"type": "txt", "paths": str(write_lines("a.en", [])), "language": "en"}) == Size()
         assert size_of(nemo()) == Size()
 
 
@@ -272,27 +296,27 @@ class TestIndex:
 
     def test_it_lies_beside_the_data(self, nemo, tmp_path: Path) -> None:
         size_of(nemo(record(2.0)), index_dir=str(tmp_path / "unused"))
-        assert sorted(os.listdir(tmp_path)) == ["speech.json", "speech.json.sizes.json"]
+        assert sorted(os.listdir(tmp_path)) == FILES
 
-    def test_a_file_of_another_size_is_counted_anew(self, nemo, counted) -> None:
+    def test_a_file_of_another_size_is_counted_again(self, nemo, counted) -> None:
         path = nemo(record(2.0))["manifest_filepath"]
         os.utime(path, (1, 1))
-        assert size_of({"type": "nemo", "manifest_filepath": path}).seconds == 2.0
+        assert size_of({"type": "nemo", "manifest_filepath": path, "target_lang": "de"}).seconds == 2.0
         config = nemo(record(2.0), record(3.0))
         os.utime(path, (1, 1))
         assert size_of(config).seconds == 5.0
         assert len(counted) == 2
 
-    def test_a_file_of_another_time_is_counted_anew(self, nemo, counted) -> None:
+    def test_a_file_of_another_time_is_counted_again(self, nemo, counted) -> None:
         path = nemo(record(2.0))["manifest_filepath"]
         size_of(nemo(record(2.0)))
         path = nemo(record(7.0))["manifest_filepath"]  # as long as before
         os.utime(path, (1, 1))
-        assert size_of({"type": "nemo", "manifest_filepath": path}).seconds == 7.0
+        assert size_of({"type": "nemo", "manifest_filepath": path, "target_lang": "de"}).seconds == 7.0
         assert len(counted) == 2
 
     def test_either_side_of_a_text(self, write_lines, counted) -> None:
-        config = {"type": "parallel_text", "source_paths": str(write_lines("a.en", ["one"]))}
+        config = {"type": "parallel_text", "source_paths": str(write_lines("a.en", ["one"])), "target_lang": "de"}
         config["target_paths"] = str(write_lines("a.de", ["eins"]))
         assert size_of(config).tokens == 2
         write_lines("a.de", ["eins zwei"])
@@ -301,8 +325,8 @@ class TestIndex:
 
     def test_counts_of_changed_files_do_not_pile_up(self, nemo) -> None:
         def kept() -> list[float]:
-            (place,) = SizeIndex(config["manifest_filepath"]).places
-            return [entry["size"]["seconds"] for entry in sizes._read_entries(place).values()]
+            entries = sizes._Counts(config["manifest_filepath"], None).entries
+            return [entry["size"]["seconds"] for entry in entries.values()]
 
         config = nemo(record(2.0))
         for target in ("de", "es", "fr"):
@@ -318,11 +342,11 @@ class TestIndex:
         def fail(*_) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(sizes.os, "replace", fail)
-        monkeypatch.setattr(sizes, "_in_memory", {})
+        monkeypatch.setattr(os, "replace", fail)
+        monkeypatch.setattr(sidecar, "_in_memory", {})
         assert size_of(nemo(record(33.0))).seconds == 33.0
         assert (tmp_path / "speech.json.sizes.json").read_bytes() == before
-        assert sorted(os.listdir(tmp_path)) == ["speech.json", "speech.json.sizes.json"]
+        assert sorted(os.listdir(tmp_path)) == FILES
 
     def test_tokens_hold_for_their_tokenizer(self, write_lines, tokenizer, counted) -> None:
         class Letters:
@@ -331,7 +355,7 @@ class TestIndex:
             def text_to_ids(self, text: str) -> list[int]:
                 return [ord(letter) for letter in text]
 
-        config = {"type": "txt", "paths": str(write_lines("a.en", ["one two"]))}
+        config = {"type": "txt", "paths": str(write_lines("a.en", ["one two"])), "language": "en"}
         for _ in range(2):
             assert [size_of(config, t).tokens for t in (None, tokenizer, Letters())] == [2, 2, 7]
         assert len(counted) == 3
@@ -358,12 +382,13 @@ class TestIndex:
         assert fingerprint(more) == fingerprint(tokenizer)  # text does not contain what a model adds
 
     def test_moving_the_folder_keeps_it(self, nemo, tmp_path: Path, counted) -> None:
-        size_of(nemo(record(2.0)))
+        config = nemo(record(2.0))
+        size_of(config)
         moved = tmp_path / "moved"
         moved.mkdir()
         for name in ("speech.json", "speech.json.sizes.json"):
             (tmp_path / name).rename(moved / name)
-        assert size_of({"type": "nemo", "manifest_filepath": str(moved / "speech.json")}).seconds == 2.0
+        assert size_of({**config, "manifest_filepath": str(moved / "speech.json")}).seconds == 2.0
         assert len(counted) == 1
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"version": 0, "counts": {}}', b"\xff", b"{}"])
@@ -385,15 +410,15 @@ class TestWhereNothingCanBeWritten:
     @pytest.fixture(autouse=True)
     def read_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The folder of the data, and all in it but ``index``; permissions would not hold back a root user."""
-        real = Path.write_text
+        real = sidecar.whole_file
 
-        def write_text(path: Path, *args, **kwargs) -> int:
-            if path.parent == tmp_path and ".sizes.json" in path.name:
-                raise PermissionError(13, "Permission denied", str(path))
-            return real(path, *args, **kwargs)
+        def refuse(place: str):
+            if Path(place).parent == tmp_path and ".sizes.json" in place:
+                raise PermissionError(13, "Permission denied", place)
+            return real(place)
 
-        monkeypatch.setattr(Path, "write_text", write_text)
-        monkeypatch.setattr(sizes, "_in_memory", {})
+        monkeypatch.setattr(sidecar, "whole_file", refuse)
+        monkeypatch.setattr(sidecar, "_in_memory", {})
 
     def test_it_lies_in_index_dir(self, nemo, tmp_path: Path, counted) -> None:
         config, folder = nemo(record(2.0)), str(tmp_path / "index")
@@ -407,55 +432,59 @@ class TestWhereNothingCanBeWritten:
             (tmp_path / language).mkdir()
         paths = [write_manifest(f"{lang}/a.json", [record(s)]) for lang, s in (("en", 2.0), ("de", 3.0))]
         folder = str(tmp_path / "index")
-        indexes = [SizeIndex(str(path), folder) for path in paths]
-        assert indexes[0].places[-1] != indexes[1].places[-1]
+        places = [sizes._Counts(str(path), folder).sidecar.places[-1] for path in paths]
+        assert places[0] != places[1]
+
+    def test_an_index_dir_that_cannot_be_written_is_an_error(self, nemo, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(ConfigError, match=r"index_dir: cannot write to '.*file' \("):
+            size_of(nemo(record(2.0)), index_dir=str(tmp_path / "file"))
 
     def test_without_one_it_is_kept_in_memory_and_says_so_once(self, nemo, counted, monkeypatch) -> None:
         said = []
-        monkeypatch.setattr(sizes.logging, "info", said.append)
+        monkeypatch.setattr(sidecar.logging, "info", said.append)
         configs = [nemo(record(2.0), name=name) for name in ("a.json", "b.json", "c.json")]
         sources = [parse_source(config, "train_ds") for config in configs]
         for _ in range(2):
             assert [size.seconds for size in sizes_of(sources)] == [2.0] * 3
         assert len(counted) == 3
         (line,) = said
-        assert "a.json and 2 more cannot be kept" in line
+        assert "a.json and 2 more files cannot be written next to the data" in line
         assert "set index_dir" in line
 
 
 class TestProcesses:
-    def test_batches_and_processes_change_nothing(self, write_lines, nemo, monkeypatch, tokenizer) -> None:
+    def test_ranges_and_processes_change_nothing(self, write_lines, nemo, tmp_path, monkeypatch, tokenizer) -> None:
         lines = ["one two " * (i % 7 + 1) for i in range(500)]
-        text = {"type": "parallel_text", "source_paths": str(write_lines("a.en", lines))}
+        text = {"type": "parallel_text", "source_paths": str(write_lines("a.en", lines)), "target_lang": "de"}
         text["target_paths"] = str(write_lines("a.de", reversed(lines)))
-        sources = [
-            parse_source(c, "") for c in (text, nemo(*[record(0.1 * i) for i in range(1, 300)]), nemo(name="b.json"))
-        ]
+        with gzip.open(tmp_path / "c.json.gz", "wt") as file:
+            file.writelines(json.dumps(record(0.3)) + "\n" for _ in range(200))
+        packed = {"type": "nemo", "manifest_filepath": f"{tmp_path}/c.json.gz", "target_lang": "de"}
+        configs = (text, nemo(*[record(0.1 * i) for i in range(1, 300)]), nemo(name="b.json"), packed)
+        sources = [parse_source(config, "") for config in configs]
         expected = sizes_of(sources, tokenizer)
-        monkeypatch.setattr(sizes.SizeIndex, "get", lambda *_: None)
-        monkeypatch.setattr(sizes, "BATCH_BYTES", 1000)
-        in_batches = sizes_of(sources, tokenizer)
-        assert in_batches == [expected[0], Size(299, pytest.approx(expected[1].seconds)), Size()]
-        monkeypatch.setattr(sizes, "PARALLEL_FROM", 1)
-        monkeypatch.setattr(sizes, "_num_workers", lambda: 2)
-        assert sizes_of(sources, tokenizer) == in_batches  # to the last bit: all ranks must agree on the shares
+        monkeypatch.setattr(sizes._Counts, "get", lambda *_: None)
+        monkeypatch.setattr(sizes, "_RECORDS_OF_A_TASK", 37)
+        monkeypatch.setattr(sizes, "_RECORDS_READ_AHEAD", 10)
+        in_ranges = sizes_of(sources, tokenizer)
+        seconds = Size(299, pytest.approx(expected[1].seconds))
+        assert in_ranges == [expected[0], seconds, Size(), Size(200, pytest.approx(60.0))]
+        monkeypatch.setattr(sizes, "_PARALLEL_FROM", 1)
+        monkeypatch.setattr(processes, "available_cores", lambda: 2)
+        monkeypatch.setattr(processes, "_function", None)
+        assert sizes_of(sources, tokenizer) == in_ranges  # to the last bit: all ranks must agree on the shares
+        assert processes._function is None, "nothing was counted here"
 
-    def test_few_batches_wait_in_memory(self, write_lines, monkeypatch) -> None:
-        monkeypatch.setattr(sizes, "BATCH_BYTES", 1)
-        waiting = [0, 0]
-        real = sizes._count_here
-
-        def count(*args):
-            waiting[0] += 1
-            waiting[1] = max(waiting)
-            future = real(*args)
-            result = future.result
-            future.result = lambda: (waiting.__setitem__(0, waiting[0] - 1), result())[1]
-            return future
-
-        monkeypatch.setattr(sizes, "_count_here", count)
-        assert size_of({"type": "txt", "paths": str(write_lines("a.en", ["one"] * 100))}).tokens == 100
-        assert waiting == [0, 3]
+    def test_few_lines_of_a_compressed_file_are_in_memory(self, tmp_path, monkeypatch) -> None:
+        with gzip.open(tmp_path / "a.json.gz", "wt") as file:
+            file.writelines(json.dumps(record(0.5)) + "\n" for _ in range(50))
+        monkeypatch.setattr(sizes, "_RECORDS_READ_AHEAD", 7)
+        prepared, real = [], LineCount.prepare
+        monkeypatch.setattr(LineCount, "prepare", lambda *args: prepared.append(args[1:]) or real(*args))
+        config = {"type": "nemo", "manifest_filepath": f"{tmp_path}/a.json.gz", "target_lang": "de"}
+        assert size_of(config) == Size(50, 25.0)
+        assert prepared == [(start, min(start + 7, 50)) for start in range(0, 50, 7)]
 
     def test_the_bar_reaches_its_end(self, write_lines, nemo, tmp_path, monkeypatch) -> None:
         bars = []
@@ -469,9 +498,9 @@ class TestProcesses:
         with gzip.open(tmp_path / "b.json.gz", "wt") as file:
             file.write(json.dumps(record(2.0)) + "\n")
         paths = [nemo(record(2.0))["manifest_filepath"], str(tmp_path / "b.json.gz")]
-        size_of({"type": "nemo", "manifest_filepath": paths})
+        size_of({"type": "nemo", "manifest_filepath": paths, "target_lang": "de"})
         (shown,) = bars
-        assert shown.n == shown.total == sum(map(os.path.getsize, paths))
+        assert shown.n == shown.total == 2
         assert shown.delay == 5.0
 
     def test_several_at_once_leave_a_whole_index(self, nemo, monkeypatch) -> None:
@@ -487,17 +516,17 @@ class TestProcesses:
         with ThreadPoolExecutor(8) as ranks:
             assert set(ranks.map(rank, range(8))) == {Size(50, 50.0)}
         folder = Path(config["manifest_filepath"]).parent
-        assert sorted(os.listdir(folder)) == ["speech.json", "speech.json.sizes.json"]
+        assert sorted(os.listdir(folder)) == FILES
         json.loads((folder / "speech.json.sizes.json").read_text())
 
     def test_ranks_of_a_machine_share_its_cores(self, monkeypatch) -> None:
-        monkeypatch.setattr(sizes.os, "sched_getaffinity", lambda _: set(range(16)))
+        monkeypatch.setattr(processes, "available_cores", lambda: 16)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-        assert sizes._num_workers() == 2
+        assert [processes.workers_for(tasks) for tasks in (0, 1, 100)] == [1, 1, 2]
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-        assert sizes._num_workers() == 1
+        assert processes.workers_for(100) == 1
 
     def test_a_daemon_counts_alone(self, monkeypatch) -> None:
-        monkeypatch.setattr(sizes.os, "sched_getaffinity", lambda _: set(range(16)))
-        monkeypatch.setattr(sizes.multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
-        assert sizes._num_workers() == 1
+        monkeypatch.setattr(processes, "available_cores", lambda: 16)
+        monkeypatch.setattr(processes.multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
+        assert processes.workers_for(100) == 1

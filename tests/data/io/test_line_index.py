@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from nemo_emmett.data.io import line_index as index_module
-from nemo_emmett.data.io import tar_index
+from nemo_emmett import processes
+from nemo_emmett.data.io import index, line_index, sidecar, tar_index
 from nemo_emmett.data.io.files import open_lines
-from nemo_emmett.data.io.line_index import LineCount, LineIndex, build_indexes, is_compressed, open_numbered_lines
+from nemo_emmett.data.io.index import build_indexes
+from nemo_emmett.data.io.line_index import LineCount, LineIndex, is_compressed, open_numbered_lines
 from nemo_emmett.data.io.tar_index import TarIndex
 from nemo_emmett.errors import ConfigError, DataError
 
@@ -70,21 +71,22 @@ def numbers(tmp_path: Path) -> str:
 def messages(monkeypatch) -> list[str]:
     """What is logged as information."""
     said = []
-    monkeypatch.setattr(index_module.logging, "info", said.append)
+    monkeypatch.setattr(sidecar.logging, "info", said.append)
     return said
 
 
 @pytest.fixture
 def no_place_beside(monkeypatch, tmp_path: Path) -> None:
     """Nothing can be written into the folder of the data, as on a read-only disk."""
-    write_index = index_module.write_index
+    whole_file = sidecar.whole_file
 
-    def refuse(place: str, *args) -> None:
+    def refuse(place: str):
         if Path(place).parent == tmp_path:
             raise PermissionError(13, "Permission denied", place)
-        write_index(place, *args)
+        return whole_file(place)
 
-    monkeypatch.setattr(index_module, "write_index", refuse)
+    monkeypatch.setattr(sidecar, "whole_file", refuse)
+    monkeypatch.setattr(sidecar, "_in_memory", {})
 
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS.keys())
@@ -116,9 +118,9 @@ def test_an_index_is_small_and_is_read_not_built_the_second_time(numbers, monkey
 def test_a_line_of_ten_megabytes(tmp_path) -> None:
     long = b"x" * 10_000_000
     lines = LineIndex(write(tmp_path / "a.txt", b"one\n" + long + b"\ntwo\n"))
-    index_module._cached_lines.cache_clear()
+    line_index._cached_lines.cache_clear()
     assert (lines.read(0), lines.read(1), lines.read(2)) == (b"one", long, b"two")
-    assert index_module._cached_lines.cache_info().currsize == 2, "the long line is not kept"
+    assert line_index._cached_lines.cache_info().currsize == 2, "the long line is not kept"
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
@@ -179,8 +181,7 @@ def test_files_of_the_same_name_have_different_indexes(tmp_path, no_place_beside
     for language in ("de", "en"):
         (tmp_path / language).mkdir()
         path = write(tmp_path / language / "train.txt", language.encode() + b"\n")
-        lines = LineIndex(path, index_dir=folder)
-        lines.beside = str(tmp_path / "refused")
+        lines = LineIndex(path, index_dir=folder, place=str(tmp_path / "refused"))
         assert lines.read(0) == language.encode()
     assert len(os.listdir(folder)) == 2
 
@@ -200,7 +201,7 @@ def test_an_index_that_cannot_be_put_in_place_leaves_nothing_behind(numbers, mes
         assert Path(draft).stat().st_size > 0
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index_module.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert LineIndex(numbers).read(4999) == b"4999"
     assert os.listdir(os.path.dirname(numbers)) == ["numbers.txt"]
     assert len(messages) == 1
@@ -276,20 +277,30 @@ def test_processes_that_build_the_same_index_do_not_disturb_one_another(numbers)
 def test_many_files_are_indexed_in_several_processes(tmp_path, monkeypatch, request, is_written) -> None:
     if not is_written:
         request.getfixturevalue("no_place_beside")
-    monkeypatch.setattr(index_module, "_PARALLEL_FROM", 0)
-    monkeypatch.setattr(index_module, "available_cores", lambda: 2)
-    monkeypatch.setattr(index_module, "_build_here", None)
+    monkeypatch.setattr(index, "_PARALLEL_FROM", 0)
+    monkeypatch.setattr(processes, "available_cores", lambda: 2)
     paths = [write(tmp_path / f"{i}.txt{'.gz' * (i % 2)}", b"%d\n" % i * (i + 1)) for i in range(5)]
     indexes = [open_numbered_lines(path) for path in [*paths, paths[0]]]
+    here = os.getpid()
+    for kind in (LineIndex, LineCount):
+        find = kind._find
+        monkeypatch.setattr(kind, "_find", lambda *args, find=find: (os.getpid() != here or None) and find(*args))
     build_indexes(indexes)
     assert [len(lines) for lines in indexes] == [1, 2, 3, 4, 5, 1]
     assert [lines.read(0) for lines in indexes] == [b"0", b"1", b"2", b"3", b"4", b"0"]
-    assert [lines._is_mapped for lines in indexes] == [is_written] * 6
+    assert [lines.contents.is_mapped for lines in indexes] == [is_written] * 6
 
 
 def test_the_bar_counts_the_bytes_of_the_files(tmp_path, monkeypatch) -> None:
     counted = []
-    monkeypatch.setattr(index_module, "_build_here", lambda indexes, bar: record_progress(indexes, counted, bar))
+
+    def record_progress(function, indexes, workers, bar):
+        for one in indexes:
+            before = bar.n
+            yield function(one, bar.update)
+            counted.append(bar.n - before)
+
+    monkeypatch.setattr(index, "map_in_processes", record_progress)
     paths = [
         write(tmp_path / "a.txt", random_text(2)),
         write(tmp_path / "b.txt.gz", random_text(3)),
@@ -301,20 +312,13 @@ def test_the_bar_counts_the_bytes_of_the_files(tmp_path, monkeypatch) -> None:
     assert counted[2] == 512 + 5120, "a tar file's padding at its end is not read"
 
 
-def record_progress(indexes, counted, bar) -> None:
-    for index in indexes:
-        before = bar.n
-        index.adopt(*index.build(bar.update))
-        counted.append(bar.n - before)
-
-
 # Read forward
 
 
 def test_a_stretch_is_held_and_the_earlier_one_forgotten(tmp_path, monkeypatch) -> None:
     lines = LineCount(write(tmp_path / "a.gz", b"".join(b"%d\n" % i for i in range(1000))))
     opened = []
-    monkeypatch.setattr(index_module, "open_lines", lambda path: opened.append(path) or open_lines(path))
+    monkeypatch.setattr(line_index, "open_lines", lambda path: opened.append(path) or open_lines(path))
     lines.prepare(0, 100)
     lines.prepare(50, 150)
     lines.prepare(150, 250)

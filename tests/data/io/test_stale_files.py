@@ -18,14 +18,15 @@ import pytest
 from nemo_emmett.data.blending import source_stats as sizes
 from nemo_emmett.data.blending.source_stats import sizes_of
 from nemo_emmett.data.config.sources import parse_source
-from nemo_emmett.data.io import line_index as index_module
-from nemo_emmett.data.io import sidecar as index_file
+from nemo_emmett.data.io import sidecar
 from nemo_emmett.data.io.files import FileState, count_lines
-from nemo_emmett.data.io.line_index import FileChanged, LineCount, LineIndex, open_numbered_lines
+from nemo_emmett.data.io.index import FileChanged
+from nemo_emmett.data.io.line_index import LineCount, LineIndex, open_numbered_lines
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.io.tar_index import TarIndex
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.data.readers.random_access import AudioInTar, open_records
+from nemo_emmett.data.readers.random_access import open_records
+from nemo_emmett.data.readers.tar_audio import AudioInTar
 from nemo_emmett.errors import DataError
 
 
@@ -42,7 +43,7 @@ def rewrite(path: str | Path, content: bytes) -> None:
 def messages(monkeypatch) -> list[str]:
     """What is logged as information."""
     said = []
-    monkeypatch.setattr(index_module.logging, "info", said.append)
+    monkeypatch.setattr(sidecar.logging, "info", said.append)
     return said
 
 
@@ -297,9 +298,9 @@ def test_something_else_in_the_place_of_an_index_is_no_index(tmp_path, messages,
     }
     make[what]()
     if what == "unreadable":  # permissions would not hold back a root user
-        real = index_file.mmap.mmap
+        real = sidecar.mmap.mmap
         maps = iter([refuse, real])
-        monkeypatch.setattr(index_file.mmap, "mmap", lambda *args, **keys: next(maps)(*args, **keys))
+        monkeypatch.setattr(sidecar.mmap, "mmap", lambda *args, **keys: next(maps)(*args, **keys))
     lines = LineIndex(str(path))
     assert [lines.read(i) for i in range(400)] == LINES[:400]
     assert sum("does not fit" in message for message in messages) == (what != "broken link")
@@ -315,7 +316,7 @@ def refuse(*_, **__):
 def speech(path: Path, durations: list[float]) -> dict:
     lines = [json.dumps({"audio_filepath": "a.wav", "duration": d, "text": "x"}) for d in durations]
     path.write_text("".join(f"{line}\n" for line in lines))
-    return {"type": "nemo", "manifest_filepath": str(path)}
+    return {"type": "nemo", "manifest_filepath": str(path), "target_lang": "de"}
 
 
 def seconds_of(config: dict) -> float:
@@ -337,13 +338,14 @@ def test_counts_of_a_file_rewritten_with_its_size_and_time_are_made_again(tmp_pa
 def test_counts_are_kept_when_a_file_is_copied_or_touched(tmp_path, monkeypatch) -> None:
     config = speech(tmp_path / "a.json", [1.0, 2.0])
     assert seconds_of(config) == 3
-    monkeypatch.setattr(sizes, "_batches", None)
+    monkeypatch.setattr(sizes._Part, "examples", None)
     (tmp_path / "copy").mkdir()
     for name in ("a.json", "a.json.sizes.json"):
         (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
     copied = {**config, "manifest_filepath": f"{tmp_path}/copy/a.json"}
     assert seconds_of(copied) == 3
     monkeypatch.setattr(sizes, "content_checksum", None)
+    monkeypatch.setattr(sidecar, "content_checksum", None)
     assert seconds_of(copied) == 3, "once it was compared in full, its times are known"
 
 
@@ -356,9 +358,10 @@ def test_counts_are_kept_when_a_file_is_copied_or_touched(tmp_path, monkeypatch)
         lambda text: text.replace('"size": {', '"size": {"more": 1,'),
         lambda text: text.replace('"stamps": [', '"stamps": [null,'),
         lambda text: text.replace('"version": 2', '"version": 1'),
-        lambda text: text[:-20],
+        lambda text: text.replace('"counts": 3', '"counts": 2'),
+        lambda text: text.rstrip()[:-20],
         lambda text: "[" * 100_000,
-        lambda text: '{"version": 2, "counts": [], "checksum": 0}',
+        lambda text: json.dumps({"version": 2, "counts": {}, "checksum": 0}, indent=1),  # of the version before
     ],
 )
 def test_damaged_counts_are_made_again(tmp_path, messages, spoil) -> None:
@@ -370,7 +373,7 @@ def test_damaged_counts_are_made_again(tmp_path, messages, spoil) -> None:
     assert kept.read_text() != good
     messages.clear()
     assert seconds_of(config) == 3
-    assert "are damaged or of another version" in messages[0]
+    assert "is damaged, or does not fit the data" in messages[0]
     assert kept.read_text() == good
 
 
@@ -381,10 +384,10 @@ def test_something_else_in_the_place_of_counts_is_none(tmp_path, make) -> None:
 
 
 def test_a_checksum_covers_facts_names_and_arrays() -> None:
-    contents = index_file.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 3})
+    contents = sidecar.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 3})
     others = [
-        index_file.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 4}),
-        index_file.Contents({"b": np.arange(3), "a": np.arange(2)}, {"lines": 3}),
-        index_file.Contents({"a": np.arange(3), "b": np.arange(2)[::-1]}, {"lines": 3}),
+        sidecar.Contents({"a": np.arange(3), "b": np.arange(2)}, {"lines": 4}),
+        sidecar.Contents({"b": np.arange(3), "a": np.arange(2)}, {"lines": 3}),
+        sidecar.Contents({"a": np.arange(3), "b": np.arange(2)[::-1]}, {"lines": 3}),
     ]
     assert contents.checksum() not in [other.checksum() for other in others]

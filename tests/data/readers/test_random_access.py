@@ -21,11 +21,12 @@ from lhotse.shar import SharWriter
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 
 from nemo_emmett.data.config.sources import Source, parse_source
-from nemo_emmett.data.io import line_index as index_module
+from nemo_emmett.data.io import index as index_module
 from nemo_emmett.data.io.audio import AudioFault, load_waveform, with_checked_audio
 from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.readers.base import Records, build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.data.readers.random_access import Records, build_indexes, open_records
+from nemo_emmett.data.readers.random_access import open_records
 from nemo_emmett.data.readers.registry import open_source
 from nemo_emmett.errors import DataError
 

@@ -13,7 +13,9 @@ from lhotse import CutSet
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator, LazyNeMoTarredIterator
 
 from nemo_emmett.data.io.skipped_records import SkippedRecords
-from nemo_emmett.data.readers.speech_sources import LhotseManifest, NeMoManifest, NeMoTarredManifest
+from nemo_emmett.data.readers.lhotse_manifest import LhotseManifest
+from nemo_emmett.data.readers.nemo_manifest import NeMoManifest
+from nemo_emmett.data.readers.nemo_tarred import NeMoTarredManifest
 from nemo_emmett.errors import ConfigError
 
 ORIGIN = ("manifest_origin", "manifest_place")

@@ -1,8 +1,7 @@
-"""Speech manifests, read so that one bad record costs one record.
+"""NeMo manifests with audio in tar files, streamed or read by number, so that one bad record costs one record.
 
-The cuts are those that NeMo's own readers make (``LazyNeMoIterator``, ``LazyNeMoTarredIterator``): same ids, same
-recordings, same supervisions, same custom fields. What differs: a record that cannot be used is noted and skipped, and
-each cut says where it comes from (custom fields ``manifest_origin`` and ``manifest_place``).
+The cuts are those of NeMo's own reader (``LazyNeMoTarredIterator``), as :mod:`~nemo_emmett.data.readers.nemo_manifest`
+has it.
 """
 
 from __future__ import annotations
@@ -13,158 +12,44 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from contextlib import suppress
+from itertools import islice
 
-from lhotse import AudioSource, SupervisionSegment
-from lhotse.cut import Cut, MixedCut, PaddingCut
+from lhotse import AudioSource, Recording, SupervisionSegment
+from lhotse.cut import Cut
 from lhotse.dataset.dataloading import resolve_seed
-from lhotse.lazy import LazyIteratorChain
-from lhotse.serialization import deserialize_item
-from nemo.collections.common.data.lhotse.cutset import resolve_relative_paths
-from nemo.collections.common.data.lhotse.nemo_adapters import ExtraField, LazyNeMoIterator, validate_extra_fields
-from nemo.collections.common.parts.preprocessing.manifest import get_full_path
-from nemo.utils.data_utils import is_datastore_path
+from lhotse.utils import compute_num_samples
+from nemo.collections.common.data.lhotse.nemo_adapters import validate_extra_fields
 
-from nemo_emmett.audio_file import AudioFault, fitted, open_recording, read_header
+from nemo_emmett.audio_file import AudioFault, read_header
 from nemo_emmett.data.io.audio import with_checked_audio
-from nemo_emmett.data.io.channels import is_chosen, select_channel
+from nemo_emmett.data.io.channels import channel_of, select_channel
 from nemo_emmett.data.io.files import count_lines, expand_paths, is_local, open_bytes
+from nemo_emmett.data.io.index import Index
+from nemo_emmett.data.io.line_index import open_numbered_lines
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
-from nemo_emmett.data.io.tar_index import normal_name
-from nemo_emmett.data.readers.examples import mark_origin
-from nemo_emmett.data.readers.json_records import (
-    JsonRecords,
-    Record,
-    check_alternatives,
-    check_sampling_rate,
-    check_times,
-    is_seconds,
-    sampling_rate_of,
-    times_of,
+from nemo_emmett.data.io.tar_index import TarIndex, normal_name
+from nemo_emmett.data.readers.base import Records
+from nemo_emmett.data.readers.json_records import JsonRecords, Record, times_of
+from nemo_emmett.data.readers.nemo_manifest import ExtraFields
+from nemo_emmett.data.readers.tar_audio import (
+    cut_in_tar,
+    cut_of_encoded,
+    encoded_part,
+    member_names,
+    names_in,
+    note_damage,
 )
-from nemo_emmett.data.readers.tar_audio import cut_of_encoded, encoded_part, member_names, names_in
 from nemo_emmett.errors import ConfigError
 
-
-class _ExtraFields:
-    """NeMo's ``extra_fields``: values from other files, attached to the records in turn."""
-
-    def __init__(self, fields: Sequence[Mapping] | None, seed: int) -> None:
-        self.fields = [ExtraField.from_dict({"seed": seed, **field}) for field in fields or ()]
-
-    def attach_to(self, cut: Cut) -> Cut:
-        for field in self.fields:
-            field.attach_to(cut)
-        return cut
-
-    def skip(self) -> None:
-        """A skipped record takes its values with it, so that the next ones stay with their records."""
-        self.attach_to(SimpleNamespace())
-
-
-class NeMoManifest(LazyNeMoIterator):
-    """A NeMo manifest whose audio lies in separate files, as cuts.
-
-    Args:
-        path: the manifest; may be sharded (``manifest__OP_0..7_CL_.json``).
-        skipped_records: ledger for the records that cannot be used.
-        channel_selector: see :func:`~nemo_emmett.data.io.channels.select_channel`.
-        kwargs: what NeMo's ``LazyNeMoIterator`` takes.
-    """
-
-    def __init__(
-        self, path: str, skipped_records: SkippedRecords, channel_selector: int | str | None = None, **kwargs
-    ) -> None:
-        paths = expand_paths(path)
-        super().__init__(paths, **kwargs)  # a list, since NeMo takes any bracket in a path for a pattern
-        self.skipped_records = skipped_records
-        self.channel_selector = channel_selector
-        self.shards = [JsonRecords(shard, skipped_records) for shard in paths]
-        self.source = LazyIteratorChain(*self.shards, shuffle_iters=self.shuffle_shards, seed=self.shard_seed)
-
-    def __iter__(self) -> Iterator[Cut]:
-        extra_fields = _ExtraFields(self.extra_fields, resolve_seed(self.shard_seed))
-        for record in self.source:
-            if record.is_left_out:
-                continue
-            if (cut := self.cut_of(record)) is not None:
-                yield extra_fields.attach_to(cut)
-            else:
-                extra_fields.skip()
-
-    def cut_of(self, record: Record) -> Cut | None:
-        """The cut of one record, without extra fields; None, and a note of the cause, where there is none."""
-        try:
-            return self._cut(record)
-        except (InvalidRecord, AudioFault) as cause:
-            self.skipped_records.add(record.path, record.place, str(cause))
-            return None
-
-    def _cut(self, record: Record) -> Cut:
-        data = dict(record.data)
-        if not isinstance(data.get("audio_filepath"), str):
-            raise InvalidRecord("no audio_filepath")
-        check_times(data)
-        audio_path = get_full_path(data.pop("audio_filepath"), record.path, force_cache=False)
-        duration, offset = data.pop("duration"), data.pop("offset", None)
-        if (sampling_rate := sampling_rate_of(data)) is not None:
-            check_sampling_rate(sampling_rate)
-        if data.pop("sampling_rate", None) is None:  # as NeMo leaves the fields of a cut
-            data.pop("sample_rate", None)
-        check_alternatives(data)
-        if self.metadata_only:
-            data.pop("alt_text", None)  # expanding it reads the audio
-        cut = self._cut_of_audio(audio_path, offset, duration, sampling_rate)
-        cut.supervisions.append(self._supervision(cut, data))
-        cut.custom = {**data, "manifest_origin": record.path, "manifest_place": record.place}
-        if self.metadata_only:
-            return cut
-        cut = select_channel(cut, self.channel_selector)
-        return with_checked_audio(cut) if data.get("alt_text") else cut  # NeMo reads the audio of such a record next
-
-    def _cut_of_audio(self, path: str, offset: float | None, duration: float, sampling_rate: int | None) -> Cut:
-        """The part of a file from ``offset``, which is opened where the manifest does not say enough of it."""
-        if self.metadata_only or is_datastore_path(path):
-            try:
-                return self._create_cut(path, offset, duration, sampling_rate)
-            except Exception as error:  # each decoder raises its own kind
-                raise AudioFault("unreadable audio") from error
-        start = offset or 0.0
-        if sampling_rate is None or is_chosen(self.channel_selector):
-            recording = open_recording(path)
-            missing = recording.sources[0].header.missing
-            cut = recording.to_cut()
-            cut.duration = fitted(recording.duration, start, duration, missing)
-            if sampling_rate is not None:  # NeMo's ids tell these apart
-                recording.id = cut.id = path
-        else:
-            # How long the file is will be seen when it is read; it goes on behind a part of it.
-            length = duration if offset is None else offset + duration + _BEYOND_A_PART
-            cut = self._create_recording(path, length, sampling_rate).to_cut()
-            cut.duration = duration
-        cut.start = start
-        if offset is not None:
-            cut.id = f"{cut.id}-{round(offset * 1e2):06d}-{round(duration * 1e2):06d}"
-        return cut
-
-    def _supervision(self, cut: Cut, data: Mapping) -> SupervisionSegment:
-        return SupervisionSegment(
-            id=cut.id,
-            recording_id=cut.recording_id,
-            start=0,  # relative to the cut
-            duration=cut.duration,
-            channel=cut.channel,
-            text=data.get(self.text_field),
-            language=data.get(self.lang_field),
-        )
-
-
-_BEYOND_A_PART = 0.01
-"""Seconds by which a recording is taken to go on after its part: of one that ends with the part lhotse reads the whole
-file, and refuses what is longer."""
+_RECORDS_TO_LOOK_FOR = 1000
+"""If none of so many first records of a manifest has its audio in the tar file, this is reported."""
 
 _MANIFEST_SHARD = re.compile(r"manifest[^/]*_(\d+)[^/]*\.json")
 _TAR_SHARD = re.compile(r"audio[^/]*_(\d+)[^/]*\.tar")
+
+_ANY_RATE = 16000
+"""Hz. Sampling rate of a recording whose audio is not looked at."""
 
 _NAMES_IN_REPORTS = 3
 """Number of names that the report of a tar file without any member of the manifest lists."""
@@ -176,7 +61,7 @@ class NeMoTarredManifest:
     Args:
         manifest_path: one manifest for all shards, or a sharded one (``manifest__OP_0..7_CL_.json``).
         tar_paths: the tar files (``audio__OP_0..7_CL_.tar``).
-        skipped_records: ledger for the records that cannot be used.
+        skipped_records: receives the records that cannot be used.
         shuffle_shards: take the shards in another order at each pass.
         shard_seed: of that order: an integer, ``trng`` or ``randomized``.
         text_field: key of the transcript.
@@ -185,6 +70,7 @@ class NeMoTarredManifest:
         extra_fields: as in NeMo.
         slice_length: read so many members of each shard only, from a random one on.
         channel_selector: see :func:`~nemo_emmett.data.io.channels.select_channel`.
+        metadata_only: make cuts of what the manifest says, and do not open the tar files.
     """
 
     def __init__(
@@ -200,6 +86,7 @@ class NeMoTarredManifest:
         extra_fields: Sequence[Mapping] | None = None,
         slice_length: int | None = None,
         channel_selector: int | str | None = None,
+        metadata_only: bool = False,
     ) -> None:
         validate_extra_fields(extra_fields)
         self.manifests = expand_paths(manifest_path)
@@ -213,6 +100,7 @@ class NeMoTarredManifest:
         self.extra_fields = extra_fields
         self.slice_length = slice_length
         self.channel_selector = channel_selector
+        self.metadata_only = metadata_only
         self.name = manifest_path
         self._passes = 0
         if len(self.manifests) > 1:
@@ -240,16 +128,30 @@ class NeMoTarredManifest:
             "extra_fields": self.extra_fields,
             "slice_length": self.slice_length,
             "channel_selector": self.channel_selector,
+            "metadata_only": self.metadata_only,
         }
         return [NeMoTarredManifest(path, self.tars[number], **settings) for number, path in numbers.items()]
 
     def __iter__(self) -> Iterator[Cut]:
         seed = resolve_seed(self.shard_seed) + self._passes
         rng = random.Random(seed)
-        extra_fields = _ExtraFields(self.extra_fields, seed)
+        extra_fields = ExtraFields(self.extra_fields, seed)
         for tar_path, records in self._shards(rng):
-            yield from self._cuts_of_shard(tar_path, records, rng, extra_fields)
+            if self.metadata_only:
+                yield from self._cuts_without_audio(records, extra_fields)
+            else:
+                yield from self._cuts_of_shard(tar_path, records, rng, extra_fields)
         self._passes += 1
+
+    def _cuts_without_audio(self, records: Sequence[Record], extra_fields: ExtraFields) -> Iterator[Cut]:
+        for record in records:
+            if record.is_left_out:
+                continue
+            try:
+                yield extra_fields.attach_to(self.cut_without_audio(record))
+            except InvalidRecord as cause:
+                self.skipped_records.add(record.path, record.place, str(cause))
+                extra_fields.skip()
 
     def _shards(self, rng: random.Random) -> Iterator[tuple[str, list[Record]]]:
         numbers = sorted(self.tars)
@@ -273,7 +175,7 @@ class NeMoTarredManifest:
         """Number of the tar file that a record's audio lies in.
 
         Raises:
-            Unusable: if the record names none that there is.
+            InvalidRecord: if the record names none that there is.
         """
         if len(self.manifests) > 1:
             return int(_MANIFEST_SHARD.search(record.path)[1])
@@ -283,7 +185,7 @@ class NeMoTarredManifest:
         return int(number)
 
     def _cuts_of_shard(
-        self, tar_path: str, records: Sequence[Record], rng: random.Random, extra_fields: _ExtraFields
+        self, tar_path: str, records: Sequence[Record], rng: random.Random, extra_fields: ExtraFields
     ) -> Iterator[Cut]:
         of_member = self._group_by_member(tar_path, records)
         found, unnamed = set(), []
@@ -393,10 +295,28 @@ class NeMoTarredManifest:
             return AudioSource("memory", channels, encoded_part(audio, header, offset, seconds))
 
         cut = cut_of_encoded(name, header, offset, duration, AudioSource("memory", channels, audio), part)
-        return self.labelled(cut, record, tar_path)
+        return self.with_labels(cut, record, tar_path)
 
-    def labelled(self, cut: Cut, record: Record, tar_path: str) -> Cut:
-        """The cut of a record's audio with what its manifest says of it."""
+    def cut_without_audio(self, record: Record) -> Cut:
+        """The cut of a record as its manifest describes it. Its recording has a made-up sampling rate and no audio.
+
+        Raises:
+            InvalidRecord: if the record cannot be used, whatever its audio is.
+        """
+        tar_path, name = self.tars[self.shard_of(record)], member_names(record)[0]
+        _, duration = times_of(record)
+        num_samples = compute_num_samples(duration, _ANY_RATE)
+        recording = Recording(name, [AudioSource("memory", [0], b"")], _ANY_RATE, num_samples, duration)
+        cut = self._labelled(recording.to_cut(), record, tar_path)
+        channel_of(cut, self.channel_selector)
+        return cut
+
+    def with_labels(self, cut: Cut, record: Record, tar_path: str) -> Cut:
+        """The cut of a record's audio with the text and the fields of its manifest."""
+        cut = select_channel(self._labelled(cut, record, tar_path), self.channel_selector)
+        return with_checked_audio(cut) if record.data.get("alt_text") else cut  # NeMo reads its audio next
+
+    def _labelled(self, cut: Cut, record: Record, tar_path: str) -> Cut:
         data = record.data
         cut.supervisions.append(
             SupervisionSegment(
@@ -410,93 +330,74 @@ class NeMoTarredManifest:
         )
         cut.custom = {key: value for key, value in data.items() if key not in ("duration", "audio_filepath")}
         cut.manifest_origin, cut.manifest_place, cut.tar_origin = record.path, record.place, tar_path
-        cut = select_channel(cut, self.channel_selector)
-        return with_checked_audio(cut) if record.data.get("alt_text") else cut  # NeMo reads its audio next
+        return cut
 
 
 def _by_shard_number(paths: Sequence[str], pattern: re.Pattern, key: str) -> dict[int, str]:
     numbered = {}
     for path in paths:
         if (match := pattern.search(path)) is None:
-            raise ConfigError(f"{key}: '{path}' does not tell its shard; name it as in audio_12.tar, manifest_12.json.")
+            raise ConfigError(f"{key}: '{path}' has no shard number; name it as in audio_12.tar, manifest_12.json.")
         numbered[int(match[1])] = path
     return numbered
 
 
-class LhotseManifest:
-    """A lhotse cut manifest in JSONL (``cuts.jsonl`` or ``cuts.jsonl.gz``).
+class TarredRecords(Records):
+    """The lines of NeMo manifests by number, with audio in local, uncompressed tar files.
 
-    Args:
-        path: the manifest; relative audio paths are relative to it.
-        skipped_records: ledger for the records that cannot be used.
-        channel_selector: see :func:`~nemo_emmett.data.io.channels.select_channel`.
+    Members that no manifest names are not looked for.
     """
 
-    def __init__(self, path: str, skipped_records: SkippedRecords, channel_selector: int | str | None = None) -> None:
-        self.path = path
-        self.skipped_records = skipped_records
-        self.channel_selector = channel_selector
-        self.records = JsonRecords(path, skipped_records)
+    def __init__(
+        self, name: str, manifests: Sequence[NeMoTarredManifest], index_dir: str | None, tags: Mapping | None
+    ) -> None:
+        self.shards = [
+            (JsonRecords(path, manifest.skipped_records), manifest)
+            for manifest in manifests
+            for path in manifest.manifests
+        ]
+        super().__init__(name, [[open_numbered_lines(records.path, index_dir)] for records, _ in self.shards], tags)
+        tars = [path for manifest in manifests if not manifest.metadata_only for path in manifest.tars.values()]
+        self.tars = {path: TarIndex(path, index_dir) for path in tars}
+        self._with_members: set[str] = set()  # tar files that hold audio of the manifest, or were reported
 
-    def __len__(self) -> int:
-        return len(self.records)
+    @property
+    def indexes(self) -> list[Index]:
+        """All indexes that reading needs."""
+        return [*super().indexes, *self.tars.values()]
 
-    def __iter__(self) -> Iterator[Cut]:
-        for record in self.records:
-            if (cut := self.cut_of(record)) is not None:
-                yield cut
-
-    def cut_of(self, record: Record) -> Cut | None:
-        """The cut of one record; None, and a note of the cause, where it is none."""
+    def _examples(self, shard: int, number: int, lines: Sequence[bytes]) -> Iterator[Cut]:
+        records, manifest = self.shards[shard]
+        record = records.parse(number, *lines)
+        if record is None or record.is_left_out:
+            return
         try:
-            cut = lhotse_cut(record)
-            check_cut(cut)
-            cut = select_channel(cut, self.channel_selector)
-        except InvalidRecord as cause:
-            self.skipped_records.add(record.path, record.place, str(cause))
-            return None
-        cut = resolve_relative_paths(cut, manifest_path=self.path)
-        mark_origin(cut, record.path, record.place)
-        return cut
+            yield self._cut(record, manifest)
+        except (InvalidRecord, AudioFault) as cause:
+            records.skipped_records.add(record.path, record.place, str(cause))
 
+    def _cut(self, record: Record, manifest: NeMoTarredManifest) -> Cut:
+        if manifest.metadata_only:
+            return manifest.cut_without_audio(record)
+        tar = self.tars[manifest.tars[manifest.shard_of(record)]]
+        for name in member_names(record):
+            if (member := tar.find(name)) is not None:
+                self._with_members.add(tar.path)
+                return manifest.with_labels(cut_in_tar(name, member, *times_of(record)), record, tar.path)
+        note_damage(tar, manifest.skipped_records, (record.path, record.place))
+        self._look_for_any_member(tar, manifest, record)
+        raise AudioFault("missing audio")
 
-def lhotse_cut(record: Record) -> Cut:
-    """The cut that a record describes.
-
-    Raises:
-        Unusable: if it describes something else.
-    """
-    try:
-        cut = deserialize_item(record.data)
-    except Exception as error:  # lhotse raises whatever its constructors trip over
-        raise InvalidRecord("not a lhotse cut") from error
-    if not isinstance(cut, Cut):
-        raise InvalidRecord("not a lhotse cut")
-    return cut
-
-
-def check_cut(cut: Cut) -> None:
-    """Refuse what lhotse's constructors let pass, since they look at no type.
-
-    Raises:
-        Unusable: if there is no audio, or its place and length are no numbers.
-    """
-    if isinstance(cut, MixedCut):
-        for track in cut.tracks:
-            if not is_seconds(track.offset) or track.offset < 0:
-                raise InvalidRecord("invalid start")
-            check_cut(track.cut)
-        return
-    if not isinstance(cut.id, str):
-        raise InvalidRecord("not a lhotse cut")
-    if not is_seconds(cut.duration) or cut.duration <= 0:
-        raise InvalidRecord("invalid duration")
-    if isinstance(cut, PaddingCut):
-        return
-    if not cut.has_recording:
-        raise InvalidRecord("no audio")
-    if not is_seconds(cut.start) or cut.start < 0:
-        raise InvalidRecord("invalid start")
-    check_sampling_rate(cut.recording.sampling_rate)
-    if any(source.type == "file" and not isinstance(source.source, str) for source in cut.recording.sources):
-        raise InvalidRecord("not a lhotse cut")
+    def _look_for_any_member(self, tar: TarIndex, manifest: NeMoTarredManifest, record: Record) -> None:
+        """Where a record's audio is missing, report if that of the first other records is missing as well."""
+        if tar.path in self._with_members:
+            return
+        self._with_members.add(tar.path)
+        wanted = []
+        for other in islice(JsonRecords(record.path, SkippedRecords()), _RECORDS_TO_LOOK_FOR):
+            with suppress(InvalidRecord):
+                if manifest.tars[manifest.shard_of(other)] == tar.path:
+                    wanted += [(name, other) for name in member_names(other)[:1]]
+                    if any(tar.find(name) is not None for name in member_names(other)):
+                        return
+        manifest.note_no_member(tar.path, wanted, [tar.name(n) for n in range(min(len(tar), 3))])

@@ -1,0 +1,121 @@
+"""Records by number: what all formats share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+from lhotse.cut import Cut
+from nemo.collections.common.data.lhotse.cutset import attach_tags
+from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample
+
+from nemo_emmett.data.io.index import Index
+from nemo_emmett.data.io.index import build_indexes as build_all
+from nemo_emmett.data.io.line_index import Lines
+from nemo_emmett.errors import DataError
+
+Example = Cut | SourceTargetTextExample
+
+_FORWARD_SHARDS = 4
+"""Number of shards that can only be read forward and are open at the same time; each holds a file and some lines."""
+
+
+class Records(ABC):
+    """The records of a source, by shard and number.
+
+    Args:
+        name: of the source, for reports.
+        shards: the text files of each shard, in the order of the config. Files of a shard belong together line by line.
+        tags: are attached to each example.
+    """
+
+    def __init__(self, name: str, shards: Sequence[Sequence[Lines]], tags: Mapping | None) -> None:
+        self.name = name
+        self.is_sequential = [any(lines.is_sequential for lines in files) for files in shards]
+        self.tags = dict(tags or {})
+        self._files = [tuple(files) for files in shards]
+        self._sizes: list[int] | None = None
+        self._forward: list[int] = []  # the shards that are being read forward, the latest last
+
+    @property
+    def shard_files(self) -> list[tuple[str, ...]]:
+        """The text files of each shard."""
+        return [tuple(lines.path for lines in files) for files in self._files]
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Number of lines of each shard, blank and bad ones included; builds or loads the indexes.
+
+        Raises:
+            DataError: if a file cannot be read, or files that belong together have different numbers of lines.
+        """
+        if self._sizes is None:
+            build_all(self.indexes)
+            self._sizes = [_common_length(files) for files in self._files]
+        return self._sizes
+
+    @property
+    def indexes(self) -> list[Index]:
+        """All indexes that reading needs."""
+        return [lines for files in self._files for lines in files]
+
+    def prepare(self, shard: int, start: int, stop: int) -> None:
+        """Announce that the records from ``start`` to before ``stop`` are read next. This saves time, no more.
+
+        Shards that can only be read forward read them into memory, and forget what came before.
+        """
+        if self.is_sequential[shard]:
+            self._go_forward_in(shard)
+            for lines in self._files[shard]:
+                lines.prepare(start, stop)
+
+    def read(self, shard: int, number: int) -> list[Example]:
+        """The examples of one record; if it cannot be used none, and the cause is added to the skipped records.
+
+        Args:
+            shard: number of the shard, from 0.
+            number: of the record in its shard, from 0.
+
+        Raises:
+            IndexError: if there is no such record.
+            DataError: if a file has changed since it was indexed.
+        """
+        if self.is_sequential[shard]:
+            self._go_forward_in(shard)
+        lines = [lines.read(number) for lines in self._files[shard]]
+        examples = list(self._examples(shard, number + 1, lines))
+        for example in examples:
+            attach_tags(example, self.tags)
+        return examples
+
+    def _go_forward_in(self, shard: int) -> None:
+        if self._forward[-1:] == [shard]:
+            return
+        self._forward = [*(other for other in self._forward if other != shard), shard]
+        if len(self._forward) > _FORWARD_SHARDS:
+            for lines in self._files[self._forward.pop(0)]:
+                lines.release()
+
+    @abstractmethod
+    def _examples(self, shard: int, number: int, lines: Sequence[bytes]) -> Iterator[Example]:
+        """The examples that the lines of a record yield; its number is from 1 here, as in reports."""
+
+
+def _common_length(files: Sequence[Lines]) -> int:
+    shortest = min(files, key=len)
+    if len(max(files, key=len)) > len(shortest):
+        raise DataError(
+            f"{shortest.path} ends after {len(shortest)} lines, but a file parallel to it "
+            f"({', '.join(lines.path for lines in files)}) goes on; parallel files must have the same number of lines."
+        )
+    return len(shortest)
+
+
+def build_indexes(records: Sequence[Records]) -> None:
+    """Load the indexes of many sources, and build those that are missing or out of date, in several processes.
+
+    Raises:
+        DataError: if a file cannot be read.
+        ConfigError: if ``index_dir`` is given, but cannot be written.
+    """
+    build_all([index for one in records for index in one.indexes])
