@@ -45,6 +45,7 @@ from nemo_emmett.data.bucketing.length_stats import measure
 from nemo_emmett.data.bucketing.padding import equal_mass_bins, equal_mass_bins_2d, padding_of
 from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.readers.examples import ExampleKind
+from nemo_emmett.processes import available_cores
 
 RESULTS = Path(__file__).parent / "results" / "padding.json"
 DATA = Path(os.environ.get("NEMO_EMMETT_SHARED_DATA", "../shared/data")) / "multi30k"
@@ -300,7 +301,7 @@ def main() -> None:
         "multi30k": results,
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES} | {"espeak-ng": espeak_version()},
-        "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "system": platform.system()},
+        "machine": {"cores": available_cores(), "architecture": platform.machine(), "system": platform.system()},
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_emmett import plugin
+from nemo_emmett.processes import available_cores
 
 PACKAGES = (
     "nemo_emmett",
@@ -155,7 +156,7 @@ def _registrations() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     part = "device"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding(part, "CPU", f"{os.cpu_count()} cores, {memory / GIB:.1f} GiB")
+    yield Finding(part, "CPU", f"{available_cores()} cores, {memory / GIB:.1f} GiB")
     yield from _cuda(part)
 
 

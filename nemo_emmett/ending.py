@@ -27,7 +27,7 @@ from nemo_emmett import plugin
 from nemo_emmett.callbacks.nonfinite import refuse_nonfinite
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ConfigError, EmmettError, ModelError, NonFiniteError, OutputError
-from nemo_emmett.files import check_writable, hold_folder, new_folder_elsewhere, shown, whole_folder, write_text
+from nemo_emmett.files import atomic_folder, check_writable, hold_folder, new_folder_elsewhere, shown, write_text
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.checkpoint import check_fit, read_weights
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
@@ -368,7 +368,7 @@ def write_export(folder: str | Path, model: LightningModule, weights: dict[str, 
     model.load_state_dict(weights)
     # NeMo does not say in a folder which of its models wrote it; `load` takes what has no `_target_` for its SALM.
     config = {key: value for key, value in OmegaConf.to_container(model.cfg).items() if key != "_target_"}
-    with whole_folder(folder, last=CONFIG_NAME) as unfinished:
+    with atomic_folder(folder, last=CONFIG_NAME) as unfinished:
         model.save_pretrained(unfinished, config=config)
 
 

@@ -1,5 +1,4 @@
-"""Files and folders that appear whole or not at all, whoever reads them and whenever the work is cut off; whether a
-folder can be written to, and the lock by which one process has it to itself."""
+"""Atomic writes of files and folders, checks that a folder can be written to, and the lock on a folder."""
 
 from __future__ import annotations
 
@@ -20,60 +19,68 @@ from typing import IO
 from nemo_emmett.errors import ConfigError
 
 LOCK_FOLDER = ".lock"
-"""Made in a folder that a process has to itself; a folder, since NeMo's exp_manager moves loose files away."""
+"""Holds the lock file of a folder; a folder itself, since NeMo's exp_manager moves loose files away."""
 
 _HELD: dict[Path, IO[str]] = {}
-"""The lock files of this process, by the folder."""
+"""The lock files of this process, by the locked folder."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""What file systems say that have no locks."""
+"""Error numbers of file systems without locks."""
 
 _logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """A new file to write to that becomes ``path`` when the block ends without an error, and is removed if it does not.
+def atomic_file(
+    path: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None, durable: bool = False
+) -> Iterator[Path]:
+    """Yield a temporary file that replaces ``path`` when the block ends without an error, and is removed otherwise.
+
+    Readers, and other writers of ``path``, see the old file or the new one. The new one has the mode that the umask
+    gives. If ``path`` is a symbolic link, the file that it refers to is replaced.
 
     Args:
-        path: its folder is made if it is not there; a file that is there is replaced.
-        folder: where the unfinished file is made, on the same file system; by default beside ``path``. What a killed
-            process leaves, it leaves there.
+        path: missing folders are created.
+        folder: where the temporary file is created, on the same file system; None: next to ``path``. A killed process
+            leaves it there.
+        durable: write the content to the disk first. Then a power failure leaves no empty file either, and file
+            systems that delay their writes (NFS) report a full disk here.
 
     Example:
-        >>> with whole_file("scores.txt") as unfinished:  # doctest: +SKIP
-        ...     unfinished.write_text("31.4")
+        >>> with atomic_file("scores.txt") as temporary:  # doctest: +SKIP
+        ...     temporary.write_text("31.4")
     """
-    path = Path(path)
-    folder = path.parent if folder is None else Path(folder)
-    for needed in {path.parent, folder}:
+    target = Path(os.path.realpath(path))
+    folder = Path(folder) if folder is not None and not os.path.islink(path) else target.parent
+    for needed in {target.parent, folder}:
         needed.mkdir(parents=True, exist_ok=True)
-    # The ending stays, for libraries that tell the format by it.
-    unfinished = folder / f".{uuid.uuid4().hex}{path.suffix}"
-    unfinished.touch(exist_ok=False)  # for all whom the umask admits, other than tempfile's
+    # The suffix stays, for libraries that choose the format by it.
+    temporary = folder / f".{uuid.uuid4().hex}{Path(path).suffix}"
+    temporary.touch(exist_ok=False)  # tempfile would create a file that only its owner can read
     try:
-        yield unfinished
-        os.replace(unfinished, path)
+        yield temporary
+        if durable:
+            _fsync(temporary)
+        os.replace(temporary, target)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str, folder: str | os.PathLike[str] | None = None) -> None:
-    """Write a UTF-8 file, whole or not at all; the arguments are those of :func:`whole_file`."""
-    with whole_file(path, folder) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    """Write a UTF-8 file atomically and durably; the arguments are those of :func:`atomic_file`."""
+    with atomic_file(path, folder, durable=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def whole_folder(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
-    """A new folder to write to whose files become those of ``folder`` when the block ends without an error.
+def atomic_folder(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
+    """Yield a temporary folder whose files are moved to ``folder`` when the block ends without an error.
 
-    Files of other names stay in ``folder``. All get the mode that the umask gives, whatever wrote them.
+    Files of other names stay in ``folder``. All files get the mode that the umask gives, whatever wrote them.
 
     Args:
-        folder: is made if it is not there; this process has it to itself meanwhile.
-        last: name of the file without which a reader does not take the folder for whole: it is the first to go and the
-            last to come.
+        folder: is created if it is missing; it is locked meanwhile.
+        last: name of the file without which readers do not accept the folder: it is removed first and moved last.
 
     Raises:
         ConfigError: if another process is writing to ``folder``.
@@ -82,32 +89,31 @@ def whole_folder(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
     with hold_folder(folder):
         for abandoned in folder.glob(".unfinished-*"):
             shutil.rmtree(abandoned, ignore_errors=True)
-        unfinished = folder / f".unfinished-{uuid.uuid4().hex}"
-        unfinished.mkdir(parents=True)
+        temporary = folder / f".unfinished-{uuid.uuid4().hex}"
+        temporary.mkdir(parents=True)
         try:
-            yield unfinished
-            files = [path for path in unfinished.rglob("*") if path.is_file()]
+            yield temporary
+            files = [path for path in temporary.rglob("*") if path.is_file()]
             files.sort(key=lambda path: path.name == last)
             for path in files:
-                _finish(path, mode=stat.S_IMODE(unfinished.stat().st_mode) & 0o666)
+                path.chmod(stat.S_IMODE(temporary.stat().st_mode) & 0o666)
+                _fsync(path)
             (folder / last).unlink(missing_ok=True)
             for path in files:
-                target = folder / path.relative_to(unfinished)
+                target = folder / path.relative_to(temporary)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _finish(path: Path, mode: int) -> None:
-    """Bring a file to the disk: only then some file systems say that there is no room for it."""
+def _fsync(path: Path) -> None:
     with open(path, "rb") as file:
-        os.fchmod(file.fileno(), mode)
         os.fsync(file.fileno())
 
 
 def check_writable(folder: str | os.PathLike[str], key: str, needed: int = 0) -> None:
-    """See that a folder can be made, if it is not there, and written to.
+    """Check that a folder can be written to, or created if it is missing.
 
     Args:
         folder: the folder.
@@ -115,7 +121,7 @@ def check_writable(folder: str | os.PathLike[str], key: str, needed: int = 0) ->
         needed: bytes that must be free.
 
     Raises:
-        ConfigError: if it is a file, cannot be made or written to, or the disk is too full.
+        ConfigError: if it is a file, cannot be created or written to, or the disk is too full.
     """
     folder = Path(folder).absolute()
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -136,7 +142,7 @@ def check_writable(folder: str | os.PathLike[str], key: str, needed: int = 0) ->
 
 
 def shown(bytes_: float) -> str:
-    """Bytes as one reads them.
+    """A number of bytes with its unit.
 
     Example:
         >>> shown(13207024435)
@@ -150,8 +156,8 @@ def shown(bytes_: float) -> str:
 
 
 def new_folder_elsewhere(name: str, places: Sequence[str | os.PathLike[str]] = ()) -> Iterator[Path]:
-    """New folders for what cannot be written where it should be, for the caller to try one after another: in
-    ``places``, and then in the folder for temporary files."""
+    """Create alternatives for a folder that cannot be written to, for the caller to try one after another: in
+    ``places``, then in the folder for temporary files."""
     for place in (*places, tempfile.gettempdir()):
         folder = Path(place, f"{name}-{uuid.uuid4().hex[:8]}")
         with suppress(OSError):
@@ -161,24 +167,24 @@ def new_folder_elsewhere(name: str, places: Sequence[str | os.PathLike[str]] = (
 
 @contextmanager
 def hold_folder(folder: str | os.PathLike[str], key: str = "output") -> Iterator[None]:
-    """Keep other processes from a folder; however this process ends, they may have it then.
+    """Lock a folder against other processes until the block ends.
 
-    The lock is the kernel's (``flock``), so that a killed process leaves none behind, and processes that are forked
-    from this one do not hold it. Where a file system has no locks, which is logged, nobody is kept away.
+    The kernel releases the lock (``flock``) when this process ends in any way. Processes that are forked from this one
+    do not hold it. A file system without locks is used unlocked, with a warning.
 
     Args:
-        folder: is made if it is not there.
+        folder: is created if it is missing.
         key: of the recipe, for messages.
 
     Raises:
-        ConfigError: if another process has the folder.
-        OSError: if it cannot be made or written to.
+        ConfigError: if another process holds the lock.
+        OSError: if the folder cannot be created or written to.
     """
     folder = Path(folder).resolve()
     if folder in _HELD:
         yield
         return
-    made = not folder.exists()
+    is_new = not folder.exists()
     _HELD[folder] = _locked(folder / LOCK_FOLDER / "holder", key)
     try:
         yield
@@ -186,8 +192,8 @@ def hold_folder(folder: str | os.PathLike[str], key: str = "output") -> Iterator
         with suppress(OSError):
             (folder / LOCK_FOLDER / "holder").unlink()
             (folder / LOCK_FOLDER).rmdir()
-            if made:
-                folder.rmdir()  # if nothing was written
+            if is_new:
+                folder.rmdir()  # fails if something was written
         _HELD.pop(folder).close()
 
 
@@ -197,11 +203,11 @@ def _locked(path: Path, key: str) -> IO[str]:
         try:
             file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
         except FileNotFoundError:
-            continue  # who held it has just removed it
+            continue  # the process that held the lock has just removed the folder
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-                raise FileNotFoundError
+                raise FileNotFoundError  # locked is a file that its last holder has removed meanwhile
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another process"
@@ -216,17 +222,17 @@ def _locked(path: Path, key: str) -> IO[str]:
             if error.errno not in _NO_LOCKS:
                 file.close()
                 raise
-            _logger.warning("'%s' is on a file system without locks: nobody else may write there.", path.parents[1])
+            _logger.warning("'%s' is on a file system without locks; use it in one process.", path.parents[1])
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         return file
 
 
-def _let_go_of_locks() -> None:
-    """In a forked process: a data loader's worker that outlives a killed training must not hold its folder."""
+def _close_locks() -> None:
+    """In a forked process: a data worker that outlives a killed training must not hold the training's folder."""
     for file in _HELD.values():
         file.close()
 
 
-os.register_at_fork(after_in_child=_let_go_of_locks)
+os.register_at_fork(after_in_child=_close_locks)

@@ -1,4 +1,4 @@
-"""Worker processes that never outlive the process that started them."""
+"""The number of usable cores, and worker processes that end with the process that started them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_CHECKS = 0.5
 
 
 def available_cores() -> int:
-    """The cores that this process may use, which a container or ``taskset`` may have made fewer than there are."""
+    """Number of cores that this process may run on, which ``taskset`` or a container's cpuset may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent(parent: int) -> None:
-    """Make this process end within half a second of its parent's end, however that comes, and leave Ctrl-C to it.
+    """End this process within half a second of its parent's end, whatever the cause, and ignore Ctrl-C.
 
-    Without this a worker of a killed process waits for its next task forever: it holds both ends of the queue itself.
+    A worker of a killed process would wait for its next task forever, since it holds both ends of the queue itself.
 
     Args:
         parent: process id of the parent.
@@ -32,7 +32,7 @@ def end_with_parent(parent: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            threading.Event().wait(_SECONDS_BETWEEN_LOOKS)
+            threading.Event().wait(_SECONDS_BETWEEN_CHECKS)
         os._exit(1)
 
     if threading.current_thread() is threading.main_thread():
@@ -42,9 +42,9 @@ def end_with_parent(parent: int) -> None:
 
 @contextmanager
 def forked_pool(workers: int, initializer: Callable[..., None], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool of forked processes, which have imported what this one has (NeMo takes ten seconds).
+    """A pool of forked processes. They need not import what this one has imported (NeMo takes ten seconds).
 
-    An exception in the block, Ctrl-C among them, ends the processes at once instead of waiting for their tasks.
+    An exception in the block, also Ctrl-C, kills the processes instead of waiting for their tasks.
 
     Args:
         workers: number of processes.
@@ -114,6 +114,6 @@ def _run_function(task: Any) -> Any:
 
 
 def _start_worker(parent: int, initializer: Callable[..., None], arguments: tuple) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of a training, which this process has inherited
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process inherits the handler of a training
     end_with_parent(parent)
     initializer(*arguments)

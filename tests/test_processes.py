@@ -1,4 +1,4 @@
-"""However a process ends, its workers end with it."""
+"""Workers end with the process that started them, whatever ends it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS_TO_END = 10
 
 
 def work(folder: Path) -> None:
-    """Say that it runs, then take longer than any test."""
+    """Write the process id, then take longer than any test."""
     (folder / str(os.getpid())).touch()
     time.sleep(600)
 

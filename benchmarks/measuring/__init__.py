@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nemo_emmett.processes import available_cores
+
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -20,7 +22,7 @@ def keep(name: str, result: Mapping[str, Any], packages: Sequence[str]) -> Path:
     measured_on = {
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},
-        "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "system": platform.system()},
+        "machine": {"cores": available_cores(), "architecture": platform.machine(), "system": platform.system()},
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

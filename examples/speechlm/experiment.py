@@ -31,6 +31,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from stages import KEEP_MEMORY, tail
 
+from nemo_emmett.processes import available_cores
+
 
 def main() -> None:
     """Run what has not been run, then print and write the results."""
@@ -38,7 +40,7 @@ def main() -> None:
     parser.add_argument("--captions", type=Path, help="folder with Multi30k's train.en, train.de, ..., val.fr")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder for the corpora")
     parser.add_argument("--exp", type=Path, default=Path("exp/experiment"), help="folder of the experiment")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=available_cores(), help="runs at a time, one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the trainings")
     options = parser.parse_args()
     check(options, parser)

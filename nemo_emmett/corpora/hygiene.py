@@ -23,6 +23,7 @@ from nemo_emmett.corpora.leaks import HeldOut
 from nemo_emmett.corpora.normalisation import count_words, display_width
 from nemo_emmett.errors import ConfigError, EmmettError
 from nemo_emmett.prompts.languages import language_name
+from nemo_emmett.typed_config import is_number
 
 _HASH_BYTES = 16
 """With 10^9 sentences the chance that any two different ones share a hash is 10^-21."""
@@ -48,11 +49,11 @@ class HygieneConfig:
             object.__setattr__(self, "held_out", (self.held_out,))
         object.__setattr__(self, "held_out", tuple(self.held_out))
         ratio = self.max_length_ratio
-        if ratio is not None and not (_is_number(ratio) and 1 <= ratio < math.inf):
+        if ratio is not None and not (is_number(ratio) and 1 <= ratio < math.inf):
             raise ConfigError(f"hygiene.max_length_ratio: {ratio!r} must be a number of 1 or more, as in 3")
         for name in ("min_words", "max_words"):
             words = getattr(self, name)
-            if words is not None and not (isinstance(words, int) and _is_number(words) and words >= 1):
+            if words is not None and not (isinstance(words, int) and is_number(words) and words >= 1):
                 raise ConfigError(f"hygiene.{name}: {words!r} must be a whole number of 1 or more")
         if None not in (self.min_words, self.max_words) and self.min_words > self.max_words:
             raise ConfigError(f"hygiene.min_words: {self.min_words} is above max_words, {self.max_words}; swap them")
@@ -207,10 +208,6 @@ def _hash(texts: Mapping[str, str]) -> bytes:
         same = " ".join(unicodedata.normalize("NFC", text).split())
         hashed.update(f"{language}\n{same}\n".encode())
     return hashed.digest()
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require_py3langid() -> ModuleType:

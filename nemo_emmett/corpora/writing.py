@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_emmett.errors import DataError
-from nemo_emmett.files import whole_file, write_text
+from nemo_emmett.files import atomic_file, write_text
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Workshop:
 
     def whole(self, path: Path) -> AbstractContextManager[Path]:
         """A file to write to that becomes ``path`` when the block ends without an error."""
-        return whole_file(path, self.folder)
+        return atomic_file(path, self.folder)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -28,16 +28,16 @@ from nemo_emmett.data.config.section import place_of
 from nemo_emmett.data.config.sources import source_of_files
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.skipped_records import SkippedRecords
-from nemo_emmett.data.loader_state import Progress
+from nemo_emmett.data.loader_state import LoaderState
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.sampling.nemo_sampler import nemo_sampler, nemo_sampler_reason
 from nemo_emmett.data.sampling.plan import plan_sampling
 from nemo_emmett.data.sampling.shard_batches import ShardedBatches
 from nemo_emmett.data.worker_batches import (
-    DeliveringDataset,
-    DeliveringIterable,
-    ResumableDeliveries,
+    IterableWorkerBatches,
+    ResumableWorkerBatches,
     WorkerBatch,
+    WorkerBatchDataset,
     is_empty,
     prepare_dataset,
 )
@@ -57,7 +57,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
     on. :meth:`state_dict` makes another loader continue there, with the rest of the pass.
 
     Args:
-        dataset: delivers batches with their notes; :class:`ResumableDeliveries` with the state of the data besides.
+        dataset: delivers batches with their notes; :class:`ResumableWorkerBatches` with the state of the data besides.
         skipped_records: ledger of everything skipped so far, of all workers.
         max_bad_records: stop past so many bad records, or past this share of those read of any source; None: never.
         hands_out_empty: an empty dict for a batch of which nothing is left, so that a rank stays in step.
@@ -66,7 +66,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
 
     def __init__(
         self,
-        dataset: DeliveringDataset | DeliveringIterable | ResumableDeliveries,
+        dataset: WorkerBatchDataset | IterableWorkerBatches | ResumableWorkerBatches,
         skipped_records: SkippedRecords | None = None,
         max_bad_records: int | float | None = None,
         hands_out_empty: bool = False,
@@ -80,17 +80,17 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self.max_bad_records = max_bad_records
         self.filtered: Counter[str] = Counter()  # examples that NeMo's filters left out, by their keys; "": those kept
         self._epoch_of_last_pass: int | None = None
-        self.progress: Progress | None = None
+        self.progress: LoaderState | None = None
         self._ranks: RanksInStep | None = None
-        if isinstance(dataset, ResumableDeliveries):
+        if isinstance(dataset, ResumableWorkerBatches):
             plan = dataset.plan
-            self.progress = Progress(self.num_workers, plan.world_size, plan.seed, plan.finite)
+            self.progress = LoaderState(self.num_workers, plan.world_size, plan.seed, plan.finite)
             if plan.finite and not hands_out_empty and ranks_load_data(plan.world_size):
                 self._ranks = RanksInStep()
 
     @property
-    def _delivering(self) -> DeliveringDataset:
-        return self.dataset if isinstance(self.dataset, DeliveringDataset) else self.dataset.dataset
+    def _delivering(self) -> WorkerBatchDataset:
+        return self.dataset if isinstance(self.dataset, WorkerBatchDataset) else self.dataset.dataset
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is in the data: behind the last batch trained on, as far as that is counted
@@ -140,7 +140,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 if self._ranks is not None and not delivery.is_last:
                     hand_out = self._all_ranks_hand_out(hand_out)
                 if self.progress is not None:
-                    self.progress.hand_out(delivery, is_batch=hand_out)
+                    self.progress.yielded(delivery, is_batch=hand_out)
                 if hand_out:
                     yield delivery.batch or {}
             self._merge_notes_of_this_process()
@@ -181,18 +181,18 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self._epoch_of_last_pass = self.sampler.epoch
 
     def _account_for(self, delivery: WorkerBatch) -> None:
-        self.skipped_records.merge(delivery.notes)
+        self.skipped_records.merge(delivery.records)
         self.filtered.update(delivery.filtered)
         self._merge_notes_of_this_process()
         self.skipped_records.check(self.max_bad_records)
         if delivery.end_of_data_message:
-            logging.info(f"The data has ended: {delivery.farewell}.")
+            logging.info(f"The data has ended: {delivery.end_of_data_message}.")
         if delivery.error is not None:
             raise delivery.error
 
     def _merge_notes_of_this_process(self) -> None:
         """The map-style flavour samples here, while the workers only read audio."""
-        self.skipped_records.merge(self._delivering.deliver(None).notes)
+        self.skipped_records.merge(self._delivering.worker_batch(None).records)
 
     def _check_progress(self, empty_in_a_row: int) -> None:
         if empty_in_a_row >= EMPTY_BATCHES_IN_A_ROW:
@@ -286,13 +286,13 @@ def get_multimodal_dataloader(
     maybe_set_cuda_expandable_segments(enabled=data.cuda_expandable_segments)
 
     skipped_records = SkippedRecords()
-    dataset = DeliveringDataset(dataset, skipped_records, data.allow_commands)
+    dataset = WorkerBatchDataset(dataset, skipped_records, data.allow_commands)
     states, allowed = random_state(), ExitStack()
     allowed.enter_context(commands_allowed(data.allow_commands))
     try:  # the samplers are seeded with the dataset's own seed; the generators of the training must not move
         if not shard_batches and _we_sample(data, kind):
             plan = plan_sampling(data, tokenizer, kind, skipped_records, world_size)
-            flavour = {"dataset": ResumableDeliveries(dataset, plan, global_rank)}
+            flavour = {"dataset": ResumableWorkerBatches(dataset, plan, global_rank)}
             seed = plan.seed
         else:
             share = (0, 1) if shard_batches else (global_rank, world_size)
@@ -301,7 +301,8 @@ def get_multimodal_dataloader(
                 sampler = ShardedBatches(sampler, global_rank, world_size)
             flavour = {"dataset": dataset, "sampler": sampler}
             if is_iterable:
-                flavour = {"dataset": DeliveringIterable(dataset, sampler), "persistent_workers": data.num_workers > 0}
+                of_workers = IterableWorkerBatches(dataset, sampler)
+                flavour = {"dataset": of_workers, "persistent_workers": data.num_workers > 0}
     finally:
         restore_random_state(states)
         allowed.close()
@@ -317,7 +318,7 @@ def get_multimodal_dataloader(
         or (
             world_size > 1
             and kind is ExampleKind.TRANSLATION
-            and not isinstance(flavour["dataset"], DeliveringIterable)
+            and not isinstance(flavour["dataset"], IterableWorkerBatches)
         ),
         batch_size=None,
         # These batches are all tensors already, which torch's own conversion would take apart for nothing.

@@ -1,4 +1,4 @@
-"""Examples to a batch: a dict of one-modality batches, so that text is not padded to the length of speech.
+"""Collates examples into a dict of one-modality batches, so that text is not padded to the length of speech.
 
 The keys and shapes of a batch are described in ``docs/architecture.md``.
 """
@@ -29,8 +29,8 @@ from nemo_emmett.errors import DataError
 class SpeechTextDataset(torch.utils.data.Dataset):
     """Collates prompted examples of speech and text into ``{"audio": {...}, "text": {...}}``.
 
-    A modality without examples is left out; examples whose audio cannot be read are left out and noted in
-    ``skipped_records``. A batch of which nothing is left is an empty dict.
+    A modality without examples is left out. Examples whose audio cannot be read are counted in ``skipped_records`` and
+    left out; a batch without any other examples is an empty dict.
 
     Args:
         tokenizer: NeMo tokenizer, for its pad id.
@@ -98,7 +98,7 @@ class SpeechTextDataset(torch.utils.data.Dataset):
 
 
 def recordings_of(example: Cut | Formattable) -> list[Cut]:
-    """The cuts whose audio an example holds, in the order of their locator tokens."""
+    """The cuts of an example, in the order of their locator tokens."""
     if isinstance(example, Cut):
         return [example]
     if isinstance(example, NeMoMultimodalConversation):
@@ -109,12 +109,12 @@ def recordings_of(example: Cut | Formattable) -> list[Cut]:
 def note_audio_fault(
     skipped_records: SkippedRecords, example: Cut | NeMoMultimodalConversation, fault: AudioFault
 ) -> None:
-    """Note that an example had to be skipped, and the file that is at fault, which may be that of a noise."""
+    """Count a skipped example, with the path of the audio file, which may be that of a noise."""
     source, place = origin_of(example)
     record = (source or "cuts", place)
     files = fault.path or ", ".join(filter(None, map(audio_path, recordings_of(example))))
-    named = f"{place} ({files})" if files else place
-    skipped_records.add(record[0], named, str(fault), record, example.id)
+    shown = f"{place} ({files})" if files else place
+    skipped_records.add(record[0], shown, str(fault), record, example.id)
 
 
 def _tokens(example: Cut | Formattable, key: str) -> torch.Tensor:
@@ -129,7 +129,7 @@ def _tokens(example: Cut | Formattable, key: str) -> torch.Tensor:
 
 
 def describe(example: Cut | Formattable) -> dict[str, str | None]:
-    """What evaluation wants to know of an example: the ``examples`` entry of a batch."""
+    """The ``examples`` entry of a batch, which evaluation needs."""
     custom = getattr(example._first_non_padding_cut if isinstance(example, MixedCut) else example, "custom", None) or {}
     recordings = recordings_of(example)
     source_text = target_text = None

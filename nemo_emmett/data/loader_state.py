@@ -1,4 +1,4 @@
-"""Where training is in its data: the state behind the last batch trained on, not behind the last one prefetched."""
+"""The position of training in its data: after the last batch trained on, not after the last one prefetched."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from nemo_emmett.data.worker_batches import ResumePoint, WorkerBatch
 from nemo_emmett.errors import DataError
 
 VERSION = 1
-"""Of the layout of a state."""
+"""Of the layout of a state. Checkpoints hold states, so keys keep their names, here and in ``sampling``."""
 
 
-class _HandedOut(NamedTuple):
+class _Item(NamedTuple):
+    """What is needed of a worker batch that training has not reached yet."""
+
     is_batch: bool
     worker: int
     state: bytes
     is_last: bool
 
 
-class Progress:
-    """Keeps the state of every worker's sampler as of the last batch trained on.
+class LoaderState:
+    """The state of every worker's sampler after the last batch trained on.
 
-    Who takes batches may take some in advance, as Lightning does. Until somebody says :meth:`count_trained`, a batch
-    counts as trained on when it is handed out; from then on, when :meth:`trained` is called. The state is the same on
-    all ranks, and keeping it needs no communication.
+    Lightning fetches batches in advance. Until :meth:`count_trained` is called, a batch counts as trained on when the
+    loader yields it; after that, when :meth:`trained` is called. The state is the same on all ranks, and needs no
+    communication.
 
     Args:
         num_workers: processes that make batches, at least 1.
@@ -47,22 +49,21 @@ class Progress:
         self._next_worker = 0
         self._epoch = 0  # the number of the pass over finite data
         self._completes_pass = False  # the next iteration is the rest of a pass that was interrupted
-        self._waits_for_training = False
-        self._handed_out: deque[_HandedOut] = deque()
+        self._counts_trained = False
+        self._pending: deque[_Item] = deque()  # yielded, but not trained on
 
     def count_trained(self) -> None:
         """From now on a batch counts when :meth:`trained` is called."""
-        self._waits_for_training = True
+        self._counts_trained = True
 
     def start(self) -> ResumePoint:
         """Where an iteration begins.
 
-        Data without end continues after the last batch trained on. Finite data begins its next pass once a batch of the
-        current one was trained on, also where not all of it was; only the first iteration after
+        Endless data continues after the last batch trained on. Finite data begins its next pass once a batch of the
+        current one was trained on, even if the pass was not completed; only the first iteration after
         :meth:`load_state_dict` is the rest of the pass that was interrupted.
         """
-        self._take_what_counts()
-        self._handed_out.clear()
+        self._drop_pending()
         if all(self._ended):
             self._begin_next_pass()
         elif not self._completes_pass:
@@ -70,17 +71,12 @@ class Progress:
         self._completes_pass = False
         return ResumePoint(tuple(self._states), self._next_worker, self._epoch)
 
-    @property
-    def _has_begun(self) -> bool:
-        """Whether anything of the current pass was trained on; the same on all ranks, as the states are."""
-        return any(state is not None for state in self._states)
-
     def end_epoch(self) -> None:
         """The trainer's epoch is over: the next iteration over finite data is the next pass."""
-        self._take_what_counts()
-        self._handed_out.clear()
+        self._drop_pending()
         self._completes_pass = False
-        if self.finite and self._has_begun:
+        has_begun = any(state is not None for state in self._states)  # the same on all ranks, as the states are
+        if self.finite and has_begun:
             self._begin_next_pass()
 
     def _begin_next_pass(self) -> None:
@@ -89,39 +85,43 @@ class Progress:
         self._ended = [False] * self.num_workers
         self._next_worker = 0
 
-    def hand_out(self, delivery: WorkerBatch, is_batch: bool) -> None:
-        """Note what comes from a worker: a batch for training, or something that training never sees."""
-        if not self._waits_for_training:  # the last one is kept, in case that somebody begins to count
-            self._take(len(self._handed_out))
-        self._handed_out.append(_HandedOut(is_batch, delivery.worker, delivery.state, delivery.is_last))
-        if self._waits_for_training:
-            self._take_what_training_never_sees()
+    def yielded(self, item: WorkerBatch, is_batch: bool) -> None:
+        """Record an item of a worker: a batch for training, or one that training does not get."""
+        if not self._counts_trained:  # the last one stays pending, in case that `count_trained` is called next
+            self._advance(len(self._pending))
+        self._pending.append(_Item(is_batch, item.worker, item.state, item.is_last))
+        if self._counts_trained:
+            self._advance_past_non_batches()
 
     def trained(self) -> None:
-        """One more of the batches handed out has been trained on."""
-        numbers = [number for number, handed_out in enumerate(self._handed_out) if handed_out.is_batch]
+        """One more of the batches has been trained on."""
+        numbers = [number for number, item in enumerate(self._pending) if item.is_batch]
         if numbers:
-            self._take(numbers[0] + 1)
-        self._take_what_training_never_sees()
+            self._advance(numbers[0] + 1)
+        self._advance_past_non_batches()
 
-    def _take_what_counts(self) -> None:
-        if not self._waits_for_training:
-            self._take(len(self._handed_out))
+    def _drop_pending(self) -> None:
+        self._advance_if_yielding_counts()
+        self._pending.clear()
 
-    def _take_what_training_never_sees(self) -> None:
-        while self._handed_out and not self._handed_out[0].is_batch:
-            self._take(1)
+    def _advance_if_yielding_counts(self) -> None:
+        if not self._counts_trained:
+            self._advance(len(self._pending))
 
-    def _take(self, count: int) -> None:
+    def _advance_past_non_batches(self) -> None:
+        while self._pending and not self._pending[0].is_batch:
+            self._advance(1)
+
+    def _advance(self, count: int) -> None:
         for _ in range(count):
-            handed_out = self._handed_out.popleft()
-            self._states[handed_out.worker] = handed_out.state
-            self._ended[handed_out.worker] = handed_out.is_last
-            self._next_worker = (handed_out.worker + 1) % self.num_workers
+            item = self._pending.popleft()
+            self._states[item.worker] = item.state
+            self._ended[item.worker] = item.is_last
+            self._next_worker = (item.worker + 1) % self.num_workers
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain numbers, strings and lists."""
-        self._take_what_counts()
+        self._advance_if_yielding_counts()
         return {
             "version": VERSION,
             "num_workers": self.num_workers,
@@ -137,11 +137,11 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state: with the rest of its pass, or, if ``epoch_ended`` is set, with the next one.
 
-        Another number of ranks goes on with the same examples in the same order, in other batches. Another number of
-        workers goes on behind what any of them has read, which is logged.
+        With another number of ranks the same examples follow in the same order, in other batches. With another number
+        of workers the data continues after the last record that any worker has read, which is logged.
 
         Raises:
-            DataError: if another version of nemo_emmett has written the state.
+            DataError: if the state has the layout of another version of nemo_emmett.
         """
         if state.get("version") != VERSION:
             raise DataError(
@@ -151,17 +151,17 @@ class Progress:
         if state["seed"] != self.seed:
             logging.warning(
                 f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: "
-                "sources go on in the checkpoint's order to the end of the epoch, but what mixes groups and augments "
-                f"batches is drawn anew; for the very same batches set seed and shard_seed to {state['seed']}."
+                "sources continue in the checkpoint's order to the end of the epoch, but groups are mixed and batches "
+                f"augmented by the new seed; for the same batches set seed and shard_seed to {state['seed']}."
             )
         workers, ended, next_worker = list(state["workers"]), list(state["ended"]), state["next_worker"]
         if state["num_workers"] != self.num_workers:
             logging.warning(
                 f"The checkpoint was written with {state['num_workers']} data workers, this run has "
-                f"{self.num_workers}: the batches will differ from those of an uninterrupted run. The data goes on "
-                "behind what was read; examples that waited in a bucket come in the next pass."
+                f"{self.num_workers}: the batches will differ from those of an uninterrupted run. The data continues "
+                "after what was read; examples that waited in a bucket come in the next pass."
             )
-            workers = _shared_out_anew(workers, self.num_workers)
+            workers = _redistributed(workers, self.num_workers)
             ended, next_worker = [all(ended)] * self.num_workers, 0
         elif state["world_size"] != self.world_size:
             logging.warning(
@@ -170,14 +170,14 @@ class Progress:
             )
         self._states = [None if worker is None else pickle.dumps(worker) for worker in workers]
         self._ended, self._next_worker, self._epoch = ended, next_worker, state["epoch"]
-        self._handed_out.clear()
+        self._pending.clear()
         self._completes_pass = True
         if state.get("epoch_ended"):
             self.end_epoch()
 
 
-def _shared_out_anew(workers: list[dict | None], num_workers: int) -> list[dict | None]:
-    """States for another number of workers: each source goes on behind the furthest chunk that any worker has read."""
+def _redistributed(workers: list[dict | None], num_workers: int) -> list[dict | None]:
+    """States for another number of workers: each source continues after the last chunk that any worker has read."""
     known = [worker for worker in workers if worker is not None]
     if not known:
         return [None] * num_workers
@@ -186,7 +186,7 @@ def _shared_out_anew(workers: list[dict | None], num_workers: int) -> list[dict 
         leaves = []
         for number in range(len(group["leaves"])):
             next_chunk = max(worker["groups"][name]["leaves"][number]["next_chunk"] for worker in known)
-            next_chunk = -(-next_chunk * len(workers) // num_workers)
+            next_chunk = -(-next_chunk * len(workers) // num_workers)  # rounded up: workers take the chunks in turn
             seed = known[0]["groups"][name]["leaves"][number]["seed"]
             leaves.append({"seed": seed, "open": [], "next_chunk": next_chunk, "drawn": 0, "at_end": False})
         fresh = {**group["draws"], "counts": [0] * len(leaves), "drawn": 0}

@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 from nemo_emmett.callbacks.nonfinite import refuse_nonfinite
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ModelError
-from nemo_emmett.files import whole_folder
+from nemo_emmett.files import atomic_folder
 from nemo_emmett.models.checkpoint import read_checkpoint
 
 
@@ -73,7 +73,7 @@ class Export:
         config.pop("trust_remote_code", None)  # who loads the folder decides
         self._weights_to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}
         try:
-            with whole_folder(folder, last=CONFIG_NAME) as unfinished:
+            with atomic_folder(folder, last=CONFIG_NAME) as unfinished:
                 self.tokenizer.tokenizer.save_pretrained(unfinished)
                 self.llm.config.save_pretrained(unfinished / LLM_BACKBONE_DIR)
                 return super().save_pretrained(unfinished, config=config, **kwargs)

@@ -39,7 +39,9 @@ import yaml
 
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.oomptimizer.yaml_file import Line, as_yaml, write_atomically
+from nemo_emmett.files import write_text
+from nemo_emmett.oomptimizer.yaml_file import Line, as_yaml
+from nemo_emmett.typed_config import is_number
 
 ONLY_GROUP = ""
 """Name of the group of a ``train_ds`` that is not a ``multi_config``."""
@@ -225,7 +227,10 @@ class Profile:
             )
             if content not in (None, {}, [])
         ]
-        write_atomically(path, "\n".join(sections))
+        try:
+            write_text(path, "\n".join(sections))
+        except OSError as error:
+            raise ConfigError(f"{path}: the file cannot be written: {error.strerror}; name another place.") from error
 
     def block(self) -> str:
         """``train_ds`` with bins and batch sizes, YAML to be pasted into a recipe; ends in a line break."""
@@ -254,9 +259,9 @@ def as_bins(bins: Any, where: str) -> tuple[Bin, ...]:
     """
     if not isinstance(bins, (list, tuple)) or not bins:
         raise ConfigError(f"{where}.bucket_duration_bins: a list of bins is needed, not {bins!r}.")
-    if all(_is_number(item) for item in bins):
+    if all(is_number(item) for item in bins):
         checked: tuple[Bin, ...] = tuple(float(item) for item in bins)
-    elif all(isinstance(item, (list, tuple)) and len(item) == 2 and all(map(_is_number, item)) for item in bins):
+    elif all(isinstance(item, (list, tuple)) and len(item) == 2 and all(map(is_number, item)) for item in bins):
         checked = tuple((float(item[0]), float(item[1])) for item in bins)
     else:
         raise ConfigError(
@@ -308,7 +313,7 @@ def _buckets(group: Any, where: str) -> Buckets:
 
 def _one_size(group: Mapping, where: str) -> Buckets:
     keys = [key for key in LIMIT_KEYS if key in group]
-    if len(keys) != 1 or not _is_number(group[keys[0]]) or group[keys[0]] <= 0:
+    if len(keys) != 1 or not is_number(group[keys[0]]) or group[keys[0]] <= 0:
         raise ConfigError(
             f"{where}.batch_size: is for examples of any length up to a bound; give one positive number as "
             f"{' or '.join(LIMIT_KEYS)}."
@@ -409,10 +414,6 @@ def _check_record(entry: Any, where: str) -> None:
 
 def _number(entry: Mapping, key: str, where: str, optional: bool = False) -> Any:
     value = entry.get(key)
-    if not (_is_number(value) or (optional and value is None)):
+    if not (is_number(value) or (optional and value is None)):
         raise ConfigError(f"{where}.{key}: a number is needed, not {value!r}.")
     return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,16 +1,12 @@
-"""YAML as one would write it by hand, put on the disk as a whole or not at all."""
+"""YAML as one would write it by hand."""
 
 from __future__ import annotations
 
-import os
 import re
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.memory import shown
 
 _UNBROKEN = 1_000_000
@@ -60,26 +56,3 @@ def as_yaml(content: dict[str, Any]) -> str:
     """
     text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_UNBROKEN)
     return _BYTES.sub(lambda line: f"{line.group()}  # {shown(int(line.group(3)))}", text)
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write a file; a process that dies meanwhile leaves the old one whole. Missing folders are made.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
-    target = Path(os.path.realpath(path))  # a link stays a link
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with unfinished.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, target)
-        finally:
-            with suppress(OSError):
-                unfinished.unlink()
-    except OSError as error:
-        raise ConfigError(f"{path}: the file cannot be written: {error.strerror}; name another place.") from error

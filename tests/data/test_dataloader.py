@@ -328,8 +328,8 @@ def test_notes_survive_the_way_into_a_spawned_worker(load, speech) -> None:
     manifest = speech(2)
     manifest.write_text("{not json\n" + manifest.read_text())
     loader = load({"manifest_filepath": str(manifest), "target_lang": "de", "force_iterable_dataset": True})
-    delivery = next(iter(pickle.loads(pickle.dumps(loader.dataset))))
-    assert [record.cause for record in delivery.notes.skipped] == ["not JSON"]
+    batch = next(iter(pickle.loads(pickle.dumps(loader.dataset))))
+    assert [record.cause for record in batch.records.skipped] == ["not JSON"]
 
 
 def test_bad_records_are_named_by_line_and_reported(load, speech_with_faults, monkeypatch) -> None:

@@ -163,7 +163,7 @@ def test_faults_of_files_are_told_apart(write_tone, tmp_path) -> None:
         "noise.wav": "unreadable audio",
         "header.wav": "truncated audio",
         "cut.wav": "truncated audio",
-        "cut.flac": "unreadable audio",  # its header promises all of it; the decoder gives up midway
+        "cut.flac": "unreadable audio",  # its header is intact; the decoder fails midway
     }
     assert {name: cause_of(cut_of(tmp_path / name, 1.0)) for name in causes} == causes
 

@@ -439,7 +439,7 @@ def fit_all(run: Run, rank: int, port: int) -> None:
     tokenizer = AutoTokenizer(str(run.tokenizer))
     dataset = SALMDataset(tokenizer)
     ranks = {"devices": 2, "strategy": "ddp", "max_epochs": 2}
-    config, spoilt = run.train_ds["intact"], run.train_ds["spoilt"]
+    config, damaged = run.train_ds["intact"], run.train_ds["damaged"]
     found = {}
     for number, (name, limit) in enumerate(LIMITS_OF_RANKS.items()):
         stock = fit(DataModule(OmegaConf.create(config), tokenizer, dataset), limit, **ranks)
@@ -451,7 +451,7 @@ def fit_all(run: Run, rank: int, port: int) -> None:
             resumed[path.name] = [again.examples, whole.examples[steps:]]
         found[name] = {"stock": stock.events, "ours": whole.events, "epochs": whole.steps_of_epochs}
         found[name]["resumed"] = resumed
-    found["spoilt"] = fit(MultimodalDataModule(spoilt, tokenizer, dataset), 9, **ranks).steps_of_epochs
+    found["damaged"] = fit(MultimodalDataModule(damaged, tokenizer, dataset), 9, **ranks).steps_of_epochs
     (run.folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 
@@ -463,10 +463,10 @@ def of_two_ranks(tmp_path_factory, tokenizer, cuts_path) -> list[dict]:
     manifest = corpus.source("speech_fr", CUTS)["manifest_filepath"]
     for number in (6, 7):  # after two batches for each rank
         corpus.audio_path("speech_fr", number).write_bytes(b"this is no sound")
-    spoilt = salm_yaml(cuts_path, num_workers=0, shuffle=False, max_bad_records=None)
+    damaged = salm_yaml(cuts_path, num_workers=0, shuffle=False, max_bad_records=None)
     source = {"type": "lhotse_as_conversation", "manifest_filepath": manifest, "audio_locator_tag": LOCATOR}
-    spoilt["train_ds"]["input_cfg"] = [source]
-    configs = {"intact": salm_yaml(cuts_path, num_workers=0, shard_seed=0), "spoilt": spoilt}
+    damaged["train_ds"]["input_cfg"] = [source]
+    configs = {"intact": salm_yaml(cuts_path, num_workers=0, shard_seed=0), "damaged": damaged}
     complete(Run(folder, configs, Path(tokenizer.tokenizer.name_or_path), world_size=2), fit_all)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -490,5 +490,5 @@ def test_two_ranks_end_a_pass_in_step_where_one_cannot_read_a_batch(of_two_ranks
     """Of 4 steps the second is left out on both ranks, the last one has a cut for each."""
     numbers = [[0, 1, 8, 9, 12], [2, 3, 10, 11, 13]]
     for of_rank, expected in zip(of_two_ranks, numbers, strict=True):
-        for epoch in of_rank["spoilt"]:
+        for epoch in of_rank["damaged"]:
             assert [int(name[-9:-4]) for step in epoch for name in step] == expected

@@ -12,7 +12,7 @@ import torch
 
 from nemo_emmett.data.dataloader import MultimodalDataLoader
 from nemo_emmett.data.io.skipped_records import SkippedRecords
-from nemo_emmett.data.worker_batches import DeliveringDataset, WorkerBatch
+from nemo_emmett.data.worker_batches import WorkerBatch, WorkerBatchDataset
 
 from ..fork_server import call_in_new_process, fork_server, print_to
 
@@ -25,11 +25,11 @@ class Endless(torch.utils.data.IterableDataset):
     """Batches without an end."""
 
     def __init__(self) -> None:
-        self.dataset = DeliveringDataset([], SkippedRecords())
+        self.dataset = WorkerBatchDataset([], SkippedRecords())
 
     def __iter__(self) -> Iterator[WorkerBatch]:
         while True:
-            yield self.dataset.deliver({"step": 1})
+            yield self.dataset.worker_batch({"step": 1})
 
 
 KEPT: list[Iterator] = []
@@ -39,7 +39,7 @@ KEPT: list[Iterator] = []
 def end_after_a_batch(folder: Path, error: BaseException) -> None:
     print_to(folder / "log")
     multiprocessing.set_start_method("fork", force=True)  # for the data workers, as in any training
-    loader = MultimodalDataLoader(Endless(), batch_size=None, num_workers=WORKERS, collate_fn=lambda delivery: delivery)
+    loader = MultimodalDataLoader(Endless(), batch_size=None, num_workers=WORKERS, collate_fn=lambda batch: batch)
     KEPT.append(iter(loader))
     assert next(KEPT[0]) == {"step": 1}
     workers = [process.pid for process in multiprocessing.active_children()]

@@ -1,4 +1,4 @@
-"""Several ranks: in step with one another, no example twice, and nobody waits for one that has nothing left."""
+"""Several ranks: in step with one another, no example twice, and none waits for one whose data has ended."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def test_finite_data_of_unequal_size_is_shared_out(run, corpus, fusion, workers)
     first, second = done.records(0), done.records(1)
     assert len(first) == len(second) > 0
     assert [record["modalities"] for record in first] == [record["modalities"] for record in second] or fusion == "mux"
-    delivered = Counter(ids_of_steps(first) + ids_of_steps(second))
-    assert set(delivered.values()) == {1}, "each example once"
-    assert {dataset_of(example) for example in delivered} == set(sizes)
-    assert len(delivered) + left_out(done.log(0)) == sum(sizes.values())
+    seen = Counter(ids_of_steps(first) + ids_of_steps(second))
+    assert set(seen.values()) == {1}, "each example once"
+    assert {dataset_of(example) for example in seen} == set(sizes)
+    assert len(seen) + left_out(done.log(0)) == sum(sizes.values())
     assert left_out(done.log(0)) == left_out(done.log(1))
     assert left_out(done.log(0)) <= 3 * 2 * max(workers, 1), "at most one batch short of all ranks, bucket and worker"
 
@@ -112,9 +112,9 @@ def test_zip_ends_on_all_ranks_with_the_shortest_group(run, corpus, workers) -> 
     first, second = done.records(0), done.records(1)
     assert len(first) == len(second) > 0
     assert all(record["modalities"] == ["audio", "text"] for record in first + second)
-    delivered = Counter(ids_of_steps(first) + ids_of_steps(second))
-    assert set(delivered.values()) == {1}
-    speech = [example for example in delivered if example.startswith("speech")]
+    seen = Counter(ids_of_steps(first) + ids_of_steps(second))
+    assert set(seen.values()) == {1}
+    speech = [example for example in seen if example.startswith("speech")]
     assert 13 - max(workers, 1) <= len(speech) <= 13
     assert "zip ended with speech" in done.log(0)
     assert "zip ended with speech" in done.log(1)
@@ -124,9 +124,9 @@ def test_a_source_smaller_than_the_number_of_ranks(run, corpus) -> None:
     """One recording for two ranks fits into no step; the log says so, and the text is trained on."""
     config = fused([corpus.source("speech_fr", 1)], [corpus.source("text_de", 8)], "round_robin", buckets=False)
     done = complete(run({**config, "force_finite": True}, epochs=1))
-    delivered = [sorted(ids_of_steps(done.records(rank))) for rank in (0, 1)]
-    assert [len(ids) for ids in delivered] == [4, 4]
-    assert not set(delivered[0]) & set(delivered[1])
+    seen = [sorted(ids_of_steps(done.records(rank))) for rank in (0, 1)]
+    assert [len(ids) for ids in seen] == [4, 4]
+    assert not set(seen[0]) & set(seen[1])
     assert left_out(done.log(0)) == left_out(done.log(1)) == 1
 
 
@@ -146,9 +146,9 @@ def test_two_epochs_of_finite_data(run, corpus) -> None:
     done = complete(run(config, epochs=2))
     both = done.records(0) + done.records(1)
     for epoch in (0, 1):
-        delivered = Counter(ids_of_steps([record for record in both if record["epoch"] == epoch]))
-        assert set(delivered.values()) == {1}
-        assert len(delivered) >= 16
+        seen = Counter(ids_of_steps([record for record in both if record["epoch"] == epoch]))
+        assert set(seen.values()) == {1}
+        assert len(seen) >= 16
 
 
 # Data without end
@@ -216,15 +216,15 @@ def test_workers_share_out_each_source(load, corpus, workers) -> None:
 
 
 def test_a_rank_without_readable_audio_stays_in_step(run, corpus, load) -> None:
-    """All recordings of one rank's third speech batch are spoilt; it goes on with the others and loses nothing else."""
+    """All recordings of one rank's third speech batch are damaged; it continues, and loses nothing else."""
     speech, text = [corpus.source("speech_de", 40)], [corpus.source("text_de", 50)]
     config = fused(speech, text, "randomized_round_robin", max_bad_records=None)
     intact = [[ids_of(batch) for batch in islice(load(config, rank), 12)] for rank in (0, 1)]
-    spoilt = [ids for ids in intact[1] if ids[0].startswith("speech")][2]
-    for name in spoilt:
+    damaged = [ids for ids in intact[1] if ids[0].startswith("speech")][2]
+    for name in damaged:
         (corpus.folder / name).write_bytes(b"this is no sound")
     done = complete(run(config, steps=12))
-    expected = [[example for example in ids if example not in spoilt] for ids in intact[1]]
+    expected = [[example for example in ids if example not in damaged] for ids in intact[1]]
     assert [record["ids"] for record in done.records(1)] == expected
     assert [record["ids"] for record in done.records(0)] == intact[0]
     assert [] in expected
@@ -232,7 +232,7 @@ def test_a_rank_without_readable_audio_stays_in_step(run, corpus, load) -> None:
 
 
 def test_all_ranks_agree_where_a_whole_source_cannot_be_read(run, corpus) -> None:
-    """Every third recording is spoilt, on either rank; steps stay the same on both."""
+    """Every third recording is damaged, on either rank; steps stay the same on both."""
     speech, text = [corpus.source("speech_de", 30)], [corpus.source("text_de", 30)]
     for number in range(0, 30, 3):
         corpus.audio_path("speech_de", number).write_bytes(b"")

@@ -19,6 +19,7 @@ from .fitting import Run, complete, run_ranks
 
 SPEECH_BUCKETS = {"bucket_duration_bins": [0.2, 0.3, 0.5], "bucket_batch_size": [4, 3, 2]}
 TEXT_BUCKETS = {"bucket_duration_bins": [8, 16, 30], "bucket_batch_size": [5, 4, 3]}
+STATES = Path(__file__).parent / "states.json"
 FUSIONS = ("zip", "round_robin", "randomized_round_robin", "mux")
 
 
@@ -118,7 +119,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(run, train_ds, fusion
 
 
 def test_endless_data_in_epochs_of_a_given_length(run, train_ds) -> None:
-    """Lightning begins a new pass over the loader in the middle of the data; the data does not begin anew."""
+    """Lightning begins a new pass over the loader in the middle of the data; the data continues."""
     whole = complete(run(train_ds("zip"), steps=14, batches_per_epoch=5, checkpoint_every=1))
     expected = sequence(whole.records())
     assert [record["epoch"] for record in whole.records()] == [0] * 5 + [1] * 5 + [2] * 4
@@ -185,7 +186,7 @@ def assert_continues(load, config: dict, stop_after: int, steps: int = 24, **ran
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_every_fusion_resumes_after_the_last_batch_handed_out(load, train_ds, fusion, workers) -> None:
+def test_every_fusion_resumes_after_the_last_batch_that_was_yielded(load, train_ds, fusion, workers) -> None:
     assert_continues(load, train_ds(fusion, num_workers=workers), stop_after=7)
 
 
@@ -241,3 +242,14 @@ def test_a_state_taken_before_the_first_batch(load, train_ds) -> None:
     resumed = load(config)
     resumed.load_state_dict(through_a_file(load(config).state_dict()))
     assert [ids_of(batch) for batch in islice(resumed, 4)] == expected
+
+
+@pytest.mark.parametrize("fusion", ["randomized_round_robin", "mux"])
+def test_a_state_of_an_earlier_version_continues(load, train_ds, sources, fusion) -> None:
+    """``states.json`` was written by commit e203360: states after 7 batches, with the ids of the next 8."""
+    speech, _ = sources["plain"]
+    folder = str(Path(speech[0]["manifest_filepath"]).parent)
+    written = json.loads(STATES.read_text().replace("FOLDER", folder))[fusion]
+    loader = load(train_ds(fusion, num_workers=2))
+    loader.load_state_dict(written["state"])
+    assert [ids_of(batch) for batch in islice(loader, 8)] == written["next"]

@@ -22,7 +22,7 @@ from pathlib import Path
 from nemo_emmett.corpora.phrasebook.espeak import SAMPLING_RATE, Engine
 from nemo_emmett.corpora.phrasebook.voices import Voice
 from nemo_emmett.errors import EmmettError
-from nemo_emmett.files import whole_file
+from nemo_emmett.files import atomic_file
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _speak_in_child(engine: Engine, request: dict, folder: str | None) -> bool:
     try:
         utterance = Utterance(request["text"], Voice(**request["voice"]), request["path"])
         samples = engine.resample(engine.speak(utterance.text, utterance.voice))
-        with whole_file(utterance.path, folder) as unfinished:
+        with atomic_file(utterance.path, folder) as unfinished:
             _write_wav(unfinished, samples)
         status = 0
     except BaseException:

@@ -1,7 +1,7 @@
-"""Reading the audio of a cut: from its recordings' own headers, whatever the manifest says of them.
+"""Reads the audio of a cut by the headers of its files, not by what the manifest declares.
 
-lhotse takes a manifest at its word. It reads a file of another sampling rate at the wrong speed, refuses one that is
-longer than declared, and makes up for one that is up to half a second short by reflecting its end.
+lhotse trusts the manifest: it reads a file of another sampling rate at the wrong speed, raises on a file that is longer
+than declared, and extends one that is up to half a second short by reflecting its end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def load_waveform(cut: Cut) -> torch.Tensor:
         float32 tensor (T_samples,).
 
     Raises:
-        AudioFault: if there is no audio, or not all of it; its text is the cause.
+        AudioFault: if the audio is missing or incomplete; its text is the cause.
     """
     cut = with_checked_audio(cut)
     is_augmented = isinstance(cut, MixedCut) or any(
@@ -37,22 +37,22 @@ def load_waveform(cut: Cut) -> torch.Tensor:
 
 
 def with_checked_audio(cut: Cut) -> Cut:
-    """The cut on its recordings as they are, of which only the headers are read; samples are checked on loading.
+    """The cut with recordings as their headers describe them; their samples are checked on loading.
 
-    A recording of another sampling rate than declared is resampled from its own. A cut that reaches a little beyond the
-    end of its recording ends with it. Audio behind URLs and commands is left as declared.
+    A recording of another sampling rate than declared is resampled from its own. A cut that ends slightly after its
+    recording is shortened. Audio behind URLs and commands is left as declared.
 
     Raises:
-        AudioFault: if a recording is missing, or its cut reaches too far beyond its end; its text is the cause.
+        AudioFault: if a recording is missing, or its cut ends too long after it; its text is the cause.
     """
     if commands.is_refused(cut):
         raise AudioFault(RUNS_A_COMMAND)
-    return _with_opened_recordings(cut)
+    return _with_recordings_by_header(cut)
 
 
-def _with_opened_recordings(cut: Cut) -> Cut:
+def _with_recordings_by_header(cut: Cut) -> Cut:
     if isinstance(cut, MixedCut):
-        tracks = [fastcopy(track, cut=_with_opened_recordings(track.cut)) for track in cut.tracks]
+        tracks = [fastcopy(track, cut=_with_recordings_by_header(track.cut)) for track in cut.tracks]
         return fastcopy(cut, tracks=tracks)
     if isinstance(cut, PaddingCut) or not cut.has_recording:
         return cut
@@ -62,7 +62,7 @@ def _with_opened_recordings(cut: Cut) -> Cut:
     sources, headers = zip(*map(_opened, declared.sources), strict=True)
     if len({header.sampling_rate for header in headers}) > 1:
         raise AudioFault("channels of different sampling rates")
-    recording = _as_declared(declared, _actual(declared, sources, headers))
+    recording = _as_declared(declared, _recording_by_header(declared, sources, headers))
     missing = max(header.missing for header in headers)
     try:
         duration = fitted(recording.duration, cut.start, cut.duration, missing)
@@ -71,7 +71,7 @@ def _with_opened_recordings(cut: Cut) -> Cut:
         raise AudioFault(str(fault), path) from None
     if recording.num_channels == 1 or declared.num_channels > 1:
         return fastcopy(cut, recording=recording, duration=duration)
-    # NeMo declares one channel for any file whose sampling rate the manifest has.
+    # NeMo declares one channel for every file if the manifest has its sampling rate.
     return MultiCut(
         cut.id, cut.start, duration, recording.channel_ids, cut.supervisions, recording=recording, custom=cut.custom
     )
@@ -82,7 +82,7 @@ def _opened(source: AudioSource) -> tuple[CheckedSource, Header]:
     if source.type == "file":
         header = read_header(str(source.source))
     else:
-        encoded = source.source  # what lies in a tar file is read here, once
+        encoded = source.source  # for a member of a tar file this reads its bytes
         if not isinstance(encoded, bytes):
             raise AudioFault("unreadable audio")
         source = AudioSource("memory", source.channels, encoded)
@@ -90,8 +90,10 @@ def _opened(source: AudioSource) -> tuple[CheckedSource, Header]:
     return CheckedSource(source, header), header
 
 
-def _actual(declared: Recording, sources: tuple[CheckedSource, ...], headers: tuple[Header, ...]) -> Recording:
-    """The recording that its sources hold, without what is done to it."""
+def _recording_by_header(
+    declared: Recording, sources: tuple[CheckedSource, ...], headers: tuple[Header, ...]
+) -> Recording:
+    """The recording as its headers describe it, without transforms."""
     channels = sorted(channel for source in declared.sources for channel in source.channels)
     for source, of_manifest, header in zip(sources, declared.sources, headers, strict=True):
         if len(of_manifest.channels) == header.num_channels:
@@ -105,7 +107,7 @@ def _actual(declared: Recording, sources: tuple[CheckedSource, ...], headers: tu
 
 
 def _as_declared(declared: Recording, recording: Recording) -> Recording:
-    """A recording, with all done to it that shall be done to the declared one, at the declared sampling rate."""
+    """A recording with the transforms of the declared one, at the declared sampling rate."""
     transforms = [
         t if isinstance(t, AudioTransform) else AudioTransform.from_dict(t) for t in declared.transforms or []
     ]
@@ -116,7 +118,7 @@ def _as_declared(declared: Recording, recording: Recording) -> Recording:
         if isinstance(transform, Resample) and transform.target_sampling_rate != recording.sampling_rate:
             recording = recording.resample(transform.target_sampling_rate)
         elif isinstance(transform, Resample) and transform.source_sampling_rate != recording.sampling_rate:
-            pass  # declared of another rate than the file's, which is the target's
+            pass  # the manifest declares another rate than the file's, which is the target's already
         elif isinstance(transform, Speed):
             recording = recording.perturb_speed(transform.factor, affix_id=False)
         elif isinstance(transform, Tempo):
@@ -124,7 +126,8 @@ def _as_declared(declared: Recording, recording: Recording) -> Recording:
         else:
             recording = fastcopy(recording, transforms=[*(recording.transforms or []), transform])
     if declared.transforms and recording.channel_ids != declared.channel_ids and declared.num_channels > 1:
-        recording = fastcopy(recording, channel_ids=declared.channel_ids)  # a room with several microphones
+        # after an impulse response with several microphones
+        recording = fastcopy(recording, channel_ids=declared.channel_ids)
     return recording
 
 
@@ -137,7 +140,7 @@ def _parts_with_audio(cut: Cut) -> Iterator[Cut]:
 
 
 def audio_path(cut: Cut) -> str | None:
-    """The file that a cut's audio is read from; None if it is in memory, behind a URL, or there are several."""
+    """The file of a cut's audio; None if it is in memory, behind a URL, or in several files."""
     paths = {
         str(source.source)
         for part in _parts_with_audio(cut)
@@ -148,6 +151,6 @@ def audio_path(cut: Cut) -> str | None:
 
 
 def audio_start(cut: Cut) -> float | None:
-    """Where in its file a cut's audio begins, in seconds; None unless the file holds it as it is."""
+    """The start of a cut's audio in its file, in seconds; None if the audio is transformed or not in one file."""
     is_as_recorded = isinstance(cut, MonoCut) and not cut.recording.transforms
     return cut.start if is_as_recorded and audio_path(cut) is not None else None

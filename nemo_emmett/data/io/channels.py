@@ -1,4 +1,4 @@
-"""Which channel of a recording is used."""
+"""Selects a channel of a recording."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from lhotse.utils import fastcopy
 from nemo_emmett.data.io.skipped_records import InvalidRecord
 
 AVERAGE = "average"
-"""Selector of all channels: what our datasets make of a recording with several channels."""
+"""Selector of the average over all channels, the default of our datasets."""
 
 
 def is_chosen(selector: int | str | None) -> bool:
-    """Whether one channel is to be used, and not the average of all."""
+    """Whether the selector is for one channel, not for the average of all."""
     return selector is not None and selector != AVERAGE
 
 
@@ -34,7 +34,7 @@ def select_channel(cut: Cut, selector: int | str | None) -> Cut:
     if cut.num_channels == 1:
         return cut
     selected = cut.with_channels(channel)
-    if not selected.supervisions:  # a text of which nobody has said that it is spoken in another channel
+    if not selected.supervisions:  # lhotse drops texts of other channels, and texts are of channel 0 by default
         selected.supervisions = [fastcopy(supervision, channel=channel) for supervision in cut.supervisions]
     return selected
 

@@ -1,7 +1,7 @@
-"""Data may name commands: lhotse runs a recording of the type ``command`` and opens ``pipe:`` paths in a shell.
+"""Commands in data: lhotse runs recordings of the type ``command`` and opens ``pipe:`` paths in a shell.
 
-A manifest that somebody downloaded could run anything, so commands are refused unless the recipe, which its user runs,
-says ``allow_commands: true`` for the dataset. Such records are skipped and counted; such paths of sources are refused.
+A downloaded manifest could run anything. So commands need ``allow_commands: true`` in the dataset's section of the
+recipe; otherwise such records are skipped and counted, and such paths of sources raise an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nemo_emmett.config import item_of
 from nemo_emmett.errors import ConfigError, DataError
 
 _UNPICKLED = ("memory_raw", "pillow_memory", "kaldiio")
-"""lhotse's kinds of arrays that are unpickled, or whose path may be a command."""
+"""lhotse's storage types whose arrays are unpickled, or whose path may be a command."""
 
 _allowed: ContextVar[bool] = ContextVar("nemo_emmett_commands_allowed", default=False)
 _refusing: ContextVar[bool] = ContextVar("nemo_emmett_refuses_commands", default=False)
@@ -34,7 +34,7 @@ _refusing: ContextVar[bool] = ContextVar("nemo_emmett_refuses_commands", default
 
 @contextmanager
 def commands_allowed(allowed: bool) -> Iterator[None]:
-    """Whether data that is read inside this context may run commands."""
+    """Sets whether data that is read inside this context may run commands."""
     token = _allowed.set(allowed)
     try:
         yield
@@ -48,17 +48,17 @@ def are_allowed() -> bool:
 
 
 def is_refused(cut: Cut) -> bool:
-    """Whether loading anything of a cut would run a command, and the recipe does not allow that."""
+    """Whether loading a cut would run a command that the recipe does not allow."""
     if _allowed.get():
         return False
     try:
         return any(map(_runs_a_command, _stored(cut)))
-    except RecursionError:  # custom fields that are nested hundreds of times
+    except RecursionError:  # deeply nested custom fields
         return True
 
 
 def _stored(thing: Any) -> Iterator[Any]:
-    """Whatever of a cut is read from somewhere: recordings, impulse responses, features, arrays in custom fields."""
+    """All parts of a cut that are loaded: recordings, impulse responses, features, arrays in custom fields."""
     if thing is None or isinstance(thing, (str, int, float)):
         return
     if isinstance(thing, MixedCut):
@@ -71,7 +71,7 @@ def _stored(thing: Any) -> Iterator[Any]:
     elif isinstance(thing, Recording):
         yield from thing.sources
         yield from _stored(thing.transforms)
-    elif isinstance(thing, Mapping):  # custom fields; an augmentation as a manifest has it, with a recording in it
+    elif isinstance(thing, Mapping):  # custom fields, or a transform as a dict with a recording
         if {"type", "channels", "source"} <= thing.keys():
             yield AudioSource(thing["type"], thing["channels"], thing["source"])
         yield from _stored(list(thing.values()))
@@ -87,33 +87,34 @@ def _stored(thing: Any) -> Iterator[Any]:
 def _runs_a_command(stored: AudioSource | Array | TemporalArray | Features | Image) -> bool:
     if not isinstance(stored, AudioSource):
         array = stored.array if isinstance(stored, TemporalArray) else stored
-        # lhotse saves a cut without the data of its in-memory arrays.
+        # In-memory arrays are None, since lhotse saves a cut without their data.
         return array is not None and (array.storage_type in _UNPICKLED or is_pipe(array.storage_path))
     return stored.type == "command" or (stored.type != "memory" and is_command(stored.source))
 
 
-def refuse_pipes(config: Any, where: str) -> None:
-    """Refuse a source whose files are the output of commands.
+def refuse_pipes(value: Any, place: str) -> None:
+    """Raise ConfigError if files of a source are the output of commands.
 
-    Raises:
-        ConfigError: naming the key.
+    Args:
+        value: of a source or of one of its keys.
+        place: of the value in the recipe.
     """
-    if isinstance(config, Mapping):
-        for key, value in config.items():
+    if isinstance(value, Mapping):
+        for key, item in value.items():
             if key != "tags":
-                refuse_pipes(value, f"{where}.{key}")
-    elif isinstance(config, (list, tuple)):
-        for number, value in enumerate(config):
-            refuse_pipes(value, item_of(where, number))
-    elif is_pipe(config):
+                refuse_pipes(item, f"{place}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            refuse_pipes(item, item_of(place, number))
+    elif is_pipe(value):
         raise ConfigError(
-            f"{where}: '{config}' would run a command; if you want that, set allow_commands: true in the dataset's "
+            f"{place}: '{value}' would run a command; if you want that, set allow_commands: true in the dataset's "
             "section of the recipe."
         )
 
 
 class WithoutCommands:
-    """What NeMo's readers yield, while lhotse runs no command for them.
+    """Iterates over NeMo's readers, with lhotse's commands disabled while they read.
 
     Args:
         examples: cuts, texts, conversations.
@@ -136,7 +137,10 @@ class WithoutCommands:
 
 @contextmanager
 def without_commands() -> Iterator[None]:
-    """lhotse opens no pipe and runs no command for what is done inside this context."""
+    """Disables lhotse's pipes and commands inside this context.
+
+    The wrapped functions of lhotse stay installed, and do what they did before outside of the context.
+    """
     for module in (lhotse.audio.source, lhotse.audio.backend):
         module.run = _run
     if not isinstance(backend := get_current_io_backend(), _WithoutPipes):
@@ -149,7 +153,7 @@ def without_commands() -> Iterator[None]:
 
 
 class _WithoutPipes(CompositeIOBackend):
-    """lhotse's way to open files, which stays in its place; outside of the context it opens pipes as ever."""
+    """lhotse's I/O backend, with :class:`_RefusedPipe` in front."""
 
 
 class _RefusedPipe(PipeIOBackend):
@@ -161,7 +165,7 @@ class _RefusedPipe(PipeIOBackend):
 
 
 def _run(command: Any, *args: Any, **kwargs: Any) -> Any:
-    """What lhotse calls in the place of ``subprocess.run``."""
+    """What lhotse calls instead of ``subprocess.run``."""
     if _refusing.get():
         raise _refused(command)
     return subprocess.run(command, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The files that a config names, and their lines: sharded, plain or gzipped, and without stopping at bad UTF-8."""
+"""The files of a dataset and their lines: paths with patterns, shards, plain and gzipped files, invalid UTF-8."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from tqdm import tqdm
 from nemo_emmett.errors import DataError
 
 SECONDS_WITHOUT_A_BAR = 5.0
-"""Counting that takes no longer than this shows nothing."""
-
+"""Shorter counting shows no progress bar."""
 
 _OPENING, _CLOSING = ("_OP_", "{", "(", "[", "<"), ("_CL_", "}", ")", "]", ">")
 _OPENING_BRACKET = re.compile("|".join(map(re.escape, _OPENING)))
@@ -32,15 +31,15 @@ _BRACKET_OR_COMMA = re.compile("|".join(map(re.escape, (*_OPENING, *_CLOSING, ",
 _RANGE = re.compile(r"-?\d+\.\.-?\d+(\.\.-?\d+)?|[A-Za-z]\.\.[A-Za-z](\.\.-?\d+)?")
 
 _SAMPLES, _SAMPLE_BYTES = 8, 4096
-"""So many blocks of a file, of this size, tell whether it is still the same; a file of no more bytes is read whole."""
+"""Number and size of the blocks of a file that are compared to detect a change; smaller files are read completely."""
 
 
 def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
-    """All files that a config names: one path, a list of them, or a pattern (``train__OP_0..7_CL_.de``).
+    """The files of a path, a list of paths, or a pattern (``train__OP_0..7_CL_.de``).
 
-    A path that exists is that path, whatever characters it holds. In any other, a range (``0..7``, ``00..30..2``,
-    ``a..c``) or a list (``a,b``) between ``_OP_`` and ``_CL_``, braces, parentheses, square or angle brackets stands
-    for its values, as in NeMo. Brackets in the names of existing folders, or around anything else, are part of a name.
+    A path that exists is taken literally, whatever characters it contains. In any other, a range (``0..7``,
+    ``00..30..2``, ``a..c``) or a list (``a,b``) between ``_OP_`` and ``_CL_``, braces, parentheses, square or angle
+    brackets is expanded, as in NeMo. Brackets in the names of existing folders, or around anything else, are literal.
     """
     if isinstance(paths, (str, Path)):
         return list(_expanded(str(paths), 0))
@@ -48,7 +47,7 @@ def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def _expanded(path: str, known: int) -> Iterator[str]:
-    """The files of one pattern; its first ``known`` characters name an existing folder."""
+    """The files of one pattern, whose first ``known`` characters are an existing folder."""
     if is_local(path):
         if os.path.lexists(path):
             yield path
@@ -65,7 +64,7 @@ def _expanded(path: str, known: int) -> Iterator[str]:
 
 
 def _choices(path: str, start: int) -> tuple[list[str], int] | None:
-    """What the bracket whose content begins at ``start`` stands for, and where it ends; None if it is no pattern."""
+    """The values of the bracket whose content begins at ``start``, and its end; None if it is no pattern."""
     depth, members = 1, []
     begin = start
     for token in _BRACKET_OR_COMMA.finditer(path, start):
@@ -82,13 +81,13 @@ def _choices(path: str, start: int) -> tuple[list[str], int] | None:
 
 
 def is_local(path: str) -> bool:
-    """Whether ``path`` is a file of this machine: not a URL, an object store, or the output of a command."""
+    """Whether a path is on this machine: not a URL, an object store, or the output of a command."""
     return "://" not in path and not path.startswith("pipe:")
 
 
 def open_bytes(path: str) -> BinaryIO:
     """Open a file, gzipped if its name ends in ``.gz``, a URL, or the output of a command (``pipe:...``)."""
-    if is_local(path):  # lhotse takes a folder whose name ends in .tar for a tar file
+    if is_local(path):  # lhotse would open a folder whose name ends in .tar as a tar file
         return gzip_open_robust(path) if path.endswith(".gz") else open(path, "rb")
     return open_best(path, "rb")
 
@@ -96,8 +95,8 @@ def open_bytes(path: str) -> BinaryIO:
 def open_lines(path: str) -> Iterator[bytes]:
     """Yield the lines of a text file, gzipped if its name ends in ``.gz``, without their line ends.
 
-    Lines end at a newline only: other separators that Unicode knows may stand inside a sentence, and splitting there
-    would shift one side of a parallel text.
+    Lines end at a newline only: Unicode's other line separators may occur in a sentence, and splitting there would
+    shift one side of a parallel text.
     """
     with open_bytes(path) as file:
         for line in file:
@@ -105,7 +104,7 @@ def open_lines(path: str) -> Iterator[bytes]:
 
 
 def zip_lines(paths: Sequence[str]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
-    """Yield the line number (from 1) and the lines of several files that belong line by line together.
+    """Yield the line number (from 1) and that line of each of several parallel files.
 
     Raises:
         DataError: if one file ends before the others.
@@ -118,19 +117,19 @@ def zip_lines(paths: Sequence[str]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
             if None in lines:
                 short = paths[lines.index(None)]
                 raise DataError(
-                    f"{short} ends after {number - 1} lines, but a file parallel to it ({', '.join(paths)}) goes on; "
+                    f"{short} ends after {number - 1} lines, but a file parallel to it ({', '.join(paths)}) has more; "
                     "parallel files must have the same number of lines."
                 )
             yield number, lines
 
 
 def count_lines(path: str) -> int:
-    """Number of lines in a local text file, gzipped or not; a file that did not change is counted once."""
+    """Number of lines in a local text file, gzipped or not; counted again only if the file changes."""
     return count_lines_of([path])[path]
 
 
 def count_lines_of(paths: Sequence[str]) -> dict[str, int]:
-    """Number of lines of each local text file; counting for long shows a bar, a file that did not change is quick."""
+    """Number of lines of each local text file, with a progress bar; counted again only if a file changes."""
     states = {path: FileState.of(path) for path in paths}
     new = [path for path, state in states.items() if state not in _counted]
     total = sum(states[path].size for path in new)
@@ -141,10 +140,10 @@ def count_lines_of(paths: Sequence[str]) -> dict[str, int]:
 
 
 class FileState(NamedTuple):
-    """A file as it was when it was looked at. Of a remote file nothing but its name is known.
+    """Size, times and a sample of a file's content, by which changes are detected. Of a remote file only the path.
 
-    A file that is rewritten may keep its size, and tools such as rsync set its time to an older one. Its change time
-    (ctime) cannot be set; where a file system has none, a sample of the content tells most changes.
+    A file that is rewritten may keep its size, and tools such as rsync set its modification time. Its change time
+    (ctime) cannot be set; on file systems without it the sample detects most changes.
     """
 
     path: str
@@ -171,13 +170,13 @@ class FileState(NamedTuple):
 
     @property
     def stamp(self) -> list[int]:
-        """What a cache file keeps of it: all but the path, since folders are moved."""
+        """What a sidecar file stores: all but the path, since folders are moved."""
         return list(self[1:])
 
 
 @lru_cache(maxsize=1 << 16)
 def content_checksum(state: FileState) -> int:
-    """Checksum of all bytes of a local file in this state; of a remote one 0.
+    """Checksum of the content of a local file in this state; 0 for a remote file.
 
     Raises:
         OSError: if it cannot be read.
@@ -192,7 +191,7 @@ def content_checksum(state: FileState) -> int:
 
 
 def _sample(descriptor: int, size: int) -> int:
-    """Checksum of blocks spread over an open file, its beginning and end among them."""
+    """Checksum of evenly spaced blocks of an open file, including the first and the last."""
     if size <= _SAMPLES * _SAMPLE_BYTES:
         return zlib.crc32(os.pread(descriptor, size, 0))
     checksum = 0
@@ -203,7 +202,7 @@ def _sample(descriptor: int, size: int) -> int:
 
 
 _counted: dict[FileState, int] = {}
-"""Number of lines of the files counted in this process."""
+"""Number of lines of the files that this process has counted."""
 
 
 def _count_lines(path: str, bar: tqdm) -> int:
@@ -220,11 +219,11 @@ def _count_lines(path: str, bar: tqdm) -> int:
 
 
 class ShardOrder:
-    """The order in which one reader takes its shards: as given, or reshuffled at each pass.
+    """The order in which a reader reads its shards: as given, or shuffled in each pass.
 
     Args:
-        shuffle: whether to shuffle at all.
-        seed: an integer, or lhotse's ``trng`` and ``randomized`` (each worker its own order).
+        shuffle: whether to shuffle.
+        seed: an integer, or lhotse's ``trng`` and ``randomized`` (another order in each worker).
     """
 
     def __init__(self, shuffle: bool, seed: int | str) -> None:
@@ -242,7 +241,7 @@ class ShardOrder:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a string can be written: JSON may hold halves of surrogate pairs, which are no characters."""
+    """Whether a string can be encoded: JSON may contain halves of surrogate pairs, which are no characters."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -251,12 +250,12 @@ def is_unicode(text: str) -> bool:
 
 
 def strip_bom(line: bytes) -> bytes:
-    """The line without the byte order mark that programs under Windows put at the beginning of a file."""
+    """The line without the byte order mark that Windows programs write at the beginning of a file."""
     return line.removeprefix(codecs.BOM_UTF8)
 
 
 def decoded(line: bytes, note: Callable[[str], None]) -> str | None:
-    """The line as text; None, and a note of the cause, if it is not UTF-8."""
+    """The line as text; None if it is not UTF-8, which is passed to ``note`` as the cause."""
     try:
         return strip_bom(line).decode("utf-8")
     except UnicodeDecodeError:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from nemo_emmett.data.io.files import count_lines, decoded, open_lines
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
+from nemo_emmett.typed_config import is_number
 
 
 class Record(NamedTuple):
@@ -76,7 +77,7 @@ def check_times(data: Mapping) -> None:
 
 def is_seconds(value: object) -> bool:
     """Whether a value is a number with which lhotse can count samples: finite, and of no more than twelve digits."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12  # false for NaN
+    return is_number(value) and abs(value) < 1e12  # false for NaN
 
 
 def sampling_rate_of(data: Mapping) -> object:

@@ -1,4 +1,4 @@
-"""Which of several sources comes next, so that each keeps its share in every stretch, not only on average."""
+"""Proportional mixing: sources are drawn so that each keeps its share at every moment, not only on average."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 
 class ProportionalMixer:
-    """An endless sequence of indices in which index i has the share ``shares[i]`` of any stretch, give or take one.
+    """An endless sequence of indices in which index i has the share ``shares[i]`` of the draws so far, up to one draw.
 
-    After n draws index i is due ``shares[i] * n`` times. Tijdeman's rule (The chairman assignment problem, 1980) draws,
-    of all that are due soon enough, the one whose time is over first; then no count is ever off by more than
-    ``1 - 1 / (2k - 2)`` for k indices, which is the best that any rule can promise.
+    After n draws index i should have ``shares[i] * n`` of them. Tijdeman's rule (The chairman assignment problem, 1980)
+    draws, of all indices that may be drawn already, the one with the earliest deadline; then no count is ever off by
+    more than ``1 - 1 / (2k - 2)`` for k indices, which is the best possible bound.
 
     Args:
         shares: they need not sum to one; an index with the share 0 is never drawn.
-        seed: shifts the beginning by a random amount for each index, so that workers do not draw in lockstep; None:
-            no shift. The shift adds up to a half to the promise.
+        seed: shifts the start by a random amount for each index, so that workers do not draw the same sequence; None:
+            no shift. The shift adds up to a half to the bound.
     """
 
     def __init__(self, shares: Sequence[float], seed: Sequence[int] | None = None) -> None:
@@ -40,24 +40,24 @@ class ProportionalMixer:
     def next(self) -> int:
         """The next index."""
         earliest, chosen = float("inf"), None
-        most_due, fallback = -float("inf"), 0
+        largest_debt, fallback = -float("inf"), 0  # with shifted starts, or by rounding, none may be due
         for index, share in enumerate(self.shares):
             if share <= 0:
                 continue
             owed = share * self._drawn - self._counts[index] + self._shifts[index]
-            if owed + share > most_due:
-                most_due, fallback = owed + share, index
+            if owed + share > largest_debt:
+                largest_debt, fallback = owed + share, index
             if owed + share >= self._slack:
-                over = (1.0 - self._slack - owed) / share
-                if over < earliest:
-                    earliest, chosen = over, index
+                deadline = (1.0 - self._slack - owed) / share  # in draws from now
+                if deadline < earliest:
+                    earliest, chosen = deadline, index
         chosen = fallback if chosen is None else chosen
         self._counts[chosen] += 1
         self._drawn += 1
         return chosen
 
     def remove(self, index: int) -> None:
-        """Never draw this index again; the others share what it had."""
+        """Never draw this index again; its share goes to the others in proportion."""
         left = [0.0 if i == index else share for i, share in enumerate(self.shares)]
         total = sum(left)
         self.shares = [share / total for share in left] if total > 0 else left
@@ -66,15 +66,15 @@ class ProportionalMixer:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing left to draw."""
+        """Whether all indices were removed."""
         return not any(self.shares)
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on from here."""
+        """The state of the sequence."""
         return {"shares": list(self.shares), "counts": list(self._counts), "drawn": self._drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.shares = list(state["shares"])
         self._counts = list(state["counts"])
         self._drawn = state["drawn"]

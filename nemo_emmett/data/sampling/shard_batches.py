@@ -1,4 +1,4 @@
-"""A test set dealt out to the processes of an evaluation, by whole batches."""
+"""The batches of a test set, distributed over the processes of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from nemo_emmett.data.readers.examples import origin_of
 
 
 class ShardedBatches:
-    """Of the batches that one process would get those of a rank: the ``rank``-th of every ``world_size``.
+    """A rank's part of the batches that a single process would get: the ``rank``-th of every ``world_size``.
 
-    Samplers that divide the batches themselves keep the ranks in step, for which they cut the last ones anew or repeat
-    examples. That does no harm in training; a test set is to be translated once, in batches that do not depend on the
-    number of processes.
+    Samplers that distribute the batches themselves keep the ranks in step, for which they divide the last batches or
+    repeat examples. A test set must be translated once, in batches that do not depend on the number of processes.
 
     Args:
-        sampler: of one process; every rank runs through all of it, without reading any audio.
-        rank: this process's place.
-        world_size: how many there are.
+        sampler: of a single process; every rank iterates over all of it, without reading any audio.
+        rank: of this process.
+        world_size: number of ranks.
     """
 
     def __init__(self, sampler: CutSampler, rank: int, world_size: int) -> None:
         self.sampler = sampler
         self.rank = rank
         self.world_size = world_size
-        self.order: str | None = None  # digest of all batches, once they are through: the same on every rank
+        self.order: str | None = None  # digest of all batches, after iteration: the same on every rank
 
     def __iter__(self) -> Iterator[CutSet]:
         """Yield this rank's batches."""

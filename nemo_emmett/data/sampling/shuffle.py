@@ -9,29 +9,29 @@ from typing import NamedTuple
 import numpy as np
 
 SHUFFLE_BLOCK_SIZE = 256
-"""So many neighbouring records are read from one place: long enough for a disk, short enough to be well shuffled."""
+"""Records of a block of neighbours: large enough to be read from disk in one go, small enough to shuffle well."""
 
 
-class Place(NamedTuple):
-    """Where a record stands."""
+class RecordLocation(NamedTuple):
+    """A shard and the number of a record in it, from 0."""
 
     shard: int
-    number: int  # in the shard, from 0
+    number: int
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass over all records: stretches of neighbours, in the order in which they are read."""
+    """The blocks of one pass over all records, in the order in which they are read."""
 
-    shards: np.ndarray  # (S,) of each stretch
-    starts: np.ndarray  # (S,) number of each stretch's first record
-    sizes: np.ndarray  # (S,) records of each stretch
-    ends: np.ndarray  # (S,) position, within the pass, at which each stretch is over
+    shards: np.ndarray  # (S,) of each block
+    starts: np.ndarray  # (S,) number of each block's first record
+    sizes: np.ndarray  # (S,) records of each block
+    ends: np.ndarray  # (S,) position, within the pass, at which each block ends
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Stretches that are shuffled together."""
+    """The records of consecutive blocks, shuffled together."""
 
     start: int  # position of its first record within the pass
     shards: np.ndarray  # (N,) of its records in the order in which they are read
@@ -39,18 +39,18 @@ class _Group:
 
 
 class RecordOrder:
-    """At which position stands which record: pass after pass over all shards, each in another order.
+    """Maps positions to records: pass after pass over all shards, each pass in another order.
 
-    In each pass the shards come in a random order; each is cut into stretches of neighbouring records, which come in a
-    random order where the shard can be read at any place, and one after the other where it cannot (gzip); consecutive
-    stretches, across shards, form groups of about ``group_size`` records, and within its group a record stands
-    anywhere. So what is read at a time lies in few places, no record comes twice in a pass, and nothing is held in
-    memory but one group's numbers. All workers and ranks compute the same order.
+    In each pass the shards come in a random order, and each is cut into blocks of neighbouring records. The blocks come
+    in a random order, or, if the shard can only be read forward (gzip), in the order of the file. Consecutive blocks,
+    across shards, form groups of about ``group_size`` records, and the records of a group are shuffled. So the records
+    that are read at a time are in few places, no record repeats in a pass, and only one group's numbers are in memory.
+    All workers and ranks compute the same order.
 
     Args:
         shard_sizes: records of each shard.
         is_sequential: for each shard, whether only reading forward is cheap.
-        shuffle: False: as the files have it, in every pass.
+        shuffle: False: the order of the files, in every pass.
         seed: of all shuffling.
         group_size: records that are shuffled together, at least.
     """
@@ -69,7 +69,7 @@ class RecordOrder:
         self.seed = list(seed)
         self.group_size = max(group_size, 1)
         self._pass: tuple[int, _Pass] | None = None
-        self._group: tuple[tuple[int, int], _Group] | None = None
+        self._group: tuple[int, _Group] | None = None
 
     def reseed(self, seed: Sequence[int]) -> None:
         """Shuffle by another seed from now on."""
@@ -79,48 +79,48 @@ class RecordOrder:
         """Records in one pass."""
         return sum(self.shard_sizes)
 
-    def locate(self, position: int) -> Place:
+    def locate(self, position: int) -> RecordLocation:
         """The record at a position (from 0, without end)."""
-        number_of_pass, offset = divmod(position, len(self))
-        group = self.group_at(number_of_pass, offset)
-        return Place(int(group.shards[offset - group.start]), int(group.numbers[offset - group.start]))
+        group, index = self._group_at(position)
+        return RecordLocation(int(group.shards[index]), int(group.numbers[index]))
 
-    def stretches_to_prepare(self, position: int) -> list[tuple[int, int, int]]:
-        """The stretches (shard, start, stop) of sequential shards that the group at this position reads."""
-        number_of_pass, offset = divmod(position, len(self))
-        group = self.group_at(number_of_pass, offset)
-        stretches = []
+    def ranges_to_prepare(self, position: int) -> list[tuple[int, int, int]]:
+        """The ranges (shard, start, stop) of sequential shards that hold the group of records at a position."""
+        group, _ = self._group_at(position)
+        ranges = []
         for shard in np.unique(group.shards):
             if self.is_sequential[shard]:
                 numbers = group.numbers[group.shards == shard]
-                stretches.append((int(shard), int(numbers.min()), int(numbers.max()) + 1))
-        return stretches
+                ranges.append((int(shard), int(numbers.min()), int(numbers.max()) + 1))
+        return ranges
 
-    def group_at(self, number_of_pass: int, offset: int) -> _Group:
-        """The records that are shuffled together with the one at ``offset`` in a pass."""
+    def _group_at(self, position: int) -> tuple[_Group, int]:
+        """The group of the record at a position, and the record's index in it."""
+        number_of_pass, offset = divmod(position, len(self))
         if self._group is not None:
-            (of_pass, _), group = self._group
+            of_pass, group = self._group
             if of_pass == number_of_pass and group.start <= offset < group.start + len(group.numbers):
-                return group
-        stretches = self._stretches_of(number_of_pass)
-        begins = stretches.ends - stretches.sizes
-        index = begins[np.searchsorted(stretches.ends, offset, side="right")] // self.group_size
+                return group, offset - group.start
+        blocks = self._blocks_of(number_of_pass)
+        begins = blocks.ends - blocks.sizes
+        index = begins[np.searchsorted(blocks.ends, offset, side="right")] // self.group_size
         first, last = np.searchsorted(begins // self.group_size, [index, index + 1])
-        group = self._shuffled(stretches, int(first), int(last), number_of_pass)
-        self._group = ((number_of_pass, int(index)), group)
-        return group
+        group = self._shuffled(blocks, int(first), int(last), number_of_pass)
+        self._group = (number_of_pass, group)
+        return group, offset - group.start
 
-    def _shuffled(self, stretches: _Pass, first: int, last: int, number_of_pass: int) -> _Group:
-        sizes = stretches.sizes[first:last]
-        shards = np.repeat(stretches.shards[first:last], sizes)
+    def _shuffled(self, blocks: _Pass, first: int, last: int, number_of_pass: int) -> _Group:
+        sizes = blocks.sizes[first:last]
+        shards = np.repeat(blocks.shards[first:last], sizes)
         begins = np.cumsum(sizes) - sizes
-        numbers = np.arange(sizes.sum()) - np.repeat(begins, sizes) + np.repeat(stretches.starts[first:last], sizes)
+        numbers = np.arange(sizes.sum()) - np.repeat(begins, sizes) + np.repeat(blocks.starts[first:last], sizes)
         if self.shuffle:
+            # A generator for each group, so that a group needs none of those before it.
             order = np.random.default_rng([*self.seed, number_of_pass, 1, first]).permutation(len(numbers))
             shards, numbers = shards[order], numbers[order]
-        return _Group(int(stretches.ends[first] - stretches.sizes[first]), shards, numbers)
+        return _Group(int(blocks.ends[first] - blocks.sizes[first]), shards, numbers)
 
-    def _stretches_of(self, number_of_pass: int) -> _Pass:
+    def _blocks_of(self, number_of_pass: int) -> _Pass:
         if self._pass is not None and self._pass[0] == number_of_pass:
             return self._pass[1]
         rng = np.random.default_rng([*self.seed, number_of_pass, 0])

@@ -1,7 +1,7 @@
-"""The examples of one source, by number: a chunk of records is read, made into examples, and sent through NeMo's chain.
+"""The examples of one source: chunks of records are read, made into examples, and transformed.
 
-A chunk is computed the same whenever it is computed. So the state of a source is the number of its chunk and how many
-of its examples are taken, and an example that waits in a bucket is remembered by its chunk and its place in it.
+A chunk gives the same examples whenever it is computed. So the state of a source is a chunk number and how many of its
+examples were taken, and an example that waits in a bucket is stored as a chunk number and an index.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.errors import DataError
 
 CHUNK = 16
-"""Records that are read at a time: enough to make the chain's overhead small, few enough for an early first batch."""
+"""Records that are read at a time: enough for a small overhead of the pipeline, few enough for an early first batch."""
 
 OPEN_CHUNKS = 16
-"""Chunks that are open at a time where records make several examples: those of 256 records stand among one another."""
+"""Chunks that are open at a time if records make several examples, so that those of 256 records are mixed."""
 
 BLOCK = 1024
 """Examples of a stream that are shuffled together."""
 
 EMPTY_RECORDS_IN_A_ROW = 10_000
-"""A source that has been read through, and at least so far, without one usable example stops the run."""
+"""A source stops the run after a whole pass, and at least as many records as this, without a usable example."""
 
 
 class WorkerInfo(NamedTuple):
-    """Which part of every source a worker reads: the workers take its records, or chunks of a stream, by turns."""
+    """Which part of every source a worker reads: the workers take its records, or chunks of a stream, in turn."""
 
-    worker: int = 0
+    id: int = 0
     num_workers: int = 1
 
 
 class ChunkReader(ABC):
-    """The records of a source in chunks, which the workers take by turns."""
+    """The records of a source in chunks, which the workers take in turn."""
 
     @abstractmethod
-    def read(self, chunk: int, epoch: int, share: WorkerInfo) -> list | None:
-        """The examples of a worker's chunk number ``chunk``, before NeMo's chain; None past the end of an epoch."""
+    def read(self, chunk: int, epoch: int, worker: WorkerInfo) -> list | None:
+        """The examples of a worker's chunk number ``chunk``, not transformed; None past the end of an epoch."""
 
     @abstractmethod
     def reseed(self, seed: Sequence[int]) -> None:
@@ -58,7 +58,7 @@ class ChunkReader(ABC):
 
     @abstractmethod
     def records_in_a_pass(self) -> int | None:
-        """How many records there are; None where nobody has counted."""
+        """The number of records; None if it is unknown."""
 
 
 class RecordChunks(ChunkReader):
@@ -67,11 +67,11 @@ class RecordChunks(ChunkReader):
     Args:
         source: the source.
         records: reads its records.
-        order: in which they come.
+        order: in which they are read.
         kind: what the dataset takes.
-        skipped_records: ledger for records that make no example.
+        skipped_records: counts records that make no example.
         finite: whether each epoch is one pass; otherwise passes follow one another without end.
-        forbidden: what no text may hold.
+        forbidden: what no text may contain.
     """
 
     def __init__(
@@ -99,14 +99,14 @@ class RecordChunks(ChunkReader):
         self.order.reseed(seed)
 
     def records_in_a_pass(self) -> int | None:
-        """How many records there are."""
+        """The number of records."""
         return len(self.order)
 
-    def read(self, chunk: int, epoch: int, share: WorkerInfo) -> list | None:
+    def read(self, chunk: int, epoch: int, worker: WorkerInfo) -> list | None:
         """See :meth:`ChunkReader.read`."""
         total = len(self.order)
-        first = chunk * CHUNK * share.num_workers + share.worker
-        positions = range(first, first + CHUNK * share.num_workers, share.num_workers)
+        first = chunk * CHUNK * worker.num_workers + worker.id
+        positions = range(first, first + CHUNK * worker.num_workers, worker.num_workers)
         if self.finite:
             positions = [epoch * total + position for position in positions if position < total]
             if not positions:
@@ -121,24 +121,24 @@ class RecordChunks(ChunkReader):
 
     def _prepare(self, position: int) -> None:
         if any(self.order.is_sequential):
-            stretches = self.order.stretches_to_prepare(position)
-            for stretch in stretches:
-                if stretch not in self._prepared:
-                    self.records.prepare(*stretch)
-            self._prepared = stretches
+            ranges = self.order.ranges_to_prepare(position)
+            for new in ranges:
+                if new not in self._prepared:
+                    self.records.prepare(*new)
+            self._prepared = ranges
 
 
 class StreamChunks(ChunkReader):
-    """Chunks of a source that can only be read from its beginning; going back reads it again.
+    """Chunks of a source that can only be read from its beginning; to go back, it is read again.
 
     Args:
         source: the source; its readers shuffle shards by the seed given here.
         kind: what the dataset takes.
-        skipped_records: ledger for records that make no example.
+        skipped_records: counts records that make no example.
         finite: whether each epoch is one pass.
-        shuffle: whether examples of a block are shuffled.
+        shuffle: whether the examples of a block are shuffled.
         seed: of all shuffling.
-        forbidden: what no text may hold.
+        forbidden: what no text may contain.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class StreamChunks(ChunkReader):
         self._epoch: int | None = None
         self._stream: Iterator = iter(())
         self._block: list = []
-        self._number = -1  # of the block at hand
+        self._number = -1  # of the current block
 
     def reseed(self, seed: Sequence[int]) -> None:
         """See :meth:`ChunkReader.reseed`."""
@@ -172,11 +172,11 @@ class StreamChunks(ChunkReader):
         """Unknown."""
         return None
 
-    def read(self, chunk: int, epoch: int, share: WorkerInfo) -> list | None:
+    def read(self, chunk: int, epoch: int, worker: WorkerInfo) -> list | None:
         """See :meth:`ChunkReader.read`."""
-        start = (chunk * share.num_workers + share.worker) * CHUNK
+        start = (chunk * worker.num_workers + worker.id) * CHUNK
         wanted, offset = divmod(start, BLOCK)
-        # A forked worker shares its parent's places in open files: it opens them itself.
+        # A forked worker shares the file offsets of its parent's open files, so it opens its own.
         if epoch != self._epoch or wanted < self._number or self._process != os.getpid():
             self._open(epoch)
         while self._number < wanted:
@@ -195,53 +195,54 @@ class StreamChunks(ChunkReader):
         cuts, _ = open_source(source, self.skipped_records, self.kind)
         if self.kind is not ExampleKind.AS_READ:
             cuts = Examples(cuts, self.kind, defaults_of(self.source), self.skipped_records, self.forbidden)
-        self._stream = iter(cuts) if self.finite else _without_end(cuts)
+        self._stream = iter(cuts) if self.finite else _repeated(cuts)
         self._process, self._epoch, self._number, self._block = os.getpid(), epoch, -1, []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": iter(()), "_block": [], "_epoch": None}
 
 
-def _without_end(cuts: Any) -> Iterator:
+def _repeated(cuts: Any) -> Iterator:
+    """The cuts, pass after pass, until a pass has none."""
     while True:
-        nothing = True
+        is_empty = True
         for cut in cuts:
-            nothing = False
+            is_empty = False
             yield cut
-        if nothing:
+        if is_empty:
             return
 
 
-class Leaf:
-    """The examples of one source in the order in which one worker draws them.
+class SourceIterator:
+    """The examples of one source in the order in which one worker takes them.
 
-    Where a record makes several examples (one per target language), they must not all stand in one batch: then several
-    chunks are open at a time, and each example comes from any of them.
+    If records make several examples (one per target language), they must not all be in one batch. Then several chunks
+    are open at a time, and each example comes from any of them.
 
     Args:
-        reader: reads its records.
-        chain: NeMo's chain for the group that the source belongs to.
-        seed: of the chain's random stages, and of the order of examples within chunks.
-        share: the worker's.
-        epoch: which epoch of finite data this is.
+        reader: reads the records.
+        pipeline: transforms of the group that the source belongs to.
+        seed: of the random transforms, and of the order of examples within chunks.
+        worker: whose examples these are.
+        epoch: number of the epoch of finite data.
         name: of the source, for messages.
-        num_open: chunks that are open at a time; with more than one, the examples of a chunk come in a random order.
+        num_open: chunks that are open at a time; with more than one, the examples of a chunk are shuffled.
     """
 
     def __init__(
         self,
         reader: ChunkReader,
-        chain: TransformPipeline,
+        pipeline: TransformPipeline,
         seed: Sequence[int],
-        share: WorkerInfo,
+        worker: WorkerInfo,
         epoch: int = 0,
         name: str = "",
         num_open: int = 1,
     ) -> None:
         self.reader = reader
-        self.chain = chain
+        self.pipeline = pipeline
         self.seed = list(seed)
-        self.share = share
+        self.worker = worker
         self.epoch = epoch
         self.name = name
         self.num_open = num_open
@@ -252,16 +253,16 @@ class Leaf:
         self._empty = 0
 
     def next(self) -> tuple[Any, tuple[int, int]]:
-        """The next example, with its chunk and its place in it.
+        """The next example, with its chunk and its index in the chunk.
 
         Raises:
             StopIteration: at the end of finite data.
-            DataError: if the source is endless but nothing of it can be used.
+            DataError: if the source is endless but has no usable example.
         """
         while True:
-            choice = self._choice()
+            choice = self._choose_chunk()
             if choice == len(self._open):
-                self._open_another()
+                self._open_chunk()
                 continue
             chunk = self._open[choice]
             if chunk.taken >= len(chunk.examples):
@@ -271,33 +272,36 @@ class Leaf:
             chunk.taken += 1
             return chunk.examples[chunk.taken - 1], (chunk.number, chunk.taken - 1)
 
-    def _choice(self) -> int:
+    def _choose_chunk(self) -> int:
         """Which of the open chunks gives the next example; one past the last: a new one."""
-        if self._at_end:
-            if not self._open:
-                raise StopIteration
-            return _mixed(self.seed[0], self.seed[-1], self._drawn) % len(self._open)
-        return min(_mixed(self.seed[0], self.seed[-1], self._drawn) % self.num_open, len(self._open))
+        if self._at_end and not self._open:
+            raise StopIteration
+        # A hash of the count takes the place of a generator, whose state would have to be saved.
+        number = _hash(self.seed[0], self.seed[-1], self._drawn)
+        return number % len(self._open) if self._at_end else min(number % self.num_open, len(self._open))
 
-    def _open_another(self) -> None:
+    def _open_chunk(self) -> None:
         examples = self._examples_of(self._next_chunk)
         if examples is None:
             self._at_end = True
             return
-        self._note_empty(examples)
+        self._empty = 0 if examples else self._empty + CHUNK
+        if self._empty > max(self.reader.records_in_a_pass() or 0, EMPTY_RECORDS_IN_A_ROW):
+            raise DataError(
+                f"{self.name}: of the last {self._empty} records nothing could be used, or the filters leave nothing "
+                "of them; look at the report of bad records, and at the filters (min_/max_ keys, bucket_duration_bins)."
+            )
         if examples:
             self._open.append(_OpenChunk(self._next_chunk, 0, examples))
         self._next_chunk += 1
 
     def examples_at(self, places: Sequence[tuple[int, int]]) -> list[Any]:
-        """The examples at these chunks and places in them; None where the data has changed and there is none."""
-        found = {}
-        for chunk in sorted({chunk for chunk, _ in places}):
-            found[chunk] = self._examples_of(chunk) or []
+        """The examples at these chunks and indices; None if the data has changed and there is none."""
+        found = {chunk: self._examples_of(chunk) or [] for chunk in sorted({chunk for chunk, _ in places})}
         return [found[chunk][index] if index < len(found[chunk]) else None for chunk, index in places]
 
     def state_dict(self) -> dict[str, Any]:
-        """The chunks that are open, with how many examples of each are taken, and how far the source is."""
+        """The open chunks, with how many examples of each were taken, and the position in the source."""
         opened = [[chunk.number, chunk.taken] for chunk in self._open]
         return {
             "seed": list(self.seed),
@@ -308,7 +312,7 @@ class Leaf:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, by the seed that it was shuffled by."""
+        """Continue from a state, with its seed."""
         if self.seed != list(state["seed"]):
             self.seed = list(state["seed"])
             self.reader.reseed(self.seed)
@@ -318,23 +322,15 @@ class Leaf:
         self._next_chunk, self._drawn, self._at_end = state["next_chunk"], state["drawn"], state["at_end"]
 
     def _examples_of(self, chunk: int) -> list | None:
-        examples = self.reader.read(chunk, self.epoch, self.share)
+        examples = self.reader.read(chunk, self.epoch, self.worker)
         if examples is None:
             return None
-        seed = [*self.seed, self.share.worker, self.epoch, chunk]
-        examples = self.chain.run(examples, seed)
+        # Seeded by the chunk, so that random transforms give the same examples when a resumed run reads it again.
+        seed = [*self.seed, self.worker.id, self.epoch, chunk]
+        examples = self.pipeline.run(examples, seed)
         if self.num_open > 1:
             examples = [examples[index] for index in np.random.default_rng(seed).permutation(len(examples))]
         return examples
-
-    def _note_empty(self, examples: list) -> None:
-        self._empty = 0 if examples else self._empty + CHUNK
-        limit = max(self.reader.records_in_a_pass() or 0, EMPTY_RECORDS_IN_A_ROW)
-        if self._empty > limit:
-            raise DataError(
-                f"{self.name}: of the last {self._empty} records nothing could be used, or the filters leave nothing "
-                "of them; look at the report of bad records, and at the filters (min_/max_ keys, bucket_duration_bins)."
-            )
 
 
 @dataclass
@@ -344,8 +340,8 @@ class _OpenChunk:
     examples: list
 
 
-def _mixed(*numbers: int) -> int:
-    """A number that looks drawn at random, of numbers that do not (the finaliser of SplitMix64)."""
+def _hash(*numbers: int) -> int:
+    """A pseudo-random number of 64 bits (SplitMix64's finaliser; Steele et al. 2014)."""
     mixed = 0
     for number in numbers:
         mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -355,13 +351,13 @@ def _mixed(*numbers: int) -> int:
     return mixed
 
 
-def chunks_to_open(reader: ChunkReader, chain: TransformPipeline, shuffle: bool) -> int:
-    """How many chunks of a source are to be open at a time: several where its records make several examples each, one
-    per target language, speed or window."""
+def chunks_to_open(reader: ChunkReader, pipeline: TransformPipeline, shuffle: bool) -> int:
+    """How many chunks of a source to open at a time: several if its records make several examples each, one per target
+    language, speed or window."""
     if not shuffle or (examples := reader.read(0, 0, WorkerInfo())) is None:
         return 1
-    made = max(len(examples), len(chain.run(examples, [0])))
-    chain.filtered.clear()
+    made = max(len(examples), len(pipeline.run(examples, [0])))
+    pipeline.filtered.clear()
     return OPEN_CHUNKS if made > CHUNK else 1
 
 
@@ -376,10 +372,10 @@ def make_reader(
     group_size: int,
     forbidden: re.Pattern | None,
 ) -> ChunkReader:
-    """The reader of a source: by number where that can be done, as a stream otherwise.
+    """The reader of a source: by record number if possible, else as a stream.
 
     Raises:
-        DataError: if the source holds nothing.
+        DataError: if the source is empty.
     """
     if records is None:
         return StreamChunks(source, kind, skipped_records, finite, shuffle, seed, forbidden)

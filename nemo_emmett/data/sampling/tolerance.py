@@ -1,4 +1,4 @@
-"""NeMo's and lhotse's functions of examples, so that one that raises costs its record and no other."""
+"""NeMo's and lhotse's functions of examples, made to skip an example on which they raise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_emmett.data.readers.examples import note_example
 from nemo_emmett.errors import ConfigError, DataError
 
 SKIPPED = object()
-"""What a guarded function gives for an example that it raised upon."""
+"""What a guarded function returns for an example on which it raised."""
 
 _LONGEST_CAUSE = 60
 
@@ -43,15 +43,15 @@ KEYS_OF_FUNCTION = {
     "BucketingFilter": "bucket_duration_bins",
     "ReverbWithImpulseResponse": "rir_path",
 }
-"""By which keys of a recipe NeMo's functions are set."""
+"""The recipe keys that configure NeMo's functions."""
 
 
 def guarded(function: Callable[[Any], Any], skipped_records: SkippedRecords) -> Callable[[Any], Any]:
-    """A function of an example that gives :data:`SKIPPED` where it raises, and notes the cause.
+    """A function of an example that returns :data:`SKIPPED` where ``function`` raises, and counts the cause.
 
-    A :class:`ConfigError` is a fault of the recipe, and is raised.
+    A :class:`ConfigError` is raised, since it is the recipe's fault.
     """
-    return partial(_guarded_call, function, skipped_records)
+    return partial(_guarded_call, function, skipped_records)  # unlike a closure, it can be pickled
 
 
 def _guarded_call(function: Callable[[Any], Any], skipped_records: SkippedRecords, example: Any) -> Any:
@@ -59,18 +59,18 @@ def _guarded_call(function: Callable[[Any], Any], skipped_records: SkippedRecord
         return function(example)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a record's values make NeMo or lhotse trip over
+    except Exception as error:  # NeMo and lhotse raise many kinds for invalid values
         note_example(skipped_records, example, cause_of(function, example, error))
         return SKIPPED
 
 
 def cause_of(function: Callable, example: Any, error: Exception) -> str:
-    """Why a function could not be applied to an example, in words that are the same for examples of one fault."""
+    """Why a function could not be applied to an example; the same text for all examples with one fault."""
     while isinstance(function, partial):
         function = function.func
     if (reason := error if isinstance(error, InvalidRecord) else fault_in(error)) is not None:
         return str(reason)
-    if isinstance(error, DataError):  # one sentence: the example, the cause; what to do
+    if isinstance(error, DataError):  # one sentence: "example <id>: <cause>; <remedy>"
         sentence = str(error).removeprefix(f"example {getattr(example, 'id', None)}: ")
         return sentence.split(";")[0][:_LONGEST_CAUSE]
     name = getattr(function, "__name__", type(function).__name__)
@@ -112,7 +112,7 @@ class TolerantFilter(LazyFilter):
 def tolerating(skipped_records: SkippedRecords) -> Iterator[None]:
     """Inside this context, ``CutSet.map`` and ``CutSet.filter`` make tolerant maps and filters.
 
-    A sampler's chain is built inside of NeMo's factory, which also reads from it where it estimates bins.
+    The chain is built inside NeMo's factory, which also reads from it to estimate bins, so it cannot be changed later.
     """
     mapper, filter_ = (
         partial(TolerantMapper, skipped_records=skipped_records),
@@ -123,11 +123,11 @@ def tolerating(skipped_records: SkippedRecords) -> Iterator[None]:
 
 
 class TolerantTransform:
-    """A function of a whole batch; where it raises, it is applied to each example by itself.
+    """A transform of a whole batch; where it raises, it is applied to each example separately.
 
     Args:
         transform: NeMo's or lhotse's, which takes a CutSet.
-        skipped_records: ledger for the examples on which it raises.
+        skipped_records: counts the examples on which it raises.
     """
 
     def __init__(self, transform: Callable[[CutSet], CutSet], skipped_records: SkippedRecords) -> None:
@@ -138,12 +138,12 @@ class TolerantTransform:
         """The batch, transformed, without the examples on which the transform raises."""
         try:
             return self.transform(batch)
-        except Exception:  # whatever a record's values make lhotse trip over
-            function = guarded(self._of_one, self.skipped_records)
+        except Exception:  # lhotse raises many kinds for invalid values
+            function = guarded(self._transform_one, self.skipped_records)
             made = (function(example) for example in batch)
             return CutSet([example for examples in made if examples is not SKIPPED for example in examples])
 
-    def _of_one(self, example: Any) -> list:
+    def _transform_one(self, example: Any) -> list:
         try:
             return list(self.transform(CutSet([example])))
         except Exception as error:
@@ -152,40 +152,35 @@ class TolerantTransform:
 
 def stages_of(last: Any) -> Iterator[Any]:
     """All lazy objects of a chain, from its end to its beginning."""
-    waiting = [last]
-    while waiting:
-        stage = waiting.pop()
+    stack = [last]
+    while stack:
+        stage = stack.pop()
         if isinstance(stage, CutSet):
             stage = stage.data
         if isinstance(stage, (list, tuple)):
-            waiting.extend(stage)
+            stack.extend(stage)
         elif stage is not None:
             yield stage
-            waiting += [getattr(stage, attribute, None) for attribute in ("iterator", "iterators", "source")]
+            stack += [getattr(stage, attribute, None) for attribute in ("iterator", "iterators", "source")]
 
 
 def build_tolerant_sampler(
     structured: DictConfig, global_rank: int, world_size: int, tokenizer: Any, skipped_records: SkippedRecords
 ) -> tuple[CutSampler, bool]:
-    """NeMo's sampler of a config, whose maps, filters and transforms of batches are tolerant.
+    """NeMo's sampler of a config, with tolerant maps, filters and transforms of batches.
 
     Returns:
-        The sampler, and whether it lives in the workers.
+        The sampler, and whether it runs in the workers.
+
+    Raises:
+        DataError: if no recording of the noise can be used.
     """
     with tolerating(skipped_records):
         sampler, in_workers = get_lhotse_sampler_from_config(structured, global_rank, world_size, tokenizer)
     for cuts in sampler.cuts:
-        _check_noise(cuts)
+        for stage in stages_of(cuts):
+            # Our reader skips, and counts, noise that cannot be used.
+            if isinstance(stage, LazyCutMixer) and next(iter(stage.mix_in_cuts), None) is None:
+                raise DataError("noise_path: none of its recordings can be used; correct the path, or leave it out.")
     sampler._transforms = [TolerantTransform(transform, skipped_records) for transform in sampler._transforms]
     return sampler, in_workers
-
-
-def _check_noise(cuts: CutSet) -> None:
-    """Look whether any noise that a chain mixes in can be used; our reader leaves out, and counts, what cannot.
-
-    Raises:
-        DataError: if nothing is left of it.
-    """
-    for stage in stages_of(cuts):
-        if isinstance(stage, LazyCutMixer) and next(iter(stage.mix_in_cuts), None) is None:
-            raise DataError("noise_path: none of its recordings can be used; correct the path, or leave it out.")

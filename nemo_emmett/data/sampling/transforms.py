@@ -1,4 +1,4 @@
-"""NeMo's own chain of maps and filters, applied to a few examples at a time, so that no stage of it has a state."""
+"""NeMo's own maps and filters, applied to a few examples at a time, so that none of them has a state to save."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.formatting import format_many
 
 Step = Callable[[list], list]
-"""One stage of the chain: what becomes of a list of examples."""
+"""One stage of the pipeline: maps a list of examples to a list. Can be pickled, for workers that are spawned."""
 
 
-class Feed:
-    """What NeMo's chain reads from: the examples that were last put in."""
+class _Input:
+    """What NeMo's lazy chain reads from: the examples of the current call."""
 
     def __init__(self, examples: Iterable) -> None:
         self.examples = examples
@@ -44,14 +44,15 @@ class Feed:
 class TransformPipeline:
     """What NeMo does to an example between reading and batching it: resampling, tokens, augmentation, filters.
 
-    NeMo builds the chain and everything about batches from the config, as it does for its own samplers; the samplers
-    themselves are not used. Random stages draw from generators that are seeded for each call.
+    NeMo builds its lazy chain, and all that concerns batches, from the config, as for its own samplers; the sampler
+    itself is not used. The chain is taken apart into functions of lists. Random stages draw from generators that are
+    seeded for each call.
 
     Args:
         structured: NeMo's config of one sampler; its ``input_cfg`` is replaced.
         tokenizer: NeMo tokenizer.
-        sample: examples by which NeMo estimates the bins of buckets where the config names none.
-        skipped_records: ledger for the examples that a stage of the chain raises upon.
+        sample: examples by which NeMo estimates the bins of buckets if the config has none.
+        skipped_records: counts the examples on which a stage raises.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class TransformPipeline:
         sample: Iterable = (),
         skipped_records: SkippedRecords | None = None,
     ) -> None:
-        self._feed = Feed(sample)
+        self._input = _Input(sample)
         self.skipped_records = SkippedRecords() if skipped_records is None else skipped_records
-        # Noise is read here and not by the workers, so what is left out of it is logged here.
-        with injected_examples(self._feed) as input_cfg, reader_context(ReaderContext(SkippedRecords(announce=True))):
+        # Noise is read here, not by the workers, so noise that is skipped is logged here.
+        with injected_examples(self._input) as input_cfg, reader_context(ReaderContext(SkippedRecords(announce=True))):
             structured = structured.copy()
             structured.input_cfg = input_cfg
             sampler = build_tolerant_sampler(structured, 0, 1, tokenizer, self.skipped_records)[0]
@@ -74,21 +75,21 @@ class TransformPipeline:
         self.duration_bins: list | None = getattr(sampler, "duration_bins", None)
         self.drop_last: bool = sampler.drop_last
         self.filtered: Counter[str] = Counter()  # examples left out, by the keys of the filter; "" for those kept
-        self._head, self._steps = self._taken_apart(sampler.cuts[0])
+        self._lazy_stages, self._steps = self._take_apart(sampler.cuts[0])
 
     def run(self, examples: Sequence, seed: Sequence[int]) -> list:
-        """The examples as they come out of the chain; one may give none or several."""
+        """The transformed examples; one may give none or several."""
         self._rng.seed(repr(list(seed)))
-        self._feed.examples = examples
+        self._input.examples = examples
         with _lhotse_draws_from(self._rng):
-            kept = list(self._head)
+            kept = list(self._lazy_stages)
             for step in self._steps:
                 kept = step(kept)
-        self._feed.examples = ()
+        self._input.examples = ()
         self.filtered[""] += len(kept)
         return kept
 
-    def finish(self, batch: CutSet, seed: Sequence[int]) -> CutSet:
+    def transform_batch(self, batch: CutSet, seed: Sequence[int]) -> CutSet:
         """A batch after NeMo's transforms of whole batches (concatenation, reverberation, codecs, ...)."""
         transforms = self._sampler._transforms
         if not transforms or not any(isinstance(example, Cut) for example in batch):
@@ -101,32 +102,39 @@ class TransformPipeline:
             batch = transform(batch)
         return batch
 
-    def _taken_apart(self, cuts: Any) -> tuple[Iterable, list[Step]]:
-        """The chain as plain functions of lists, which are much quicker than lhotse's nested generators.
+    def _take_apart(self, cuts: Any) -> tuple[Iterable, list[Step]]:
+        """NeMo's chain as functions of lists, which are much faster than lhotse's nested generators.
 
-        Where a stage is neither a map nor a filter, it and what comes before it stay as they are.
+        From the end of the chain to its beginning, up to the first stage that is neither a map nor a filter: it and the
+        stages before it stay lazy.
         """
         steps: list[Step] = []
         stage = cuts
         while True:
             if isinstance(stage, CutSet):
                 stage = stage.data
-            elif isinstance(stage, LazyMapper):
-                steps.insert(0, self._mapping(stage))
-                stage = stage.iterator
+                continue
+            if isinstance(stage, LazyMapper):
+                steps.insert(0, self._map_step(stage))
             elif isinstance(stage, LazyFilter):
-                steps.insert(0, partial(self._kept_by, stage.predicate))
-                stage = stage.iterator
+                steps.insert(0, partial(self._apply_filter, stage.predicate))
             elif isinstance(stage, LazyFlattener):
-                steps.insert(0, _flattened)
-                stage = stage.iterator
+                steps.insert(0, _flatten)
             else:
                 break
-        for other in stages_of(stage):
-            self._make_repeatable(other)
+            stage = stage.iterator
+        # Each call iterates over the lazy stages from their start, which must neither repeat their random draws nor
+        # their preparations.
+        for lazy in stages_of(stage):
+            if isinstance(lazy, LazyCutMixer):
+                lazy.seed = self._rng
+                if lazy.mix_in_cuts.is_lazy:
+                    lazy.mix_in_cuts = lazy.mix_in_cuts.to_eager()
+            if isinstance(lazy, LazyMapper) and _is_prompting(lazy):
+                lazy.fn = partial(lazy.fn, prompt_format=_formatter_of(lazy))
         return stage, steps
 
-    def _kept_by(self, predicate: Callable, examples: list) -> list:
+    def _apply_filter(self, predicate: Callable, examples: list) -> list:
         passes = [(example, guarded(predicate, self.skipped_records)(example)) for example in examples]
         kept = [example for example, passed in passes if passed is not SKIPPED and passed]
         left_out = sum(passed is not SKIPPED and not passed for _, passed in passes)
@@ -135,36 +143,27 @@ class TransformPipeline:
             self.filtered[KEYS_OF_FUNCTION.get(name, name)] += left_out
         return kept
 
-    def _mapping(self, stage: LazyMapper) -> Step:
-        if _prompts(stage) and stage.apply_fn is None:
-            return partial(self._prompted, _formatter_of(stage))
-        return partial(_mapped, guarded(stage.fn, self.skipped_records), stage.apply_fn)
+    def _map_step(self, stage: LazyMapper) -> Step:
+        if _is_prompting(stage) and stage.apply_fn is None:
+            return partial(self._apply_prompt, _formatter_of(stage))
+        return partial(_apply_map, guarded(stage.fn, self.skipped_records), stage.apply_fn)
 
-    def _prompted(self, formatter: PromptFormatter, examples: list) -> list:
+    def _apply_prompt(self, formatter: PromptFormatter, examples: list) -> list:
         try:
-            format_many(examples, formatter)
+            format_many(examples, formatter)  # tokenises all of them at once
         except ConfigError:
             raise
         except Exception:  # one by one, to find those that cannot be prompted
             prompt = guarded(
                 partial(tokenize_with_prompt, tokenizer=None, prompt_format=formatter), self.skipped_records
             )
-            return _mapped(prompt, None, examples)
+            return _apply_map(prompt, None, examples)
         return examples
-
-    def _make_repeatable(self, stage: Any) -> None:
-        """Each call starts the stage anew: what it draws or prepares must not begin anew with it."""
-        if isinstance(stage, LazyCutMixer):
-            stage.seed = self._rng
-            if stage.mix_in_cuts.is_lazy:
-                stage.mix_in_cuts = stage.mix_in_cuts.to_eager()
-        if isinstance(stage, LazyMapper) and _prompts(stage):
-            stage.fn = partial(stage.fn, prompt_format=_formatter_of(stage))
 
 
 @contextmanager
 def _lhotse_draws_from(rng: random.Random) -> Iterator[None]:
-    """Some of lhotse's stages draw from Python's global generator, and those that make new cuts draw their ids."""
+    """Some stages of lhotse draw from Python's global generator; stages that make new cuts draw random ids."""
     state, ids = random.getstate(), lhotse.utils._lhotse_uuid
     random.seed(rng.random())
     lhotse.utils._lhotse_uuid = lambda: uuid.UUID(int=rng.getrandbits(128))
@@ -175,20 +174,20 @@ def _lhotse_draws_from(rng: random.Random) -> Iterator[None]:
         lhotse.utils._lhotse_uuid = ids
 
 
-def _mapped(function: Callable, applies: Callable | None, examples: list) -> list:
+def _apply_map(function: Callable, applies: Callable | None, examples: list) -> list:
     made = (function(example) if applies is None or applies(example) else example for example in examples)
     return [example for example in made if example is not SKIPPED]
 
 
-def _flattened(examples: list) -> list:
+def _flatten(examples: list) -> list:
     return list(chain.from_iterable(examples))
 
 
-def _prompts(stage: LazyMapper) -> bool:
+def _is_prompting(stage: LazyMapper) -> bool:
     return isinstance(stage.fn, partial) and stage.fn.func is tokenize_with_prompt
 
 
 def _formatter_of(stage: LazyMapper) -> PromptFormatter:
-    """Made once: NeMo's chain makes one for each example."""
+    """Built once; NeMo's chain builds one for each example."""
     name = stage.fn.keywords["prompt_format"]
     return PromptFormatter.resolve(name)(stage.fn.keywords["tokenizer"]) if isinstance(name, str) else name

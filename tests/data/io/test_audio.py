@@ -34,11 +34,11 @@ SEGMENTS: list[Segment] = [(None, 3.0), (None, 1.0), (0, 1.0), (0.5, 1.0), (2.5,
 
 def heard(config: Mapping, streamed: bool) -> dict[str, np.ndarray | str]:
     """What each record gives, by its text: its samples at 16 kHz, or the cause for which it is skipped."""
-    ledger, source = SkippedRecords(), parse_source({"force_finite": True, **config}, "train_ds")
+    skipped, source = SkippedRecords(), parse_source({"force_finite": True, **config}, "train_ds")
     found: dict[str, np.ndarray | str] = {}
-    records = None if streamed else open_records(source, ledger, ExampleKind.TRANSLATION)
+    records = None if streamed else open_records(source, skipped, ExampleKind.TRANSLATION)
     if records is None:
-        cuts = list(open_source(source, ledger, ExampleKind.TRANSLATION)[0])
+        cuts = list(open_source(source, skipped, ExampleKind.TRANSLATION)[0])
     else:
         cuts = [cut for shard, n in enumerate(records.shard_sizes) for i in range(n) for cut in records.read(shard, i)]
     for cut in cuts:
@@ -46,7 +46,7 @@ def heard(config: Mapping, streamed: bool) -> dict[str, np.ndarray | str]:
             found[cut.supervisions[0].text] = load_waveform(cut.resample(RATE)).numpy()
         except AudioFault as fault:
             found[cut.supervisions[0].text] = str(fault)
-    found |= {str(int(bad.place.removeprefix("line ")) - 1): bad.cause for bad in ledger.first}
+    found |= {str(int(bad.place.removeprefix("line ")) - 1): bad.cause for bad in skipped.first}
     return dict(sorted(found.items()))
 
 
@@ -338,20 +338,20 @@ def test_a_tar_file_without_any_member_of_the_manifest_is_reported_once(tmp_path
     names = [f"{letter}.wav" for letter in "abcd"]
     tar = write_tar(tmp_path / "audio_0.tar", [(f"x/{name}", write_tone(name)) for name in names])
     (tmp_path / "manifest_0.json").write_text("".join(records_of(name, [(None, 1.0)]) for name in names))
-    ledger, manifest = SkippedRecords(), f"{tmp_path}/manifest_0.json"
+    skipped, manifest = SkippedRecords(), f"{tmp_path}/manifest_0.json"
     source = parse_source(
         {"type": "nemo_tarred", "manifest_filepath": manifest, "tarred_audio_filepaths": tar, "force_finite": True}, "x"
     )
     if streamed:
-        assert list(open_source(source, ledger, ExampleKind.TRANSLATION)[0]) == []
+        assert list(open_source(source, skipped, ExampleKind.TRANSLATION)[0]) == []
     else:
-        records = open_records(source, ledger, ExampleKind.TRANSLATION)
+        records = open_records(source, skipped, ExampleKind.TRANSLATION)
         assert [records.read(0, number) for number in range(4)] == [[]] * 4
     cause = "no member of the tar file is in the manifest"
-    assert ledger.causes() == {"missing audio": 4, cause: 1}
-    (note,) = [bad for bad in ledger.first if bad.cause == cause]
+    assert skipped.causes() == {"missing audio": 4, cause: 1}
+    (note,) = [bad for bad in skipped.first if bad.cause == cause]
     assert note.place == f"{tar} holds x/a.wav, x/b.wav, x/c.wav, ...; the manifest names a.wav, b.wav, c.wav, ..."
-    assert ledger.count() == 4, "records are bad once"
+    assert skipped.count() == 4, "records are bad once"
 
 
 def test_what_is_done_to_a_recording_is_done_to_the_checked_one(tmp_path) -> None:

@@ -7,15 +7,15 @@ import pytest
 from lhotse.dataset.sampling.base import TimeConstraint
 from nemo.collections.common.data.lhotse.sampling import FixedBucketBatchSizeConstraint2D, MultimodalSamplingConstraint
 
-from nemo_emmett.data.sampling.buckets import Buckets, Drawn
+from nemo_emmett.data.sampling.buckets import Buckets, SampledExample
 
 
-def drawn(index: int, seconds: float) -> Drawn:
-    return Drawn(SimpleNamespace(duration=seconds, index=index), 0, 0, index)
+def sampled(index: int, seconds: float) -> SampledExample:
+    return SampledExample(SimpleNamespace(duration=seconds, index=index), 0, 0, index)
 
 
 def steps_of(buckets: Buckets, durations: list[float]) -> list[list[list[int]]]:
-    steps = [buckets.add(drawn(index, seconds)) for index, seconds in enumerate(durations)]
+    steps = [buckets.add(sampled(index, seconds)) for index, seconds in enumerate(durations)]
     return [[[d.index for d in batch] for batch in step] for step in steps if step]
 
 
@@ -49,7 +49,7 @@ def test_constraints_with_counters_inside_are_not_shared_between_buckets():
         class Example(TextExample):
             total_length = input_length = length
 
-        return Drawn(Example(str(index)), 0, 0, index)
+        return SampledExample(Example(str(index)), 0, 0, index)
 
     steps = [buckets.add(text(index, length)) for index, length in enumerate([1, 5, 1, 5])]
     assert [step and [d.index for d in step[0]] for step in steps] == [None, None, [0, 2], [1, 3]]
@@ -61,7 +61,7 @@ def test_constraints_with_counters_inside_are_not_shared_between_buckets():
 def test_what_is_left_is_shared_out_or_left_out(left, world_size, batches, left_out):
     buckets = Buckets(TimeConstraint(max_cuts=5), None, world_size, False)
     for index in range(left):
-        assert buckets.add(drawn(index, 1.0)) is None
+        assert buckets.add(sampled(index, 1.0)) is None
     steps, count = buckets.flush()
     assert [len(batch) for step in steps for batch in step] == batches
     assert count == left_out
@@ -85,5 +85,5 @@ def test_the_last_batches_hold_no_more_than_a_batch_may(seed, world_size):
 
 def test_drop_last_leaves_out_every_incomplete_batch():
     buckets = Buckets(TimeConstraint(max_cuts=5), None, 1, True)
-    buckets.add(drawn(0, 1.0))
+    buckets.add(sampled(0, 1.0))
     assert buckets.flush() == ([], 1)

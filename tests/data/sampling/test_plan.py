@@ -105,7 +105,7 @@ def test_bins_are_found_where_they_are_asked_for(load, groups):
     text = {**groups["text"], "use_multimodal_sampling": True, "bucket_batch_size": [6, 5, 4], "num_buckets": 3}
     loader = load({**text, "bucket_duration_bins": "auto", "measure_total_length": False})
     (group,) = loader.dataset.plan.groups
-    assert len(group.chain.constraint.max_seq_len_buckets) == 3
+    assert len(group.pipeline.constraint.max_seq_len_buckets) == 3
     sizes = {len(batch["text"]["examples"]) for batch in islice(loader, 30)}
     assert sizes == {4, 5, 6}
 

@@ -45,7 +45,7 @@ def test_a_position_is_found_without_those_before_it():
 
 
 def test_records_come_from_few_places_at_a_time():
-    """Any 1,000 records of a large file lie in a few stretches of neighbours, so that a disk reads in stretches."""
+    """Any 1,000 records of a large file are in a few blocks of neighbours, which a disk reads in one go."""
     order = order_of([100_000], group_size=1024)
     numbers = np.array([order.locate(position).number for position in range(1000)])
     assert len(set(numbers // SHUFFLE_BLOCK_SIZE)) <= 5
@@ -62,12 +62,12 @@ def test_shuffling_goes_far():
     assert thousand.max() > 80_000
 
 
-def test_sequential_shards_are_read_forward_and_told_what_to_prepare():
+def test_sequential_shards_are_read_forward_in_ranges_to_prepare():
     order = order_of([2000, 1500], [True, True], group_size=600)
     starts = {0: [], 1: []}
     for position in range(3500):
         place = order.locate(position)
-        (start, stop), *others = [s[1:] for s in order.stretches_to_prepare(position) if s[0] == place.shard]
+        (start, stop), *others = [s[1:] for s in order.ranges_to_prepare(position) if s[0] == place.shard]
         assert not others
         assert start <= place.number < stop
         starts[place.shard].append(start)
@@ -81,7 +81,7 @@ def test_an_order_of_ten_million_records_is_quick_and_small():
 
 
 def test_each_pass_begins_in_other_places():
-    """It is not the same stretches that are shuffled together in every pass."""
+    """Each pass shuffles other blocks together."""
     order = order_of([100_000], group_size=1024)
     begins = [
         {place.number // SHUFFLE_BLOCK_SIZE for place in one_pass_begin}
@@ -89,4 +89,4 @@ def test_each_pass_begins_in_other_places():
             [order.locate(number * 100_000 + offset) for offset in range(1024)] for number in range(4)
         )
     ]
-    assert len({frozenset(stretches) for stretches in begins}) == 4
+    assert len({frozenset(blocks) for blocks in begins}) == 4

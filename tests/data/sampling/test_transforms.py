@@ -1,4 +1,4 @@
-"""NeMo's chain, taken apart: the same examples as NeMo's own lazy chain gives, and the same whenever it is run."""
+"""The pipeline gives the examples of NeMo's own lazy chain, and the same ones in each run."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def facts(cuts) -> list:
 )
 def test_it_gives_what_nemos_chain_gives(config, tokenizer, keys):
     read, expected = examples_of(config(**keys), tokenizer)
-    chain = TransformPipeline(config(**keys), tokenizer)
-    assert facts(chain.run(read, [0])) == facts(expected)
-    assert chain.filtered[""] == len(expected)
-    assert chain.filtered.total() == len(read)
-    assert set(chain.filtered) <= {"", "min_duration, max_duration", "min_tps, max_tps", "bucket_duration_bins"}
+    pipeline = TransformPipeline(config(**keys), tokenizer)
+    assert facts(pipeline.run(read, [0])) == facts(expected)
+    assert pipeline.filtered[""] == len(expected)
+    assert pipeline.filtered.total() == len(read)
+    assert set(pipeline.filtered) <= {"", "min_duration, max_duration", "min_tps, max_tps", "bucket_duration_bins"}
 
 
 def test_speed_perturbation_gives_each_recording_at_three_speeds(config, tokenizer):
@@ -75,12 +75,12 @@ def test_speed_perturbation_gives_each_recording_at_three_speeds(config, tokeniz
 def test_random_stages_draw_by_the_seed_of_the_call(config, tokenizer, speech):
     noise = str(speech(3, name="noise.json"))
     read, _ = examples_of(config(), tokenizer)
-    chain = TransformPipeline(config(noise_path=noise, noise_mix_prob=0.5), tokenizer)
+    pipeline = TransformPipeline(config(noise_path=noise, noise_mix_prob=0.5), tokenizer)
 
     def mixed(seed):
         return [
             [(track.cut.recording_id, track.snr) for track in cut.tracks[1:]] if hasattr(cut, "tracks") else None
-            for cut in chain.run(read, [seed])
+            for cut in pipeline.run(read, [seed])
         ]
 
     assert mixed(1) == mixed(1)
@@ -92,11 +92,11 @@ def test_random_stages_draw_by_the_seed_of_the_call(config, tokenizer, speech):
 
 def test_transforms_of_whole_batches_draw_by_the_seed_of_the_call(config, tokenizer):
     read, _ = examples_of(config(), tokenizer)
-    chain = TransformPipeline(config(clipping_enabled=True, clipping_prob=0.5), tokenizer)
-    cuts = chain.run(read, [0])
+    pipeline = TransformPipeline(config(clipping_enabled=True, clipping_prob=0.5), tokenizer)
+    cuts = pipeline.run(read, [0])
 
     def clipped(seed):
-        return [bool(cut.recording.transforms) for cut in chain.finish(CutSet(cuts), [seed])]
+        return [bool(cut.recording.transforms) for cut in pipeline.transform_batch(CutSet(cuts), [seed])]
 
     assert clipped(3) == clipped(3)
     assert len({tuple(clipped(seed)) for seed in range(10)}) > 1
