@@ -11,7 +11,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett.config import nearest
-from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig, parse_dataset
+from nemo_emmett.data.config.dataset_config import LIMITS, DatasetConfig, GroupConfig, parse_dataset
 from nemo_emmett.data.config.nemo_config import sampler_config
 from nemo_emmett.data.config.section import config_of, plain
 from nemo_emmett.data.config.sources import Source
@@ -35,18 +35,8 @@ TRAIN_SALM_GPT = (
 """What to do where NeMo's SALM cannot take the data."""
 
 FILTER_KEYS = (
-    "min_duration",
-    "max_duration",
-    "min_tokens",
-    "max_tokens",
-    "min_tps",
-    "max_tps",
-    "min_tpt",
-    "max_tpt",
-    "max_cer",
-    "min_context_speaker_similarity",
-    "keep",
-    "bucket_duration_bins",
+    *(key for limits in LIMITS for key in limits),
+    *("max_cer", "min_context_speaker_similarity", "keep", "bucket_duration_bins"),
 )
 """Keys by which NeMo drops examples."""
 
@@ -231,7 +221,7 @@ def _check_prompted(group: GroupConfig, tokenizer: Any, kind: ExampleKind) -> No
         raise ConfigError(
             f"{group.place}.pretokenize: must be true, since examples are prompted before they are batched."
         )
-    if tokenizer is not None:  # before there is a model, what it knows is not yet in the section
+    if tokenizer is not None:  # before there is a model, its own keys are not in the section
         if group.prompt_format is None:
             raise ConfigError(
                 f"{group.place}.prompt_format: missing; use emmett_t5, or the format of the language model."
@@ -250,7 +240,7 @@ def _check_speech(group: GroupConfig, tokenizer: Any) -> None:
         tag = source.audio_locator_tag
         if tag is None:
             raise ConfigError(
-                f"{group.place}.audio_locator_tag: missing; name the token that stands for speech, as the model does."
+                f"{group.place}.audio_locator_tag: missing; name the token that marks speech, as the model does."
             )
         number = tokenizer.token_to_id(tag)
         if number is None or number == getattr(tokenizer, "unk_id", None):

@@ -48,7 +48,7 @@ EMPTY_BATCHES_IN_A_ROW = 100
 
 
 class MultimodalDataLoader(torch.utils.data.DataLoader):
-    """A torch ``DataLoader`` that keeps the ledger of what was skipped, and knows where training is in its data.
+    """A torch ``DataLoader`` that counts what was skipped, and keeps the position of training in its data.
 
     A batch of which nothing is left is left out, unless ranks would fall out of step: then it is an empty dict.
 
@@ -57,8 +57,8 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
     on. :meth:`state_dict` makes another loader continue there, with the rest of the pass.
 
     Args:
-        dataset: delivers batches with their notes; :class:`ResumableWorkerBatches` with the state of the data besides.
-        skipped_records: ledger of everything skipped so far, of all workers.
+        dataset: delivers batches with their notes; :class:`ResumableWorkerBatches` also with the state of the data.
+        skipped_records: counts everything skipped so far, by all workers.
         max_bad_records: stop past so many bad records, or past this share of those read of any source; None: never.
         hands_out_empty: an empty dict for a batch of which nothing is left, so that a rank stays in step.
         kwargs: of ``torch.utils.data.DataLoader``.
@@ -106,12 +106,12 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             DataError: if this loader cannot go on from that state.
         """
         if not state_dict:
-            logging.warning("The checkpoint does not tell where training was in its data: the epoch starts over.")
+            logging.warning("The checkpoint has no position of training in its data: the epoch starts over.")
             return
         if self.progress is None:
             raise DataError(
-                "the checkpoint tells where training was in its data, but this run's dataset is sampled by NeMo, which "
-                "cannot go on there; set sampling: emmett, as it was."
+                "the checkpoint has the position of training in its data, but this run's dataset is sampled by NeMo, "
+                "which cannot go on there; set sampling: emmett, as it was."
             )
         self.progress.load_state_dict(state_dict)
 
@@ -122,7 +122,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             TooManyBadRecords: if more was skipped than ``max_bad_records`` allows.
             DataError: if nothing can be read any more.
         """
-        self._shuffle_anew()
+        self._start_epoch()
         seed = torch.initial_seed()
         if self.progress is not None:
             self.dataset.start = self.progress.start()
@@ -172,7 +172,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             logging.info(f"Of {total:,} examples {kept / total:.1%} passed NeMo's filters; left out were {left_out}.")
         self.filtered.clear()
 
-    def _shuffle_anew(self) -> None:
+    def _start_epoch(self) -> None:
         """Give the sampler a new epoch, by which it shuffles, unless somebody (Lightning) has done so already."""
         if not isinstance(self.sampler, CutSampler):
             return  # it lives in the workers, and goes on where it was

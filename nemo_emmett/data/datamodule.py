@@ -45,7 +45,7 @@ class MultimodalDataModule(DataModule, Serialization):
             their ``datasets``.
         tokenizer: NeMo tokenizer.
         dataset: examples to batches; :class:`~nemo_emmett.data.SpeechTextDataset`, or NeMo's ``SALMDataset``.
-        defaults: keys that every dataset gets unless it sets them, such as what the model knows anyway
+        defaults: keys that every dataset gets unless it sets them, such as what the model defines
             (``SALMT5.data_defaults``). In the keys of :data:`MODEL_DEFINED_KEYS` no dataset, group or source may
             differ.
 

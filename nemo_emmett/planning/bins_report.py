@@ -23,7 +23,7 @@ from nemo_emmett.planning.blend_report import Recipe, load_tokenizer
 
 
 def tokenizer_of(recipe: Recipe, tokenizer: str | None = None, of_model: Any = None) -> Any:
-    """The tokenizer of a recipe, with the token that stands for speech; None if none is named.
+    """The tokenizer of a recipe, with the token that marks speech; None if none is named.
 
     Args:
         recipe: what :func:`~nemo_emmett.planning.blend_report.read_recipe` found.

@@ -75,7 +75,7 @@ def read_recipe(
         content: a recipe, the config of a dataset, or the list of an ``input_cfg``.
         name: path or name that it was read by.
         section: the dataset's place in it; by default the data that the recipe trains on.
-        defaults: keys that the dataset has unless it sets them, such as what the model knows.
+        defaults: keys that the dataset has unless it sets them, such as what the model defines.
 
     Raises:
         ConfigError: if there is no such section, it refers to what is missing, or a key is misspelt.
@@ -261,7 +261,7 @@ def print_blend(
         recipe: with the dataset.
         steps: of the optimizer; by default those of the recipe, or 1,000.
         tokenizer: NeMo tokenizer by which text is measured; without one, words are counted.
-        index_dir: folder for counts that cannot be written beside the data.
+        index_dir: folder for counts that cannot be written next to the data.
         console: where to print; the terminal unless given.
 
     Raises:
@@ -346,7 +346,7 @@ def _common_folder(sources: Sequence[Source]) -> str:
     folders = [os.path.dirname(path) for source in sources for _, path in source.files()]
     try:
         return os.path.commonpath(folders) if all(map(is_local, folders)) else ""
-    except ValueError:  # absolute paths beside relative ones, or none at all
+    except ValueError:  # absolute and relative paths, or none at all
         return ""
 
 

@@ -373,7 +373,7 @@ def test_keys_of_groups_beside_multi_config_are_warned_of(good, warnings) -> Non
     check_data_config(good)
     check_data_config(good)  # again, as when the loader is built
     assert warnings == [
-        f"data.train_ds.{key}: has no effect beside multi_config; set it in the groups (speech, pairs)."
+        f"data.train_ds.{key}: has no effect next to multi_config; set it in the groups (speech, pairs)."
         for key in ("max_duration", "batch_size", "min_tokens")
     ]
 

@@ -37,18 +37,8 @@ SHARED_BY_GROUPS = ("seed", "shard_seed", "num_workers", "pin_memory", "shuffle"
 _OF_ALL_GROUPS = (*SHARED_BY_GROUPS, "sampler_fusion", "sampler_weights", "multi_config")
 
 INHERITED_BY_GROUPS = (
-    "prompt_format",
-    "audio_locator_tag",
-    "token_equivalent_duration",
-    "sample_rate",
-    "source_lang",
-    "target_lang",
-    "weights",
-    "index_dir",
-    "num_sub_buckets",
-    "allow_commands",
-    "force_map_dataset",
-    "force_iterable_dataset",
+    *("prompt_format", "audio_locator_tag", "token_equivalent_duration", "sample_rate", "source_lang", "target_lang"),
+    *("weights", "index_dir", "num_sub_buckets", "allow_commands", "force_map_dataset", "force_iterable_dataset"),
 )
 """Keys of a ``multi_config`` that hold for the groups which do not set them."""
 
@@ -56,35 +46,19 @@ _EFFECTIVE_ABOVE_GROUPS = {*_OF_ALL_GROUPS, *INHERITED_BY_GROUPS, *OUR_TYPES, "c
 """Keys that mean something next to ``multi_config``; all others belong into the groups."""
 
 _INHERITED_BY_SOURCES = (
-    *INHERITED,
-    "text_field",
-    "lang_field",
-    "audio_locator_tag",
-    "token_equivalent_duration",
+    *(*INHERITED, "text_field", "lang_field", "audio_locator_tag", "token_equivalent_duration"),
     "skip_missing_manifest_entries",
 )
 """Keys of a dataset that its sources inherit here; what depends on the samplers (``shuffle``, ...) follows later."""
 
 _KEYS_OF_A_BATCH = (
-    "batch_size",
-    "batch_duration",
-    "batch_tokens",
-    "quadratic_duration",
-    "quadratic_factor",
-    "use_bucketing",
-    "bucket_batch_size",
-    "bucket_duration_bins",
-    "num_buckets",
-    "use_multimodal_sampling",
+    *("batch_size", "batch_duration", "batch_tokens", "quadratic_duration", "quadratic_factor", "use_bucketing"),
+    *("bucket_batch_size", "bucket_duration_bins", "num_buckets", "use_multimodal_sampling"),
 )
 """Keys of how a batch is put together, which under ``mux`` there is but one of."""
 
-_LIMITS = (
-    ("min_duration", "max_duration"),
-    ("min_tokens", "max_tokens"),
-    ("min_tps", "max_tps"),
-    ("min_tpt", "max_tpt"),
-)
+LIMITS = tuple((f"min_{name}", f"max_{name}") for name in ("duration", "tokens", "tps", "tpt"))
+"""Keys of the least and the most that NeMo's filters let pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,7 +368,7 @@ def _check_sizes(group: GroupConfig) -> None:
         for key in ("max_tps", "max_tpt"):
             if isinstance(ratios := group.keys.get(key), list) and sizes is not None and len(ratios) != len(bins):
                 raise ConfigError(f"{place}.{key}: has {len(ratios)} values for {len(bins)} bins; give one for each.")
-    for low, high in _LIMITS:
+    for low, high in LIMITS:
         least, most = group.keys.get(low), group.keys.get(high)
         if is_number(least) and is_number(most) and least > most:
             raise ConfigError(f"{place}.{low}: {least} is above {high}, which is {most}, so nothing is left.")
@@ -410,7 +384,7 @@ def _warn_of_keys_without_effect(
     for key, value in own.items():
         if key in LOADER_KEYS - _EFFECTIVE_ABOVE_GROUPS and value is not None:
             names = ", ".join(sections)
-            messages.append(f"{place}.{key}: has no effect beside multi_config; set it in the groups ({names}).")
+            messages.append(f"{place}.{key}: has no effect next to multi_config; set it in the groups ({names}).")
     for name, section in sections.items():
         for key in _OF_ALL_GROUPS:
             shared = own.get(key, getattr(LhotseDataLoadingConfig, key))

@@ -170,4 +170,4 @@ KEYS_OF_TYPE = {
         | {"source_field", "target_field"}
     ),
 }
-"""Keys of each source type, beyond those that every source knows; types not listed here are not checked."""
+"""Keys of each source type, beyond those that every source has; types not listed here are not checked."""

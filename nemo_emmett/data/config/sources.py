@@ -41,15 +41,8 @@ CLASSIC_KEYS = frozenset().union(*_CLASSIC.values())
 """Keys by which a dataset names its one source without ``input_cfg``."""
 
 FILE_KEYS = (
-    "manifest_filepath",
-    "tarred_audio_filepaths",
-    "cuts_path",
-    "shar_path",
-    "source_paths",
-    "target_paths",
-    "paths",
-    "questions_path",
-    "data_dir",
+    *("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path"),
+    *("source_paths", "target_paths", "paths", "questions_path", "data_dir"),
 )
 """Keys by which a source names its files."""
 
@@ -63,19 +56,9 @@ INHERITED = (*LANGUAGE_KEYS, "channel_selector")
 """Keys that a source inherits from the groups around it and from its dataset, beyond NeMo's."""
 
 INHERITED_IN_NEMO = (
-    "shuffle",
-    "shard_seed",
-    "text_field",
-    "lang_field",
-    "metadata_only",
-    "force_finite",
-    "max_open_streams",
-    "audio_locator_tag",
-    "token_equivalent_duration",
-    "skip_missing_manifest_entries",
-    "force_map_dataset",
-    "force_iterable_dataset",
-    "slice_length",
+    *("shuffle", "shard_seed", "text_field", "lang_field", "metadata_only", "force_finite", "max_open_streams"),
+    *("audio_locator_tag", "token_equivalent_duration", "skip_missing_manifest_entries"),
+    *("force_map_dataset", "force_iterable_dataset", "slice_length"),
 )
 """Keys that a source inherits in NeMo, too."""
 

@@ -1,4 +1,4 @@
-"""The seam between our readers and NeMo's sampling: data types that NeMo's ``input_cfg`` knows.
+"""Our readers as data types of NeMo's ``input_cfg``, so that NeMo can sample from them.
 
 A loader of ours hands NeMo an ``input_cfg`` in which every source has the type ``emmett_source``. So NeMo keeps what it
 is good at (groups, weights, mixing, filters, samplers), while every record is read, judged and given its languages
@@ -173,7 +173,7 @@ def open_source(source: Source, skipped_records: SkippedRecords, kind: ExampleKi
 
 def is_nemo(source: Source) -> bool:
     """Whether we read a source as NeMo manifests, plain or tarred."""
-    # NeMo's batched reads from AIStore bypass the tar files; its own reader knows how.
+    # NeMo's batched reads from AIStore bypass the tar files; only its own reader can.
     from_aistore = os.environ.get("USE_AIS_GET_BATCH", "False").lower() == "true"
     return source.type in ("nemo", "nemo_tarred") and not (from_aistore and source.tarred_audio_filepaths)
 
@@ -218,7 +218,7 @@ def _paths_expanded_by_us() -> Iterator[None]:
 
 
 def _with_origin(example: Cut | Formattable, source: str, skipped_records: SkippedRecords | None) -> Cut | Formattable:
-    """What NeMo has read, counted, and told where it comes from unless it knows."""
+    """Count an example that NeMo has read, and mark its origin unless it has one."""
     if skipped_records is not None:
         skipped_records.read(source)
     origin, place = origin_of(example)

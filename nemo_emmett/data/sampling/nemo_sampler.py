@@ -79,10 +79,13 @@ def nemo_sampler(
     samplers, in_workers = {}, False
     for group in dataset.groups:
         flavour = _flavour(dataset.sources, group)
-        shard_seed = dataset.shard_seed
-        if kind is not ExampleKind.AS_READ and world_size > 1 and _share_an_order(dataset.sources, **flavour):
-            shard_seed = _agreed(shard_seed, seed)
-        overrides = {"seed": seed, "shard_seed": shard_seed, "bucket_duration_bins": bins[group.name], **flavour}
+        overrides = {"seed": seed, "bucket_duration_bins": bins[group.name], **flavour}
+        in_workers = flavour["force_iterable_dataset"] or all(source.is_tarred for source in dataset.sources)
+        is_map_style = flavour["force_map_dataset"] or not in_workers
+        if kind is not ExampleKind.AS_READ and world_size > 1 and is_map_style and dataset.shard_seed == "trng":
+            # NeMo's default is for workers that each have an order of their own; here ranks divide the batches.
+            logging.info(f"shard_seed: all ranks use the seed {seed}, so that they share out the same batches.")
+            overrides["shard_seed"] = seed
         structured = sampler_config(group, **overrides)
         how = ReaderContext(skipped_records, kind, endless, forbidden_text(group.prompt_format, tokenizer))
         with reader_context(how):
@@ -125,16 +128,3 @@ def _flavour(sources: Sequence[Source], group: GroupConfig) -> dict[str, bool]:
         return forced
     speech_in_workers = any(source.is_tarred for source in sources if not source.is_text)
     return {"force_map_dataset": not speech_in_workers, "force_iterable_dataset": speech_in_workers}
-
-
-def _share_an_order(sources: Sequence[Source], force_map_dataset: bool, force_iterable_dataset: bool) -> bool:
-    """Whether the samplers divide the batches among the ranks (map-style flavour): each must see them in one order."""
-    return force_map_dataset or not (force_iterable_dataset or all(source.is_tarred for source in sources))
-
-
-def _agreed(shard_seed: int | str, seed: int) -> int | str:
-    """NeMo's default, ``trng``, is meant for the iterable flavour, where each worker shall have its own order."""
-    if shard_seed != "trng":
-        return shard_seed
-    logging.info(f"shard_seed: all ranks use the seed {seed}, so that they share out the same batches.")
-    return seed

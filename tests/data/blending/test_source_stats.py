@@ -410,14 +410,14 @@ class TestWhereNothingCanBeWritten:
     @pytest.fixture(autouse=True)
     def read_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The folder of the data, and all in it but ``index``; permissions would not hold back a root user."""
-        real = sidecar.whole_file
+        real = sidecar.atomic_file
 
         def refuse(place: str):
             if Path(place).parent == tmp_path and ".sizes.json" in place:
                 raise PermissionError(13, "Permission denied", place)
             return real(place)
 
-        monkeypatch.setattr(sidecar, "whole_file", refuse)
+        monkeypatch.setattr(sidecar, "atomic_file", refuse)
         monkeypatch.setattr(sidecar, "_in_memory", {})
 
     def test_it_lies_in_index_dir(self, nemo, tmp_path: Path, counted) -> None:
