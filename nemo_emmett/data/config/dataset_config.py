@@ -29,7 +29,7 @@ from nemo_emmett.data.config.sources import (
 )
 from nemo_emmett.data.io.commands import refuse_pipes
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.typed_config import is_number
+from nemo_emmett.typed_config import Switch, is_number, parse_value
 
 SHARED_BY_GROUPS = ("seed", "shard_seed", "num_workers", "pin_memory", "shuffle", "metadata_only", "force_finite")
 """Keys of a ``multi_config`` that overrule those of its groups, as in NeMo."""
@@ -196,18 +196,17 @@ def parse_dataset(section: Mapping[str, Any] | DictConfig, place: str) -> Datase
         nemo_emmett.errors.ConfigError: data.train_ds.batch_size: 0 cannot be used; give a whole number from 1, or null.
     """
     section = plain(section, place)
-    parse_keys({key: section[key] for key in ("multi_config",) if key in section}, place)
-    is_multi_config = bool(section.get("multi_config"))
-    names = [str(k) for k, v in section.items() if is_multi_config and isinstance(v, dict) and k != "sampler_weights"]
-    sections = {str(key): value for key, value in section.items() if str(key) in names}
-    own = {key: value for key, value in section.items() if str(key) not in names}
-    fusion, weights = own.get("sampler_fusion", "round_robin"), own.get("sampler_weights")
+    is_multi_config = parse_value(Switch, section.get("multi_config", False), f"{place}.multi_config")
+    sections = {}
+    if is_multi_config:
+        sections = {str(k): v for k, v in section.items() if isinstance(v, dict) and k != "sampler_weights"}
+    own = {key: value for key, value in section.items() if str(key) not in sections}
     unknown_keys = check_keys(own, LOADER_KEYS | OUR_TYPES.keys(), place, LEGACY_KEYS)
     own = parse_keys(own, place)
     if is_multi_config:
-        _check_fusion(fusion, weights, names, place)
+        _check_fusion(own, list(sections), place)
         unknown_keys += [key for key in own if key in LEGACY_KEYS - {"use_lhotse"} and key not in unknown_keys]
-    if is_multi_config and fusion == "mux":
+    if is_multi_config and own.get("sampler_fusion") == "mux":
         groups = (_merged_group(own, sections, place),)
     elif is_multi_config:
         groups = tuple(_groups(own, sections, place))
@@ -337,7 +336,8 @@ def _temperatures(value: Any, root: SourceGroup, place: str) -> tuple[float, ...
     return tuple(map(float, value))
 
 
-def _check_fusion(fusion: Any, weights: Mapping[str, Any] | None, groups: Sequence[str], place: str) -> None:
+def _check_fusion(keys: Mapping[str, Any], groups: Sequence[str], place: str) -> None:
+    fusion, weights = keys.get("sampler_fusion", "round_robin"), keys.get("sampler_weights")
     if not groups:
         raise ConfigError(f"{place}: multi_config is set, but there are no groups; give each kind of data a section.")
     if fusion not in FUSIONS:
