@@ -43,6 +43,7 @@ from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
 from nemo_emmett.data.bucketing.bins import optimal_bins_2d
 from nemo_emmett.data.bucketing.length_stats import measure
 from nemo_emmett.data.bucketing.padding import equal_mass_bins, equal_mass_bins_2d, padding_of
+from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.processes import available_cores
 
@@ -227,13 +228,14 @@ def compare_batches(config: Mapping, tokenizer: SentencePieceTokenizer) -> list[
 
 def lengths_of(config: Mapping, tokenizer: SentencePieceTokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and outputs as NeMo measures them."""
-    lengths = measure(config, tokenizer, ExampleKind.TRANSLATION, "benchmark", two_dimensional=True)
+    (group,) = parse_dataset(config, "benchmark").groups
+    lengths = measure(group, tokenizer, ExampleKind.TRANSLATION, two_dimensional=True)
     return lengths.inputs, lengths.outputs
 
 
 def pad_in_batches(config: Mapping, tokenizer: SentencePieceTokenizer) -> dict[str, float]:
     """Padding, and its share in the batches: of tokens of text; of speech, of frames and the tokens of the answers."""
-    loader = get_multimodal_dataloader(config, 0, 1, SpeechTextDataset(tokenizer), tokenizer, where="benchmark")
+    loader = get_multimodal_dataloader(config, 0, 1, SpeechTextDataset(tokenizer), tokenizer, place="benchmark")
     needed = held = batches = 0
     for batch in loader:
         batches += 1

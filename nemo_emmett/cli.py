@@ -241,7 +241,7 @@ def _read_data(
     from nemo_emmett.runner import compose_data
 
     content = compose_data(config, overrides)
-    from nemo_emmett.data.config.validation import check_files_of_dataset
+    from nemo_emmett.data.checks import check_files
     from nemo_emmett.planning.blend_report import read_recipe
     from nemo_emmett.planning.known_by_model import known_by_model
     from nemo_emmett.plugin import find_model
@@ -249,7 +249,7 @@ def _read_data(
     recipe = read_recipe(content, config, section)
     if "model" not in content:
         return read_recipe(content, config, section, given), None
-    check_files_of_dataset(recipe.settings, recipe.where)  # before the model is built, which takes seconds
+    check_files(recipe.dataset.sources)  # before the model is built, which takes seconds
     known = known_by_model(content, find_model)
     return read_recipe(content, config, section, {**known.defaults, **(given or {})}), known.tokenizer
 
@@ -280,10 +280,10 @@ def blend(
     (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read.
     """
     recipe, of_model = _read_data(config, overrides, section)
-    from nemo_emmett.planning.bins_report import dataset_of
+    from nemo_emmett.planning.bins_report import tokenizer_of
     from nemo_emmett.planning.blend_report import print_blend
 
-    print_blend(recipe, steps=steps, tokenizer=dataset_of(recipe, tokenizer, of_model).tokenizer, index_dir=index_dir)
+    print_blend(recipe, steps=steps, tokenizer=tokenizer_of(recipe, tokenizer, of_model), index_dir=index_dir)
 
 
 @main.command()
@@ -324,10 +324,9 @@ def bins(
     """
     given = {"token_equivalent_duration": token_equivalent_duration} if token_equivalent_duration else {}
     recipe, of_model = _read_data(config, overrides, section, given)
-    from nemo_emmett.planning.bins_report import bins_of_dataset, dataset_of, draw_bins, print_bins
+    from nemo_emmett.planning.bins_report import bins_of_dataset, draw_bins, print_bins, tokenizer_of
 
-    dataset = dataset_of(recipe, tokenizer, of_model)
-    groups = bins_of_dataset(dataset.settings, dataset.where, dataset.tokenizer, **options)
+    groups = bins_of_dataset(recipe.dataset, tokenizer_of(recipe, tokenizer, of_model), **options)
     print_bins(groups)
     if output is not None:
         draw_bins(groups, output)

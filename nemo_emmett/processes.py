@@ -11,8 +11,9 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
-_SECONDS_BETWEEN_CHECKS = 0.5
 from tqdm import tqdm
+
+_SECONDS_BETWEEN_CHECKS = 0.5
 
 
 def available_cores() -> int:

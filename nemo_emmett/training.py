@@ -34,7 +34,7 @@ from nemo_emmett.callbacks.validation_schedule import ValidateAtEpochEnd, check_
 from nemo_emmett.checkpoints import with_resume_point
 from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
-from nemo_emmett.data.config.validation import check_data_config
+from nemo_emmett.data.checks import check_data_config
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.ending import (
     BestCheckpoint,
@@ -287,4 +287,4 @@ def check_data_section(data: DictConfig, examples: ExampleKind = ExampleKind.TRA
         logging.warning(f"data.{stranger} is not a dataset that a training has; it is ignored.")
     for name in DATASETS:
         if data.get(name) is not None:
-            check_data_config(data[name], where=f"data.{name}", examples=examples)
+            check_data_config(data[name], place=f"data.{name}", examples=examples)

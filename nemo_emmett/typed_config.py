@@ -41,6 +41,9 @@ Whole = Annotated[int, BeforeValidator(_no_boolean)]
 Number = Annotated[float, BeforeValidator(_no_boolean), annotated_types.Predicate(lambda x: abs(x) < float("inf"))]
 """A finite number."""
 
+Limit = Annotated[float, BeforeValidator(_no_boolean), annotated_types.Predicate(lambda x: x == x)]
+"""A number, which may be infinite."""
+
 Text = Annotated[str, Strict()]
 """A text that is not made of a number."""
 
@@ -155,4 +158,7 @@ def describe(annotation: Any) -> str:
 def _range(constraints: Sequence[Any]) -> str:
     words = {"ge": "from", "gt": "above", "le": "to", "lt": "to below"}
     bounds = {key: getattr(constraint, key) for constraint in constraints for key in words if hasattr(constraint, key)}
-    return "".join(f" {words[key]} {bound:g}" for key, bound in bounds.items())
+    lengths = [constraint.max_length for constraint in constraints if hasattr(constraint, "max_length")]
+    return "".join(
+        [*(f" {words[key]} {bound:g}" for key, bound in bounds.items()), *(f" ({n} items)" for n in lengths)]
+    )

@@ -292,17 +292,17 @@ class TestReportsOnData:
         from nemo_emmett.planning import bins_report
 
         seen = []
-        monkeypatch.setattr(
-            bins_report, "bins_of_dataset", lambda settings, *rest, **_: seen.append((settings, rest)) or []
-        )
+        monkeypatch.setattr(bins_report, "bins_of_dataset", lambda *given, **_: seen.append(given) or [])
         OmegaConf.save(OmegaConf.create(recipe), tmp_path / "recipe.yaml")
         done = invoke("bins", tmp_path / "recipe.yaml", "data.train_ds.audio.batch_size=7")
         assert done.exit_code == 0, done.output
-        ((settings, (where, tokenizer)),) = seen
-        assert where == "data.train_ds"
+        ((dataset, tokenizer),) = seen
+        assert dataset.place == "data.train_ds"
+        groups = {group.name: group for group in dataset.groups}
         # FastConformer: a frame of 10 ms, eight of them a position.
         known = {"prompt_format": "emmett_t5", "audio_locator_tag": "<|audio|>", "token_equivalent_duration": 0.08}
-        assert {key: settings[key] for key in known} == known
-        assert settings["sample_rate"] == 16000
-        assert settings["audio"]["batch_size"] == 7
+        for group in groups.values():
+            assert {key: getattr(group, key) for key in known} == known
+            assert group.keys["sample_rate"] == 16000
+        assert groups["audio"].batch_size == 7
         assert tokenizer.token_to_id("<|audio|>") is not None

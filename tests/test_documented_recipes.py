@@ -16,8 +16,9 @@ from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import OmegaConf
 
 from nemo_emmett.callbacks import ResumableData, SkipNonFiniteSteps
-from nemo_emmett.data.blending.weights import blends_of
-from nemo_emmett.data.config.validation import check_data_config
+from nemo_emmett.data.blending.weights import blend_of
+from nemo_emmett.data.checks import check_data_config
+from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.oomptimizer.profile import Profile
 from nemo_emmett.runner import compose_data, compose_recipe
 from nemo_emmett.training import build_training, train
@@ -112,7 +113,7 @@ class Completed:
             text = text.replace(path, str(own))
         dataset = compose_data(self._written(text))
         OmegaConf.set_struct(dataset, False)
-        check_data_config(OmegaConf.merge(dataset, {"batch_size": 1}), where="dataset")
+        check_data_config(OmegaConf.merge(dataset, {"batch_size": 1}), place="dataset")
 
     def names_forms_of_a_source(self, text: str) -> None:
         """A list whose every source is a dataset."""
@@ -120,7 +121,7 @@ class Completed:
         assert len(sources) == 6
         for source in sources:
             check_data_config(
-                OmegaConf.create({"input_cfg": [source], "batch_size": 1, "use_multimodal_sampling": True}), where="it"
+                OmegaConf.create({"input_cfg": [source], "batch_size": 1, "use_multimodal_sampling": True}), place="it"
             )
 
     def begins_with_weights(self, text: str) -> None:
@@ -148,9 +149,9 @@ class Completed:
         OmegaConf.set_struct(train_ds, False)
         train_ds.batch_size = 1
         train_ds.use_multimodal_sampling = True
-        check_data_config(train_ds, where="train_ds")
-        (blend,) = blends_of(OmegaConf.to_container(train_ds), "train_ds").values()
-        shares = [leaf.share for leaf in blend.leaves()]
+        check_data_config(train_ds, place="train_ds")
+        (group,) = parse_dataset(train_ds, "train_ds").groups
+        shares = [leaf.share for leaf in blend_of(group).leaves()]
         assert len(shares) == 4
         assert sum(shares) == pytest.approx(1)
 

@@ -177,7 +177,7 @@ def test_use_emmett_anywhere_else_than_in_the_dataset_is_refused(place, salm, gr
     at, where = {
         "data": (data, "data"),
         "group": (group, "data.train_ds.speech"),
-        "source": (group["input_cfg"][0], "data.train_ds.speech.input_cfg[0]"),
+        "source": (group["input_cfg"][0], "data.train_ds.speech.input_cfg.0"),
     }[place]
     at["use_emmett"] = True
     said = refusal(lambda: loader_of(salm, data))
@@ -193,7 +193,7 @@ def test_a_value_of_the_section_that_another_dataset_refers_to_is_left_alone(sal
 def test_our_text_in_nemos_loader_for_nemos_salm_is_refused(salm, group, text):
     data = {"train_ds": {"multi_config": True, "sampler_fusion": "zip", "speech": group, "text": text, "seed": 0}}
     said = refusal(lambda: loader_of(salm, data))
-    assert said.startswith("data.train_ds.text.input_cfg[0].type: parallel_text cannot be read by NeMo's dataloader")
+    assert said.startswith("data.train_ds.text.input_cfg.0.type: parallel_text cannot be read by NeMo's dataloader")
     data["train_ds"]["use_emmett"] = True
     assert isinstance(loader_of(salm, data), MultimodalDataLoader)
 
@@ -358,7 +358,7 @@ def test_steps_with_losses_that_are_not_finite_are_skipped_in_asr_models(build, 
 
 
 def test_false_is_refused_where_our_loader_is_always_taken(tmp_path, text):
-    from nemo_emmett.data.config.validation import check_data_config
+    from nemo_emmett.data.checks import check_data_config
 
     said = refusal(lambda: check_data_config(text | {"use_emmett": False}))
     assert said.startswith("data.train_ds.use_emmett: false has no effect")

@@ -14,8 +14,11 @@ from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import OmegaConf
 
 from nemo_emmett.data import get_multimodal_dataloader
-from nemo_emmett.data.config.sources import CLASSIC_KEYS, nemo_keys, structured_config
-from nemo_emmett.data.config.validation import check_data_config
+from nemo_emmett.data.checks import check_data_config
+from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.data.config.nemo_config import sampler_config
+from nemo_emmett.data.config.schema import LOADER_KEYS
+from nemo_emmett.data.config.sources import CLASSIC_KEYS
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
 from nemo_emmett.models.config import ModelConfig
@@ -297,14 +300,14 @@ def load(speech: Path, **settings: Any):
 def test_a_key_of_a_dataset_is_passed_on(key, speech, caplog):
     if key in NAMES_OF_FILES or key == "use_lhotse":
         return  # other tests read files by them
-    default = structured_config({"manifest_filepath": str(speech)}, "train_ds")[key]
+    default = sampler_config(parse_dataset({"manifest_filepath": str(speech)}, "train_ds").groups[0])[key]
     value = SAMPLES.get(key, default)
     settings = {"manifest_filepath": str(speech), "target_lang": "de", "batch_size": 2, "use_multimodal_sampling": True}
     settings[key] = value
     check_data_config(settings)
     assert key not in caplog.text
-    assert key in nemo_keys() - CLASSIC_KEYS
-    assert structured_config(settings, "train_ds")[key] == value
+    assert key in LOADER_KEYS - CLASSIC_KEYS
+    assert sampler_config(parse_dataset(settings, "train_ds").groups[0])[key] == value
 
 
 @pytest.mark.parametrize("key", of_datasets(NO_EFFECT))

@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_emmett import plugin
 from nemo_emmett.cli import main
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
-from nemo_emmett.data.config.sources import list_all_sources, plain
-from nemo_emmett.data.config.validation import check_keys_of_dataset
+from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.data.config.section import plain
 from nemo_emmett.errors import DataError
 from nemo_emmett.evaluation import from_json
 from nemo_emmett.runner import compose_recipe
@@ -167,7 +167,7 @@ def test_every_model_takes_the_public_corpora(name, corpus):
     cfg = recipe(name, corpus)
     check_recipe(cfg)
     check_data_section(cfg.data)
-    assert check_keys_of_dataset(plain(cfg.data.train_ds), "data.train_ds") == []
+    assert parse_dataset(cfg.data.train_ds, "data.train_ds").unknown_keys == ()
 
 
 def test_the_blend_and_buckets_are_those_of_the_other_recipe(corpus):
@@ -183,8 +183,8 @@ def test_another_list_leaves_corpora_out_by_one_override(corpus, tmp_path):
     shutil.copy(corpus / "multi30k" / "input_cfg" / "train.yaml", mine)
     cfg = recipe("salm_t5", corpus, **{"paths.train_text": mine})
     check_data_section(cfg.data)
-    sources = list_all_sources(plain(cfg.data.train_ds), "data.train_ds")
-    assert [set(source.config["paths"]) for source in sources if source.is_text] == [{"en", "de", "fr"}]
+    sources = parse_dataset(cfg.data.train_ds, "data.train_ds").sources
+    assert [set(source.paths) for source in sources if source.is_text] == [{"en", "de", "fr"}]
 
 
 def test_a_list_that_is_not_there_is_named(tmp_path):

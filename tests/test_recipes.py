@@ -13,8 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett import plugin
-from nemo_emmett.data.config.sources import plain
-from nemo_emmett.data.config.validation import check_keys_of_dataset
+from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.data.config.section import plain
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.runner import compose_recipe
@@ -41,7 +41,7 @@ def test_a_recipe_composes_and_all_its_keys_mean_something(name):
     OmegaConf.resolve(cfg)
     check_recipe(cfg)
     for place, settings in datasets_of(cfg.data):
-        assert check_keys_of_dataset(settings, place) == []
+        assert parse_dataset(settings, place).unknown_keys == ()
     known = {"_target_", *ModelConfig.__dataclass_fields__}
     assert set(cfg.model) <= known
 

@@ -23,8 +23,7 @@ from lightning.pytorch import Trainer
 from nemo.collections.speechlm2.parts.parallel import AutomodelParallelStrategy
 from nemo.utils.exp_manager import ExpManagerConfig
 
-from nemo_emmett.data.config.schema import ANY_SOURCE_KEYS, KEYS_OF_TYPE, LEGACY_KEYS
-from nemo_emmett.data.config.sources import nemo_keys
+from nemo_emmett.data.config.schema import ANY_SOURCE_KEYS, KEYS_OF_TYPE, LEGACY_KEYS, LOADER_KEYS
 from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.models.nemo_keys import NEMO_KEYS
 
@@ -153,7 +152,7 @@ def _of_dataset(key: str) -> Verdict:
     top, _, inner = key.partition(".")
     name = inner.partition(".")[0] if top == "input_cfg[]" else top
     of_sources = frozenset().union(ANY_SOURCE_KEYS, *KEYS_OF_TYPE.values()) if top == "input_cfg[]" else frozenset()
-    works = name in nemo_keys() | of_sources | {"use_lhotse"}
+    works = name in LOADER_KEYS | of_sources | {"use_lhotse"}
     assert works or name in LEGACY_KEYS, f"nothing is known of NeMo's key {key}"
     return Verdict(WORKS if works else NO_EFFECT, NOTES.get(f"data.{name}", ""))
 

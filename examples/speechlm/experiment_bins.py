@@ -21,27 +21,24 @@ def main(cfg) -> None:
     for language, count in SPOKEN_SENTENCES.items():
         shorten(Path(cfg.corpus, "speech", f"train.{language}.jsonl"), Path(cfg.speech, f"{language}.jsonl"), count)
 
-    from omegaconf import OmegaConf
-
     from nemo_emmett.data.bucketing.length_stats import measure, solve
     from nemo_emmett.data.bucketing.padding import equal_mass_bins_2d
-    from nemo_emmett.data.config.sources import with_inherited
+    from nemo_emmett.data.config.dataset_config import GroupConfig, parse_dataset
     from nemo_emmett.data.readers.examples import ExampleKind
     from nemo_emmett.training import build_training
 
     training = build_training(cfg)
-    settings = training.datamodule.cfg.train_ds
     found = {"optimal_2d": {}, "optimal_1d": {}, "equal_mass_2d": {}}
-    for group, config in with_inherited(OmegaConf.to_container(settings, resolve=True)).items():
+    for group in parse_dataset(training.datamodule.cfg.train_ds, "data.train_ds").groups:
 
-        def lengths(two_dimensional: bool, group: str = group, config: dict = config):
+        def lengths(two_dimensional: bool, group: GroupConfig = group):
             tokenizer, kind = training.model.tokenizer, ExampleKind.TRANSLATION
-            return measure(config, tokenizer, kind, f"train_ds.{group}", two_dimensional=two_dimensional)
+            return measure(group, tokenizer, kind, two_dimensional=two_dimensional)
 
-        buckets, sub_buckets = config["num_buckets"], config["num_sub_buckets"]
-        found["optimal_2d"][group] = solve(lengths(True), buckets, sub_buckets)
-        found["optimal_1d"][group] = solve(lengths(False), buckets * sub_buckets)
-        found["equal_mass_2d"][group] = equal_mass_bins_2d(*lengths(True).sides, buckets, sub_buckets)
+        buckets, sub_buckets = group.num_buckets, group.num_sub_buckets
+        found["optimal_2d"][group.name] = solve(lengths(True), buckets, sub_buckets)
+        found["optimal_1d"][group.name] = solve(lengths(False), buckets * sub_buckets)
+        found["equal_mass_2d"][group.name] = equal_mass_bins_2d(*lengths(True).sides, buckets, sub_buckets)
     Path(cfg.exp_dir, "bins.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

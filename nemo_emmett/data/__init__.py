@@ -3,13 +3,14 @@
 In the order in which data flows:
 
 - ``io``: files, indexes of lines and tar members, audio, skipped records.
-- ``config``: a dataset's section of a recipe.
+- ``config``: a dataset's section of a recipe, parsed once into a tree of frozen dataclasses.
 - ``readers``: records and examples, one module for each format.
 - ``blending``: sampling weights from sizes.
 - ``bucketing``: optimal bins and their padding.
 - ``sampling``: shuffling, mixing, buckets; NeMo's samplers behind the same interface.
 - ``worker_batches``, ``loader_state``: what a worker sends with a batch, and the state of a loader.
 - ``dataset``, ``dataloader``, ``datamodule``: examples to a batch, and what trainings call.
+- ``checks``: mistakes that depend on files, the tokenizer or the model.
 - ``stock``: our keys in trainings of NeMo's own models.
 
 Importing this package imports neither torch nor NeMo; using one of its names does.

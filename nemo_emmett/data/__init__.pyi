@@ -1,5 +1,6 @@
-from .config.schema import MultimodalDataConfig as MultimodalDataConfig
-from .config.validation import check_data_config as check_data_config
+from .checks import check_data_config as check_data_config
+from .config.dataset_config import DatasetConfig as DatasetConfig
+from .config.dataset_config import parse_dataset as parse_dataset
 from .dataloader import (
     MultimodalDataLoader as MultimodalDataLoader,
 )
@@ -13,11 +14,12 @@ from .readers.registry import register_data_types as register_data_types
 
 __all__ = [
     "BadRecords",
-    "MultimodalDataConfig",
+    "DatasetConfig",
     "MultimodalDataLoader",
     "MultimodalDataModule",
     "SpeechTextDataset",
     "check_data_config",
     "get_multimodal_dataloader",
+    "parse_dataset",
     "register_data_types",
 ]

@@ -1,4 +1,4 @@
-"""The dataloader: NeMo's samplers over our sources, and a loop that reports what was skipped.
+"""The dataloader: batches from our samplers or NeMo's, and a loop that reports what was skipped.
 
 Drop-in for NeMo's ``get_lhotse_dataloader_from_config``: it takes every config that NeMo takes.
 """
@@ -7,49 +7,32 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
 from lhotse.dataset import make_worker_init_fn
-from lhotse.dataset.dataloading import resolve_seed
 from lhotse.dataset.sampling.base import CutSampler
-from lhotse.utils import fix_random_seed
-from nemo.collections.common.data.lhotse.dataloader import (
-    LhotseDataLoadingConfig,
-    maybe_set_cuda_expandable_segments,
-)
+from nemo.collections.common.data.lhotse.dataloader import maybe_set_cuda_expandable_segments
 from nemo.utils import logging
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.utils.data._utils import signal_handling
 
 from nemo_emmett.callbacks.random_state import random_state, restore_random_state
 from nemo_emmett.data.agreement import RanksInStep, ranks_load_data
-from nemo_emmett.data.bucketing.length_stats import auto_bins
-from nemo_emmett.data.config.schema import AUTO_BINS, MultimodalDataConfig
-from nemo_emmett.data.config.sources import (
-    SHARED_BY_GROUPS,
-    Source,
-    groups_of,
-    list_all_sources,
-    place_of,
-    plain,
-    source_of_files,
-    structured_config,
-    with_inherited,
-)
-from nemo_emmett.data.config.validation import check_dataset
+from nemo_emmett.data.checks import check_dataset
+from nemo_emmett.data.config.dataset_config import DatasetConfig, parse_dataset
+from nemo_emmett.data.config.section import place_of
+from nemo_emmett.data.config.sources import source_of_files
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.loader_state import LoaderState
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.data.readers.registry import ReaderContext, reader_context, register_data_types
-from nemo_emmett.data.sampling.fusion import fuse
-from nemo_emmett.data.sampling.plan import nemo_sampler_reason, plan_sampling
+from nemo_emmett.data.sampling.nemo_sampler import nemo_sampler, nemo_sampler_reason
+from nemo_emmett.data.sampling.plan import plan_sampling
 from nemo_emmett.data.sampling.shard_batches import ShardedBatches
-from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
 from nemo_emmett.data.worker_batches import (
     IterableWorkerBatches,
     ResumableWorkerBatches,
@@ -59,15 +42,13 @@ from nemo_emmett.data.worker_batches import (
     prepare_dataset,
 )
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.prompts.families import forbidden_text
-from nemo_emmett.prompts.translation import register_prompt_formats
 
 EMPTY_BATCHES_IN_A_ROW = 100
 """After so many batches of which nothing could be read, endless data would only spin: the run stops."""
 
 
 class MultimodalDataLoader(torch.utils.data.DataLoader):
-    """A torch ``DataLoader`` that keeps the ledger of what was skipped, and knows where training is in its data.
+    """A torch ``DataLoader`` that counts what was skipped, and keeps the position of training in its data.
 
     A batch of which nothing is left is left out, unless ranks would fall out of step: then it is an empty dict.
 
@@ -76,8 +57,8 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
     on. :meth:`state_dict` makes another loader continue there, with the rest of the pass.
 
     Args:
-        dataset: delivers batches with their notes; :class:`ResumableWorkerBatches` with the state of the data besides.
-        skipped_records: ledger of everything skipped so far, of all workers.
+        dataset: delivers batches with their notes; :class:`ResumableWorkerBatches` also with the state of the data.
+        skipped_records: counts everything skipped so far, by all workers.
         max_bad_records: stop past so many bad records, or past this share of those read of any source; None: never.
         hands_out_empty: an empty dict for a batch of which nothing is left, so that a rank stays in step.
         kwargs: of ``torch.utils.data.DataLoader``.
@@ -125,12 +106,12 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             DataError: if this loader cannot go on from that state.
         """
         if not state_dict:
-            logging.warning("The checkpoint does not tell where training was in its data: the epoch starts over.")
+            logging.warning("The checkpoint has no position of training in its data: the epoch starts over.")
             return
         if self.progress is None:
             raise DataError(
-                "the checkpoint tells where training was in its data, but this run's dataset is sampled by NeMo, which "
-                "cannot go on there; set sampling: emmett, as it was."
+                "the checkpoint has the position of training in its data, but this run's dataset is sampled by NeMo, "
+                "which cannot go on there; set sampling: emmett, as it was."
             )
         self.progress.load_state_dict(state_dict)
 
@@ -141,7 +122,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             TooManyBadRecords: if more was skipped than ``max_bad_records`` allows.
             DataError: if nothing can be read any more.
         """
-        self._shuffle_anew()
+        self._start_epoch()
         seed = torch.initial_seed()
         if self.progress is not None:
             self.dataset.start = self.progress.start()
@@ -191,7 +172,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             logging.info(f"Of {total:,} examples {kept / total:.1%} passed NeMo's filters; left out were {left_out}.")
         self.filtered.clear()
 
-    def _shuffle_anew(self) -> None:
+    def _start_epoch(self) -> None:
         """Give the sampler a new epoch, by which it shuffles, unless somebody (Lightning) has done so already."""
         if not isinstance(self.sampler, CutSampler):
             return  # it lives in the workers, and goes on where it was
@@ -269,20 +250,21 @@ def get_multimodal_dataloader(
     world_size: int,
     dataset: torch.utils.data.Dataset,
     tokenizer: Any = None,
-    where: str | None = None,
+    *,
+    place: str | None = None,
     shard_batches: bool = False,
 ) -> MultimodalDataLoader:
     """Build the dataloader of a dataset's config.
 
     Args:
         config: any NeMo dataloader config (``LhotseDataLoadingConfig``), with our keys
-            (:class:`~nemo_emmett.data.config.schema.MultimodalDataConfig`) and data types (``parallel_text``).
+            (:class:`~nemo_emmett.data.DatasetConfig`) and data types (``parallel_text``).
         global_rank: this process's place among those that load data.
         world_size: how many load data.
         dataset: maps a ``CutSet`` to a batch: ours (:class:`SpeechTextDataset`), NeMo's ``SALMDataset``, or any NeMo
             dataset for lhotse cuts. A ``FallbackDataset`` around it is taken off.
         tokenizer: NeMo tokenizer, applied before batches are sampled.
-        where: the config's place in the recipe, for messages; by default that of the ``DictConfig`` in its root.
+        place: the config's place in the recipe, for messages; by default that of the ``DictConfig`` in its root.
         shard_batches: give each rank some of the batches that one process would get, whole, an empty one for each of
             which nothing could be read (:class:`~nemo_emmett.data.sampling.shard_batches.ShardedBatches`). For finite
             data of our dataset, with ``force_map_dataset``.
@@ -296,47 +278,41 @@ def get_multimodal_dataloader(
         >>> next(iter(loader)).keys()
         dict_keys(['audio', 'text'])
     """
-    register_data_types()
-    register_prompt_formats()
-    settings = plain(config)
     dataset, kind = prepare_dataset(dataset)
-    where = where or place_of(config, "model" if kind is ExampleKind.AS_READ else "data")
-    check_dataset(settings, tokenizer, where, kind)
-    ours = MultimodalDataConfig.take_from(dict(settings))
-    maybe_set_cuda_expandable_segments(enabled=settings.get("cuda_expandable_segments", True))
-
-    if shard_batches and ours.sampling == "emmett":
-        raise ConfigError(f"{where}.sampling: batches are dealt out from NeMo's samplers only; leave the key out.")
+    data = parse_dataset(config, place or place_of(config, "model" if kind is ExampleKind.AS_READ else "data"))
+    check_dataset(data, tokenizer, kind)
+    if shard_batches and data.sampling == "emmett":
+        raise ConfigError(f"{data.place}.sampling: batches are dealt out from NeMo's samplers only; leave the key out.")
+    maybe_set_cuda_expandable_segments(enabled=data.cuda_expandable_segments)
 
     skipped_records = SkippedRecords()
-    sources = list_all_sources(settings, where)
-    dataset = WorkerBatchDataset(dataset, skipped_records, ours.allow_commands)
+    dataset = WorkerBatchDataset(dataset, skipped_records, data.allow_commands)
     states, allowed = random_state(), ExitStack()
-    allowed.enter_context(commands_allowed(ours.allow_commands))
-    try:  # the samplers are seeded with the dataset's own seed; the training's dropout is none of their business
-        if not shard_batches and _we_sample(settings, ours, kind, where):
-            plan = plan_sampling(settings, where, tokenizer, kind, skipped_records, world_size, ours.index_dir)
-            flavour = {
-                "dataset": ResumableWorkerBatches(dataset, plan, global_rank),
-                "worker_init_fn": make_worker_init_fn(rank=global_rank, world_size=world_size, seed=plan.seed),
-            }
-            shared = _shared_by_groups(settings)
+    allowed.enter_context(commands_allowed(data.allow_commands))
+    try:  # the samplers are seeded with the dataset's own seed; the generators of the training must not move
+        if not shard_batches and _we_sample(data, kind):
+            plan = plan_sampling(data, tokenizer, kind, skipped_records, world_size)
+            flavour = {"dataset": ResumableWorkerBatches(dataset, plan, global_rank)}
+            seed = plan.seed
         else:
-            _check_nemo_sampler_keys(settings, ours, where)
-            settings = _with_bins(settings, tokenizer, kind, where)
-            build = _fused_sampler if groups_of(settings) is not None else _single_sampler
             share = (0, 1) if shard_batches else (global_rank, world_size)
-            sampler, is_iterable, shared = build(settings, sources, where, *share, tokenizer, kind, skipped_records)
+            sampler, is_iterable, seed = nemo_sampler(data, *share, tokenizer, kind, skipped_records)
             if shard_batches:
                 sampler = ShardedBatches(sampler, global_rank, world_size)
-            flavour = _flavour(dataset, sampler, is_iterable, shared, global_rank, world_size)
+            flavour = {"dataset": dataset, "sampler": sampler}
+            if is_iterable:
+                of_workers = IterableWorkerBatches(dataset, sampler)
+                flavour = {"dataset": of_workers, "persistent_workers": data.num_workers > 0}
     finally:
         restore_random_state(states)
         allowed.close()
+    if flavour["dataset"] is not dataset:
+        # Seeds each worker of each rank differently: NeMo's samplers all read all data, each in its own order.
+        flavour["worker_init_fn"] = make_worker_init_fn(rank=global_rank, world_size=world_size, seed=seed)
     return MultimodalDataLoader(
         **flavour,
-        skipped_records=SkippedRecords(announce=True, source_of=source_of_files(sources)),
-        max_bad_records=ours.max_bad_records,
+        skipped_records=SkippedRecords(announce=True, source_of=source_of_files(data.sources)),
+        max_bad_records=data.max_bad_records,
         # Only our models can take an empty batch; and samplers of NeMo's that live in workers share nothing out.
         hands_out_empty=shard_batches
         or (
@@ -347,142 +323,16 @@ def get_multimodal_dataloader(
         batch_size=None,
         # These batches are all tensors already, which torch's own conversion would take apart for nothing.
         collate_fn=None if kind is ExampleKind.AS_READ else _as_it_is,
-        num_workers=shared.num_workers,
-        pin_memory=shared.pin_memory,
+        num_workers=data.num_workers,
+        pin_memory=data.pin_memory,
     )
 
 
-def _we_sample(settings: Mapping, ours: MultimodalDataConfig, kind: ExampleKind, where: str) -> bool:
+def _we_sample(data: DatasetConfig, kind: ExampleKind) -> bool:
     """Whether our own samplers are to be used."""
-    if ours.sampling != "auto":
-        return ours.sampling == "emmett"
-    reason = nemo_sampler_reason(settings, kind)
-    if reason is not None and kind is not ExampleKind.AS_READ and not settings.get("force_finite"):
-        logging.info(f"{where}: NeMo samples, so that training cannot resume where it was in the data: {reason}.")
+    if data.sampling != "auto":
+        return data.sampling == "emmett"
+    reason = nemo_sampler_reason(data, kind)
+    if reason is not None and kind is not ExampleKind.AS_READ and not data.force_finite:
+        logging.info(f"{data.place}: NeMo samples, so that training cannot resume where it was in the data: {reason}.")
     return reason is None
-
-
-def _with_bins(settings: Mapping, tokenizer: Any, kind: ExampleKind, where: str) -> dict:
-    """A dataset's config, or one of groups, with bins in the place of ``bucket_duration_bins: auto``."""
-    if settings.get("bucket_duration_bins") == AUTO_BINS:
-        return {**settings, "bucket_duration_bins": auto_bins(settings, tokenizer, kind, where)}
-    solved = {
-        name: _with_bins(group, tokenizer, kind, f"{where}.{name}") for name, group in with_inherited(settings).items()
-    }
-    return {**settings, **solved}
-
-
-def _check_nemo_sampler_keys(settings: Mapping, ours: MultimodalDataConfig, where: str) -> None:
-    """What only our own samplers can do.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    if ours.weights is not None:
-        raise ConfigError(f"{where}.weights: NeMo's samplers do not know {ours.weights}; set sampling: emmett.")
-    if settings.get("sampler_fusion") == "mux":
-        raise ConfigError(f"{where}.sampler_fusion: NeMo's samplers do not know mux; set sampling: emmett.")
-
-
-def _single_sampler(
-    settings: Mapping,
-    sources: Sequence[Source],
-    where: str,
-    global_rank: int,
-    world_size: int,
-    tokenizer: Any,
-    kind: ExampleKind,
-    skipped_records: SkippedRecords,
-) -> tuple[CutSampler, bool, DictConfig]:
-    """The sampler of a dataset without groups, whether it lives in the workers, and the config that it was made of."""
-    structured = structured_config({**settings, **_flavour_flags(sources, settings)}, where)
-    structured.seed = resolve_seed(structured.seed)
-    fix_random_seed(structured.seed)
-    if kind is not ExampleKind.AS_READ:
-        _agree_on_order(structured, sources, world_size)
-    with reader_context(
-        ReaderContext(skipped_records, kind, forbidden=forbidden_text(structured.prompt_format, tokenizer))
-    ):
-        sampler, is_iterable = build_tolerant_sampler(structured, global_rank, world_size, tokenizer, skipped_records)
-    return sampler, is_iterable, structured
-
-
-def _fused_sampler(
-    settings: Mapping,
-    sources: Sequence[Source],
-    where: str,
-    global_rank: int,
-    world_size: int,
-    tokenizer: Any,
-    kind: ExampleKind,
-    skipped_records: SkippedRecords,
-) -> tuple[CutSampler, bool, DictConfig]:
-    """The same for a dataset whose groups have a sampler each."""
-    shared = _shared_by_groups(settings)
-    fix_random_seed(shared.seed)
-    groups = with_inherited(settings)
-    # Fused with endless sources, a finite one would run dry and leave the rest of the training to the others.
-    endless = kind is not ExampleKind.AS_READ and not shared.force_finite
-    samplers, in_workers = {}, False
-    for name, group in groups.items():
-        structured = structured_config({**group, **_flavour_flags(sources, group)}, f"{where}.{name}")
-        structured.merge_with(shared)
-        if kind is not ExampleKind.AS_READ:
-            _agree_on_order(structured, sources, world_size)
-        with reader_context(
-            ReaderContext(skipped_records, kind, endless, forbidden_text(structured.prompt_format, tokenizer))
-        ):
-            samplers[name], in_workers = build_tolerant_sampler(
-                structured, global_rank, world_size, tokenizer, skipped_records
-            )
-    return fuse(samplers, shared.sampler_fusion, shared.sampler_weights, shared.seed), in_workers, shared
-
-
-def _shared_by_groups(settings: Mapping) -> DictConfig:
-    defaults = OmegaConf.structured(LhotseDataLoadingConfig)
-    shared = OmegaConf.create({key: settings.get(key, defaults[key]) for key in SHARED_BY_GROUPS})
-    shared.seed = resolve_seed(shared.seed)
-    return shared
-
-
-def _flavour_flags(sources: Sequence[Source], settings: Mapping) -> dict[str, bool]:
-    """Where the samplers live: in the workers (iterable flavour), or here (map-style flavour).
-
-    NeMo demands that all sources agree, and counts text as tarred. Here text follows the speech that it is mixed with.
-    """
-    forced = {key: bool(settings.get(key)) for key in ("force_map_dataset", "force_iterable_dataset")}
-    in_workers = [source.is_tarred for source in sources]
-    if any(forced.values()) or len(set(in_workers)) == 1:
-        return forced
-    speech_in_workers = any(source.is_tarred for source in sources if not source.is_text)
-    return {"force_map_dataset": not speech_in_workers, "force_iterable_dataset": speech_in_workers}
-
-
-def _agree_on_order(structured: DictConfig, sources: Sequence[Source], world_size: int) -> None:
-    """Samplers of the map-style flavour divide the batches among the ranks: each must see them in the same order.
-
-    NeMo's default, ``shard_seed: trng``, is meant for the other flavour, where each worker shall have its own.
-    """
-    in_workers = structured.force_iterable_dataset or all(source.is_tarred for source in sources)
-    if world_size > 1 and structured.shard_seed == "trng" and (structured.force_map_dataset or not in_workers):
-        logging.info(f"shard_seed: all ranks use the seed {structured.seed}, so that they share out the same batches.")
-        structured.shard_seed = structured.seed
-
-
-def _flavour(
-    dataset: WorkerBatchDataset,
-    sampler: CutSampler,
-    is_iterable: bool,
-    settings: DictConfig,
-    global_rank: int,
-    world_size: int,
-) -> dict[str, Any]:
-    """The arguments of a torch ``DataLoader`` in either flavour, as NeMo has them."""
-    if not is_iterable:
-        return {"dataset": dataset, "sampler": sampler}
-    return {
-        "dataset": IterableWorkerBatches(dataset, sampler),
-        # Seeds each worker of each rank differently: they all read all data, each in its own order.
-        "worker_init_fn": make_worker_init_fn(rank=global_rank, world_size=world_size, seed=settings.seed),
-        "persistent_workers": settings.num_workers > 0,
-    }

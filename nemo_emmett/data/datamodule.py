@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_emmett.callbacks.random_state import random_state, restore_random_state
 from nemo_emmett.callbacks.resumable_data import ResumableData
-from nemo_emmett.data.bucketing.length_stats import bins_awaiting_sizes, groups_with_auto_bins
-from nemo_emmett.data.config.sources import plain
-from nemo_emmett.data.config.validation import check_dataset_names
+from nemo_emmett.data.bucketing.length_stats import bins_awaiting_sizes
+from nemo_emmett.data.checks import check_dataset_names
+from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.data.config.section import keys_within, plain
 from nemo_emmett.data.dataloader import MultimodalDataLoader, get_multimodal_dataloader
 from nemo_emmett.data.worker_batches import prepare_dataset
 from nemo_emmett.errors import ConfigError
@@ -44,7 +45,7 @@ class MultimodalDataModule(DataModule, Serialization):
             their ``datasets``.
         tokenizer: NeMo tokenizer.
         dataset: examples to batches; :class:`~nemo_emmett.data.SpeechTextDataset`, or NeMo's ``SALMDataset``.
-        defaults: keys that every dataset gets unless it sets them, such as what the model knows anyway
+        defaults: keys that every dataset gets unless it sets them, such as what the model defines
             (``SALMT5.data_defaults``). In the keys of :data:`MODEL_DEFINED_KEYS` no dataset, group or source may
             differ.
 
@@ -62,7 +63,8 @@ class MultimodalDataModule(DataModule, Serialization):
         cfg = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg)
         for name in ("train_ds", *EVALUATION_SETS):
             if cfg.get(name) is not None:
-                _check_agreement(plain(cfg[name]), defaults or {}, f"data.{name}")
+                for place, key, value in keys_within(plain(cfg[name]), f"data.{name}"):
+                    _check_agreement(place, key, value, defaults or {})
         with open_dict(cfg):
             for name in EVALUATION_SETS:
                 if name in cfg and cfg[name] is None:  # which NeMo's takes for a set
@@ -103,14 +105,15 @@ class MultimodalDataModule(DataModule, Serialization):
         if train_ds is None:
             return
         _, kind = prepare_dataset(self.dataset)
-        where = "data.train_ds"
-        for name, settings in groups_with_auto_bins(plain(train_ds), where).items():
+        for group in parse_dataset(train_ds, "data.train_ds").groups:
+            if not group.has_auto_bins:
+                continue
             states = random_state()  # measuring is no part of the training
             try:
-                bins = bins_awaiting_sizes(settings, self.tokenizer, kind, f"{where}.{name}".rstrip("."))
+                bins = bins_awaiting_sizes(group, self.tokenizer, kind)
             finally:
                 restore_random_state(states)
-            config = train_ds[name] if name else train_ds
+            config = train_ds[group.name] if group.name else train_ds
             with open_dict(config):
                 config.bucket_duration_bins = bins
 
@@ -136,7 +139,7 @@ class MultimodalDataModule(DataModule, Serialization):
                 world_size,
                 self.dataset,
                 self.tokenizer,
-                where=f"data.test_ds.datasets.{name}",
+                place=f"data.test_ds.datasets.{name}",
                 shard_batches=True,
             )
             for name, config in (datasets or {}).items()
@@ -168,12 +171,12 @@ class MultimodalDataModule(DataModule, Serialization):
             return common, None
         return common, {dataset: _merged(common, config) for dataset, config in datasets.items()}
 
-    def _loader(self, config: DictConfig, where: str) -> BroadcastingDataLoader:
+    def _loader(self, config: DictConfig, place: str) -> BroadcastingDataLoader:
         mesh = self._get_device_mesh()
         loader = None
         if is_dp_source_rank(mesh):
             loader = get_multimodal_dataloader(
-                config, self._get_dp_rank(), self._get_world_size(), self.dataset, self.tokenizer, where=where
+                config, self._get_dp_rank(), self._get_world_size(), self.dataset, self.tokenizer, place=place
             )
         return _Loader(source=loader, device_mesh=mesh)
 
@@ -187,22 +190,11 @@ class _Loader(BroadcastingDataLoader):
         return getattr(self._source, "sampler", None)
 
 
-def _check_agreement(settings: Mapping, defaults: Mapping[str, Any], where: str) -> None:
-    """Refuse data that would reach the model in another form than it expects: nothing later would tell."""
-    for place, key, value in _settings_within(settings, where):
-        if key in MODEL_DEFINED_KEYS and value is not None and key in defaults and value != defaults[key]:
-            said = MODEL_DEFINED_KEYS[key].format(model=repr(defaults[key]), data=repr(value))
-            raise ConfigError(f"{place}.{key}: {said}.")
-
-
-def _settings_within(node: Any, where: str) -> Iterator[tuple[str, str, Any]]:
-    """The place, key and value of each setting of a dataset, of what is in it, and so on; but for ``tags``."""
-    entries = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in entries:
-        if isinstance(key, str) and key != "tags":
-            yield where, key, value
-        if key != "tags":
-            yield from _settings_within(value, f"{where}.{key}")
+def _check_agreement(place: str, key: str, value: Any, defaults: Mapping[str, Any]) -> None:
+    """Refuse data that would reach the model in another form than it expects, which no later check would find."""
+    if key in MODEL_DEFINED_KEYS and value is not None and key in defaults and value != defaults[key]:
+        reason = MODEL_DEFINED_KEYS[key].format(model=repr(defaults[key]), data=repr(value))
+        raise ConfigError(f"{place}.{key}: {reason}.")
 
 
 def _merged(common: DictConfig, config: DictConfig) -> DictConfig:

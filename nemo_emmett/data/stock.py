@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from nemo.collections.common.data.fallback import FallbackDataset
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_emmett.data.config.schema import AUTO_BINS, SAMPLINGS
+from nemo_emmett.data.config.schema import AUTO, SAMPLINGS
+from nemo_emmett.data.config.section import keys_within, place_of
 from nemo_emmett.data.dataloader import MultimodalDataLoader
 from nemo_emmett.errors import ConfigError
 
@@ -20,21 +21,21 @@ _LOADERS = {"train_ds": "_train_dl", "validation_ds": "_validation_dl", "test_ds
 _OURS = {
     _USE_EMMETT: lambda value: value is True,
     "allow_commands": lambda value: value is not None,
-    "bucket_duration_bins": lambda value: value == AUTO_BINS,
+    "bucket_duration_bins": lambda value: value == AUTO,
     "max_bad_records": lambda value: value is not None,
     "num_sub_buckets": lambda value: value is not None,
     "sampler_fusion": lambda value: value == "mux",
     "sampling": lambda value: value in SAMPLINGS,
-    "weights": lambda value: value == "auto",
+    "weights": lambda value: value == AUTO,
 }
 """Settings that can only be meant for our dataloader; whatever else a recipe holds is not ours to judge."""
 
 
-def check_nemo_dataset(config: Mapping | DictConfig, dataset: Any) -> None:
+def check_nemo_dataset(section: DictConfig, dataset: Any) -> None:
     """Look for keys of ours in a dataset that NeMo's own lhotse dataloader is about to read.
 
     Args:
-        config: of the dataset, without ``use_emmett: true`` of its own.
+        section: of the dataset, without ``use_emmett: true`` of its own.
         dataset: what collates the batches.
 
     Raises:
@@ -45,13 +46,14 @@ def check_nemo_dataset(config: Mapping | DictConfig, dataset: Any) -> None:
     while isinstance(dataset, FallbackDataset):
         dataset = dataset.dataset
     is_salm = isinstance(dataset, SALMDataset)
-    where = _place_of(config, "data" if is_salm else "model")
-    _check_keys(config, where)
-    if is_salm and (place := next(_entries(config, where, "type", "parallel_text"), None)) is not None:
-        raise ConfigError(
-            f"{place}.type: parallel_text cannot be read by NeMo's dataloader for NeMo's SALM, which drops such "
-            f"examples; set ++{where}.{_USE_EMMETT}=true."
-        )
+    place = place_of(section, "data" if is_salm else "model")
+    _check_keys(section, place)
+    for entry, key, value in keys_within(_unresolved(section), place):
+        if is_salm and (key, value) == ("type", "parallel_text"):
+            raise ConfigError(
+                f"{entry}.type: parallel_text cannot be read by NeMo's dataloader for NeMo's SALM, which drops such "
+                f"examples; set ++{place}.{_USE_EMMETT}=true."
+            )
 
 
 def check_nemo_model(model: Any) -> None:
@@ -64,65 +66,43 @@ def check_nemo_model(model: Any) -> None:
         ConfigError: naming the key.
     """
     for name, attribute in _LOADERS.items():
-        config, loaders = model.cfg.get(name), getattr(model, attribute, None)
+        section, loaders = model.cfg.get(name), getattr(model, attribute, None)
         loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
-        if config is None or all(loader is None or isinstance(loader, MultimodalDataLoader) for loader in loaders):
+        if section is None or all(loader is None or isinstance(loader, MultimodalDataLoader) for loader in loaders):
             continue
-        where = f"model.{name}"
-        if config.get(_USE_EMMETT):
-            remedy = "" if config.get("use_lhotse") else f"set ++{where}.use_lhotse=true, or "
+        place = f"model.{name}"
+        if section.get(_USE_EMMETT):
+            remedy = "" if section.get("use_lhotse") else f"set ++{place}.use_lhotse=true, or "
             raise ConfigError(
-                f"{where}.{_USE_EMMETT}: has no effect, since {type(model).__name__} reads this dataset by NeMo's "
+                f"{place}.{_USE_EMMETT}: has no effect, since {type(model).__name__} reads this dataset by NeMo's "
                 f"older dataloader; {remedy}remove the key."
             )
-        _check_keys(config, where)
+        _check_keys(section, place)
 
 
-def _check_keys(config: Mapping | DictConfig, where: str) -> None:
-    for key, is_ours in _OURS.items():
-        for place, value in _values(config, where, key):
-            if not is_ours(value):
-                continue
-            if key == _USE_EMMETT:
-                raise ConfigError(f"{place}.{key}: has no effect there; set ++{where}.{key}=true.")
-            raise ConfigError(
-                f"{place}.{key}: {value} has no effect, since NeMo's own dataloader reads this dataset; set "
-                f"++{where}.{_USE_EMMETT}=true, or remove the key."
-            )
-    section = _plain(config._get_parent()) if isinstance(config, DictConfig) else None
-    if _asks_for_us(section) and not any(map(_asks_for_us, section.values())):
+def _check_keys(section: DictConfig, dataset: str) -> None:
+    for place, key, value in keys_within(_unresolved(section), dataset):
+        if key not in _OURS or not _OURS[key](value):
+            continue
+        if key == _USE_EMMETT:
+            raise ConfigError(f"{place}.{key}: has no effect there; set ++{dataset}.{key}=true.")
         raise ConfigError(
-            f"{where.rpartition('.')[0]}.{_USE_EMMETT}: has no effect there, since each dataset names its own "
-            f"dataloader; set ++{where}.{_USE_EMMETT}=true."
+            f"{place}.{key}: {value} has no effect, since NeMo's own dataloader reads this dataset; set "
+            f"++{dataset}.{_USE_EMMETT}=true, or remove the key."
+        )
+    parent = _unresolved(section._get_parent()) if isinstance(section, DictConfig) else None
+    if _asks_for_us(parent) and not any(map(_asks_for_us, parent.values())):
+        raise ConfigError(
+            f"{dataset.rpartition('.')[0]}.{_USE_EMMETT}: has no effect there, since each dataset names its own "
+            f"dataloader; set ++{dataset}.{_USE_EMMETT}=true."
         )
 
 
-def _place_of(config: Any, section: str) -> str:
-    """Where a dataset's config stands in the recipe, as far as it knows; ASR models keep a copy of their section."""
-    key = str(config._get_full_key(None)) if isinstance(config, DictConfig) else ""
-    return f"{section}.{key or 'train_ds'}" if "." not in key else key
+def _asks_for_us(section: Any) -> bool:
+    return isinstance(section, Mapping) and section.get(_USE_EMMETT) is True
 
 
-def _asks_for_us(config: Any) -> bool:
-    return isinstance(config, Mapping) and config.get(_USE_EMMETT) is True
-
-
-def _plain(node: Any) -> Any:
+def _unresolved(node: Any) -> Any:
     """Without the values that refer to others, which may not be there."""
     is_config = OmegaConf.is_config(node)
     return OmegaConf.to_container(node, resolve=False, throw_on_missing=False) if is_config else node
-
-
-def _values(node: Any, where: str, key: str) -> Iterator[tuple[str, Any]]:
-    """The places and values of a key in a dataset, its groups and its sources; but for ``tags``."""
-    node = _plain(node)
-    entries = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    for name, value in entries:
-        if name == key:
-            yield where, value
-        elif name != "tags":
-            yield from _values(value, f"{where}[{name}]" if isinstance(name, int) else f"{where}.{name}", key)
-
-
-def _entries(node: Any, where: str, key: str, wanted: Any) -> Iterator[str]:
-    return (place for place, value in _values(node, where, key) if value == wanted)

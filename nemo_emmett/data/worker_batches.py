@@ -17,12 +17,12 @@ from nemo.collections.common.data.fallback import FallbackDataset
 from nemo.collections.common.data.lhotse.text_adapters import AudioTurn, NeMoMultimodalConversation
 
 from nemo_emmett.audio_file import RUNS_A_COMMAND, AudioFault
+from nemo_emmett.data.checks import TRAIN_SALM_GPT
 from nemo_emmett.data.dataset import SpeechTextDataset, note_audio_fault, recordings_of
 from nemo_emmett.data.io.audio import load_waveform, with_checked_audio
 from nemo_emmett.data.io.commands import commands_allowed, is_refused
 from nemo_emmett.data.io.skipped_records import RecordsDelta, SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind, note_example
-from nemo_emmett.data.sampling.fusion import TRAIN_SALM_GPT
 from nemo_emmett.data.sampling.sampler import SamplingPlan, WorkerSampler
 from nemo_emmett.data.sampling.source_iterator import WorkerInfo
 from nemo_emmett.errors import ConfigError, EmmettError

@@ -9,38 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 from nemo.collections.common.tokenizers import AutoTokenizer
 from rich.console import Console
 from rich.table import Table
 from tokenizers import AddedToken
 
-from nemo_emmett.data.bucketing.length_stats import AUTO, Lengths, as_nemo_writes, listed, measure, solve
+from nemo_emmett.data.bucketing.length_stats import Lengths, as_nemo_writes, listed, measure, solve
 from nemo_emmett.data.bucketing.padding import Padding, equal_mass_bins, equal_mass_bins_2d, largest_ratios, padding_of
-from nemo_emmett.data.config.sources import groups_of, with_inherited
+from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.data.sampling.plan import merge_groups
 from nemo_emmett.errors import ConfigError, DataError, EmmettError
 from nemo_emmett.planning.blend_report import Recipe, load_tokenizer
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """What the command line names.
-
-    Args:
-        settings: plain config of the dataset, with what the recipe's model says for it.
-        where: its place in the recipe.
-        tokenizer: NeMo tokenizer, with the token that marks where speech stands; None if none is named.
-    """
-
-    settings: dict[str, Any]
-    where: str
-    tokenizer: Any
-
-
-def dataset_of(recipe: Recipe, tokenizer: str | None = None, of_model: Any = None) -> Dataset:
-    """The dataset of a recipe with its tokenizer.
+def tokenizer_of(recipe: Recipe, tokenizer: str | None = None, of_model: Any = None) -> Any:
+    """The tokenizer of a recipe, with the token that marks speech; None if none is named.
 
     Args:
         recipe: what :func:`~nemo_emmett.planning.blend_report.read_recipe` found.
@@ -51,15 +34,15 @@ def dataset_of(recipe: Recipe, tokenizer: str | None = None, of_model: Any = Non
     Raises:
         ConfigError: if there is no such tokenizer.
     """
-    settings = recipe.settings
     name = tokenizer or (None if of_model is not None else recipe.tokenizer)
     if name is None:
-        return Dataset(settings, recipe.where, of_model)
+        return of_model
     loaded = load_tokenizer(name)
-    locator = settings.get("audio_locator_tag")
-    if locator is not None and isinstance(loaded, AutoTokenizer):  # the model adds it as well
-        loaded.tokenizer.add_tokens([AddedToken(locator, special=True, normalized=False)], special_tokens=True)
-    return Dataset(settings, recipe.where, loaded)
+    locators = {group.audio_locator_tag for group in recipe.dataset.groups} - {None}
+    if locators and isinstance(loaded, AutoTokenizer):  # the model adds it as well
+        tokens = [AddedToken(locator, special=True, normalized=False) for locator in sorted(locators)]
+        loaded.tokenizer.add_tokens(tokens, special_tokens=True)
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -67,7 +50,7 @@ class BinsOfGroup:
     """The bins of one sampler's examples, and what they save.
 
     Args:
-        where: the place of its config in the recipe.
+        place: of the group in the recipe.
         lengths: of its examples, those that are kept.
         bins: of least padding.
         padding: that they leave.
@@ -75,7 +58,7 @@ class BinsOfGroup:
         max_ratio: the key and the values of NeMo's limit on the ratio of output to input; None if outliers are kept.
     """
 
-    where: str
+    place: str
     lengths: Lengths
     bins: list
     padding: Padding
@@ -84,8 +67,7 @@ class BinsOfGroup:
 
 
 def bins_of_dataset(
-    settings: Mapping[str, Any],
-    where: str,
+    dataset: DatasetConfig,
     tokenizer: Any = None,
     kind: ExampleKind | None = None,
     *,
@@ -97,40 +79,32 @@ def bins_of_dataset(
     """Solve for the bins of a dataset; of each of its groups, if it is a ``multi_config``.
 
     Args:
-        settings: plain config of the dataset.
-        where: its place in the recipe, for messages.
+        dataset: to be measured.
         tokenizer: NeMo tokenizer; not needed for speech in seconds without sub-buckets.
         kind: what the dataset takes; by default translations where there is a prompt format, else what NeMo reads.
-        num_buckets: instead of the config's.
-        num_sub_buckets: instead of the config's; without either, bins are one-dimensional.
+        num_buckets: instead of the recipe's.
+        num_sub_buckets: instead of the recipe's; without either, bins are one-dimensional.
         limit: examples to measure of each group; by default all.
         outliers: leave out examples whose output is longer for their input than the mean of those of like inputs by
             more than so many standard deviations; needs sub-buckets.
 
     Raises:
-        ConfigError: if the config lacks what measuring needs.
+        ConfigError: if a group lacks what measuring needs.
         DataError: if there is nothing to measure.
     """
-    if groups_of(settings) is not None and settings.get("sampler_fusion") == "mux":
-        settings = merge_groups(settings, where)
-    if groups_of(settings) is None:
-        groups = {where: settings}
-    else:
-        groups = {f"{where}.{name}": group for name, group in with_inherited(settings).items()}
     found = []
-    for place, group in groups.items():
-        group_kind = kind or (ExampleKind.TRANSLATION if group.get("prompt_format") else ExampleKind.AS_READ)
-        buckets = num_buckets or group.get("num_buckets") or LhotseDataLoadingConfig.num_buckets
-        sub_buckets = num_sub_buckets or group.get("num_sub_buckets")
+    for group in dataset.groups:
+        group_kind = kind or (ExampleKind.TRANSLATION if group.prompt_format else ExampleKind.AS_READ)
+        sub_buckets = num_sub_buckets or group.num_sub_buckets
         if outliers is not None and sub_buckets is None:
-            raise ConfigError(f"{place}: outliers are told by their outputs; give --num-sub-buckets as well.")
-        lengths = measure(group, tokenizer, group_kind, place, two_dimensional=sub_buckets is not None, limit=limit)
-        found.append(_bins_of_group(place, group, lengths, buckets, sub_buckets, outliers))
+            raise ConfigError(f"{group.place}: outliers are found by their outputs; give --num-sub-buckets as well.")
+        lengths = measure(group, tokenizer, group_kind, two_dimensional=sub_buckets is not None, limit=limit)
+        found.append(_bins_of_group(group, lengths, num_buckets or group.num_buckets, sub_buckets, outliers))
     return found
 
 
 def _bins_of_group(
-    where: str, group: Mapping, lengths: Lengths, num_buckets: int, num_sub_buckets: int | None, outliers: float | None
+    group: GroupConfig, lengths: Lengths, num_buckets: int, num_sub_buckets: int | None, outliers: float | None
 ) -> BinsOfGroup:
     if outliers is not None:
         lengths = lengths.without_outliers(outliers, num_buckets)
@@ -139,15 +113,15 @@ def _bins_of_group(
         others = {"NeMo's rule (equal mass)": equal_mass_bins(lengths.inputs, num_buckets)}
     else:
         others = {"NeMo's rule (equal mass)": equal_mass_bins_2d(*lengths.sides, num_buckets, num_sub_buckets)}
-    own = group.get("bucket_duration_bins")
-    if own and own != AUTO and np.ndim(own) == len(lengths.sides):
+    own = group.bucket_duration_bins
+    if own and not group.has_auto_bins and np.ndim(own) == len(lengths.sides):
         others["as configured"] = own
     max_ratio = None
     if outliers is not None:
-        key = "max_tpt" if group.get("use_multimodal_sampling") else "max_tps"
+        key = "max_tpt" if group.use_multimodal_sampling else "max_tps"
         max_ratio = key, largest_ratios(bins, *lengths.sides)
     before = {name: padding_of(theirs, *lengths.sides) for name, theirs in others.items()}
-    return BinsOfGroup(where, lengths, bins, padding_of(bins, *lengths.sides), before, max_ratio)
+    return BinsOfGroup(group.place, lengths, bins, padding_of(bins, *lengths.sides), before, max_ratio)
 
 
 def print_bins(groups: Sequence[BinsOfGroup], console: Console | None = None) -> None:
@@ -167,7 +141,7 @@ def print_bins(groups: Sequence[BinsOfGroup], console: Console | None = None) ->
 def _title(group: BinsOfGroup) -> str:
     dropped = listed(group.lengths.dropped)
     kept = f"{len(group.lengths.inputs):,} examples, {100 * group.lengths.share_kept:.2f} % of those measured"
-    return f"{group.where}: {kept}{f' (left out: {dropped})' if dropped else ''}"
+    return f"{group.place}: {kept}{f' (left out: {dropped})' if dropped else ''}"
 
 
 def _table(group: BinsOfGroup) -> Table:
@@ -222,12 +196,12 @@ def draw_bins(groups: Sequence[BinsOfGroup], path: str | Path) -> None:
 def _caption(group: BinsOfGroup) -> str:
     name, before = next(iter(group.padding_before.items()))
     return (
-        f"{group.where}\n{len(group.lengths.inputs):,} examples in {len(group.bins)} buckets, padding "
+        f"{group.place}\n{len(group.lengths.inputs):,} examples in {len(group.bins)} buckets, padding "
         f"{100 * group.padding.share:.1f} % of a batch\n({name}: {100 * before.share:.1f} %)"
     )
 
 
-_LINE = "#d1495b"  # stands out from all shades of the histogram
+_LINE = "#d1495b"  # differs from all shades of the histogram
 _MARGIN = 1.02  # leaves the last cap's line inside the picture
 
 
@@ -265,7 +239,7 @@ _MOST_CELLS = 160
 """Of the histogram, along one side: more are finer than the picture."""
 
 _JUST_ABOVE = 1e-6
-"""Where an edge is from the length that it stands for, which then is in the cell below, as in a bucket."""
+"""How far an edge is from its length, which then is in the cell below, as in a bucket."""
 
 
 def _edges(lengths: np.ndarray) -> np.ndarray:

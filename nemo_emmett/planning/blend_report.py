@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
@@ -20,13 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_emmett.data.blending.counting import Size, TokenCounter
-from nemo_emmett.data.blending.weights import Node, blends_of
-from nemo_emmett.data.config.schema import MultimodalDataConfig
-from nemo_emmett.data.config.sources import Source, groups_of, merge_groups, with_inherited
-from nemo_emmett.data.config.validation import check_keys_of_dataset
+from nemo_emmett.data.blending.weights import Node, blend_of
+from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig, parse_dataset
+from nemo_emmett.data.config.section import config_of, plain
+from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import is_local
 from nemo_emmett.data.readers.registry import register_data_types
-from nemo_emmett.data.sampling.fusion import check_fusion
 from nemo_emmett.errors import ConfigError
 
 SECTIONS = ("data.train_ds", "model.train_ds", "train_ds")
@@ -49,18 +48,16 @@ SPEECH, TEXT, OTHER = "speech", "text", "other"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A dataset's config, and what the recipe around it says of the training.
+    """A dataset, and what the recipe around it says of the training.
 
     Args:
-        settings: plain config of the dataset.
-        where: its place in the recipe.
+        dataset: with its place in the recipe.
         steps: of the training; None where the recipe does not say.
         batches_per_step: how many batches all processes together take for one step of the optimizer.
         tokenizer: folder of the language model's tokenizer, if it is there.
     """
 
-    settings: dict[str, Any]
-    where: str
+    dataset: DatasetConfig
     steps: int | None = None
     batches_per_step: int = 1
     tokenizer: str | None = None
@@ -78,28 +75,24 @@ def read_recipe(
         content: a recipe, the config of a dataset, or the list of an ``input_cfg``.
         name: path or name that it was read by.
         section: the dataset's place in it; by default the data that the recipe trains on.
-        defaults: keys that the dataset has unless it sets them, such as what the model knows.
+        defaults: keys that the dataset has unless it sets them, such as what the model defines.
 
     Raises:
         ConfigError: if there is no such section, it refers to what is missing, or a key is misspelt.
     """
-    recipe = _read_recipe(content, Path(name), section)
-    recipe = replace(recipe, settings={**(defaults or {}), **recipe.settings})
-    check_keys_of_dataset(recipe.settings, recipe.where)
-    return recipe
-
-
-def _read_recipe(content: DictConfig | ListConfig, path: Path, section: str | None) -> Recipe:
+    path = Path(name)
+    defaults = dict(defaults or {})
     if isinstance(content, ListConfig):
-        return Recipe({"input_cfg": _resolved(content, str(path))}, path.stem)
+        entries = plain(content, str(path), throw_on_missing=True)
+        return Recipe(parse_dataset(config_of({**defaults, "input_cfg": entries}), path.stem))
     section = _section(content, section, path)
-    settings = _resolved(OmegaConf.select(content, section) if section else content, section or str(path))
-    if "datasets" in settings:
-        names = ", ".join(f"{section}.datasets.{name}".lstrip(".") for name in settings["datasets"])
+    found = OmegaConf.select(content, section) if section else content
+    keys = plain(found, section or str(path), throw_on_missing=True)
+    if "datasets" in keys:
+        names = ", ".join(f"{section}.datasets.{name}".lstrip(".") for name in keys["datasets"])
         raise ConfigError(f"--section: '{section or path}' holds several datasets; choose one of {names}.")
     return Recipe(
-        settings,
-        section or path.stem,
+        parse_dataset(config_of({**defaults, **keys}), section or path.stem),
         steps=_positive(_look_up(content, "trainer.max_steps")),
         batches_per_step=_processes(content) * (_positive(_look_up(content, "trainer.accumulate_grad_batches")) or 1),
         tokenizer=_tokenizer_folder(content),
@@ -118,16 +111,6 @@ def _section(content: DictConfig, section: str | None, path: str | os.PathLike[s
     if DATA_KEYS & set(content):
         return ""
     raise ConfigError(f"The config '{path}' has no {SECTIONS[0]}; name the dataset's place in it by --section.")
-
-
-def _resolved(config: DictConfig | ListConfig, where: str) -> Any:
-    try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(
-            f"{error.full_key or where}: cannot be resolved ({reason}); write the value into the config."
-        ) from error
 
 
 def _look_up(content: DictConfig, key: str) -> Any:
@@ -202,57 +185,49 @@ def streams_of(recipe: Recipe, tokenizer: Any = None, index_dir: str | None = No
         ConfigError: if a key has a value that cannot work.
         DataError: if a file cannot be read.
     """
-    settings, where = recipe.settings, recipe.where
     register_data_types()
-    MultimodalDataConfig.take_from(dict(settings))
-    if groups_of(settings) is not None:
-        check_fusion(_fusion(settings), settings.get("sampler_weights"), list(groups_of(settings)), where)
-        if _fusion(settings) == "mux":
-            settings = merge_groups(settings, where)
-    blends = blends_of(settings, where, tokenizer=tokenizer, index_dir=index_dir, count_all=True)
-    configs = with_inherited(settings) if groups_of(settings) is not None else {"": settings}
-    batches = _batches_per_step(settings, list(blends))
-    return [
-        Stream(name, blend, batches[name], *_examples_per_batch(configs[name], blend)) for name, blend in blends.items()
-    ]
+    dataset = recipe.dataset
+    batches = _batches_per_step(dataset)
+    streams = []
+    for group in dataset.groups:
+        blend = blend_of(group, tokenizer=tokenizer, index_dir=index_dir, count_all=True)
+        streams.append(Stream(group.name, blend, batches[group.name], *_examples_per_batch(group, blend)))
+    return streams
 
 
-def _fusion(settings: Mapping) -> str:
-    return settings.get("sampler_fusion") or "round_robin"
-
-
-def _batches_per_step(settings: Mapping, names: Sequence[str]) -> dict[str, float]:
-    if len(names) == 1 or _fusion(settings) == "zip":
+def _batches_per_step(dataset: DatasetConfig) -> dict[str, float]:
+    names = [group.name for group in dataset.groups]
+    if len(names) == 1 or dataset.sampler_fusion == "zip":
         return dict.fromkeys(names, 1.0)
-    weights = settings.get("sampler_weights") if _fusion(settings) == "randomized_round_robin" else None
+    weights = dataset.sampler_weights if dataset.sampler_fusion == "randomized_round_robin" else None
     weights = weights or dict.fromkeys(names, 1.0)
     return {name: weights[name] / sum(weights[n] for n in names) for name in names}
 
 
-def _examples_per_batch(config: Mapping, blend: Node) -> tuple[float | None, str]:
+def _examples_per_batch(group: GroupConfig, blend: Node) -> tuple[float | None, str]:
     """How many examples a batch holds on average, and how that is known."""
-    if of_buckets := config.get("bucket_batch_size"):
-        mean = fmean(of_buckets)
+    if group.bucket_batch_size:
+        mean = fmean(group.bucket_batch_size)
         return mean, f"{_number(mean)} examples (mean of bucket_batch_size, as if buckets were equally frequent)"
-    in_tokens = config.get("use_multimodal_sampling")
+    in_tokens = group.use_multimodal_sampling
     key, unit = ("batch_tokens", "tokens") if in_tokens else ("batch_duration", "s")
-    limits = []
-    if config.get(key) and (mean := _mean_length(blend, config.get("token_equivalent_duration"), in_tokens)):
-        examples = config[key] / mean
-        limits.append((examples, f"about {_number(examples)} examples ({key} {config[key]} at {mean:.3g} {unit} each)"))
-    if config.get("batch_size"):
-        limits.append((config["batch_size"], f"{config['batch_size']} examples (batch_size)"))
-    return min(limits, default=(None, "a number of examples that the config does not tell (batch_size, ...)"))
+    size, limits = getattr(group, key), []
+    if size and (mean := _mean_length(blend, in_tokens)):
+        examples = size / mean
+        limits.append((examples, f"about {_number(examples)} examples ({key} {size:g} at {mean:.3g} {unit} each)"))
+    if group.batch_size:
+        limits.append((group.batch_size, f"{group.batch_size} examples (batch_size)"))
+    return min(limits, default=(None, "a number of examples that the config does not give (batch_size, ...)"))
 
 
-def _mean_length(blend: Node, seconds_per_token: float | None, in_tokens: bool) -> float | None:
+def _mean_length(blend: Node, in_tokens: bool) -> float | None:
     """Length of the examples that are drawn, on average, in seconds or tokens; None where a source's is not known."""
     mean = 0.0
     for leaf in blend.leaves():
         size = leaf.size or Size()
         length = size.seconds
         if in_tokens:
-            of_source = leaf.source.config.get("token_equivalent_duration") or seconds_per_token
+            of_source = leaf.source.token_equivalent_duration
             length = size.tokens or (size.seconds / of_source if of_source else 0)
         if not length:
             return None
@@ -286,7 +261,7 @@ def print_blend(
         recipe: with the dataset.
         steps: of the optimizer; by default those of the recipe, or 1,000.
         tokenizer: NeMo tokenizer by which text is measured; without one, words are counted.
-        index_dir: folder for counts that cannot be written beside the data.
+        index_dir: folder for counts that cannot be written next to the data.
         console: where to print; the terminal unless given.
 
     Raises:
@@ -313,13 +288,13 @@ def _rows(recipe: Recipe, streams: Sequence[Stream], steps: int, folder: str) ->
     are_groups = len(streams) > 1 or streams[0].name != ""
     if are_groups:
         sizes = [stream.blend.size for stream in streams]
-        yield _row(recipe.where, None if None in sizes else sum(sizes, Size()), 1.0)
+        yield _row(recipe.dataset.place, None if None in sizes else sum(sizes, Size()), 1.0)
     for number, (stream, share) in enumerate(zip(streams, _shares_of_streams(streams), strict=True)):
         draws = None
         if stream.examples_per_step is not None:
             draws = steps * recipe.batches_per_step * stream.examples_per_step
         lead = _branches(is_last=number == len(streams) - 1) if are_groups else ("", "")
-        yield _row(lead[0] + (stream.name or recipe.where), stream.blend.size, share)
+        yield _row(lead[0] + (stream.name or recipe.dataset.place), stream.blend.size, share)
         yield from _rows_below(stream.blend, lead[1], share, draws, folder)
 
 
@@ -371,14 +346,14 @@ def _common_folder(sources: Sequence[Source]) -> str:
     folders = [os.path.dirname(path) for source in sources for _, path in source.files()]
     try:
         return os.path.commonpath(folders) if all(map(is_local, folders)) else ""
-    except ValueError:  # absolute paths beside relative ones, or none at all
+    except ValueError:  # absolute and relative paths, or none at all
         return ""
 
 
 def _short_name(source: Source, folder: str) -> str:
     """The files of a source, relative to the folder of all; of parallel ones, what they share and where they differ."""
     keys = ("manifest_filepath", "cuts_path", "shar_path", "source_paths", "target_paths", "paths", "data_dir")
-    paths = [path for key in keys if source.config.get(key) is not None for path in _paths(source.config[key])]
+    paths = [path for key in keys for path in _paths(getattr(source, key))]
     names = [os.path.relpath(path, folder) if folder and is_local(path) else path for path in paths]
     if not names:
         return source.type
@@ -456,7 +431,7 @@ def _modality(source: Source) -> str:
 
 
 def _batch_lines(recipe: Recipe, streams: Sequence[Stream]) -> Iterator[str]:
-    fusion = _fusion(recipe.settings)
+    fusion = recipe.dataset.sampler_fusion
     if len(streams) > 1 and fusion == "zip":
         yield "A step takes one batch of each group (sampler_fusion: zip)."
     elif len(streams) > 1:

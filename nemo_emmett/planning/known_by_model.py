@@ -57,9 +57,9 @@ def known_by_model(content: DictConfig | ListConfig, find_model: Callable[[str],
         with logging.temp_verbosity(logging.ERROR), fake_training():
             model = model_class(architecture_only(plain))
     except (ModelError, OmegaConfBaseException) as error:
-        said = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].rstrip(".")
         logging.warning(
-            f"The model cannot be built here ({said}): what it knows of its data (prompt format, token durations, "
+            f"The model cannot be built here ({reason}): what it defines for its data (prompt format, token durations, "
             "tokenizer) is left out; write the keys into the data's section, and name a --tokenizer."
         )
         return KnownByModel(written)

@@ -8,10 +8,9 @@ import numpy as np
 
 from nemo_emmett.data import MultimodalDataModule
 from nemo_emmett.data.bucketing.length_stats import Lengths, measure
-from nemo_emmett.data.config.sources import groups_of, plain, with_inherited
+from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.worker_batches import prepare_dataset
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.oomptimizer.buckets import ONLY_GROUP
 
 
 def lengths_of_groups(
@@ -33,18 +32,11 @@ def lengths_of_groups(
             "model.train_ds: the lengths of an ASR model's data are not measured here; write the bins that "
             "`nemo-emmett bins` finds, and leave the option out."
         )
-    settings, where = plain(datamodule.cfg.train_ds), "data.train_ds"
-    groups = {ONLY_GROUP: settings} if groups_of(settings) is None else with_inherited(settings)
+    dataset = parse_dataset(datamodule.cfg.train_ds, "data.train_ds")
+    groups = {group.name: group for group in dataset.groups}
     _, kind = prepare_dataset(datamodule.dataset)
     return {
-        name: measure(
-            groups[name],
-            datamodule.tokenizer,
-            kind,
-            f"{where}.{name}".rstrip("."),
-            two_dimensional=is_two_dimensional,
-            limit=limit,
-        )
+        name: measure(groups[name], datamodule.tokenizer, kind, two_dimensional=is_two_dimensional, limit=limit)
         for name, is_two_dimensional in two_dimensional.items()
     }
 

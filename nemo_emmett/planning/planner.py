@@ -16,8 +16,9 @@ from rich.console import Console
 
 from nemo_emmett.callbacks.oomptimizer import OOMptimizer
 from nemo_emmett.data import MultimodalDataModule
-from nemo_emmett.data.bucketing.length_stats import AUTO, Lengths, groups_with_auto_bins, solve
-from nemo_emmett.data.config.sources import plain
+from nemo_emmett.data.bucketing.length_stats import Lengths, solve
+from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.data.config.schema import AUTO
 from nemo_emmett.oomptimizer import Profile
 from nemo_emmett.oomptimizer.adapters import adapter_for
 from nemo_emmett.oomptimizer.buckets import configs_of_groups, is_zip, read_groups
@@ -86,7 +87,7 @@ class Planner:
 
     def solve_for_bins(self) -> None:
         """Put bins in the place of ``bucket_duration_bins: auto``, which needs the data, and so real tensors."""
-        if groups_with_auto_bins(plain(self.cfg.data.train_ds), "data.train_ds"):
+        if any(group.has_auto_bins for group in parse_dataset(self.cfg.data.train_ds, "data.train_ds").groups):
             datamodule = self.data()
             datamodule.resolve_bins()
             self.cfg.data.train_ds = datamodule.cfg.train_ds

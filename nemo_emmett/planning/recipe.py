@@ -10,8 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from nemo_emmett.data import MultimodalDataModule
-from nemo_emmett.data.config.sources import plain
-from nemo_emmett.data.config.validation import check_keys_of_dataset
+from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import configs_of_groups
 from nemo_emmett.planning.architecture import architecture_only
@@ -50,14 +49,14 @@ class Build(Protocol):
 
 
 def without_training(cfg: DictConfig) -> DictConfig:
-    """The same recipe, whose fit neither trains nor writes, and needs no data beside ``train_ds``.
+    """The same recipe, whose fit neither trains nor writes, and needs no data but ``train_ds``.
 
     Raises:
-        ConfigError: if there is no ``data.train_ds``, or a key of it is misspelt.
+        ConfigError: if there is no ``data.train_ds``, or a key of it is misspelt or cannot have its value.
     """
     if OmegaConf.select(cfg, "data.train_ds") is None:
         raise ConfigError("data.train_ds: the recipe has none, so there are no buckets to find batch sizes for.")
-    check_keys_of_dataset(plain(cfg.data.train_ds), "data.train_ds")
+    parse_dataset(cfg.data.train_ds, "data.train_ds")
     # Resolved as a whole: sections may refer to one another.
     changed = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     for key in ("exp_manager", "export_dir"):

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.bucketing.bins import optimal_bins, optimal_bins_2d
 from nemo_emmett.data.bucketing.length_stats import measure
+from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError
 
@@ -223,12 +224,8 @@ class TestResolveBins:
         assert max(cap for cap, _ in written) == lengths[:, 0].max()
 
     def lengths(self, datamodule, group: str):
-        settings = {
-            **OmegaConf.to_container(datamodule.cfg.train_ds),
-            **OmegaConf.to_container(datamodule.cfg.train_ds[group]),
-        }
-        settings.pop("multi_config")
-        measured = measure(settings, datamodule.tokenizer, ExampleKind.TRANSLATION, group, two_dimensional=True)
+        groups = {found.name: found for found in parse_dataset(datamodule.cfg.train_ds, "data.train_ds").groups}
+        measured = measure(groups[group], datamodule.tokenizer, ExampleKind.TRANSLATION, two_dimensional=True)
         return np.stack(measured.sides, axis=1)
 
     def test_bins_of_the_recipe_stay(self, datamodule) -> None:

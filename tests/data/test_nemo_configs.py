@@ -33,7 +33,7 @@ from nemo.collections.common.data.lhotse.text_adapters import AudioTurn
 from omegaconf import OmegaConf
 
 from nemo_emmett.data import get_multimodal_dataloader
-from nemo_emmett.data.readers.registry import known_types
+from nemo_emmett.data.config.sources import known_types
 
 LOCATOR = "<|audio|>"
 RATE = 16000

@@ -8,10 +8,12 @@ import pytest
 from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
 from omegaconf import OmegaConf
 
-from nemo_emmett.data.config.sources import Source, config_of, place_of, plain
-from nemo_emmett.data.config.validation import check_data_config
+from nemo_emmett.data.checks import check_data_config
+from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.data.config.nemo_config import sampler_config
+from nemo_emmett.data.config.section import config_of, place_of, plain
+from nemo_emmett.data.config.sources import parse_source
 from nemo_emmett.data.io.files import count_lines, expand_paths
-from nemo_emmett.data.sampling.plan import structured_config
 from nemo_emmett.errors import DataError
 
 PATTERNS = [
@@ -93,9 +95,9 @@ def test_messages_name_what_was_written(tmp_path, written, said) -> None:
 
 def test_cuts_and_folders_are_never_patterns() -> None:
     config = {"type": "lhotse", "cuts_path": "cuts_{0..1}.jsonl", "shar_path": ["shar_{0..1}"]}
-    assert [path for _, path in Source(config, "train_ds").files()] == ["cuts_{0..1}.jsonl", "shar_{0..1}"]
+    assert [path for _, path in parse_source(config, "train_ds").files()] == ["cuts_{0..1}.jsonl", "shar_{0..1}"]
     shards = {"type": "lhotse_shar", "shar_path": {"cuts": "cuts_{0..1}.jsonl"}}
-    assert [path for _, path in Source(shards, "train_ds").files()] == ["cuts_0.jsonl", "cuts_1.jsonl"]
+    assert [path for _, path in parse_source(shards, "train_ds").files()] == ["cuts_0.jsonl", "cuts_1.jsonl"]
 
 
 def test_a_folder_that_is_called_like_a_tar_file(tmp_path) -> None:
@@ -108,7 +110,7 @@ def test_a_folder_that_is_called_like_a_tar_file(tmp_path) -> None:
 def test_dollar_signs_in_a_path_are_no_interpolations(path) -> None:
     config = {"input_cfg": [{"type": "nemo", "manifest_filepath": path}], "noise_path": path}
     assert plain(config_of(config)) == config
-    structured = plain(structured_config(config, "train_ds"))
+    structured = plain(sampler_config(parse_dataset(config_of(config), "train_ds").groups[0]))
     assert structured["input_cfg"][0]["source"]["manifest_filepath"] == path
 
 
@@ -122,7 +124,7 @@ def test_a_path_object_is_the_path_as_text(tmp_path: Path) -> None:
 def test_an_input_cfg_that_is_not_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("- {type: nemo")
     with pytest.raises(DataError, match=r"train_ds\.input_cfg: the file '.*a\.yaml' is not YAML: "):
-        check_data_config({"input_cfg": str(tmp_path / "a.yaml")}, where="train_ds")
+        check_data_config({"input_cfg": str(tmp_path / "a.yaml")}, place="train_ds")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from nemo_emmett.callbacks import OOMptimizer
 from nemo_emmett.data.bucketing.length_stats import measure, solve
-from nemo_emmett.data.config.sources import plain
+from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMT5
@@ -128,7 +129,7 @@ def self_made_epoch(recipe, profile: Profile) -> float:
     """Each example's share of a full batch of the smallest bucket that it fits into."""
     settings = plain(recipe.data.train_ds) | {"prompt_format": "emmett_t5", "audio_locator_tag": "<|audio|>"}
     tokenizer = SALMT5({k: v for k, v in plain(recipe.model).items() if k != "_target_"}).tokenizer
-    lengths = measure(settings, tokenizer, ExampleKind.TRANSLATION, "x", two_dimensional=True)
+    lengths = measure(parse_dataset(settings, "x").groups[0], tokenizer, ExampleKind.TRANSLATION, two_dimensional=True)
     assert solve(lengths, 2, 2)
     total = 0.0
     for pair in zip(*lengths.sides, strict=True):

@@ -27,7 +27,8 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_emmett.data.blending.counting import Example, Size, TokenCounter, size_of
-from nemo_emmett.data.config.sources import FILE_KEYS, TEXT_TYPES, Source, list_sources, with_keys_of_dataset
+from nemo_emmett.data.config.nemo_config import with_keys_of_dataset
+from nemo_emmett.data.config.sources import FILE_KEYS, TEXT_TYPES, Source
 from nemo_emmett.data.io.files import SECONDS_WITHOUT_A_BAR, FileState, content_checksum, is_local
 from nemo_emmett.data.io.sidecar import Contents, Sidecar, is_unchanged, warn_uncached
 from nemo_emmett.data.io.skipped_records import SkippedRecords
@@ -146,13 +147,13 @@ class _Part:
         once = {"metadata_only": True, "force_finite": True, "slice_length": None, "shuffle": False, "shard_seed": 0}
         try:
             with reader_context(ReaderContext(_NoReport(), reading.kind)):
-                cuts, _ = open_source(Source({**source.config, **once}, source.where), _NoReport(), reading.kind)
+                cuts, _ = open_source(source.with_keys(**once), _NoReport(), reading.kind)
             yield from cuts
         except (ConfigError, DataError):
             raise
         except Exception as error:  # NeMo's readers do not skip a bad record
             reason = str(error).partition("\n")[0]
-            raise DataError(f"{source.where}: {self.home} cannot be read to its end ({reason}).") from error
+            raise DataError(f"{source.place}: {self.home} cannot be read to its end ({reason}).") from error
 
 
 def _parts_of(source: Source, reading: _Reading, index_dir: str | None) -> list[_Part] | None:
@@ -165,19 +166,14 @@ def _parts_of(source: Source, reading: _Reading, index_dir: str | None) -> list[
         return None
     if source.type in ("txt", "txt_jsonl"):
         paths = _named_files(source, "paths")
-        return [
-            _Part(Source({**source.config, "paths": [p]}, source.where), _settings_of(source), (p,), p) for p in paths
-        ]
+        return [_Part(source.with_keys(paths=[path]), _settings_of(source), (path,), path) for path in paths]
     settings = _settings_of(source)
-    try:
-        records = open_records(source, _NoReport(), reading.kind, index_dir, metadata_only=True)
-    except ConfigError as error:
-        raise ConfigError(f"{source.where}.{error}") from None
+    records = open_records(source, _NoReport(), reading.kind, index_dir, metadata_only=True)
     if records is None:
         files = tuple(_metadata_files(source))
         return [_Part(source, settings, files, files[0])]
     # All that lies in a folder of lhotse Shar is taken for one of its fields: the counts are kept next to the folder.
-    folders = source.config.get("shar_path") is not None and not isinstance(source.config["shar_path"], Mapping)
+    folders = source.shar_path is not None and not isinstance(source.shar_path, Mapping)
     homes = [os.path.dirname(files[0]) if folders else files[0] for files in records.shard_files]
     return [
         _Part(source, settings, files, home, records, shard)
@@ -187,18 +183,17 @@ def _parts_of(source: Source, reading: _Reading, index_dir: str | None) -> list[
 
 def _is_countable(source: Source) -> bool:
     """Whether we read what its type holds, or NeMo does in a way that is known to need no audio."""
-    config = source.config
     is_conversation = source.type.endswith("_as_conversation")
-    if is_conversation and config.get("input_cfg") is not None:
-        return all(map(_is_countable, list_sources(config, source.where)))
+    if source.members:
+        return all(map(_is_countable, source.members))
     if source.type in TEXT_TYPES:
         return source.type != "nemo_sft_jsonl"
     if source.type not in ("nemo", "nemo_tarred", "lhotse", "lhotse_shar") and not is_conversation:
         return False
-    if config.get("shar_path") is not None:
+    if source.shar_path is not None:
         folders = [path for key, path in source.files() if key == "shar_path"]
         return all(map(is_local, folders))
-    if config.get("cuts_path") is not None:
+    if source.cuts_path is not None:
         return all(path.removesuffix(".gz").endswith(".jsonl") for path in _named_files(source, "cuts_path"))
     return bool(_named_files(source, "manifest_filepath"))
 
@@ -206,24 +201,24 @@ def _is_countable(source: Source) -> bool:
 def _named_files(source: Source, key: str) -> list[str]:
     """The files that a key of a source names."""
     if not (paths := [path for of_key, path in source.files() if of_key == key]):
-        raise ConfigError(f"{source.where}.{key}: missing; a source of type '{source.type}' needs it.")
+        raise ConfigError(f"{source.place}.{key}: missing; a source of type '{source.type}' needs it.")
     return paths
 
 
 def _metadata_files(source: Source) -> list[str]:
     """The manifests and texts of a source that can only be streamed."""
-    if source.config.get("input_cfg") is not None:
-        return [path for inner in list_sources(source.config, source.where) for path in _metadata_files(inner)]
-    if source.config.get("shar_path") is not None:
-        return cuts_of_shar(source.config["shar_path"])
+    if source.members:
+        return [path for inner in source.members for path in _metadata_files(inner)]
+    if source.shar_path is not None:
+        return cuts_of_shar(source.shar_path)
     files = [path for key, path in source.files() if key != "tarred_audio_filepaths"]
-    return [*files, *(str(extra["path"]) for extra in source.config.get("extra_fields") or () if "path" in extra)]
+    return [*files, *(str(extra["path"]) for extra in source.extra_fields or () if "path" in extra)]
 
 
 def _settings_of(source: Source) -> str:
-    """The settings of a source's reader, apart from the place of its files."""
-    settings: dict[str, Any] = {key: value for key, value in source.config.items() if key not in _NOT_READ}
-    settings["languages"] = list(paths) if isinstance(paths := source.config.get("paths"), Mapping) else None
+    """What a source's reader is told, apart from the place of its files."""
+    settings: dict[str, Any] = {key: value for key, value in source.keys.items() if key not in _NOT_READ}
+    settings["languages"] = list(source.paths) if isinstance(source.paths, Mapping) else None
     settings["tars"] = [os.path.basename(path) for key, path in source.files() if key == "tarred_audio_filepaths"]
     return json.dumps(settings, sort_keys=True, default=str)
 

@@ -1,6 +1,6 @@
 """Bins of least padding: where to cut a distribution of lengths into buckets, solved exactly.
 
-A bucket is told by its cap, the longest length that it takes, as NeMo's ``bucket_duration_bins`` have it: an example
+A bucket is given by its cap, the longest length that it takes, as NeMo's ``bucket_duration_bins`` have it: an example
 goes to the first bucket whose cap is not below its length (``bisect_left`` in lhotse and NeMo). In two dimensions the
 input lengths are cut into strips and each strip's output lengths into sub-buckets; an example goes to the first strip
 whose input cap takes it and, in that strip, to the first output cap that does (NeMo's ``bucketing_2d_strict_mode``).
@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from nemo_emmett.errors import ConfigError, DataError
 
 MAX_LENGTHS_1D = 2048
-"""Different lengths that the one-dimensional solver tells apart: its work grows with their square."""
+"""Different lengths that the one-dimensional solver distinguishes: its work grows with their square."""
 
 MAX_LENGTHS_2D = 512
 """The same for either side of the two-dimensional solver: there, with their cube and more."""
@@ -124,7 +124,7 @@ def optimal_bins_2d(
         output_lengths: (N,) for example tokens of the answer.
         num_buckets: how many strips; fewer where fewer input lengths differ.
         num_sub_buckets: how many sub-buckets in each strip; fewer where fewer output lengths differ in it.
-        input_step: as ``step`` of :func:`optimal_bins`; the default tells ``MAX_LENGTHS_2D`` lengths apart.
+        input_step: as ``step`` of :func:`optimal_bins`; the default distinguishes ``MAX_LENGTHS_2D`` lengths.
         output_step: the same for outputs. Rounding them costs at most ``output_step`` per example. For inputs no
             such bound exists in advance, since two examples closer than a step may deserve strips of their own:
             :func:`solve_bins_2d` bounds the loss of both for the data at hand, in ``loss_bound``.

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from lhotse import CutSet
 from lhotse.lazy import LazyFilter
-from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 from nemo.collections.common.data.lhotse.sampling import (
     FixedBucketBatchSizeConstraint2D,
     MultimodalFixedBucketBatchSizeConstraint2D,
@@ -26,7 +25,9 @@ from tqdm import tqdm
 
 from nemo_emmett.data.bucketing.bins import optimal_bins, optimal_bins_2d
 from nemo_emmett.data.bucketing.padding import within_deviations
-from nemo_emmett.data.config.sources import groups_of, list_sources, merge_groups, structured_config, with_inherited
+from nemo_emmett.data.config.dataset_config import GroupConfig
+from nemo_emmett.data.config.nemo_config import sampler_config
+from nemo_emmett.data.config.sources import SourceGroup
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind
@@ -34,9 +35,6 @@ from nemo_emmett.data.readers.registry import ReaderContext, injected_examples, 
 from nemo_emmett.data.sampling.tolerance import SKIPPED, build_tolerant_sampler, guarded
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.translation import register_prompt_formats
-
-AUTO = "auto"
-"""``bucket_duration_bins: auto``: solve for the bins when training starts."""
 
 OUTLIERS = "outliers"
 """What a report calls the examples that were left out for their ratio of output to input."""
@@ -93,54 +91,50 @@ class Lengths:
 
 
 def measure(
-    settings: Mapping[str, Any],
+    group: GroupConfig,
     tokenizer: Any,
     kind: ExampleKind,
-    where: str,
     *,
     two_dimensional: bool,
     limit: int | None = None,
     sample: Iterable | None = None,
 ) -> Lengths:
-    """Read a dataset's examples, without their audio, through NeMo's own maps and filters, and measure them.
+    """Read the examples of a group, without their audio, through NeMo's own maps and filters, and measure them.
 
     Args:
-        settings: plain config of a dataset without groups, or of one group.
+        group: with the sources.
         tokenizer: NeMo tokenizer; None measures seconds only.
         kind: what the dataset takes.
-        where: the config's place in the recipe, for messages.
         two_dimensional: measure outputs, too.
         limit: stop after so many; where sources have weights, they are then mixed by them, and start over when they
             end. By default each example counts once.
         sample: examples that have been read already; the sources are not opened then.
 
     Raises:
-        ConfigError: if the config lacks what measuring needs.
+        ConfigError: if the group lacks what measuring needs.
         DataError: if no example is left to measure.
     """
-    _check_measurable(settings, tokenizer, where, two_dimensional)
+    _check_measurable(group, tokenizer, two_dimensional)
     register_data_types()
     register_prompt_formats()
-    finite = limit is None or not _has_weights(settings.get("input_cfg"))
-    config = structured_config({**settings, **_PROBE, "force_finite": finite}, where)
+    finite = limit is None or not _has_weights(group.root)
+    config = sampler_config(group, **_PROBE, force_finite=finite)
     constraint = _constraint(config, two_dimensional)
     lengths: list = []
     dropped: Counter[str] = Counter()
     fed = nullcontext(config.input_cfg) if sample is None else injected_examples(sample)
     skipped_records = SkippedRecords()
-    allowed = commands_allowed(settings.get("allow_commands") is True)
     with (
         logging.temp_verbosity(logging.ERROR),
         reader_context(ReaderContext(skipped_records, kind)),
-        allowed,
+        commands_allowed(group.allow_commands),
         fed as input_cfg,
     ):
         config.input_cfg = input_cfg
         sampler, _ = build_tolerant_sampler(config, 0, 1, tokenizer, skipped_records)
         examples, filters = _without_filters(sampler.cuts[0])
-        for example in tqdm(
-            itertools.islice(examples, limit), desc=f"Measuring {where}", unit=" examples", delay=5, disable=None
-        ):
+        title = f"Measuring {group.place}"
+        for example in tqdm(itertools.islice(examples, limit), desc=title, unit=" examples", delay=5, disable=None):
             verdicts = ((keeps, guarded(keeps, skipped_records)(example)) for keeps in filters)
             out_by, verdict = next(((f, kept) for f, kept in verdicts if kept is SKIPPED or not kept), (None, True))
             if out_by is None:
@@ -149,34 +143,34 @@ def measure(
                 dropped[type(out_by).__name__] += 1
     if not lengths:
         raise DataError(
-            f"{where}: no example is left to make bins of, of {skipped_records.read_count} records "
+            f"{group.place}: no example is left to make bins of, of {skipped_records.read_count} records "
             f"({listed({**skipped_records.causes(), **dropped}) or 'there are none'}); mend the data or relax "
             "its filters."
         )
     sides = np.asarray(lengths, dtype=float)
-    unit = "tokens" if settings.get("use_multimodal_sampling") else "seconds"
+    unit = "tokens" if group.use_multimodal_sampling else "seconds"
     if two_dimensional:
         return Lengths(sides[:, 0], sides[:, 1], dropped, unit)
     return Lengths(sides, None, dropped, unit)
 
 
-def _check_measurable(settings: Mapping, tokenizer: Any, where: str, two_dimensional: bool) -> None:
-    in_tokens = settings.get("use_multimodal_sampling")
-    if tokenizer is None and (in_tokens or two_dimensional):
-        raise ConfigError(f"{where}: its lengths are counted in tokens, and there is no tokenizer; name one.")
-    if in_tokens and not settings.get("token_equivalent_duration"):
-        for source in list_sources(settings, where):
-            if not source.is_text and not source.config.get("token_equivalent_duration"):
-                raise ConfigError(
-                    f"{where}.token_equivalent_duration: missing; give the seconds of speech that one frame of the "
-                    "encoder covers (0.08 for FastConformer), so that speech can be measured in tokens."
-                )
+def _check_measurable(group: GroupConfig, tokenizer: Any, two_dimensional: bool) -> None:
+    if tokenizer is None and (group.use_multimodal_sampling or two_dimensional):
+        raise ConfigError(f"{group.place}: its lengths are counted in tokens, and there is no tokenizer; name one.")
+    if not group.use_multimodal_sampling:
+        return
+    if any(not source.is_text and source.token_equivalent_duration is None for source in group.sources):
+        raise ConfigError(
+            f"{group.place}.token_equivalent_duration: missing; give the seconds of speech that one frame of the "
+            "encoder covers (0.08 for FastConformer), so that speech can be measured in tokens."
+        )
 
 
-def _has_weights(entries: Any) -> bool:
-    if not isinstance(entries, Sequence) or isinstance(entries, str):
-        return False
-    return any("weight" in entry or _has_weights(entry.get("input_cfg")) for entry in entries)
+def _has_weights(group: SourceGroup) -> bool:
+    return any(
+        member.weight is not None or (isinstance(member, SourceGroup) and _has_weights(member))
+        for member in group.members
+    )
 
 
 def _constraint(
@@ -219,17 +213,14 @@ def solve(lengths: Lengths, num_buckets: int, num_sub_buckets: int | None = None
     return optimal_bins_2d(*lengths.sides, num_buckets, num_sub_buckets)
 
 
-def auto_bins(
-    settings: Mapping[str, Any], tokenizer: Any, kind: ExampleKind, where: str, sample: Iterable | None = None
-) -> list:
-    """What ``bucket_duration_bins: auto`` stands for; it is logged, to be pasted into the recipe.
+def auto_bins(group: GroupConfig, tokenizer: Any, kind: ExampleKind, sample: Iterable | None = None) -> list:
+    """What ``bucket_duration_bins: auto`` is replaced by; it is logged, to be pasted into the recipe.
 
     Args:
-        settings: plain config of a dataset without groups, or of one group: ``num_buckets``, ``num_sub_buckets`` (then
-            in two dimensions), ``num_cuts_for_bins_estimate`` (how many examples are measured).
+        group: with ``num_buckets``, ``num_sub_buckets`` (then in two dimensions), ``num_cuts_for_bins_estimate`` (how
+            many examples are measured).
         tokenizer: NeMo tokenizer.
         kind: what the dataset takes.
-        where: its place in the recipe, for messages.
         sample: examples to measure, such as a shuffled stream of them; by default the first of each source.
 
     Returns:
@@ -237,65 +228,48 @@ def auto_bins(
         bucket is open. With it, examples longer than any measured fit into no bucket, and NeMo leaves them out.
 
     Raises:
-        ConfigError: if the config lacks what is needed, or ``bucket_batch_size`` does not go with the bins.
+        ConfigError: if the group lacks what is needed, or ``bucket_batch_size`` does not go with the bins.
         DataError: if no example is left to measure.
     """
-    num_sub_buckets, sizes = settings.get("num_sub_buckets"), settings.get("bucket_batch_size")
-    if num_sub_buckets is not None and sizes is None:
+    sizes = group.bucket_batch_size
+    if group.num_sub_buckets is not None and sizes is None:
         raise ConfigError(
-            f"{where}.bucket_batch_size: missing; with num_sub_buckets each of the {_num_buckets(settings)} x "
-            f"{num_sub_buckets} buckets needs its batch size."
+            f"{group.place}.bucket_batch_size: missing; with num_sub_buckets each of the {group.num_buckets} x "
+            f"{group.num_sub_buckets} buckets needs its batch size."
         )
-    lengths = _measured_for_auto(settings, tokenizer, kind, where, sample)
-    bins = solve(lengths, _num_buckets(settings), num_sub_buckets)
+    bins, num_examples = _solved(group, tokenizer, kind, sample)
     if sizes is None:
         bins = bins[:-1]
     elif len(sizes) != len(bins):
         raise ConfigError(
-            f"{where}.bucket_batch_size: has {len(sizes)} sizes for {len(bins)} buckets; give one for each of "
+            f"{group.place}.bucket_batch_size: has {len(sizes)} sizes for {len(bins)} buckets; give one for each of "
             f"{as_nemo_writes(bins)}."
         )
-    _announce(bins, lengths, where)
+    _announce(bins, num_examples, group.place)
     return bins
 
 
-def groups_with_auto_bins(settings: Mapping[str, Any], where: str) -> dict[str, Mapping[str, Any]]:
-    """The plain configs, by the name of their group, that say ``bucket_duration_bins: auto``.
-
-    By the empty name, the dataset as a whole, if it does.
-    """
-    is_mux = groups_of(settings) is not None and settings.get("sampler_fusion") == "mux"
-    configs = {"": merge_groups(settings, where) if is_mux else settings, **with_inherited(settings)}
-    return {name: config for name, config in configs.items() if config.get("bucket_duration_bins") == AUTO}
-
-
-def bins_awaiting_sizes(settings: Mapping[str, Any], tokenizer: Any, kind: ExampleKind, where: str) -> list:
-    """What ``bucket_duration_bins: auto`` stands for where the batch sizes are still to be found.
+def bins_awaiting_sizes(group: GroupConfig, tokenizer: Any, kind: ExampleKind) -> list:
+    """What ``bucket_duration_bins: auto`` is replaced by where the batch sizes are still to be found.
 
     Every bin has a cap, as batch sizes need it, in one dimension too; ``bucket_batch_size`` is not looked at.
     Arguments and errors are those of :func:`auto_bins`.
     """
-    lengths = _measured_for_auto(settings, tokenizer, kind, where)
-    bins = solve(lengths, _num_buckets(settings), settings.get("num_sub_buckets"))
-    _announce(bins, lengths, where)
+    bins, num_examples = _solved(group, tokenizer, kind)
+    _announce(bins, num_examples, group.place)
     return bins
 
 
-def _num_buckets(settings: Mapping) -> int:
-    return settings.get("num_buckets") or LhotseDataLoadingConfig.num_buckets
+def _solved(group: GroupConfig, tokenizer: Any, kind: ExampleKind, sample: Iterable | None = None) -> tuple[list, int]:
+    """The bins of a group, each with a cap, and the number of examples that they were found by."""
+    two_dimensional, limit = group.num_sub_buckets is not None, group.num_cuts_for_bins_estimate
+    lengths = measure(group, tokenizer, kind, two_dimensional=two_dimensional, limit=limit, sample=sample)
+    return solve(lengths, group.num_buckets, group.num_sub_buckets), len(lengths.inputs)
 
 
-def _measured_for_auto(
-    settings: Mapping, tokenizer: Any, kind: ExampleKind, where: str, sample: Iterable | None = None
-) -> Lengths:
-    limit = settings.get("num_cuts_for_bins_estimate") or LhotseDataLoadingConfig.num_cuts_for_bins_estimate
-    two_dimensional = settings.get("num_sub_buckets") is not None
-    return measure(settings, tokenizer, kind, where, two_dimensional=two_dimensional, limit=limit, sample=sample)
-
-
-def _announce(bins: list, lengths: Lengths, where: str) -> None:
+def _announce(bins: list, num_examples: int, place: str) -> None:
     logging.info(
-        f"{where}: of {len(lengths.inputs)} examples, the bins of least padding are\n"
+        f"{place}: of {num_examples} examples, the bins of least padding are\n"
         f"bucket_duration_bins: {as_nemo_writes(bins)}"
     )
 

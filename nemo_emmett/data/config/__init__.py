@@ -1,6 +1,8 @@
-"""A dataset's section of a recipe.
+"""A dataset's section of a recipe, parsed once into a tree of frozen dataclasses.
 
-- ``schema``: the keys and their defaults.
-- ``sources``: the sources of a dataset, with what they inherit.
-- ``validation``: the mistakes that a section alone can reveal.
+- ``section``: a section as plain dicts and lists.
+- ``schema``: the keys with their types and ranges, and the keys of each source type.
+- ``sources``: sources, and groups of them, with what they inherit.
+- ``dataset_config``: a dataset and the groups that have a sampler each; :func:`parse_dataset`.
+- ``nemo_config``: the tree as NeMo's own code takes it.
 """

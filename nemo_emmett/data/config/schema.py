@@ -1,117 +1,155 @@
-"""The keys that nemo_emmett adds to NeMo's dataloader configs, and the keys that each kind of source knows."""
+"""The keys of a dataset's section: the types and ranges of NeMo's and ours, and which of them a source type has."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from dataclasses import dataclass, fields
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from nemo_emmett.errors import ConfigError
+import annotated_types
+from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 
-AUTO_BINS = "auto"
-"""``bucket_duration_bins: auto``: the bins of least padding are found when the loader is built."""
+from nemo_emmett.typed_config import (
+    Count,
+    Limit,
+    NonNegative,
+    Number,
+    Positive,
+    PositiveWhole,
+    Share,
+    Switch,
+    Text,
+    Whole,
+    parse_value,
+)
+
+AUTO = "auto"
+"""``bucket_duration_bins: auto`` finds bins of least padding, ``weights: auto`` weighs sources by what they hold."""
 
 SAMPLINGS = ("auto", "emmett", "nemo")
 """Who may sample."""
 
-
-@dataclass
-class MultimodalDataConfig:
-    """Keys of ``train_ds``, ``validation_ds``, ... beyond those of NeMo's ``LhotseDataLoadingConfig``."""
-
-    use_emmett: bool = False  # a stock NeMo recipe takes our dataloader (ours is always taken by MultimodalDataModule)
-    max_bad_records: int | float | None = 0.25  # stop past so many (>= 1), or this share (< 1) of a source's
-    source_lang: str | None = None  # language of the source side, for all sources that do not say it themselves
-    target_lang: str | list[str] | None = None  # language(s) to translate to, for all sources that do not say it
-    sampling: str = "auto"  # who samples: "emmett" (resumable, stationary), "nemo" (NeMo's samplers), or "auto"
-    weights: str | None = None  # "auto": sources and groups weigh what they hold (hours, tokens)
-    index_dir: str | None = None  # folder for indexes and counts where they cannot be written beside the data
-    allow_commands: bool = False  # sources and recordings may be the output of commands, which a shell runs
-    num_sub_buckets: int | None = None  # output-length buckets in each input-length bucket, for `auto` bins
-
-    @classmethod
-    def take_from(cls, settings: MutableMapping) -> MultimodalDataConfig:
-        """Remove our keys from ``settings`` and return them.
-
-        Raises:
-            ConfigError: if ``max_bad_records`` is neither a number of records nor a share of them, or ``sampling`` or
-                ``weights`` is unknown.
-        """
-        taken = cls(**{f.name: settings.pop(f.name) for f in fields(cls) if f.name in settings})
-        if taken.sampling not in SAMPLINGS:
-            raise ConfigError(f"sampling: {taken.sampling!r} is unknown; it can be {', '.join(SAMPLINGS)}.")
-        if taken.weights not in (None, "auto"):
-            raise ConfigError(
-                f"weights: {taken.weights!r} is unknown; it can be auto, and single weights are set by `weight` in "
-                "input_cfg (for groups of a multi_config, by sampler_weights)."
-            )
-        if not isinstance(taken.allow_commands, bool):
-            raise ConfigError(f"allow_commands: {taken.allow_commands!r} is neither true nor false.")
-        limit = taken.max_bad_records
-        number = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
-        share = isinstance(limit, float) and (0 < limit < 1 or (limit.is_integer() and limit >= 0))
-        if limit is not None and not (number or share):
-            raise ConfigError(
-                f"max_bad_records: {limit!r} is neither a number of records (0, 1, 2, ...) nor a share of them "
-                "(between 0 and 1); use null for no limit."
-            )
-        return taken
+FUSIONS = ("zip", "round_robin", "randomized_round_robin", "mux")
+"""How the groups of a ``multi_config`` may be combined."""
 
 
-OUR_KEYS = frozenset(f.name for f in fields(MultimodalDataConfig))
+Seed = Whole | Literal["trng", "randomized"]
+"""A random seed, or one of lhotse's ways to choose one."""
+
+OUR_TYPES = {
+    "use_emmett": Switch,  # a stock NeMo recipe takes our dataloader (ours is always taken by MultimodalDataModule)
+    "max_bad_records": Count | Annotated[Number, annotated_types.Gt(0), annotated_types.Lt(1)] | None,
+    "source_lang": Text | None,  # language of the source side, for all sources that do not say it themselves
+    "target_lang": Text | list[Text] | None,  # language(s) to translate to, for all sources that do not say it
+    "sampling": Literal[SAMPLINGS],  # "emmett" (resumable, stationary), "nemo" (NeMo's samplers), or "auto"
+    "weights": Literal[AUTO] | None,  # sources and groups weigh what they hold (hours, tokens)
+    "index_dir": Text | None,  # folder for indexes and counts where they cannot be written next to the data
+    "allow_commands": Switch,  # sources and recordings may be the output of commands, which a shell runs
+    "num_sub_buckets": PositiveWhole | None,  # output-length buckets in each input-length bucket, for `auto` bins
+}
+"""Keys of ``train_ds``, ``validation_ds``, ... beyond those of NeMo's ``LhotseDataLoadingConfig``."""
+
+_Pair = Annotated[list[Number], annotated_types.Len(2, 2)]
+_PositivePair = Annotated[list[Positive], annotated_types.Len(2, 2)]
+
+_RANGES = {
+    "batch_size": PositiveWhole | None,
+    "batch_duration": Positive | None,
+    "batch_tokens": PositiveWhole | None,
+    "quadratic_duration": Positive | None,
+    "quadratic_factor": Positive | None,
+    "bucket_batch_size": list[PositiveWhole] | None,
+    "bucket_duration_bins": list[Positive] | list[_PositivePair] | Literal[AUTO] | None,
+    "num_buckets": PositiveWhole,
+    "num_cuts_for_bins_estimate": PositiveWhole,
+    "bucket_buffer_size": PositiveWhole,
+    "shuffle_buffer_size": Count | None,
+    "seed": Seed,
+    "shard_seed": Seed,
+    "max_open_streams": PositiveWhole | None,
+    "reweight_temperature": NonNegative | list[NonNegative] | None,
+    "token_equivalent_duration": Positive | None,
+    "cut_text_into_windows_tokens": PositiveWhole | None,
+    "max_tps": Limit | list[Limit],
+    "max_tpt": Limit | list[Limit],
+    "sample_rate": PositiveWhole,
+    "num_workers": Count,
+    "noise_path": Text | dict[str, Any] | None,
+    "noise_snr": _Pair,
+    "noise_mix_prob": Share,
+    "truncate_duration": Positive | None,
+    "truncate_offset_type": Literal["random", "start", "end"],
+    "cut_into_windows_duration": Positive | None,
+    "cut_into_windows_hop": Positive | None,
+    "rir_prob": Share,
+    "pad_min_duration": Positive | None,
+    "pad_direction": Literal["left", "right", "both", "random"],
+    "lowpass_frequencies_interval": _Pair,
+    "lowpass_prob": Share,
+    "compression_prob": Share,
+    "compression_level_interval": _Pair,
+    "clipping_gain_db": _Pair,
+    "clipping_prob": Share,
+    "clipping_prob_hard": Share,
+    "sampler_weights": dict[str, Positive] | None,
+    "slice_length": PositiveWhole | None,
+}
+"""Keys of NeMo's whose values have a range that its own annotations do not say."""
+
+
+def _strict(hint: Any) -> Any:
+    """A type of NeMo's as :mod:`~nemo_emmett.typed_config` checks it: a text is no boolean, a boolean no number."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (list, tuple):
+        return list[_strict(arguments[0])]
+    if origin is dict:
+        return dict[str, _strict(arguments[1])]
+    if arguments:
+        return reduce(or_, map(_strict, arguments))
+    return {bool: Switch, int: Whole, float: Limit, str: Text}.get(hint, hint)
+
+
+LOADER_KEYS = frozenset(LhotseDataLoadingConfig.__dataclass_fields__)
+"""The keys of NeMo's dataloader."""
+
+TYPES = {key: _strict(hint) for key, hint in get_type_hints(LhotseDataLoadingConfig).items()} | _RANGES | OUR_TYPES
+"""The type of each key of a dataset."""
+
+
+def parse_keys(section: dict[str, Any], place: str) -> dict[str, Any]:
+    """The keys of a dataset or group with their values checked; those without a type stay as they are.
+
+    Raises:
+        ConfigError: naming the first key whose value is not of its type.
+    """
+    keys = dict(section)
+    for key in section:
+        if key not in TYPES:
+            continue
+        value = parse_value(TYPES[key], section[key], f"{place}.{key}")
+        keys[key] = section[key] if value == section[key] else value  # 20 stays 20 where it may be 20.0
+    return keys
+
 
 LEGACY_KEYS = frozenset(
-    {
-        "ais_config",
-        "augmentor",
-        "batch_sampler",
-        "blank_index",
-        "bos_id",
-        "bucketing_batch_size",
-        "bucketing_strategy",
-        "bucketing_weights",
-        "concat_sampling_probabilities",
-        "concat_sampling_scale",
-        "concat_sampling_seed",
-        "concat_sampling_technique",
-        "concat_sampling_temperature",
-        "concat_shuffle",
-        "defer_setup",
-        "ds_item",
-        "eos_id",
-        "ignore_eos",
-        "int_values",
-        "is_concat",
-        "is_tarred",
-        "labels",
-        "manifest_parse_func",
-        "max_utts",
-        "name",
-        "normalize",
-        "normalize_transcripts",
-        "pad_id",
-        "parser",
-        "persistent_workers",
-        "prefetch_factor",
-        "return_language_id",
-        "return_sample_id",
-        "shard_manifests",
-        "shard_strategy",
-        "shuffle_n",
-        "tarred_shard_strategy",
-        "trim",
-        "trim_silence",
-        "unk_index",
-        "use_lhotse",
-        "use_start_end_token",
-    }
+    """
+    ais_config augmentor batch_sampler blank_index bos_id bucketing_batch_size bucketing_strategy bucketing_weights
+    concat_sampling_probabilities concat_sampling_scale concat_sampling_seed concat_sampling_technique
+    concat_sampling_temperature concat_shuffle defer_setup ds_item eos_id ignore_eos int_values is_concat is_tarred
+    labels manifest_parse_func max_utts name normalize normalize_transcripts pad_id parser persistent_workers
+    prefetch_factor return_language_id return_sample_id shard_manifests shard_strategy shuffle_n
+    tarred_shard_strategy trim trim_silence unk_index use_lhotse use_start_end_token
+    """.split()  # noqa: SIM905 - one key a line would be a page
 )
 """Keys that NeMo's recipes carry from older dataloaders; NeMo warns of them, and so do we."""
 
-ANY_SOURCE_KEYS = frozenset({"type", "weight", "weights", "tags", "input_cfg", "source_lang", "target_lang"})
+ANY_SOURCE_KEYS = frozenset(
+    {"type", "weight", "weights", "tags", "input_cfg"}
+    | {"source_lang", "target_lang", "source_language", "target_language"}
+)
 
 _MANIFEST = frozenset({"manifest_filepath", "tarred_audio_filepaths", "extra_fields"})
 _CUTS = frozenset({"cuts_path", "shar_path"})
-_TEXT_LANGUAGES = frozenset({"source_language", "target_language"})
 
 KEYS_OF_TYPE = {
     "group": frozenset(),
@@ -126,11 +164,10 @@ KEYS_OF_TYPE = {
     "txt": frozenset({"paths", "language"}),
     "txt_jsonl": frozenset({"paths", "language", "text_field"}),
     "nemo_sft_jsonl": frozenset({"paths", "language"}),
-    "txt_pair": frozenset({"source_paths", "target_paths", "questions_path", "questions_language"}) | _TEXT_LANGUAGES,
+    "txt_pair": frozenset({"source_paths", "target_paths", "questions_path", "questions_language"}),
     "parallel_text": frozenset(
         {"source_paths", "target_paths", "paths", "directions", "source_column", "target_column"}
         | {"source_field", "target_field"}
-        | _TEXT_LANGUAGES
     ),
 }
-"""Keys of each source type, beyond those that every source knows; types not listed here are not checked."""
+"""Keys of each source type, beyond those that every source has; types not listed here are not checked."""

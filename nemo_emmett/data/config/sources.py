@@ -1,137 +1,117 @@
-"""The sources that a data config names, however deeply they are grouped: found, and given their tags and languages."""
+"""The sources of a dataset and the groups around them: nodes of the tree that a section of a recipe is parsed to.
+
+Each source has what it inherits from the groups around it, its languages and its place in the recipe.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from nemo.collections.common.data.lhotse.dataloader import (
-    LhotseDataLoadingConfig,
-    make_structured_with_schema_warnings,
-)
-from omegaconf import DictConfig, OmegaConf
+from nemo.collections.common.data.lhotse.cutset import get_known_config_data_types
+from nemo.utils import logging, logging_mode
 
-from nemo_emmett.config import escape_interpolations, item_of
-from nemo_emmett.data.config.schema import OUR_KEYS
+from nemo_emmett.config import check_keys, item_of, nearest
+from nemo_emmett.data.config.schema import (
+    ANY_SOURCE_KEYS,
+    AUTO,
+    KEYS_OF_TYPE,
+    LEGACY_KEYS,
+    LOADER_KEYS,
+    TYPES,
+    Seed,
+)
+from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.io.commands import is_pipe, refuse_pipes
 from nemo_emmett.data.io.files import expand_paths, open_bytes
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.typed_config import Count, NonNegative, Positive, Switch, Text, parse_section, parse_value
 
-SOURCE_TYPE = "emmett_source"
-"""NeMo data type under which the sources of our loaders are read; it is made by us, users need not write it."""
-
-LANGUAGE_KEYS = {"source_lang": "source_language", "target_lang": "target_language"}
-"""Our keys for the languages of a source, with NeMo's for those of a text."""
+SOURCE_TYPE, FEED_TYPE = "emmett_source", "emmett_feed"
+"""NeMo data types that we make, users need not write them: a source of our loaders, and examples put in by hand."""
 
 TEXT_TYPES = frozenset({"txt", "txt_jsonl", "txt_pair", "nemo_sft_jsonl", "parallel_text"})
 """Source types without speech."""
 
-CLASSIC_KEYS = frozenset({"manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path"})
+_CLASSIC = {"lhotse": ("cuts_path", "shar_path"), "nemo": ("manifest_filepath", "tarred_audio_filepaths")}
+CLASSIC_KEYS = frozenset().union(*_CLASSIC.values())
 """Keys by which a dataset names its one source without ``input_cfg``."""
 
 FILE_KEYS = (
-    "manifest_filepath",
-    "tarred_audio_filepaths",
-    "cuts_path",
-    "shar_path",
-    "source_paths",
-    "target_paths",
-    "paths",
-    "questions_path",
-    "data_dir",
+    *("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path"),
+    *("source_paths", "target_paths", "paths", "questions_path", "data_dir"),
 )
 """Keys by which a source names its files."""
 
 PATTERN_KEYS = ("manifest_filepath", "tarred_audio_filepaths", "source_paths", "target_paths", "paths")
 """Those that may name many files by a pattern. So may the fields of a ``shar_path``; all others name one."""
 
-_PASSED_DOWN_BY_NEMO = (
-    "shuffle",
-    "shard_seed",
-    "text_field",
-    "lang_field",
-    "metadata_only",
-    "force_finite",
-    "max_open_streams",
-    "audio_locator_tag",
-    "token_equivalent_duration",
-    "skip_missing_manifest_entries",
-    "force_map_dataset",
-    "force_iterable_dataset",
-    "slice_length",
+LANGUAGE_KEYS = {"source_lang": "source_language", "target_lang": "target_language"}
+"""Our keys for the languages of a source, with NeMo's for those of a text."""
+
+INHERITED = (*LANGUAGE_KEYS, "channel_selector")
+"""Keys that a source inherits from the groups around it and from its dataset, beyond NeMo's."""
+
+INHERITED_IN_NEMO = (
+    *("shuffle", "shard_seed", "text_field", "lang_field", "metadata_only", "force_finite", "max_open_streams"),
+    *("audio_locator_tag", "token_equivalent_duration", "skip_missing_manifest_entries"),
+    *("force_map_dataset", "force_iterable_dataset", "slice_length"),
 )
-"""Keys that NeMo hands from a dataset or group to the sources in it that do not set them."""
+"""Keys that a source inherits in NeMo, too."""
 
-_PASSED_DOWN_BY_US = (*LANGUAGE_KEYS, "channel_selector")
-"""Keys that we hand from a dataset or group to the sources in it that do not set them."""
-
-SHARED_BY_GROUPS = (
-    "seed",
-    "shard_seed",
-    "num_workers",
-    "pin_memory",
-    "shuffle",
-    "sampler_fusion",
-    "sampler_weights",
-    "multi_config",
-    "metadata_only",
-    "force_finite",
-)
-"""Keys of a ``multi_config`` that overrule those of its groups, as in NeMo."""
-
-INHERITED_BY_GROUPS = (
-    "prompt_format",
-    "audio_locator_tag",
-    "token_equivalent_duration",
-    "sample_rate",
-    "source_lang",
-    "target_lang",
-    "weights",
-    "index_dir",
-    "num_sub_buckets",
-    "allow_commands",
-    "force_map_dataset",
-    "force_iterable_dataset",
-)
-"""Keys of a ``multi_config`` that hold for the groups which do not set them."""
+Files = Text | list[Any] | dict[str, Any] | None
+Column = Count | Text | None
 
 
-_KEYS_OF_A_BATCH = (
-    "batch_size",
-    "batch_duration",
-    "batch_tokens",
-    "quadratic_duration",
-    "quadratic_factor",
-    "use_bucketing",
-    "bucket_batch_size",
-    "bucket_duration_bins",
-    "num_buckets",
-    "use_multimodal_sampling",
-)
-"""Keys of how a batch is put together, which under ``mux`` there is but one of."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
-    """One entry of ``input_cfg`` that names files.
+    """One entry of ``input_cfg`` that names files. A key that the entry does not have, and does not inherit, is None.
 
     Args:
-        config: its keys, with the ``tags`` of the groups around it and the keys that it inherits.
-        where: its place in the recipe, for messages (``data.train_ds.input_cfg.0``).
+        keys: all of its keys, as NeMo's own reader of its type takes them.
+        place: in the recipe, for messages (``data.train_ds.input_cfg.0``).
+        source_lang: by its tags, else by our key, else by NeMo's; ``target_lang`` in the same way.
+        members: the sources that a conversation type of NeMo's reads, if they are listed.
     """
 
-    config: dict[str, Any]
-    where: str
-
-    @property
-    def type(self) -> str:
-        """NeMo's or our name of what kind of data it is."""
-        return self.config["type"]
+    keys: Mapping[str, Any]
+    place: str
+    type: Text
+    weight: Positive | None = None
+    tags: Mapping[str, Any] | None = None
+    source_lang: Text | None = None
+    target_lang: Text | list[Text] | None = None
+    members: tuple[Source, ...] = ()
+    manifest_filepath: Files = None
+    tarred_audio_filepaths: Files = None
+    cuts_path: Text | None = None
+    shar_path: Files = None
+    extra_fields: Any = None
+    channel_selector: Any = None
+    paths: Files = None
+    source_paths: Files = None
+    target_paths: Files = None
+    questions_path: Files = None
+    data_dir: Text | None = None
+    directions: list[Text] | None = None
+    source_column: Column = None
+    target_column: Column = None
+    source_field: Text | None = None
+    target_field: Text | None = None
+    shuffle: Switch | None = None
+    shard_seed: Seed | None = None
+    text_field: Text | None = None
+    lang_field: Text | None = None
+    metadata_only: Switch | None = None
+    force_finite: Switch | None = None
+    max_open_streams: Count | None = None
+    audio_locator_tag: Text | None = None
+    token_equivalent_duration: Positive | None = None
+    skip_missing_manifest_entries: Switch | None = None
+    slice_length: Count | None = None
 
     @property
     def is_text(self) -> bool:
@@ -142,12 +122,20 @@ class Source:
     def is_tarred(self) -> bool:
         """Whether NeMo reads it in the workers (tar files, and all that is not a plain manifest)."""
         if self.type in ("nemo", "nemo_tarred"):
-            return self.config.get("tarred_audio_filepaths") is not None
+            return self.tarred_audio_filepaths is not None
         if self.type in ("lhotse", "lhotse_shar"):
-            return self.config.get("shar_path") is not None
+            return self.shar_path is not None
         if self.type.endswith("_as_conversation"):
-            return any(self.config.get(key) is not None for key in ("tarred_audio_filepaths", "shar_path"))
+            return self.tarred_audio_filepaths is not None or self.shar_path is not None
         return self.type != "parquet"
+
+    @property
+    def name(self) -> str:
+        """What a report calls it: its file(s)."""
+        for key in ("manifest_filepath", "shar_path", "cuts_path", "paths", "target_paths", "data_dir"):
+            if (value := getattr(self, key)) is not None:
+                return str(value)
+        return self.place
 
     def files(self) -> Iterator[tuple[str, str]]:
         """Each file that it names, with the key that names it."""
@@ -157,17 +145,50 @@ class Source:
     def files_as_written(self) -> Iterator[tuple[str, str, str]]:
         """Each file that it names, with the key that names it and what the user wrote: the file or a pattern."""
         for key in FILE_KEYS:
-            is_pattern = key in PATTERN_KEYS
-            for path, written in _paths_in(self.config.get(key), is_pattern):
+            for path, written in _paths_in(getattr(self, key), key in PATTERN_KEYS):
                 yield key, path, written
 
+    def sources(self) -> Iterator[Source]:
+        """Itself: the sources below a node of the tree."""
+        yield self
+
+    def with_keys(self, **keys: Any) -> Source:
+        """The same with other values of NeMo's keys."""
+        of_fields = {field.name: keys[field.name] for field in fields(self) if field.name in keys}
+        return replace(self, keys={**self.keys, **keys}, **of_fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceGroup:
+    """An entry of ``input_cfg`` of the type ``group``, or the whole of a dataset's.
+
+    Args:
+        place: in the recipe.
+        members: its groups and sources.
+        weight: among the members of the group around it; None where none is given.
+        is_auto: whether its members weigh what they hold (``weights: auto``).
+        temperatures: its own ``reweight_temperature``, of its members, of theirs, ...; None: those of the dataset.
+        keys: that NeMo reads of a group.
+    """
+
+    place: str
+    members: tuple[SourceGroup | Source, ...]
+    weight: float | None = None
+    is_auto: bool = False
+    temperatures: tuple[float, ...] | None = None
+    keys: Mapping[str, Any]
+
+    def sources(self) -> Iterator[Source]:
+        """All its sources in the order of the recipe."""
+        for member in self.members:
+            yield from member.sources()
+
     @property
-    def name(self) -> str:
-        """What a report calls it: its file(s)."""
-        for key in ("manifest_filepath", "shar_path", "cuts_path", "paths", "target_paths", "data_dir"):
-            if (value := self.config.get(key)) is not None:
-                return str(value)
-        return self.where
+    def depth(self) -> int:
+        """How many levels of ``input_cfg`` there are below it."""
+        return 1 + max(
+            member.depth if isinstance(member, SourceGroup) else int(bool(member.members)) for member in self.members
+        )
 
 
 def _paths_in(value: Any, is_pattern: bool) -> Iterator[tuple[str, str]]:
@@ -183,258 +204,197 @@ def _paths_in(value: Any, is_pattern: bool) -> Iterator[tuple[str, str]]:
             yield from _paths_in(item, is_pattern)
 
 
-def languages_of(config: Mapping) -> dict[str, Any]:
-    """The ``source_lang`` and ``target_lang`` of a source: by its tags, else by our keys, else by NeMo's."""
-    tags = config.get("tags") or {}
-    return {key: tags.get(key) or config.get(key) or config.get(nemos) for key, nemos in LANGUAGE_KEYS.items()}
-
-
-def place_of(config: Mapping | DictConfig, section: str) -> str:
-    """A config's place in its recipe, for messages; ``data.train_ds`` for one that is part of none.
-
-    Args:
-        config: of a dataset.
-        section: of the recipe that holds the datasets: NeMo's models keep a copy of ``model``, detached from the rest.
-
-    Example:
-        >>> place_of(OmegaConf.create({"model": {"validation_ds": {"batch_size": 4}}}).model.validation_ds, "model")
-        'model.validation_ds'
-    """
-    place = config._get_full_key(None) if isinstance(config, DictConfig) else ""
-    return place if "." in place else f"{section}.{place}" if place else "data.train_ds"
-
-
-def plain(config: Mapping | DictConfig) -> dict[str, Any]:
-    """A config as plain dicts and lists, with its interpolations resolved and its paths as text, as YAML has them."""
-    if not isinstance(config, DictConfig):
-        config = OmegaConf.create(config)
-    return _paths_as_text(OmegaConf.to_container(config, resolve=True))
-
-
-def _paths_as_text(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _paths_as_text(item) for key, item in value.items()}
-    return [_paths_as_text(item) for item in value] if isinstance(value, list) else value
-
-
-def config_of(settings: Mapping) -> DictConfig:
-    """The inverse of :func:`plain`: ``${`` in a text, such as a path, is no interpolation any more."""
-    return OmegaConf.create(_escaped(settings))
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, str):
-        return escape_interpolations(value)
-    if isinstance(value, Mapping):
-        return {key: _escaped(item) for key, item in value.items()}
-    return [_escaped(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def groups_of(settings: Mapping) -> dict[str, dict] | None:
-    """The groups of a ``multi_config`` by name, None if the dataset is none."""
-    if not settings.get("multi_config"):
-        return None
-    return {str(k): v for k, v in settings.items() if isinstance(v, dict) and k != "sampler_weights"}
-
-
-def with_inherited(settings: Mapping) -> dict[str, dict]:
-    """The groups of a ``multi_config`` with what they inherit from it."""
-    inherited = {key: settings[key] for key in INHERITED_BY_GROUPS if settings.get(key) is not None}
-    return {name: {**inherited, **group} for name, group in (groups_of(settings) or {}).items()}
-
-
-def merge_groups(settings: Mapping, where: str) -> dict[str, Any]:
-    """``sampler_fusion: mux``: the groups of a ``multi_config`` as the members of one stream with one kind of batch.
-
-    The weights of the groups (``sampler_weights``) become their shares of the examples.
-
-    Raises:
-        ConfigError: if a group says how its batches are put together.
-    """
-    groups = groups_of(settings) or {}
-    for name, group in groups.items():
-        for key in group:
-            if key in _KEYS_OF_A_BATCH:
-                raise ConfigError(
-                    f"{where}.{name}.{key}: under sampler_fusion: mux all groups share their batches; "
-                    f"set {where}.{key}."
-                )
-            if key not in ("input_cfg", *LANGUAGE_KEYS):
-                raise ConfigError(
-                    f"{where}.{name}.{key}: under sampler_fusion: mux a group has an input_cfg and languages, no more; "
-                    f"set {where}.{key} for all groups, or another fusion."
-                )
-    weights = settings.get("sampler_weights")
-    if weights is None and settings.get("weights") is None:
-        weights = dict.fromkeys(groups, 1.0)
-    members = []
-    for name, group in groups.items():
-        if group.get("input_cfg") is None:
-            raise ConfigError(
-                f"{where}.{name}.input_cfg: missing; under sampler_fusion: mux a group lists its sources."
-            )
-        members.append({"type": "group", **group, **({} if weights is None else {"weight": weights[name]})})
-    dropped = {*groups, "multi_config", "sampler_fusion", "sampler_weights"}
-    return {**{key: value for key, value in settings.items() if key not in dropped}, "input_cfg": members}
-
-
-def list_sources(settings: Mapping, where: str) -> list[Source]:
-    """All sources of a dataset (without ``multi_config``) in the order of the config.
-
-    Args:
-        settings: a plain config: ``input_cfg``, or NeMo's classic keys (``manifest_filepath``, ...).
-        where: its place in the recipe.
-
-    Raises:
-        ConfigError: if it names no data.
-        DataError: if an ``input_cfg`` file cannot be read.
-    """
-    found = []
-    rewrite_sources(settings, where, lambda source: found.append(source) or source.config)
-    return found
-
-
-def list_all_sources(settings: Mapping, where: str) -> list[Source]:
-    """All sources of a dataset, be it one of groups or not; arguments and errors are those of :func:`list_sources`."""
-    if groups_of(settings) is None:
-        return list_sources(settings, where)
-    return [
-        source for name, group in with_inherited(settings).items() for source in list_sources(group, f"{where}.{name}")
-    ]
-
-
 def source_of_files(sources: Sequence[Source]) -> dict[str, str]:
     """For each file, and for each source's own name, the source that it belongs to, as a report calls it."""
     owners: dict[str, str] = {}
     for source in sources:
-        title = source.where if source.name == source.where else f"{source.where} ({source.name})"
+        title = source.place if source.name == source.place else f"{source.place} ({source.name})"
         for name in (source.name, *(path for _, path in source.files())):
             owners.setdefault(name, title)
     return owners
 
 
-def rewrite_sources(settings: Mapping, where: str, rewrite: Callable[[Source], dict]) -> list[dict]:
-    """The ``input_cfg`` of a dataset with each source replaced by ``rewrite(source)``; groups and weights stay.
+def languages_of(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``source_lang`` and ``target_lang`` of a source: by its tags, else by our keys, else by NeMo's."""
+    tags, found = keys.get("tags") or {}, {}
+    for key, in_nemo in LANGUAGE_KEYS.items():
+        given = (tags.get(key), keys.get(key), keys.get(in_nemo))
+        found[key] = next((value for value in given if value not in (None, "", [])), None)
+    return found
+
+
+def parse_source(entry: Mapping[str, Any], place: str) -> Source:
+    """An entry of ``input_cfg``, with all that it inherits, as a source.
 
     Raises:
-        ConfigError: for a source whose files are the output of commands, unless the dataset allows that.
+        ConfigError: naming the first key whose value is not of its type.
     """
-    if settings.get("allow_commands") is not True:
-        for key in ("noise_path", "rir_path"):
-            refuse_pipes(settings.get(key), f"{where}.{key}")
-        rewrite = partial(_without_pipes, rewrite)
-    inherited = {key: settings[key] for key in _PASSED_DOWN_BY_US if settings.get(key) is not None}
-    if settings.get("input_cfg") is not None:
-        entries, where = settings["input_cfg"], f"{where}.input_cfg"
-        return _rewrite(entries, where, {}, inherited, rewrite)
-    return [rewrite(Source({**inherited, **_classic_source(settings, where)}, where))]
+    members = ()
+    if str(entry.get("type")).endswith("_as_conversation") and entry.get("input_cfg") is not None:
+        members = tuple(_sources_inside(entry, place))
+    source = parse_section(
+        Source, {**entry, **languages_of(entry)}, place, keys=dict(entry), place=place, members=members
+    )
+    typed = {field.name: getattr(source, field.name) for field in fields(source) if field.name not in LANGUAGE_KEYS}
+    return source.with_keys(**{k: typed[k] for k in entry.keys() & typed.keys() if typed[k] != entry[k]})  # 5 for '5'
 
 
-def _without_pipes(rewrite: Callable[[Source], dict], source: Source) -> dict:
-    refuse_pipes(source.config, source.where)
-    return rewrite(source)
+def _sources_inside(entry: Mapping[str, Any], place: str) -> Iterator[Source]:
+    inherited = {key: entry[key] for key in INHERITED if entry.get(key) is not None}
+    for member in parse_entries(entry["input_cfg"], f"{place}.input_cfg", inherited, allow_commands=True):
+        yield from member.sources()
 
 
-def _classic_source(settings: Mapping, where: str) -> dict[str, Any]:
-    if settings.get("cuts_path") is not None or settings.get("shar_path") is not None:
-        kind = "lhotse"
-    elif settings.get("manifest_filepath") is not None:
-        kind = "nemo"
-    else:
-        raise ConfigError(f"{where}: names no data; give input_cfg, manifest_filepath, cuts_path or shar_path.")
-    return {"type": kind, **{key: settings[key] for key in CLASSIC_KEYS if settings.get(key) is not None}}
+def parse_classic(
+    section: Mapping[str, Any], place: str, inherited: Mapping[str, Any], *, allow_commands: bool
+) -> Source:
+    """The one source of a dataset that names it by NeMo's classic keys (``manifest_filepath``, ...).
+
+    Raises:
+        ConfigError: if there is none of them, or a file is the output of a command, unless that is allowed.
+    """
+    kind = next((kind for kind, keys in _CLASSIC.items() if any(section.get(k) is not None for k in keys)), None)
+    if kind is None or all(section.get(key) is None for key in (*_CLASSIC["lhotse"], "manifest_filepath")):
+        raise ConfigError(f"{place}: names no data; give input_cfg, manifest_filepath, cuts_path or shar_path.")
+    files = {key: section[key] for key in _CLASSIC[kind] if section.get(key) is not None}
+    entry = {**inherited, "type": kind, **files}
+    if not allow_commands:
+        refuse_pipes(entry, place)
+    return parse_source(entry, place)
 
 
-def _rewrite(
-    entries: str | Path | Sequence, where: str, tags: Mapping, inherited: Mapping, rewrite: Callable[[Source], dict]
-) -> list[dict]:
+def parse_entries(
+    entries: Any,
+    place: str,
+    inherited: Mapping[str, Any],
+    *,
+    allow_commands: bool,
+    tags: Mapping[str, Any] | None = None,
+    is_auto: bool = False,
+) -> tuple[SourceGroup | Source, ...]:
+    """The members of an ``input_cfg``, which may be in a file.
+
+    Args:
+        entries: the list, or the path of a YAML file with it.
+        place: in the recipe.
+        inherited: keys of the groups around it and the dataset, for the members which do not set them.
+        allow_commands: files may be the output of commands.
+        tags: of the groups around it.
+        is_auto: members weigh what they hold, unless a group among them says otherwise.
+
+    Raises:
+        ConfigError: for a mistake in an entry, naming its key.
+        DataError: if the file cannot be read.
+    """
     if isinstance(entries, (str, Path)):
         if is_pipe(str(entries)):
-            raise ConfigError(f"{where}: '{entries}' is a command; write its output to a file, and name that.")
-        entries = _load_entries(entries, where)
+            raise ConfigError(f"{place}: '{entries}' is a command; write its output to a file, and name that.")
+        entries = _load_entries(entries, place)
     if not isinstance(entries, Sequence) or not entries:
-        raise ConfigError(f"{where}: is empty or not a list; it must list the sources of the data.")
-    rewritten = []
-    for index, entry in enumerate(entries):
-        place = item_of(where, index)
-        if not isinstance(entry, Mapping) or "type" not in entry:
-            raise ConfigError(f"{place}.type: missing; name the kind of source (nemo, lhotse, parallel_text, ...).")
-        # NeMo attaches a group's tags after those of its members: the outer ones win.
-        entry_tags = {**(entry.get("tags") or {}), **tags}
-        passed_down = {**inherited, **{k: entry[k] for k in _PASSED_DOWN_BY_US if entry.get(k) is not None}}
-        if entry["type"] == "group":
-            members = _rewrite(entry.get("input_cfg"), f"{place}.input_cfg", entry_tags, passed_down, rewrite)
-            group = {key: value for key, value in entry.items() if key not in ("tags", *_PASSED_DOWN_BY_US)}
-            rewritten.append({**group, "input_cfg": members})
-        else:
-            source = {**passed_down, **entry}
-            if entry_tags:
-                source["tags"] = entry_tags
-            rewritten.append(rewrite(Source(source, place)))
-    return rewritten
+        raise ConfigError(f"{place}: is empty or not a list; it must list the sources of the data.")
+    how = {"allow_commands": allow_commands, "is_auto": is_auto}
+    members = tuple(
+        _parse_entry(entry, item_of(place, index), inherited, tags or {}, **how) for index, entry in enumerate(entries)
+    )
+    check_weights(members, is_auto)
+    return members
 
 
-def _load_entries(path: str | Path, where: str) -> Any:
+def _parse_entry(
+    entry: Any, place: str, inherited: Mapping, tags: Mapping, *, allow_commands: bool, is_auto: bool
+) -> SourceGroup | Source:
+    if not isinstance(entry, Mapping) or "type" not in entry:
+        raise ConfigError(f"{place}.type: missing; name the kind of source (nemo, lhotse, parallel_text, ...).")
+    _check_type_and_keys(entry, place)
+    own_tags = entry.get("tags") or {}
+    if not isinstance(own_tags, Mapping):
+        raise ConfigError(f"{place}.tags: {own_tags!r} is not a mapping; write each tag as 'name: value'.")
+    tags = {**own_tags, **tags}  # NeMo attaches a group's tags after those of its members: the outer ones win
+    own = {key: entry[key] for key in INHERITED if entry.get(key) is not None}
+    inherited = {**inherited, **own, **{key: entry[key] for key in INHERITED_IN_NEMO if key in entry}}
+    if entry["type"] == "group":
+        return parse_group(entry, place, inherited, allow_commands=allow_commands, tags=tags, is_auto=is_auto)
+    entry = {**inherited, **entry, **({"tags": tags} if tags else {})}
+    if not allow_commands:
+        refuse_pipes(entry, place)
+    return parse_source(entry, place)
+
+
+def parse_group(
+    entry: Mapping[str, Any],
+    place: str,
+    inherited: Mapping[str, Any],
+    *,
+    allow_commands: bool,
+    tags: Mapping[str, Any] | None = None,
+    is_auto: bool = False,
+) -> SourceGroup:
+    """A group of sources with its members; the arguments are those of :func:`parse_entries`."""
+    is_auto = parse_value(TYPES["weights"], entry.get("weights", AUTO if is_auto else None), f"{place}.weights") == AUTO
+    how = {"allow_commands": allow_commands, "tags": tags, "is_auto": is_auto}
+    temperatures = None
+    if "reweight_temperature" in entry:  # levels beyond the list are not tempered, as in NeMo
+        temperatures = parse_value(
+            list[NonNegative] | None, entry["reweight_temperature"], f"{place}.reweight_temperature"
+        )
+    return SourceGroup(
+        place=place,
+        members=parse_entries(entry.get("input_cfg"), f"{place}.input_cfg", inherited, **how),
+        weight=parse_value(Positive | None, entry.get("weight"), f"{place}.weight"),
+        is_auto=is_auto,
+        temperatures=None if "reweight_temperature" not in entry else tuple(temperatures or ()),
+        keys={key: value for key, value in entry.items() if key not in ("tags", "input_cfg", *INHERITED)},
+    )
+
+
+def check_weights(members: Sequence[SourceGroup | Source], is_auto: bool) -> None:
+    """All members of a group have a weight, or none has.
+
+    Raises:
+        ConfigError: naming the first member without one.
+    """
+    without = [member for member in members if member.weight is None]
+    if without and len(without) < len(members):
+        remedy = "or none, so that all weigh what they hold" if is_auto else "or set weights: auto and give none"
+        raise ConfigError(
+            f"{without[0].place}.weight: missing, while others in its group have one; give each a weight, {remedy}."
+        )
+
+
+def known_types() -> list[str]:
+    """The source types that a recipe may name."""
+    return sorted({*get_known_config_data_types(), "parallel_text"} - {SOURCE_TYPE, FEED_TYPE})
+
+
+_KEYS_OF_SOME_TYPE = frozenset().union(*KEYS_OF_TYPE.values()) - (LOADER_KEYS - CLASSIC_KEYS)
+
+
+def _check_type_and_keys(entry: Mapping[str, Any], place: str) -> None:
+    kind, types = entry["type"], known_types()
+    if kind not in types:
+        suggestion = nearest(str(kind), types)
+        hint = f"did you mean '{suggestion}'?" if suggestion else f"known are {', '.join(types)}."
+        raise ConfigError(f"{place}.type: there is no data type '{kind}'; {hint}")
+    if kind not in KEYS_OF_TYPE:
+        return
+    own = ANY_SOURCE_KEYS | KEYS_OF_TYPE[kind]
+    for key in entry:
+        if key in _KEYS_OF_SOME_TYPE - own and entry[key] is not None:
+            of = ", ".join(name for name, keys in KEYS_OF_TYPE.items() if key in keys)
+            raise ConfigError(
+                f"{place}.{key}: is no key of the type '{kind}', but of {of}; remove it, or correct the type."
+            )
+    if unknown_keys := check_keys(entry, own | LOADER_KEYS | _KEYS_OF_SOME_TYPE, place, LEGACY_KEYS):
+        message = f"{place}: these keys have no meaning for '{kind}': {', '.join(unknown_keys)}"
+        logging.warning(message, mode=logging_mode.ONCE)
+
+
+def _load_entries(path: str | Path, place: str) -> Any:
     try:
         with open_bytes(str(path)) as file:
             entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as error:
-        raise DataError(f"{where}: the file '{path}' cannot be read ({error.strerror or error}).") from error
+        raise DataError(f"{place}: the file '{path}' cannot be read ({error.strerror or error}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{where}: the file '{path}' is not YAML: {' '.join(str(error).split())}.") from error
-    return OmegaConf.to_container(OmegaConf.create(entries), resolve=True) if isinstance(entries, list) else entries
-
-
-def wrap_sources(settings: Mapping, where: str) -> list[dict]:
-    """The ``input_cfg`` of a dataset with every source of the type ``emmett_source``, which wraps the original."""
-
-    return rewrite_sources(settings, where, _wrapped)
-
-
-def _wrapped(source: Source, **settings: Any) -> dict[str, Any]:
-    outer = {key: source.config[key] for key in ("weight", *_PASSED_DOWN_BY_NEMO) if key in source.config}
-    return {"type": SOURCE_TYPE, "source": source.config, "where": source.where, **outer, **settings}
-
-
-def structured_config(settings: Mapping, where: str) -> DictConfig:
-    """NeMo's config of a sampler (without our keys), with all its sources read by us."""
-    elsewhere = OUR_KEYS | CLASSIC_KEYS | {"channel_selector"}  # our readers select channels
-    routed = {key: value for key, value in settings.items() if key not in elsewhere}
-    if routed.get("noise_path") is not None:
-        routed["noise_path"] = _noise_read_by_us(routed["noise_path"], f"{where}.noise_path")
-    return make_structured_with_schema_warnings(config_of({**routed, "input_cfg": wrap_sources(settings, where)}))
-
-
-def _noise_read_by_us(noise: str | Path | Mapping, where: str) -> dict[str, Any]:
-    """``noise_path`` as NeMo takes it, with its sources read by us.
-
-    NeMo writes it as ``key=value`` and reads that as YAML, in which many a path means something else; JSON is safe.
-    """
-    settings = noise
-    if not isinstance(noise, Mapping):
-        path = str(noise)
-        is_cuts = path.endswith((".jsonl", ".jsonl.gz"))
-        settings = {"input_cfg" if path.endswith(".yaml") else "cuts_path" if is_cuts else "manifest_filepath": path}
-    sources = rewrite_sources(settings, where, lambda source: _wrapped(source, examples="as_read"))
-    others = {key: value for key, value in settings.items() if key not in {"input_cfg", *CLASSIC_KEYS}}
-    text = json.dumps(_escaped(sources), ensure_ascii=False)
-    return {**others, "input_cfg": text.replace("$", "\\u0024")}
-
-
-def unwrap(config: Mapping) -> Source:
-    """The source inside an ``emmett_source``, with what NeMo has passed down to it."""
-    passed_down = {key: config[key] for key in _PASSED_DOWN_BY_NEMO if key in config}
-    return Source({**passed_down, **config["source"]}, config["where"])
-
-
-def with_keys_of_dataset(source: Source, structured: Mapping | DictConfig) -> Source:
-    """A source with the keys of its dataset that hold for the sources which do not set them."""
-    passed_down = {key: structured[key] for key in _PASSED_DOWN_BY_NEMO if key in structured}
-    return Source({**passed_down, **source.config}, source.where)
-
-
-def nemo_keys() -> frozenset[str]:
-    """The keys that NeMo's dataloader knows."""
-    return frozenset(LhotseDataLoadingConfig.__dataclass_fields__)
+        raise DataError(f"{place}: the file '{path}' is not YAML: {' '.join(str(error).split())}.") from error
+    return plain(entries, place) if isinstance(entries, list) else entries

@@ -23,7 +23,7 @@ from nemo.utils import logging
 
 from nemo_emmett.data.io.files import FileState, content_checksum, is_local
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.files import whole_file
+from nemo_emmett.files import atomic_file
 
 _VERSION = 2
 """Of the format; files of another version are written again."""
@@ -99,7 +99,7 @@ class Sidecar:
         """
         for place in self.places:
             try:
-                with whole_file(place) as unfinished, open(unfinished, "wb") as file:
+                with atomic_file(place) as unfinished, open(unfinished, "wb") as file:
                     file.write(_first_line({"version": _VERSION, "kind": self.kind, **identity}, contents))
                     for array in contents.arrays.values():
                         file.write(np.ascontiguousarray(array).data)

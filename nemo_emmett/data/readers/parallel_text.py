@@ -14,7 +14,7 @@ from itertools import permutations
 
 from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample, TextExample
 
-from nemo_emmett.data.config.sources import languages_of
+from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import ShardOrder, decoded, expand_paths, is_unicode, open_lines, strip_bom, zip_lines
 from nemo_emmett.data.io.line_index import open_numbered_lines
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
@@ -270,24 +270,26 @@ def _text_pair(
     )
 
 
-def text_layout(config: Mapping) -> str:
+def text_layout(source: Source) -> str:
     """How the files of a ``parallel_text`` or ``txt_pair`` source hold their text.
 
     Returns:
         ``pair`` (two line-aligned files), ``many`` (line-aligned files in many languages), ``tsv`` or ``jsonl``.
 
     Raises:
-        ConfigError: if the config names no files, or files of an unknown kind.
+        ConfigError: if it names no files, or files of an unknown kind.
     """
-    if config.get("source_paths") is not None or config.get("target_paths") is not None:
+    if source.source_paths is not None or source.target_paths is not None:
         for key in ("source_paths", "target_paths"):
-            if config.get(key) is None:
-                raise ConfigError(f"{key}: missing; parallel text needs both source_paths and target_paths.")
+            if getattr(source, key) is None:
+                raise ConfigError(
+                    f"{source.place}.{key}: missing; parallel text needs both source_paths and target_paths."
+                )
         return "pair"
-    paths = config.get("paths")
+    paths, place = source.paths, f"{source.place}.paths"
     if paths is None:
         raise ConfigError(
-            "paths: missing; give source_paths and target_paths, or paths (TSV, JSONL, one per language)."
+            f"{place}: missing; give source_paths and target_paths, or paths (TSV, JSONL, one per language)."
         )
     if isinstance(paths, Mapping):
         return "many"
@@ -297,66 +299,68 @@ def text_layout(config: Mapping) -> str:
     if suffixes <= {"jsonl", "json"}:
         return "jsonl"
     raise ConfigError(
-        f"paths: {paths} is neither .tsv nor .jsonl (or .gz of these); for line-aligned files give source_paths and "
+        f"{place}: {paths} is neither .tsv nor .jsonl (or .gz of these); for line-aligned files give source_paths and "
         "target_paths, or a mapping of each language to its file(s)."
     )
 
 
-def aligned_shards(config: Mapping) -> list[dict[str, str]]:
+def aligned_shards(source: Source) -> list[dict[str, str]]:
     """For each shard of a line-aligned source, the file of each side.
 
     Raises:
         ConfigError: if the sides have different numbers of shards.
     """
-    if text_layout(config) == "pair":
-        sides = {"source": expand_paths(config["source_paths"]), "target": expand_paths(config["target_paths"])}
+    if text_layout(source) == "pair":
+        sides = {"source": expand_paths(source.source_paths), "target": expand_paths(source.target_paths)}
     else:
-        sides = {str(lang): expand_paths(paths) for lang, paths in config["paths"].items()}
+        sides = {str(lang): expand_paths(paths) for lang, paths in source.paths.items()}
     counts = {side: len(paths) for side, paths in sides.items()}
     if len(set(counts.values())) > 1:
-        raise ConfigError(f"parallel text must have as many files on each side, but has {counts}.")
+        raise ConfigError(f"{source.place}: parallel text must have as many files on each side, but has {counts}.")
     return [dict(zip(sides, shard, strict=True)) for shard in zip(*sides.values(), strict=True)]
 
 
-def directions_of(config: Mapping) -> list[tuple[str, str]]:
+def directions_of(source: Source) -> list[tuple[str, str]]:
     """The directions of an n-way source: those it names (``en-de``), or all between different languages.
 
     Raises:
         ConfigError: if a direction names a language that has no file.
     """
-    languages = [str(language) for language in config["paths"]]
-    if config.get("directions") is None:
+    languages = [str(language) for language in source.paths]
+    if source.directions is None:
         return list(permutations(languages, 2))
-    known = {f"{source}-{target}": (source, target) for source, target in permutations(languages, 2)}
-    for direction in config["directions"]:
+    known = {f"{one}-{other}": (one, other) for one, other in permutations(languages, 2)}
+    for direction in source.directions:
         if direction not in known:
             raise ConfigError(
-                f"directions: '{direction}' is not a pair of two languages that have files ({', '.join(languages)})."
+                f"{source.place}.directions: '{direction}' is not a pair of two languages that have files "
+                f"({', '.join(languages)})."
             )
-    return [known[direction] for direction in config["directions"]]
+    return [known[direction] for direction in source.directions]
 
 
-def open_parallel_text(config: Mapping, skipped_records: SkippedRecords) -> AlignedText | TsvText | JsonlText:
+def open_parallel_text(source: Source, skipped_records: SkippedRecords) -> AlignedText | TsvText | JsonlText:
     """Open a ``parallel_text`` or ``txt_pair`` source.
 
     Args:
-        config: the source's own config, with ``shuffle`` and ``shard_seed``.
+        source: names the files.
         skipped_records: receives the lines that cannot be used.
 
     Raises:
         ConfigError: if its keys do not fit together.
     """
-    layout = text_layout(config)
-    order = ShardOrder(config.get("shuffle", False), config.get("shard_seed", "trng"))
-    languages = languages_of(config)
+    layout = text_layout(source)
+    order = ShardOrder(bool(source.shuffle), "trng" if source.shard_seed is None else source.shard_seed)
     if layout == "pair":
-        of_side = {"source": languages["source_lang"], "target": languages["target_lang"]}
-        return AlignedText(aligned_shards(config), [("source", "target")], of_side, skipped_records, order)
+        of_side = {"source": source.source_lang, "target": source.target_lang}
+        return AlignedText(aligned_shards(source), [("source", "target")], of_side, skipped_records, order)
     if layout == "many":
-        of_side = {str(language): str(language) for language in config["paths"]}
-        return AlignedText(aligned_shards(config), directions_of(config), of_side, skipped_records, order)
-    paths = expand_paths(config["paths"])
+        of_side = {str(language): str(language) for language in source.paths}
+        return AlignedText(aligned_shards(source), directions_of(source), of_side, skipped_records, order)
+    paths = expand_paths(source.paths)
+    languages = {"source_lang": source.source_lang, "target_lang": source.target_lang}
     common = {**languages, "skipped_records": skipped_records, "order": order}
     if layout == "tsv":
-        return TsvText(paths, (config.get("source_column", 0), config.get("target_column", 1)), **common)
-    return JsonlText(paths, (config.get("source_field", "source"), config.get("target_field", "target")), **common)
+        columns = (source.source_column, source.target_column)
+        return TsvText(paths, tuple(n if c is None else c for n, c in enumerate(columns)), **common)
+    return JsonlText(paths, (source.source_field or "source", source.target_field or "target"), **common)

@@ -27,7 +27,7 @@ from nemo_emmett.data.readers.registry import (
     is_nemo,
     manifest_and_weight,
     nemo_reader,
-    reads_pairs_ourselves,
+    reads_text_ourselves,
 )
 from nemo_emmett.data.readers.shar import SharRecords, shar_shards
 
@@ -74,35 +74,33 @@ def open_records(
     Raises:
         ConfigError: if the source's keys do not fit together.
     """
-    config = source.config
-    if config.get("extra_fields"):
+    if source.extra_fields:
         return None
-    how = {"index_dir": index_dir, "tags": config.get("tags")}
-    if is_nemo(config):
+    how = {"index_dir": index_dir, "tags": source.tags}
+    if is_nemo(source):
         return _nemo_records(source, skipped_records, metadata_only, **how)
-    if is_lhotse_jsonl(config):
-        manifest = LhotseManifest(config["cuts_path"], skipped_records, config.get("channel_selector"), metadata_only)
+    if is_lhotse_jsonl(source):
+        manifest = LhotseManifest(source.cuts_path, skipped_records, source.channel_selector, metadata_only)
         return ManifestRecords(source.name, [manifest], **how)
-    if source.type in ("lhotse", "lhotse_shar") and config.get("shar_path") is not None:
+    if source.type in ("lhotse", "lhotse_shar") and source.shar_path is not None:
         return _shar_records(source, skipped_records, metadata_only, **how)
-    if source.type == "parallel_text" or (source.type == "txt_pair" and reads_pairs_ourselves(config, kind)):
-        return TextRecords(source.name, open_parallel_text(config, skipped_records), **how)
+    if reads_text_ourselves(source, kind):
+        return TextRecords(source.name, open_parallel_text(source, skipped_records), **how)
     return None
 
 
 def _nemo_records(source: Source, skipped_records: SkippedRecords, metadata_only: bool, **how) -> Records | None:
-    config = source.config
-    is_tarred = config.get("tarred_audio_filepaths") is not None
-    if is_tarred and not metadata_only and (config.get("metadata_only") or config.get("slice_length") is not None):
+    is_tarred = source.tarred_audio_filepaths is not None
+    if is_tarred and not metadata_only and (source.metadata_only or source.slice_length is not None):
         return None
-    if (entries := _paths_of(config["manifest_filepath"], with_weights=metadata_only)) is None:
+    if (entries := _paths_of(source.manifest_filepath, with_weights=metadata_only)) is None:
         return None
-    tars = config["tarred_audio_filepaths"] if is_tarred else repeat(None)
+    tars = source.tarred_audio_filepaths if is_tarred else repeat(None)
     if isinstance(tars, str):
         tars = [tars]
     tars = [t if t is None or isinstance(t, str) else t[0] for t, _ in zip(tars, entries, strict=False)]
-    how_read = {**config, "metadata_only": metadata_only or config.get("metadata_only", False)}
-    readers = [nemo_reader(how_read, path, tar, skipped_records) for path, tar in zip(entries, tars, strict=True)]
+    as_read = source.with_keys(metadata_only=metadata_only or bool(source.metadata_only))
+    readers = [nemo_reader(as_read, path, tar, skipped_records) for path, tar in zip(entries, tars, strict=True)]
     if not is_tarred:
         return ManifestRecords(source.name, readers, **how)
     if not metadata_only and not _can_be_entered([path for reader in readers for path in reader.tars.values()]):
@@ -127,13 +125,14 @@ def _can_be_entered(tars: Sequence[str]) -> bool:
 
 
 def _shar_records(source: Source, skipped_records: SkippedRecords, metadata_only: bool, **how) -> Records | None:
-    config, where = source.config, source.config["shar_path"]
-    if not metadata_only and (config.get("metadata_only") or config.get("slice_length") is not None):
+    if not metadata_only and (source.metadata_only or source.slice_length is not None):
         return None
-    if isinstance(where, Mapping):
-        fields = {field: expand_paths(paths) for field, paths in where.items() if field == "cuts" or not metadata_only}
+    shar_path = source.shar_path
+    if isinstance(shar_path, Mapping):
+        used = {field: paths for field, paths in shar_path.items() if field == "cuts" or not metadata_only}
+        fields = {field: expand_paths(paths) for field, paths in used.items()}
         shards = shar_shards(source.name, fields=fields)
-    elif (folders := _paths_of(where, with_weights=metadata_only)) is None or not all(map(is_local, folders)):
+    elif (folders := _paths_of(shar_path, with_weights=metadata_only)) is None or not all(map(is_local, folders)):
         return None
     else:
         shards = [shard for folder in folders for shard in shar_shards(folder, in_dir=folder)]
@@ -142,4 +141,4 @@ def _shar_records(source: Source, skipped_records: SkippedRecords, metadata_only
     data = [str(path) for shard in shards for field, path in shard.items() if field != "cuts"]
     if not all(path.endswith(".tar") for path in data) or not _can_be_entered(data):
         return None
-    return SharRecords(source.name, shards, skipped_records, channel_selector=config.get("channel_selector"), **how)
+    return SharRecords(source.name, shards, skipped_records, channel_selector=source.channel_selector, **how)

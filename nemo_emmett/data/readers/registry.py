@@ -1,4 +1,4 @@
-"""The seam between our readers and NeMo's sampling: data types that NeMo's ``input_cfg`` knows.
+"""Our readers as data types of NeMo's ``input_cfg``, so that NeMo can sample from them.
 
 A loader of ours hands NeMo an ``input_cfg`` in which every source has the type ``emmett_source``. So NeMo keeps what it
 is good at (groups, weights, mixing, filters, samplers), while every record is read, judged and given its languages
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,14 +23,15 @@ from nemo.collections.asr.data import audio_to_text
 from nemo.collections.common.data.lhotse.cutset import (
     attach_tags,
     data_type_parser,
-    get_known_config_data_types,
     get_parser_fn,
     mux,
 )
 from nemo.collections.common.data.lhotse.text_adapters import Formattable
 from omegaconf import DictConfig
 
-from nemo_emmett.data.config.sources import SOURCE_TYPE, Source, config_of, languages_of, plain, unwrap
+from nemo_emmett.data.config.nemo_config import unwrap, wrap
+from nemo_emmett.data.config.section import config_of, plain
+from nemo_emmett.data.config.sources import CLASSIC_KEYS, FEED_TYPE, SOURCE_TYPE, Source, parse_source
 from nemo_emmett.data.io import commands
 from nemo_emmett.data.io.channels import is_chosen, select_channel
 from nemo_emmett.data.io.files import expand_paths
@@ -48,7 +49,7 @@ class ReaderContext:
     """How sources are read while a loader is being built.
 
     Args:
-        skipped_records: ledger for the records that cannot be used.
+        skipped_records: counts the records that cannot be used.
         kind: what the loader's dataset takes.
         endless: start sources over when they end, since they are fused with others that do.
         forbidden: what no text may hold, where it is prompted (:func:`~nemo_emmett.prompts.families.forbidden_text`).
@@ -74,9 +75,6 @@ def reader_context(how: ReaderContext) -> Iterator[ReaderContext]:
 
 
 _fed: ContextVar[Iterable | None] = ContextVar("nemo_emmett_fed", default=None)
-
-FEED_TYPE = "emmett_feed"
-"""NeMo data type that stands for examples which are put in by hand; it is made by us, users need not write it."""
 
 
 @contextmanager
@@ -107,14 +105,15 @@ def register_data_types() -> None:
 def read_parallel_text(config: DictConfig) -> tuple[CutSet, bool]:
     """NeMo parser of the type ``parallel_text``: examples, and that they are read in the workers (True)."""
     how = _reading.get() or ReaderContext()
-    cuts = CutSet(open_parallel_text(plain(config), how.skipped_records))
-    return _repeated(cuts, config), True
+    source = parse_source(plain(config), "input_cfg")
+    cuts = CutSet(open_parallel_text(source, how.skipped_records))
+    return _repeated(cuts, source), True
 
 
 def read_source(config: DictConfig) -> tuple[CutSet, bool]:
     """NeMo parser of the type ``emmett_source``: examples, and whether they are read in the workers."""
     how = _reading.get() or ReaderContext()
-    source = unwrap(plain(config))
+    source = unwrap(config)
     kind = ExampleKind(config.get("examples", how.kind))
     cuts, is_tarred = open_source(source, how.skipped_records, kind)
     if kind is not ExampleKind.AS_READ:
@@ -126,14 +125,15 @@ def read_source(config: DictConfig) -> tuple[CutSet, bool]:
 
 def defaults_of(source: Source) -> SourceDefaults:
     """What a source says for its records."""
-    config, tags = source.config, source.config.get("tags") or {}
+    tags = source.tags or {}
     return SourceDefaults(
         name=source.name,
-        audio_locator_tag=config.get("audio_locator_tag"),
-        token_equivalent_duration=config.get("token_equivalent_duration"),
+        audio_locator_tag=source.audio_locator_tag,
+        token_equivalent_duration=source.token_equivalent_duration,
         context=tags.get("context"),
         system_prompt=tags.get("system_prompt"),
-        **languages_of(config),
+        source_lang=source.source_lang,
+        target_lang=source.target_lang,
     )
 
 
@@ -142,73 +142,65 @@ def open_source(source: Source, skipped_records: SkippedRecords, kind: ExampleKi
 
     Args:
         source: where the data is.
-        skipped_records: ledger for the records that cannot be used.
+        skipped_records: counts the records that cannot be used.
         kind: what the dataset takes; text for a dataset that is not ours is read by NeMo.
 
     Returns:
         What it holds, with the source's tags attached, and whether it is read in the workers.
     """
-    config = source.config
-    if is_nemo(config):
-        cuts, is_tarred = _open_nemo(config, skipped_records)
-    elif is_lhotse_jsonl(config):
-        manifest = LhotseManifest(config["cuts_path"], skipped_records, config.get("channel_selector"))
+    if is_nemo(source):
+        cuts, is_tarred = _open_nemo(source, skipped_records)
+    elif is_lhotse_jsonl(source):
+        manifest = LhotseManifest(source.cuts_path, skipped_records, source.channel_selector)
         cuts, is_tarred = CutSet(manifest), False
-    elif source.type == "parallel_text" or (source.type == "txt_pair" and reads_pairs_ourselves(config, kind)):
-        cuts, is_tarred = _repeated(CutSet(open_parallel_text(config, skipped_records)), config), True
+    elif reads_text_ourselves(source, kind):
+        cuts, is_tarred = _repeated(CutSet(open_parallel_text(source, skipped_records)), source), True
     else:
         inside = _with_our_reader_inside(source)
         with nullcontext() if commands.are_allowed() else commands.without_commands(), _paths_expanded_by_us():
             cuts, is_tarred = get_parser_fn(source.type)(config_of(inside))
         if not commands.are_allowed():
             cuts = CutSet(commands.WithoutCommands(cuts))
-        ledger = skipped_records if inside == config else None  # otherwise the reader inside counts
-        cuts = cuts.map(partial(_with_origin, source=source.name, skipped_records=ledger), apply_fn=None)
-        if inside == config and is_chosen(config.get("channel_selector")):
-            select = partial(select_channel, selector=config["channel_selector"])
+        counted_by = skipped_records if inside == source.keys else None  # otherwise the reader inside counts
+        cuts = cuts.map(partial(_with_origin, source=source.name, skipped_records=counted_by), apply_fn=None)
+        if inside == source.keys and is_chosen(source.channel_selector):
+            select = partial(select_channel, selector=source.channel_selector)
             cuts = CutSet(TolerantMapper(cuts, select, is_cut, skipped_records=skipped_records))
-    if tags := config.get("tags"):
-        cuts = cuts.map(partial(attach_tags, tags=tags), apply_fn=None)
+    if source.tags:
+        cuts = cuts.map(partial(attach_tags, tags=source.tags), apply_fn=None)
     return cuts, is_tarred
 
 
-def is_nemo(config: Mapping) -> bool:
+def is_nemo(source: Source) -> bool:
     """Whether we read a source as NeMo manifests, plain or tarred."""
-    # NeMo's batched reads from AIStore bypass the tar files; its own reader knows how.
+    # NeMo's batched reads from AIStore bypass the tar files; only its own reader can.
     from_aistore = os.environ.get("USE_AIS_GET_BATCH", "False").lower() == "true"
-    return config["type"] in ("nemo", "nemo_tarred") and not (from_aistore and config.get("tarred_audio_filepaths"))
+    return source.type in ("nemo", "nemo_tarred") and not (from_aistore and source.tarred_audio_filepaths)
 
 
-def is_lhotse_jsonl(config: Mapping) -> bool:
+def is_lhotse_jsonl(source: Source) -> bool:
     """Whether a source is a lhotse manifest of lines."""
-    path = str(config.get("cuts_path") or "")
     return (
-        config["type"] in ("lhotse", "lhotse_shar")
-        and config.get("shar_path") is None
-        and path.removesuffix(".gz").endswith(".jsonl")
+        source.type in ("lhotse", "lhotse_shar")
+        and source.shar_path is None
+        and (source.cuts_path or "").removesuffix(".gz").endswith(".jsonl")
     )
 
 
-def reads_pairs_ourselves(config: Mapping, kind: ExampleKind) -> bool:
-    """Whether we read a ``txt_pair`` source: not for datasets of others, nor with questions."""
-    return kind is not ExampleKind.AS_READ and config.get("questions_path") is None
+def reads_text_ourselves(source: Source, kind: ExampleKind) -> bool:
+    """Whether we read a source as parallel text: a ``txt_pair`` not for datasets of others, nor with questions."""
+    is_ours = kind is not ExampleKind.AS_READ and source.questions_path is None
+    return source.type == "parallel_text" or (source.type == "txt_pair" and is_ours)
 
 
 def _with_our_reader_inside(source: Source) -> dict:
     """NeMo's conversion types (``lhotse_as_conversation``, ...) read a manifest: let it be read by us, tolerantly."""
-    config = dict(source.config)
-    if not source.type.endswith("_as_conversation") or "input_cfg" in config:
-        return config
-    manifest = {
-        key: config.pop(key)
-        for key in ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "extra_fields")
-        if key in config
-    }
-    if "channel_selector" in config:
-        manifest["channel_selector"] = config.pop("channel_selector")
+    keys = dict(source.keys)
+    if not source.type.endswith("_as_conversation") or "input_cfg" in keys:
+        return keys
+    manifest = {key: keys.pop(key) for key in (*CLASSIC_KEYS, "extra_fields", "channel_selector") if key in keys}
     inner = {"type": "lhotse" if "cuts_path" in manifest or "shar_path" in manifest else "nemo", **manifest}
-    wrapped = {"type": SOURCE_TYPE, "source": inner, "where": source.where, "examples": ExampleKind.AS_READ.value}
-    return {**config, "input_cfg": [wrapped]}
+    return {**keys, "input_cfg": [wrap(inner, source.place, examples=ExampleKind.AS_READ.value)]}
 
 
 @contextmanager
@@ -226,7 +218,7 @@ def _paths_expanded_by_us() -> Iterator[None]:
 
 
 def _with_origin(example: Cut | Formattable, source: str, skipped_records: SkippedRecords | None) -> Cut | Formattable:
-    """What NeMo has read, counted, and told where it comes from unless it knows."""
+    """Count an example that NeMo has read, and mark its origin unless it has one."""
     if skipped_records is not None:
         skipped_records.read(source)
     origin, place = origin_of(example)
@@ -235,40 +227,37 @@ def _with_origin(example: Cut | Formattable, source: str, skipped_records: Skipp
     return example
 
 
-def _repeated(cuts: CutSet, config: Mapping) -> CutSet:
+def _repeated(cuts: CutSet, source: Source) -> CutSet:
     """As NeMo has it: text and tarred speech start over when they end, unless they are to be finite."""
-    return cuts if config.get("force_finite") else cuts.repeat(preserve_id=True)
+    return cuts if source.force_finite else cuts.repeat(preserve_id=True)
 
 
-def _open_nemo(config: Mapping, skipped_records: SkippedRecords) -> tuple[CutSet, bool]:
+def _open_nemo(source: Source, skipped_records: SkippedRecords) -> tuple[CutSet, bool]:
     """NeMo manifests, plain or tarred, one or many, as NeMo's ``nemo`` and ``nemo_tarred`` types combine them."""
-    is_tarred = config.get("tarred_audio_filepaths") is not None
-    metadata_only = config.get("metadata_only", False)
-    finite = config.get("force_finite", False)
-    from_tar = is_tarred and not metadata_only
-    manifests = config["manifest_filepath"]
+    is_tarred = source.tarred_audio_filepaths is not None
+    from_tar = is_tarred and not source.metadata_only
+    manifests = source.manifest_filepath
     if isinstance(manifests, str):
-        reader = nemo_reader(config, manifests, config.get("tarred_audio_filepaths"), skipped_records)
-        cuts = CutSet(reader)
-        return (_repeated(cuts, config) if from_tar else cuts), is_tarred
+        cuts = CutSet(nemo_reader(source, manifests, source.tarred_audio_filepaths, skipped_records))
+        return (_repeated(cuts, source) if from_tar else cuts), is_tarred
 
     cutsets, weights = [], []
-    for entry, tars in zip(manifests, config["tarred_audio_filepaths"] if is_tarred else repeat(None), strict=False):
+    for entry, tars in zip(manifests, source.tarred_audio_filepaths if is_tarred else repeat(None), strict=False):
         path, weight = manifest_and_weight(entry)
         if isinstance(tars, Sequence) and not isinstance(tars, str):
             (tars,) = tars
-        reader = nemo_reader(config, path, tars, skipped_records)
+        reader = nemo_reader(source, path, tars, skipped_records)
         weight = len(reader) if weight is None else weight
-        split = config.get("max_open_streams") is not None and from_tar
+        split = source.max_open_streams is not None and from_tar
         for part in reader.to_shards() if split else [reader]:
             cutsets.append(CutSet(part))
             weights.append(weight)
     cuts = mux(
         *cutsets,
         weights=weights,
-        max_open_streams=config.get("max_open_streams"),
-        seed=config.get("shard_seed", "trng"),
-        force_finite=finite or metadata_only,
+        max_open_streams=source.max_open_streams,
+        seed="trng" if source.shard_seed is None else source.shard_seed,
+        force_finite=bool(source.force_finite or source.metadata_only),
     )
     return cuts, is_tarred
 
@@ -282,25 +271,19 @@ def manifest_and_weight(entry: str | Sequence) -> tuple[str, float | None]:
 
 
 def nemo_reader(
-    config: Mapping, manifest: str, tars: str | None, skipped_records: SkippedRecords
+    source: Source, manifest: str, tars: str | None, skipped_records: SkippedRecords
 ) -> NeMoManifest | NeMoTarredManifest:
     """The reader of one NeMo manifest, with tar files where they are given."""
     keys = ("text_field", "lang_field", "shard_seed", "extra_fields", "channel_selector")
-    settings = {key: config[key] for key in keys if key in config}
-    settings |= {"shuffle_shards": config.get("shuffle", False), "metadata_only": config.get("metadata_only", False)}
+    settings = {key: value for key in keys if (value := getattr(source, key)) is not None}
+    settings |= {"shuffle_shards": bool(source.shuffle), "metadata_only": bool(source.metadata_only)}
     if tars is None:
         return NeMoManifest(manifest, skipped_records, **settings)
     return NeMoTarredManifest(
         manifest,
         tars,
         skipped_records,
-        skip_missing_manifest_entries=config.get("skip_missing_manifest_entries", False),
-        slice_length=config.get("slice_length"),
+        skip_missing_manifest_entries=bool(source.skip_missing_manifest_entries),
+        slice_length=source.slice_length,
         **settings,
     )
-
-
-def known_types() -> list[str]:
-    """The source types that a config may name."""
-    register_data_types()
-    return sorted(set(get_known_config_data_types()) - {SOURCE_TYPE, FEED_TYPE})

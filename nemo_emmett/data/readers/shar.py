@@ -133,10 +133,10 @@ def _shar_value(tar: TarIndex, number: int, cut_id: str, field: str) -> object |
     return value
 
 
-def shar_shards(name: str, **where) -> list[dict[str, str | Path]]:
+def shar_shards(name: str, **paths) -> list[dict[str, str | Path]]:
     """For each shard, the file of each field, as lhotse finds them."""
     try:
-        return LazySharIterator(**where).shards
+        return LazySharIterator(**paths).shards
     except AssertionError as error:
         what = str(error) or "there are no cuts"
         raise DataError(
@@ -144,9 +144,10 @@ def shar_shards(name: str, **where) -> list[dict[str, str | Path]]:
         ) from error
 
 
-def cuts_of_shar(where: str | Sequence | Mapping) -> list[str]:
+def cuts_of_shar(shar_path: str | Sequence | Mapping) -> list[str]:
     """The files of cuts of a ``shar_path``: a folder, several (perhaps with weights), or the files of each field."""
-    if isinstance(where, Mapping):
-        return expand_paths(where["cuts"])
-    folders = [where] if isinstance(where, str) else [entry if isinstance(entry, str) else entry[0] for entry in where]
+    if isinstance(shar_path, Mapping):
+        return expand_paths(shar_path["cuts"])
+    entries = [shar_path] if isinstance(shar_path, str) else shar_path
+    folders = [entry if isinstance(entry, str) else entry[0] for entry in entries]
     return [str(shard["cuts"]) for folder in folders for shard in shar_shards(folder, in_dir=folder)]

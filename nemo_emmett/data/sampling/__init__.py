@@ -6,5 +6,5 @@
 - ``transforms``, ``tolerance``: NeMo's maps and filters as functions of lists, which skip examples on which they raise.
 - ``proportional_mixing``: which source comes next, by shares.
 - ``buckets``, ``sampler``: examples wait in buckets until a step is full.
-- ``fusion``, ``shard_batches``: how groups are combined; batches shared out to ranks.
+- ``nemo_sampler``, ``shard_batches``: NeMo's samplers over our sources; batches shared out to ranks.
 """

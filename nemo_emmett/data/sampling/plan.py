@@ -1,36 +1,27 @@
-"""From a dataset's config to what its samplers are made of."""
+"""From a dataset to what its samplers are made of."""
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from lhotse.dataset.dataloading import resolve_seed
-from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
-from omegaconf import OmegaConf
 
 from nemo_emmett.data.blending.weights import blend_of
 from nemo_emmett.data.bucketing.length_stats import auto_bins
-from nemo_emmett.data.config.schema import AUTO_BINS
-from nemo_emmett.data.config.sources import (
-    SHARED_BY_GROUPS,
-    Source,
-    groups_of,
-    list_sources,
-    merge_groups,
-    structured_config,
-    with_inherited,
-    with_keys_of_dataset,
-)
+from nemo_emmett.data.config.dataset_config import DatasetConfig
+from nemo_emmett.data.config.nemo_config import sampler_config, with_keys_of_dataset
+from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.base import build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.random_access import open_records
 from nemo_emmett.data.readers.registry import ReaderContext, reader_context
+from nemo_emmett.data.sampling.nemo_sampler import tarred_noise_reason
 from nemo_emmett.data.sampling.proportional_mixing import ProportionalMixer
 from nemo_emmett.data.sampling.sampler import GroupPlan, SamplingPlan
 from nemo_emmett.data.sampling.shuffle import SHUFFLE_BLOCK_SIZE
@@ -40,102 +31,65 @@ from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.families import forbidden_text
 
 
-def nemo_sampler_reason(settings: Mapping, kind: ExampleKind) -> str | None:
-    """Why a dataset with ``sampling: auto`` gets NeMo's samplers; None if it gets ours."""
-    if kind is ExampleKind.AS_READ:
-        return "its dataset takes examples as NeMo reads them"
-    if settings.get("force_map_dataset") or any(
-        g.get("force_map_dataset") for g in (groups_of(settings) or {}).values()
-    ):
-        return "force_map_dataset is set"
-    return _why_noise_needs_nemo(settings)
-
-
-def _why_noise_needs_nemo(settings: Mapping) -> str | None:
-    for group in (groups_of(settings) or {"": settings}).values():
-        noise = group.get("noise_path")
-        if isinstance(noise, Mapping) and (noise.get("tarred_audio_filepaths") or noise.get("shar_path")):
-            return "noise_path names tar files, which cannot be read at any place"
-    return None
-
-
 def plan_sampling(
-    settings: Mapping,
-    where: str,
-    tokenizer: Any,
-    kind: ExampleKind,
-    skipped_records: SkippedRecords,
-    world_size: int,
-    index_dir: str | None = None,
+    dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind, skipped_records: SkippedRecords, world_size: int
 ) -> SamplingPlan:
     """Open the sources of a dataset, weigh them, and build NeMo's chains.
 
     Args:
-        settings: plain config of the dataset, with or without groups.
-        where: its place in the recipe, for messages.
+        dataset: to sample from.
         tokenizer: NeMo tokenizer.
         kind: what the dataset takes.
-        skipped_records: ledger for records that cannot be used.
+        skipped_records: for records that cannot be used.
         world_size: number of ranks.
-        index_dir: folder for indexes that cannot be written beside the data.
 
     Raises:
         ConfigError: if a key has a value that cannot work.
         DataError: if a source holds nothing.
     """
-    if (reason := _why_noise_needs_nemo(settings)) is not None:
-        raise ConfigError(f"{where}.noise_path: {reason}; give a manifest of audio files, or set sampling: nemo.")
-    settings = merge_groups(settings, where) if settings.get("sampler_fusion") == "mux" else settings
-    groups = with_inherited(settings) if groups_of(settings) is not None else {"": dict(settings)}
-    defaults = OmegaConf.structured(LhotseDataLoadingConfig)
-    shared = {key: settings.get(key, defaults[key]) for key in SHARED_BY_GROUPS}
-    seed = _agreed_seed(shared["seed"], shared["shard_seed"])
-    finite = bool(shared["force_finite"]) or (len(groups) == 1 and "" in groups and _nemo_ends(groups[""], where))
-
-    structured = {
-        name: structured_config({**group, **shared, "shard_seed": seed, "seed": seed}, _place(where, name))
-        for name, group in groups.items()
-    }
-    opened = {}
-    for name, group in groups.items():
-        sources = [with_keys_of_dataset(s, structured[name]) for s in list_sources(group, _place(where, name))]
-        opened[name] = [
-            (source, open_records(source, skipped_records, kind, group.get("index_dir") or index_dir))
-            for source in sources
-        ]
-    build_indexes([records for group in opened.values() for _, records in group if records is not None])
+    if (reason := tarred_noise_reason(dataset)) is not None:
+        raise ConfigError(
+            f"{dataset.place}.noise_path: {reason}; give a manifest of audio files, or set sampling: nemo."
+        )
+    seed = _agreed_seed(dataset.seed, dataset.shard_seed)
+    finite = dataset.force_finite or (not dataset.groups[0].name and _nemo_ends(dataset.sources))
+    structured = [sampler_config(group, shard_seed=seed, seed=seed) for group in dataset.groups]
+    opened = []
+    for group, config in zip(dataset.groups, structured, strict=True):
+        sources = [with_keys_of_dataset(source, config) for source in group.sources]
+        index_dir = group.index_dir or dataset.index_dir
+        opened.append([(source, open_records(source, skipped_records, kind, index_dir)) for source in sources])
+    build_indexes([records for group in opened for _, records in group if records is not None])
     plans = []
-    for name, group in groups.items():
-        config = structured[name]
-        blend = blend_of(group, _place(where, name), tokenizer=tokenizer, index_dir=index_dir, kind=kind)
+    for group, config, in_group in zip(dataset.groups, structured, opened, strict=True):
+        blend = blend_of(group, tokenizer=tokenizer, index_dir=group.index_dir or dataset.index_dir, kind=kind)
         shares = [leaf.share for leaf in blend.leaves()]
-        seeds = [[seed, number] for number in _numbers_of_sources(name, [source for source, _ in opened[name]])]
+        seeds = [[seed, number] for number in _numbers_of_sources(group.name, [source for source, _ in in_group])]
         group_size = max(SHUFFLE_BLOCK_SIZE, config.shuffle_buffer_size or 0)
         forbidden = forbidden_text(config.prompt_format, tokenizer)
         readers = [
             make_reader(
                 source, records, kind, skipped_records, finite, config.shuffle, of_source, group_size, forbidden
             )
-            for (source, records), of_source in zip(opened[name], seeds, strict=True)
+            for (source, records), of_source in zip(in_group, seeds, strict=True)
         ]
         config.reweight_temperature = None  # it is in the shares
         sample = _Sample(readers, shares, config.num_cuts_for_bins_estimate)
-        if config.bucket_duration_bins == AUTO_BINS:
-            solved = {**group, **shared}
-            config.bucket_duration_bins = auto_bins(solved, tokenizer, kind, _place(where, name), sample)
+        if group.has_auto_bins:
+            config.bucket_duration_bins = auto_bins(group, tokenizer, kind, sample)
         with reader_context(ReaderContext(skipped_records, kind)):
             chain = TransformPipeline(config, tokenizer, sample, skipped_records)
         num_open = [chunks_to_open(reader, chain, config.shuffle) for reader in readers]
         skipped_records.drain()  # what was read here is read again by the workers
-        names = [source.name for source, _ in opened[name]]
-        plans.append(GroupPlan(name, readers, names, seeds, num_open, shares, chain))
-    weights = shared["sampler_weights"] or dict.fromkeys(groups, 1.0)
+        names = [source.name for source, _ in in_group]
+        plans.append(GroupPlan(group.name, readers, names, seeds, num_open, shares, chain))
+    weights = dataset.sampler_weights or dict.fromkeys((plan.name for plan in plans), 1.0)
     return SamplingPlan(
         groups=plans,
-        fusion="round_robin" if len(plans) == 1 else shared["sampler_fusion"],
-        weights=[float(weights[name]) for name in groups] if len(plans) > 1 else [1.0],
+        fusion="round_robin" if len(plans) == 1 else dataset.sampler_fusion,
+        weights=[float(weights[plan.name]) for plan in plans] if len(plans) > 1 else [1.0],
         world_size=world_size,
-        shuffle=bool(shared["shuffle"]),
+        shuffle=dataset.shuffle,
         finite=finite,
         seed=seed,
     )
@@ -180,16 +134,11 @@ def _numbers_of_sources(group: str, sources: Sequence[Source]) -> list[int]:
     return numbers
 
 
-def _place(where: str, name: str) -> str:
-    return f"{where}.{name}" if name else where
-
-
-def _nemo_ends(settings: Mapping, where: str) -> bool:
+def _nemo_ends(sources: Sequence[Source]) -> bool:
     """Whether NeMo reads the data once in an epoch: a single source of plain manifests."""
-    sources = list_sources(settings, where)
     if len(sources) != 1 or sources[0].is_tarred or sources[0].is_text:
         return False
-    return isinstance(sources[0].config.get("manifest_filepath", ""), str)
+    return isinstance(sources[0].manifest_filepath or "", str)
 
 
 def _agreed_seed(seed: int | str, shard_seed: int | str) -> int:

@@ -177,8 +177,8 @@ class StreamChunks(ChunkReader):
         return examples or None
 
     def _open(self, epoch: int) -> None:
-        config = {**self.source.config, "shard_seed": sum(self.seed) + epoch, "force_finite": self.finite}
-        cuts, _ = open_source(Source(config, self.source.where), self.skipped_records, self.kind)
+        source = self.source.with_keys(shard_seed=sum(self.seed) + epoch, force_finite=self.finite)
+        cuts, _ = open_source(source, self.skipped_records, self.kind)
         if self.kind is not ExampleKind.AS_READ:
             cuts = Examples(cuts, self.kind, defaults_of(self.source), self.skipped_records, self.forbidden)
         self._stream = iter(cuts) if self.finite else _repeated(cuts)
@@ -358,6 +358,6 @@ def make_reader(
     if records is None:
         return StreamChunks(source, kind, skipped_records, finite, shuffle, seed, forbidden)
     if not sum(records.shard_sizes):
-        raise DataError(f"{source.where}: {source.name} is empty; correct the path, or drop the source.")
+        raise DataError(f"{source.place}: {source.name} is empty; correct the path, or drop the source.")
     order = RecordOrder(records.shard_sizes, records.is_sequential, shuffle, seed, group_size)
     return RecordChunks(source, records, order, kind, skipped_records, finite, forbidden)

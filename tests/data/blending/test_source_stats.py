@@ -20,7 +20,7 @@ from nemo_emmett import processes
 from nemo_emmett.data.blending import source_stats as sizes
 from nemo_emmett.data.blending.counting import Size, TokenCounter
 from nemo_emmett.data.blending.source_stats import sizes_of
-from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.config.sources import parse_source
 from nemo_emmett.data.io import sidecar
 from nemo_emmett.data.io.line_index import LineCount
 from nemo_emmett.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ FILES = ["speech.json", "speech.json.emmett-index", "speech.json.sizes.json"]
 
 
 def size_of(config: dict, tokenizer=None, index_dir=None) -> Size | None:
-    (size,) = sizes_of([Source(config, "train_ds.input_cfg.0")], tokenizer, index_dir)
+    (size,) = sizes_of([parse_source(config, "train_ds.input_cfg.0")], tokenizer, index_dir)
     return size
 
 
@@ -235,8 +235,10 @@ class TestText:
         assert size_of({**text, **fields}) == Size(examples=1, tokens=3)
 
     def test_text_that_nemo_reads(self, write_lines) -> None:
-        config = {"type": "txt", "paths": str(write_lines("a.en", ["one two", "", "three"])), "language": "en"}
-        assert size_of(config) == Size(examples=3, tokens=3)  # NeMo skips no line
+        lines = write_lines("a.en", ["one two", "", "three"])
+        assert size_of({"type": "txt", "paths": str(lines), "language": "en"}) == Size(
+            examples=3, tokens=3
+        )  # NeMo skips no line
         lines = ['{"src": "one two"}', '{"other": "one"}', '{"src": "one"}']
         path = str(write_lines("a.jsonl", lines))
         config = {"type": "txt_jsonl", "paths": path, "text_field": "src", "language": "en"}
@@ -399,7 +401,7 @@ class TestIndex:
         assert len(counted) == 1
 
     def test_a_source_named_twice_is_read_once(self, nemo, counted) -> None:
-        source = Source(nemo(record(2.0)), "train_ds")
+        source = parse_source(nemo(record(2.0)), "train_ds")
         assert sizes_of([source, source]) == [Size(1, 2.0)] * 2
         assert len(counted) == 1
 
@@ -408,14 +410,14 @@ class TestWhereNothingCanBeWritten:
     @pytest.fixture(autouse=True)
     def read_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The folder of the data, and all in it but ``index``; permissions would not hold back a root user."""
-        real = sidecar.whole_file
+        real = sidecar.atomic_file
 
         def refuse(place: str):
             if Path(place).parent == tmp_path and ".sizes.json" in place:
                 raise PermissionError(13, "Permission denied", place)
             return real(place)
 
-        monkeypatch.setattr(sidecar, "whole_file", refuse)
+        monkeypatch.setattr(sidecar, "atomic_file", refuse)
         monkeypatch.setattr(sidecar, "_in_memory", {})
 
     def test_it_lies_in_index_dir(self, nemo, tmp_path: Path, counted) -> None:
@@ -442,7 +444,7 @@ class TestWhereNothingCanBeWritten:
         said = []
         monkeypatch.setattr(sidecar.logging, "info", said.append)
         configs = [nemo(record(2.0), name=name) for name in ("a.json", "b.json", "c.json")]
-        sources = [Source(config, "train_ds") for config in configs]
+        sources = [parse_source(config, "train_ds") for config in configs]
         for _ in range(2):
             assert [size.seconds for size in sizes_of(sources)] == [2.0] * 3
         assert len(counted) == 3
@@ -460,7 +462,7 @@ class TestProcesses:
             file.writelines(json.dumps(record(0.3)) + "\n" for _ in range(200))
         packed = {"type": "nemo", "manifest_filepath": f"{tmp_path}/c.json.gz", "target_lang": "de"}
         configs = (text, nemo(*[record(0.1 * i) for i in range(1, 300)]), nemo(name="b.json"), packed)
-        sources = [Source(config, "") for config in configs]
+        sources = [parse_source(config, "") for config in configs]
         expected = sizes_of(sources, tokenizer)
         monkeypatch.setattr(sizes._Counts, "get", lambda *_: None)
         monkeypatch.setattr(sizes, "_RECORDS_OF_A_TASK", 37)

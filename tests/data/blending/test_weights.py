@@ -15,12 +15,18 @@ from rich.console import Console
 
 from nemo_emmett import cli
 from nemo_emmett.data.blending import weights as blend_module
-from nemo_emmett.data.blending.weights import Node, blend_of, blends_of
-from nemo_emmett.data.config.sources import list_sources
+from nemo_emmett.data.blending.weights import Node
+from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.planning.blend_report import Recipe, print_blend, streams_of
 
 WHERE = "data.train_ds"
+
+
+def blend_of(section: dict, place: str, **options) -> Node:
+    """The blend of a dataset without groups."""
+    (group,) = parse_dataset(section, place).groups
+    return blend_module.blend_of(group, **options)
 
 
 def shares(node: Node) -> list[float]:
@@ -139,7 +145,7 @@ class TestAsNeMo:
         config |= {"input_cfg": str(outside), "reweight_temperature": [0.5, 0.0, 2.0]}
         ours, expected = list(self.levels(blend_of(config, WHERE))), nemos(config)
         assert ours == [pytest.approx(level) for level in expected]
-        assert blend_of(config, WHERE).children[1].children[0].where == f"{WHERE}.input_cfg.1.input_cfg.0"
+        assert blend_of(config, WHERE).children[1].children[0].place == f"{WHERE}.input_cfg.1.input_cfg.0"
 
     def test_by_hand(self, nested) -> None:
         # outer 1 : 9 : 7 at temperature 0.5 is 1 : 3 : sqrt(7); then 3 : 1, equal; then 5 : 0.5 : 2 squared
@@ -166,7 +172,7 @@ class TestAsNeMo:
 
 
 class TestTree:
-    def test_sources_are_those_of_list_sources(self, hours, words) -> None:
+    def test_sources_are_those_of_the_dataset(self, hours, words) -> None:
         settings = {
             "source_lang": "en",
             "input_cfg": [
@@ -175,15 +181,15 @@ class TestTree:
             ],
         }
         root = blend_of(settings, WHERE)
-        assert [leaf.source for leaf in root.leaves()] == list_sources(settings, WHERE)
-        assert [leaf.where for leaf in root.leaves()] == [s.where for s in list_sources(settings, WHERE)]
+        assert [leaf.source for leaf in root.leaves()] == parse_dataset(settings, WHERE).sources
+        assert [leaf.place for leaf in root.leaves()] == [s.place for s in parse_dataset(settings, WHERE).sources]
         assert (root.name, root.children[0].name) == ("train_ds", "task: ast")
 
     def test_a_classic_config_is_one_source(self, hours) -> None:
         settings = {"manifest_filepath": hours("a", 2)["manifest_filepath"], "weights": "auto"}
         (leaf,) = blend_of(settings, WHERE).leaves()
-        assert (leaf.share, leaf.where) == (1.0, WHERE)
-        assert [leaf.source] == list_sources(settings, WHERE)
+        assert (leaf.share, leaf.place) == (1.0, WHERE)
+        assert [leaf.source] == parse_dataset(settings, WHERE).sources
 
     def test_groups_of_a_multi_config_are_trees_of_their_own(self, hours, words) -> None:
         settings = {
@@ -192,7 +198,7 @@ class TestTree:
             "audio": {"input_cfg": [hours("a", 1), hours("b", 3)]},
             "text": {"input_cfg": [words("c", 1), words("d", 4)], "weights": None},
         }
-        blends = blends_of(settings, WHERE)
+        blends = {group.name: blend_module.blend_of(group) for group in parse_dataset(settings, WHERE).groups}
         assert shares(blends["audio"]) == [0.25, 0.75]
         assert shares(blends["text"]) == [0.5, 0.5]  # which does not want them
 
@@ -293,17 +299,17 @@ class TestMistakes:
     @pytest.mark.parametrize("weight", [0, -1, "heavy", True, float("nan"), float("inf")])
     def test_no_weight(self, hours, weight) -> None:
         settings = {"input_cfg": [hours("a", 1, weight=1), hours("b", 1, weight=weight)]}
-        with pytest.raises(ConfigError, match=r"input_cfg\.1\.weight: .* is no weight"):
+        with pytest.raises(ConfigError, match=r"input_cfg\.1\.weight: .* cannot be used; give a number above 0"):
             blend_of(settings, WHERE)
 
     def test_unknown_weights(self, hours) -> None:
-        with pytest.raises(ConfigError, match=r"input_cfg\.0\.weights: 'automatic' is unknown"):
+        with pytest.raises(ConfigError, match=r"input_cfg\.0\.weights: 'automatic' cannot be used; give 'auto'"):
             blend_of({"input_cfg": [group(hours("a", 1), weights="automatic")]}, WHERE)
 
     @pytest.mark.parametrize("temperature", [0.5, "cold", [0.5, "cold"]])
     def test_temperature_of_a_group(self, hours, temperature) -> None:
         settings = {"input_cfg": [group(hours("a", 1), reweight_temperature=temperature)]}
-        with pytest.raises(ConfigError, match=r"input_cfg\.0\.reweight_temperature: .* is no list of numbers"):
+        with pytest.raises(ConfigError, match=r"input_cfg\.0\.reweight_temperature.*: .* cannot be used; give a"):
             blend_of(settings, WHERE)
 
 
@@ -338,7 +344,7 @@ class TestReport:
     def test_shares_and_epochs_by_hand(self, settings) -> None:
         # A zip step holds 4 of speech and (20 + 12 + 4) / 3 = 12 of text. In 50 steps of 2 processes speech gives 400
         # examples, 200 of each source: 200 and 66.67 epochs; text 1,200, a quarter and three: 30 epochs of both.
-        text = self.printed(Recipe(settings, WHERE, batches_per_step=2), steps=50)
+        text = self.printed(Recipe(parse_dataset(settings, WHERE), batches_per_step=2), steps=50)
         assert self.row(text, "a.json")[-3:] == ["12.5", "%", "200"]
         assert self.row(text, "b.json")[-3:] == ["12.5", "%", "66.67"]
         assert self.row(text, "c.{en,de}")[-4:] == ["20", "18.8", "%", "30.00"]
@@ -359,9 +365,9 @@ class TestReport:
     )
     def test_batches_of_the_fusions(self, settings, fusion, weights, expected) -> None:
         settings |= {"sampler_fusion": fusion, "sampler_weights": weights}
-        streams = streams_of(Recipe(settings, WHERE))
+        streams = streams_of(Recipe(parse_dataset(settings, WHERE)))
         assert {stream.name: stream.batches for stream in streams} == expected
-        text = self.printed(Recipe(settings, WHERE))
+        text = self.printed(Recipe(parse_dataset(settings, WHERE)))
         # 0.5 x 4 of speech to 0.5 x 12 of text, or 0.75 x 4 to 0.25 x 12
         speech = 100 * expected["audio"] * 4 / (expected["audio"] * 4 + expected["text"] * 12)
         assert f"speech {speech:.1f} %" in text
@@ -376,13 +382,13 @@ class TestReport:
             "audio": {"input_cfg": [hours("a", 1)]},
             "text": {"input_cfg": [words("c", 10)]},
         }
-        (stream,) = streams_of(Recipe(settings, WHERE))
+        (stream,) = streams_of(Recipe(parse_dataset(settings, WHERE)))
         assert shares(stream.blend) == [0.25, 0.75]
 
     def test_batches_limited_by_length(self, hours, words) -> None:
         # 3,600 s a record: 5 in 18,000 s; text of two words, and speech of 7,200 s to the token of 3,600 s: 2 each
         def examples(**settings) -> float | None:
-            (stream,) = streams_of(Recipe(settings, WHERE))
+            (stream,) = streams_of(Recipe(parse_dataset(settings, WHERE)))
             return stream.examples
 
         speech = [hours("a", 1), hours("b", 3)]
@@ -398,7 +404,7 @@ class TestReport:
     def test_it_fits_the_terminal(self, settings, width) -> None:
         deep = group(group(*settings["audio"]["input_cfg"], tags={"domain": "news and talks of all kinds"}))
         settings["audio"]["input_cfg"] = [deep]
-        text = self.printed(Recipe(settings, WHERE), width=width)
+        text = self.printed(Recipe(parse_dataset(settings, WHERE)), width=width)
         table, _, _ = text.partition("\n\n")
         lines = table.splitlines()
         assert len(lines) == 10  # headings, the dataset, two groups, two groups inside, four sources
@@ -407,7 +413,7 @@ class TestReport:
 
     def test_what_cannot_be_counted_is_shown_as_unknown(self, hours) -> None:
         entries = [hours("a", 1), {"type": "multimodal_conversation", "manifest_filepath": "c.json"}]
-        text = self.printed(Recipe({"batch_size": 1, "input_cfg": entries}, WHERE))
+        text = self.printed(Recipe(parse_dataset({"batch_size": 1, "input_cfg": entries}, WHERE)))
         assert self.row(text, "c.json")[-1] == "?"
         assert "speech 50.0 %, other 50.0 %" in text
 
@@ -444,7 +450,7 @@ class TestCommand:
             done = invoke(write(content))
             assert done.exit_code == 0, done.output
             assert "a.json" in done.output
-            assert "a number of examples that the config does not tell" in done.output
+            assert "a number of examples that the config does not give" in done.output
             assert "epochs" not in done.output.lower()
         done = invoke(write({"batch_size": 4, "input_cfg": [hours("a", 4)]}))
         assert "Epochs are passes over a source in 1,000 steps" in done.output

@@ -16,7 +16,7 @@ from lhotse.cut import MonoCut
 from lhotse.shar import SharWriter
 
 from nemo_emmett.audio_file import AudioFault
-from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.config.sources import parse_source
 from nemo_emmett.data.io.audio import load_waveform, with_checked_audio
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind
@@ -34,7 +34,7 @@ SEGMENTS: list[Segment] = [(None, 3.0), (None, 1.0), (0, 1.0), (0.5, 1.0), (2.5,
 
 def heard(config: Mapping, streamed: bool) -> dict[str, np.ndarray | str]:
     """What each record gives, by its text: its samples at 16 kHz, or the cause for which it is skipped."""
-    skipped, source = SkippedRecords(), Source({"force_finite": True, **config}, "train_ds")
+    skipped, source = SkippedRecords(), parse_source({"force_finite": True, **config}, "train_ds")
     found: dict[str, np.ndarray | str] = {}
     records = None if streamed else open_records(source, skipped, ExampleKind.TRANSLATION)
     if records is None:
@@ -339,7 +339,7 @@ def test_a_tar_file_without_any_member_of_the_manifest_is_reported_once(tmp_path
     tar = write_tar(tmp_path / "audio_0.tar", [(f"x/{name}", write_tone(name)) for name in names])
     (tmp_path / "manifest_0.json").write_text("".join(records_of(name, [(None, 1.0)]) for name in names))
     skipped, manifest = SkippedRecords(), f"{tmp_path}/manifest_0.json"
-    source = Source(
+    source = parse_source(
         {"type": "nemo_tarred", "manifest_filepath": manifest, "tarred_audio_filepaths": tar, "force_finite": True}, "x"
     )
     if streamed:

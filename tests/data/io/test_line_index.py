@@ -78,14 +78,14 @@ def messages(monkeypatch) -> list[str]:
 @pytest.fixture
 def read_only_folder(monkeypatch, tmp_path: Path) -> None:
     """Nothing can be written into the folder of the data, as on a read-only disk."""
-    whole_file = sidecar.whole_file
+    atomic_file = sidecar.atomic_file
 
     def refuse(place: str):
         if Path(place).parent == tmp_path:
             raise PermissionError(13, "Permission denied", place)
-        return whole_file(place)
+        return atomic_file(place)
 
-    monkeypatch.setattr(sidecar, "whole_file", refuse)
+    monkeypatch.setattr(sidecar, "atomic_file", refuse)
     monkeypatch.setattr(sidecar, "_in_memory", {})
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from nemo_emmett.data.blending import source_stats as sizes
 from nemo_emmett.data.blending.source_stats import sizes_of
-from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.config.sources import parse_source
 from nemo_emmett.data.io import sidecar
 from nemo_emmett.data.io.files import FileState, count_lines
 from nemo_emmett.data.io.index import FileChanged
@@ -161,7 +161,7 @@ def test_pairs_stay_pairs_when_one_side_is_rewritten(tmp_path) -> None:
     config |= {"source_paths": f"{tmp_path}/a.en", "target_paths": f"{tmp_path}/a.de"}
 
     def pairs() -> list[tuple[str, str]]:
-        records = open_records(Source(config, "train_ds"), SkippedRecords(), ExampleKind.TRANSLATION)
+        records = open_records(parse_source(config, "train_ds"), SkippedRecords(), ExampleKind.TRANSLATION)
         (size,) = records.shard_sizes
         return [(p.source.text, p.target.text) for i in range(size) for p in records.read(0, i)]
 
@@ -369,7 +369,7 @@ def speech(path: Path, durations: list[float]) -> dict:
 
 
 def seconds_of(config: dict) -> float:
-    return sizes_of([Source(config, "train_ds")])[0].seconds
+    return sizes_of([parse_source(config, "train_ds")])[0].seconds
 
 
 def test_counts_of_a_file_rewritten_with_its_size_and_time_are_made_again(tmp_path) -> None:

@@ -8,16 +8,17 @@ from collections import Counter
 
 import pytest
 
+from nemo_emmett.data.config.sources import parse_source
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.parallel_text import open_parallel_text
 from nemo_emmett.errors import ConfigError, DataError
 
 
 def read(config: dict) -> tuple[list[tuple], SkippedRecords]:
-    """What a source yields, as (source, target, source language, target language), and its skipped records."""
-    skipped = SkippedRecords()
-    pairs = list(open_parallel_text(config, skipped))
-    return [(p.source.text, p.target.text, p.source.language, p.target.language) for p in pairs], skipped
+    """What a source yields, as (source, target, source language, target language), and its ledger."""
+    ledger = SkippedRecords()
+    pairs = list(open_parallel_text(parse_source({"type": "parallel_text", **config}, "train_ds"), ledger))
+    return [(p.source.text, p.target.text, p.source.language, p.target.language) for p in pairs], ledger
 
 
 EXPECTED = [("one", "eins", "en", "de"), ("two", "zwei", "en", "de")]
@@ -55,7 +56,8 @@ def test_shards_are_reshuffled_at_each_pass(write_lines, tmp_path) -> None:
         write_lines(f"a_{i}.en", [f"one {i}"])
         write_lines(f"a_{i}.de", [f"eins {i}"])
     config = {"source_paths": f"{tmp_path}/a__OP_0..5_CL_.en", "target_paths": f"{tmp_path}/a__OP_0..5_CL_.de"}
-    source = open_parallel_text({**config, **LANGUAGES, "shuffle": True, "shard_seed": 0}, SkippedRecords())
+    config |= {"type": "parallel_text", **LANGUAGES, "shuffle": True, "shard_seed": 0}
+    source = open_parallel_text(parse_source(config, "train_ds"), SkippedRecords())
     first, second = [p.source.text for p in source], [p.source.text for p in source]
     assert sorted(first) == sorted(second) == [f"one {i}" for i in range(6)]
     assert first != second

@@ -20,7 +20,7 @@ from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 
-from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.config.sources import Source, parse_source
 from nemo_emmett.data.io import index as index_module
 from nemo_emmett.data.io.audio import AudioFault, load_waveform, with_checked_audio
 from nemo_emmett.data.io.skipped_records import SkippedRecords
@@ -35,7 +35,7 @@ ENGLISH_TO_GERMAN = {"source_lang": "en", "target_lang": "de"}
 
 
 def source_of(config: dict) -> Source:
-    return Source({"force_finite": True, **config}, "train_ds.input_cfg.0")
+    return parse_source({"force_finite": True, **config}, "train_ds.input_cfg.0")
 
 
 def opened(config: dict, skipped: SkippedRecords | None = None, **how) -> Records | None:

@@ -76,9 +76,12 @@ def test_mux_refuses_groups_with_batches_of_their_own(load, groups, group, messa
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"sampling": "lhotse"}, "sampling: 'lhotse' is unknown; it can be auto, emmett, nemo"),
-        ({"sampling": "nemo", "weights": "auto"}, r"weights: NeMo's samplers do not know auto; set sampling: emmett"),
-        ({"weights": "hours"}, "weights: 'hours' is unknown; it can be auto"),
+        ({"sampling": "lhotse"}, "sampling: 'lhotse' cannot be used; give 'auto' or 'emmett' or 'nemo'"),
+        (
+            {"sampling": "nemo", "weights": "auto"},
+            r"weights: NeMo's samplers cannot weigh by auto; set sampling: emmett",
+        ),
+        ({"weights": "hours"}, "weights: 'hours' cannot be used; give 'auto'"),
     ],
 )
 def test_what_cannot_work_is_told(load, groups, keys, message):
