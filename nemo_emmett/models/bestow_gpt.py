@@ -10,37 +10,27 @@ Shapes: B examples, T tokens, A target tokens, H hidden size, R recordings, K re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from nemo_emmett.config import check_keys
-from nemo_emmett.errors import ConfigError, DataError, ModelError
+from nemo_emmett.errors import DataError, ModelError
 from nemo_emmett.models.base import SpeechTextModel
-from nemo_emmett.models.causal import (
-    Sequences,
-    context_and_answer,
-    context_only,
-    detach_embeddings,
-    reattach_embeddings,
-    unwrap_peft,
-)
+from nemo_emmett.models.causal import DecoderOnly, Sequences, context_and_answer, context_only, unwrap_peft
 from nemo_emmett.models.head import LLMInputs
+from nemo_emmett.models.targets import parse_arguments
 from nemo_emmett.modules.batch import pack
 from nemo_emmett.modules.cross_attention import SpeechCrossAttention, SpeechMemory
 from nemo_emmett.modules.loss import IGNORE_INDEX
 
-CROSS_ATTENTION_KEYS = ("num_layers", "num_heads", "width", "ffn_ratio", "dropout")
-"""Keys of ``model.cross_attention``: the arguments of :class:`SpeechCrossAttention`, with its defaults."""
 
-
-class BestowGPT(SpeechTextModel):
+class BestowGPT(DecoderOnly, SpeechTextModel):
     """Speech and text translation by one decoder-only language model (Llama, Qwen, Mistral, Gemma).
 
     Args:
@@ -48,30 +38,16 @@ class BestowGPT(SpeechTextModel):
 
     Raises:
         ModelError: if ``pretrained_llm`` is an encoder-decoder, or a pretrained part cannot be found.
-        ConfigError: for a misspelt key, or cross-attention that cannot be.
+        ConfigError: for a misspelt key, or a value of another type.
     """
 
-    auto_class = AutoModelForCausalLM
-    is_encoder_decoder = False
     has_cross_attention = True
 
     def _post_init_llm(self) -> None:
-        self.embed_tokens = detach_embeddings(self.llm)
-        options = self.options.cross_attention or {}
-        for stranger in check_keys(options, CROSS_ATTENTION_KEYS, "model.cross_attention"):
-            raise ConfigError(
-                f"model.cross_attention.{stranger}: there is no such key; use {', '.join(CROSS_ATTENTION_KEYS)}."
-            )
+        super()._post_init_llm()
+        section = self.options.cross_attention or {}
+        options = parse_arguments(SpeechCrossAttention, section, "model.cross_attention", ["hidden_size"])
         self.cross_attention = SpeechCrossAttention(self.embed_tokens.embedding_dim, **options)
-
-    @property
-    def token_embedding(self) -> nn.Module:
-        """Kept outside of the language model."""
-        return self.embed_tokens
-
-    def embeddings_inside(self) -> AbstractContextManager[None]:
-        """See :meth:`SpeechTextModel.embeddings_inside`."""
-        return reattach_embeddings(self.llm, self.embed_tokens)
 
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
         """Contexts and answers one after another, padded on the right, which needs no attention mask."""

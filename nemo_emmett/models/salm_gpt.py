@@ -11,21 +11,19 @@ Shapes: B examples, T tokens, S positions after audio is placed, A answer tokens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
 from nemo_emmett.models.base import SpeechTextModel
-from nemo_emmett.models.causal import context_and_answer, context_only, detach_embeddings, reattach_embeddings
+from nemo_emmett.models.causal import DecoderOnly, context_and_answer, context_only
 from nemo_emmett.models.head import LLMInputs
 from nemo_emmett.modules.batch import padding_mask
 from nemo_emmett.modules.loss import IGNORE_INDEX
 
 
-class SALMGPT(SpeechTextModel):
+class SALMGPT(DecoderOnly, SpeechTextModel):
     """Speech and text translation by one decoder-only language model (Llama, Qwen, Mistral, Gemma).
 
     Args:
@@ -36,23 +34,9 @@ class SALMGPT(SpeechTextModel):
         ConfigError: for a misspelt key.
     """
 
-    auto_class = AutoModelForCausalLM
-    is_encoder_decoder = False
     # What NeMo writes, and vLLM's plugin for NeMo looks for.
     model_type = "nemo_speechlm"
     architecture = "NeMoSpeechLMForConditionalGeneration"
-
-    def _post_init_llm(self) -> None:
-        self.embed_tokens = detach_embeddings(self.llm)
-
-    @property
-    def token_embedding(self) -> nn.Module:
-        """Kept outside of the language model."""
-        return self.embed_tokens
-
-    def embeddings_inside(self) -> AbstractContextManager[None]:
-        """See :meth:`SpeechTextModel.embeddings_inside`."""
-        return reattach_embeddings(self.llm, self.embed_tokens)
 
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
         """Contexts and answers one after another, padded on the right.

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
+import annotated_types
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import CacheLayerMixin
 
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.typed_config import Positive, PositiveWhole, Share
 
 WAVELENGTH = 10_000.0
 """The longest wavelength of positions over 2 pi, in tokens or frames (as in arXiv 1706.03762 and 2104.09864)."""
@@ -69,7 +72,7 @@ class SpeechCrossAttention(nn.Module):
             (arXiv 1604.06174).
 
     Raises:
-        ConfigError: for a value out of range, or heads that do not divide the width.
+        ConfigError: for heads that do not divide the width.
 
     Example:
         >>> attend = SpeechCrossAttention(hidden_size=16, num_heads=4)
@@ -81,15 +84,24 @@ class SpeechCrossAttention(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        num_layers: int = 2,
-        num_heads: int = 8,
-        width: int | None = None,
-        ffn_ratio: float = 1.0,
-        dropout: float = 0.0,
+        num_layers: PositiveWhole = 2,
+        num_heads: PositiveWhole = 8,
+        width: PositiveWhole | None = None,
+        ffn_ratio: Positive = 1.0,
+        dropout: Annotated[Share, annotated_types.Lt(1)] = 0.0,
     ) -> None:
         super().__init__()
         width = hidden_size if width is None else width
-        _check_options(num_layers, num_heads, width, ffn_ratio, dropout)
+        if width % (2 * num_heads):
+            raise ConfigError(
+                f"model.cross_attention.num_heads: {num_heads} heads do not divide the width {width} into even parts "
+                "(rotary positions turn pairs); choose another number of heads, or another "
+                "model.cross_attention.width."
+            )
+        if round(ffn_ratio * width) < 1:
+            raise ConfigError(
+                f"model.cross_attention.ffn_ratio: {ffn_ratio} leaves nothing of the width {width}; 1.0 is usual."
+            )
         self.activation_checkpointing = False
         self.project_in = nn.Identity() if width == hidden_size else nn.Linear(hidden_size, width)
         self.memory_norm = nn.LayerNorm(hidden_size)
@@ -268,18 +280,3 @@ def _self_attention_mask(text_mask_BT: Tensor | None, past: int, T: int, device:
         return (key_S <= query_T)[None, None]
     # Padding sees itself: a row that sees nothing would have no softmax.
     return ((key_S <= query_T) & text_mask_BT[:, None, :] | (key_S == query_T))[:, None]
-
-
-def _check_options(num_layers: int, num_heads: int, width: int, ffn_ratio: float, dropout: float) -> None:
-    where = "model.cross_attention"
-    if num_layers < 1:
-        raise ConfigError(f"{where}.num_layers: {num_layers} is too few; it takes at least 1.")
-    if num_heads < 1 or width < 1 or width % (2 * num_heads):
-        raise ConfigError(
-            f"{where}.num_heads: {num_heads} heads do not divide the width {width} into even parts (rotary positions "
-            "turn pairs); choose another number of heads, or another model.cross_attention.width."
-        )
-    if ffn_ratio * width < 1:
-        raise ConfigError(f"{where}.ffn_ratio: {ffn_ratio} leaves nothing of the width {width}; 1.0 is usual.")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"{where}.dropout: {dropout} is not a probability below 1; 0.0 turns dropout off.")

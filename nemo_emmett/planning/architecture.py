@@ -50,16 +50,8 @@ def _perception(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config_of_asr_model(name: str | None, trusted: bool) -> dict[str, Any]:
-    try:
-        with logging.temp_verbosity(logging.ERROR):
-            return read_asr_config(name or "", trusted)
-    except ModelError:
-        raise
-    except Exception as error:  # NeMo's own kinds, those of Hugging Face and of the network
-        raise ModelError(
-            f"model.pretrained_asr: the config of '{name}' cannot be read ({_first_line(error)}); give a .nemo file or "
-            "the name of a NeMo ASR model."
-        ) from error
+    with logging.temp_verbosity(logging.ERROR):
+        return read_asr_config(name or "", trusted)
 
 
 def _width_of_llm(section: Mapping[str, Any]) -> int:

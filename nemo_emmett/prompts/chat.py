@@ -26,9 +26,9 @@ from nemo.collections.common.prompts.qwen import QWEN_EOT, Qwen3PromptFormatter
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.encoding import encode_texts
+from nemo_emmett.prompts.instruction import translation_instruction
 from nemo_emmett.prompts.markup import Markup, Prompt, UserTextPrompt, joined
 from nemo_emmett.prompts.request import Request, message_of, request_of, target_language
-from nemo_emmett.prompts.translation import translation_instruction
 
 CHAT_FORMATS = ("gemma", "llama2", "llama3", "mistral", "nemotron-h", "phi2_chat", "phi2_qa", "qwen")
 """NeMo's chat formats that are taken as they are, with ``emmett_`` in front of their names; those of models that reason

@@ -58,6 +58,11 @@ class LanguageTokenPrompt(Seq2SeqPrompt):
             self._language_ids[language] = self._find_language(language)
         return self._language_ids[language]
 
+    def has_language(self, language: str) -> bool:
+        """Whether the tokenizer has a token for a language."""
+        token = self.language_token(language)
+        return token is not None and token_id(self.tokenizer, token) is not None
+
     def _find_language(self, language: str) -> int:
         token = self.language_token(language)
         if token is None:

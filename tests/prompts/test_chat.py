@@ -17,7 +17,8 @@ from nemo.collections.common.prompts import PromptFormatter
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.chat import CHAT_FORMATS
-from nemo_emmett.prompts.translation import register_prompt_formats, translation_instruction, translation_turns
+from nemo_emmett.prompts.instruction import translation_instruction, translation_turns
+from nemo_emmett.prompts.translation import register_prompt_formats
 
 register_prompt_formats()
 ANSWER = "une maison rouge"
