@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nemo_emmett.callbacks.nonfinite import SkipNonFiniteSteps
 from nemo_emmett.callbacks.random_state import RandomState
 from nemo_emmett.errors import ConfigError, ModelError
-from nemo_emmett.models.building import add_lora, build_llm, build_perception, build_tokenizer, fit_embeddings
+from nemo_emmett.models.building import add_lora, build_llm, build_tokenizer, fit_embeddings
 from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.models.dummy_batch import dummy_batch
 from nemo_emmett.models.export import Export
@@ -42,6 +42,7 @@ from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS, check_initi
 from nemo_emmett.models.microbatches import MicrobatchLoss, TokenCounts, cut_batch, target_counts
 from nemo_emmett.models.oomptimizer_schema import oomptimizer_schema
 from nemo_emmett.models.optimization import parse_optimization
+from nemo_emmett.models.perception import build_perception
 from nemo_emmett.models.sharding import absent_modalities, shard, validated_parts
 from nemo_emmett.models.step_log import StepLog, forget_logged
 from nemo_emmett.models.transformer_blocks import checkpoint_activations, compile_blocks, transformer_blocks

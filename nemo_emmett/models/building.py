@@ -1,41 +1,34 @@
-"""What a model is built of: tokenizer, language model, LoRA, speech encoder; each as NeMo's SALM builds it."""
+"""What a model is built of: tokenizer, language model, LoRA; each as NeMo's SALM builds it."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from nemo.collections.asr.models import ASRModel
 from nemo.collections.common.tokenizers import AutoTokenizer
-from nemo.collections.speechlm2.modules.perception import AudioPerceptionModule
-from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
 from nemo.utils import logging
-from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AddedToken, AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from nemo_emmett.config import check_keys, check_model_file
-from nemo_emmett.errors import ConfigError, EmmettError, ModelError
+from nemo_emmett.config import check_model_file
+from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.models.causal import reattach_embeddings, unwrap_peft
 from nemo_emmett.models.config import ModelConfig
-from nemo_emmett.models.targets import BUILD_FAULTS, class_of, first_line, parse_arguments
-from nemo_emmett.modules.modality_adapters import check_modality_adapter, leave_out_collectives
+from nemo_emmett.models.targets import BUILD_FAULTS, check_local_path, first_line, parse_arguments
 from nemo_emmett.prompts.families import may_be_read
+from nemo_emmett.typed_config import Number, PositiveWhole, Share, Switch, Text
 
-_NO_WEIGHTS_ONLY = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-_ASR_MODELS = "nemo.collections.asr.models."
-_NOT_RESTORED = ("train_ds", "validation_ds", "test_ds", "optim", "trainer", "exp_manager")
-"""Sections of a ``.nemo`` file's config that restoring a model does not read."""
-
-_PERCEPTION_KEYS = ("target", "output_dim", "preprocessor", "encoder", "spec_augment", "modality_adapter")
-"""Keys of NeMo's ``AudioPerceptionModule``."""
+_LORA_TYPES = {
+    "r": PositiveWhole,
+    "lora_alpha": Number,  # annotated as a whole number
+    "lora_dropout": Share,
+    "init_lora_weights": Switch | Text,  # annotated without `pissa_niter_16` and the like
+}
 
 
 def build_tokenizer(config: ModelConfig, trusted: bool) -> AutoTokenizer:
@@ -46,12 +39,18 @@ def build_tokenizer(config: ModelConfig, trusted: bool) -> AutoTokenizer:
         trusted: run code that came with it.
     """
     source = config.tokenizer_path or config.pretrained_llm
-    _check_local_path(source, "model.tokenizer_path" if config.tokenizer_path else "model.pretrained_llm")
+    check_local_path(source, "model.tokenizer_path" if config.tokenizer_path else "model.pretrained_llm")
     with _as_model_error(source):
         tokenizer = AutoTokenizer(source, use_fast=True, trust_remote_code=trusted)
     # Not NeMo's add_special_tokens: it replaces the list in which multilingual tokenizers keep their languages.
+    inner = tokenizer.tokenizer
+    if config.audio_locator_tag in (inner.bos_token, inner.eos_token, inner.pad_token, inner.unk_token):
+        raise ConfigError(
+            f"model.audio_locator_tag: '{config.audio_locator_tag}' has another meaning for the tokenizer; choose a "
+            "token that it does not use."
+        )
     locator = AddedToken(config.audio_locator_tag, special=True, normalized=False)
-    tokenizer.tokenizer.add_tokens([locator], special_tokens=True)
+    inner.add_tokens([locator], special_tokens=True)
     tokenizer.audio_locator_tag = config.audio_locator_tag  # for prompts that callers write by hand
     return tokenizer
 
@@ -146,13 +145,13 @@ def add_lora(
             f"model.lora.bias: '{lora['bias']}' is not possible, the language model's own biases stay as "
             "they are; leave the key out, or name them in model.prevent_freeze_params."
         )
-    arguments = parse_arguments(LoraConfig, lora, "model.lora")
+    arguments = parse_arguments(LoraConfig, lora, "model.lora", types=_LORA_TYPES)
     try:
         # peft looks for the embeddings, which decoder-only models keep outside of their language model.
         with nullcontext() if embed_tokens is None else reattach_embeddings(llm, embed_tokens):
             adapted = get_peft_model(llm, LoraConfig(**arguments))
             wraps_embeddings = embed_tokens is not None and unwrap_peft(adapted).model.embed_tokens is not embed_tokens
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+    except BUILD_FAULTS as error:
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in llm.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(
             f"model.lora: peft cannot use {dict(lora)} ({first_line(error)}); "
@@ -168,126 +167,6 @@ def add_lora(
     return adapted
 
 
-def build_perception(
-    config: ModelConfig, llm: PreTrainedModel, trusted: bool
-) -> tuple[AudioPerceptionModule, DictConfig]:
-    """Speech encoder and modality adapter, and their section, completed from the ``.nemo`` file.
-
-    Args:
-        config: with ``perception``.
-        llm: whose width the adapter must give.
-        trusted: build whatever the ``.nemo`` file names.
-
-    Raises:
-        ConfigError: if they cannot be built, or do not fit one another, the ``.nemo`` file or the language model.
-    """
-    asr: dict[str, Any] = {}
-    if config.pretrained_weights:
-        if not config.pretrained_asr:
-            raise ConfigError("model.pretrained_asr is missing: give a .nemo file or the name of a NeMo ASR model.")
-        _check_local_path(config.pretrained_asr, "model.pretrained_asr")
-        asr = read_asr_config(config.pretrained_asr, trusted)
-    encoder = config.perception.get("encoder") or {}
-    _check_perception(config.perception, encoder, asr.get("encoder", {}))
-    # FastConformer all-reduces its longest input by default: a rank that has only text would leave the others waiting
-    # in that collective.
-    perception = {**config.perception, "encoder": {**encoder, "sync_max_audio_length": False}}
-    # NeMo's function takes the half-built model; it reads these attributes, and sets `perception`.
-    model = SimpleNamespace(
-        cfg=OmegaConf.create({"pretrained_asr": config.pretrained_asr, "perception": perception}), llm=llm
-    )
-    try:
-        with nullcontext() if trusted else _weights_only():
-            setup_speech_encoder(model, pretrained_weights=config.pretrained_weights)
-    except BUILD_FAULTS as error:
-        if isinstance(error.__cause__, EmmettError):  # Hydra wraps what an adapter raises
-            raise error.__cause__ from error
-        _refuse_contradictions(config, encoder, asr.get("encoder", {}), error)
-        reason = first_line(error.__cause__ or error)
-        raise ConfigError(f"model.perception cannot be built: {reason}; correct the `_target_` or its keys.") from error
-    leave_out_collectives(model.perception)
-    check_modality_adapter(model.perception, llm.config.hidden_size)
-    return model.perception, model.cfg.perception
-
-
-def _check_perception(
-    perception: Mapping[str, Any], encoder: Mapping[str, Any], asr_encoder: Mapping[str, Any]
-) -> None:
-    """Check the parts of ``model.perception`` by the signatures of their classes.
-
-    Args:
-        perception: the section.
-        encoder: its keys of the encoder, which override those of the ``.nemo`` file.
-        asr_encoder: the encoder's section in the ``.nemo`` file, if that is read.
-    """
-    check_keys(perception, _PERCEPTION_KEYS, "model.perception")
-    parts = {name: perception.get(name) for name in ("preprocessor", "spec_augment", "modality_adapter")}
-    if parts["modality_adapter"] is None:
-        raise ConfigError(
-            "model.perception.modality_adapter is missing: give it a `_target_`, such as "
-            "nemo_emmett.modules.modality_adapters.MLPConnector."
-        )
-    own = {key: value for key, value in encoder.items() if value is not None}
-    for name, section in {**parts, "encoder": {**asr_encoder, **own}}.items():
-        place = f"model.perception.{name}"
-        if section is not None and not isinstance(section, Mapping):
-            raise ConfigError(f"{place}: {section!r} cannot be used; give a mapping with a `_target_`.")
-        if section and "_target_" in section:  # NeMo reads older keys (`cls`) as well
-            parse_arguments(class_of(section, place), section, place)
-
-
-def _refuse_contradictions(
-    config: ModelConfig, encoder: Mapping[str, Any], asr_encoder: Mapping[str, Any], error: Exception
-) -> None:
-    """Name the first key of the encoder that differs from the ``.nemo`` file."""
-    for key, value in encoder.items():
-        if asr_encoder and value is not None and asr_encoder.get(key) != value:
-            raise ConfigError(
-                f"model.perception.encoder.{key}: {value!r} does not fit the weights of '{config.pretrained_asr}', in "
-                f"which it is {asr_encoder.get(key)!r}; leave the key out."
-            ) from error
-
-
-def read_asr_config(source: str, trusted: bool = False) -> dict[str, Any]:
-    """The config of a NeMo ASR model; nothing that it names is built.
-
-    Args:
-        source: a ``.nemo`` file, or the name of a model.
-        trusted: do not check it.
-
-    Raises:
-        ModelError: if it could run code, or cannot be read.
-    """
-    is_file = source.endswith(".nemo") and Path(source).exists()  # NeMo's rule
-    read = ASRModel.restore_from if is_file else ASRModel.from_pretrained
-    try:
-        config = read(source, return_config=True)
-    except Exception as error:  # of NeMo, Hugging Face, the network, or an archive
-        raise ModelError(
-            f"model.pretrained_asr: the config of '{source}' cannot be read ({first_line(error)}); give a .nemo file "
-            "or the name of a NeMo ASR model."
-        ) from error
-    if not trusted:
-        # Unresolved, and without what restoring does not build: NeMo's own files have resolvers there.
-        parts = {key: value for key, value in OmegaConf.to_container(config).items() if key not in _NOT_RESTORED}
-        target = str(parts.pop("target", _ASR_MODELS))
-        if not target.startswith(_ASR_MODELS):
-            raise ModelError(f"'{source}': target: '{target}' is not an ASR model of NeMo; give another file.")
-        check_model_file(parts, f"'{source}'")
-    return OmegaConf.to_container(config, resolve=True)
-
-
-@contextmanager
-def _weights_only() -> Iterator[None]:
-    """torch reads pickled weights as data by default; a variable that turns this off is hidden from it meanwhile."""
-    hidden = os.environ.pop(_NO_WEIGHTS_ONLY, None)
-    try:
-        yield
-    finally:
-        if hidden is not None:
-            os.environ[_NO_WEIGHTS_ONLY] = hidden
-
-
 def _check_adapter_config(folder: Path) -> None:
     """transformers applies a LoRA in the language model's folder, whose config can have peft import a module."""
     path = folder / "adapter_config.json"
@@ -297,13 +176,6 @@ def _check_adapter_config(folder: Path) -> None:
         check_model_file(json.loads(path.read_text()), f"'{path}'")
     except ValueError as error:
         raise ModelError(f"'{path}' is not JSON ({error}); correct or remove it.") from error
-
-
-def _check_local_path(source: str, key: str) -> None:
-    """Refuse what is plainly a path on this machine and is not there; other names may be a hub's."""
-    looks_local = source.startswith((".", "/", "~")) or source.endswith(".nemo") or source.count("/") > 1
-    if looks_local and not Path(source).expanduser().exists():
-        raise ModelError(f"{key}: '{source}' does not exist; give a folder or file that does, or the name of a model.")
 
 
 @contextmanager

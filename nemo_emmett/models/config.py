@@ -50,20 +50,20 @@ class ModelConfig:
     resize_token_embeddings: Switch = False  # add rows for tokens that the embedding table does not have
     audio_locator_tag: Text = AUDIO_LOCATOR  # marks the place of a recording in the prompt
     prompt_format: Text | None = None  # name of a NeMo prompt format; default: the one of the language model's family
-    perception: dict[str, Any] | None = None  # NeMo's AudioPerceptionModule; None: a model that reads text only
+    perception: dict | None = None  # NeMo's AudioPerceptionModule; None: a model that reads text only
     encoder_chunk_size_seconds: Positive | None = None  # longer recordings are encoded in chunks of so many seconds
-    lora: dict[str, Any] | None = None  # arguments of peft's LoraConfig; the language model's own weights are frozen
+    lora: dict | None = None  # arguments of peft's LoraConfig; the language model's own weights are frozen
     freeze_params: list[Text] = field(default_factory=list)  # regular expressions of parameters that are frozen
     prevent_freeze_params: list[Text] = field(default_factory=list)  # exceptions to freeze_params
-    optimizer: dict[str, Any] | None = None
-    lr_scheduler: dict[str, Any] | None = None
+    optimizer: dict | None = None
+    lr_scheduler: dict | None = None
     freeze: list[Literal["llm", "encoder"]] = field(default_factory=list)  # parts that are frozen
-    cross_attention: dict[str, Any] | None = None  # BestowGPT's layers between text and speech
+    cross_attention: dict | None = None  # BestowGPT's layers between text and speech
     modality_loss_weights: dict[str, NonNegative] = field(default_factory=dict)  # by default 1.0 each
     label_smoothing: Share = 0.0  # share of a target's probability that is spread over all tokens
     loss_implementation: Text = "auto"  # auto, chunked, liger, cut_cross_entropy, naive
     activation_checkpointing: Switch = False  # compute activations again in the backward pass instead of keeping them
-    compile: Switch | dict[str, Any] = False  # torch.compile each Transformer block of the language model
+    compile: Switch | dict = False  # torch.compile each Transformer block of the language model
     max_new_tokens: PositiveWhole = 256  # longest translation that is generated, in tokens
     validation_bleu: Switch = True  # translate the validation sets and log their BLEU
 

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import is_dataclass
 from importlib import import_module
-from types import UnionType
+from pathlib import Path
+from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
+from nemo.core.classes.common import UnsafeTargetError
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_emmett.config import check_keys, check_target, nearest
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, EmmettError, ModelError
 from nemo_emmett.typed_config import Number, Switch, Text, Whole, parse_value
 
-# Third parties annotate numbers as `int` that may be fractions, such as peft's lora_alpha.
-_TYPES = {bool: Switch, int: Whole | Number, float: Number, str: Text}
+_TYPES = {bool: Switch, int: Whole, float: Number, str: Text}
 
 BUILD_FAULTS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
@@ -34,18 +36,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def class_of(section: Mapping[str, Any], place: str) -> Callable[..., Any]:
-    """What a section's ``_target_`` names.
+def class_of(section: Mapping[str, Any], place: str, base: type = object) -> type:
+    """The class that a section's ``_target_`` names.
 
     Raises:
-        ConfigError: if it is missing, not on NeMo's allow-list, or does not exist.
+        ConfigError: if it is missing, not on NeMo's allow-list, does not exist, or is no subclass of ``base``.
     """
     target = section.get("_target_")
     if target is None:
         raise ConfigError(f"{place}._target_ is missing: give the path of a class.")
     check_target(target, f"{place}._target_")
     try:
-        return get_object(target)
+        found = get_object(target)
     except Exception as error:  # whatever importing a module raises
         module, _, name = target.rpartition(".")
         try:
@@ -54,6 +56,11 @@ def class_of(section: Mapping[str, Any], place: str) -> Callable[..., Any]:
             suggestion = None
         hint = f"did you mean '{module}.{suggestion}'?" if suggestion else "give the path of a class."
         raise ConfigError(f"{place}._target_: there is no '{target}'; {hint}") from error
+    while hasattr(found, "__wrapped__"):  # NeMo's @experimental and @deprecated
+        found = found.__wrapped__
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{place}._target_: '{target}' is no {base.__name__}; give the path of such a class.")
+    return found
 
 
 def parse_arguments(
@@ -61,7 +68,8 @@ def parse_arguments(
     section: Mapping[str, Any],
     place: str,
     given: Collection[str] = (),
-    typed_by_default: Collection[type] = (bool,),
+    types: Mapping[str, Any] = MappingProxyType({}),
+    numbers_by_default: bool = False,
 ) -> dict[str, Any]:
     """A section's values as keyword arguments of a class or function; keys of Hydra's (``_target_``) stay as they are.
 
@@ -70,7 +78,9 @@ def parse_arguments(
         section: its arguments by name.
         place: the section's place in the recipe.
         given: parameters that are no keys of the section, since the caller gives them.
-        typed_by_default: parameters without annotation have the type of their default, if that is one of these.
+        types: types of parameters, by name, that are narrower than those of the signature.
+        numbers_by_default: a parameter without annotation takes numbers only if its default is one; if its default is
+            a boolean, it takes booleans only in any case.
 
     Raises:
         ConfigError: for an argument that is unknown, missing, or of another type.
@@ -84,13 +94,48 @@ def parse_arguments(
         if default is inspect.Parameter.empty and key not in section:
             raise ConfigError(f"{place}.{key} is missing: {function.__name__} needs it.")
     parsed = dict(section)
-    for key, (annotation, default) in parameters.items():
-        if key not in section:
-            continue
-        if annotation is inspect.Parameter.empty and type(default) in typed_by_default:
-            annotation = (float if type(default) is int else type(default)) | None
-        parsed[key] = parse_value(_of_recipe(annotation) or Any, section[key], f"{place}.{key}")
+    for key in section.keys() & (parameters.keys() | types.keys()):
+        annotation, default = parameters.get(key, (Any, None))
+        if key in types:
+            annotation = types[key] if default is inspect.Parameter.empty else types[key] | None
+        elif annotation is inspect.Parameter.empty and isinstance(default, bool):
+            annotation = Switch | None
+        elif annotation is inspect.Parameter.empty and isinstance(default, (int, float)) and numbers_by_default:
+            annotation = Number | None
+        value = parse_value(_of_recipe(annotation) or Any, section[key], f"{place}.{key}")
+        parsed[key] = section[key] if isinstance(section[key], int) else value  # a whole number may have to stay one
     return parsed
+
+
+def build(section: Mapping[str, Any], place: str, make: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """What ``make`` makes of a section.
+
+    Raises:
+        ConfigError: naming the argument without which it can be made, if there is one, and what is wrong.
+    """
+    try:
+        return make(section)
+    except BUILD_FAULTS as error:
+        fault = error
+    target = section.get("_target_")
+    if isinstance(fault, UnsafeTargetError):
+        raise ConfigError(f"{place}._target_: NeMo does not build '{target}'; give the path of another class.")
+    arguments = [key for key in section if not key.startswith("_")]
+    culprits = [key for key in arguments if _can_be_made({k: v for k, v in section.items() if k != key}, make)]
+    cause = fault.__cause__ if isinstance(fault, InstantiationException) and fault.__cause__ else fault
+    if isinstance(cause, EmmettError):
+        raise cause from fault
+    value = repr(section[culprits[0]]) if len(culprits) == 1 else str({key: section[key] for key in arguments})
+    place = f"{place}.{culprits[0]}" if len(culprits) == 1 else place
+    raise ConfigError(f"{place}: {target} cannot be built with {value} ({first_line(cause)}); correct it.") from fault
+
+
+def _can_be_made(section: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Any]) -> bool:
+    try:
+        make(section)
+    except BUILD_FAULTS:
+        return False
+    return True
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[dict[str, tuple[Any, Any]], bool]:
@@ -102,7 +147,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, tuple[Any, Any]
     found: dict[str, tuple[Any, Any]] = {}
     for call in calls:
         try:
-            hints = get_type_hints(call, include_extras=True)
+            hints = get_type_hints(function if is_dataclass(function) else call, include_extras=True)
         except (NameError, TypeError):  # a name that is there for type checkers alone
             hints = {}
         parameters = inspect.signature(call).parameters.values()
@@ -129,3 +174,10 @@ def _of_recipe(annotation: Any) -> Any:
     if origin in (list, tuple, dict) and None not in converted:
         return origin[tuple(converted)]
     return None
+
+
+def check_local_path(source: str, key: str) -> None:
+    """Refuse what is plainly a path on this machine and is not there; other names may be a hub's."""
+    looks_local = source.startswith((".", "/", "~")) or source.endswith(".nemo") or source.count("/") > 1
+    if looks_local and not Path(source).expanduser().exists():
+        raise ModelError(f"{key}: '{source}' does not exist; give a folder or file that does, or the name of a model.")

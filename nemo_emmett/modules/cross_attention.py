@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import CacheLayerMixin
 
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.typed_config import Positive, PositiveWhole, Share
+from nemo_emmett.typed_config import NonNegative, Positive, PositiveWhole
 
 WAVELENGTH = 10_000.0
 """The longest wavelength of positions over 2 pi, in tokens or frames (as in arXiv 1706.03762 and 2104.09864)."""
@@ -88,7 +88,7 @@ class SpeechCrossAttention(nn.Module):
         num_heads: PositiveWhole = 8,
         width: PositiveWhole | None = None,
         ffn_ratio: Positive = 1.0,
-        dropout: Annotated[Share, annotated_types.Lt(1)] = 0.0,
+        dropout: Annotated[NonNegative, annotated_types.Lt(1)] = 0.0,
     ) -> None:
         super().__init__()
         width = hidden_size if width is None else width

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.modules.batch import length_mask
+from nemo_emmett.typed_config import PositiveWhole, Share
 
 WHERE = "model.perception.modality_adapter"
 """The adapter's place in a recipe, for messages."""
@@ -63,11 +64,11 @@ class MLPConnector(nn.Module):
 
     def __init__(
         self,
-        input_dim: int,
-        output_dim: int | None,
-        hidden_dim: int | None = None,
-        subsampling_factor: int = 1,
-        dropout: float = 0.0,
+        input_dim: PositiveWhole,
+        output_dim: PositiveWhole | None,
+        hidden_dim: PositiveWhole | None = None,
+        subsampling_factor: PositiveWhole = 1,
+        dropout: Share = 0.0,
         activation: str = "gelu",
     ) -> None:
         super().__init__()
@@ -148,9 +149,9 @@ class QFormer(QformerConnector):
 
     def __init__(
         self,
-        prompt_size: int,
+        prompt_size: PositiveWhole,
         target_layer_ids: Sequence[int],
-        qformer_num_hidden_layers: int,
+        qformer_num_hidden_layers: PositiveWhole,
         encoder_config: DictConfig,
         llm_config: DictConfig | None = None,
         include_final_output: bool = True,

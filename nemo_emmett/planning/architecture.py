@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
 from nemo_emmett.errors import ModelError
-from nemo_emmett.models.building import read_asr_config
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
+from nemo_emmett.models.perception import read_asr_config
 
 
 def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:

@@ -91,8 +91,8 @@ def check_prompt_format(name: str, tokenizer: Any, config: PreTrainedConfig) -> 
     elif isinstance(prompt, TranslationChat):
         try:
             prompt.encode_dialog(translation_turns(prompt, "a", "de"))
-        except ConfigError as error:
-            raise ConfigError(f"model.{error}") from error
+        except (ConfigError, TypeError):  # of our formats, or of NeMo's that they are made from
+            problem = "its tokenizer has no BOS or EOS token"
         end = _end_of_turn(prompt)
         if end and token_id(tokenizer, end) is None:
             problem = f"its tokenizer has no token '{end}', which ends an answer"
