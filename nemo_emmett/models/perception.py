@@ -72,8 +72,10 @@ def build_perception(
     # in that collective.
     own["sync_max_audio_length"] = False
     parts = {name: config.perception.get(name) for name in _PARTS} | {"encoder": {**asr.get("encoder", {}), **own}}
-    if asr:
+    if asr:  # as NeMo fills them in
         parts["preprocessor"] = asr["preprocessor"]
+        if "output_dim" in (parts["modality_adapter"] or {}):
+            parts["modality_adapter"] = {**parts["modality_adapter"], "output_dim": llm.config.hidden_size}
     _check_parts(config.perception, parts)
     if asr:
         _check_fit(parts["encoder"], asr["encoder"], config.pretrained_asr)
@@ -86,8 +88,6 @@ def build_perception(
     except BUILD_FAULTS as error:
         if isinstance(error.__cause__, EmmettError):  # Hydra wraps what an adapter raises
             raise error.__cause__ from error
-        if asr and "output_dim" in parts["modality_adapter"]:  # filled in by NeMo
-            parts["modality_adapter"] = {**parts["modality_adapter"], "output_dim": llm.config.hidden_size}
         for name, part in parts.items():  # to name the one at fault
             if part:
                 build(part, f"{PLACE}.{name}", _make)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_emmett.modules.bleu import corpus_bleu
 from nemo_emmett.modules.loss import world_size
+from nemo_emmett.modules.metrics import corpus_bleu
 
 
 class Part(NamedTuple):

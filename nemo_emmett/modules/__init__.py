@@ -4,7 +4,7 @@
 - :mod:`nemo_emmett.modules.placement`: recordings put where their locator tokens stand.
 - :mod:`nemo_emmett.modules.loss`: token cross-entropy per modality over all ranks.
 - :mod:`nemo_emmett.modules.linear_cross_entropy`: cross-entropy of an output layer without its logits.
-- :mod:`nemo_emmett.modules.bleu`: sacreBLEU as everything here uses it.
+- :mod:`nemo_emmett.modules.metrics`: sacreBLEU as everything here uses it.
 - :mod:`nemo_emmett.callbacks.random_state`: random states in Lightning checkpoints.
 - :mod:`nemo_emmett.callbacks.resumable_loop`: Lightning's epoch loop, resumed exactly.
 - :mod:`nemo_emmett.callbacks.stop_on_signal`: SIGTERM and SIGINT end training with a checkpoint.
