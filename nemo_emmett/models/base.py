@@ -64,7 +64,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
     Args:
         cfg: the ``model`` section of a recipe, see :class:`~nemo_emmett.models.config.ModelConfig`.
         trust_remote_code: run code that came with the language model or its tokenizer, and build what the config of a
-            ``.nemo`` file names; None: as ``cfg`` says, by default no. It is never kept with the model.
+            ``.nemo`` file names; None: the value in ``cfg``, by default false. It is never saved with the model.
         for_loading: all weights are loaded afterwards: what the keys of
             :mod:`~nemo_emmett.models.initial_weights` name is not read, and keys of NeMo's other models are not
             refused.

@@ -79,7 +79,7 @@ def build_llm(config: ModelConfig, auto_class: type, model_name: str, trusted: b
             f"but {model_name} is built on {kinds[not llm_config.is_encoder_decoder]}; choose another of either."
         )
     if config.pretrained_weights:
-        # Weights in pickles (pytorch_model.bin) are read as data, whatever the environment says.
+        # Weights in pickles (pytorch_model.bin) are read as data, whatever the environment sets.
         llm = auto_class.from_pretrained(name, dtype=torch.float32, weights_only=True, **trust)
     else:
         llm = auto_class.from_config(llm_config, dtype=torch.float32, **trust)

@@ -1,8 +1,8 @@
 """Weights that a training starts from: NeMo's keys ``init_from_checkpoint``, ``pretrained_s2s_model`` and
 ``pretrained_perception_from_s2s``.
 
-NeMo (``nemo.collections.speechlm2.parts.pretrained``) takes what has a known name and the right number of values, and
-leaves the rest as it was. Here a checkpoint fits the model or is refused: a part that silently keeps random weights
+NeMo (``nemo.collections.speechlm2.parts.pretrained``) takes weights of a matching name and number of values, and keeps
+the model's other weights. Here a checkpoint that does not fit the model is refused, since a part with random weights
 would be noticed after the training, if at all. The same checkpoint gives the same weights as in NeMo's SALM.
 """
 
@@ -28,7 +28,7 @@ PERCEPTION_KEY = "pretrained_perception_from_s2s"
 """Key that names a checkpoint of which only the speech encoder and the modality adapter are taken."""
 
 INITIAL_WEIGHTS_KEYS = (PERCEPTION_KEY, *WHOLE_MODEL_KEYS, "incremental_loading")
-"""NeMo's keys that say where a training starts; they are no part of the model that comes out of it."""
+"""NeMo's keys for where a training starts; they are no part of the trained model."""
 
 _PERCEPTION = "perception."
 _LORA = ".lora_"
@@ -38,11 +38,11 @@ _REMEDY = (
     f"only speech encoder and modality adapter by model.{PERCEPTION_KEY}"
 )
 _PEFT_LEVELS = ("base_layer.", "original_module.", "modules_to_save.default.")
-"""What peft inserts into the name of a weight that it adapts or copies."""
+"""Parts of names that peft inserts for a weight that it adapts or copies."""
 
 
 def check_initial_weights(paths: Mapping[str, str]) -> None:
-    """Refuse checkpoints that are not there, before anything is built.
+    """Check that the checkpoints exist, before anything is built.
 
     Args:
         paths: what the keys of the ``model`` section name.

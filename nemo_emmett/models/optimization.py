@@ -66,5 +66,5 @@ def _check_schedule(section: Mapping[str, Any], optimizer: Optimizer) -> None:
     if (warmup := getattr(scheduler, "warmup_steps", None)) is not None:
         scheduler.last_epoch = warmup + 1  # `min_lr` has no effect before
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NeMo's, that this is not how to ask for the last learning rate
+            warnings.simplefilter("ignore")  # NeMo advises another method for the last learning rate
             scheduler.get_lr()

@@ -1,7 +1,7 @@
 """SALM-GPT: encoded speech among the prompt's tokens, read by a decoder-only language model.
 
 The layout is that of SALM (arXiv 2310.09424) as NeMo has it (``nemo.collections.speechlm2.models.SALM``): a recording
-stands in the prompt where its locator token is. Parameters have NeMo's names, so checkpoints and folders are exchanged
+replaces its locator token in the prompt. Parameters have NeMo's names, so checkpoints and folders are interchangeable
 with NeMo's SALM. Unlike it, a batch may hold speech, text, or both (EMMeTT, arXiv 2409.13523, section 3.1), and logits
 are never made but for the answers' tokens.
 
@@ -34,17 +34,17 @@ class SALMGPT(DecoderOnly, SpeechTextModel):
         ConfigError: for a misspelt key.
     """
 
-    # What NeMo writes, and vLLM's plugin for NeMo looks for.
+    # NeMo's values, by which vLLM's plugin for NeMo recognises the model.
     model_type = "nemo_speechlm"
     architecture = "NeMoSpeechLMForConditionalGeneration"
 
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
         """Contexts and answers one after another, padded on the right.
 
-        There is no attention mask: what stands on the right is out of a causal model's sight.
+        There is no attention mask: a causal model does not attend to the right.
         """
         read = context_and_answer(batch)
-        # Where earlier turns are trained on as well, only the values tell how many targets there are at most.
+        # Where earlier turns are trained on as well, the most targets of a row depend on the values.
         max_targets = batch["answer_ids"].shape[1] if batch.get("context_targets") is None else None
         placed = self.place(batch, read.ids_BT, read.mask_BT, is_target_BT=read.is_target_BT, max_targets=max_targets)
         # Nothing is predicted from the last token of the longest example, unless there is no other.
@@ -82,16 +82,16 @@ class SALMGPT(DecoderOnly, SpeechTextModel):
         """
         if isinstance(input_embeds, Mapping):
             return super().forward(input_embeds)
-        said = self.llm(
+        output = self.llm(
             inputs_embeds=input_embeds,
             attention_mask=attention_mask,
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        return {"logits": said.logits} | ({"cache": said.past_key_values} if cache is not None else {})
+        return {"logits": output.logits} | ({"cache": output.past_key_values} if cache is not None else {})
 
     def prepare_inputs(self, batch: Mapping) -> dict[str, Tensor]:
-        """What NeMo's SALM makes of its flat batch, padded on the left as there.
+        """The inputs that NeMo's SALM makes of its flat batch, padded on the left as there.
 
         Args:
             batch: ``input_ids`` (B, T), ``loss_mask`` (B, T), ``audios`` (R, N), ``audio_lens`` (R,).

@@ -67,8 +67,8 @@ def absent_modalities(
     needed: list[str] = []
     if is_sharded:
         needed = [modality for modality, total in zip(MODALITIES, totals_M.tolist(), strict=True) if total] or [whole]
-    # DDP waits in each step for the gradient of every parameter, unless it is told to look for unused ones, which
-    # takes time in every step.
+    # DDP waits in each step for the gradient of every parameter, unless it searches for unused ones, which takes
+    # time in every step.
     if isinstance(strategy_model, DistributedDataParallel) and not strategy_model.find_unused_parameters:
         needed = [whole]
     return [modality for modality in needed if modality not in present]

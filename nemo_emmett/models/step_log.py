@@ -1,7 +1,7 @@
-"""What a training step logs of each modality: means over the steps since the logger last wrote.
+"""The log of a training step, by modality: means over the steps since the logger last wrote.
 
-A single step may hold one modality only, and a logger that writes every tenth step of an alternating training would see
-the same one each time; so what is logged is a moving window, as long as the logger's interval.
+A step may hold one modality only, and a logger that writes every tenth step of an alternating training would get the
+same one each time; so the values are of a moving window, as long as the logger's interval.
 
 Shapes: M modalities.
 """
@@ -41,7 +41,7 @@ class StepLog:
             loss_sums_M: (M,) summed cross-entropies, nats.
             token_counts_M: (M,) target tokens.
         """
-        # Said, since Lightning's `bf16-true` makes a type of its own the default, in which no one can count to 257.
+        # float32, since Lightning's `bf16-true` changes the default type to one that cannot count to 257.
         step = torch.zeros(len(MODALITIES), len(_COLUMNS), device=loss_sums_M.device, dtype=torch.float32)
         step[:, 0], step[:, 1] = loss_sums_M.detach(), token_counts_M
         for row, modality in enumerate(MODALITIES):
@@ -53,7 +53,7 @@ class StepLog:
         self._with_targets.append(frozenset(name for name, part in parts.items() if _has_targets(part)))
 
     def values(self) -> dict[str, Tensor]:
-        """What to log.
+        """The values to log.
 
         ``examples_<modality>`` and ``tokens_<modality>`` are means per step: 0 shows that a modality no longer arrives.
         ``loss_<modality>`` (nats per token) and ``padding_<modality>`` (a share) are there where the window holds
@@ -73,16 +73,14 @@ class StepLog:
 
 
 def forget_logged(trainer: Trainer, names: Collection[str]) -> None:
-    """Have Lightning log nothing of metrics that this step has no value for.
-
-    It keeps what was last logged of a metric and would write it again for this step; a progress bar keeps the last
-    value by itself.
+    """Reset the metrics that this step has no value for: Lightning keeps the last value of a metric and would write it
+    again for this step. A progress bar keeps the last value by itself.
 
     Args:
         trainer: in a training step.
         names: of the metrics that this step has logged.
     """
-    results = trainer._results  # private, for want of a public way: what `self.log` writes to
+    results = trainer._results  # private: what `self.log` writes to; there is no public access
     for item in (results or {}).values():
         if item.meta.name in _MAY_BE_ABSENT and item.meta.name not in names:
             item.reset()

@@ -1,4 +1,4 @@
-"""What validation gathers: summed losses, token counts, and translations beside their references.
+"""The counts of validation: summed losses, tokens, and translations with their references.
 
 Shapes: B examples, T tokens.
 """
@@ -19,11 +19,11 @@ from nemo_emmett.modules.metrics import corpus_bleu
 
 
 class Part(NamedTuple):
-    """What is counted apart: a modality of a validation set, in one direction."""
+    """One tally's subject: a modality of a validation set, in one direction."""
 
     dataset: str
     modality: str
-    direction: str | None  # source-target; None where the batch does not tell
+    direction: str | None  # source-target; None where the batch has no languages
 
 
 @dataclass

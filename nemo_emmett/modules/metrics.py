@@ -29,7 +29,7 @@ _MECAB = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_di
 def tokenizer_of(target_lang: str | None) -> str:
     """The tokeniser that sacrebleu recommends for a language, given by any of its codes (``zh-TW``, ``zho_Hant``).
 
-    Where MeCab is not installed, Japanese and Korean are scored by characters (``char``); the signature says so.
+    Where MeCab is not installed, Japanese and Korean are scored by characters (``char``); the signature shows it.
     """
     language = re.split("[-_]", target_lang or "")[0]
     if language in _CHINESE:

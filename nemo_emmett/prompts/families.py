@@ -49,7 +49,7 @@ def default_prompt_format(tokenizer: Any, config: PreTrainedConfig) -> str:
         config: its transformers config.
 
     Raises:
-        ConfigError: if the family is not one that we know.
+        ConfigError: if no format is known for the family.
 
     Example:
         >>> default_prompt_format(tokenizer, AutoConfig.from_pretrained("facebook/nllb-200-distilled-600M"))
@@ -123,7 +123,7 @@ def prompt_formatter(name: str, tokenizer: Any, place: str = "prompt_format") ->
 
 
 def forbidden_text(name: str | None, tokenizer: Any) -> re.Pattern | None:
-    """What no user's text may hold: the special tokens, where a prompt format or tokenizer cannot take them for text.
+    """The special tokens that no user's text may hold, where a prompt format or tokenizer cannot encode them as text.
 
     Our formats can, with the tokenizers of Hugging Face. NeMo's encode a whole turn at once, so that a text with
     ``<|im_end|>`` in it would end the turn.
@@ -150,9 +150,9 @@ def forbidden_text(name: str | None, tokenizer: Any) -> re.Pattern | None:
 
 
 def may_be_read(token: str, name: str, tokenizer: Any) -> bool:
-    """Whether a model can ever be given a token: any that text is made of, and the special ones that its prompts need.
+    """Whether a token can occur in a model's input: any token of text, and the special tokens of its prompts.
 
-    Some tokenizers have special tokens besides, for which their models have no embedding: Gemma 3's for images.
+    Some tokenizers have other special tokens, for which their models have no embedding: Gemma 3's for images.
 
     Args:
         token: of the tokenizer's vocabulary.
@@ -174,7 +174,7 @@ def stop_ids(formatter: PromptFormatter, tokenizer: Any) -> list[int]:
     """The ids that end an answer: EOS, and the token with which the format ends the assistant's turn, if it has one.
 
     Llama 3's turns end in ``<|eot_id|>``, Qwen's in ``<|im_end|>``, Gemma's in ``<end_of_turn>``, whatever the
-    tokenizer's EOS is. Whitespace that follows such a token is not waited for.
+    tokenizer's EOS is. Whitespace after such a token is not generated.
     """
     closing = token_id(tokenizer, _end_of_turn(formatter))
     return list(dict.fromkeys(number for number in (tokenizer.eos_id, closing) if number is not None))

@@ -40,7 +40,7 @@ def translation_turns(formatter: Any, message: str, target_lang: str, source_lan
     slots = formatter.get_slots("user")
     if not {"source_lang", "target_lang"} & set(slots):
         instruction = translation_instruction(target_lang, source_lang)
-        asked = joined([instruction, message]) if isinstance(message, Prompt) else f"{instruction} {message}"
-        return [{"role": "user", "slots": {"message": asked}}]
+        content = joined([instruction, message]) if isinstance(message, Prompt) else f"{instruction} {message}"
+        return [{"role": "user", "slots": {"message": content}}]
     values = {"message": message, "target_lang": target_lang, "source_lang": source_lang}
     return [{"role": "user", "slots": {name: values[name] for name in values if name in slots}}]
