@@ -238,7 +238,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
         Recordings longer than ``encoder_chunk_size_seconds`` are encoded in chunks of it, as NeMo's SALM does it.
         """
-        chunk_seconds = self.cfg.get("encoder_chunk_size_seconds")
+        chunk_seconds = self.options.encoder_chunk_size_seconds
         if chunk_seconds is None:
             return self._perception()(input_signal=audios_RN, input_signal_length=audio_lens_R)
         rows = encode_audio_with_optional_chunking(
@@ -274,8 +274,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         """Shard the model where Lightning's ModelParallelStrategy has made a device mesh (FSDP2)."""
         if self.device_mesh is None or self.is_sharded:
             return
-        units = transformer_blocks(self.llm)
-        head = output_layer(self.llm)
+        units, head = transformer_blocks(self.llm), output_layer(self.llm)
         if hasattr(self, "embed_tokens") and self.embed_tokens.weight is not head.weight:
             units += [self.embed_tokens, head]
         if self.perception is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PosixPath
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -159,6 +160,19 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         raise UnpicklingError(f"it names {module}.{name}")
+
+
+def shared_names(module: torch.nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several, such as an output layer tied to the embeddings."""
+    names = defaultdict(list)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [of_parameter for of_parameter in names.values() if len(of_parameter) > 1]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of some names, and the number of the others, for messages."""
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def check_fit(weights: Mapping[str, Tensor], model: torch.nn.Module, checkpoint: str | Path) -> None:

@@ -6,7 +6,6 @@ The folder holds ``model.safetensors``, ``config.json``, the tokenizer, and the 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +26,7 @@ from nemo_emmett.callbacks.nonfinite import refuse_nonfinite
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ModelError
 from nemo_emmett.files import whole_folder
-from nemo_emmett.models.checkpoint import read_checkpoint
+from nemo_emmett.models.checkpoint import listed, read_checkpoint, shared_names
 
 
 class Export:
@@ -101,10 +100,7 @@ class Export:
 
     def shared_weights(self) -> list[list[str]]:
         """The names of each parameter that has several, such as an output layer tied to the embeddings."""
-        names = defaultdict(list)
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            names[id(parameter)].append(name)
-        return [of_parameter for of_parameter in names.values() if len(of_parameter) > 1]
+        return shared_names(self)
 
     @classmethod
     def from_pretrained(
@@ -210,12 +206,7 @@ def _check_weights(model: Export, path: Path) -> None:
     missing = sorted(expected - found)
     surplus = sorted(found - expected)
     if missing or surplus:
-        name, what = (missing[0], "lacks") if missing else (surplus[0], "holds the surplus")
+        what = f"lacks {listed(missing)}" if missing else f"holds the surplus {listed(surplus)}"
         raise ModelError(
-            f"'{path}' {what} '{name}'{_and_more(missing or surplus)}: it is not of the model that its config.json "
-            "describes; export the model again."
+            f"'{path}' {what}: it is not of the model that its config.json describes; export the model again."
         )
-
-
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -121,7 +121,10 @@ def answer_scores(llm: PreTrainedModel, inputs: LLMInputs) -> tuple[Tensor, Tens
 
 def has_linear_head(llm: PreTrainedModel) -> bool:
     """Whether the logits are those of a :class:`LinearHead`; with LoRA in the output layer they are not."""
-    return llm.config.model_type in LINEAR_HEADS and _is_linear(output_layer(llm))
+    layer = output_layer(llm)
+    # FSDP2 gives a module a subclass of its class, which inherits the forward.
+    is_linear = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return is_linear and llm.config.model_type in LINEAR_HEADS
 
 
 def output_layer(llm: PreTrainedModel) -> nn.Module:
@@ -130,27 +133,12 @@ def output_layer(llm: PreTrainedModel) -> nn.Module:
     return owner.lm_head if hasattr(owner, "lm_head") else owner.get_output_embeddings()
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    # FSDP2 gives a module a subclass of its class.
-    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-
-
 def _run(
     llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[[Tensor, LinearHead], Tensor] | None = None
 ) -> Tensor:
     """The language model's forward pass, in which its output layer gets the answers' positions only, (N, H), and is
     replaced by ``answer``, if given."""
     layer = output_layer(llm)
-    with ExitStack() as stack:
-        stack.enter_context(_selecting(layer, inputs))
-        if answer is not None:
-            stack.enter_context(_answering(layer, answer, *stack.enter_context(_bare_logits(llm))))
-        return llm(**inputs.kwargs, use_cache=False).logits
-
-
-@contextmanager
-def _selecting(layer: nn.Module, inputs: LLMInputs) -> Iterator[None]:
-    """Reduce the output layer's input, (B, S, H), to the answers' positions, (N, H)."""
 
     def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (hidden_BSH,) = args
@@ -161,46 +149,35 @@ def _selecting(layer: nn.Module, inputs: LLMInputs) -> Iterator[None]:
         row_B1 = torch.arange(B, device=hidden_BSH.device)[:, None] * S
         return (hidden_XH.index_select(0, (row_B1 + inputs.positions_BA).flatten()),)
 
-    handle = layer.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with ExitStack() as stack:
+        stack.callback(layer.register_forward_pre_hook(select).remove)
+        if answer is not None:
+            bias_V, softcap = stack.enter_context(_without_bias_and_softcap(unwrap_peft(llm)))
+
+            def forward(hidden_NH: Tensor) -> Tensor:
+                # The loss is computed within the layer's own call, not before or after it: FSDP2 gathers the weight in
+                # a hook of this call, and hooks of FSDP2 and DDP receive its gradient. So the weight is read only here.
+                return answer(hidden_NH, LinearHead(layer.weight, layer.bias if bias_V is None else bias_V, softcap))
+
+            layer.forward = forward
+            stack.callback(delattr, layer, "forward")  # the class's own is used again
+        return llm(**inputs.kwargs, use_cache=False).logits
 
 
 @contextmanager
-def _answering(
-    layer: nn.Linear, answer: Callable[[Tensor, LinearHead], Tensor], bias_V: Tensor | None, softcap: float | None
-) -> Iterator[None]:
-    def forward(hidden_NH: Tensor) -> Tensor:
-        # Read here, within the layer's own call, and not before it: FSDP2 gathers the weight in a hook of that call.
-        # For the same reason the loss is computed by the layer and not after the language model: weight and gradient
-        # pass through the hooks of FSDP2 and DDP.
-        bias = layer.bias if bias_V is None else bias_V
-        return answer(hidden_NH, LinearHead(layer.weight, bias, softcap))
-
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        del layer.forward
-
-
-@contextmanager
-def _bare_logits(llm: PreTrainedModel) -> Iterator[tuple[Tensor | None, float | None]]:
-    """Within it the model does not add its bias and soft cap to the output layer's result, which is no logits; yields
+def _without_bias_and_softcap(llm: PreTrainedModel) -> Iterator[tuple[Tensor | None, float | None]]:
+    """Within it the model does not apply its bias and soft cap to the output layer's result, which is a loss; yields
     both."""
-    owner = unwrap_peft(llm)
-    softcap = getattr(owner.config, "final_logit_softcapping", None)
-    bias_1V = owner._buffers.get("final_logits_bias")  # mBART's
+    softcap = getattr(llm.config, "final_logit_softcapping", None)
+    bias_1V = llm._buffers.get("final_logits_bias")  # mBART's
     try:
         if softcap is not None:
-            owner.config.final_logit_softcapping = None
+            llm.config.final_logit_softcapping = None
         if bias_1V is not None:
-            owner._buffers["final_logits_bias"] = bias_1V.new_zeros(())
+            llm._buffers["final_logits_bias"] = bias_1V.new_zeros(())
         yield (None if bias_1V is None else bias_1V[0]), softcap
     finally:
         if softcap is not None:
-            owner.config.final_logit_softcapping = softcap
+            llm.config.final_logit_softcapping = softcap
         if bias_1V is not None:
-            owner._buffers["final_logits_bias"] = bias_1V
+            llm._buffers["final_logits_bias"] = bias_1V
