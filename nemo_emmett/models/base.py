@@ -465,13 +465,11 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             losses_B=losses_BA.sum(1),
             tokens_B=(inputs.targets_BA != IGNORE_INDEX).sum(1),
             correct_B=(correct_BA & (inputs.targets_BA != IGNORE_INDEX)).sum(1),
-            hypotheses=self.translate_batch(part) if self._translates_in_validation and examples else None,
+            # Generation takes as long as its longest answer, which differs between ranks; a sharded model's must not.
+            hypotheses=self.translate_batch(part)
+            if examples and self.options.validation_bleu and not self.is_sharded
+            else None,
         )
-
-    @property
-    def _translates_in_validation(self) -> bool:
-        # Generation runs as long as its longest answer, which differs between ranks; a sharded model's must not.
-        return self.options.validation_bleu and not self.is_sharded
 
     def on_validation_epoch_end(self) -> None:
         """Log :func:`validation_metrics` of all ranks' counts."""

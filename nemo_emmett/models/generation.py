@@ -6,8 +6,9 @@ Shapes: B examples, T context tokens, A answer tokens, R recordings, N samples.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import takewhile
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from nemo_emmett.prompts.families import forbidden_text, prompt_formatter, stop_
 from nemo_emmett.prompts.instruction import translation_turns
 from nemo_emmett.prompts.languages import check_language
 from nemo_emmett.prompts.markup import Markup, Prompt
+from nemo_emmett.typed_config import PositiveWhole, parse_value
 
 BATCH_TOKENS = 4096
 """Positions of the language model's input in a batch to translate: about ten recordings of half a minute."""
@@ -122,7 +124,9 @@ class Generation:
                 )
             batch["examples"] = [{"target_lang": language} for language in languages]
         if generation_config is not None:
-            generate_options = _settings_of(generation_config) | generate_options
+            options = generation_config.to_diff_dict().items()
+            options = {name: value for name, value in options if name != "transformers_version" and value is not None}
+            generate_options = options | generate_options
         return self._generate_answers(batch, generate_options)
 
     @torch.no_grad()
@@ -130,7 +134,8 @@ class Generation:
         """Translations of the contexts of a one-modality batch, B strings."""
         answer_ids = self._generate_answers(batch, {"num_beams": num_beams, "max_new_tokens": max_new_tokens})
         stops = set(stop_ids(self._prompt_formatter(), self.tokenizer))
-        answers = [_before_stop(answer, stops) for answer in answer_ids.tolist()]
+        # The padding after an answer may be an ordinary token, where a tokenizer has no padding token.
+        answers = [list(takewhile(lambda token: token not in stops, answer)) for answer in answer_ids.tolist()]
         return [text.strip() for text in self.tokenizer.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     @torch.no_grad()
@@ -168,9 +173,8 @@ class Generation:
         check_language(target_lang, "target_lang")
         if source_lang is not None:
             check_language(source_lang, "source_lang")
-        for name, number in (("num_beams", num_beams), ("max_new_tokens", max_new_tokens)):
-            if number is not None and number < 1:
-                raise ConfigError(f"{name}: {number} cannot be; give a number of at least 1.")
+        parse_value(PositiveWhole, num_beams, "num_beams")
+        parse_value(PositiveWhole | None, max_new_tokens, "max_new_tokens")
         check_inputs(inputs)
         recordings = {i: item for i, item in enumerate(inputs) if is_audio_path(item)}
         locator = Markup(self.options.audio_locator_tag)
@@ -266,18 +270,6 @@ def _check_prompts(prompts: Tensor | Sequence[Sequence[dict]]) -> None:
         raise DataError("prompts: give a tensor (B, T) of ids, or a list of conversations, each a list of turns.")
     if (prompts.numel() if is_tensor else len(prompts)) == 0:
         raise DataError("prompts: there are none; give at least one.")
-
-
-def _settings_of(config: GenerationConfig) -> dict[str, Any]:
-    """The options that a generation config sets, as arguments of ``generate``."""
-    settings = config.to_diff_dict()
-    return {name: value for name, value in settings.items() if name != "transformers_version" and value is not None}
-
-
-def _before_stop(answer: Sequence[int], stops: Collection[int]) -> list[int]:
-    """The answer without padding, which may be an ordinary token where a tokenizer has no padding token."""
-    end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
-    return list(answer[:end])
 
 
 def _target_lang(turns: Sequence[dict]) -> str | None:

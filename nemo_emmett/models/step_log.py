@@ -22,7 +22,8 @@ _COLUMNS = ("loss_sum", "tokens", "examples", "padding", "cells")
 
 
 class StepLog:
-    """The last steps' losses, tokens, examples and padding, by modality.
+    """The last steps' losses, tokens, examples, padding and cells by modality; cells are samples of speech, or
+    tokens of text.
 
     Args:
         window: steps; the interval of the trainer's logger.
@@ -47,8 +48,12 @@ class StepLog:
         for row, modality in enumerate(MODALITIES):
             if (part := parts.get(modality)) is not None:
                 self._arrived.add(modality)
-                step[row, 2] = len(part["context_lens"])
-                step[row, 3], step[row, 4] = _padding(part)
+                if part.get("audios") is not None:
+                    cells, used = part["audios"].numel(), part["audio_lens"].sum()
+                else:
+                    cells = part["context_ids"].numel() + part["answer_ids"].numel()
+                    used = part["context_lens"].sum() + part["answer_lens"].sum()
+                step[row, 2], step[row, 3], step[row, 4] = len(part["context_lens"]), cells - used, cells
         self._steps.append(step)
         self._with_targets.append(frozenset(name for name, part in parts.items() if _has_targets(part)))
 
@@ -91,13 +96,3 @@ def _has_targets(part: Mapping) -> bool:
         return True
     targets = part.get("context_targets")
     return targets is not None and bool(targets.any())
-
-
-def _padding(part: Mapping) -> tuple[Tensor, int]:
-    """Padded cells and all cells of a batch: its samples for speech, its context and answer tokens for text."""
-    if part.get("audios") is not None:
-        cells, used = part["audios"].numel(), part["audio_lens"].sum()
-    else:
-        cells = part["context_ids"].numel() + part["answer_ids"].numel()
-        used = part["context_lens"].sum() + part["answer_lens"].sum()
-    return cells - used, cells

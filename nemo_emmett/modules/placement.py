@@ -117,7 +117,9 @@ def merge_audio_embeddings(
 
     row_BT = torch.arange(B, device=lens_B.device)[:, None] * S + margin_B1 + start_BT
     token_row_BT = torch.where(token_mask_BT & ~is_locator_BT, row_BT, B * S)
-    frame_row_RF = _frame_rows(row_BT.flatten()[locator_R], audio_lens_R, F, beyond=B * S)
+    frame_F = torch.arange(F, device=lens_B.device)
+    first_row_R1 = row_BT.flatten()[locator_R][:, None]
+    frame_row_RF = torch.where(frame_F < audio_lens_R[:, None], first_row_R1 + frame_F, B * S)  # padding is dropped
     rows = _CopyRows.apply(
         B * S,
         token_embeds_BTH.flatten(0, 1),
@@ -166,12 +168,6 @@ def _sizes(
     assert max_targets is None or is_target_BT is None or max_targets >= A
     # A language model needs at least one position, even for a batch of padding.
     return max(S, 1), A if max_targets is None else max_targets
-
-
-def _frame_rows(first_R: Tensor, audio_lens_R: Tensor, F: int, beyond: int) -> Tensor:
-    """(R, F) rows of the output that frames go to, from each recording's first on; padding goes ``beyond``."""
-    frame_F = torch.arange(F, device=first_R.device)
-    return torch.where(frame_F < audio_lens_R[:, None], first_R[:, None] + frame_F, beyond)
 
 
 def _longest(fake_lens_N: Tensor, padded: int) -> int:

@@ -48,25 +48,21 @@ class TranslationChat(UserTextPrompt):
         if not instruction:
             instruction = translation_instruction(target_language(request), request.source_lang)
         message = joined([str(instruction), request.message])
-        turns = self._turns_to_model(message, request)
+        turns = [{"role": "user", "slots": {"message": message}}]
+        if system := request.custom.get("system_prompt"):
+            system = Prompt([str(system)])
+            if "system" in self.TEMPLATE:
+                turns.insert(0, {"role": "system", "slots": {"message": system}})
+            elif "system_and_user" in self.TEMPLATE:
+                turns = [{"role": "system_and_user", "slots": {"system": system, "message": message}}]
+            else:
+                raise DataError(
+                    f"example {request.example_id}: it has a system_prompt, for which prompt_format {self.NAME} has no "
+                    "place; take it out of the source's tags, or put it in their `context`."
+                )
         if request.answer is not None:
             turns.append({"role": self.OUTPUT_ROLE, "slots": {"message": Prompt([request.answer])}})
         return turns
-
-    def _turns_to_model(self, message: str, request: Request) -> list[dict]:
-        user = {"role": "user", "slots": {"message": message}}
-        system = request.custom.get("system_prompt")
-        if not system:
-            return [user]
-        system = Prompt([str(system)])
-        if "system" in self.TEMPLATE:
-            return [{"role": "system", "slots": {"message": system}}, user]
-        if "system_and_user" in self.TEMPLATE:
-            return [{"role": "system_and_user", "slots": {"system": system, "message": message}}]
-        raise DataError(
-            f"example {request.example_id}: it has a system_prompt, for which prompt_format {self.NAME} has no place; "
-            "take it out of the source's tags, or put it in their `context`."
-        )
 
     def encode_turn(self, prompt_template: str, expected_slots: dict, slot_values: dict) -> list[int]:
         """NeMo's, with control tokens in the template only, not in the slots' values. The opening of the assistant's
@@ -198,12 +194,8 @@ class EmmettQwen3PromptFormatter(TranslationChat, Qwen3PromptFormatter):
         return PromptFormatter.encode_dialog(self, turns)
 
 
-def _define(name: str) -> None:
-    original = PromptFormatter.resolve(name)
-    ends_in_nothing = original.get_template(original.OUTPUT_ROLE).endswith("|message|")
-    own = {"NAME": f"emmett_{name}", "INSERT_EOS": original.INSERT_EOS or ends_in_nothing}
-    type(f"Emmett{original.__name__}", (TranslationChat, original), own)  # which registers it under its NAME
-
-
 for _name in CHAT_FORMATS:
-    _define(_name)
+    _format = PromptFormatter.resolve(_name)
+    _ends_in_message = _format.get_template(_format.OUTPUT_ROLE).endswith("|message|")
+    _own = {"NAME": f"emmett_{_name}", "INSERT_EOS": _format.INSERT_EOS or _ends_in_message}
+    type(f"Emmett{_format.__name__}", (TranslationChat, _format), _own)  # NeMo registers it by its NAME

@@ -52,7 +52,12 @@ class ControlTokens:
         self._tokenizer = tokenizer
         self.size = len(tokenizer)
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
-        written = "\0".join([*_all_templates(), *_NOT_IN_TEMPLATES, str(tokenizer.chat_template or "")])
+        # At the top of the module this import would begin the registration of our formats, which import this module.
+        from nemo.collections.common.prompts import PromptFormatter
+
+        formats = PromptFormatter._REGISTERED_FORMATTERS.values()
+        written = [template for prompt in formats for template in templates_of(prompt)]
+        written = "\0".join([*written, *_NOT_IN_TEMPLATES, str(tokenizer.chat_template or "")])
         self.ids: dict[str, int] = {
             token: number
             for token, number in tokenizer.get_vocab().items()
@@ -149,14 +154,6 @@ def templates_of(prompt: type[PromptFormatter]) -> Iterator[str]:
     """What a prompt format writes around messages."""
     yield prompt.INFERENCE_PREFIX or ""
     yield from (turn["template"] for turn in prompt.TEMPLATE.values())
-
-
-def _all_templates() -> Iterator[str]:
-    # At the top of the module this import would begin the registration of our formats, which import this module.
-    from nemo.collections.common.prompts import PromptFormatter
-
-    for prompt in PromptFormatter._REGISTERED_FORMATTERS.values():
-        yield from templates_of(prompt)
 
 
 def _is_marker_of_control(token: str, written: str) -> bool:

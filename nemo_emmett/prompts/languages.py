@@ -149,20 +149,17 @@ def flores_code(code: str) -> str | None:
         return code
     language, *subtags = code.split("-")
     language = _ALIASES.get(language, language)
-    found = _FLORES_OF_ISO.get(language) or _only_flores_code(language)
-    if found is None:
-        return None
+    found = _FLORES_OF_ISO.get(language)
+    if found is None:  # a code of three letters that one FLORES-200 code begins with
+        candidates = [known for known in _flores_codes() if known.split("_")[0] == language]
+        if len(candidates) != 1:
+            return None
+        found = candidates[0]
     script = next((tag for tag in subtags if len(tag) == 4), None)
     if script is None and language == "zh" and not set(_TRADITIONAL_CHINESE).isdisjoint(subtags):
         script = "Hant"
     written = f"{found[:3]}_{script}" if script else found
     return written if written in _flores_codes() else None
-
-
-def _only_flores_code(language: str) -> str | None:
-    """The FLORES-200 code that begins with a code of three letters, if there is one and no other."""
-    codes = [code for code in _flores_codes() if code.split("_")[0] == language]
-    return codes[0] if len(codes) == 1 else None
 
 
 @cache

@@ -90,19 +90,18 @@ class Seq2SeqPrompt(UserTextPrompt):
         Raises:
             DataError: naming the first example whose languages are not known, or not the model's.
         """
-        segments = [self._segments_of(request) for request in requests]
+        segments: list[list[Segment]] = []
+        for request in requests:
+            target_lang = target_language(request)
+            try:
+                of_request = [self.context_segment(Prompt([request.message]), target_lang, request.source_lang)]
+                if request.answer is not None:
+                    of_request.append(self.answer_segment(Prompt([request.answer]), target_lang))
+            except ConfigError as error:
+                raise DataError(f"example {request.example_id}: {error}") from error
+            segments.append(of_request)
         ids = iter(self._encode([segment for of_request in segments for segment in of_request]))
         return [_tensors([next(ids) for _ in of_request], [False, True][: len(of_request)]) for of_request in segments]
-
-    def _segments_of(self, request: Request) -> list[Segment]:
-        target_lang = target_language(request)
-        try:
-            segments = [self.context_segment(Prompt([request.message]), target_lang, request.source_lang)]
-            if request.answer is not None:
-                segments.append(self.answer_segment(Prompt([request.answer]), target_lang))
-        except ConfigError as error:
-            raise DataError(f"example {request.example_id}: {error}") from error
-        return segments
 
     def _segment_of(self, turn: Mapping) -> Segment:
         slots = turn.get("slots") or {"message": turn.get("content")}
