@@ -1,4 +1,4 @@
-"""What a model is built of: tokenizer, language model, LoRA; each as NeMo's SALM builds it."""
+"""Builders of a model's tokenizer, language model and LoRA, as NeMo's SALM has them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def add_lora(
         )
     arguments = parse_arguments(LoraConfig, lora, "model.lora", types=_LORA_TYPES)
     try:
-        # peft looks for the embeddings, which decoder-only models keep outside of their language model.
+        # peft needs the embeddings, which decoder-only models keep outside of their language model.
         with nullcontext() if embed_tokens is None else reattach_embeddings(llm, embed_tokens):
             adapted = get_peft_model(llm, LoraConfig(**arguments))
             wraps_embeddings = embed_tokens is not None and unwrap_peft(adapted).model.embed_tokens is not embed_tokens
@@ -180,7 +180,7 @@ def _check_adapter_config(folder: Path) -> None:
 
 @contextmanager
 def _as_model_error(name: str) -> Iterator[None]:
-    """What transformers and NeMo raise where a name leads to nothing, in one sentence."""
+    """Errors of transformers and NeMo for a name that does not exist, as one sentence."""
     try:
         yield
     except (OSError, ValueError) as error:

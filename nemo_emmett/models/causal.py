@@ -1,4 +1,4 @@
-"""What the decoder-only models share: context and answer as one sequence, and embeddings outside of the LLM.
+"""The common parts of the decoder-only models: context and answer as one sequence, embeddings outside of the LLM.
 
 Shapes: B examples, T tokens, H hidden size.
 """
@@ -32,7 +32,7 @@ class Sequences(NamedTuple):
 
 
 def context_and_answer(batch: Mapping) -> Sequences:
-    """What a decoder-only model reads of a one-modality batch in training."""
+    """The sequences of a one-modality batch in training."""
     contexts, answers = context_only(batch), batch["answer_ids"]
     answer_mask = length_mask(batch["answer_lens"], answers.shape[1])
     return Sequences(
@@ -43,7 +43,7 @@ def context_and_answer(batch: Mapping) -> Sequences:
 
 
 def context_only(batch: Mapping) -> Sequences:
-    """What a decoder-only model reads of a one-modality batch before it generates."""
+    """The sequences of a one-modality batch in generation."""
     ids_BT = batch["context_ids"]
     mask_BT = length_mask(batch["context_lens"], ids_BT.shape[1])
     targets_BT = batch.get("context_targets")
@@ -70,7 +70,7 @@ def detach_embeddings(llm: nn.Module) -> nn.Module:
 
 @contextmanager
 def reattach_embeddings(llm: nn.Module, embed_tokens: nn.Module) -> Iterator[None]:
-    """Put the token embeddings back for a while, for what looks for them in the LLM: ``generate``, and peft.
+    """Put the token embeddings back for a while, for ``generate`` and peft, which expect them in the LLM.
 
     Args:
         llm: the language model, with or without peft around it.

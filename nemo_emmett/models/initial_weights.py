@@ -152,7 +152,7 @@ def _other_shape(name: str, there: Tensor, here: Tensor) -> str:
 
 
 def _check_ties(model: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
-    """Refuse a checkpoint with two values for what is one parameter here, of which the last one would be taken.
+    """Refuse a checkpoint with two values for one parameter of the model, of which the last would be used.
 
     Raises:
         ModelError: naming both.

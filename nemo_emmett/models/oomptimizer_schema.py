@@ -1,4 +1,4 @@
-"""What OOMptimizer has to know of a batch, in NeMo's format ``oomptimizer_schema``."""
+"""The types of a batch for OOMptimizer, in NeMo's format ``oomptimizer_schema``."""
 
 from __future__ import annotations
 

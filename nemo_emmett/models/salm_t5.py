@@ -74,7 +74,7 @@ class SALMT5(SpeechTextModel):
         )
 
     def encoder_inputs(self, batch: Mapping, locators_elsewhere: Tensor | None = None) -> Placed:
-        """What the text encoder reads, padded on the right, since some families count positions from the left.
+        """The text encoder's input, padded on the right, since some families count positions from the left.
 
         Args:
             batch: one-modality batch.

@@ -28,7 +28,7 @@ BUILD_FAULTS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
     *(InstantiationException, OmegaConfBaseException),
 )
-"""What classes, Hydra and NeMo raise where arguments are wrong."""
+"""Exceptions of classes, Hydra and NeMo for wrong arguments."""
 
 
 def first_line(error: BaseException) -> str:
@@ -74,7 +74,7 @@ def parse_arguments(
     """A section's values as keyword arguments of a class or function; keys of Hydra's (``_target_``) stay as they are.
 
     Args:
-        function: what is called.
+        function: that takes the arguments.
         section: its arguments by name.
         place: the section's place in the recipe.
         given: parameters that are no keys of the section, since the caller gives them.
@@ -94,7 +94,7 @@ def parse_arguments(
         if default is inspect.Parameter.empty and key not in section:
             raise ConfigError(f"{place}.{key} is missing: {function.__name__} needs it.")
     parsed = dict(section)
-    for key in section.keys() & (parameters.keys() | types.keys()):
+    for key in (key for key in section if key in parameters or key in types):
         annotation, default = parameters.get(key, (Any, None))
         if key in types:
             annotation = types[key] if default is inspect.Parameter.empty else types[key] | None
@@ -108,10 +108,10 @@ def parse_arguments(
 
 
 def build(section: Mapping[str, Any], place: str, make: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """What ``make`` makes of a section.
+    """``make(section)``, with faults as one sentence.
 
     Raises:
-        ConfigError: naming the argument without which it can be made, if there is one, and what is wrong.
+        ConfigError: naming the argument at fault, if it is one that can be left out, or else the section.
     """
     try:
         return make(section)
@@ -148,7 +148,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, tuple[Any, Any]
     for call in calls:
         try:
             hints = get_type_hints(function if is_dataclass(function) else call, include_extras=True)
-        except (NameError, TypeError):  # a name that is there for type checkers alone
+        except (NameError, TypeError):  # a name that is imported for type checkers only
             hints = {}
         parameters = inspect.signature(call).parameters.values()
         for parameter in parameters:
@@ -177,7 +177,7 @@ def _of_recipe(annotation: Any) -> Any:
 
 
 def check_local_path(source: str, key: str) -> None:
-    """Refuse what is plainly a path on this machine and is not there; other names may be a hub's."""
+    """Check that a path on this machine exists; names of other forms may be those of a hub."""
     looks_local = source.startswith((".", "/", "~")) or source.endswith(".nemo") or source.count("/") > 1
     if looks_local and not Path(source).expanduser().exists():
         raise ModelError(f"{key}: '{source}' does not exist; give a folder or file that does, or the name of a model.")

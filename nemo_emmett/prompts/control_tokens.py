@@ -151,7 +151,7 @@ def any_of(tokens: Collection[str]) -> re.Pattern:
 
 
 def templates_of(prompt: type[PromptFormatter]) -> Iterator[str]:
-    """What a prompt format writes around messages."""
+    """The texts of a prompt format around messages."""
     yield prompt.INFERENCE_PREFIX or ""
     yield from (turn["template"] for turn in prompt.TEMPLATE.values())
 

@@ -16,7 +16,7 @@ _WORTH_A_BATCH = 8
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """What ``tokenizer.text_to_ids`` gives for each text; in a prompt control tokens are found in its markup alone.
+    """``tokenizer.text_to_ids`` of each text; in a prompt, control tokens are recognised in its markup only.
 
     Args:
         tokenizer: a NeMo tokenizer.

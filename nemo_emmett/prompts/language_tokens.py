@@ -14,8 +14,8 @@ format              ``context_ids``         ``answer_ids``          decoder star
 
 In training, when ``answer_ids`` are the ``labels``, the decoder reads them one token later: ``decoder_start_token_id``,
 which is ``</s>``, comes in front; mBART, which has no start token, takes the last of the labels there. So the first
-three learn to begin with the language's token, which ``generate`` forces with ``forced_bos_token_id``, or, for a batch
-of several languages, with :meth:`~nemo_emmett.prompts.seq2seq.Seq2SeqPrompt.decoder_start`.
+three are trained to begin with the language's token, which ``generate`` forces with ``forced_bos_token_id``, or, for a
+batch of several languages, with :meth:`~nemo_emmett.prompts.seq2seq.Seq2SeqPrompt.decoder_start`.
 
 Speech takes the place of the text, ``__de__ <|audio|> </s>``. Where the source language is not known its token is left
 out; the tokenizers of the families would put English.

@@ -121,7 +121,7 @@ class Seq2SeqPrompt(UserTextPrompt):
 
 
 def _tensors(turns: Sequence[list[int]], is_answer: Sequence[bool]) -> dict[str, torch.Tensor]:
-    """What NeMo's prompt formats return; the context is all but the last turn, if that is an answer."""
+    """The result of NeMo's prompt formats; the context is all but the last turn, if that is an answer."""
     # By way of NumPy: torch.tensor takes three times as long for a list of forty integers.
     input_ids = torch.from_numpy(np.array([token for turn in turns for token in turn], dtype=np.int64))
     if not is_answer[-1]:
