@@ -9,7 +9,7 @@ from itertools import chain, cycle, permutations
 from pathlib import Path
 
 from nemo_emmett.errors import DataError
-from nemo_emmett.prompts.translation import translation_instruction
+from nemo_emmett.prompts.instruction import translation_instruction
 
 
 def manifest_texts(manifests: Iterable[str | Path]) -> Iterator[str]:

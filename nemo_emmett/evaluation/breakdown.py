@@ -18,7 +18,7 @@ from sacrebleu.metrics import BLEU
 from nemo_emmett.evaluation.results import Evaluation, Translation
 from nemo_emmett.evaluation.significance import by_key
 from nemo_emmett.evaluation.words import split_words
-from nemo_emmett.modules.bleu import tokenizer_of
+from nemo_emmett.modules.metrics import tokenizer_of
 
 MAX_BINS = 5
 """As many as a phone's column has room to label."""

@@ -9,21 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 from sacrebleu.tokenizers import tokenizer_spm
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.modules.bleu import TOKENIZER, tokenizer_of
+from nemo_emmett.modules.metrics import SPM, TOKENIZER, sacrebleu_metric, tokenizer_of
 
 METRICS = ("BLEU", "chrF++", "chrF", "TER", "spBLEU", "COMET")
 """What can be asked for, by the names that tables print."""
 
 DEFAULT_METRICS = ("BLEU", "chrF++")
-
-SPM = "flores200"
-"""The tokeniser of spBLEU: the SentencePiece model of FLORES-200 (NLLB Team, 2022)."""
 
 
 def check_metrics(names: Sequence[str], where: str = "metrics") -> tuple[str, ...]:
@@ -44,17 +40,6 @@ def check_metrics(names: Sequence[str], where: str = "metrics") -> tuple[str, ..
     if "spBLEU" in chosen:
         _check_sentencepiece_model(where)
     return tuple(chosen)
-
-
-def sacrebleu_metric(name: str, target_lang: str) -> Metric:
-    """sacreBLEU's metric of that name for translations into a language."""
-    if name == "BLEU":
-        return BLEU(tokenize=tokenizer_of(target_lang))
-    if name == "spBLEU":
-        return BLEU(tokenize=SPM)
-    if name == "TER":
-        return TER()
-    return CHRF(word_order=2 if name == "chrF++" else 0)
 
 
 def is_sacrebleus(name: str) -> bool:

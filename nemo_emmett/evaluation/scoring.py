@@ -15,9 +15,10 @@ from statistics import fmean
 
 from nemo_emmett.errors import DataError
 from nemo_emmett.evaluation.comet import CometConfig, comet_scores
-from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, is_sacrebleus, sacrebleu_metric
+from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, is_sacrebleus
 from nemo_emmett.evaluation.results import Key, Score, Translation, one_line
 from nemo_emmett.evaluation.significance import interval
+from nemo_emmett.modules.metrics import sacrebleu_metric
 
 MODALITY_ORDER = ("text", "audio")
 """Text first, as the field prints it; further modalities follow by name."""

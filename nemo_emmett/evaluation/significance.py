@@ -17,8 +17,9 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import PairedTest, Result
 
 from nemo_emmett.errors import DataError
-from nemo_emmett.evaluation.metrics import is_sacrebleus, sacrebleu_metric
+from nemo_emmett.evaluation.metrics import is_sacrebleus
 from nemo_emmett.evaluation.results import Comparison, Evaluation, Key, Score, Translation, one_line
+from nemo_emmett.modules.metrics import sacrebleu_metric
 
 RESAMPLES = 1000
 """Bootstrap resamples: sacrebleu's default."""

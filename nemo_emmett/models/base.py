@@ -1,4 +1,4 @@
-"""The one base of our models: what they share is everything but how context and answer pass through the language model.
+"""The base of our models: all but how context and answer pass through the language model.
 
 A model is built as NeMo's speechlm2 models are, from a config dict, with NeMo's perception module (speech encoder and
 modality adapter), NeMo's freezing and NeMo's optimizer set-up.
@@ -9,61 +9,62 @@ M modalities.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from hydra.errors import InstantiationException
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from nemo.collections.speechlm2.data.utils import get_pad_id
 from nemo.collections.speechlm2.parts.encoder_chunking import encode_audio_with_optional_chunking
 from nemo.collections.speechlm2.parts.hf_hub import HFHubMixin
 from nemo.collections.speechlm2.parts.optim_setup import configure_optimizers, is_frozen
-from nemo.core.neural_types import AudioSignal, LabelsType, LengthsType, NeuralType
 from nemo.utils import logging
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemo_emmett.callbacks.nonfinite import SkipNonFiniteSteps
 from nemo_emmett.callbacks.random_state import RandomState
 from nemo_emmett.errors import ConfigError, ModelError
-from nemo_emmett.models.building import (
-    build_llm,
-    build_perception,
-    build_tokenizer,
-    compile_blocks,
-    enable_activation_checkpointing,
-    fit_embeddings,
-    install_lora,
-)
+from nemo_emmett.models.building import add_lora, build_llm, build_tokenizer, fit_embeddings
 from nemo_emmett.models.config import ModelConfig
+from nemo_emmett.models.dummy_batch import dummy_batch
 from nemo_emmett.models.export import Export
 from nemo_emmett.models.generation import Generation
-from nemo_emmett.models.head import LLMInputs, answer_logits, answer_loss, answer_scores
+from nemo_emmett.models.head import LLMInputs, answer_logits, answer_loss, answer_scores, output_layer
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS, check_initial_weights, load_initial_weights
 from nemo_emmett.models.microbatches import MicrobatchLoss, TokenCounts, cut_batch, target_counts
-from nemo_emmett.models.sharding import absent_modalities, dummy_batch, modality_of_all_parts, shard, validated_parts
+from nemo_emmett.models.oomptimizer_schema import oomptimizer_schema
+from nemo_emmett.models.optimization import parse_optimization
+from nemo_emmett.models.perception import build_perception
+from nemo_emmett.models.sharding import absent_modalities, shard, validated_parts
 from nemo_emmett.models.step_log import StepLog, forget_logged
+from nemo_emmett.models.transformer_blocks import checkpoint_activations, compile_blocks, transformer_blocks
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
 from nemo_emmett.modules.batch import MODALITIES, split_modalities
+from nemo_emmett.modules.evaluation_mode import evaluation_mode
 from nemo_emmett.modules.loss import IGNORE_INDEX, modality_loss
 from nemo_emmett.modules.placement import Placed, merge_audio_embeddings
-from nemo_emmett.prompts.families import default_prompt_format
+from nemo_emmett.prompts.families import check_prompt_format, default_prompt_format
+from nemo_emmett.typed_config import Switch, parse_value
 
 
 class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
     """A speech encoder and a language model that translate speech and text.
 
-    A subclass says what its language model reads of a batch, :meth:`llm_inputs`, and how it answers,
+    A subclass defines what its language model reads of a batch, :meth:`llm_inputs`, and how it generates,
     :meth:`generate_answers`.
 
     Args:
         cfg: the ``model`` section of a recipe, see :class:`~nemo_emmett.models.config.ModelConfig`.
         trust_remote_code: run code that came with the language model or its tokenizer, and build what the config of a
-            ``.nemo`` file names; None: as ``cfg`` says, by default no. It is never kept with the model.
+            ``.nemo`` file names; None: the value in ``cfg``, by default false. It is never saved with the model.
         for_loading: all weights are loaded afterwards: what the keys of
             :mod:`~nemo_emmett.models.initial_weights` name is not read, and keys of NeMo's other models are not
             refused.
@@ -82,62 +83,81 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
     ) -> None:
         super().__init__()
         cfg = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
-        asked = cfg.pop("trust_remote_code", None) or False
-        if not isinstance(asked, bool):
-            raise ConfigError(f"model.trust_remote_code: {asked!r} is neither true nor false.")
-        self.trust_remote_code = asked if trust_remote_code is None else trust_remote_code
-        self.options = ModelConfig.from_section(cfg, type(self).__name__, for_loading)
-        start = {} if for_loading else self.options.initial_weights()
+        name = type(self).__name__
+        trusted = parse_value(Switch | None, cfg.pop("trust_remote_code", None), "model.trust_remote_code") or False
+        self.trust_remote_code = trusted = trusted if trust_remote_code is None else trust_remote_code
+        options = ModelConfig.from_section(cfg, name, for_loading)
+        start = {} if for_loading else options.initial_weights()
         check_initial_weights(start)
-        if self.options.cross_attention is not None and not self.has_cross_attention:
+        if options.cross_attention is not None and not self.has_cross_attention:
             raise ConfigError(
-                f"model.cross_attention: {type(self).__name__} has no such layers; leave the key out, or set "
-                "model._target_: bestow_gpt."
+                f"model.cross_attention: {name} has no such layers; leave the key out, or set model._target_: "
+                "bestow_gpt."
             )
-        # NeMo's helpers ask `"key" in cfg`, so keys that are not set stay out; those that NeMo's SALM needs stay in.
-        # Where the training started is no part of the model: whoever loads it need not have that checkpoint.
+        if not for_loading:
+            cfg |= parse_optimization(options)
+        # NeMo's helpers test `"key" in cfg`, so null keys are left out, and those that its SALM needs are added.
+        # Where the training started is no part of the model: loading it must not need that checkpoint.
         cfg = {key: value for key, value in cfg.items() if value is not None and key not in INITIAL_WEIGHTS_KEYS} | {
-            "pretrained_weights": self.options.pretrained_weights,
-            "audio_locator_tag": self.options.audio_locator_tag,
-            "freeze_params": self.options.frozen_parameters(),
-            "prevent_freeze_params": self.options.trainable_parameters(),
+            "pretrained_weights": options.pretrained_weights,
+            "audio_locator_tag": options.audio_locator_tag,
+            "freeze_params": options.frozen_parameters(),
+            "prevent_freeze_params": options.trainable_parameters(),
         }
+        self.audio_locator_tag = options.audio_locator_tag
+        self.tokenizer = build_tokenizer(options, trusted)
+        self.llm = build_llm(options, self.auto_class, name, trusted)
+        if options.prompt_format is None:
+            options = replace(options, prompt_format=default_prompt_format(self.tokenizer, self.llm.config))
+        elif not for_loading:
+            check_prompt_format(options.prompt_format, self.tokenizer, self.llm.config)
+        self.options = options
+        cfg["prompt_format"] = options.prompt_format
         self.cfg = DictConfig(cfg)
-        self.audio_locator_tag = self.options.audio_locator_tag
-        self.tokenizer = build_tokenizer(self)
-        self.llm = build_llm(self)
-        if self.options.prompt_format is None:
-            self.options.prompt_format = default_prompt_format(self.tokenizer, self.llm.config)
-        self.cfg.prompt_format = cfg["prompt_format"] = self.options.prompt_format
         self.save_hyperparameters({"cfg": cfg})
-        fit_embeddings(self)
+        fit_embeddings(self.llm, self.tokenizer, options)
         self._post_init_llm()
-        if self.options.lora is not None:
-            install_lora(self)
+        if options.lora is not None:
+            self.llm = add_lora(self.llm, options.lora, getattr(self, "embed_tokens", None), name)
+            # peft freezes all but its own, and NeMo's freezing never thaws.
+            thawed = [re.compile(pattern) for pattern in options.prevent_freeze_params]
+            for parameter_name, parameter in self.named_parameters():
+                if any(pattern.match(parameter_name) for pattern in thawed):
+                    parameter.requires_grad = True
         self.perception = None
-        if self.options.perception is not None:
-            build_perception(self)
-        load_initial_weights(self, start, self.trust_remote_code)
-        if self.options.activation_checkpointing:
-            enable_activation_checkpointing(self)
-        if self.options.compile:
-            compile_blocks(self.llm, self.options.compile)
-        self.register_buffer("_loss_weights", torch.tensor(self.options.loss_weights()), persistent=False)
+        if options.perception is not None:
+            self.perception, section = build_perception(options, self.llm, trusted)
+            with open_dict(self.cfg):
+                self.cfg.perception = section
+        load_initial_weights(self, start, trusted)
+        if options.activation_checkpointing:
+            self._checkpoint_activations()
+        if options.compile:
+            compile_blocks(self.llm, options.compile if isinstance(options.compile, Mapping) else {})
+        self.register_buffer("_loss_weights", torch.tensor(options.loss_weights()), persistent=False)
         self._tallies: Tallies = {}
         self._step_log: StepLog | None = None
         self.modality_losses: dict[str, Tensor] = {}  # of the last step's batch, summed, nats
         self._counts: TokenCounts | None = None  # of the last step's batch
-        self._pieces: MicrobatchLoss | None = None  # only while a batch is trained on in pieces
+        self._microbatches: MicrobatchLoss | None = None  # only while a batch is trained on in microbatches
         self.is_sharded = False
 
     def _post_init_llm(self) -> None:
-        """What a subclass makes of the language model before anything is added to it."""
+        """A subclass's changes to the language model, before LoRA and weights are added."""
 
     def embeddings_inside(self) -> AbstractContextManager[None]:
-        """While it lasts the language model has its token embeddings where transformers has them."""
+        """Within it the language model has its token embeddings where transformers has them."""
         return nullcontext()
 
-    # What others ask of a model.
+    def _checkpoint_activations(self) -> None:
+        with self.embeddings_inside():
+            checkpoint_activations(self.llm)
+        if self.perception is not None:
+            self.perception.set_activation_checkpointing(True)
+        if self.has_cross_attention:
+            self.cross_attention.activation_checkpointing = True
+
+    # Properties.
 
     @property
     def pad_id(self) -> int:
@@ -146,7 +166,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
     @property
     def audio_locator_id(self) -> int:
-        """The id of the token that stands in the prompt where a recording belongs."""
+        """The id of the token that marks a recording's place in the prompt."""
         return self.tokenizer.token_to_id(self.audio_locator_tag)
 
     @property
@@ -166,7 +186,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
     @property
     def data_defaults(self) -> dict[str, Any]:
-        """What a dataset's config need not say, since the model knows it: prompt, locator, sampling rate, frame."""
+        """Keys of a dataset's config that the model fills in: prompt format, locator, sampling rate, frame."""
         known = {"prompt_format": self.options.prompt_format, "audio_locator_tag": self.options.audio_locator_tag}
         if self.perception is None:
             return known
@@ -189,33 +209,13 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         Raises:
             ConfigError: for another modality.
         """
-        if schema not in MODALITIES:
-            raise ConfigError(f"oomptimizer schema: '{schema}' is not a modality; use one of {', '.join(MODALITIES)}.")
-        ids, lengths = NeuralType(("B", "T"), LabelsType()), NeuralType(("B",), LengthsType())
-        vocab_size = self.token_embedding.num_embeddings
-        context = {"seq_length": "input", "vocab_size": vocab_size}
-        answer = {"seq_length": "output", "vocab_size": vocab_size}
-        inputs = [
-            {"name": "context_ids", "type": ids, **context},
-            {"name": "context_lens", "type": lengths, "seq_length": "input"},
-            {"name": "answer_ids", "type": ids, **answer},
-            {"name": "answer_lens", "type": lengths, "seq_length": "output"},
-        ]
-        if schema == "audio":
-            # Beside speech the context is the prompt: short, of a length that the answer's bound covers.
-            inputs[0] |= {"seq_length": "output"}
-            inputs[1] |= {"seq_length": "output"}
-            inputs += [
-                {"name": "audios", "type": NeuralType(("B", "T"), AudioSignal()), "seq_length": "input"},
-                {"name": "audio_lens", "type": lengths, "seq_length": "input"},
-            ]
-        return {"cls": dict, "inputs": inputs}
+        return oomptimizer_schema(schema, self.token_embedding.num_embeddings)
 
     # Forward.
 
     @abstractmethod
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
-        """What the language model reads of a one-modality batch, and what it should say."""
+        """The inputs of the language model for a one-modality batch, and its targets."""
 
     @abstractmethod
     def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
@@ -238,7 +238,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
         Recordings longer than ``encoder_chunk_size_seconds`` are encoded in chunks of it, as NeMo's SALM does it.
         """
-        chunk_seconds = self.cfg.get("encoder_chunk_size_seconds")
+        chunk_seconds = self.options.encoder_chunk_size_seconds
         if chunk_seconds is None:
             return self._perception()(input_signal=audios_RN, input_signal_length=audio_lens_R)
         rows = encode_audio_with_optional_chunking(
@@ -252,7 +252,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         return pad_sequence(rows, batch_first=True), lens
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """(B, T, H) embeddings; those of audio locators, which may lie beyond the table, mean nothing."""
+        """(B, T, H) embeddings; those of audio locators, whose id may be beyond the table, are arbitrary."""
         return self.token_embedding(ids_BT.masked_fill(ids_BT == self.audio_locator_id, 0))
 
     def place(self, batch: Mapping, ids_BT: Tensor, mask_BT: Tensor, **options: Any) -> Placed:
@@ -261,7 +261,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         Args:
             batch: one-modality batch, for its ``audios`` and ``audio_lens``.
             ids_BT: (B, T) int64.
-            mask_BT: (B, T) bool, false where no token stands.
+            mask_BT: (B, T) bool, false where there is no token.
             options: of :func:`~nemo_emmett.modules.placement.merge_audio_embeddings`.
         """
         has_audio = batch.get("audios") is not None
@@ -274,7 +274,12 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         """Shard the model where Lightning's ModelParallelStrategy has made a device mesh (FSDP2)."""
         if self.device_mesh is None or self.is_sharded:
             return
-        shard(self, self.device_mesh)
+        units, head = transformer_blocks(self.llm), output_layer(self.llm)
+        if hasattr(self, "embed_tokens") and self.embed_tokens.weight is not head.weight:
+            units += [self.embed_tokens, head]
+        if self.perception is not None:
+            units.append(self.perception)
+        shard(self, units, self.device_mesh)
         self.is_sharded = True
         if self.options.validation_bleu:
             logging.info(
@@ -283,49 +288,68 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             )
 
     def configure_optimizers(self) -> dict:
-        """NeMo's: freezing, optimizer and schedule by the config."""
-        return configure_optimizers(self)
+        """NeMo's: freezing, optimizer and schedule by the config.
+
+        Raises:
+            ConfigError: if there is no optimizer section, or no parameter left to train.
+        """
+        if self.options.optimizer is None:
+            raise ConfigError("model.optimizer is missing: give it a `_target_`, such as torch.optim.AdamW, and an lr.")
+        try:
+            return configure_optimizers(self)
+        except InstantiationException as error:
+            if any(parameter.requires_grad for parameter in self.parameters()):
+                raise
+            raise ConfigError(
+                "model.freeze, model.freeze_params: all parameters are frozen; leave some of the patterns out, or name "
+                "what to train in model.prevent_freeze_params."
+            ) from error
 
     def configure_callbacks(self) -> list[Callback]:
-        """Random states belong in every checkpoint of this model: without them dropout differs after resuming. And one
-        loss that is not finite must not cost the weights. A callback that the trainer has already is left to it.
-        """
+        """Random states for every checkpoint (dropout would differ after resuming), and steps skipped whose loss is not
+        finite; unless the trainer has these callbacks."""
         present = {type(callback) for callback in self.trainer.callbacks}
         return [callback() for callback in (RandomState, SkipNonFiniteSteps) if callback not in present]
 
     def on_train_start(self) -> None:
-        """Log anew."""
+        """Start a new log."""
         self._step_log = StepLog(self.trainer.log_every_n_steps)
 
     def training_step(self, batch: Mapping, batch_idx: int) -> Tensor:
         """The weighted sum of the modalities' losses, in nats per token; logs each modality apart.
 
-        A rank whose batch has nothing left of it (an empty dict) steps along with the others, with a loss of zero.
+        A rank whose batch is empty (all its examples were skipped) takes part in the step with a loss of zero.
         """
         self._eval_frozen_modules()
         parts = self._parts(batch)
-        if self._pieces is None:
+        if self._microbatches is None:
             self._counts = TokenCounts(batch, parts, self.device)
-        # The only collective of a forward pass comes before anything large: see modules/loss.py.
+        # The only collective of a forward pass comes before any large allocation: see modules/loss.py.
         totals_M = self._counts.over_all_ranks()
-        loss_sums_M = self._loss_sums(parts, absent_modalities(self, parts, totals_M))
+        strategy_model = None if self._trainer is None else self.trainer.strategy.model
+        absent = absent_modalities(parts, totals_M, self.is_sharded, strategy_model, self._modality_of_all_parts)
+        loss_sums_M = self._loss_sums(parts, absent)
         self.modality_losses = dict(zip(MODALITIES, loss_sums_M.detach(), strict=True))
         loss = modality_loss(loss_sums_M, totals_M, self._loss_weights)
         if not loss.requires_grad and torch.is_grad_enabled():
-            # Nothing in this step can learn: the batch is empty, or text, and only what hears is trained.
-            loss = loss + self._zero_loss(modality_of_all_parts(self))
-        if self._pieces is None:
+            # No trainable parameter is used: the batch is empty, or text, and only the speech encoder is trainable.
+            loss = loss + self._zero_loss(self._modality_of_all_parts)
+        if self._microbatches is None:
             self._log_step(parts, loss_sums_M, loss)
         else:
-            self._pieces.add(loss_sums_M, target_counts(parts, self.device))
+            self._microbatches.add(loss_sums_M, target_counts(parts, self.device))
         return loss
+
+    @property
+    def _modality_of_all_parts(self) -> str:
+        """The modality whose batches pass through every part of the model."""
+        return "text" if self.perception is None else "audio"
 
     def _parts(self, batch: Mapping) -> dict[str, Mapping]:
         parts = split_modalities(batch, self.pad_id) if batch else {}
         if not self.is_encoder_decoder:
             return parts
-        # The decoder says one answer; what stands in the context is only read. Where no example has an answer, it has
-        # nothing to say, and cannot.
+        # The decoder predicts the answer alone, not targets of the context; without answer tokens it cannot run.
         return {
             modality: {key: value for key, value in part.items() if key != "context_targets"}
             for modality, part in parts.items()
@@ -346,8 +370,15 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
     def _zero_loss(self, modality: str) -> Tensor:
         """Zero, with a gradient of zero for all parameters that a batch of the modality passes through."""
-        with dummy_batch(self, modality) as batch:
+        with self._dummy_batch(modality) as batch:
             return 0.0 * self._loss_sum(batch)
+
+    @contextmanager
+    def _dummy_batch(self, modality: str) -> Iterator[dict[str, Tensor]]:
+        rate = self.sampling_rate if modality == "audio" else None
+        # The statistics of batch norms must not move with it.
+        with nullcontext() if self.perception is None else evaluation_mode(self.perception):
+            yield dummy_batch(modality, self.device, self.audio_locator_id, rate)
 
     def _loss_sum(self, part: Mapping) -> Tensor:
         options = self.options
@@ -376,51 +407,51 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             forget_logged(self.trainer, values)
         self._counts.logged = True
 
-    # Training steps in pieces.
+    # Training steps in microbatches.
 
-    def split_batch(self, batch: Mapping, pieces: int) -> list[Mapping]:
-        """Cut a batch into at most so many smaller ones, each of one modality; see :func:`cut_batch`."""
-        return cut_batch(batch, pieces, self.pad_id, self.audio_locator_id)
+    def split_batch(self, batch: Mapping, number: int) -> list[Mapping]:
+        """Cut a batch into at most ``number`` microbatches, each of one modality; see :func:`cut_batch`."""
+        return cut_batch(batch, number, self.pad_id, self.audio_locator_id)
 
-    def loss_weight(self, piece: Mapping, whole: Mapping) -> float:
-        """What the loss of a piece counts in that of the whole batch: all of it, for within :meth:`one_step` a piece's
-        tokens are divided by the whole's."""
+    def loss_weight(self, microbatch: Mapping, whole: Mapping) -> float:
+        """The factor of a microbatch's loss in the whole batch's: 1, since within :meth:`one_step` its sum is divided
+        by the tokens of the whole batch."""
         return 1.0
 
     @contextmanager
     def one_step(self, batch: Mapping) -> Iterator[None]:
-        """Around the training steps of a batch's pieces: their losses add up to the batch's, and they are logged as one
-        step when all are done, unless the whole batch's forward pass was logged before its backward pass failed.
+        """Around the training steps of a batch's microbatches: their losses add up to the batch's, and they are logged
+        as one step at the end, unless the whole batch's forward pass was logged before its backward pass failed.
         """
         parts = self._parts(batch)
         if self._counts is None or not self._counts.are_of(batch):
             self._counts = TokenCounts(batch, parts, self.device)
-        self._pieces = MicrobatchLoss(self._counts)
+        self._microbatches = MicrobatchLoss(self._counts)
         try:
             yield
             if not self._counts.logged:
-                loss_sums_M = self._pieces.loss_sums()
+                loss_sums_M = self._microbatches.loss_sums()
                 totals_M = self._counts.over_all_ranks()
                 self._log_step(parts, loss_sums_M, modality_loss(loss_sums_M, totals_M, self._loss_weights))
         finally:
-            self._pieces = None
+            self._microbatches = None
 
     # Validation.
 
     def on_validation_epoch_start(self) -> None:
-        """Count anew."""
+        """Reset the counts."""
         self._tallies = {}
 
     def validation_step(self, batch: Mapping, batch_idx: int) -> None:
         """Count losses and collect translations of ``{dataset_name: batch or None}``."""
         # None: this set is shorter than the others.
         parts = {dataset: {} if part is None else self._parts(part) for dataset, part in batch.items()}
-        for dataset, modality in validated_parts(self, parts):
+        for dataset, modality in validated_parts(parts, self.is_sharded, self.device):
             if modality in parts[dataset]:
                 self._validate(dataset, modality, parts[dataset][modality])
             else:
-                with dummy_batch(self, modality) as batch_of_none:
-                    answer_scores(self.llm, self.llm_inputs(batch_of_none))
+                with self._dummy_batch(modality) as dummy:
+                    answer_scores(self.llm, self.llm_inputs(dummy))
 
     def _validate(self, dataset: str, modality: str, part: Mapping) -> None:
         inputs = self.llm_inputs(part)
@@ -434,22 +465,20 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             losses_B=losses_BA.sum(1),
             tokens_B=(inputs.targets_BA != IGNORE_INDEX).sum(1),
             correct_B=(correct_BA & (inputs.targets_BA != IGNORE_INDEX)).sum(1),
-            hypotheses=self.translate_batch(part) if self._translates_in_validation and examples else None,
+            # Generation takes as long as its longest answer, which differs between ranks; a sharded model's must not.
+            hypotheses=self.translate_batch(part)
+            if examples and self.options.validation_bleu and not self.is_sharded
+            else None,
         )
 
-    @property
-    def _translates_in_validation(self) -> bool:
-        # Generation runs as long as its longest answer, which differs between ranks; a sharded model's must not.
-        return self.options.validation_bleu and not self.is_sharded
-
     def on_validation_epoch_end(self) -> None:
-        """Log what :func:`validation_metrics` makes of all ranks' counts."""
+        """Log :func:`validation_metrics` of all ranks' counts."""
         metrics = validation_metrics(gather_tallies(self._tallies))
         self.log_dict({k: torch.tensor(v) for k, v in metrics.items()}, batch_size=1)
         self._tallies = {}
 
     def on_test_epoch_start(self) -> None:
-        """Count anew."""
+        """Reset the counts."""
         self.on_validation_epoch_start()
 
     def test_step(self, batch: Mapping, batch_idx: int) -> None:

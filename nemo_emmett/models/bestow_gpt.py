@@ -1,8 +1,8 @@
-"""BESTOW-GPT: a decoder-only language model whose text looks up in speech what it needs, before the model reads it.
+"""BESTOW-GPT: cross-attention layers from text to speech in front of a decoder-only language model.
 
-A few causal cross-attention layers stand in front of the language model (BESTOW, arXiv 2406.19954): the embeddings of
-prompt and answer attend to the encoded speech, and what they find is added to them. The language model's sequence stays
-as long as its text: locator tokens stand for nothing in it and are left out. Text batches go past the layers untouched.
+The embeddings of prompt and answer attend to the encoded speech in a few causal layers (BESTOW, arXiv 2406.19954),
+whose output is added to them. The language model's sequence stays as long as its text: locator tokens are removed from
+it. Text batches bypass the layers.
 
 Shapes: B examples, T tokens, A target tokens, H hidden size, R recordings, K recordings of an example, F frames.
 """
@@ -10,37 +10,27 @@ Shapes: B examples, T tokens, A target tokens, H hidden size, R recordings, K re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from nemo_emmett.config import check_keys
-from nemo_emmett.errors import ConfigError, DataError, ModelError
+from nemo_emmett.errors import DataError, ModelError
 from nemo_emmett.models.base import SpeechTextModel
-from nemo_emmett.models.causal import (
-    Sequences,
-    context_and_answer,
-    context_only,
-    detach_embeddings,
-    reattach_embeddings,
-    unwrap_peft,
-)
+from nemo_emmett.models.causal import DecoderOnly, Sequences, context_and_answer, context_only, unwrap_peft
 from nemo_emmett.models.head import LLMInputs
+from nemo_emmett.models.targets import parse_arguments
 from nemo_emmett.modules.batch import pack
 from nemo_emmett.modules.cross_attention import SpeechCrossAttention, SpeechMemory
 from nemo_emmett.modules.loss import IGNORE_INDEX
 
-CROSS_ATTENTION_KEYS = ("num_layers", "num_heads", "width", "ffn_ratio", "dropout")
-"""Keys of ``model.cross_attention``: the arguments of :class:`SpeechCrossAttention`, with its defaults."""
 
-
-class BestowGPT(SpeechTextModel):
+class BestowGPT(DecoderOnly, SpeechTextModel):
     """Speech and text translation by one decoder-only language model (Llama, Qwen, Mistral, Gemma).
 
     Args:
@@ -48,30 +38,16 @@ class BestowGPT(SpeechTextModel):
 
     Raises:
         ModelError: if ``pretrained_llm`` is an encoder-decoder, or a pretrained part cannot be found.
-        ConfigError: for a misspelt key, or cross-attention that cannot be.
+        ConfigError: for a misspelt key, or a value of another type.
     """
 
-    auto_class = AutoModelForCausalLM
-    is_encoder_decoder = False
     has_cross_attention = True
 
     def _post_init_llm(self) -> None:
-        self.embed_tokens = detach_embeddings(self.llm)
-        options = self.options.cross_attention or {}
-        for stranger in check_keys(options, CROSS_ATTENTION_KEYS, "model.cross_attention"):
-            raise ConfigError(
-                f"model.cross_attention.{stranger}: there is no such key; use {', '.join(CROSS_ATTENTION_KEYS)}."
-            )
+        super()._post_init_llm()
+        section = self.options.cross_attention or {}
+        options = parse_arguments(SpeechCrossAttention, section, "model.cross_attention", ["hidden_size"])
         self.cross_attention = SpeechCrossAttention(self.embed_tokens.embedding_dim, **options)
-
-    @property
-    def token_embedding(self) -> nn.Module:
-        """Kept outside of the language model."""
-        return self.embed_tokens
-
-    def embeddings_inside(self) -> AbstractContextManager[None]:
-        """See :meth:`SpeechTextModel.embeddings_inside`."""
-        return reattach_embeddings(self.llm, self.embed_tokens)
 
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
         """Contexts and answers one after another, padded on the right, which needs no attention mask."""
@@ -87,10 +63,10 @@ class BestowGPT(SpeechTextModel):
     def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
         """(B, A) ids that Hugging Face ``generate`` gives for the contexts of a one-modality batch.
 
-        Speech is encoded once, and so are its keys and values; every new token looks them up as the prompt did.
+        Speech is encoded once, with its keys and values; every new token attends to them as the prompt did.
 
         Raises:
-            ModelError: if the options name a cache other than the usual, growing one.
+            ModelError: if the options name a cache other than the default, growing one.
         """
         read = context_only(batch)
         layout = self._layout(batch, read)
@@ -112,7 +88,7 @@ class BestowGPT(SpeechTextModel):
         return _layout(read, self.audio_locator_id, num_recordings, max_targets)
 
     def _memory(self, batch: Mapping, layout: _Layout) -> SpeechMemory | None:
-        """What the cross-attention layers know of a batch's speech; None of text."""
+        """The cross-attention's keys and values of a batch's speech; None for text."""
         if batch.get("audios") is None:
             return None
         audio_RFH, lens_R = self.encode_speech(batch["audios"], batch["audio_lens"])
@@ -120,12 +96,12 @@ class BestowGPT(SpeechTextModel):
 
     @contextmanager
     def _looking_up(self, memory: SpeechMemory | None) -> Iterator[None]:
-        """Let all that the language model reads pass the cross-attention layers first, unless there is no speech."""
+        """Within it, all input of the language model passes the cross-attention layers, unless there is no speech."""
         if memory is None:
             yield
             return
         look_up = _LookUp(self.embed, self.cross_attention, memory)
-        # peft's wrapper hands `generate` on to the model inside.
+        # peft's wrapper calls `generate` of the model inside.
         handle = unwrap_peft(self.llm).register_forward_pre_hook(look_up, with_kwargs=True)
         try:
             yield
@@ -135,11 +111,11 @@ class BestowGPT(SpeechTextModel):
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which tokens of a batch are text, whose its recordings are, and the sizes that the host has to know.
+    """The text tokens of a batch, the recordings of each example, and the sizes that the host needs.
 
     Attributes:
         is_text_BT: (B, T) bool, tokens that the language model reads: neither padding nor locators.
-        recordings_B: (B,) int64, recordings per example; in the batch they follow one another in this order.
+        recordings_B: (B,) int64, recordings per example; the batch holds them in this order.
         T: most tokens of text in an example.
         A: most targets in an example.
         K: most recordings in an example.
@@ -155,7 +131,7 @@ class _Layout:
         """(B, A) targets, ``IGNORE_INDEX`` where there is none, and the positions of text that predict them."""
         position_BT = self.is_text_BT.cumsum(1) - 1
         is_target_BT = read.is_target_BT & self.is_text_BT
-        # What comes first is predicted by nothing.
+        # Nothing predicts the first token.
         ids_BT = read.ids_BT.masked_fill(position_BT == 0, IGNORE_INDEX)
         return (
             pack(ids_BT, is_target_BT, self.A, IGNORE_INDEX),
@@ -163,7 +139,7 @@ class _Layout:
         )
 
     def by_example(self, audio_RFH: Tensor, lens_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Recordings beside the others of their example, (B, K, F, H), and their frames, (B, K, F) bool."""
+        """Recordings by example, (B, K, F, H), and the mask of their frames, (B, K, F) bool."""
         B, device = len(self.recordings_B), lens_R.device
         slot_K = torch.arange(self.K, device=device)
         is_there_BK = slot_K < self.recordings_B[:, None]
@@ -175,10 +151,10 @@ class _Layout:
 
 
 def _layout(read: Sequences, locator_id: int, num_recordings: int, max_targets: int) -> _Layout:
-    """Tell text and locators apart.
+    """The layout of a batch.
 
     Args:
-        read: what the batch says.
+        read: contexts, or contexts and answers.
         locator_id: the locator token's id.
         num_recordings: R.
         max_targets: A of a batch whose tensors have no values.
@@ -201,15 +177,15 @@ def _layout(read: Sequences, locator_id: int, num_recordings: int, max_targets: 
             f"a batch has {num_recordings} recordings but {num_locators} audio locator tokens: "
             "each recording needs exactly one locator in its context."
         )
-    # No language model reads nothing: of a batch of padding, one position of padding is left.
+    # A language model needs at least one position, even for a batch of padding.
     return _Layout(is_text_BT, recordings_B, max(T, 1), A, K)
 
 
 class _LookUp:
-    """A hook before each forward pass of a language model that generates: what it is about to read looks up the speech.
+    """A hook before each forward pass in generation, which passes the input through the cross-attention layers.
 
-    The keys and values of the cross-attention layers' own self-attention are further layers at the end of the language
-    model's cache, so that whatever reorders that for a beam search reorders them as well.
+    The keys and values of these layers' self-attention are appended to the language model's cache as further layers, so
+    that a beam search reorders them with it.
     """
 
     def __init__(
@@ -221,7 +197,7 @@ class _LookUp:
         self.cache_layers = [DynamicLayer() for _ in cross_attention.layers]
 
     def __call__(self, llm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Replace ids or embeddings of text by embeddings that know of the speech."""
+        """Replace ids or embeddings of text by embeddings that attended to the speech."""
         cache = kwargs.get("past_key_values")
         past = self.cache_layers[0].get_seq_length()
         if type(cache) is not DynamicCache or cache.get_seq_length() != past:
@@ -234,7 +210,7 @@ class _LookUp:
         text_BTH = kwargs.get("inputs_embeds")
         if text_BTH is None:
             text_BTH = self.embed(kwargs["input_ids"])
-        # Left out by `generate` where there is no padding; then no mask is needed here either.
+        # `generate` omits it where there is no padding; then no mask is needed here either.
         mask_BT = kwargs.get("attention_mask")
         embeds_BTH = self.cross_attention(
             text_BTH, self.memory, None if mask_BT is None else mask_BT.bool(), self.cache_layers

@@ -1,4 +1,4 @@
-"""What the decoder-only models share: context and answer as one sequence, and embeddings outside of the LLM.
+"""The common parts of the decoder-only models: context and answer as one sequence, embeddings outside of the LLM.
 
 Shapes: B examples, T tokens, H hidden size.
 """
@@ -6,18 +6,19 @@ Shapes: B examples, T tokens, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from nemo_emmett.errors import ModelError
 from nemo_emmett.modules.batch import length_mask
 
 
 class Sequences(NamedTuple):
-    """Contexts, and answers beside them, each padded: where ``mask_BT`` is false stands nothing.
+    """Contexts and answers, each padded: where ``mask_BT`` is false there is no token.
 
     Args:
         ids_BT: (B, T) int64.
@@ -31,7 +32,7 @@ class Sequences(NamedTuple):
 
 
 def context_and_answer(batch: Mapping) -> Sequences:
-    """What a decoder-only model reads of a one-modality batch in training."""
+    """The sequences of a one-modality batch in training."""
     contexts, answers = context_only(batch), batch["answer_ids"]
     answer_mask = length_mask(batch["answer_lens"], answers.shape[1])
     return Sequences(
@@ -42,7 +43,7 @@ def context_and_answer(batch: Mapping) -> Sequences:
 
 
 def context_only(batch: Mapping) -> Sequences:
-    """What a decoder-only model reads of a one-modality batch before it generates."""
+    """The sequences of a one-modality batch in generation."""
     ids_BT = batch["context_ids"]
     mask_BT = length_mask(batch["context_lens"], ids_BT.shape[1])
     targets_BT = batch.get("context_targets")
@@ -50,8 +51,8 @@ def context_only(batch: Mapping) -> Sequences:
 
 
 def detach_embeddings(llm: nn.Module) -> nn.Module:
-    """Take the token embeddings out of a decoder-only LLM, where NeMo's SALM keeps them: what it reads is embedded
-    before it, and FSDP2 shards the two apart.
+    """Take the token embeddings out of a decoder-only LLM, as NeMo's SALM does: speech is merged with the embedded
+    tokens before the LLM, and FSDP2 shards the embeddings as a unit of their own.
 
     Raises:
         ModelError: if the LLM does not keep them where NeMo expects them.
@@ -69,11 +70,11 @@ def detach_embeddings(llm: nn.Module) -> nn.Module:
 
 @contextmanager
 def reattach_embeddings(llm: nn.Module, embed_tokens: nn.Module) -> Iterator[None]:
-    """The token embeddings in their old place for a while, for what looks for them there: ``generate``, and peft.
+    """Put the token embeddings back for a while, for ``generate`` and peft, which expect them in the LLM.
 
     Args:
         llm: the language model, with or without peft around it.
-        embed_tokens: what :func:`detach_embeddings` took.
+        embed_tokens: what :func:`detach_embeddings` returned.
     """
     decoder = unwrap_peft(llm).model
     decoder.embed_tokens = embed_tokens
@@ -81,6 +82,25 @@ def reattach_embeddings(llm: nn.Module, embed_tokens: nn.Module) -> Iterator[Non
         yield
     finally:
         del decoder.embed_tokens
+
+
+class DecoderOnly:
+    """Mixin of the models on a decoder-only language model, whose token embeddings are kept outside of it."""
+
+    auto_class = AutoModelForCausalLM
+    is_encoder_decoder = False
+
+    def _post_init_llm(self) -> None:
+        self.embed_tokens = detach_embeddings(self.llm)
+
+    @property
+    def token_embedding(self) -> nn.Module:
+        """Kept outside of the language model."""
+        return self.embed_tokens
+
+    def embeddings_inside(self) -> AbstractContextManager[None]:
+        """See :meth:`SpeechTextModel.embeddings_inside`."""
+        return reattach_embeddings(self.llm, self.embed_tokens)
 
 
 def unwrap_peft(llm: nn.Module) -> nn.Module:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PosixPath
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -24,25 +25,25 @@ _STATE, _METADATA = "state_dict", ".metadata"
 
 
 def read_checkpoint(path: str | Path | BinaryIO, **options: Any) -> dict[str, Any]:
-    """Read a Lightning checkpoint without running anything: tensors and plain values, which is all that ours hold.
+    """Read a Lightning checkpoint of tensors and plain values, which is all that ours hold; no code of it is run.
 
     Args:
         path: of the file, or the file.
         options: of ``torch.load``.
 
     Raises:
-        ModelError: if it holds other objects; to make them Python would run what the file says.
+        ModelError: if it holds other objects, whose unpickling can run code.
     """
     try:
         with torch.serialization.safe_globals([PosixPath]):  # where NeMo's callback saves checkpoints
             return torch.load(path, weights_only=True, **options)
     except UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        said = f"; it names {named[1]}" if named else ""
+        detail = f"; it names {named[1]}" if named else ""
         raise ModelError(
             f"the checkpoint '{getattr(path, 'name', path)}' is damaged or holds more than tensors and plain "
-            f"values{said}. It is not unpickled, since that can run code. If you trust it, pass trust_remote_code=True "
-            "or set model.trust_remote_code: true in the recipe."
+            f"values{detail}. It is not unpickled, since that can run code. If you trust it, pass "
+            "trust_remote_code=True or set model.trust_remote_code: true in the recipe."
         ) from error
 
 
@@ -65,8 +66,8 @@ def read_weights(checkpoint: str | Path, trusted: bool = False) -> dict[str, Ten
         how = {"map_location": "cpu", "mmap": True}
         content = torch.load(path, weights_only=False, **how) if trusted else read_checkpoint(path, **how)
     except (OSError, RuntimeError, EOFError, KeyError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"'{path}' cannot be read as a checkpoint ({said}); give another one.") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"'{path}' cannot be read as a checkpoint ({reason}); give another one.") from error
     weights = content.get(_STATE) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not weights:
         raise ModelError(f"'{path}' is no checkpoint of a training: it holds no '{_STATE}'; give a .ckpt file.")
@@ -82,7 +83,7 @@ def _weights_of_folder(path: Path, trusted: bool) -> dict[str, Tensor]:
     reader = FileSystemReader(path) if trusted else _DataOnlyReader(path)
     try:
         _load_state_dict(content, storage_reader=reader, planner=planner, no_dist=True)
-    except CheckpointException as error:  # no subclass of Exception; what went wrong is in it
+    except CheckpointException as error:  # a BaseException, which holds those of the ranks
         raise next(iter(error.failures.values()))[0] from error
     if not content.get(_STATE):
         raise ModelError(f"'{path}' is no checkpoint of a training: it holds no '{_STATE}'; give another one.")
@@ -95,10 +96,10 @@ class _DataOnlyReader(FileSystemReader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._metadata = self._read_safely()  # here, since what fails below is reported in many lines
+        self._metadata = self._read_safely()  # here, since PyTorch wraps errors of read_metadata in many lines
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What is where."""
+        """Read already."""
         return self._metadata
 
     def _read_safely(self) -> Metadata:
@@ -108,9 +109,9 @@ class _DataOnlyReader(FileSystemReader):
                 metadata.storage_meta = metadata.storage_meta or StorageMeta()
                 metadata.storage_meta.load_id = self.load_id
             except (UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
-                said = str(error) or type(error).__name__
+                reason = str(error) or type(error).__name__
                 raise ModelError(
-                    f"the checkpoint '{self.path}' is damaged or holds more than tensors and plain values ({said}). "
+                    f"the checkpoint '{self.path}' is damaged or holds more than tensors and plain values ({reason}). "
                     "It is not unpickled, since that can run code. If you trust it, set model.trust_remote_code: true."
                 ) from error
         return metadata
@@ -148,7 +149,7 @@ _METADATA_CLASSES = {
     ),
     "torch.serialization": ("_get_layout",),
 }
-"""What the metadata of a distributed checkpoint is made of."""
+"""The classes of a distributed checkpoint's metadata."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -159,6 +160,19 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         raise UnpicklingError(f"it names {module}.{name}")
+
+
+def shared_names(module: torch.nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several, such as an output layer tied to the embeddings."""
+    names = defaultdict(list)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [of_parameter for of_parameter in names.values() if len(of_parameter) > 1]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of some names, and the number of the others, for messages."""
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def check_fit(weights: Mapping[str, Tensor], model: torch.nn.Module, checkpoint: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""A model as one folder, in the layout of Hugging Face and of NeMo's SALM, and weights that must fit.
+"""A model as one folder, in the layout of Hugging Face and of NeMo's SALM, and checks that weights fit.
 
 The folder holds ``model.safetensors``, ``config.json``, the tokenizer, and the language model's own config under
 ``llm_backbone``; nothing else is needed to load it with :func:`nemo_emmett.models.load`.
@@ -6,7 +6,6 @@ The folder holds ``model.safetensors``, ``config.json``, the tokenizer, and the 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,11 +26,11 @@ from nemo_emmett.callbacks.nonfinite import refuse_nonfinite
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ModelError
 from nemo_emmett.files import atomic_folder
-from nemo_emmett.models.checkpoint import read_checkpoint
+from nemo_emmett.models.checkpoint import listed, read_checkpoint, shared_names
 
 
 class Export:
-    """Writing and reading of weights for :class:`~nemo_emmett.models.base.SpeechTextModel`, which brings the rest."""
+    """Mixin of :class:`~nemo_emmett.models.base.SpeechTextModel`: writing and reading of folders and weights."""
 
     model_type: ClassVar[str] = "nemo_emmett"
     architecture: ClassVar[str | None] = None  # in config.json; None: the class's own name
@@ -70,7 +69,7 @@ class Export:
         again = {name for names in self.shared_weights() for name in names[1:]}
         kwargs.setdefault("repo_id", Path(folder).name)
         config = dict(kwargs.pop("config", None) or {}) | self._exported_config()
-        config.pop("trust_remote_code", None)  # who loads the folder decides
+        config.pop("trust_remote_code", None)  # decided by who loads the folder
         self._weights_to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}
         try:
             with atomic_folder(folder, last=CONFIG_NAME) as unfinished:
@@ -81,7 +80,7 @@ class Export:
             del self._weights_to_save
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """What huggingface_hub calls to have the weights written."""
+        """Write the weights; called by huggingface_hub."""
         save_file(self._weights_to_save, Path(save_directory) / SAFETENSORS_SINGLE_FILE, metadata={"format": "pt"})
 
     def _exported_config(self) -> dict[str, Any]:
@@ -101,10 +100,7 @@ class Export:
 
     def shared_weights(self) -> list[list[str]]:
         """The names of each parameter that has several, such as an output layer tied to the embeddings."""
-        names = defaultdict(list)
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            names[id(parameter)].append(name)
-        return [of_parameter for of_parameter in names.values() if len(of_parameter) > 1]
+        return shared_names(self)
 
     @classmethod
     def from_pretrained(
@@ -114,13 +110,13 @@ class Export:
 
         Args:
             pretrained_model_name_or_path: a folder, or a name on the Hugging Face Hub.
-            trust_remote_code: run code that came with the model; nothing in the folder can say so.
+            trust_remote_code: run code that came with the model; no file of the folder can set it.
             kwargs: of huggingface_hub's ``from_pretrained``.
 
         Raises:
             ModelError: if its ``config.json`` names what could run code, or the weights are not the model's.
         """
-        # Always given: huggingface_hub would take an argument that is not from the folder's config.json.
+        # Always given: huggingface_hub takes an argument that is absent from the folder's config.json.
         return super().from_pretrained(
             str(pretrained_model_name_or_path), trust_remote_code=trust_remote_code, **kwargs
         )
@@ -146,7 +142,7 @@ class Export:
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, trust_remote_code: bool = False, **kwargs: Any) -> Export:
-        """What huggingface_hub calls to have a model built and its weights read."""
+        """Build a model and read its weights; called by huggingface_hub."""
         if not trust_remote_code:
             _check_config(model_id, **{name: kwargs.get(name) for name in _WHERE_ON_THE_HUB})
         kwargs["for_loading"] = True
@@ -187,7 +183,7 @@ def _check_config(model_id: str, **where: Any) -> None:
     """Refuse a ``config.json`` that could run code; read as NeMo reads it."""
     path = cached_file(model_id, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where)
     if path is None:
-        return  # NeMo says so
+        return  # NeMo raises
     config = OmegaConf.to_container(OmegaConf.load(path))
     if not isinstance(config, dict):
         raise ModelError(f"'{path}' is not the config of a model; export the model again.")
@@ -210,12 +206,7 @@ def _check_weights(model: Export, path: Path) -> None:
     missing = sorted(expected - found)
     surplus = sorted(found - expected)
     if missing or surplus:
-        name, what = (missing[0], "lacks") if missing else (surplus[0], "has beside what the model needs")
+        what = f"lacks {listed(missing)}" if missing else f"holds the surplus {listed(surplus)}"
         raise ModelError(
-            f"'{path}' {what} '{name}'{_and_more(missing or surplus)}: it is not of the model that its config.json "
-            "describes; export the model again."
+            f"'{path}' {what}: it is not of the model that its config.json describes; export the model again."
         )
-
-
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

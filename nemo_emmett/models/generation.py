@@ -1,4 +1,4 @@
-"""What a model does once it is trained: it answers prompts, and translates texts and recordings.
+"""Generation: answers to prompts, and translations of texts and recordings.
 
 Shapes: B examples, T context tokens, A answer tokens, R recordings, N samples.
 """
@@ -6,8 +6,9 @@ Shapes: B examples, T context tokens, A answer tokens, R recordings, N samples.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import takewhile
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from transformers import GenerationConfig
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models.inputs import check_inputs, fill_batches, is_audio_path, load_recordings, recording_seconds
 from nemo_emmett.modules.batch import pack_left, padding_mask
+from nemo_emmett.modules.evaluation_mode import evaluation_mode
 from nemo_emmett.prompts.families import forbidden_text, prompt_formatter, stop_ids
+from nemo_emmett.prompts.instruction import translation_turns
 from nemo_emmett.prompts.languages import check_language
 from nemo_emmett.prompts.markup import Markup, Prompt
-from nemo_emmett.prompts.translation import translation_turns
+from nemo_emmett.typed_config import PositiveWhole, parse_value
 
 BATCH_TOKENS = 4096
 """Positions of the language model's input in a batch to translate: about ten recordings of half a minute."""
@@ -51,12 +54,12 @@ _PLAIN_SEARCH: dict[str, Any] = {
     "max_length": None,
     "max_new_tokens": None,
 }
-"""Hugging Face's own defaults. They are said anew each time, since pretrained checkpoints bring others: Qwen's sample
-and punish repetition, NLLB's search with beams, mBART's force an ending."""
+"""Hugging Face's own defaults, passed in every call, since pretrained checkpoints configure others: Qwen's sample and
+punish repetition, NLLB's use beam search, mBART's force a last token."""
 
 
 class Generation:
-    """Generation and translation for :class:`~nemo_emmett.models.base.SpeechTextModel`, which brings the rest."""
+    """Mixin of :class:`~nemo_emmett.models.base.SpeechTextModel`: generation and translation."""
 
     @torch.no_grad()
     def generate(
@@ -71,22 +74,22 @@ class Generation:
     ) -> Tensor:
         """Answer prompts; the arguments up to ``enable_thinking`` are those of NeMo's ``SALM.generate``.
 
-        The search is greedy unless told otherwise, whatever the pretrained checkpoint's generation config says.
+        The search is greedy by default, whatever the pretrained checkpoint's generation config sets.
 
         Args:
             prompts: (B, T) context ids, padded on either side; or conversations, lists of turns such as
-                ``{"role": "user", "slots": {...}, "audio": ["a.wav"]}``. In a message the audio locator stands for a
+                ``{"role": "user", "slots": {...}, "audio": ["a.wav"]}``. In a message the audio locator marks a
                 recording; other control tokens are text.
             audios: (R, N) float32 recordings in the order of the locators, unless the conversations name files.
             audio_lens: (R,) int64, samples.
-            generation_config: of transformers; what it sets holds unless ``generate_options`` say otherwise.
+            generation_config: of transformers; ``generate_options`` override what it sets.
             enable_thinking: passed on to prompt formats of models that reason before they answer.
             target_lang: language of the answers, of all or of each, for encoder-decoders whose decoder begins with a
                 language's token; default: the slot ``target_lang`` of each conversation.
             generate_options: passed on to Hugging Face ``generate``.
 
         Returns:
-            (B, A) int64 generated ids, without what the decoder was begun with.
+            (B, A) int64 generated ids, without those that the decoder started with.
 
         Raises:
             DataError: if a conversation has another number of locators than of audio files, or a batch of recordings.
@@ -121,7 +124,9 @@ class Generation:
                 )
             batch["examples"] = [{"target_lang": language} for language in languages]
         if generation_config is not None:
-            generate_options = _settings_of(generation_config) | generate_options
+            options = generation_config.to_diff_dict().items()
+            options = {name: value for name, value in options if name != "transformers_version" and value is not None}
+            generate_options = options | generate_options
         return self._generate_answers(batch, generate_options)
 
     @torch.no_grad()
@@ -129,7 +134,8 @@ class Generation:
         """Translations of the contexts of a one-modality batch, B strings."""
         answer_ids = self._generate_answers(batch, {"num_beams": num_beams, "max_new_tokens": max_new_tokens})
         stops = set(stop_ids(self._prompt_formatter(), self.tokenizer))
-        answers = [_before_stop(answer, stops) for answer in answer_ids.tolist()]
+        # The padding after an answer may be an ordinary token, where a tokenizer has no padding token.
+        answers = [list(takewhile(lambda token: token not in stops, answer)) for answer in answer_ids.tolist()]
         return [text.strip() for text in self.tokenizer.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     @torch.no_grad()
@@ -151,13 +157,13 @@ class Generation:
             target_lang: language code of the translations.
             num_beams: beams of the search; 1 is greedy.
             max_new_tokens: longest translation; default: the model's.
-            batch_tokens: positions of the language model's input that are worked on at once, padding included.
+            batch_tokens: most positions of the language model's input in a batch, padding included.
 
         Returns:
             One translation per input, in their order.
 
         Raises:
-            ConfigError: for a language that is unknown, or that the model does not have.
+            ConfigError: for a language that is unknown, or that the model has no token for.
             DataError: for an audio file that is missing or cannot be read.
 
         Example:
@@ -167,9 +173,8 @@ class Generation:
         check_language(target_lang, "target_lang")
         if source_lang is not None:
             check_language(source_lang, "source_lang")
-        for name, number in (("num_beams", num_beams), ("max_new_tokens", max_new_tokens)):
-            if number is not None and number < 1:
-                raise ConfigError(f"{name}: {number} cannot be; give a number of at least 1.")
+        parse_value(PositiveWhole, num_beams, "num_beams")
+        parse_value(PositiveWhole | None, max_new_tokens, "max_new_tokens")
         check_inputs(inputs)
         recordings = {i: item for i, item in enumerate(inputs) if is_audio_path(item)}
         locator = Markup(self.options.audio_locator_tag)
@@ -196,7 +201,7 @@ class Generation:
     def _contexts_of(
         self, conversations: Sequence[Sequence[dict]], enable_thinking: bool | None = None
     ) -> list[Tensor]:
-        """What the model reads of each conversation, (T,) ids."""
+        """The context of each conversation, (T,) ids."""
         formatter = self._prompt_formatter()
         hints = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         forbidden = forbidden_text(self.options.prompt_format, self.tokenizer)
@@ -217,7 +222,7 @@ class Generation:
         return contexts
 
     def _check_texts(self, turns: Sequence[Mapping], forbidden: re.Pattern) -> None:
-        """Refuse what a prompt format of NeMo's would take for a control token, but for the audio locators."""
+        """Refuse texts in which a prompt format of NeMo's would find control tokens other than audio locators."""
         for turn in turns:
             for text in (turn.get("content"), *(turn.get("slots") or {}).values()):
                 if found := forbidden.search(str(text or "").replace(self.options.audio_locator_tag, "")):
@@ -243,7 +248,7 @@ class Generation:
         return ids.to(self.device), lens.to(self.device)
 
     def _generate_answers(self, batch: Mapping, options: Mapping[str, Any]) -> Tensor:
-        """(B, A) ids, by the options and, where they say nothing, a plain search up to the end of the answer."""
+        """(B, A) ids by the options; those that are absent are of a greedy search up to the end of the answer."""
         search = _PLAIN_SEARCH | {
             "eos_token_id": stop_ids(self._prompt_formatter(), self.tokenizer),
             "pad_token_id": self.pad_id,
@@ -255,19 +260,8 @@ class Generation:
             search["max_new_tokens"] = self.options.max_new_tokens
         # Compiled blocks are compiled for training: a cache that grows would have them compiled again and again.
         eager = torch.compiler.set_stance("force_eager") if self.options.compile else nullcontext()
-        with self._in_evaluation_mode(), eager:
+        with evaluation_mode(self), eager:
             return self.generate_answers(batch, **search)
-
-    @contextmanager
-    def _in_evaluation_mode(self) -> Iterator[None]:
-        """Without dropout; every part gets its mode back."""
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
 
 def _check_prompts(prompts: Tensor | Sequence[Sequence[dict]]) -> None:
@@ -278,20 +272,8 @@ def _check_prompts(prompts: Tensor | Sequence[Sequence[dict]]) -> None:
         raise DataError("prompts: there are none; give at least one.")
 
 
-def _settings_of(config: GenerationConfig) -> dict[str, Any]:
-    """What a generation config sets, as arguments of ``generate``."""
-    settings = config.to_diff_dict()
-    return {name: value for name, value in settings.items() if name != "transformers_version" and value is not None}
-
-
-def _before_stop(answer: Sequence[int], stops: Collection[int]) -> list[int]:
-    """The answer alone: padding that follows it may be an ordinary token, where a tokenizer has none for it."""
-    end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
-    return list(answer[:end])
-
-
 def _target_lang(turns: Sequence[dict]) -> str | None:
-    """The language that a conversation asks for, if its turns say it."""
+    """The target language in the slots of a conversation's last turn that has one."""
     languages = [(turn.get("slots") or {}).get("target_lang") for turn in turns]
     return next((language for language in reversed(languages) if language), None)
 

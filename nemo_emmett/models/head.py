@@ -1,8 +1,8 @@
-"""The language model's output layer, asked for losses instead of logits.
+"""The language model's output layer, which returns losses instead of logits.
 
-Vocabularies of 32 k to 256 k tokens make the logits the largest tensor of a training step. So the layer is handed a
-question, and answers it from the hidden states at the answers' positions alone. It does so within the language model's
-own forward pass: whatever is hooked to it (FSDP2's gathering of weights, LoRA, DDP) sees what it knows.
+Vocabularies of 32 k to 256 k tokens make the logits the largest tensor of a training step. So the layer's ``forward``
+is replaced for one pass of the language model, by one that computes losses from the hidden states at the answers'
+positions.
 
 Shapes: B examples, S positions of the language model's output, A answer tokens, N = B x A, V vocabulary, H hidden size.
 """
@@ -28,13 +28,13 @@ LINEAR_HEADS = frozenset(
         *("m2m_100", "mbart", "mt5", "t5", "umt5"),
     }
 )
-"""Model types of transformers whose logits are those of a linear layer, but for a bias and a soft cap that are known
-here. Any other makes its logits as it does, at the answers' positions."""
+"""Model types of transformers whose logits are those of a linear layer, except for a bias and a soft cap that
+:class:`LinearHead` has. Any other type computes its logits, at the answers' positions."""
 
 
 @dataclass(frozen=True)
 class LLMInputs:
-    """What a language model reads of a batch, and what it should say.
+    """The inputs of a language model for a batch, and its targets.
 
     Args:
         kwargs: arguments of its forward pass.
@@ -72,7 +72,7 @@ def answer_loss(llm: PreTrainedModel, inputs: LLMInputs, label_smoothing: float,
 
     Args:
         llm: a Hugging Face model with an output layer.
-        inputs: what it reads.
+        inputs: of its forward pass.
         label_smoothing: share of a target's probability that goes to all tokens alike.
         implementation: of :func:`~nemo_emmett.modules.linear_cross_entropy.linear_cross_entropy`.
     """
@@ -120,37 +120,25 @@ def answer_scores(llm: PreTrainedModel, inputs: LLMInputs) -> tuple[Tensor, Tens
 
 
 def has_linear_head(llm: PreTrainedModel) -> bool:
-    """Whether the logits are known to be those of a :class:`LinearHead`; LoRA in the output layer makes them others."""
-    return llm.config.model_type in LINEAR_HEADS and _is_linear(output_layer(llm))
+    """Whether the logits are those of a :class:`LinearHead`; with LoRA in the output layer they are not."""
+    layer = output_layer(llm)
+    # FSDP2 gives a module a subclass of its class, which inherits the forward.
+    is_linear = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return is_linear and llm.config.model_type in LINEAR_HEADS
 
 
 def output_layer(llm: PreTrainedModel) -> nn.Module:
-    """The layer that makes logits; transformers itself does not find it once the token embeddings are taken out."""
+    """The layer that computes logits; transformers does not find it once the token embeddings are detached."""
     owner = unwrap_peft(llm)
     return owner.lm_head if hasattr(owner, "lm_head") else owner.get_output_embeddings()
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    # FSDP2 gives a module a subclass of its class.
-    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
 
 
 def _run(
     llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[[Tensor, LinearHead], Tensor] | None = None
 ) -> Tensor:
-    """The language model's forward pass, in which its output layer sees the answers' positions alone, (N, H), and
-    ``answer`` stands for it, if given."""
+    """The language model's forward pass, in which its output layer gets the answers' positions only, (N, H), and is
+    replaced by ``answer``, if given."""
     layer = output_layer(llm)
-    with ExitStack() as stack:
-        stack.enter_context(_selecting(layer, inputs))
-        if answer is not None:
-            stack.enter_context(_answering(layer, answer, *stack.enter_context(_bare_logits(llm))))
-        return llm(**inputs.kwargs, use_cache=False).logits
-
-
-@contextmanager
-def _selecting(layer: nn.Module, inputs: LLMInputs) -> Iterator[None]:
-    """Reduce what the output layer is given, (B, S, H), to the answers' positions, (N, H)."""
 
     def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (hidden_BSH,) = args
@@ -161,43 +149,35 @@ def _selecting(layer: nn.Module, inputs: LLMInputs) -> Iterator[None]:
         row_B1 = torch.arange(B, device=hidden_BSH.device)[:, None] * S
         return (hidden_XH.index_select(0, (row_B1 + inputs.positions_BA).flatten()),)
 
-    handle = layer.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with ExitStack() as stack:
+        stack.callback(layer.register_forward_pre_hook(select).remove)
+        if answer is not None:
+            bias_V, softcap = stack.enter_context(_without_bias_and_softcap(unwrap_peft(llm)))
+
+            def forward(hidden_NH: Tensor) -> Tensor:
+                # The loss is computed within the layer's own call, not before or after it: FSDP2 gathers the weight in
+                # a hook of this call, and hooks of FSDP2 and DDP receive its gradient. So the weight is read only here.
+                return answer(hidden_NH, LinearHead(layer.weight, layer.bias if bias_V is None else bias_V, softcap))
+
+            layer.forward = forward
+            stack.callback(delattr, layer, "forward")  # the class's own is used again
+        return llm(**inputs.kwargs, use_cache=False).logits
 
 
 @contextmanager
-def _answering(
-    layer: nn.Linear, answer: Callable[[Tensor, LinearHead], Tensor], bias_V: Tensor | None, softcap: float | None
-) -> Iterator[None]:
-    def forward(hidden_NH: Tensor) -> Tensor:
-        # Looked up now: FSDP2 puts the gathered weight in its place only for the forward pass.
-        bias = layer.bias if bias_V is None else bias_V
-        return answer(hidden_NH, LinearHead(layer.weight, bias, softcap))
-
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        del layer.forward
-
-
-@contextmanager
-def _bare_logits(llm: PreTrainedModel) -> Iterator[tuple[Tensor | None, float | None]]:
-    """Keep a model from changing what its output layer returns; yields the bias and the soft cap it would apply."""
-    owner = unwrap_peft(llm)
-    softcap = getattr(owner.config, "final_logit_softcapping", None)
-    bias_1V = owner._buffers.get("final_logits_bias")  # mBART's
+def _without_bias_and_softcap(llm: PreTrainedModel) -> Iterator[tuple[Tensor | None, float | None]]:
+    """Within it the model does not apply its bias and soft cap to the output layer's result, which is a loss; yields
+    both."""
+    softcap = getattr(llm.config, "final_logit_softcapping", None)
+    bias_1V = llm._buffers.get("final_logits_bias")  # mBART's
     try:
         if softcap is not None:
-            owner.config.final_logit_softcapping = None
+            llm.config.final_logit_softcapping = None
         if bias_1V is not None:
-            owner._buffers["final_logits_bias"] = bias_1V.new_zeros(())
+            llm._buffers["final_logits_bias"] = bias_1V.new_zeros(())
         yield (None if bias_1V is None else bias_1V[0]), softcap
     finally:
         if softcap is not None:
-            owner.config.final_logit_softcapping = softcap
+            llm.config.final_logit_softcapping = softcap
         if bias_1V is not None:
-            owner._buffers["final_logits_bias"] = bias_1V
+            llm._buffers["final_logits_bias"] = bias_1V

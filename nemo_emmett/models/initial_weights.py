@@ -1,8 +1,8 @@
 """Weights that a training starts from: NeMo's keys ``init_from_checkpoint``, ``pretrained_s2s_model`` and
 ``pretrained_perception_from_s2s``.
 
-NeMo (``nemo.collections.speechlm2.parts.pretrained``) takes what has a known name and the right number of values, and
-leaves the rest as it was. Here a checkpoint fits the model or is refused: a part that silently keeps random weights
+NeMo (``nemo.collections.speechlm2.parts.pretrained``) takes weights of a matching name and number of values, and keeps
+the model's other weights. Here a checkpoint that does not fit the model is refused, since a part with random weights
 would be noticed after the training, if at all. The same checkpoint gives the same weights as in NeMo's SALM.
 """
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nemo_emmett.errors import ModelError
-from nemo_emmett.models.checkpoint import read_weights
+from nemo_emmett.models.checkpoint import listed, read_weights, shared_names
 
 WHOLE_MODEL_KEYS = ("pretrained_s2s_model", "init_from_checkpoint")
 """Keys that name a checkpoint of the whole model, in the order in which NeMo reads them."""
@@ -28,7 +28,7 @@ PERCEPTION_KEY = "pretrained_perception_from_s2s"
 """Key that names a checkpoint of which only the speech encoder and the modality adapter are taken."""
 
 INITIAL_WEIGHTS_KEYS = (PERCEPTION_KEY, *WHOLE_MODEL_KEYS, "incremental_loading")
-"""NeMo's keys that say where a training starts; they are no part of the model that comes out of it."""
+"""NeMo's keys for where a training starts; they are no part of the trained model."""
 
 _PERCEPTION = "perception."
 _LORA = ".lora_"
@@ -38,11 +38,11 @@ _REMEDY = (
     f"only speech encoder and modality adapter by model.{PERCEPTION_KEY}"
 )
 _PEFT_LEVELS = ("base_layer.", "original_module.", "modules_to_save.default.")
-"""What peft inserts into the name of a weight that it adapts or copies."""
+"""Parts of names that peft inserts for a weight that it adapts or copies."""
 
 
 def check_initial_weights(paths: Mapping[str, str]) -> None:
-    """Refuse checkpoints that are not there, before anything is built.
+    """Check that the checkpoints exist, before anything is built.
 
     Args:
         paths: what the keys of the ``model`` section name.
@@ -110,7 +110,7 @@ def _fitted(weights: Mapping[str, Tensor], model: nn.Module, place: str) -> dict
     own = model.state_dict()
     adapts = not any(_LORA in name for name in weights)  # a checkpoint without LoRA may start a training with it
     sources = {name: _without_peft(name) if adapts and name not in weights else name for name in own}
-    for names in _shared_names(model):
+    for names in shared_names(model):
         if there := [sources[name] for name in names if sources[name] in weights]:
             sources.update({name: there[0] for name in names if sources[name] not in weights})
     missing = [name for name, source in sources.items() if source not in weights and not (adapts and _LORA in name)]
@@ -131,23 +131,12 @@ def _without_peft(name: str) -> str:
     return name
 
 
-def _shared_names(model: nn.Module) -> list[list[str]]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [of_parameter for of_parameter in names.values() if len(of_parameter) > 1]
-
-
 def _difference(missing: list[str], surplus: list[str]) -> str:
     if adapters := [name for name in surplus if _LORA in name]:
         return f"it holds LoRA adapters ('{adapters[0]}'); give the model.lora of its training"
-    parts = [f"it lacks {_listed(missing)}"] if missing else []
-    parts += [f"it holds {_listed(surplus)}, which this model does not have"] if surplus else []
+    parts = [f"it lacks {listed(missing)}"] if missing else []
+    parts += [f"it holds {listed(surplus)}, which this model does not have"] if surplus else []
     return f"{' and '.join(parts)}; {_REMEDY}"
-
-
-def _listed(names: list[str]) -> str:
-    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _other_shape(name: str, there: Tensor, here: Tensor) -> str:
@@ -163,12 +152,12 @@ def _other_shape(name: str, there: Tensor, here: Tensor) -> str:
 
 
 def _check_ties(model: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
-    """Refuse a checkpoint with two values for what is one parameter here, of which the last one would be taken.
+    """Refuse a checkpoint with two values for one parameter of the model, of which the last would be used.
 
     Raises:
         ModelError: naming both.
     """
-    for first, *others in _shared_names(model):
+    for first, *others in shared_names(model):
         for other in others:
             if weights[first] is not weights[other] and not torch.equal(weights[first], weights[other]):
                 raise ModelError(

@@ -1,6 +1,6 @@
-"""What a user asks to translate: texts, and audio files; how they fill batches.
+"""Inputs of a translation, texts and audio files, and batches of them.
 
-Cheap to import, so that a command can look at its arguments before it loads a model.
+Cheap to import, so that a command can check its arguments before it loads a model.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from nemo_emmett.audio_file import AudioFault, Header
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".mp4", ".sph", ".webm"})
-"""Endings by which a string is taken for the path of a recording."""
-
+"""A string with one of these suffixes is the path of a recording."""
 
 _SENTENCES = {
     "missing audio": "does not exist",
@@ -28,16 +27,16 @@ _SENTENCES = {
     "audio holds values that are not numbers": "holds values that are not numbers; convert it again",
     "audio far above full scale": "holds values far above full scale, which is 1; convert it again",
 }
-"""What is said of a file that cannot be translated, by the cause under which a training would count it."""
+"""Messages for files that cannot be translated, by the cause under which training counts skipped records."""
 
 
 def is_audio_path(item: str | Path) -> bool:
-    """Whether an input is a recording: a ``Path``, or a string that ends like an audio file's name."""
+    """Whether an input is a recording: a ``Path``, or a string with an audio file's suffix."""
     return isinstance(item, Path) or Path(item).suffix.lower() in AUDIO_SUFFIXES
 
 
 def check_inputs(inputs: Sequence[str | Path]) -> None:
-    """Look for inputs that are none, and recordings that are not there.
+    """Check that inputs are texts or paths, and that recordings exist.
 
     Raises:
         DataError: naming the first one.

@@ -27,8 +27,8 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> SpeechTextMo
     Args:
         folder: what ``save_pretrained`` wrote (``train.py`` exports to its recipe's ``export_dir``); a folder that NeMo
             wrote of its SALM becomes a :class:`~nemo_emmett.models.SALMGPT`.
-        trust_remote_code: run code that came with the model, of a language model that transformers does not know. Only
-            the caller decides this, not the folder (docs/security.md).
+        trust_remote_code: run code that came with the model, for a language model that transformers lacks. Only the
+            caller decides this, not the folder (docs/security.md).
 
     Returns:
         The model, in evaluation mode, on the CPU.
@@ -53,7 +53,7 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> SpeechTextMo
 def _class_of(config_path: Path) -> type[SpeechTextModel]:
     try:
         config = json.loads(config_path.read_text())
-        # NeMo does not say which of its models wrote a folder; of those with an audio locator this is SALM.
+        # NeMo's folders do not name their class; the one with an audio locator is SALM.
         is_nemo_salm = "_target_" not in config and "audio_locator_tag" in config
         name = _SALM_GPT if is_nemo_salm else config["_target_"]
         model_class = _class_named(name)
@@ -68,7 +68,7 @@ def _class_of(config_path: Path) -> type[SpeechTextModel]:
 
 
 def _class_named(name: str) -> Any:
-    """What a class path leads to, without importing what only the folder names: importing a module runs it."""
+    """The object at a class path; a module that only the folder names is not imported, since that would run it."""
     if name.startswith(_OWN_MODELS):
         return get_class(name)
     for point in entry_points(group="nemo_emmett.models"):

@@ -1,7 +1,7 @@
-"""A training step in pieces: a batch cut into smaller ones, which together give its loss and its gradient.
+"""A training step in microbatches, which together give the loss and the gradient of the whole batch.
 
-OOMptimizer's guard redoes a step that ran out of memory so. A modality's loss is a mean over the tokens of the whole
-batch on all ranks; so the pieces divide by the whole's count, and their losses add up.
+OOMptimizer's guard uses it to redo a step that ran out of memory. A modality's loss is a mean over the tokens of the
+whole batch on all ranks; so each microbatch divides by the count of the whole, and the losses add up.
 
 Shapes: B examples, T tokens, R recordings, N samples, M modalities.
 """
@@ -20,31 +20,31 @@ from nemo_emmett.modules.batch import MODALITIES, length_mask, split_modalities
 from nemo_emmett.modules.loss import sum_over_ranks
 
 
-def cut_batch(batch: Mapping, pieces: int, pad_id: int, locator_id: int) -> list[Mapping]:
-    """Cut a batch into at most so many smaller ones, each of one modality, together the same examples in their order.
+def cut_batch(batch: Mapping, number: int, pad_id: int, locator_id: int) -> list[Mapping]:
+    """Cut a batch into microbatches of one modality each, which hold the same examples in the same order.
 
     Args:
         batch: in any form that :func:`~nemo_emmett.modules.batch.split_modalities` takes.
-        pieces: how many; a batch of both modalities makes two at least, unless one is asked for.
+        number: most microbatches; from 2 on, a batch of both modalities gives at least two.
         pad_id: the tokenizer's padding id.
         locator_id: the id of the audio locator token.
 
     Returns:
         Batches such as ``{"audio": {...}}``, speech before text, padded no further than their own longest example.
     """
-    if pieces <= 1:
+    if number <= 1:
         return [batch]
     parts = split_modalities(batch, pad_id)
-    of_each = max(1, pieces // len(parts))
-    return [{modality: piece} for modality, part in parts.items() for piece in _cut_examples(part, of_each, locator_id)]
-
-
-def _cut_examples(part: Mapping, pieces: int, locator_id: int) -> list[dict[str, Any]]:
-    B = len(part["context_lens"])
-    pieces = min(pieces, B)
-    starts = [B * piece // pieces for piece in range(pieces + 1)]
-    recordings = _recordings_before(part, locator_id)
-    return [_examples(part, slice(a, b), slice(recordings[a], recordings[b])) for a, b in pairwise(starts)]
+    microbatches = []
+    for modality, part in parts.items():
+        B = len(part["context_lens"])
+        number_of_part = min(max(1, number // len(parts)), B)
+        starts = [B * i // number_of_part for i in range(number_of_part + 1)]
+        recordings = _recordings_before(part, locator_id)
+        microbatches += [
+            {modality: _examples(part, slice(a, b), slice(recordings[a], recordings[b]))} for a, b in pairwise(starts)
+        ]
+    return microbatches
 
 
 def _recordings_before(part: Mapping, locator_id: int) -> list[int]:
@@ -58,14 +58,14 @@ def _recordings_before(part: Mapping, locator_id: int) -> list[int]:
 
 def _examples(part: Mapping, rows: slice, recordings: slice) -> dict[str, Any]:
     """Some examples of a one-modality batch, with their recordings."""
-    piece = {key: value[rows] for key, value in part.items() if value is not None and not key.startswith("audio")}
+    chosen = {key: value[rows] for key, value in part.items() if value is not None and not key.startswith("audio")}
     for name in ("context_ids", "context_targets", "answer_ids"):
-        if name in piece:
-            piece[name] = _trimmed(piece[name], piece[f"{name.partition('_')[0]}_lens"])
+        if name in chosen:
+            chosen[name] = _trimmed(chosen[name], chosen[f"{name.partition('_')[0]}_lens"])
     if part.get("audios") is not None and recordings.start < recordings.stop:
-        piece["audio_lens"] = part["audio_lens"][recordings]
-        piece["audios"] = _trimmed(part["audios"][recordings], piece["audio_lens"])
-    return piece
+        chosen["audio_lens"] = part["audio_lens"][recordings]
+        chosen["audios"] = _trimmed(part["audios"][recordings], chosen["audio_lens"])
+    return chosen
 
 
 def _trimmed(padded: Tensor, lens: Tensor) -> Tensor:
@@ -74,15 +74,14 @@ def _trimmed(padded: Tensor, lens: Tensor) -> Tensor:
 
 def target_counts(parts: Mapping[str, Mapping], device: torch.device) -> Tensor:
     """(M,) int64 target tokens of the one-modality batches of a step; 0 where a modality is absent."""
-    none = torch.zeros((), dtype=torch.long, device=device)
-    return torch.stack([_target_count(parts[m]) if m in parts else none for m in MODALITIES])
-
-
-def _target_count(part: Mapping) -> Tensor:
-    """Tokens of the answers, and of the answers of earlier turns."""
-    count = part["answer_lens"].sum()
-    earlier = part.get("context_targets")
-    return count if earlier is None else count + earlier.sum()
+    counts = []
+    for modality in MODALITIES:
+        part = parts.get(modality)
+        count = torch.zeros((), dtype=torch.long, device=device) if part is None else part["answer_lens"].sum()
+        if part is not None and part.get("context_targets") is not None:  # answers of earlier turns
+            count = count + part["context_targets"].sum()
+        counts.append(count)
+    return torch.stack(counts)
 
 
 class TokenCounts:
@@ -101,7 +100,7 @@ class TokenCounts:
         self._totals_M: Tensor | None = None
 
     def are_of(self, batch: Mapping) -> bool:
-        """Whether this is the batch; DDP hands on its tensors in a new dict."""
+        """Whether this is the batch; DDP passes its tensors in a new dict."""
         return self._mark is not None and self._mark() is _any_tensor(batch)
 
     def over_all_ranks(self) -> Tensor:
@@ -112,7 +111,7 @@ class TokenCounts:
 
 
 class MicrobatchLoss:
-    """What the pieces of a step have added up to so far."""
+    """The sum of the losses of a step's microbatches so far."""
 
     def __init__(self, counts: TokenCounts) -> None:
         self._counts = counts
@@ -120,21 +119,21 @@ class MicrobatchLoss:
         self._tokens_M = torch.zeros_like(counts.here_M)
 
     def add(self, loss_sums_M: Tensor, token_counts_M: Tensor) -> None:
-        """Count a piece: (M,) summed cross-entropies, nats, and (M,) target tokens."""
+        """Add a microbatch: (M,) summed cross-entropies, nats, and (M,) target tokens."""
         self._losses_M += loss_sums_M.detach()
         self._tokens_M += token_counts_M
 
     def loss_sums(self) -> Tensor:
         """(M,) summed cross-entropies of the whole batch, nats.
 
-        A piece whose backward pass ran out of memory comes again in smaller ones; so this is the mean over all tokens
-        that came, times the tokens of the batch.
+        A microbatch whose backward pass ran out of memory is added again in smaller ones; so this is the mean over all
+        tokens that were added, times the tokens of the batch.
         """
         return self._losses_M / self._tokens_M.clamp(min=1) * self._counts.here_M
 
 
 def _any_tensor(batch: Mapping) -> Tensor:
-    """A tensor by which to know a batch again."""
+    """A tensor that identifies a batch."""
     for key in ("input_ids", "context_ids"):
         if key in batch:
             return batch[key]

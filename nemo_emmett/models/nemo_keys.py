@@ -1,7 +1,7 @@
 """Keys of the ``model`` section that other speechlm2 models of NeMo have and ours do not (NeMo 3.0.0).
 
-A key that is not honoured must not be ignored: a recipe that asks for NeMo Automodel, say, would train something else.
-``docs/nemo_recipes.md`` lists the keys of NeMo's recipes with what becomes of each.
+They are refused, not ignored: a recipe for NeMo Automodel, for example, would train another model.
+``docs/nemo_recipes.md`` lists the keys of NeMo's recipes and how each is treated.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ NEMO_KEYS: dict[str, str] = {
 
 
 def is_off(value: Any) -> bool:
-    """Whether a value asks for nothing: null, false, 0, an empty collection, or a mapping with ``enabled: false``.
+    """Whether a value has no effect: null, false, 0, an empty collection, or a mapping with ``enabled: false``.
 
     Example:
         >>> is_off({"enabled": False, "mode": "brief"}), is_off(0.01)

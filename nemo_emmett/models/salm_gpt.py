@@ -1,7 +1,7 @@
 """SALM-GPT: encoded speech among the prompt's tokens, read by a decoder-only language model.
 
 The layout is that of SALM (arXiv 2310.09424) as NeMo has it (``nemo.collections.speechlm2.models.SALM``): a recording
-stands in the prompt where its locator token is. Parameters have NeMo's names, so checkpoints and folders are exchanged
+replaces its locator token in the prompt. Parameters have NeMo's names, so checkpoints and folders are interchangeable
 with NeMo's SALM. Unlike it, a batch may hold speech, text, or both (EMMeTT, arXiv 2409.13523, section 3.1), and logits
 are never made but for the answers' tokens.
 
@@ -11,21 +11,19 @@ Shapes: B examples, T tokens, S positions after audio is placed, A answer tokens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
 from nemo_emmett.models.base import SpeechTextModel
-from nemo_emmett.models.causal import context_and_answer, context_only, detach_embeddings, reattach_embeddings
+from nemo_emmett.models.causal import DecoderOnly, context_and_answer, context_only
 from nemo_emmett.models.head import LLMInputs
 from nemo_emmett.modules.batch import padding_mask
 from nemo_emmett.modules.loss import IGNORE_INDEX
 
 
-class SALMGPT(SpeechTextModel):
+class SALMGPT(DecoderOnly, SpeechTextModel):
     """Speech and text translation by one decoder-only language model (Llama, Qwen, Mistral, Gemma).
 
     Args:
@@ -36,31 +34,17 @@ class SALMGPT(SpeechTextModel):
         ConfigError: for a misspelt key.
     """
 
-    auto_class = AutoModelForCausalLM
-    is_encoder_decoder = False
-    # What NeMo writes, and vLLM's plugin for NeMo looks for.
+    # NeMo's values, by which vLLM's plugin for NeMo recognises the model.
     model_type = "nemo_speechlm"
     architecture = "NeMoSpeechLMForConditionalGeneration"
-
-    def _post_init_llm(self) -> None:
-        self.embed_tokens = detach_embeddings(self.llm)
-
-    @property
-    def token_embedding(self) -> nn.Module:
-        """Kept outside of the language model."""
-        return self.embed_tokens
-
-    def embeddings_inside(self) -> AbstractContextManager[None]:
-        """See :meth:`SpeechTextModel.embeddings_inside`."""
-        return reattach_embeddings(self.llm, self.embed_tokens)
 
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
         """Contexts and answers one after another, padded on the right.
 
-        There is no attention mask: what stands on the right is out of a causal model's sight.
+        There is no attention mask: a causal model does not attend to the right.
         """
         read = context_and_answer(batch)
-        # Where earlier turns are trained on as well, only the values tell how many targets there are at most.
+        # Where earlier turns are trained on as well, the most targets of a row depend on the values.
         max_targets = batch["answer_ids"].shape[1] if batch.get("context_targets") is None else None
         placed = self.place(batch, read.ids_BT, read.mask_BT, is_target_BT=read.is_target_BT, max_targets=max_targets)
         # Nothing is predicted from the last token of the longest example, unless there is no other.
@@ -98,16 +82,16 @@ class SALMGPT(SpeechTextModel):
         """
         if isinstance(input_embeds, Mapping):
             return super().forward(input_embeds)
-        said = self.llm(
+        output = self.llm(
             inputs_embeds=input_embeds,
             attention_mask=attention_mask,
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        return {"logits": said.logits} | ({"cache": said.past_key_values} if cache is not None else {})
+        return {"logits": output.logits} | ({"cache": output.past_key_values} if cache is not None else {})
 
     def prepare_inputs(self, batch: Mapping) -> dict[str, Tensor]:
-        """What NeMo's SALM makes of its flat batch, padded on the left as there.
+        """The inputs that NeMo's SALM makes of its flat batch, padded on the left as there.
 
         Args:
             batch: ``input_ids`` (B, T), ``loss_mask`` (B, T), ``audios`` (R, N), ``audio_lens`` (R,).

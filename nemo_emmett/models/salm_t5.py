@@ -1,11 +1,11 @@
 """SALM-T5: a speech encoder in front of a pretrained encoder-decoder.
 
-Speech is encoded to embeddings of the language model's width and stands in the text encoder's input where the prompt
-has its audio locator token, so that speech and text translation differ in nothing but the input's origin
-(EMMeTT, arXiv 2409.13523, section 3.1). The decoder is the language model's own.
+Speech is encoded to embeddings of the language model's width, which replace the audio locator token in the text
+encoder's input, so that speech and text translation differ in the input's origin only (EMMeTT, arXiv 2409.13523,
+section 3.1). The decoder is the language model's own.
 
-How a family names languages is its prompt format's matter (:class:`~nemo_emmett.prompts.seq2seq.Seq2SeqPrompt`): what
-stands in the context, in the answer, and what the decoder is begun with in generation.
+The prompt format (:class:`~nemo_emmett.prompts.seq2seq.Seq2SeqPrompt`) defines how a family names languages: in the
+context, in the answer, and in the tokens with which the decoder starts generation.
 
 Shapes: B examples, T context tokens, S encoder positions, A answer tokens, D tokens that begin the decoder, H hidden
 size.
@@ -29,11 +29,10 @@ from nemo_emmett.modules.placement import Placed
 from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
 
 _BEGINS_WITH_LAST_LABEL = frozenset({"mbart"})
-"""Model types that have no start token: the decoder first reads what the answer ends in."""
-
+"""Model types that have no start token: the decoder starts with the answer's last token."""
 
 _COUNTED_POSITIONS = frozenset({"mbart"})
-"""Model types with a learned embedding for each position, of which there are so many and no more."""
+"""Model types with a learned embedding for each position, and so a greatest length."""
 
 
 class SALMT5(SpeechTextModel):
@@ -59,7 +58,7 @@ class SALMT5(SpeechTextModel):
         return self.llm.get_input_embeddings()
 
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
-        """The context for the encoder, and for the decoder the answer, each token of which those before it predict."""
+        """The context for the encoder, and the answer for the decoder."""
         answer_ids_BA, answer_lens_B = batch["answer_ids"], batch["answer_lens"]
         is_answer_BA = length_mask(answer_lens_B, answer_ids_BA.shape[1])
         # The decoder has no embedding for a locator, nor a logit.
@@ -75,7 +74,7 @@ class SALMT5(SpeechTextModel):
         )
 
     def encoder_inputs(self, batch: Mapping, locators_elsewhere: Tensor | None = None) -> Placed:
-        """What the text encoder reads, padded on the right, since some families count positions from the left.
+        """The text encoder's input, padded on the right, since some families count positions from the left.
 
         Args:
             batch: one-modality batch.
@@ -109,12 +108,12 @@ class SALMT5(SpeechTextModel):
         """Answer the contexts of a one-modality batch.
 
         Args:
-            batch: its ``examples`` say the target languages, where the family needs to know.
+            batch: its ``examples`` hold the target languages, where the family needs them.
             generate_options: of Hugging Face ``generate``; the caller's own ``decoder_input_ids`` (B, D),
-                ``decoder_start_token_id`` or ``forced_bos_token_id`` stand for what the target languages would give.
+                ``decoder_start_token_id`` or ``forced_bos_token_id`` replace those of the target languages.
 
         Returns:
-            (B, A) generated ids, without those that the decoder was begun with.
+            (B, A) generated ids, without those that the decoder started with.
 
         Raises:
             ConfigError: if the target language is needed and not known, or not the model's.
@@ -122,12 +121,12 @@ class SALMT5(SpeechTextModel):
         placed = self.encoder_inputs(batch)
         start_BD = self._decoder_start(batch, generate_options)
         own = {"decoder_input_ids": start_BD, "decoder_start_token_id": start_BD[:, 0].tolist()}
-        said = self.llm.generate(
+        ids = self.llm.generate(
             inputs_embeds=placed.embeds_BSH,
             attention_mask=placed.mask_BS.long(),
             **generate_options | own,
         )
-        return said[:, start_BD.shape[1] :]
+        return ids[:, start_BD.shape[1] :]
 
     def _decoder_start(self, batch: Mapping, options: Mapping[str, Any]) -> Tensor:
         """(B, D) ids that the decoder reads before it generates."""
@@ -150,8 +149,8 @@ class SALMT5(SpeechTextModel):
 def _untie_output_layer(model: SALMT5, weights: Mapping[str, Tensor], *_: Any) -> None:
     """Give the output layer weights of its own before such are loaded into it.
 
-    T5 1.1, mT5, UMT5 and UL2 have them, but transformers takes all of them for tied until it meets the published
-    weights, which a model that is built from its config alone never does.
+    T5 1.1, mT5, UMT5 and UL2 have them, but transformers ties them until it loads the published weights, which it does
+    not for a model that is built from its config alone.
     """
     for names in model.shared_weights():
         # peft puts the layer that it adapts, or copies, one level deeper.

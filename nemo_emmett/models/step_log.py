@@ -1,7 +1,7 @@
-"""What a training step logs of each modality: means over the steps since the logger last wrote.
+"""The log of a training step, by modality: means over the steps since the logger last wrote.
 
-A single step may hold one modality only, and a logger that writes every tenth step of an alternating training would see
-the same one each time; so what is logged is a moving window, as long as the logger's interval.
+A step may hold one modality only, and a logger that writes every tenth step of an alternating training would get the
+same one each time; so the values are of a moving window, as long as the logger's interval.
 
 Shapes: M modalities.
 """
@@ -22,7 +22,8 @@ _COLUMNS = ("loss_sum", "tokens", "examples", "padding", "cells")
 
 
 class StepLog:
-    """The last steps' losses, tokens, examples and padding, by modality.
+    """The last steps' losses, tokens, examples, padding and cells by modality; cells are samples of speech, or
+    tokens of text.
 
     Args:
         window: steps; the interval of the trainer's logger.
@@ -41,19 +42,23 @@ class StepLog:
             loss_sums_M: (M,) summed cross-entropies, nats.
             token_counts_M: (M,) target tokens.
         """
-        # Said, since Lightning's `bf16-true` makes a type of its own the default, in which no one can count to 257.
+        # float32, since Lightning's `bf16-true` changes the default type to one that cannot count to 257.
         step = torch.zeros(len(MODALITIES), len(_COLUMNS), device=loss_sums_M.device, dtype=torch.float32)
         step[:, 0], step[:, 1] = loss_sums_M.detach(), token_counts_M
         for row, modality in enumerate(MODALITIES):
             if (part := parts.get(modality)) is not None:
                 self._arrived.add(modality)
-                step[row, 2] = len(part["context_lens"])
-                step[row, 3], step[row, 4] = _padding(part)
+                if part.get("audios") is not None:
+                    cells, used = part["audios"].numel(), part["audio_lens"].sum()
+                else:
+                    cells = part["context_ids"].numel() + part["answer_ids"].numel()
+                    used = part["context_lens"].sum() + part["answer_lens"].sum()
+                step[row, 2], step[row, 3], step[row, 4] = len(part["context_lens"]), cells - used, cells
         self._steps.append(step)
         self._with_targets.append(frozenset(name for name, part in parts.items() if _has_targets(part)))
 
     def values(self) -> dict[str, Tensor]:
-        """What to log.
+        """The values to log.
 
         ``examples_<modality>`` and ``tokens_<modality>`` are means per step: 0 shows that a modality no longer arrives.
         ``loss_<modality>`` (nats per token) and ``padding_<modality>`` (a share) are there where the window holds
@@ -73,16 +78,14 @@ class StepLog:
 
 
 def forget_logged(trainer: Trainer, names: Collection[str]) -> None:
-    """Have Lightning log nothing of metrics that this step has no value for.
-
-    It keeps what was last logged of a metric and would write it again for this step; a progress bar keeps the last
-    value by itself.
+    """Reset the metrics that this step has no value for: Lightning keeps the last value of a metric and would write it
+    again for this step. A progress bar keeps the last value by itself.
 
     Args:
         trainer: in a training step.
         names: of the metrics that this step has logged.
     """
-    results = trainer._results  # private, for want of a public way: what `self.log` writes to
+    results = trainer._results  # private: what `self.log` writes to; there is no public access
     for item in (results or {}).values():
         if item.meta.name in _MAY_BE_ABSENT and item.meta.name not in names:
             item.reset()
@@ -93,13 +96,3 @@ def _has_targets(part: Mapping) -> bool:
         return True
     targets = part.get("context_targets")
     return targets is not None and bool(targets.any())
-
-
-def _padding(part: Mapping) -> tuple[Tensor, int]:
-    """Padded cells and all cells of a batch: its samples for speech, its context and answer tokens for text."""
-    if part.get("audios") is not None:
-        cells, used = part["audios"].numel(), part["audio_lens"].sum()
-    else:
-        cells = part["context_ids"].numel() + part["answer_ids"].numel()
-        used = part["context_lens"].sum() + part["answer_lens"].sum()
-    return cells - used, cells

@@ -1,4 +1,4 @@
-"""What validation gathers: summed losses, token counts, and translations beside their references.
+"""The counts of validation: summed losses, tokens, and translations with their references.
 
 Shapes: B examples, T tokens.
 """
@@ -14,16 +14,16 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_emmett.modules.bleu import corpus_bleu
 from nemo_emmett.modules.loss import world_size
+from nemo_emmett.modules.metrics import corpus_bleu
 
 
 class Part(NamedTuple):
-    """What is counted apart: a modality of a validation set, in one direction."""
+    """One tally's subject: a modality of a validation set, in one direction."""
 
     dataset: str
     modality: str
-    direction: str | None  # source-target; None where the batch does not tell
+    direction: str | None  # source-target; None where the batch has no languages
 
 
 @dataclass

@@ -1,13 +1,11 @@
-"""Parts of models: batches by modality, placement of audio, loss, BLEU, and the states of random generators.
+"""Parts of models, in the order in which a batch passes them.
 
-- :mod:`nemo_emmett.modules.batch`: the batch's modalities, and NeMo's flat SALM batch in our terms.
-- :mod:`nemo_emmett.modules.placement`: recordings put where their locator tokens stand.
-- :mod:`nemo_emmett.modules.loss`: token cross-entropy per modality over all ranks.
+- :mod:`nemo_emmett.modules.batch`: a batch as one-modality batches, NeMo's flat SALM batch among them.
+- :mod:`nemo_emmett.modules.modality_adapters`: between the speech encoder and the language model.
+- :mod:`nemo_emmett.modules.placement`: encoded recordings in place of their locator tokens.
+- :mod:`nemo_emmett.modules.cross_attention`: BESTOW's layers from text to speech.
 - :mod:`nemo_emmett.modules.linear_cross_entropy`: cross-entropy of an output layer without its logits.
-- :mod:`nemo_emmett.modules.bleu`: sacreBLEU as everything here uses it.
-- :mod:`nemo_emmett.callbacks.random_state`: random states in Lightning checkpoints.
-- :mod:`nemo_emmett.callbacks.resumable_loop`: Lightning's epoch loop, resumed exactly.
-- :mod:`nemo_emmett.callbacks.stop_on_signal`: SIGTERM and SIGINT end training with a checkpoint.
-- :mod:`nemo_emmett.callbacks.nonfinite`: training steps whose loss or gradients are not finite.
-- :mod:`nemo_emmett.callbacks.training_clock`: seconds of training, validation left out.
+- :mod:`nemo_emmett.modules.loss`: token cross-entropy per modality over all ranks.
+- :mod:`nemo_emmett.modules.metrics`: sacreBLEU's metrics with the settings of validation and evaluation.
+- :mod:`nemo_emmett.modules.evaluation_mode`: parts of a model in evaluation mode for a while.
 """

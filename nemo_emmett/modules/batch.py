@@ -1,4 +1,4 @@
-"""A training batch holds one batch per modality; here it is taken apart, whatever form it arrives in.
+"""A training batch of any form as one-modality batches, and operations on padded rows.
 
 Shapes: B examples, T tokens, R recordings, S samples (docs/architecture.md, "The batch").
 """
@@ -102,11 +102,11 @@ def pack_left(ids_BT: Tensor, keep_BT: Tensor, pad_id: int) -> tuple[Tensor, Ten
 
 
 def pack(values_BT: Tensor, keep_BT: Tensor, width: int, fill: float) -> Tensor:
-    """The kept values of each row, moved to its left end, in ``width`` columns, which none has more of; then ``fill``.
+    """The kept values of each row, at most ``width``, moved to its left end, then ``fill``.
 
     Unlike :func:`pack_left` it reads nothing from the device.
     """
-    # What is dropped all lands in one extra column, which is cut off.
+    # Dropped values go to one extra column, which is cut off.
     columns_BT = torch.where(keep_BT, keep_BT.cumsum(1) - 1, width)
     packed = values_BT.new_full((values_BT.shape[0], width + 1), fill)
     return packed.scatter_(1, columns_BT, values_BT)[:, :width]
@@ -115,7 +115,7 @@ def pack(values_BT: Tensor, keep_BT: Tensor, width: int, fill: float) -> Tensor:
 def padding_mask(ids_BT: Tensor, pad_id: int) -> Tensor:
     """Which ids are tokens, whichever side the padding is on: (B, T) bool, true from the first to the last other id.
 
-    Padding is often the end-of-sequence or the unknown token (Qwen, TinyLlama), which may well stand inside a row.
+    Padding is often the end-of-sequence or the unknown token (Qwen, TinyLlama), which may also occur inside a row.
 
     Example:
         >>> padding_mask(torch.tensor([[0, 7, 0, 8, 0, 0]]), pad_id=0)
@@ -127,7 +127,7 @@ def padding_mask(ids_BT: Tensor, pad_id: int) -> Tensor:
 def length_mask(lens_B: Tensor, width: int) -> Tensor:
     """(B, width) bool, true in the first ``lens_B[b]`` columns of row b."""
     if isinstance(lens_B, FakeTensor):
-        # What OOMptimizer plans on knows the values of lengths, but none of `arange`.
+        # Of the fake tensors that OOMptimizer plans on, lengths have values, but the result of `arange` has none.
         columns_T = torch.tensor(range(width), dtype=torch.int64, device=lens_B.device)
     else:
         columns_T = torch.arange(width, device=lens_B.device)
@@ -139,7 +139,7 @@ def _from_first_to_last(marks_BT: Tensor) -> Tensor:
 
 
 def _last_run(marks_BT: Tensor) -> Tensor:
-    """The last marks of each row that stand side by side."""
+    """The last contiguous marks of each row."""
     gaps_BT = ~marks_BT & _from_here(marks_BT)
     return marks_BT & ~_from_here(gaps_BT)
 

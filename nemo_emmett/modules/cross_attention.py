@@ -1,8 +1,8 @@
-"""Text looks up in speech what it needs to know, before the language model reads it (BESTOW, arXiv 2406.19954).
+"""Cross-attention from text to speech in front of the language model (BESTOW, arXiv 2406.19954).
 
-A few pre-norm transformer decoder layers stand in front of the language model. Each lets a text position attend to the
-text up to it, then to the encoded speech. What they find is added to the text's embeddings, so the language model's
-sequence stays as long as its text, however long the speech is.
+In a few pre-norm transformer decoder layers each text position attends to the text up to it, then to the encoded
+speech. The output is added to the text's embeddings, so the language model's sequence stays as long as its text,
+however long the speech is.
 
 Shapes: B utterances, K recordings in each, F frames, S = K x F, T text positions, P text positions read before,
 H hidden size of the language model, W width of the layers, N heads, D size of a head.
@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
+import annotated_types
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import CacheLayerMixin
 
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.typed_config import NonNegative, Positive, PositiveWhole
 
 WAVELENGTH = 10_000.0
 """The longest wavelength of positions over 2 pi, in tokens or frames (as in arXiv 1706.03762 and 2104.09864)."""
@@ -28,13 +31,13 @@ WAVELENGTH = 10_000.0
 
 @dataclass(frozen=True)
 class SpeechMemory:
-    """What the layers know of the speech of B utterances: computed once, read with every token.
+    """Keys and values of the speech of B utterances, computed once and used for every token.
 
     Attributes:
         keys_BNSD: one (B, N, S, D) tensor for each layer.
         values_BNSD: the same.
         mask_BS: bool, true where there is a frame to attend to. An utterance without speech attends to everything, so
-            that its softmax is a number; what it finds is thrown away.
+            that its softmax is not NaN; the result is not used.
         has_speech_B: bool.
     """
 
@@ -45,16 +48,16 @@ class SpeechMemory:
 
 
 class SpeechCrossAttention(nn.Module):
-    """Adds to text embeddings what they find in speech.
+    """Adds to text embeddings what they attend to in speech.
 
     It follows the ``TransformerCrossAttention`` of NeMo's BESTOW (dropped in 2025): causal self-attention,
     cross-attention and feed-forward in each layer, an inner size equal to the width, a final layer norm. What differs:
 
-    - Self-attention has rotary positions, which tell distances only: a row gives the same wherever its padding stands.
-    - The output projection starts at zero, so that a new model says exactly what the language model alone says. In the
-      first step the projection alone has a gradient, from then on everything has.
-    - Frames carry their place in the utterance's speech, all its recordings counted through: attention sees no order,
-      and conformers tell distances only.
+    - Self-attention has rotary positions, which encode distances only: the side of padding has no effect.
+    - The output projection starts at zero, so that a new model has the outputs of its language model. In the first step
+      only the projection has a gradient, from then on all parameters have.
+    - A position in the utterance's speech, counted over all its recordings, is added to each frame: attention ignores
+      order, and conformers encode distances only.
 
     Args:
         hidden_size: H, of text embeddings and encoded speech.
@@ -65,11 +68,10 @@ class SpeechCrossAttention(nn.Module):
         dropout: of each part's output, in training.
 
     Attributes:
-        activation_checkpointing: compute the layers again in the backward pass instead of keeping what they computed
-            (arXiv 1604.06174).
+        activation_checkpointing: compute the layers' activations again in the backward pass (arXiv 1604.06174).
 
     Raises:
-        ConfigError: for a value out of range, or heads that do not divide the width.
+        ConfigError: for heads that do not divide the width.
 
     Example:
         >>> attend = SpeechCrossAttention(hidden_size=16, num_heads=4)
@@ -81,15 +83,24 @@ class SpeechCrossAttention(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        num_layers: int = 2,
-        num_heads: int = 8,
-        width: int | None = None,
-        ffn_ratio: float = 1.0,
-        dropout: float = 0.0,
+        num_layers: PositiveWhole = 2,
+        num_heads: PositiveWhole = 8,
+        width: PositiveWhole | None = None,
+        ffn_ratio: Positive = 1.0,
+        dropout: Annotated[NonNegative, annotated_types.Lt(1)] = 0.0,
     ) -> None:
         super().__init__()
         width = hidden_size if width is None else width
-        _check_options(num_layers, num_heads, width, ffn_ratio, dropout)
+        if width % (2 * num_heads):
+            raise ConfigError(
+                f"model.cross_attention.num_heads: {num_heads} heads do not divide the width {width} into even parts "
+                "(rotary positions turn pairs); choose another number of heads, or another "
+                "model.cross_attention.width."
+            )
+        if round(ffn_ratio * width) < 1:
+            raise ConfigError(
+                f"model.cross_attention.ffn_ratio: {ffn_ratio} leaves nothing of the width {width}; 1.0 is usual."
+            )
         self.activation_checkpointing = False
         self.project_in = nn.Identity() if width == hidden_size else nn.Linear(hidden_size, width)
         self.memory_norm = nn.LayerNorm(hidden_size)
@@ -122,13 +133,13 @@ class SpeechCrossAttention(nn.Module):
         text_mask_BT: Tensor | None = None,
         cache: Sequence[CacheLayerMixin] | None = None,
     ) -> Tensor:
-        """Text embeddings, and what they found in speech.
+        """Text embeddings plus what they attend to in speech.
 
         Args:
             text_BTH: (B, T, H); or a multiple of B rows, the hypotheses of each utterance one after another.
             memory: of the B utterances.
             text_mask_BT: as many rows as the text, P + T columns, bool: false where text is padded. Padding on the
-                right needs no mask, since nothing looks at what comes after it.
+                right needs no mask, since no position attends to later ones.
             cache: for each layer a transformers cache layer (``DynamicLayer``) that holds the P positions read before
                 and takes these T.
 
@@ -200,7 +211,7 @@ class _SelfAttention(nn.Module):
         query, key = _rotate(query, position_T), _rotate(key, position_T)
         if cache is not None:
             key, value = cache.update(key, value)
-        # One position may see all that came before it; more than one, without a past, are causal from the first on.
+        # A single position attends to all before it; several without a past are causal from the first on.
         found = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None and T > 1)
         return self.out(_join_heads(found))
 
@@ -223,8 +234,8 @@ class _CrossAttention(nn.Module):
     def forward(self, x_BTW: Tensor, keys_BNSD: Tensor, values_BNSD: Tensor, mask_BS: Tensor) -> Tensor:
         rows, T, W = x_BTW.shape
         B = len(keys_BNSD)
-        # Attention to speech knows no order of the text: an utterance's hypotheses can ask side by side, as if they
-        # were one longer text, and none needs a memory of its own.
+        # Cross-attention does not depend on the order of its queries: the hypotheses of an utterance are concatenated
+        # as if they were one text, so that the memory is not repeated for each.
         query = _split_heads(self.query(x_BTW).reshape(B, rows // B * T, W), self.num_heads)
         found = F.scaled_dot_product_attention(query, keys_BNSD, values_BNSD, mask_BS[:, None, None, :])
         return self.out(_join_heads(found).reshape(rows, T, W))
@@ -241,7 +252,7 @@ def _join_heads(x_BNTD: Tensor) -> Tensor:
 
 
 def _rotate(x_BNTD: Tensor, position_T: Tensor) -> Tensor:
-    """Turn pairs of features by angles that grow with the position, so that products tell distances."""
+    """Rotary positions: pairs of features are turned by angles proportional to the position (arXiv 2104.09864)."""
     half = x_BNTD.shape[3] // 2
     frequency = WAVELENGTH ** -(torch.arange(half, device=x_BNTD.device) / half)
     angle = position_T[:, None] * frequency
@@ -259,27 +270,12 @@ def _places(mask_BS: Tensor, size: int) -> Tensor:
 
 
 def _self_attention_mask(text_mask_BT: Tensor | None, past: int, T: int, device: torch.device) -> Tensor | None:
-    """(B or 1, 1, T, P + T) bool, true where attention may look; None where a causal mask, or none, says the same."""
+    """(B or 1, 1, T, P + T) bool, true where a position may attend; None where a causal mask, or none, is enough."""
     if text_mask_BT is None and (past == 0 or T == 1):
         return None
     query_T = torch.arange(past, past + T, device=device)[:, None]
     key_S = torch.arange(past + T, device=device)[None, :]
     if text_mask_BT is None:
         return (key_S <= query_T)[None, None]
-    # Padding sees itself: a row that sees nothing would have no softmax.
+    # Padding attends to itself: the softmax of a row without any position would be NaN.
     return ((key_S <= query_T) & text_mask_BT[:, None, :] | (key_S == query_T))[:, None]
-
-
-def _check_options(num_layers: int, num_heads: int, width: int, ffn_ratio: float, dropout: float) -> None:
-    where = "model.cross_attention"
-    if num_layers < 1:
-        raise ConfigError(f"{where}.num_layers: {num_layers} is too few; it takes at least 1.")
-    if num_heads < 1 or width < 1 or width % (2 * num_heads):
-        raise ConfigError(
-            f"{where}.num_heads: {num_heads} heads do not divide the width {width} into even parts (rotary positions "
-            "turn pairs); choose another number of heads, or another model.cross_attention.width."
-        )
-    if ffn_ratio * width < 1:
-        raise ConfigError(f"{where}.ffn_ratio: {ffn_ratio} leaves nothing of the width {width}; 1.0 is usual.")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"{where}.dropout: {dropout} is not a probability below 1; 0.0 turns dropout off.")

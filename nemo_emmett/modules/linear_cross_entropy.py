@@ -1,10 +1,10 @@
-"""Cross-entropy of a linear layer's logits that are never all there at once.
+"""Cross-entropy of a linear layer without all its logits in memory at once.
 
 With a vocabulary of 256 k tokens the logits of 8,192 tokens are 8 GB, and the naive loss holds them three times. Here a
-chunk of rows at a time is made, turned in place into its gradient, and multiplied into the gradients of hidden states
-and weight; so the gradients are known when the forward pass ends, and the backward pass but scales them. (The idea of
-Liger's fused linear cross-entropy, arXiv 2410.10989; cut cross-entropy, arXiv 2411.09009, does without
-a chunk of logits even. On CUDA their kernels are used where they are installed.)
+chunk of rows at a time is computed, replaced in place by its gradient, and multiplied into the gradients of hidden
+states and weight; so the forward pass computes all gradients, and the backward pass only scales them. (The method of
+Liger's fused linear cross-entropy, arXiv 2410.10989; cut cross-entropy, arXiv 2411.09009, needs not even a chunk of
+logits. On CUDA their kernels are used where they are installed.)
 
 Shapes: N tokens, C tokens of a chunk, V vocabulary, H hidden size.
 """
@@ -79,7 +79,7 @@ def linear_cross_entropy(
         A scalar, nats, float32 (float64 of float64 inputs).
 
     Raises:
-        ConfigError: for an implementation that does not exist, is not installed, or cannot do what is asked of it.
+        ConfigError: for an implementation that does not exist, is not installed, or lacks what the arguments need.
 
     Example:
         >>> hidden, weight = torch.zeros(3, 8), torch.zeros(100, 8)
@@ -124,7 +124,7 @@ def token_scores(
 
 
 def check_implementation(implementation: str, label_smoothing: float = 0.0) -> None:
-    """Refuse what no device can do, before training.
+    """Refuse what cannot work on any device, before training.
 
     Raises:
         ConfigError: for an unknown name, a smoothing that is no share, or smoothing by ``cut_cross_entropy``.
@@ -155,7 +155,7 @@ class _Inputs:
 
     @property
     def layer(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What may have a gradient."""
+        """The tensors that may have a gradient."""
         return self.hidden_NH, self.weight_VH, self.bias_V
 
     def cast(self) -> _Inputs:
@@ -246,7 +246,7 @@ def _naive(inputs: _Inputs) -> Tensor:
 def _liger(inputs: _Inputs) -> Tensor:
     hidden_NH, weight_VH, bias_V = inputs.layer
     if _wants_gradient(weight_VH, bias_V) and not hidden_NH.requires_grad:
-        # Liger computes no gradient at all unless the hidden states want one.
+        # Liger computes no gradient at all unless the hidden states require one.
         hidden_NH = hidden_NH.detach().requires_grad_()
     loss = _kernel("liger")(
         ignore_index=IGNORE_INDEX,
@@ -258,7 +258,7 @@ def _liger(inputs: _Inputs) -> Tensor:
 
 
 def _cut_cross_entropy(inputs: _Inputs) -> Tensor:
-    # Its kernels know no autocast.
+    # Its kernels ignore autocast.
     hidden_NH, weight_VH, bias_V = inputs.cast().layer
     return _kernel("cut_cross_entropy")(
         hidden_NH,
@@ -284,14 +284,14 @@ _COMPUTE = {"naive": _naive, "liger": _liger, "cut_cross_entropy": _cut_cross_en
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The loss, with the gradients computed beside it in the forward pass."""
+    """The loss, whose gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, inputs: _Inputs) -> Tensor:
-        # Of the inputs once more, the tensors stand alone for autograd to see.
+        # `inputs` holds the tensors again; autograd tracks only those that are arguments themselves.
         gradients = _Gradients(inputs.layer, ctx.needs_input_grad)
         loss = _sum_of_losses(inputs, gradients)
-        # Not among the saved tensors: they are scaled in place and handed over.
+        # Not among the saved tensors: they are scaled in place and returned.
         ctx.gradients = gradients.in_types_of(inputs.layer)
         return loss
 
@@ -301,7 +301,7 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
-                "linear_cross_entropy: a second backward pass through one loss, but its gradients were handed over in "
+                "linear_cross_entropy: a second backward pass through one loss, but its gradients were returned by "
                 "the first; compute the loss again, or use the implementation 'naive'."
             )
         for gradient in gradients:
@@ -311,7 +311,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of a layer's hidden states, weight and bias, summed up chunk by chunk; None of those that want none."""
+    """Gradients of a layer's hidden states, weight and bias, summed up chunk by chunk; None where none is required."""
 
     def __init__(self, layer: Sequence[Tensor | None], wanted: Sequence[bool]) -> None:
         hidden_NH, weight_VH, bias_V = layer
@@ -320,7 +320,7 @@ class _Gradients:
         self.bias_V = _zero_sum(bias_V) if wanted[2] else None
 
     def add(self, rows: slice, chunk: _Inputs, dlogits_CV: Tensor) -> None:
-        """Add what follows from the gradient of a chunk's logits."""
+        """Backpropagate the gradient of a chunk's logits."""
         if self.bias_V is not None:
             self.bias_V += dlogits_CV.sum(0)
         dlogits_CV = dlogits_CV.to(chunk.weight_VH.dtype)
@@ -336,7 +336,7 @@ class _Gradients:
 
 
 def _sum_of_losses(inputs: _Inputs, gradients: _Gradients | None = None) -> Tensor:
-    """The sum of all rows' losses; on the way, what follows from them is added to the gradients."""
+    """The sum of all rows' losses; their gradients are added to ``gradients``."""
     inputs = inputs.cast()
     losses_N = inputs.zeros_N()
     for rows in inputs.chunks():

@@ -1,4 +1,4 @@
-"""Modality adapters: what stands between the speech encoder and the language model.
+"""Modality adapters, between the speech encoder and the language model.
 
 A recipe names one under ``model.perception.modality_adapter._target_``. NeMo's are ``IdentityConnector`` (a linear
 layer), ``MultiLayerProjectionConnector`` (of several encoder layers side by side) and ``ConformerEncoder`` (a stack of
@@ -7,8 +7,8 @@ conformer layers); here are
 - :class:`MLPConnector`: neighbouring frames stacked, then two linear layers;
 - :class:`QFormer`: a fixed number of learned queries per recording, NeMo's with the padding masked.
 
-All of them are modules of NeMo's ``AudioPerceptionModule``, and take and give what it passes on: channels first.
-:func:`check_modality_adapter` tells before training whether one fits between its neighbours.
+All are modules of NeMo's ``AudioPerceptionModule``, with its layout: channels first.
+:func:`check_modality_adapter` checks before training that one fits encoder and language model.
 
 Shapes: B recordings, C channels of the encoder, T frames of the encoder, k frames that become one, H width of the
 language model, P queries, L encoder layers that are read.
@@ -28,12 +28,13 @@ from torch.nn.functional import pad
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.modules.batch import length_mask
+from nemo_emmett.typed_config import PositiveWhole, Share
 
 WHERE = "model.perception.modality_adapter"
 """The adapter's place in a recipe, for messages."""
 
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
-"""What may stand between the two layers of :class:`MLPConnector`."""
+"""Activations between the two layers of :class:`MLPConnector`."""
 
 
 class MLPConnector(nn.Module):
@@ -45,7 +46,7 @@ class MLPConnector(nn.Module):
     Args:
         input_dim: width of the speech encoder, C.
         output_dim: width of the language model, H; NeMo fills it in when it loads a pretrained encoder, so that a
-            recipe may say null.
+            recipe may give null.
         hidden_dim: width between the layers; by default ``output_dim``.
         subsampling_factor: frames that become one position of the language model, k.
         dropout: probability, after the activation.
@@ -63,11 +64,11 @@ class MLPConnector(nn.Module):
 
     def __init__(
         self,
-        input_dim: int,
-        output_dim: int | None,
-        hidden_dim: int | None = None,
-        subsampling_factor: int = 1,
-        dropout: float = 0.0,
+        input_dim: PositiveWhole,
+        output_dim: PositiveWhole | None,
+        hidden_dim: PositiveWhole | None = None,
+        subsampling_factor: PositiveWhole = 1,
+        dropout: Share = 0.0,
         activation: str = "gelu",
     ) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ def stack_frames(frames_BCT: Tensor, lens_B: Tensor, factor: int) -> tuple[Tenso
     """Join each run of ``factor`` frames to one, the last run filled up with zeros.
 
     Args:
-        frames_BCT: (B, C, T); what lies beyond a recording's length is not read.
+        frames_BCT: (B, C, T); frames beyond a recording's length are ignored.
         lens_B: (B,) frames of each recording.
         factor: frames to join, k.
 
@@ -123,11 +124,11 @@ def stack_frames(frames_BCT: Tensor, lens_B: Tensor, factor: int) -> tuple[Tenso
 
 
 class QFormer(QformerConnector):
-    """Learned queries that read the recording from several encoder layers: each recording becomes P embeddings.
+    """Learned queries that attend to several encoder layers: each recording becomes P embeddings.
 
-    NeMo's ``QformerConnector`` with two differences: its queries do not read frames of padding, so that a recording
-    gives the same whatever it is batched with, and the lengths it reports are the number of queries (NeMo 3.0.0 reports
-    the language model's width). Its parameters and keys are NeMo's, beside ``output_dim``.
+    NeMo's ``QformerConnector`` with two differences: its queries do not attend to padding, so that a recording gives
+    the same embeddings in any batch, and the lengths it reports are the number of queries (NeMo 3.0.0 reports
+    the language model's width). Its parameters and keys are NeMo's, except ``output_dim``.
 
     However long, a recording takes P positions, while buckets count ``token_equivalent_duration`` as if it took one
     for each frame of the encoder.
@@ -140,7 +141,7 @@ class QFormer(QformerConnector):
         llm_config: ``hidden_size``, width of the language model, H; may be left out where ``output_dim`` is given.
         include_final_output: read the encoder's output too.
         output_dim: width of the language model; overrules ``llm_config``. NeMo fills it in when it loads a pretrained
-            encoder, so that a recipe may say null.
+            encoder, so that a recipe may give null.
 
     Raises:
         ConfigError: for a missing width, no layers to read, or a width that the heads do not divide.
@@ -148,9 +149,9 @@ class QFormer(QformerConnector):
 
     def __init__(
         self,
-        prompt_size: int,
+        prompt_size: PositiveWhole,
         target_layer_ids: Sequence[int],
-        qformer_num_hidden_layers: int,
+        qformer_num_hidden_layers: PositiveWhole,
         encoder_config: DictConfig,
         llm_config: DictConfig | None = None,
         include_final_output: bool = True,
@@ -178,7 +179,7 @@ class QFormer(QformerConnector):
         )
 
     def forward(self, audio_signal: Sequence[Tensor], length: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Read each layer with its queries, and mix what they found by learned weights.
+        """Attend to each layer with its queries, and mix the results by learned weights.
 
         Args:
             audio_signal: L tensors (B, C, T), one of each layer that is read.
@@ -187,17 +188,17 @@ class QFormer(QformerConnector):
         Returns:
             (B, H, P) embeddings and (B,) their numbers, P each.
         """
-        answers = [self._ask(*layer) for layer in zip(self.layer_prompts, audio_signal, length, strict=True)]
+        answers = [self._attend(*layer) for layer in zip(self.layer_prompts, audio_signal, length, strict=True)]
         weights_PL = self.layer_weights.softmax(dim=-1)
         mixed_BPC = torch.einsum("lbpc,pl->bpc", torch.stack(answers), weights_PL)
         lens_B = torch.full_like(length[0], self.prompt_size)
         return self.proj(mixed_BPC).transpose(1, 2), lens_B
 
-    def _ask(self, queries_1PC: Tensor, frames_BCT: Tensor, lens_B: Tensor) -> Tensor:
-        """(B, P, C) what the queries find in one layer."""
+    def _attend(self, queries_1PC: Tensor, frames_BCT: Tensor, lens_B: Tensor) -> Tensor:
+        """(B, P, C) outputs of the queries for one layer."""
         batch, _, frames = frames_BCT.shape
         is_padding_BT = ~length_mask(lens_B, frames)
-        # The lowest number, not minus infinity: a recording without frames must not make NaN.
+        # The lowest number, not minus infinity, whose softmax is NaN for a recording without frames.
         bias_BT = torch.zeros_like(is_padding_BT, dtype=frames_BCT.dtype)
         bias_BT = bias_BT.masked_fill(is_padding_BT, torch.finfo(frames_BCT.dtype).min)
         return self.qformer(
@@ -208,7 +209,7 @@ class QFormer(QformerConnector):
 
 
 def check_modality_adapter(perception: AudioPerceptionModule, llm_width: int) -> None:
-    """Tell whether the modality adapter fits between its encoder and a language model.
+    """Check that the modality adapter fits its encoder and a language model.
 
     Args:
         perception: as NeMo built it.
@@ -237,9 +238,9 @@ def check_modality_adapter(perception: AudioPerceptionModule, llm_width: int) ->
 
 
 def leave_out_collectives(perception: AudioPerceptionModule) -> None:
-    """Let no conformer all-reduce its longest input, neither encoder nor adapter.
+    """Turn off the all-reduce of the longest input in all conformers, encoder and adapter.
 
-    FastConformer does by default: a rank that has only text would leave the others waiting in that collective.
+    FastConformer does it by default: the ranks with speech would wait in it for a rank that has only text.
     """
     for module in perception.modules():
         if isinstance(module, ConformerEncoder):
@@ -247,7 +248,7 @@ def leave_out_collectives(perception: AudioPerceptionModule) -> None:
 
 
 def _width_read(perception: AudioPerceptionModule) -> tuple[int | None, str]:
-    """The width that an adapter reads, where it is known, and the key that says it."""
+    """The width of an adapter's input, where it is known, and its key."""
     adapter = perception.modality_adapter
     if isinstance(adapter, QformerConnector):
         return adapter.encoder_config.d_model, "encoder_config.d_model"

@@ -1,8 +1,8 @@
-"""Recordings take the place of their locator tokens: ``<de> <|audio|></s>`` becomes one sequence of embeddings.
+"""Encoded recordings in place of their locator tokens: ``<de> <|audio|></s>`` becomes one sequence of embeddings.
 
-Everything is a fixed number of tensor operations, whatever the batch: each token's width (1, or the frames of the
-recording it stands for) is summed up to its position in the output, and embeddings are copied there once, tokens and
-frames each in one go. Only the longest row's length has to be known on the host; it is the one thing that is read.
+The number of tensor operations does not depend on the batch: the cumulative sum of the tokens' widths (1, or the frames
+of a locator's recording) gives the positions in the output, to which embeddings are copied once, all tokens in one
+operation and all frames in another. The host reads only the greatest lengths, once.
 
 NeMo does this in ``replace_placeholders_and_build_targets`` (``speechlm2/models/salm.py``), row by row.
 
@@ -25,19 +25,19 @@ from nemo_emmett.modules.batch import pack
 from nemo_emmett.modules.loss import IGNORE_INDEX
 
 _WORD = torch.complex128
-"""The widest type there is; of what is copied as such, no value is ever looked at."""
+"""The widest type; memory is copied in words of it, and they are not computed with."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """What a language model reads: sequences of embeddings, and what it has to predict where.
+    """Sequences of embeddings for a language model, and their targets.
 
     Attributes:
         embeds_BSH: (B, S, H) embeddings, zero where padded.
-        mask_BS: (B, S) bool, true where an embedding stands.
+        mask_BS: (B, S) bool, true where there is an embedding.
         lens_B: (B,) int64, embeddings per row.
-        targets_BA: (B, A) int64, the target tokens of each row in their order, then ``IGNORE_INDEX``; None if no
-            targets were asked for. A target that is the first of its row is ``IGNORE_INDEX``: nothing predicts it.
+        targets_BA: (B, A) int64, the target tokens of each row in their order, then ``IGNORE_INDEX``; None without
+            ``is_target_BT``. A target that is the first of its row is ``IGNORE_INDEX``: nothing predicts it.
         positions_BA: (B, A) int64, the position whose output predicts each target: the one before it; 0 where there
             is no target.
     """
@@ -67,18 +67,17 @@ def merge_audio_embeddings(
     Args:
         token_embeds_BTH: (B, T, H) embeddings of the tokens; those of locators are ignored.
         token_ids_BT: (B, T) int64.
-        token_mask_BT: (B, T) bool, true on tokens. Padding may stand anywhere, so that contexts and answers, each
-            padded, can lie side by side.
+        token_mask_BT: (B, T) bool, true on tokens. Padding may be anywhere, so that contexts and answers, each padded,
+            can be concatenated.
         audio_embeds_RFH: (R, F, H) encoded recordings in the order of their locators, row by row, of any floating
             type; None for text.
         audio_lens_R: (R,) integers, frames per recording; None for text.
         locator_id: the locator token's id.
         is_target_BT: (B, T) bool, the tokens to predict; padding and locators never are.
         max_targets: A, at least the most targets of a row, such as the width of the answers; None: the most. Tensors
-            without values, on which OOMptimizer plans, cannot tell the most; A is then T.
+            without values, on which OOMptimizer plans, have no maximum; A is then T.
         pad_left: whether rows end, instead of begin, together: a decoder-only model generates from that.
-        locators_elsewhere: () int64, locators that stand where no recording can, to be refused with those that are too
-            many here.
+        locators_elsewhere: () int64, locators outside of these tokens, such as in answers; they count as surplus.
 
     Returns:
         The sequences, of one position at least; the embeddings have the tokens' type.
@@ -98,7 +97,7 @@ def merge_audio_embeddings(
     audio_lens_R = audio_lens_R.long()
 
     is_locator_BT = token_mask_BT & (token_ids_BT == locator_id)
-    # Of a given size, so that the host need not wait for it; a count that differs is refused below.
+    # Of a given size R, so that the host need not wait for the count; another count is refused in _sizes.
     locator_R = is_locator_BT.flatten().nonzero_static(size=R, fill_value=0).flatten()
     width_BT = token_mask_BT.long().flatten().index_copy(0, locator_R, audio_lens_R).view(B, T)
     end_BT = width_BT.cumsum(1)
@@ -118,7 +117,9 @@ def merge_audio_embeddings(
 
     row_BT = torch.arange(B, device=lens_B.device)[:, None] * S + margin_B1 + start_BT
     token_row_BT = torch.where(token_mask_BT & ~is_locator_BT, row_BT, B * S)
-    frame_row_RF = _frame_rows(row_BT.flatten()[locator_R], audio_lens_R, F, beyond=B * S)
+    frame_F = torch.arange(F, device=lens_B.device)
+    first_row_R1 = row_BT.flatten()[locator_R][:, None]
+    frame_row_RF = torch.where(frame_F < audio_lens_R[:, None], first_row_R1 + frame_F, B * S)  # padding is dropped
     rows = _CopyRows.apply(
         B * S,
         token_embeds_BTH.flatten(0, 1),
@@ -144,11 +145,15 @@ def _sizes(
     is_target_BT: Tensor | None,
     max_targets: int | None,
 ) -> tuple[int, int]:
-    """S, the longest row's length, and A, the most targets of a row; refuses recordings that are left over."""
+    """S, the longest row's length, and A, the most targets of a row.
+
+    Raises:
+        DataError: if the number of locators differs from that of the recordings.
+    """
     R = len(audio_lens_R)
     if isinstance(lens_B, FakeTensor):
-        # OOMptimizer plans on tensors of which it knows the values at most where they follow from lengths and ids;
-        # otherwise each row is taken to be full.
+        # OOMptimizer plans on tensors that have values only where these follow from lengths and ids; otherwise each row
+        # counts as full, which bounds the memory from above.
         B, T = is_locator_BT.shape
         full = T + (_longest(audio_lens_R, F) - 1) * (R // B) if R else T
         return max(_longest(lens_B, full), 1), T if max_targets is None else max_targets
@@ -161,18 +166,12 @@ def _sizes(
             "each recording needs exactly one locator in its context."
         )
     assert max_targets is None or is_target_BT is None or max_targets >= A
-    # No language model reads nothing: of a batch of padding, one position of padding is left.
+    # A language model needs at least one position, even for a batch of padding.
     return max(S, 1), A if max_targets is None else max_targets
 
 
-def _frame_rows(first_R: Tensor, audio_lens_R: Tensor, F: int, beyond: int) -> Tensor:
-    """(R, F) rows of the output that frames go to, from each recording's first on; padding goes ``beyond``."""
-    frame_F = torch.arange(F, device=first_R.device)
-    return torch.where(frame_F < audio_lens_R[:, None], first_R[:, None] + frame_F, beyond)
-
-
 def _longest(fake_lens_N: Tensor, padded: int) -> int:
-    """The greatest of the lengths where their values are known all the same, or else what they are padded to."""
+    """The greatest length, if the fake tensor has values, or else the padded length."""
     try:
         return int(fake_lens_N.max())
     except DataDependentOutputException:
@@ -182,14 +181,14 @@ def _longest(fake_lens_N: Tensor, padded: int) -> int:
 class _CopyRows(torch.autograd.Function):
     """Rows of two matrices, copied into a third, which is zero elsewhere.
 
-    Composed of PyTorch's own differentiable operations, this would copy the whole gradient twice more.
+    PyTorch's own differentiable operations would copy the whole gradient twice more.
     """
 
     @staticmethod
     def forward(ctx: Any, num_rows: int, tokens_NH: Tensor, row_N: Tensor, frames_MH: Tensor, row_M: Tensor) -> Tensor:
         """``num_rows`` rows. What goes to row ``num_rows`` is dropped; all others are named once at most."""
         ctx.save_for_backward(row_N, row_M)
-        # What is dropped all lands in one extra row.
+        # Dropped rows go to one extra row.
         rows = tokens_NH.new_zeros(num_rows + 1, tokens_NH.shape[1])
         to, tokens, frames = _in_words(rows, tokens_NH.contiguous(), frames_MH.contiguous())
         to.index_copy_(0, row_N, tokens).index_copy_(0, row_M, frames)
@@ -198,7 +197,7 @@ class _CopyRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Each row's gradient is that of the row it went to; what was dropped has none."""
+        """Each row's gradient is that of the row that it was copied to; dropped rows have none."""
         _, needs_tokens, _, needs_frames, _ = ctx.needs_input_grad
         row_N, row_M = ctx.saved_tensors
         tokens = _rows_at(grad, row_N) if needs_tokens else None

@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
 from nemo_emmett.errors import ModelError
-from nemo_emmett.models.building import read_asr_config
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
+from nemo_emmett.models.perception import read_asr_config
 
 
 def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:
@@ -50,16 +50,8 @@ def _perception(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config_of_asr_model(name: str | None, trusted: bool) -> dict[str, Any]:
-    try:
-        with logging.temp_verbosity(logging.ERROR):
-            return read_asr_config(name or "", trusted)
-    except ModelError:
-        raise
-    except Exception as error:  # NeMo's own kinds, those of Hugging Face and of the network
-        raise ModelError(
-            f"model.pretrained_asr: the config of '{name}' cannot be read ({_first_line(error)}); give a .nemo file or "
-            "the name of a NeMo ASR model."
-        ) from error
+    with logging.temp_verbosity(logging.ERROR):
+        return read_asr_config(name or "", trusted)
 
 
 def _width_of_llm(section: Mapping[str, Any]) -> int:

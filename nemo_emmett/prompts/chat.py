@@ -1,7 +1,7 @@
-"""``emmett_llama3``, ``emmett_qwen``, ...: translation asked of chat models in plain words, in NeMo's chat formats.
+"""``emmett_llama3``, ``emmett_qwen``, ...: instructions to translate in NeMo's chat formats.
 
-A NeMo chat format says how turns are written; what our examples become in turns is said here, once for all of them: the
-user's turn is the instruction and the message (the text, or the audio locator), the assistant's the answer.
+A NeMo chat format defines how turns are written; the turns of our examples are defined here for all formats: the user's
+is the instruction and the message (the text, or the audio locator), the assistant's the answer.
 
 Two things differ from NeMo. What opens the assistant's turn (``<|im_start|>assistant``) belongs to the context in
 training as it does in generation, so that the answer is the translation and nothing else, and a batch made for training
@@ -26,9 +26,9 @@ from nemo.collections.common.prompts.qwen import QWEN_EOT, Qwen3PromptFormatter
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.encoding import encode_texts
+from nemo_emmett.prompts.instruction import translation_instruction
 from nemo_emmett.prompts.markup import Markup, Prompt, UserTextPrompt, joined
 from nemo_emmett.prompts.request import Request, message_of, request_of, target_language
-from nemo_emmett.prompts.translation import translation_instruction
 
 CHAT_FORMATS = ("gemma", "llama2", "llama3", "mistral", "nemotron-h", "phi2_chat", "phi2_qa", "qwen")
 """NeMo's chat formats that are taken as they are, with ``emmett_`` in front of their names; those of models that reason
@@ -36,10 +36,10 @@ before they answer are written out below."""
 
 
 class TranslationChat(UserTextPrompt):
-    """Mixin that makes a NeMo chat format ask for translations of our examples, text and speech in the same words."""
+    """Mixin that adds turns of our examples to a NeMo chat format, with the same instruction for text and speech."""
 
     def turns_of(self, request: Request) -> list[dict]:
-        """NeMo's turns of a request: the custom fields ``context`` and ``system_prompt`` are said as they are.
+        """NeMo's turns of a request; its custom fields ``context`` and ``system_prompt`` are used verbatim.
 
         Raises:
             DataError: if the target language is not known, or the format has no place for a system prompt.
@@ -48,36 +48,32 @@ class TranslationChat(UserTextPrompt):
         if not instruction:
             instruction = translation_instruction(target_language(request), request.source_lang)
         message = joined([str(instruction), request.message])
-        turns = self._turns_to_model(message, request)
+        turns = [{"role": "user", "slots": {"message": message}}]
+        if system := request.custom.get("system_prompt"):
+            system = Prompt([str(system)])
+            if "system" in self.TEMPLATE:
+                turns.insert(0, {"role": "system", "slots": {"message": system}})
+            elif "system_and_user" in self.TEMPLATE:
+                turns = [{"role": "system_and_user", "slots": {"system": system, "message": message}}]
+            else:
+                raise DataError(
+                    f"example {request.example_id}: it has a system_prompt, for which prompt_format {self.NAME} has no "
+                    "place; take it out of the source's tags, or put it in their `context`."
+                )
         if request.answer is not None:
             turns.append({"role": self.OUTPUT_ROLE, "slots": {"message": Prompt([request.answer])}})
         return turns
 
-    def _turns_to_model(self, message: str, request: Request) -> list[dict]:
-        user = {"role": "user", "slots": {"message": message}}
-        system = request.custom.get("system_prompt")
-        if not system:
-            return [user]
-        system = Prompt([str(system)])
-        if "system" in self.TEMPLATE:
-            return [{"role": "system", "slots": {"message": system}}, user]
-        if "system_and_user" in self.TEMPLATE:
-            return [{"role": "system_and_user", "slots": {"system": system, "message": message}}]
-        raise DataError(
-            f"example {request.example_id}: it has a system_prompt, for which prompt_format {self.NAME} has no place; "
-            "take it out of the source's tags, or say it in their `context`."
-        )
-
     def encode_turn(self, prompt_template: str, expected_slots: dict, slot_values: dict) -> list[int]:
-        """NeMo's, with control tokens where the template has them, and not in what fills its slots; what opens the
-        assistant's turn is tokenised apart from the answer, as it is in generation."""
+        """NeMo's, with control tokens in the template only, not in the slots' values. The opening of the assistant's
+        turn is tokenised apart from the answer, as it is in generation."""
         opening = self.INFERENCE_PREFIX or ""
         opens = bool(opening) and prompt_template.startswith(opening)
         template = prompt_template.removeprefix(opening) if opens else prompt_template
-        # Split at its slots: literals and the names of slots by turns.
-        pieces = re.split(rf"\|({'|'.join(expected_slots)})\|", template) if expected_slots else [template]
+        # Split at its slots: literals alternate with names of slots.
+        parts = re.split(rf"\|({'|'.join(expected_slots)})\|", template) if expected_slots else [template]
         filled = [
-            self.as_prompt(slot_values[piece]) if number % 2 else Markup(piece) for number, piece in enumerate(pieces)
+            self.as_prompt(slot_values[part]) if number % 2 else Markup(part) for number, part in enumerate(parts)
         ]
         return [*(self._opening_ids if opens else ()), *self._apply_tokenizer(Prompt(filled))]
 
@@ -94,25 +90,24 @@ class TranslationChat(UserTextPrompt):
 
     @cached_property
     def _opening_ids(self) -> list[int]:
-        """Of what opens the assistant's turn, which is the same in every example."""
+        """The ids of the opening of the assistant's turn, the same in every example."""
         return self._apply_tokenizer(self.INFERENCE_PREFIX)
 
     @cached_property
     def _opening_tokens(self) -> int:
-        """With how many tokens an assistant's turn opens that generation finds in its context."""
+        """The number of tokens that open an assistant's turn and are part of the context in generation."""
         user, assistant = ({"role": role, "slots": {"message": "a"}} for role in ("user", self.OUTPUT_ROLE))
-        asked = self._encode_turns([dict(user)])["context_ids"]
-        said = self._encode_turns([dict(user), assistant])
-        context = len(said["context_ids"])
-        return min(len(asked), len(said["input_ids"])) - context
+        prompt = self._encode_turns([dict(user)])["context_ids"]
+        answered = self._encode_turns([dict(user), assistant])
+        return min(len(prompt), len(answered["input_ids"])) - len(answered["context_ids"])
 
     def _encode_turns(self, turns: list[dict], **options: object) -> dict[str, torch.Tensor]:
-        """As the NeMo format does it."""
+        """The NeMo format's."""
         return super().encode_dialog(turns, **options)
 
     def _apply_tokenizer(self, text: str, lang: str | None = None) -> list[int]:
-        """NeMo's, which puts ids for the slots of BOS and EOS, but by the tokenizer's fast way. What is no
-        :class:`Prompt` is a template's own."""
+        """NeMo's, which replaces the slots of BOS and EOS by ids, through :func:`encode_texts`. Text that is no
+        :class:`Prompt` is a template's."""
         parts = list(text.parts) if isinstance(text, Prompt) else [Markup(text)]
         bos = eos = ()
         if isinstance(parts[0], Markup) and parts[0].startswith(BOS_SLOT):
@@ -143,7 +138,7 @@ def chat_prompt(example: Cut | SourceTargetTextExample, prompt: TranslationChat)
 def conversation_prompt(
     conversation: NeMoMultimodalConversation, prompt: TranslationChat, **options: object
 ) -> dict[str, torch.Tensor]:
-    """NeMo's, for conversations say all that is to be said, but with audio locators for its recordings alone."""
+    """NeMo's, since a conversation has its instructions; audio locators in it are those of its recordings only."""
     turns = [
         {"role": role, "slots": {"message": joined(map(message_of, of_role))}}
         for role, of_role in groupby(conversation.turns, key=lambda turn: turn.role)
@@ -152,8 +147,8 @@ def conversation_prompt(
 
 
 class EmmettNemotronNanoV3PromptFormatter(TranslationChat, NemotronNanoV3PromptFormatter):
-    """NeMo's ``nemotron-nano-v3``, asked to translate without reasoning first: every answer begins with an empty
-    thought. NeMo's looks for thoughts in the messages; here they are text like any other."""
+    """NeMo's ``nemotron-nano-v3`` without reasoning: every answer begins with an empty thought. NeMo's format finds
+    thoughts in messages; here they are text like any other."""
 
     NAME = "emmett_nemotron-nano-v3"
     NO_THOUGHT = "<think></think>"
@@ -165,7 +160,7 @@ class EmmettNemotronNanoV3PromptFormatter(TranslationChat, NemotronNanoV3PromptF
     }
 
     def _encode_turns(self, turns: list[dict], enable_thinking: bool = False) -> dict[str, torch.Tensor]:
-        """By the template alone, with a system's turn in front; in generation the model reasons only if it is told."""
+        """By the template only, after a system's turn; in generation the model reasons if ``enable_thinking``."""
         if turns[0]["role"] != "system":
             turns = [{"role": "system", "slots": {"message": ""}}, *turns]
         encoded = PromptFormatter.encode_dialog(self, turns)
@@ -179,10 +174,10 @@ class EmmettNemotronNanoV3PromptFormatter(TranslationChat, NemotronNanoV3PromptF
 
 
 class EmmettQwen3PromptFormatter(TranslationChat, Qwen3PromptFormatter):
-    """NeMo's ``qwen3``, asked to translate without reasoning first: every answer begins with an empty thought.
+    """NeMo's ``qwen3`` without reasoning: every answer begins with an empty thought.
 
-    NeMo writes ``/no_think`` into the user's turn, in front or at its end as drawn at random, so that an example may
-    have another length when a run is resumed. Here nothing is drawn and nothing is written there.
+    NeMo writes ``/no_think`` into the user's turn, at a random end of it, so that an example may have another length
+    when a run is resumed. Here nothing is written there.
     """
 
     NAME = "emmett_qwen3"
@@ -195,16 +190,12 @@ class EmmettQwen3PromptFormatter(TranslationChat, Qwen3PromptFormatter):
     }
 
     def _encode_turns(self, turns: list[dict], **_: object) -> dict[str, torch.Tensor]:
-        """As any other format does it, by the template alone."""
+        """By the template only, like other formats."""
         return PromptFormatter.encode_dialog(self, turns)
 
 
-def _define(name: str) -> None:
-    original = PromptFormatter.resolve(name)
-    ends_in_nothing = original.get_template(original.OUTPUT_ROLE).endswith("|message|")
-    own = {"NAME": f"emmett_{name}", "INSERT_EOS": original.INSERT_EOS or ends_in_nothing}
-    type(f"Emmett{original.__name__}", (TranslationChat, original), own)  # which registers it under its NAME
-
-
 for _name in CHAT_FORMATS:
-    _define(_name)
+    _format = PromptFormatter.resolve(_name)
+    _ends_in_message = _format.get_template(_format.OUTPUT_ROLE).endswith("|message|")
+    _own = {"NAME": f"emmett_{_name}", "INSERT_EOS": _format.INSERT_EOS or _ends_in_message}
+    type(f"Emmett{_format.__name__}", (TranslationChat, _format), _own)  # NeMo registers it by its NAME

@@ -1,8 +1,8 @@
-"""Control tokens that a user's text happens to hold, such as ``</s>``, ``<|im_end|>`` or ``<de>``, are text.
+"""Control tokens in a user's text, such as ``</s>``, ``<|im_end|>`` or ``<de>``, are encoded as text.
 
-A tokenizer takes such a string for the control token, wherever it stands: a target text would end in its middle, a
-source text could close the user's turn and open the assistant's. They are meant in
-:class:`~nemo_emmett.prompts.markup.Markup` alone, which prompt formats write.
+A tokenizer encodes such a string as the control token, wherever it occurs: a target text would end in its middle, a
+source text could close the user's turn and open the assistant's. Only in :class:`~nemo_emmett.prompts.markup.Markup`,
+which prompt formats write, control tokens are control tokens.
 
 transformers' ``split_special_tokens`` is not enough. It leaves tokens that are not marked as special (Qwen's
 ``<think>``), and where control tokens are in the vocabulary of a Unigram model (T5, mBART), the model finds them there.
@@ -32,14 +32,14 @@ _MARKER = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _LANGUAGE_TAG = re.compile(r"<2?([\w-]+)>")
 
 _NOT_IN_TEMPLATES = ("<think>", "</think>", "[S2S]")
-"""What formats write that no template of theirs shows: reasoning, UL2's mode."""
+"""Tokens that formats write but no template contains: reasoning, UL2's mode."""
 
 _HTML = ("<br>", "<hr>", "<li>", "<th>", "<tr>", "<tt>")
 """Language codes that are HTML as well, which Gemma has as tokens of its text."""
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer, and how text is encoded in which they are not meant.
+    """The control tokens of a tokenizer, and the encoding of prompts whose users' texts hold some.
 
     These are the tokens that are marked as special, and of the others those that a chat template or prompt format
     writes and the tags of languages. Other tokens that were added to a vocabulary (words, runs of blanks) are text.
@@ -52,7 +52,12 @@ class ControlTokens:
         self._tokenizer = tokenizer
         self.size = len(tokenizer)
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
-        written = "\0".join([*_all_templates(), *_NOT_IN_TEMPLATES, str(tokenizer.chat_template or "")])
+        # At the top of the module this import would begin the registration of our formats, which import this module.
+        from nemo.collections.common.prompts import PromptFormatter
+
+        formats = PromptFormatter._REGISTERED_FORMATTERS.values()
+        written = [template for prompt in formats for template in templates_of(prompt)]
+        written = "\0".join([*written, *_NOT_IN_TEMPLATES, str(tokenizer.chat_template or "")])
         self.ids: dict[str, int] = {
             token: number
             for token, number in tokenizer.get_vocab().items()
@@ -65,7 +70,7 @@ class ControlTokens:
         self._ids_of_markup: dict[str, list[int]] = {}
 
     def are_meant(self, prompt: Prompt, ids: Sequence[int]) -> bool:
-        """Whether all control tokens among the ids of a prompt stand for its markup."""
+        """Whether all control tokens among the ids of a prompt come from its markup."""
         if not self._are_of_markup(prompt, ids):
             return False
         # Characters that the vocabulary does not have get the same id as a text that spells the unknown token.
@@ -80,7 +85,7 @@ class ControlTokens:
             DataError: if the tokenizer finds them elsewhere all the same, as one of SentencePiece may.
         """
         if isinstance(self._tokenizer, PreTrainedTokenizer):
-            ids = self._tokenizer.convert_tokens_to_ids(self._pieces(prompt))
+            ids = self._tokenizer.convert_tokens_to_ids(self._tokens(prompt))
         else:
             backend, spelling = self._respelled
             respelled = [
@@ -98,15 +103,15 @@ class ControlTokens:
         meant = [number for part in prompt.parts if isinstance(part, Markup) for number in self._written_by(part)]
         return meant == ([] if self._known.isdisjoint(ids) else [number for number in ids if number in self._known])
 
-    def _pieces(self, prompt: Prompt) -> list[str]:
+    def _tokens(self, prompt: Prompt) -> list[str]:
         """The same of a tokenizer written in Python, whose option leaves no token whole that was added to it."""
-        pieces = []
+        tokens: list[str] = []
         for part in prompt.parts:
             is_markup = isinstance(part, Markup)
             for text in [part] if is_markup else re.split(f"({any_of(self._other_added).pattern})", part):
                 is_whole = is_markup or text in self._other_added
-                pieces += self._tokenizer.tokenize(text, split_special_tokens=not is_whole)
-        return pieces
+                tokens += self._tokenizer.tokenize(text, split_special_tokens=not is_whole)
+        return tokens
 
     def _written_by(self, markup: Markup) -> list[int]:
         if markup not in self._ids_of_markup:
@@ -146,17 +151,9 @@ def any_of(tokens: Collection[str]) -> re.Pattern:
 
 
 def templates_of(prompt: type[PromptFormatter]) -> Iterator[str]:
-    """What a prompt format writes around messages."""
+    """The texts of a prompt format around messages."""
     yield prompt.INFERENCE_PREFIX or ""
     yield from (turn["template"] for turn in prompt.TEMPLATE.values())
-
-
-def _all_templates() -> Iterator[str]:
-    # At the top of the module this import would begin the registration of our formats, which import this module.
-    from nemo.collections.common.prompts import PromptFormatter
-
-    for prompt in PromptFormatter._REGISTERED_FORMATTERS.values():
-        yield from templates_of(prompt)
 
 
 def _is_marker_of_control(token: str, written: str) -> bool:

@@ -1,4 +1,4 @@
-"""Text and tokens to ids, as NeMo's tokenizers give them, without what they do beside encoding."""
+"""Texts and tokens to ids: those of NeMo's tokenizers, computed faster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORTH_A_BATCH = 8
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """What ``tokenizer.text_to_ids`` gives for each text; in a prompt control tokens are found in its markup alone.
+    """``tokenizer.text_to_ids`` of each text; in a prompt, control tokens are recognised in its markup only.
 
     Args:
         tokenizer: a NeMo tokenizer.
@@ -34,7 +34,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 def _as_the_tokenizer_does(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """A fast Hugging Face tokenizer encodes all texts in one call, and keeps neither offsets nor strings of the tokens,
-    which ``text_to_ids`` would look up one by one; any other is asked text by text."""
+    which ``text_to_ids`` would look up one by one; any other encodes text by text."""
     backend = _fast_backend(tokenizer)
     if backend is None:
         return [tokenizer.text_to_ids(text) for text in texts]
@@ -59,7 +59,7 @@ def token_id(tokenizer: Any, token: str) -> int | None:
 
 
 def _fast_backend(tokenizer: Any) -> Any | None:
-    """The ``tokenizers.Tokenizer`` behind a NeMo tokenizer, if nothing in between changes what it says."""
+    """The ``tokenizers.Tokenizer`` behind a NeMo tokenizer, if nothing in between changes its result."""
     if type(tokenizer) is not AutoTokenizer or tokenizer.include_special_tokens:
         return None
     fast = tokenizer.tokenizer

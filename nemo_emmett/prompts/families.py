@@ -1,4 +1,4 @@
-"""The prompt format that a family of backbones was made for, and the tokens that end what it says."""
+"""The prompt format of a family of backbones, and the tokens that end its answers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.chat import TranslationChat
 from nemo_emmett.prompts.control_tokens import any_of, control_tokens_of, templates_of
 from nemo_emmett.prompts.encoding import token_id
-from nemo_emmett.prompts.languages import is_known_language
+from nemo_emmett.prompts.instruction import translation_turns
+from nemo_emmett.prompts.language_tokens import LanguageTokenPrompt
+from nemo_emmett.prompts.languages import is_known_language, known_languages
 from nemo_emmett.prompts.markup import UserTextPrompt
+from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
 from nemo_emmett.prompts.translation import register_prompt_formats
 
 _OF_MODEL_TYPE = {
@@ -45,7 +49,7 @@ def default_prompt_format(tokenizer: Any, config: PreTrainedConfig) -> str:
         config: its transformers config.
 
     Raises:
-        ConfigError: if the family is not one that we know.
+        ConfigError: if no format is known for the family.
 
     Example:
         >>> default_prompt_format(tokenizer, AutoConfig.from_pretrained("facebook/nllb-200-distilled-600M"))
@@ -66,8 +70,45 @@ def default_prompt_format(tokenizer: Any, config: PreTrainedConfig) -> str:
     return known
 
 
-def prompt_formatter(name: str, tokenizer: Any) -> PromptFormatter:
+def check_prompt_format(name: str, tokenizer: Any, config: PreTrainedConfig) -> None:
+    """Refuse a prompt format that a backbone cannot be trained with.
+
+    Args:
+        name: of the recipe, under ``model.prompt_format``.
+        tokenizer: NeMo's tokenizer of the backbone.
+        config: its transformers config.
+
+    Raises:
+        ConfigError: if the format is unknown, is one of encoder-decoders and the backbone is decoder-only, or writes
+            tokens that the tokenizer does not have.
+    """
+    prompt = prompt_formatter(name, tokenizer, "model.prompt_format")
+    problem = None
+    if isinstance(prompt, Seq2SeqPrompt) and not config.is_encoder_decoder:
+        problem = "it is a format of encoder-decoders"
+    elif isinstance(prompt, LanguageTokenPrompt) and not any(map(prompt.has_language, known_languages())):
+        problem = "its tokenizer has none of the tokens of languages"
+    elif isinstance(prompt, TranslationChat):
+        try:
+            prompt.encode_dialog(translation_turns(prompt, "a", "de"))
+        except (ConfigError, TypeError):  # of our formats, or of NeMo's that they are made from
+            problem = "its tokenizer has no BOS or EOS token"
+        end = _end_of_turn(prompt)
+        if end and token_id(tokenizer, end) is None:
+            problem = f"its tokenizer has no token '{end}', which ends an answer"
+    if problem:
+        family = _OF_MODEL_TYPE.get(config.model_type)
+        remedy = "leave the key out for the format of its family" if family else "choose another"
+        raise ConfigError(f"model.prompt_format: '{name}' does not fit this language model: {problem}; {remedy}.")
+
+
+def prompt_formatter(name: str, tokenizer: Any, place: str = "prompt_format") -> PromptFormatter:
     """A prompt format made with a tokenizer.
+
+    Args:
+        name: of the format.
+        tokenizer: of NeMo.
+        place: of the name in a recipe, for the message.
 
     Raises:
         ConfigError: if neither NeMo nor we have a format of that name.
@@ -77,12 +118,12 @@ def prompt_formatter(name: str, tokenizer: Any) -> PromptFormatter:
     if name not in formats:
         suggestion = nearest(name, formats)
         hint = f"did you mean '{suggestion}'?" if suggestion else f"choose one of {', '.join(_our_formats())}."
-        raise ConfigError(f"prompt_format: '{name}' is not a prompt format; {hint}")
+        raise ConfigError(f"{place}: '{name}' is not a prompt format; {hint}")
     return PromptFormatter.resolve(name)(tokenizer)
 
 
 def forbidden_text(name: str | None, tokenizer: Any) -> re.Pattern | None:
-    """What no user's text may hold: the special tokens, where a prompt format or tokenizer cannot take them for text.
+    """The special tokens that no user's text may hold, where a prompt format or tokenizer cannot encode them as text.
 
     Our formats can, with the tokenizers of Hugging Face. NeMo's encode a whole turn at once, so that a text with
     ``<|im_end|>`` in it would end the turn.
@@ -109,9 +150,9 @@ def forbidden_text(name: str | None, tokenizer: Any) -> re.Pattern | None:
 
 
 def may_be_read(token: str, name: str, tokenizer: Any) -> bool:
-    """Whether a model can ever be given a token: any that text is made of, and the special ones that its prompts need.
+    """Whether a token can occur in a model's input: any token of text, and the special tokens of its prompts.
 
-    Some tokenizers have special tokens besides, for which their models have no embedding: Gemma 3's for images.
+    Some tokenizers have other special tokens, for which their models have no embedding: Gemma 3's for images.
 
     Args:
         token: of the tokenizer's vocabulary.
@@ -133,11 +174,15 @@ def stop_ids(formatter: PromptFormatter, tokenizer: Any) -> list[int]:
     """The ids that end an answer: EOS, and the token with which the format ends the assistant's turn, if it has one.
 
     Llama 3's turns end in ``<|eot_id|>``, Qwen's in ``<|im_end|>``, Gemma's in ``<end_of_turn>``, whatever the
-    tokenizer's EOS is. Whitespace that follows such a token is not waited for.
+    tokenizer's EOS is. Whitespace after such a token is not generated.
     """
-    after_message = formatter.get_template(formatter.OUTPUT_ROLE).rsplit("|message|", 1)[-1]
-    closing = token_id(tokenizer, after_message.replace(EOS_SLOT, "").strip())
+    closing = token_id(tokenizer, _end_of_turn(formatter))
     return list(dict.fromkeys(number for number in (tokenizer.eos_id, closing) if number is not None))
+
+
+def _end_of_turn(formatter: PromptFormatter) -> str:
+    after_message = formatter.get_template(formatter.OUTPUT_ROLE).rsplit("|message|", 1)[-1]
+    return after_message.replace(EOS_SLOT, "").strip()
 
 
 def _our_formats() -> list[str]:

@@ -14,11 +14,11 @@ format              ``context_ids``         ``answer_ids``          decoder star
 
 In training, when ``answer_ids`` are the ``labels``, the decoder reads them one token later: ``decoder_start_token_id``,
 which is ``</s>``, comes in front; mBART, which has no start token, takes the last of the labels there. So the first
-three learn to begin with the language's token, which ``generate`` forces with ``forced_bos_token_id``, or, for a batch
-of several languages, with :meth:`~nemo_emmett.prompts.seq2seq.Seq2SeqPrompt.decoder_start`.
+three are trained to begin with the language's token, which ``generate`` forces with ``forced_bos_token_id``, or, for a
+batch of several languages, with :meth:`~nemo_emmett.prompts.seq2seq.Seq2SeqPrompt.decoder_start`.
 
-Speech stands where the text would, ``__de__ <|audio|> </s>``. Where the source language is not known its token is left
-out; the tokenizers of the families would take English for it.
+Speech takes the place of the text, ``__de__ <|audio|> </s>``. Where the source language is not known its token is left
+out; the tokenizers of the families would put English.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from nemo_emmett.prompts.seq2seq import Segment, Seq2SeqPrompt
 
 
 class LanguageTokenPrompt(Seq2SeqPrompt):
-    """A side is its language's token, its text and ``</s>``. A family says what it calls a language."""
+    """A side is its language's token, its text and ``</s>``; a family defines the token of a language."""
 
     @staticmethod
     @abstractmethod
@@ -55,23 +55,25 @@ class LanguageTokenPrompt(Seq2SeqPrompt):
             ConfigError: if the family, or this tokenizer, has no token for the language.
         """
         if language not in self._language_ids:
-            self._language_ids[language] = self._find_language(language)
+            token = self.language_token(language)
+            if token is None:
+                raise ConfigError(
+                    f"prompt_format {self.NAME}: this family of models has no token for the language '{language}'; "
+                    "leave out the data in that language, or use another model."
+                )
+            number = token_id(self.tokenizer, token)
+            if number is None:
+                raise ConfigError(
+                    f"prompt_format {self.NAME}: the tokenizer has no token '{token}' for the language '{language}'; "
+                    "use the prompt format of the tokenizer's own family."
+                )
+            self._language_ids[language] = number
         return self._language_ids[language]
 
-    def _find_language(self, language: str) -> int:
+    def has_language(self, language: str) -> bool:
+        """Whether the tokenizer has a token for a language."""
         token = self.language_token(language)
-        if token is None:
-            raise ConfigError(
-                f"prompt_format {self.NAME}: this family of models has no token for the language '{language}'; "
-                "leave out the data in that language, or use another model."
-            )
-        number = token_id(self.tokenizer, token)
-        if number is None:
-            raise ConfigError(
-                f"prompt_format {self.NAME}: the tokenizer has no token '{token}' for the language '{language}'; "
-                "use the prompt format of the tokenizer's own family."
-            )
-        return number
+        return token is not None and token_id(self.tokenizer, token) is not None
 
     def context_segment(self, message: Prompt, target_lang: str | None, source_lang: str | None) -> Segment:
         """``__de__ message </s>``; without a source language ``message </s>``."""
@@ -101,7 +103,7 @@ class LanguageTokenPrompt(Seq2SeqPrompt):
 
 
 def _template(side: str) -> dict[str, dict]:
-    """NeMo's description of the turns; ``side`` shows where the language stands beside the message."""
+    """NeMo's description of the turns, by the template of one side."""
     languages = {"user": "source_lang", "assistant": "target_lang"}
     return {
         role: {
@@ -127,7 +129,7 @@ class EmmettM2M100PromptFormatter(LanguageTokenPrompt, PromptFormatter):
 
 
 class EmmettNLLBPromptFormatter(LanguageTokenPrompt, PromptFormatter):
-    """NLLB: ``deu_Latn text </s>``, as its tokenizer does it unless told ``legacy_behaviour``."""
+    """NLLB: ``deu_Latn text </s>``, as its tokenizer does it without ``legacy_behaviour``."""
 
     NAME = "emmett_nllb"
     OUTPUT_ROLE = "assistant"

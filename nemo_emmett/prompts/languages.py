@@ -1,7 +1,7 @@
 """Language codes: ISO 639-1 as Whisper lists them, M2M100's, and FLORES-200's as NLLB writes them.
 
-The tables are those of the tokenizers in transformers, so a code is known here if one of the backbones knows it. What a
-family of backbones calls a language: :func:`m2m100_code`, :func:`flores_code` (NLLB) and :func:`mbart_code`.
+The tables are those of the tokenizers in transformers: a code is valid if one of the backbones has it. The code of a
+language in a family of backbones: :func:`m2m100_code`, :func:`flores_code` (NLLB) and :func:`mbart_code`.
 """
 
 from __future__ import annotations
@@ -42,62 +42,30 @@ _ALIASES = {"jw": "jv", "ns": "nso"}
 
 _TRADITIONAL_CHINESE = ("TW", "HK", "MO")  # regions that write Chinese in the traditional script
 
-_MORE_NAMES = {
-    "ak": "Akan",
-    "ast": "Asturian",
-    "ay": "Aymara",
-    "bm": "Bambara",
-    "ceb": "Cebuano",
-    "dz": "Dzongkha",
-    "ee": "Ewe",
-    "eo": "Esperanto",
+_NAMES = {
+    "bn": "Bengali",
     "ff": "Fulah",
-    "fj": "Fijian",
-    "fy": "Western Frisian",
-    "ga": "Irish",
-    "gd": "Scottish Gaelic",
-    "gn": "Guarani",
-    "ig": "Igbo",
-    "ilo": "Iloko",
-    "jv": "Javanese",
-    "kg": "Kongo",
-    "ki": "Kikuyu",
-    "kr": "Kanuri",
-    "ks": "Kashmiri",
-    "ku": "Kurdish",
-    "ky": "Kyrgyz",
-    "lg": "Ganda",
-    "li": "Limburgish",
-    "nb": "Norwegian Bokmål",
+    "jw": "Javanese",
+    "mi": "Maori",
+    "my": "Myanmar",
+    "nn": "Nynorsk",
     "ns": "Northern Sotho",
-    "ny": "Nyanja",
-    "om": "Oromo",
-    "or": "Odia",
-    "qu": "Quechua",
-    "rn": "Rundi",
-    "rw": "Kinyarwanda",
-    "sc": "Sardinian",
-    "sg": "Sango",
-    "sm": "Samoan",
-    "ss": "Swati",
-    "st": "Southern Sotho",
-    "ti": "Tigrinya",
-    "tn": "Tswana",
-    "ts": "Tsonga",
-    "tw": "Twi",
-    "ug": "Uyghur",
-    "wo": "Wolof",
-    "xh": "Xhosa",
-    "zu": "Zulu",
 }
-"""English names of languages that Whisper does not list."""
+"""English names other than Babel's: Whisper's, which stay, since models were trained on prompts with them."""
 
 
 @cache
 def _names() -> dict[str, str]:
+    from babel import Locale
+
+    return dict(Locale("en").languages) | _NAMES
+
+
+@cache
+def _whisper_codes() -> frozenset[str]:
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-    return _MORE_NAMES | {code: name.title() for code, name in LANGUAGES.items()}
+    return frozenset(LANGUAGES)
 
 
 @cache
@@ -125,7 +93,7 @@ def _mbart_codes() -> dict[str, str]:
 @cache
 def known_languages() -> frozenset[str]:
     """All language codes that a recipe may name: ``de``, ``ast``, ``deu_Latn``, ..."""
-    return frozenset(_names()) | frozenset(_FLORES_OF_ISO) | _m2m100_codes() | _flores_codes()
+    return _whisper_codes() | frozenset(_FLORES_OF_ISO) | _m2m100_codes() | _flores_codes()
 
 
 def is_known_language(code: str) -> bool:
@@ -146,10 +114,10 @@ def check_language(code: str, where: str) -> str:
 
     Args:
         code: a language code.
-        where: the key or record that named it, for the message.
+        where: the key or record that names it, for the message.
 
     Raises:
-        ConfigError: if no backbone knows the code; the nearest known one is named.
+        ConfigError: if no backbone has the code; the nearest valid one is named.
     """
     if is_known_language(str(code)):
         return str(code)
@@ -181,20 +149,17 @@ def flores_code(code: str) -> str | None:
         return code
     language, *subtags = code.split("-")
     language = _ALIASES.get(language, language)
-    found = _FLORES_OF_ISO.get(language) or _only_flores_code(language)
-    if found is None:
-        return None
+    found = _FLORES_OF_ISO.get(language)
+    if found is None:  # a code of three letters that one FLORES-200 code begins with
+        candidates = [known for known in _flores_codes() if known.split("_")[0] == language]
+        if len(candidates) != 1:
+            return None
+        found = candidates[0]
     script = next((tag for tag in subtags if len(tag) == 4), None)
     if script is None and language == "zh" and not set(_TRADITIONAL_CHINESE).isdisjoint(subtags):
         script = "Hant"
     written = f"{found[:3]}_{script}" if script else found
     return written if written in _flores_codes() else None
-
-
-def _only_flores_code(language: str) -> str | None:
-    """The FLORES-200 code that begins with a code of three letters, if there is one and no other."""
-    codes = [code for code in _flores_codes() if code.split("_")[0] == language]
-    return codes[0] if len(codes) == 1 else None
 
 
 @cache
@@ -220,7 +185,7 @@ def mbart_code(code: str) -> str | None:
 
 
 def _shorter_codes(code: str) -> list[str]:
-    """The codes by which families that do not tell scripts apart may know a language, its own first."""
+    """The codes that a language may have in families that do not distinguish scripts, its own first."""
     language = re.split("[-_]", code)[0]
     standard = _ALIASES.get(language, language)
     iso_639_3 = _FLORES_OF_ISO.get(standard, standard)[:3]

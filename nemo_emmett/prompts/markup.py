@@ -1,6 +1,6 @@
-"""Strings that know which of their parts a user wrote, and which a prompt format did.
+"""Strings whose parts were written by a user or by a prompt format.
 
-In :class:`Markup` control tokens stand for themselves; anywhere else they are text (``prompts/control_tokens.py``).
+In :class:`Markup` control tokens are control tokens; anywhere else they are text (``prompts/control_tokens.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ AUDIO_LOCATOR = "<|audio|>"
 
 
 class Markup(str):
-    """Text that no user wrote, of a template or an audio locator: its control tokens are meant."""
+    """Text that no user wrote, of a template or an audio locator: its control tokens are control tokens."""
 
     __slots__ = ()
 
@@ -21,7 +21,7 @@ class Markup(str):
 class Prompt(str):
     """Users' texts and :class:`Markup`, put together.
 
-    It is a string, since NeMo's prompt formats and their checks take messages as such; ``parts`` says who wrote what.
+    It is a string, since NeMo's prompt formats and their checks take messages as such; ``parts`` keeps the parts.
 
     Example:
         >>> Prompt([Markup("<de>"), " ", "strike: <s>one</s>"])
@@ -47,15 +47,15 @@ def joined(texts: Iterable[str], separator: str = " ") -> Prompt:
 
 
 def with_locators(text: str, locator: str) -> Prompt:
-    """A text in which each audio locator is meant."""
+    """A text in which each audio locator is markup."""
     return joined(text.split(locator), Markup(locator))
 
 
 class UserTextPrompt:
-    """Mixin of the prompt formats that take a user's text for text, whatever control tokens it spells.
+    """Mixin of the prompt formats that encode a user's text as text, whatever control tokens it spells.
 
     Messages are :class:`Prompt` where they come from data. In a plain string, as callers of NeMo's ``encode_dialog``
-    write them, an audio locator stands for a recording; all else is text.
+    write them, an audio locator marks a recording; all else is text.
     """
 
     def as_prompt(self, message: str) -> Prompt:

@@ -1,4 +1,4 @@
-"""What every prompt format asks of an example: a message, its languages, and the answer where it is known."""
+"""The fields of an example that prompt formats need: a message, its languages, and the answer where it is known."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ EXAMPLE_TYPES = (SourceTargetTextExample, Cut, NeMoMultimodalConversation)
 
 
 class Request(NamedTuple):
-    """A translation to be asked for, of text and of speech alike."""
+    """A translation to prompt for, of text or of speech."""
 
     example_id: object  # for messages to the user
-    message: str  # the text, or the audio locator tag, as markup, where speech stands
+    message: str  # the text, or for speech the audio locator tag, as markup
     source_lang: str | None
     target_lang: str | None
     answer: str | None  # None where it is not known
@@ -32,27 +32,43 @@ class Request(NamedTuple):
 
 
 def request_of(example: Cut | SourceTargetTextExample | NeMoMultimodalConversation) -> Request:
-    """What an example asks for.
+    """The request of an example.
 
-    A pair asks for its target text; a cut, whose custom fields are ``audio_locator_tag``, ``target_lang`` and perhaps
-    ``source_lang``, for the text of its supervision; a conversation, all of whose user turns are the message, for the
+    The answer of a pair is its target text; of a cut, whose custom fields are ``audio_locator_tag``, ``target_lang``
+    and perhaps ``source_lang``, the text of its supervision; of a conversation, whose user turns are the message, the
     assistant's turn.
 
     Raises:
         DataError: if a cut has no audio locator.
     """
     if isinstance(example, SourceTargetTextExample):
-        return _request_of_text(example)
+        source, target, custom = example.source, example.target, example.custom or {}
+        if example.question is not None:  # NeMo's name for the user's text in front of the source
+            custom = {"context": example.question.text, **custom}
+        example_id, source_lang = custom.get("id", source.text), source.language or custom.get("source_lang")
+        return Request(example_id, source.text, source_lang, target.language, target.text, custom)
     if isinstance(example, Cut):
-        return _request_of_speech(example)
-    return _request_of_conversation(example)
+        # A mixed cut's first recording has the fields of the whole.
+        example = example._first_non_padding_cut if isinstance(example, MixedCut) else example
+        custom = example.custom or {}
+        if not (locator := custom.get("audio_locator_tag")):
+            raise DataError(
+                f"example {example.id}: there is no token to mark the place of its audio; set audio_locator_tag in the "
+                "dataset's config."
+            )
+        message, answer = Markup(locator), example.supervisions[0].text if example.supervisions else None
+    else:
+        custom = example.custom or {}
+        message = joined(message_of(turn) for turn in example.turns if turn.role != "assistant")
+        answer = next((turn.value for turn in reversed(example.turns) if turn.role == "assistant"), None)
+    return Request(example.id, message, custom.get("source_lang"), custom.get("target_lang"), answer, custom)
 
 
 def target_language(request: Request) -> str:
     """The language to translate to.
 
     Raises:
-        DataError: if the example does not say it.
+        DataError: if the example has none.
     """
     if not request.target_lang:
         raise DataError(
@@ -63,46 +79,5 @@ def target_language(request: Request) -> str:
 
 
 def message_of(turn: TextTurn | AudioTurn) -> str:
-    """What a turn of a conversation says: its text, or the audio locator tag, as markup."""
+    """The content of a conversation's turn: its text, or the audio locator tag, as markup."""
     return Markup(turn.audio_locator_tag) if isinstance(turn, AudioTurn) else turn.value
-
-
-def _request_of_text(pair: SourceTargetTextExample) -> Request:
-    source, target, custom = pair.source, pair.target, pair.custom or {}
-    if pair.question is not None:  # NeMo's name for what the user says in front of the text
-        custom = {"context": pair.question.text, **custom}
-    return Request(
-        custom.get("id", source.text),
-        source.text,
-        source.language or custom.get("source_lang"),
-        target.language,
-        target.text,
-        custom,
-    )
-
-
-def _request_of_speech(cut: Cut) -> Request:
-    if isinstance(cut, MixedCut):  # its first recording carries the fields of the whole
-        cut = cut._first_non_padding_cut
-    custom = cut.custom or {}
-    locator = custom.get("audio_locator_tag")
-    if not locator:
-        raise DataError(
-            f"example {cut.id}: there is no token to mark where its audio stands; set audio_locator_tag in the "
-            "dataset's config."
-        )
-    answer = cut.supervisions[0].text if cut.supervisions else None
-    return Request(cut.id, Markup(locator), custom.get("source_lang"), custom.get("target_lang"), answer, custom)
-
-
-def _request_of_conversation(conversation: NeMoMultimodalConversation) -> Request:
-    message, answer = [], None
-    for turn in conversation.turns:
-        if turn.role == "assistant":
-            answer = turn.value
-        else:
-            message.append(message_of(turn))
-    custom = conversation.custom or {}
-    return Request(
-        conversation.id, joined(message), custom.get("source_lang"), custom.get("target_lang"), answer, custom
-    )

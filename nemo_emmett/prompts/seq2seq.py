@@ -1,7 +1,7 @@
-"""What the prompt formats of encoder-decoders share: how turns become the ids of a context and of an answer.
+"""The base of the prompt formats of encoder-decoders: turns become the ids of a context and of an answer.
 
-The encoder reads the context, the decoder must say the answer. A format says how one turn looks, as a :class:`Segment`;
-everything else is here, for one example (NeMo's way) and for many (:meth:`Seq2SeqPrompt.encode_requests`).
+The context is the encoder's input, the answer the decoder's target. A format defines a turn, as a :class:`Segment`; the
+rest is here, for one example (NeMo's interface) and for many (:meth:`Seq2SeqPrompt.encode_requests`).
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Seq2SeqPrompt(UserTextPrompt):
     """Mixin that makes a NeMo ``PromptFormatter`` one of an encoder-decoder.
 
     Its ``encode_dialog`` takes NeMo's turns, the user's with the slots ``message``, ``target_lang`` and, where known,
-    ``source_lang``, the assistant's with ``message`` and ``target_lang``; slots that a format has no use for may be
-    left out.
+    ``source_lang``, the assistant's with ``message`` and ``target_lang``; slots that a format does not use may be left
+    out.
     """
 
     @cached_property
     def eos_id(self) -> int:
-        """The tokenizer's EOS, which NeMo's looks up anew each time it is asked."""
+        """The tokenizer's EOS; NeMo's property looks it up at each access."""
         return self.tokenizer.eos
 
     @abstractmethod
     def context_segment(self, message: Prompt, target_lang: str | None, source_lang: str | None) -> Segment:
-        """How the encoder reads a message.
+        """A message in the encoder's input.
 
         Raises:
             ConfigError: for a language that the model does not have.
@@ -54,7 +54,7 @@ class Seq2SeqPrompt(UserTextPrompt):
 
     @abstractmethod
     def answer_segment(self, answer: Prompt, target_lang: str | None) -> Segment:
-        """How the decoder says an answer.
+        """An answer as the decoder's target.
 
         Raises:
             ConfigError: for a language that the model does not have.
@@ -63,7 +63,7 @@ class Seq2SeqPrompt(UserTextPrompt):
     def decoder_start(self, target_lang: str | None) -> list[int] | None:
         """Ids that the decoder reads before the first one it generates; None: the model's own start token alone.
 
-        Hand them to Hugging Face ``generate`` as ``decoder_input_ids`` (B, len) with their first as
+        Pass them to Hugging Face ``generate`` as ``decoder_input_ids`` (B, len) with their first as
         ``decoder_start_token_id``: unlike ``forced_bos_token_id`` they may differ within a batch.
 
         Raises:
@@ -90,19 +90,18 @@ class Seq2SeqPrompt(UserTextPrompt):
         Raises:
             DataError: naming the first example whose languages are not known, or not the model's.
         """
-        segments = [self._segments_of(request) for request in requests]
+        segments: list[list[Segment]] = []
+        for request in requests:
+            target_lang = target_language(request)
+            try:
+                of_request = [self.context_segment(Prompt([request.message]), target_lang, request.source_lang)]
+                if request.answer is not None:
+                    of_request.append(self.answer_segment(Prompt([request.answer]), target_lang))
+            except ConfigError as error:
+                raise DataError(f"example {request.example_id}: {error}") from error
+            segments.append(of_request)
         ids = iter(self._encode([segment for of_request in segments for segment in of_request]))
         return [_tensors([next(ids) for _ in of_request], [False, True][: len(of_request)]) for of_request in segments]
-
-    def _segments_of(self, request: Request) -> list[Segment]:
-        target_lang = target_language(request)
-        try:
-            segments = [self.context_segment(Prompt([request.message]), target_lang, request.source_lang)]
-            if request.answer is not None:
-                segments.append(self.answer_segment(Prompt([request.answer]), target_lang))
-        except ConfigError as error:
-            raise DataError(f"example {request.example_id}: {error}") from error
-        return segments
 
     def _segment_of(self, turn: Mapping) -> Segment:
         slots = turn.get("slots") or {"message": turn.get("content")}
@@ -122,7 +121,7 @@ class Seq2SeqPrompt(UserTextPrompt):
 
 
 def _tensors(turns: Sequence[list[int]], is_answer: Sequence[bool]) -> dict[str, torch.Tensor]:
-    """What NeMo's prompt formats return; the context is all but the last turn, if that is an answer."""
+    """The result of NeMo's prompt formats; the context is all but the last turn, if that is an answer."""
     # By way of NumPy: torch.tensor takes three times as long for a list of forty integers.
     input_ids = torch.from_numpy(np.array([token for turn in turns for token in turn], dtype=np.int64))
     if not is_answer[-1]:
@@ -143,5 +142,5 @@ def _tensors(turns: Sequence[list[int]], is_answer: Sequence[bool]) -> dict[str,
 def seq2seq_prompt(
     example: Cut | SourceTargetTextExample | NeMoMultimodalConversation, prompt: Seq2SeqPrompt
 ) -> dict[str, torch.Tensor]:
-    """NeMo's entrance for one example; :func:`nemo_emmett.prompts.formatting.format_many` is the one for many."""
+    """NeMo's function for one example; for many there is :func:`nemo_emmett.prompts.formatting.format_many`."""
     return prompt.encode_requests([request_of(example)])[0]

@@ -1,11 +1,11 @@
 """``emmett_t5``: the prompt of multilingual encoder-decoders of the T5 kind, ``<de> text</s>``; ``emmett_ul2`` for UL2.
 
-The target language stands in front as a tag, as EMMeTT's T5 backbone has it (arXiv 2409.13523, section 3; NeMo's
-``t5nmt``). Speech stands where the text would: ``<de> <|audio|></s>``. Where the tokenizer has the tag as one token
-it is one token, otherwise it is spelled in pieces. NeMo's own ``t5nmt`` has no place for an audio locator.
+The target language comes first as a tag, as in EMMeTT's T5 backbone (arXiv 2409.13523, section 3; NeMo's ``t5nmt``).
+Speech takes the place of the text: ``<de> <|audio|></s>``. The tag is one token if the tokenizer has it, otherwise
+several. NeMo's own ``t5nmt`` has no place for an audio locator.
 
-UL2 was pretrained with a token in front that says what is asked of it, ``[S2S]`` where a text is to be continued by
-another (arXiv 2205.05131, section 3.1.2).
+UL2 was pretrained with a token in front for its task, ``[S2S]`` for the continuation of a text by another
+(arXiv 2205.05131, section 3.1.2).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class EmmettT5PromptFormatter(Seq2SeqPrompt, PromptFormatter):
         """``<de> message</s>``."""
         if not target_lang:
             raise ConfigError(f"prompt_format {self.NAME}: a user's turn needs the slot target_lang, such as 'de'.")
-        # In one piece: what a tokenizer makes of a space may depend on what stands before it.
+        # As one text: a tokenizer's encoding of a space may depend on the token before it.
         return Segment((), Prompt([Markup(f"<{target_lang}>"), " ", message]), (self.eos_id,))
 
     def answer_segment(self, answer: Prompt, target_lang: str | None) -> Segment:

@@ -1,60 +1,10 @@
-"""Registration of our prompt formats with NeMo, and what they share."""
+"""Registration of our prompt formats with NeMo."""
 
 from __future__ import annotations
 
-from nemo_emmett.prompts.languages import language_name
-from nemo_emmett.prompts.markup import Prompt, joined
-
 
 def register_prompt_formats() -> None:
-    """Make ``prompt_format: emmett_t5`` and the others known to NeMo, which registers a class as it is defined."""
+    """Register ``emmett_t5`` and the others with NeMo, which registers a class when it is defined."""
     import nemo_emmett.prompts.chat
     import nemo_emmett.prompts.language_tokens
     import nemo_emmett.prompts.t5  # noqa: F401
-
-
-def translation_instruction(target_lang: str, source_lang: str | None = None) -> str:
-    """The request for a translation in plain English, for language models that follow instructions.
-
-    Where both languages are the same it asks for a transcript.
-
-    Example:
-        >>> translation_instruction("de", "en"), translation_instruction("de")
-        ('Translate from English to German:', 'Translate to German:')
-    """
-    if source_lang == target_lang:
-        return f"Transcribe in {language_name(target_lang)}:"
-    if source_lang is None:
-        return f"Translate to {language_name(target_lang)}:"
-    return f"Translate from {language_name(source_lang)} to {language_name(target_lang)}:"
-
-
-def translation_turns(formatter, message: str, target_lang: str, source_lang: str | None = None) -> list[dict]:
-    """The dialog that asks for a translation, in the terms of a NeMo prompt format.
-
-    Args:
-        formatter: a NeMo ``PromptFormatter`` (class or object).
-        message: the text to translate, or the audio locator tag; text as a
-            :class:`~nemo_emmett.prompts.markup.Prompt` holds no locator.
-        target_lang: language code of the translation.
-        source_lang: language code of the message, where known.
-
-    Returns:
-        A list of turns for ``formatter.encode_dialog``: with the languages in their slots if the format has such slots,
-        as an instruction in front of the message otherwise.
-    """
-    slots = formatter.get_slots("user")
-    if not {"source_lang", "target_lang"} & set(slots):
-        instruction = translation_instruction(target_lang, source_lang)
-        return [
-            {
-                "role": "user",
-                "slots": {
-                    "message": joined([instruction, message])
-                    if isinstance(message, Prompt)
-                    else f"{instruction} {message}"
-                },
-            }
-        ]
-    values = {"message": message, "target_lang": target_lang, "source_lang": source_lang}
-    return [{"role": "user", "slots": {name: values[name] for name in values if name in slots}}]

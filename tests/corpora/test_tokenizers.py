@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nemo_emmett.corpora.tokenizers import file_texts, manifest_texts, train_llama_tokenizer
 from nemo_emmett.errors import DataError
-from nemo_emmett.prompts.translation import translation_instruction
+from nemo_emmett.prompts.instruction import translation_instruction
 
 TEXTS = ("one red house", "two blue cars", "ein rotes haus", "zwei blaue autos")
 

@@ -21,7 +21,7 @@ from nemo_emmett.evaluation.comet import CometConfig
 from nemo_emmett.evaluation.metrics import check_metrics, signatures
 from nemo_emmett.evaluation.results import Translation, write_hypotheses
 from nemo_emmett.evaluation.scoring import score
-from nemo_emmett.modules.bleu import tokenizer_of
+from nemo_emmett.modules.metrics import tokenizer_of
 
 from .samples import build_evaluation, noisy_sentences
 

@@ -10,7 +10,7 @@ import sacrebleu
 from nemo_emmett.errors import DataError
 from nemo_emmett.evaluation.results import Score, Translation
 from nemo_emmett.evaluation.scoring import average, columns, score
-from nemo_emmett.modules.bleu import corpus_bleu
+from nemo_emmett.modules.metrics import corpus_bleu
 
 from .samples import noisy_sentences
 

@@ -6,8 +6,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from nemo_emmett.prompts.families import prompt_formatter
+from nemo_emmett.prompts.instruction import translation_turns
 from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
-from nemo_emmett.prompts.translation import translation_turns
 
 
 def encode(model, text: str) -> list[int]:

@@ -175,12 +175,12 @@ def test_a_new_model_says_what_the_bare_language_model_says(folder, tiny_asr) ->
 def test_text_goes_past_the_cross_attention_to_the_bit(of_family) -> None:
     model = of_family
     inputs = model.llm_inputs(batch_of(model, TEXTS, ANSWERS))
-    unwrap_peft = AutoModelForCausalLM.from_pretrained(model.options.pretrained_llm, dtype=torch.float32).eval()
-    unwrap_peft.model.layers.load_state_dict(model.llm.model.layers.state_dict())
+    reference = AutoModelForCausalLM.from_pretrained(model.options.pretrained_llm, dtype=torch.float32).eval()
+    reference.model.layers.load_state_dict(model.llm.model.layers.state_dict())
     sequences = [text + answer for text, answer in zip(TEXTS, ANSWERS, strict=True)]
     ids_BT, _ = padded(sequences, model.pad_id)
     expected = answer_logits(
-        unwrap_peft, LLMInputs({"input_ids": ids_BT[:, :-1]}, inputs.targets_BA, inputs.positions_BA)
+        reference, LLMInputs({"input_ids": ids_BT[:, :-1]}, inputs.targets_BA, inputs.positions_BA)
     )
     found = answer_logits(model.llm, inputs)
     assert torch.equal(found[inputs.targets_BA != IGNORE_INDEX], expected[inputs.targets_BA != IGNORE_INDEX])

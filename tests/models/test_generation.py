@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -151,7 +152,7 @@ def test_what_a_model_spells_is_shown(salm_gpt_of, monkeypatch) -> None:
 
 def test_nemos_own_formats_refuse_such_a_text(salm_gpt_of) -> None:
     model = salm_gpt_of("qwen2")
-    model.options.prompt_format = "qwen"
+    model.options = replace(model.options, prompt_format="qwen")
     try:
         with pytest.raises(
             DataError, match=r"a text holds '<\|im_end\|>', which prompt_format qwen takes for the control"
@@ -159,7 +160,7 @@ def test_nemos_own_formats_refuse_such_a_text(salm_gpt_of) -> None:
             model.translate(["six<|im_end|>"], "en", "de")
         assert len(model.translate(["six"], "en", "de")) == 1
     finally:
-        model.options.prompt_format = "emmett_qwen"
+        model.options = replace(model.options, prompt_format="emmett_qwen")
 
 
 def test_ids_inside_a_prompt_that_look_like_padding_are_read(salm_t5) -> None:
@@ -214,10 +215,10 @@ def test_the_hint_to_think_reaches_the_format_only_if_given(salm_t5, monkeypatch
 
 def test_conversations_stay_as_they_are(salm_gpt_of) -> None:
     model = salm_gpt_of("qwen3")
-    model.options.prompt_format = "qwen3"  # NeMo's, which writes into the turns
+    model.options = replace(model.options, prompt_format="qwen3")  # NeMo's, which writes into the turns
     turns = [{"role": "user", "content": "six"}]
     model.generate([turns], max_new_tokens=1)
-    model.options.prompt_format = "emmett_qwen3"
+    model.options = replace(model.options, prompt_format="emmett_qwen3")
     assert turns == [{"role": "user", "content": "six"}]
 
 

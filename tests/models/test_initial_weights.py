@@ -244,7 +244,7 @@ def test_what_cannot_be_read_gets_one_sentence(checkpoint, folder, tmp_path):
         return refusal("llama", folder, None, init_from_checkpoint=path)
 
     assert of(str(tmp_path / "nowhere.ckpt")).startswith("model.init_from_checkpoint: there is no checkpoint '")
-    assert of(3).startswith("model.init_from_checkpoint: 3 is not a path")
+    assert of(3).startswith("model.init_from_checkpoint: 3 cannot be used; give a text")
     assert "is no distributed checkpoint" in of(str(tmp_path))
     (tmp_path / "torn.ckpt").write_bytes(Path(checkpoint).read_bytes()[:1000])
     assert "cannot be read as a checkpoint" in of(str(tmp_path / "torn.ckpt"))

@@ -172,13 +172,13 @@ def test_the_smoothed_loss_is_pytorchs(make):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"freeze": ["decoder"]}, "model.freeze: there is no part 'decoder'; name any of llm, encoder."),
+        ({"freeze": ["decoder"]}, "model.freeze.0: 'decoder' cannot be used; give 'llm' or 'encoder'."),
         ({"loss_implementation": "ligr"}, "model.loss_implementation"),
         ({"label_smoothing": 1.5}, "model.label_smoothing: 1.5"),
-        ({"lora": {"rank": 4}}, "model.lora: peft cannot use"),
-        ({"freeze": "llm"}, "model.freeze: 'llm' is not a list; write ['llm']."),
-        ({"freeze_params": "^llm"}, "model.freeze_params: '^llm' is not a list"),
-        ({"label_smoothing": "0.1"}, "model.label_smoothing: '0.1' cannot be"),
+        ({"lora": {"rank": 4}}, "model.lora.rank: there is no such key"),
+        ({"freeze": "llm"}, "model.freeze: 'llm' cannot be used; give a list, each item 'llm' or 'encoder'."),
+        ({"freeze_params": "^llm"}, "model.freeze_params: '^llm' cannot be used; give a list"),
+        ({"label_smoothing": "0,1"}, "model.label_smoothing: '0,1' cannot be used; give a number from 0 to 1."),
         ({"modality_loss_weights": {"audio": None}}, "model.modality_loss_weights.audio: None cannot be"),
         ({"modality_loss_weights": {"text": -1}}, "model.modality_loss_weights.text: -1 cannot be"),
         ({"max_new_tokens": 0}, "model.max_new_tokens: 0 cannot be"),
@@ -202,7 +202,7 @@ def test_mistakes_get_one_sentence(make, change, sentence):
     ],
 )
 def test_a_modality_adapter_that_cannot_be_built_is_told_in_one_sentence(make, adapter):
-    with pytest.raises(ConfigError, match=r"model\.perception cannot be built: ") as refused:
+    with pytest.raises(ConfigError, match=r"model\.perception\.modality_adapter\.(_target_|depth): ") as refused:
         make(perception={"modality_adapter": adapter})
     assert "\n" not in str(refused.value)
 

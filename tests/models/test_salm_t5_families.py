@@ -8,8 +8,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models import SALMT5, load
+from nemo_emmett.prompts.instruction import translation_turns
 from nemo_emmett.prompts.request import Request
-from nemo_emmett.prompts.translation import translation_turns
 
 from .backbones import ENCODER_DECODERS, PROMPT_FORMAT, model_config
 from .batches import prompted_batch

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.cache_utils import DynamicLayer
 
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.models.targets import parse_arguments
 from nemo_emmett.modules.cross_attention import SpeechCrossAttention
 
 H, WIDTH, HEADS, LAYERS = 16, 24, 4, 2
@@ -234,4 +235,6 @@ def test_it_runs_on_tensors_without_values_and_in_lower_precision(attend) -> Non
 )
 def test_values_that_cannot_be_are_refused_in_one_sentence(options, words) -> None:
     with pytest.raises(ConfigError, match=f"model.cross_attention.{words}"):
-        SpeechCrossAttention(H, **options)
+        SpeechCrossAttention(
+            H, **parse_arguments(SpeechCrossAttention, options, "model.cross_attention", ["hidden_size"])
+        )

@@ -30,7 +30,7 @@ from nemo_emmett.modules import linear_cross_entropy
 from nemo_emmett.oomptimizer.meter import TensorMeter
 from nemo_emmett.oomptimizer.steps import TrainingSteps
 from nemo_emmett.prompts.families import prompt_formatter
-from nemo_emmett.prompts.translation import translation_instruction
+from nemo_emmett.prompts.instruction import translation_instruction
 
 from ..models.backbones import model_config
 from .fits import AtFitStart, Data, trainer_with

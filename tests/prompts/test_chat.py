@@ -17,7 +17,8 @@ from nemo.collections.common.prompts import PromptFormatter
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.chat import CHAT_FORMATS
-from nemo_emmett.prompts.translation import register_prompt_formats, translation_instruction, translation_turns
+from nemo_emmett.prompts.instruction import translation_instruction, translation_turns
+from nemo_emmett.prompts.translation import register_prompt_formats
 
 register_prompt_formats()
 ANSWER = "une maison rouge"
@@ -128,7 +129,7 @@ def test_a_system_prompt_is_said_where_the_format_has_a_place_for_it(tokenizer, 
         apply_prompt_format_fn(example, PromptFormatter.resolve("emmett_gemma")(tokenizer))
     assert str(refused.value) == (
         "example p: it has a system_prompt, for which prompt_format emmett_gemma has no place; take it out of the "
-        "source's tags, or say it in their `context`."
+        "source's tags, or put it in their `context`."
     )
 
 

@@ -104,7 +104,7 @@ def test_one_that_cannot_be_prompted_is_named_and_none_is_changed(tokenizers_of,
 
 def test_speech_without_a_locator_is_refused(tokenizers_of, cut) -> None:
     example: Cut = cut(target_lang="fr", audio_locator_tag=None)
-    with pytest.raises(DataError, match="there is no token to mark where its audio stands; set audio_locator_tag"):
+    with pytest.raises(DataError, match="there is no token to mark the place of its audio; set audio_locator_tag"):
         format_many([example], PromptFormatter.resolve("emmett_nllb")(tokenizers_of("nllb")[1]))
 
 

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.prompts.translation import register_prompt_formats, translation_turns
+from nemo_emmett.prompts.instruction import translation_turns
+from nemo_emmett.prompts.translation import register_prompt_formats
 
 register_prompt_formats()
 GERMAN_AND_FRENCH = {

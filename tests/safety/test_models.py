@@ -242,7 +242,7 @@ def test_a_recipe_may_trust_a_backbone(backbone: Path, payload: Payload) -> None
 
 
 def test_what_is_neither_true_nor_false_is_no_trust(backbone: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.trust_remote_code: 'false' is neither true nor false"):
+    with pytest.raises(ConfigError, match=r"model\.trust_remote_code: 'false' cannot be used; give true or false"):
         SALMT5({"pretrained_llm": str(backbone), "trust_remote_code": "false"})
 
 

@@ -28,9 +28,9 @@ from nemo.collections.common.data.lhotse.text_adapters import (
 
 from nemo_emmett.data.io.files import is_unicode
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
+from nemo_emmett.prompts.instruction import translation_instruction
 from nemo_emmett.prompts.languages import is_known_language
 from nemo_emmett.prompts.markup import Prompt
-from nemo_emmett.prompts.translation import translation_instruction
 
 
 class ExampleKind(str, Enum):

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.oomptimizer.buckets import Contents, Task
+from nemo_emmett.prompts.instruction import translation_instruction
 from nemo_emmett.prompts.languages import known_languages, language_name
-from nemo_emmett.prompts.translation import translation_instruction
 
 _WORDS = ("a", "I", "1", ".")
 """Texts that take the fewest tokens: one, with most tokenizers."""

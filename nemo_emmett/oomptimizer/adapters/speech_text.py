@@ -34,7 +34,7 @@ from nemo_emmett.oomptimizer.adapters.prompts import PromptTokens, ShortestPromp
 from nemo_emmett.oomptimizer.adapters.rows import stack_padded
 from nemo_emmett.oomptimizer.buckets import Shape
 from nemo_emmett.prompts.families import prompt_formatter
-from nemo_emmett.prompts.translation import translation_turns
+from nemo_emmett.prompts.instruction import translation_turns
 
 _ANY = PromptTokens(1, 1)
 """Of a prompt that a bin says nothing of."""

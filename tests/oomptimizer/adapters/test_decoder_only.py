@@ -11,7 +11,7 @@ from nemo_emmett.oomptimizer.adapters.lengths import PROMPT_TOKENS
 from nemo_emmett.oomptimizer.adapters.prompts import ShortestPrompts
 from nemo_emmett.oomptimizer.buckets import Contents, Shape
 from nemo_emmett.prompts.families import prompt_formatter
-from nemo_emmett.prompts.translation import translation_turns
+from nemo_emmett.prompts.instruction import translation_turns
 
 from ...models.backbones import model_config
 from ...models.batches import prompted_batch, with_recordings

