@@ -154,7 +154,7 @@ def stand_in(monkeypatch) -> types.ModuleType:
 
 
 def test_comet_scores_each_direction_with_one_start_of_its_model(stand_in):
-    config = CometConfig.of_recipe({"model": "wmt22-comet-da", "batch_size": 4})
+    config = CometConfig.parse({"model": "wmt22-comet-da", "batch_size": 4})
     one = Translation("test", "1", "text", "en", "de", "one two", "eins zwei", "eins zwei")
     mixed = [
         replace(one, hypothesis="eins"),
@@ -188,17 +188,18 @@ def test_what_comet_lacks_is_told(stand_in, tmp_path):
     ("settings", "sentence"),
     [
         (None, "comet.model: None names no model"),
-        ({"model": "a", "batch_size": 0}, "comet.batch_size: 0 is no number"),
+        ({"model": "a", "batch_size": 0}, "comet.batch_size: 0 cannot be used; give a whole number from 1"),
+        ([1], "comet: .* cannot be used; give a mapping"),
         ({"model": "a", "batchsize": 2}, "comet.batchsize: there is no such key; did you mean 'batch_size'"),
         ({"model": "a", "lambda": 2}, "comet.lambda: there is no such key; the keys are model, batch_size"),
     ],
 )
 def test_a_bad_comet_section_is_refused(settings, sentence, stand_in):
     with pytest.raises(ConfigError, match=sentence):
-        CometConfig.of_recipe(settings)
+        CometConfig.parse(settings)
 
 
 @pytest.mark.skipif(find_spec("comet") is not None, reason="unbabel-comet is installed")
 def test_comet_that_is_not_installed_is_told_before_the_translating():
     with pytest.raises(ConfigError, match="COMET needs the package unbabel-comet"):
-        CometConfig.of_recipe({"model": "a"})
+        CometConfig.parse({"model": "a"})

@@ -100,11 +100,11 @@ def cells_of(table: ResultTable, row: Row) -> list[str]:
     texts = [row.sentences]
     for heading, cell in zip(table.headings, row.cells, strict=True):
         if cell is None:
-            texts += ["–"] * (len(table.metrics) + 2 * sum(heading.has_other))
+            texts += ["–"] * (len(table.metrics) + 2 * sum(heading.has_baseline))
             continue
         interval = "" if cell.interval is None else f" ± {cell.interval:.1f}"
         texts += [number(cell.bleu) + interval, *(number(cell.metrics[name]) for name in table.metrics[1:])]
-        for shown, other in zip(heading.has_other, cell.others, strict=True):
+        for shown, other in zip(heading.has_baseline, cell.baselines, strict=True):
             if shown and other is None:
                 texts += ["–", "–"]
             elif shown:
@@ -179,7 +179,7 @@ def test_each_model_is_named_over_its_numbers(evaluation, text, both, recordings
 
 def test_the_tiles_tell_what_was_gained_against_each_baseline(evaluation, text, recordings):
     write_report(evaluation, recordings / "report.html", baselines=[text])
-    earlier = result_table(evaluation, [text]).averages.cells[0].others[0].bleu
+    earlier = result_table(evaluation, [text]).averages.cells[0].baselines[0].bleu
     assert f"+{100 - earlier:.1f} against {earlier:.1f} of exp/nmt" in Page(recordings / "report.html").words
 
 

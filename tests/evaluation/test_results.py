@@ -74,7 +74,7 @@ def test_throughput_adds_up():
 
 
 def test_processes_side_by_side_take_as_long_as_the_slowest():
-    total = Throughput(2.0, 10, 60, audio_seconds=30.0).beside(Throughput(3.0, 40, 90, audio_seconds=70.0))
+    total = Throughput(2.0, 10, 60, audio_seconds=30.0).in_parallel_with(Throughput(3.0, 40, 90, audio_seconds=70.0))
     assert total == Throughput(3.0, 50, tokens=150, audio_seconds=100.0, processes=2)
 
 

@@ -230,6 +230,7 @@ def test_a_baseline_that_does_not_compare_costs_no_translations(recipe, tokenize
         ("test_ds: 3", "data.test_ds.datasets is missing in"),
         ("test_ds: {datasets: [a, b]}", "or holds no keys"),
         (b"\xff\xfea", "is not YAML"),
+        ("test_ds: {datasets: {a: {input_cfg: '${nowhere}'}}}", "test_ds: Interpolation key 'nowhere' not found"),
     ],
 )
 def test_a_config_without_test_sets_is_refused_before_the_model_is_loaded(content, sentence, tmp_path):
@@ -243,15 +244,23 @@ def test_a_config_without_test_sets_is_refused_before_the_model_is_loaded(conten
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"num_beams": 0}, "num_beams: 0 must be a whole number of 1 or more"),
-        ({"num_beams": "two"}, "num_beams: 'two' must be"),
-        ({"max_new_tokens": 0}, "max_new_tokens: 0 must be"),
-        ({"examples": -1}, "examples: -1 must be a whole number of 0 or more"),
+        ({"num_beams": 0}, "num_beams: 0 cannot be used; give a whole number from 1"),
+        ({"num_beams": "two"}, "num_beams: 'two' cannot be used; give a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens: 0 cannot be used; give a whole number from 1, or null"),
+        ({"examples": -1}, "examples: -1 cannot be used; give a whole number from 0"),
+        ({"examples": True}, "examples: True cannot be used"),
+        ({"trust_remote_code": "false"}, "trust_remote_code: 'false' cannot be used; give true or false"),
+        ({"name": 3}, "name: 3 cannot be used; give a text, or null"),
+        ({"output": ["exp"]}, "output: .* cannot be used; give a path, or null"),
+        ({"log_dir": 3}, "log_dir: 3 cannot be used; give a path, or null"),
+        ({"baseline": {"exp": 1}}, "baseline: .* cannot be used; give a path, or a list, each item a path, or null"),
+        ({"baseline": ["exp", 3]}, "baseline.1: 3 cannot be used; give a path"),
+        ({"num_beams": "${nowhere}"}, "num_beams: Interpolation key 'nowhere' not found"),
         ({"outptu": "exp"}, "there is no such key; did you mean 'output'"),
     ],
 )
-def test_a_setting_that_cannot_work_is_refused_before_the_model_is_loaded(settings, sentence, recipe, tmp_path):
-    config = OmegaConf.create({"test_ds": OmegaConf.load(recipe).data.test_ds, **settings})
+def test_a_value_that_cannot_be_used_is_refused_before_the_model_is_loaded(settings, sentence, recipe, tmp_path):
+    config = OmegaConf.create({"tag": LOCATOR, "test_ds": OmegaConf.load(recipe).data.test_ds, **settings})
     with pytest.raises(ConfigError, match=sentence):
         evaluate_recipe(config, tmp_path / "no_model")
 
