@@ -105,6 +105,16 @@ def parse_section(cls: type[T], section: Mapping[str, Any], place: str, /, **giv
     return cls(**values, **given)
 
 
+def parse_fields(instance: Any, place: str) -> None:
+    """Parse the fields of a frozen dataclass by their declared types, in its ``__post_init__``.
+
+    Raises:
+        ConfigError: as :func:`parse_section`.
+    """
+    for name, hint in get_type_hints(type(instance), include_extras=True).items():
+        object.__setattr__(instance, name, parse_value(hint, getattr(instance, name), f"{place}.{name}"))
+
+
 @cache
 def _adapter(annotation: Any) -> TypeAdapter:
     return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))

@@ -312,7 +312,7 @@ def _merge(outputs: Sequence[_RankOutput]) -> tuple[Translated, dict[str, int]]:
     """The translations of all processes, and the number of skipped records of each test set that has any.
 
     Raises:
-        DataError: if the processes saw the data in different orders, and so translated some sentences twice, others never.
+        DataError: if the processes saw the data in different orders, and so translated sentences twice or never.
     """
     first = outputs[0]
     for test_set, order in first.batch_orders.items():

@@ -188,7 +188,7 @@ def test_leaks_are_told_with_their_places() -> None:
 
 
 def test_data_without_a_common_language_is_refused() -> None:
-    with pytest.raises(DataError, match=r"training data is in fr, what is held out in de;"):
+    with pytest.raises(DataError, match=r"training data is in fr, the held-out data in de;"):
         list(find_leaks(placed("Bonjour.", language="fr"), HeldOut(placed(TEST))))
 
 
@@ -220,7 +220,7 @@ def test_command_says_that_nothing_was_found(tmp_path: Path) -> None:
     (tmp_path / "train.de").write_text("[bold]Guten Tag.\n", encoding="utf-8")
     found, page = print_to_string([tmp_path / "train.de"], [tmp_path / "test.de"])
     assert not found
-    assert page == ("1 training sentence, 1 test sentence: no test sentence stands in the training data.\n")
+    assert page == ("1 training sentence, 1 test sentence: no test sentence is in the training data.\n")
 
 
 def test_training_data_without_a_sentence_is_refused() -> None:
