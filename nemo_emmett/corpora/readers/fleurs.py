@@ -16,10 +16,10 @@ out there, and skipped and counted here.
 
 **FLORES ids.** FLEURS has the sentences of FLORES dev and devtest with other ids: those of its test recordings in
 English are between 1,660 and 2,009, those of one article not consecutive. Both can only be joined by text (Schmidt et
-al., Fleurs-SLU, arXiv:2501.06117, ``scripts/align-flores-and-fleurs.py``). So the id of a sentence is looked up once, by
-its English text, from which all others are translated, or by the text of another language where FLEURS' English is
-missing or differs; all languages are then joined by the id. The text that a speaker was given can differ from FLORES, in
-Cebuano in one sentence of sixteen (the same work): a recording whose own text differs gets no translation.
+al., Fleurs-SLU, arXiv:2501.06117, ``scripts/align-flores-and-fleurs.py``). So the id of a sentence is looked up once,
+by its English text, from which all others are translated, or by the text of another language where FLEURS' English is
+missing or differs; all languages are then joined by the id. The text that a speaker was given can differ from FLORES,
+in Cebuano in one sentence of sixteen (the same work): a recording whose own text differs gets no translation.
 
 lhotse's ``prepare_fleurs`` reads what its own ``download_fleurs`` writes, not these archives.
 """

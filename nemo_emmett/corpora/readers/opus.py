@@ -11,8 +11,8 @@ Each is a part named ``train.{corpus}.de-en``; OPUS makes no splits. Ids are the
 Licences differ from corpus to corpus, see each one's page.
 
 TMX (Translation Memory eXchange) is read unit by unit: files are larger than memory, and an XML parser stops at the
-first character that XML forbids, of which crawled text has many. Hence the text between ``<tu>`` and ``</tu>`` is extracted
-first and parsed by itself: a unit that is not well-formed does not affect the others.
+first character that XML forbids, of which crawled text has many. Hence the text between ``<tu>`` and ``</tu>`` is
+extracted first and parsed by itself: a unit that is not well-formed does not affect the others.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def joined(
     translation is used, and the others are skipped.
 
     Args:
-        readings: for each pair, its segments with transcript and translation by language, or the causes of skipped rows.
+        readings: for each pair, its segments with transcript and translation by language, or causes of skipped rows.
         spoken: the language of the transcripts.
         audio: the recording of a talk.
     """
