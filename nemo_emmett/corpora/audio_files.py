@@ -19,17 +19,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+import soundfile
+import soxr
+from lhotse import Recording as LhotseRecording
+from lhotse import SupervisionSegment
+from lhotse.shar import SharWriter
+
+from nemo_emmett.audio_file import AudioFault, Header, fitted, load_samples, open_recording, read_header
 from nemo_emmett.corpora.corpus import Recording, Sentence, is_seconds
 from nemo_emmett.corpora.output_folder import Staging
 from nemo_emmett.errors import DataError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from nemo_emmett.audio_file import AudioFault, Header
 
 SAMPLING_RATE = 16_000
 """Of FLAC that is written, in Hz: the rate of speech encoders."""
@@ -130,20 +133,27 @@ def manifest_entry(sentence: Sentence, spoken: str, **audio: Any) -> dict[str, A
     return {"id": sentence.id, **audio, "text": sentence.texts[spoken], "lang": spoken, **languages}
 
 
-class _Kept:
-    """Leaves recordings as the publisher has them."""
+class _Writer:
+    """Writes the recordings of a chunk one after the other; ``add`` returns the record of a NeMo manifest."""
 
     def __init__(self, chunk: Chunk, out: Path, staging: Staging) -> None:
-        self.spoken = chunk.spoken
-        self.folder = out / "speech"
+        self.chunk, self.spoken, self.out, self.staging = chunk, chunk.spoken, out, staging
+        self.shards = out / "speech" / chunk.part
+
+    def close(self) -> None:
+        """Complete what was written."""
+
+
+class _Kept(_Writer):
+    """Leaves recordings as the publisher has them."""
 
     def add(self, sentence: Sentence) -> dict[str, Any]:
         recording, header = measured(sentence.recording)
         if header.is_float:  # only float samples can be NaN or infinite
             read_samples(recording)
         # Relative to files in the corpus, which move with it.
-        inside = recording.path.is_relative_to(self.folder.parent)
-        path = Path(os.path.relpath(recording.path, self.folder)) if inside else recording.path.absolute()
+        inside = recording.path.is_relative_to(self.out)
+        path = Path(os.path.relpath(recording.path, self.out / "speech")) if inside else recording.path.absolute()
         is_whole = recording.start == 0 and header.duration - recording.duration < 1 / header.sampling_rate
         offset = {} if is_whole else {"offset": recording.start}
         audio = {"audio_filepath": path.as_posix(), **offset, "duration": recording.duration}
@@ -152,40 +162,29 @@ class _Kept:
             audio["sampling_rate"] = header.sampling_rate
         return manifest_entry(sentence, self.spoken, **audio)
 
-    def close(self) -> None:
-        pass
 
-
-class _FlacFiles:
+class _FlacFiles(_Writer):
     """Writes a FLAC file for each recording."""
 
-    def __init__(self, chunk: Chunk, out: Path, staging: Staging) -> None:
-        self.spoken, self.staging = chunk.spoken, staging
-        self.folder = out / "audio" / chunk.part
-
     def add(self, sentence: Sentence) -> dict[str, Any]:
-        path = self.folder / f"{_file_name(sentence.id)}.flac"
+        path = self.out / "audio" / self.chunk.part / f"{_file_name(sentence.id)}.flac"
         samples = read_samples(sentence.recording)
         with self.staging.whole_file(path) as unfinished:
             unfinished.write_bytes(_flac(samples))
         return manifest_entry(
             sentence,
             self.spoken,
-            audio_filepath=f"../audio/{self.folder.name}/{path.name}",
+            audio_filepath=f"../audio/{self.chunk.part}/{path.name}",
             duration=len(samples) / SAMPLING_RATE,
             sampling_rate=SAMPLING_RATE,
         )
 
-    def close(self) -> None:
-        pass
 
-
-class _NemoTar:
+class _NemoTar(_Writer):
     """Writes a tar of FLAC files and its manifest."""
 
     def __init__(self, chunk: Chunk, out: Path, staging: Staging) -> None:
-        self.spoken, self.number, self.staging = chunk.spoken, chunk.number, staging
-        self.folder = out / "speech" / chunk.part
+        super().__init__(chunk, out, staging)
         self.entries: list[dict[str, Any]] = []
         self.bytes = io.BytesIO()
         self.tar = tarfile.open(fileobj=self.bytes, mode="w")  # noqa: SIM115
@@ -202,26 +201,23 @@ class _NemoTar:
             audio_filepath=member.name,
             duration=len(samples) / SAMPLING_RATE,
             sampling_rate=SAMPLING_RATE,
-            shard_id=self.number,
+            shard_id=self.chunk.number,
         )
         self.entries.append(entry)
         return entry
 
     def close(self) -> None:
         self.tar.close()
-        with self.staging.whole_file(self.folder / f"audio_{self.number}.tar") as unfinished:
+        with self.staging.whole_file(self.shards / f"audio_{self.chunk.number}.tar") as unfinished:
             unfinished.write_bytes(self.bytes.getvalue())
-        self.staging.write_text(self.folder / f"manifest_{self.number}.json", json_lines(self.entries))
+        self.staging.write_text(self.shards / f"manifest_{self.chunk.number}.json", json_lines(self.entries))
 
 
-class _Shar:
+class _Shar(_Writer):
     """Writes a shard of Lhotse Shar."""
 
     def __init__(self, chunk: Chunk, out: Path, staging: Staging) -> None:
-        from lhotse.shar import SharWriter
-
-        self.spoken, self.number, self.staging = chunk.spoken, chunk.number, staging
-        self.folder = out / "speech" / chunk.part
+        super().__init__(chunk, out, staging)
         self.unfinished = staging.folder / f"{chunk.part}-{chunk.number:06d}.shar"
         shutil.rmtree(self.unfinished, ignore_errors=True)  # of a killed preparation
         self.unfinished.mkdir(parents=True)
@@ -233,9 +229,6 @@ class _Shar:
         self.writer.__enter__()
 
     def add(self, sentence: Sentence) -> dict[str, Any]:
-        from lhotse import Recording as LhotseRecording
-        from lhotse import SupervisionSegment
-
         samples = read_samples(sentence.recording)
         recording = LhotseRecording.from_bytes(_flac(samples), recording_id=sentence.id)
         cut = recording.to_cut()
@@ -252,9 +245,9 @@ class _Shar:
         self.links.cleanup()
         cuts, tar = self.unfinished / "cuts.jsonl.gz", self.unfinished / "recording.tar"
         if tar.exists():  # it does not if no recording could be read
-            with self.staging.whole_file(self.folder / f"recording.{self.number:06d}.tar") as unfinished:
+            with self.staging.whole_file(self.shards / f"recording.{self.chunk.number:06d}.tar") as unfinished:
                 os.replace(tar, unfinished)
-            with self.staging.whole_file(self.folder / f"cuts.{self.number:06d}.jsonl.gz") as unfinished:
+            with self.staging.whole_file(self.shards / f"cuts.{self.chunk.number:06d}.jsonl.gz") as unfinished:
                 # compressed again, since Lhotse's gzip contains the time of writing
                 unfinished.write_bytes(gzip.compress(gzip.decompress(cuts.read_bytes()), mtime=0))
         shutil.rmtree(self.unfinished)
@@ -274,8 +267,6 @@ def measured(recording: Recording) -> tuple[Recording, Header]:
     Raises:
         UnusableRecording: if it cannot be read, is shorter than it should be, or has invalid times.
     """
-    from nemo_emmett.audio_file import AudioFault, fitted
-
     if not is_seconds(recording.start) or recording.start < 0:
         raise UnusableRecording("invalid start")
     if recording.duration is not None and (not is_seconds(recording.duration) or recording.duration < 0):
@@ -298,10 +289,6 @@ def read_samples(recording: Recording) -> np.ndarray:
     Raises:
         UnusableRecording: if it cannot be read, is shorter than it should be, or has NaN or infinite samples.
     """
-    import soxr
-
-    from nemo_emmett.audio_file import AudioFault, load_samples, open_recording
-
     recording, header = measured(recording)
     try:
         audio = open_recording(recording.path, header)
@@ -316,8 +303,6 @@ def read_samples(recording: Recording) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _header(path: Path) -> Header:
     """The header of an audio file; cached, since one talk holds hundreds of recordings."""
-    from nemo_emmett.audio_file import AudioFault, read_header
-
     try:
         return read_header(str(path))
     except AudioFault as fault:
@@ -330,8 +315,6 @@ def _unusable(fault: AudioFault) -> UnusableRecording:
 
 
 def _flac(samples: np.ndarray) -> bytes:
-    import soundfile
-
     stream = io.BytesIO()
     soundfile.write(stream, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
     return stream.getvalue()

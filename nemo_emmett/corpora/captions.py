@@ -102,11 +102,15 @@ def prepare_captions(
     """
     source, config = Path(source), config or CaptionsConfig()
     lines = {split: _read_lines(source, split, config.languages) for split in ("train", "val")}
+    digest = hashlib.sha256()
+    for split, by_language in lines.items():
+        for language, captions in by_language.items():
+            digest.update("\n".join((f"{split}.{language}", *captions, "")).encode())
     return prepare_spoken(
         Path(out),
         "captions",
         "captions corpus",
-        {**config.as_dict(), "source": _digest(lines)},
+        {**config.as_dict(), "source": f"sha256:{digest.hexdigest()[:16]}"},
         lambda: _contents(lines, config),
         num_jobs=num_jobs,
         show_progress=show_progress,
@@ -129,14 +133,6 @@ def _read_lines(source: Path, split: str, languages: Sequence[str]) -> dict[str,
                 f"{len(lines[first])}; captions must be line-aligned, so download the files again"
             )
     return lines
-
-
-def _digest(lines: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
-    digest = hashlib.sha256()
-    for split, by_language in lines.items():
-        for language, captions in by_language.items():
-            digest.update("\n".join((f"{split}.{language}", *captions, "")).encode())
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def _contents(lines: Mapping[str, Mapping[str, Sequence[str]]], config: CaptionsConfig) -> Contents:

@@ -77,13 +77,18 @@ def corpus_command(corpus: Corpus) -> click.Command:
 
 def _parameters(corpus: Corpus) -> list[click.Parameter]:
     path = click.Path(path_type=Path)
+    audio_help = "Recordings as they are, or in 16 kHz FLAC as files, in NeMo's tars or in Lhotse Shar."
+    of_speech = [
+        click.Option(["--audio"], type=click.Choice(AUDIO), default="keep", help=audio_help),
+        click.Option(["--shard-size"], type=click.IntRange(min=1), default=SHARD_SIZE, help="Recordings in a shard."),
+    ]
     return [
         click.Argument(["source"], type=path),
         click.Argument(["out"], type=path),
         *(click.Option([f"--{name}"], type=path, help=what) for name, what in corpus.extra_sources.items()),
         click.Option(["--languages"], type=Names(), help="ISO 639-1 codes.  [default: all that are there]"),
         click.Option(["--splits"], type=Names(), help="The publisher's names.  [default: all that are there]"),
-        *(_audio_parameters() if corpus.name in SPEECH else ()),
+        *(of_speech if corpus.name in SPEECH else ()),
         click.Option(
             ["--max-length-ratio"],
             type=click.FloatRange(min=1),
@@ -104,18 +109,6 @@ def _parameters(corpus: Corpus) -> list[click.Parameter]:
             type=click.IntRange(min=1),
             help="Processes to work with; the result does not depend on it.  [default: all cores]",
         ),
-    ]
-
-
-def _audio_parameters() -> list[click.Parameter]:
-    return [
-        click.Option(
-            ["--audio"],
-            type=click.Choice(AUDIO),
-            default="keep",
-            help="Recordings as they are, or in 16 kHz FLAC as files, in NeMo's tars or in Lhotse Shar.",
-        ),
-        click.Option(["--shard-size"], type=click.IntRange(min=1), default=SHARD_SIZE, help="Recordings in a shard."),
     ]
 
 

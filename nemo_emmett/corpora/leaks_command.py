@@ -65,6 +65,7 @@ def _sentences(files: Sequence[SentenceFile], opener: Opener) -> Iterator[Placed
 @contextmanager
 def _opener(files: Sequence[SentenceFile], console: Console) -> Iterator[Opener]:
     """Opens files; a bar shows how many of their bytes have been read."""
+    # rich, not tqdm: it wraps files so that every way of reading counts, and shares the table's console.
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Reading training data", total=sum(file.path.stat().st_size for file in files))

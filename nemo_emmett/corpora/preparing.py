@@ -219,6 +219,7 @@ def _write_text(part: Part, job: _Job, advance: Callable[[int], Any] = lambda _:
 
 def _write_speech(part: Part, job: _Job) -> PartSummary:
     """Write a part with recordings, unless it is written already."""
+    # Imported before processes are forked, which inherit its libraries (lhotse and torch take seconds).
     from nemo_emmett.corpora.audio_files import json_lines, write_chunk
 
     unit = f"{part.name}.speech"

@@ -94,9 +94,14 @@ def _bins(lengths: np.ndarray, unit: float, systems: Iterable[Tokenized]) -> lis
     low = int(lengths.min())
     for high in upper_bounds(lengths):
         inside = np.flatnonzero((lengths >= low) & (lengths <= high))
-        scores = tuple(_corpus_bleu([system[index] for index in inside]) for system in systems)
+        scores = []
+        for system in systems:
+            hypotheses, references = zip(*(system[index] for index in inside), strict=True)
+            # Over target languages with different tokenisers: BLEU counts n-grams of tokens, whatever made them.
+            bleu = BLEU(tokenize="none", force=True)  # force: no warning that the text is tokenised already
+            scores.append(bleu.corpus_score(hypotheses, [references]).score)
         label = "–".join(f"{bound * unit:.{int(unit < 1)}f}" for bound in dict.fromkeys((low, high)))
-        bins.append(Bin(label, len(inside), scores))
+        bins.append(Bin(label, len(inside), tuple(scores)))
         low = high + 1
     return bins
 
@@ -128,10 +133,3 @@ def _tokenized(translations: Iterable[Translation]) -> Tokenized:
         tokenize = tokenizers[one.target_lang]
         pairs.append((tokenize(one.hypothesis.rstrip()), tokenize((one.reference or "").rstrip())))
     return pairs
-
-
-def _corpus_bleu(tokenized: Tokenized) -> float:
-    """BLEU over target languages, each with its own tokeniser: BLEU counts n-grams of tokens, whatever made them."""
-    hypotheses, references = zip(*tokenized, strict=True)
-    # force: no warning that the text is tokenised already
-    return BLEU(tokenize="none", force=True).corpus_score(hypotheses, [references]).score

@@ -82,7 +82,12 @@ def charts(curves: Mapping[str, Curve]) -> list[Chart]:
             points = [point for one in series for line in (one.bold, *(thin for _, thin in one.thin)) for point in line]
             x = _Linear.over([step for step, _ in points], LEFT, WIDTH - RIGHT)
             y = _value_axis([value for _, value in points])
-            lines = [_thin(one, x, y) for one in series] + [_bold(one, x, y) for one in series]
+            lines = [
+                f'<path class="thin series-{one.colour}" d="{_path(thin, x, y)}"><title>{escape(name)}</title></path>'
+                for one in series
+                for name, thin in one.thin
+            ]
+            lines += [_bold(one, x, y) for one in series]
             # Above 10,000 steps are counted in thousands.
             ticks = [(x(step), f"{step / 1000:g}k" if step >= 10_000 else f"{step:g}") for step in x.ticks]
             label = f"{panel.title} over training steps: {_in_words(series)}"
@@ -267,13 +272,6 @@ def _dotted(series: Series, breakdown: Breakdown, x: _Linear, y: _Linear) -> str
         for (place, bleu), one in zip(series.bold, breakdown.bins, strict=True)
     ]
     return _bold(series, x, y) + "".join(dots)
-
-
-def _thin(series: Series, x: _Linear, y: _Linear) -> str:
-    return "".join(
-        f'<path class="thin series-{series.colour}" d="{_path(points, x, y)}"><title>{escape(name)}</title></path>'
-        for name, points in series.thin
-    )
 
 
 def _bold(series: Series, x: _Linear, y: _Linear) -> str:

@@ -72,22 +72,15 @@ class Throughput:
         """Seconds of the model's time per second of speech: below 1 is faster than real time. None for text."""
         return self.seconds / self.audio_seconds if self.audio_seconds else None
 
-    def __add__(self, other: Throughput) -> Throughput:
-        """The throughput of both, one after the other, by the same processes."""
-        return self._with(other, self.seconds + other.seconds, max(self.processes, other.processes))
-
-    def in_parallel_with(self, other: Throughput) -> Throughput:
-        """The throughput of both at the same time, by different processes: the slower one determines the seconds."""
-        return self._with(other, max(self.seconds, other.seconds), self.processes + other.processes)
-
-    def _with(self, other: Throughput, seconds: float, processes: int) -> Throughput:
+    def combined_with(self, other: Throughput, in_parallel: bool = False) -> Throughput:
+        """The throughput of both: of the same processes one after the other, or of different ones at the same time."""
         durations = [one.audio_seconds for one in (self, other) if one.audio_seconds is not None]
         return Throughput(
-            seconds=seconds,
+            seconds=max(self.seconds, other.seconds) if in_parallel else self.seconds + other.seconds,
             sentences=self.sentences + other.sentences,
             tokens=self.tokens + other.tokens,
             audio_seconds=sum(durations) if durations else None,
-            processes=processes,
+            processes=self.processes + other.processes if in_parallel else max(self.processes, other.processes),
         )
 
 

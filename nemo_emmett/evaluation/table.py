@@ -132,7 +132,11 @@ def result_table(evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -
         ],
         averages=Row(
             title="average",
-            cells=[_average_cell(column, mean, before) for column, mean in zip(laid_out, averages, strict=True)],
+            cells=[
+                mean
+                and Cell(mean.metrics, mean.sentences, None, tuple(one.average_cell(column, mean) for one in before))
+                for column, mean in zip(laid_out, averages, strict=True)
+            ],
         ),
         averaged_directions=max((mean.directions for mean in averages if mean is not None), default=0),
     )
@@ -222,12 +226,6 @@ def _cell(column: Column, direction: tuple[str, str], before: Iterable[_Baseline
         if one.direction == direction:
             return Cell(one.metrics, one.sentences, one.interval, tuple(earlier.cell(one) for earlier in before))
     return None
-
-
-def _average_cell(column: Column, mean: Average | None, before: Iterable[_Baseline]) -> Cell | None:
-    if mean is None:
-        return None
-    return Cell(mean.metrics, mean.sentences, baselines=tuple(earlier.average_cell(column, mean) for earlier in before))
 
 
 def _terminal_tables(results: ResultTable, console: Console) -> list[Table]:

@@ -64,7 +64,8 @@ def translate(
             # A batch of which no record could be read is empty; the loader counts and reports such records.
             for modality, part in split_modalities(batch, model.pad_id).items() if batch else ():
                 hypotheses, speed = _timed_translations(model, part, num_beams, max_new_tokens)
-                throughput[modality] = throughput[modality] + speed if modality in throughput else speed
+                before = throughput.get(modality)
+                throughput[modality] = speed if before is None else before.combined_with(speed)
                 translations += _records(test_set, modality, part, hypotheses, model)
             translated[test_set].append(translations)
     return Translated(translated, throughput)
@@ -78,7 +79,8 @@ def merge_ranks(parts: Sequence[Translated]) -> Translated:
     throughput: dict[str, Throughput] = {}
     for part in parts:
         for modality, speed in part.throughput.items():
-            throughput[modality] = throughput[modality].in_parallel_with(speed) if modality in throughput else speed
+            before = throughput.get(modality)
+            throughput[modality] = speed if before is None else before.combined_with(speed, in_parallel=True)
     batches = {}
     for test_set in parts[0].batches:
         rounds = zip_longest(*(part.batches[test_set] for part in parts))

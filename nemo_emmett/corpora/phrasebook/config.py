@@ -44,9 +44,7 @@ class PhrasebookConfig:
     max_number: Annotated[Whole, Ge(1), Le(LARGEST_NUMBER)] = 9999  # numbers are 0 to this one
     first_year: Year = 1900  # dates are the days of these years
     last_year: Year = 2099
-    max_price: Annotated[Whole, Ge(1), Le(999)] = (
-        99  # prices are 1 to this many whole units, with or without a part of one
-    )
+    max_price: Annotated[Whole, Ge(1), Le(999)] = 99  # prices are 1 to this many whole units, and hundredths
     currencies: Names = CURRENCIES  # ISO 4217
     accents: Switch = True  # speak English and Spanish in two accents each
     variants: Names = ("f1", "f2", "f3", "f4", "m1", "m2", "m3", "m4", "m5", "m6", "m7")  # eSpeak NG's

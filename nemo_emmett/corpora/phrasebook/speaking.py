@@ -15,6 +15,7 @@ import wave
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -105,7 +106,8 @@ def prepare_spoken(
     versions = {**{library: installed_version(library) for library in (*writers, "soxr")}, "espeak": espeak_version()}
     plan = {"config": dict(config), "versions": versions}
     folder = CorpusFolder(out, name, title)
-    if (finished := folder.finished(plan, _config_of)) is not None:
+    # A finished corpus does not depend on the versions, an unfinished one must be completed with the same.
+    if (finished := folder.finished(plan, itemgetter("config"))) is not None:
         return _summary(out, finished, made_now=False)
     content = contents()
     with folder.begun(plan, _config_and_versions_of):
@@ -117,11 +119,6 @@ def prepare_spoken(
         totals = _write_manifests(folder, content)
         folder.finish({**plan, **totals})
     return _summary(out, totals, made_now=True)
-
-
-def _config_of(plan: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The identity of a finished corpus, which a new version of a library does not change."""
-    return plan["config"]
 
 
 def _config_and_versions_of(plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class _Speech:
     def sentences(self) -> Iterator[Sentence | Skipped]:
         """One for each recording."""
         translations = self.translations()
+        audio = self.folders[self.spoken] / "audio"
         rows, skipped = self._rows(self.spoken)
         yield from skipped
         for row in rows:
@@ -94,7 +95,11 @@ class _Speech:
                 target: translations.get(row.sentence, {}).get(target, "") for target in self.targets
             }
             name = f"{row.sentence}-{PurePath(row.file).stem}"
-            yield Sentence(name, with_translations(texts, self.spoken), self._recording(row.file))
+            if (audio / self.split).is_dir():
+                recording = Recording(audio / self.split / row.file)
+            else:
+                recording = Recording(audio / f"{self.split}.tar.gz", member=f"{self.split}/{row.file}")
+            yield Sentence(name, with_translations(texts, self.spoken), recording)
 
     def translations(self) -> Mapping[int, Mapping[str, str]]:
         """The translations of each sentence, by language.
@@ -136,12 +141,6 @@ class _Speech:
         rows = [_row(line) for line in SourceFiles(path.parent).lines(path.name)]
         good = sorted(row for row in rows if isinstance(row, _Row))
         return good, [row for row in rows if isinstance(row, Skipped)]
-
-    def _recording(self, file: str) -> Recording:
-        audio = self.folders[self.spoken] / "audio"
-        if (audio / self.split).is_dir():
-            return Recording(audio / self.split / file)
-        return Recording(audio / f"{self.split}.tar.gz", member=f"{self.split}/{file}")
 
 
 def read(source: Path, selection: Selection) -> Sequence[Part]:

@@ -133,16 +133,14 @@ def _records(source: SourceFiles, name: str) -> Iterator[Any]:
     if name.endswith(".parquet"):
         yield from _parquet(source, name)
     elif name.endswith(".jsonl"):
-        yield from (_parsed(line) for line in source.lines(name) if line.strip())
+        for line in filter(str.strip, source.lines(name)):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            yield record
     else:
         yield from ({"id": number, "text": line} for number, line in enumerate(source.lines(name)))
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _parquet(source: SourceFiles, name: str) -> list[dict]:

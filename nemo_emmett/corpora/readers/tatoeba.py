@@ -38,16 +38,13 @@ class _Table:
     source: SourceFiles
     name: str
 
-    @property
-    def num_columns(self) -> int:
-        """Of each line; a line with another number may have a tab in its sentence."""
-        return 2 if "links" in self.name else 6 if "detailed" in self.name else 3
-
     def rows(self) -> Iterator[tuple[list[str], bool]]:
         """The columns of its lines, and whether their number is right."""
+        # A line with another number may have a tab in its sentence.
+        num_columns = 2 if "links" in self.name else 6 if "detailed" in self.name else 3
         for line in self.source.lines(self.name):
             row = line.split("\t")
-            yield row, len(row) == self.num_columns
+            yield row, len(row) == num_columns
 
 
 @dataclass(frozen=True)
@@ -128,9 +125,10 @@ def _pairs_by_language(path: Path, selection: Selection) -> list[_Pair]:
         raise DataError(f"'{path}' has no links between any of {', '.join(wanted)}; download *_links.tsv.bz2 for them.")
     for pair in unique.values():
         for language in set(pair) - tables.keys():
+            code = _LINKS.search(links[pair].name).group("one" if language == pair[0] else "other")
             raise DataError(
                 f"'{path}' has {links[pair].name} without the sentences in '{language}'; download "
-                f"{_code(links[pair].name, pair, language)}_sentences.tsv.bz2 too."
+                f"{code}_sentences.tsv.bz2 too."
             )
     return [
         _Pair(pair, (tables[pair[0]], tables[pair[1]]), links[pair], links_are_theirs=True)
@@ -142,11 +140,6 @@ def _found(source: SourceFiles, pattern: re.Pattern) -> Iterator[tuple[str, re.M
     for name in source.names:
         if (found := pattern.fullmatch(name.rpartition("/")[2])) is not None:
             yield name, found
-
-
-def _code(links: str, pair: tuple[str, str], language: str) -> str:
-    """The publisher's code of one language of a table of links."""
-    return _LINKS.search(links).group("one" if language == pair[0] else "other")
 
 
 def _texts(table: _Table, language: str) -> dict[str, str | None]:

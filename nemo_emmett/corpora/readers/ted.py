@@ -81,7 +81,14 @@ class TalksOfPair:
             entries = [_entry(line) for line in lines]
         if not isinstance(entries, list) or not any(isinstance(entry, dict) for entry in entries):
             raise DataError(f"'{path}' is no list of segments; unpack the archive of the pair again.")
-        return [_segment(entry) for entry in entries]
+        segments: list[Segment | Skipped] = []
+        for entry in entries:
+            try:
+                end = entry["offset"] + entry["duration"]
+                segments.append(Segment.of(PurePath(entry["wav"]).stem, entry["offset"], end))
+            except (KeyError, TypeError):
+                segments.append(Skipped("segment without its times"))
+        return segments
 
 
 def _yaml(text: str) -> Any:
@@ -95,13 +102,6 @@ def _entry(line: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError):
         return None
     return entry
-
-
-def _segment(entry: Any) -> Segment | Skipped:
-    try:
-        return Segment.of(PurePath(entry["wav"]).stem, entry["offset"], entry["offset"] + entry["duration"])
-    except (KeyError, TypeError):
-        return Skipped("segment without its times")
 
 
 def data_folders(source: Path) -> dict[tuple[str, str], Path]:
