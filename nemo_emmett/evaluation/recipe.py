@@ -16,7 +16,7 @@ from yaml import YAMLError
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.evaluation.comet import CometConfig
 from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, check_metrics
-from nemo_emmett.typed_config import Count, PositiveWhole, Switch, Text, parse_section
+from nemo_emmett.typed_config import Count, PositiveWhole, Switch, Text, parse_section, parse_value
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class EvaluationConfig:
             ConfigError: naming the key whose value has the wrong type or is out of range.
         """
         given = {key: value for key, value in arguments.items() if value is not None}
-        metrics = check_metrics(given.get("metrics", DEFAULT_METRICS))
+        metrics = check_metrics(parse_value(list, given.get("metrics", DEFAULT_METRICS), "metrics"))
         comet = CometConfig.parse(given.get("comet")) if "COMET" in metrics else None
         return parse_section(cls, given, "", data=data_section(config), metrics=metrics, comet=comet)
 

@@ -92,7 +92,7 @@ def test_held_out_sentences_are_left_out(tmp_path: Path) -> None:
         SentenceFilter(FilterConfig(held_out=(tmp_path / "missing.de",)), ["de"])
 
 
-def test_missing_library_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid", None)
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     with pytest.raises(EmmettError, match=r"needs 'py3langid', .*pip install 'nemo_emmett\[hygiene\]'"):
@@ -112,7 +112,7 @@ class TestLanguageIdentification:
         assert cause({"fr": german, "de": german}, language_id=True) == "not in French"
 
     @pytest.mark.parametrize("text", ["OK", "2019", "Berlin", "...", "http://www.example.com", "Danke."])
-    def test_what_is_too_short_to_tell_stays(self, text: str) -> None:
+    def test_a_text_too_short_to_identify_is_kept(self, text: str) -> None:
         assert cause({"de": text, "en": text}, language_id=True) is None
 
     def test_codes_with_script_or_region_and_of_other_names_are_understood(self) -> None:

@@ -63,7 +63,7 @@ def manifest(out: Path, part: str) -> list[dict]:
 
 
 class TestFiles:
-    def test_text_is_aligned_by_lines_and_has_its_ids_beside(self, source: Path, tmp_path: Path) -> None:
+    def test_text_is_aligned_by_lines_and_has_its_ids_next_to_it(self, source: Path, tmp_path: Path) -> None:
         prepare(source, out := tmp_path / "out")
         assert (out / "text/dev.en").read_bytes() == b"one line\nnumber 0\nnumber 1\n"
         assert (out / "text/dev.de").read_bytes() == b"eine Zeile\nZahl 0\nZahl 1\n"
@@ -215,7 +215,7 @@ class TestSkipped:
             prepare_speech([sentence], tmp_path / "one/two/out")
         assert not list(tmp_path.rglob("evil.wav"))
 
-    def test_an_mp3_cut_short_is_no_recording_though_its_header_tells_all_of_it(self, tmp_path: Path) -> None:
+    def test_an_mp3_cut_short_is_no_recording_though_its_header_declares_all_of_it(self, tmp_path: Path) -> None:
         path = tmp_path / "a.mp3"
         soundfile.write(path, samples_of(0, 4.0), RATE, format="MP3")
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -399,9 +399,7 @@ class TestRefused:
         with pytest.raises(DataError, match=message):
             prepare(source, tmp_path / "out")
 
-    def test_a_full_disk_is_told_and_costs_nothing_that_is_done(
-        self, source: Path, tmp_path: Path, monkeypatch
-    ) -> None:
+    def test_a_full_disk_is_reported_and_finished_work_is_kept(self, source: Path, tmp_path: Path, monkeypatch) -> None:
         prepare(source, out := tmp_path / "out")
         whole = tree(out)
         shutil.rmtree(out)

@@ -205,7 +205,7 @@ def test_each_pair_of_must_c_is_a_part_with_its_texts_as_they_are(tmp_path) -> N
     assert (first.recording.start, first.recording.duration) == (0.51, 0.4)
 
 
-def test_a_segment_of_mtedx_is_one_entry_with_all_translations_beside_the_transcripts(tmp_path) -> None:
+def test_a_segment_of_mtedx_is_one_entry_with_all_translations_and_the_transcript(tmp_path) -> None:
     make_mtedx(tmp_path)
     parts = parts_of(mtedx.CORPUS, tmp_path)
     assert list(parts) == [f"{split}.{name}" for split in ("train", "valid", "test") for name in ("es", "es-es")]
@@ -374,7 +374,7 @@ def load(input_cfg: Path, tokenizer: AutoTokenizer) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> AutoTokenizer:
-    """Knows the locator, the language tags, and no word."""
+    """A tokenizer with the locator and the language tags, without words."""
     special = ["<pad>", "</s>", "<unk>", LOCATOR, *(f"<{code}>" for code in ("de", "en", "es", "fr", "zh"))]
     backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(special)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""Examples: which translations are drawn, and what stands on their cards."""
+"""Examples: which translations are drawn, and the content of their cards."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_card_shows_both_translations_and_what_was_gained(tmp_path):
     assert card.change == ours.chrf - theirs.chrf
 
 
-def test_a_card_without_baseline_tells_no_change():
+def test_a_card_without_baseline_shows_no_change():
     now = Translation("flores", "7", "text", "en", "de", None, "die Katze", "")
     card = example(RankedSentence(now), Recordings(), ["ours"])
     assert (card.change, card.recording) == (None, None)

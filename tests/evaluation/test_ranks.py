@@ -128,7 +128,7 @@ def test_two_ranks_find_what_one_process_finds(model_folder, recipe, tmp_path):
         "talks": len(SENTENCES["en"]) - 2,
     }
     assert len({one.hypothesis for one in alone.translations}) > 10
-    # Two recordings that one rank each has met, and a line that both have.
+    # Two recordings that one rank each has skipped, and a line that both have.
     assert alone.skipped == shared.skipped == {"talks": 3}
 
     records = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("alone", "shared")]

@@ -33,7 +33,7 @@ def cells_of(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│").split("│")]
 
 
-def test_gains_and_losses_stand_beside_each_baseline(recordings, evaluation):
+def test_differences_are_shown_next_to_each_baseline(recordings, evaluation):
     text, speech = (build_translations(recordings, modality) for modality in ("text", "audio"))
     baselines = [build_evaluation(text, model="exp/t5"), build_evaluation(text + speech, model="exp/other")]
     now = {("text", lang): 80.0 for lang in LANGUAGES} | {("audio", lang): 60.0 for lang in LANGUAGES}
