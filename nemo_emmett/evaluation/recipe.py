@@ -77,18 +77,24 @@ def data_section(config: DictConfig | Mapping | str | os.PathLike[str]) -> DictC
 
 
 def _is_section(config: DictConfig, key: str) -> bool:
-    return key in config and isinstance(config[key], DictConfig) and len(config[key]) > 0
+    return isinstance(section := _value(config, key), DictConfig) and len(section) > 0
 
 
 def resolved_value(config: DictConfig, key: str) -> Any:
     """The value of a key in plain containers, interpolations resolved; None if it is absent.
 
     Raises:
-        ConfigError: if an interpolation cannot be resolved.
+        ConfigError: if an interpolation cannot be resolved, or the value is ``???``.
     """
+    if OmegaConf.is_missing(config, key):
+        raise ConfigError(f"{key}: ??? has to be replaced by a value.")
+    return _value(config, key, resolve=True)
+
+
+def _value(config: DictConfig, key: str, resolve: bool = False) -> Any:
     try:
         value = config.get(key)
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        return OmegaConf.to_container(value, resolve=True) if resolve and OmegaConf.is_config(value) else value
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: {str(error).splitlines()[0].rstrip('.')}.") from error
 

@@ -154,10 +154,11 @@ def evaluate_recipe(config: DictConfig | StrPath, model: StrPath | None = None, 
     model = resolved_value(recipe, "model") if model is None else model
     if not isinstance(model, (str, os.PathLike)):
         raise ConfigError("model: the recipe names no exported model; give the folder that train.py exported to.")
-    arguments = {key: resolved_value(recipe, key) for key in keys}
-    baseline = parse_value(Path | list[Path] | None, resolved_value(recipe, "baseline"), "baseline")
-    arguments["baselines"] = baseline if isinstance(baseline, list) else [baseline] if baseline else []
-    arguments |= {key: value for key, value in options.items() if value not in (None, ())}
+    arguments = {key: value for key, value in options.items() if value not in (None, ())}
+    if "baselines" not in arguments:
+        baseline = parse_value(Path | list[Path] | None, resolved_value(recipe, "baseline"), "baseline")
+        arguments["baselines"] = baseline if isinstance(baseline, list) else [baseline] if baseline else []
+    arguments |= {key: resolved_value(recipe, key) for key in keys - arguments.keys()}
     return evaluate(model, recipe, **{key: value for key, value in arguments.items() if value is not None})
 
 

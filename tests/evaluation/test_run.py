@@ -230,6 +230,7 @@ def test_a_baseline_that_does_not_compare_costs_no_translations(recipe, tokenize
         ("test_ds: 3", "data.test_ds.datasets is missing in"),
         ("test_ds: {datasets: [a, b]}", "or holds no keys"),
         (b"\xff\xfea", "is not YAML"),
+        ("test_ds: ${nowhere}", "test_ds: Interpolation key 'nowhere' not found"),
         ("test_ds: {datasets: {a: {input_cfg: '${nowhere}'}}}", "test_ds: Interpolation key 'nowhere' not found"),
     ],
 )
@@ -258,6 +259,7 @@ def test_a_config_without_test_sets_is_refused_before_the_model_is_loaded(conten
         ({"log_dir": 3}, "log_dir: 3 cannot be used; give a path, or null"),
         ({"baseline": {"exp": 1}}, "baseline: .* cannot be used; give a path, or a list, each item a path, or null"),
         ({"baseline": ["exp", 3]}, "baseline.1: 3 cannot be used; give a path"),
+        ({"output": "???"}, r"output: \?\?\? has to be replaced by a value"),
         ({"num_beams": "${nowhere}"}, "num_beams: Interpolation key 'nowhere' not found"),
         ({"outptu": "exp"}, "there is no such key; did you mean 'output'"),
     ],
