@@ -37,8 +37,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from nemo_emmett.corpora.phrasebook.espeak import Engine, espeak_version
-from nemo_emmett.corpora.phrasebook.voices import Voice
+from nemo_emmett.corpora.phrasebook.espeak import Engine, Voice, espeak_version
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
 from nemo_emmett.data.bucketing.bins import optimal_bins_2d
 from nemo_emmett.data.bucketing.length_stats import measure

@@ -10,6 +10,7 @@ import reprlib
 import types
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import annotated_types
@@ -92,7 +93,7 @@ def parse_section(cls: type[T], section: Mapping[str, Any], place: str, /, **giv
     Args:
         cls: a dataclass whose fields declare types; defaults hold for keys that are absent.
         section: plain mappings, lists and scalars.
-        place: the section's place in the recipe, for messages.
+        place: the section's place in the recipe, for messages; empty at its top.
         given: fields that are no keys of the section, such as the place itself; they are taken as they are.
 
     Raises:
@@ -100,11 +101,21 @@ def parse_section(cls: type[T], section: Mapping[str, Any], place: str, /, **giv
     """
     hints = get_type_hints(cls, include_extras=True)
     values = {
-        name: parse_value(hint, section[name], f"{place}.{name}")
+        name: parse_value(hint, section[name], f"{place}.{name}".removeprefix("."))
         for name, hint in hints.items()
         if name in section and name not in given and name in cls.__dataclass_fields__
     }
     return cls(**values, **given)
+
+
+def parse_fields(instance: Any, place: str) -> None:
+    """Parse the fields of a frozen dataclass by their declared types, in its ``__post_init__``.
+
+    Raises:
+        ConfigError: as :func:`parse_section`.
+    """
+    for name, hint in get_type_hints(type(instance), include_extras=True).items():
+        object.__setattr__(instance, name, parse_value(hint, getattr(instance, name), f"{place}.{name}"))
 
 
 @cache
@@ -152,7 +163,9 @@ def describe(annotation: Any) -> str:
     if origin in (dict, Mapping):
         return f"a mapping, each value {describe(arguments[1])}"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
-    return {**names, dict: "a mapping", type(None): "null", Any: "a value"}.get(annotation, str(annotation))
+    return {**names, dict: "a mapping", Path: "a path", type(None): "null", Any: "a value"}.get(
+        annotation, str(annotation)
+    )
 
 
 def _range(constraints: Sequence[Any]) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from joblib.externals.loky import reusable_executor
 
 from nemo_emmett.corpora.preparing import _each
 from nemo_emmett.processes import forked_pool
@@ -32,7 +31,6 @@ def in_forked_pool(folder: Path) -> None:
 
 
 def in_preparing(folder: Path) -> None:
-    reusable_executor._executor = None  # of other tests, in the parent; a fork cannot use it
     list(_each(work, [(folder,)] * WORKERS, WORKERS))
 
 

@@ -1,6 +1,6 @@
 """A publisher's recordings, as they are or as 16 kHz FLAC: in files, in NeMo's tars, in Lhotse Shar.
 
-Work is done by chunks of recordings, each by itself, so that any number of processes gives the same files.
+Each chunk of recordings is written independently, so that any number of processes gives the same files.
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+import soundfile
+import soxr
+from lhotse import Recording as LhotseRecording
+from lhotse import SupervisionSegment
+from lhotse.shar import SharWriter
+
+from nemo_emmett.audio_file import AudioFault, Header, fitted, load_samples, open_recording, read_header
 from nemo_emmett.corpora.corpus import Recording, Sentence, is_seconds
-from nemo_emmett.corpora.writing import Workshop
+from nemo_emmett.corpora.output_folder import Staging
 from nemo_emmett.errors import DataError
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from nemo_emmett.audio_file import AudioFault, Header
-
 SAMPLING_RATE = 16_000
-"""Of FLAC that is written, in Hz: what speech encoders take."""
+"""Of FLAC that is written, in Hz: the rate of speech encoders."""
 
 _LONGEST_NAME = 200
-"""Bytes of a file's name before its ending; file systems take 255."""
+"""Bytes of a file's name before its suffix; file systems allow 255."""
 
 
 class UnusableRecording(Exception):
-    """A recording cannot be used; the message is the cause, as it is counted."""
+    """A recording cannot be used; the message is the cause under which it is counted."""
 
 
 @dataclass(frozen=True)
@@ -54,126 +57,134 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Written:
-    """What came of a chunk."""
+    """The result of a chunk."""
 
     entries: Sequence[Mapping[str, Any]]  # of a NeMo manifest
     skipped: Mapping[str, int]  # cause -> sentences
 
 
-def write_chunk(chunk: Chunk, audio: str, out: Path, workshop: Workshop) -> Written:
+def write_chunk(chunk: Chunk, audio: str, out: Path, staging: Staging) -> Written:
     """Write the recordings of a chunk, unless they are written already.
 
     Args:
         chunk: sentences with recordings in files, not in archives.
         audio: ``keep``, ``flac``, ``tar`` or ``shar``.
         out: folder of the corpus.
-        workshop: notes that the chunk is done.
+        staging: where files are made and the result of the chunk is kept.
     """
     unit = f"{chunk.part}-{chunk.number:06d}"
-    if (record := workshop.record(unit)) is None:
-        record = {"entries": [], "skipped": defaultdict(int)}
-        convert = _CONVERTERS[audio](chunk, out, workshop)
+    if (result := staging.result_of(unit)) is None:
+        result = {"entries": [], "skipped": defaultdict(int)}
+        writer = _WRITERS[audio](chunk, out, staging)
         for sentence in chunk.sentences:
             try:
-                record["entries"].append(convert.add(sentence))
+                result["entries"].append(writer.add(sentence))
             except UnusableRecording as cause:
-                record["skipped"][str(cause)] += 1
-        convert.close()
-        workshop.note(unit, record)
-    return Written(record["entries"], record["skipped"])
+                result["skipped"][str(cause)] += 1
+        writer.close()
+        staging.mark_done(unit, result)
+    return Written(result["entries"], result["skipped"])
 
 
 def unpack(
-    recordings: Iterable[Recording], folder: Path, workshop: Workshop, advance: Callable[[int], None] = lambda _: None
-) -> Callable[[Recording], Recording]:
-    """Unpack the archives that recordings lie in, each in one pass.
+    recordings: Sequence[Recording], folder: Path, staging: Staging, advance: Callable[[int], Any] = lambda _: None
+) -> list[Recording]:
+    """Unpack the archives that contain recordings, each in one pass.
 
     Args:
-        recordings: those that are needed; the ones outside archives are left where they are.
+        recordings: the required ones; those that are in no archive stay where they are.
         folder: receives ``{archive}/{member}``.
-        workshop: where files are made.
-        advance: is told of each recording that is unpacked, or was.
+        staging: where files are made.
+        advance: called with the number of recordings that are unpacked, now or before.
 
     Returns:
-        Where a recording lies afterwards, whether or not it was there to be unpacked.
+        The recordings as files, also those that were not found in their archive.
 
     Raises:
         DataError: if an archive is missing or damaged, or a recording would be unpacked to outside of ``folder``.
     """
     wanted: dict[Path, dict[str, Path]] = defaultdict(dict)
+    unpacked = []
     for recording in recordings:
-        if recording.member is not None:
-            _refuse_outside(recording)
-            wanted[recording.path][_normal(recording.member)] = _place(recording, folder)
+        if recording.member is None:
+            unpacked.append(recording)
+            continue
+        member = PurePosixPath(recording.member)
+        if member.is_absolute() or ".." in member.parts:
+            raise DataError(
+                f"'{recording.path}': '{member}' would be unpacked to outside of its folder; such an archive is not "
+                "the publisher's, download it again."
+            )
+        path = folder / recording.path.name.split(".tar")[0] / member
+        wanted[recording.path][str(member)] = path
+        unpacked.append(replace(recording, path=path, member=None))
     for archive, members in wanted.items():
         missing = {member: path for member, path in members.items() if not path.exists()}
         advance(len(members) - len(missing))
         if missing:
-            _unpack_archive(archive, missing, workshop, advance)
-    return partial(_unpacked, folder=folder)
+            _unpack_archive(archive, missing, staging, advance)
+    return unpacked
 
 
 def manifest_entry(sentence: Sentence, spoken: str, **audio: Any) -> dict[str, Any]:
-    """A record of a NeMo manifest; where nothing is translated it asks for a transcript."""
+    """A record of a NeMo manifest; without translations it asks for a transcript."""
     translations = {language: text for language, text in sentence.texts.items() if language != spoken}
     languages = {"translations": translations} if translations else {"source_lang": spoken, "target_lang": spoken}
     return {"id": sentence.id, **audio, "text": sentence.texts[spoken], "lang": spoken, **languages}
 
 
-class _Kept:
-    """Recordings as their publisher has them."""
+class _Writer:
+    """Writes the recordings of a chunk one after the other; ``add`` returns the record of a NeMo manifest."""
 
-    def __init__(self, chunk: Chunk, out: Path, workshop: Workshop) -> None:
-        self.spoken = chunk.spoken
-        self.folder = out / "speech"
+    def __init__(self, chunk: Chunk, out: Path, staging: Staging) -> None:
+        self.chunk, self.spoken, self.out, self.staging = chunk, chunk.spoken, out, staging
+        self.shards = out / "speech" / chunk.part
+
+    def close(self) -> None:
+        """Complete what was written."""
+
+
+class _Kept(_Writer):
+    """Leaves recordings as the publisher has them."""
 
     def add(self, sentence: Sentence) -> dict[str, Any]:
         recording, header = measured(sentence.recording)
-        if header.is_float:  # no other samples can be anything but numbers
+        if header.is_float:  # only float samples can be NaN or infinite
             read_samples(recording)
-        # What was unpacked into the corpus moves with it.
-        inside = recording.path.is_relative_to(self.folder.parent)
-        path = Path(os.path.relpath(recording.path, self.folder)) if inside else recording.path.absolute()
-        audio = {"audio_filepath": path.as_posix(), **_stretch(recording, header), "duration": recording.duration}
-        # With a rate, NeMo's own reader takes a stretch from the beginning of a longer file for all of it.
-        if audio.get("offset") != 0:
+        # Relative to files in the corpus, which move with it.
+        inside = recording.path.is_relative_to(self.out)
+        path = Path(os.path.relpath(recording.path, self.out / "speech")) if inside else recording.path.absolute()
+        is_whole = recording.start == 0 and header.duration - recording.duration < 1 / header.sampling_rate
+        offset = {} if is_whole else {"offset": recording.start}
+        audio = {"audio_filepath": path.as_posix(), **offset, "duration": recording.duration}
+        # With a rate, NeMo's own reader takes a segment at the beginning of a longer file for the whole file.
+        if is_whole or recording.start != 0:
             audio["sampling_rate"] = header.sampling_rate
         return manifest_entry(sentence, self.spoken, **audio)
 
-    def close(self) -> None:
-        pass
 
-
-class _FlacFiles:
-    """A FLAC file for each recording."""
-
-    def __init__(self, chunk: Chunk, out: Path, workshop: Workshop) -> None:
-        self.spoken, self.workshop = chunk.spoken, workshop
-        self.folder = out / "audio" / chunk.part
+class _FlacFiles(_Writer):
+    """Writes a FLAC file for each recording."""
 
     def add(self, sentence: Sentence) -> dict[str, Any]:
-        path = self.folder / f"{_file_name(sentence.id)}.flac"
+        path = self.out / "audio" / self.chunk.part / f"{_file_name(sentence.id)}.flac"
         samples = read_samples(sentence.recording)
-        with self.workshop.whole(path) as unfinished:
+        with self.staging.atomic_file(path) as unfinished:
             unfinished.write_bytes(_flac(samples))
         return manifest_entry(
             sentence,
             self.spoken,
-            audio_filepath=f"../audio/{self.folder.name}/{path.name}",
+            audio_filepath=f"../audio/{self.chunk.part}/{path.name}",
             duration=len(samples) / SAMPLING_RATE,
             sampling_rate=SAMPLING_RATE,
         )
 
-    def close(self) -> None:
-        pass
 
+class _NemoTar(_Writer):
+    """Writes a tar of FLAC files and its manifest."""
 
-class _NemoTar:
-    """A tar of FLAC files and its manifest."""
-
-    def __init__(self, chunk: Chunk, out: Path, workshop: Workshop) -> None:
-        self.spoken, self.number, self.workshop = chunk.spoken, chunk.number, workshop
-        self.folder = out / "speech" / chunk.part
+    def __init__(self, chunk: Chunk, out: Path, staging: Staging) -> None:
+        super().__init__(chunk, out, staging)
         self.entries: list[dict[str, Any]] = []
         self.bytes = io.BytesIO()
         self.tar = tarfile.open(fileobj=self.bytes, mode="w")  # noqa: SIM115
@@ -181,7 +192,7 @@ class _NemoTar:
     def add(self, sentence: Sentence) -> dict[str, Any]:
         samples = read_samples(sentence.recording)
         data = _flac(samples)
-        member = tarfile.TarInfo(f"{_file_name(sentence.id)}.flac")  # of no owner and no time: the same bytes always
+        member = tarfile.TarInfo(f"{_file_name(sentence.id)}.flac")  # without owner and time: always the same bytes
         member.size = len(data)
         self.tar.addfile(member, io.BytesIO(data))
         entry = manifest_entry(
@@ -190,30 +201,27 @@ class _NemoTar:
             audio_filepath=member.name,
             duration=len(samples) / SAMPLING_RATE,
             sampling_rate=SAMPLING_RATE,
-            shard_id=self.number,
+            shard_id=self.chunk.number,
         )
         self.entries.append(entry)
         return entry
 
     def close(self) -> None:
         self.tar.close()
-        with self.workshop.whole(self.folder / f"audio_{self.number}.tar") as unfinished:
+        with self.staging.atomic_file(self.shards / f"audio_{self.chunk.number}.tar") as unfinished:
             unfinished.write_bytes(self.bytes.getvalue())
-        self.workshop.write_text(self.folder / f"manifest_{self.number}.json", json_lines(self.entries))
+        self.staging.write_text(self.shards / f"manifest_{self.chunk.number}.json", json_lines(self.entries))
 
 
-class _Shar:
-    """A shard of Lhotse Shar."""
+class _Shar(_Writer):
+    """Writes a shard of Lhotse Shar."""
 
-    def __init__(self, chunk: Chunk, out: Path, workshop: Workshop) -> None:
-        from lhotse.shar import SharWriter
-
-        self.spoken, self.number, self.workshop = chunk.spoken, chunk.number, workshop
-        self.folder = out / "speech" / chunk.part
-        self.unfinished = workshop.folder / f"{chunk.part}-{chunk.number:06d}.shar"
-        shutil.rmtree(self.unfinished, ignore_errors=True)  # of a preparation that was killed
+    def __init__(self, chunk: Chunk, out: Path, staging: Staging) -> None:
+        super().__init__(chunk, out, staging)
+        self.unfinished = staging.folder / f"{chunk.part}-{chunk.number:06d}.shar"
+        shutil.rmtree(self.unfinished, ignore_errors=True)  # of a killed preparation
         self.unfinished.mkdir(parents=True)
-        # Lhotse takes "%" in a folder's name for a number, and a folder called x.tar for a tar file.
+        # A link: Lhotse takes "%" in a folder's name for a number, and a folder called x.tar for a tar file.
         self.links = TemporaryDirectory()
         link = Path(self.links.name, "shar")
         link.symlink_to(self.unfinished.absolute())
@@ -221,9 +229,6 @@ class _Shar:
         self.writer.__enter__()
 
     def add(self, sentence: Sentence) -> dict[str, Any]:
-        from lhotse import Recording as LhotseRecording
-        from lhotse import SupervisionSegment
-
         samples = read_samples(sentence.recording)
         recording = LhotseRecording.from_bytes(_flac(samples), recording_id=sentence.id)
         cut = recording.to_cut()
@@ -239,20 +244,20 @@ class _Shar:
         self.writer.__exit__(None, None, None)
         self.links.cleanup()
         cuts, tar = self.unfinished / "cuts.jsonl.gz", self.unfinished / "recording.tar"
-        if tar.exists():  # nothing is written where no recording could be read
-            with self.workshop.whole(self.folder / f"recording.{self.number:06d}.tar") as unfinished:
+        if tar.exists():  # it does not if no recording could be read
+            with self.staging.atomic_file(self.shards / f"recording.{self.chunk.number:06d}.tar") as unfinished:
                 os.replace(tar, unfinished)
-            with self.workshop.whole(self.folder / f"cuts.{self.number:06d}.jsonl.gz") as unfinished:
-                # Lhotse's gzip carries the time at which it was written.
+            with self.staging.atomic_file(self.shards / f"cuts.{self.chunk.number:06d}.jsonl.gz") as unfinished:
+                # compressed again, since Lhotse's gzip contains the time of writing
                 unfinished.write_bytes(gzip.compress(gzip.decompress(cuts.read_bytes()), mtime=0))
         shutil.rmtree(self.unfinished)
 
 
-_CONVERTERS = {"keep": _Kept, "flac": _FlacFiles, "tar": _NemoTar, "shar": _Shar}
+_WRITERS = {"keep": _Kept, "flac": _FlacFiles, "tar": _NemoTar, "shar": _Shar}
 
 
 def json_lines(entries: Iterable[Mapping[str, Any]]) -> str:
-    """A manifest's text."""
+    """Records as the text of a manifest."""
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
@@ -260,10 +265,8 @@ def measured(recording: Recording) -> tuple[Recording, Header]:
     """A recording with its duration in seconds, and the header of its file.
 
     Raises:
-        UnusableRecording: if it cannot be read or is shorter than it should be, or its times are none.
+        UnusableRecording: if it cannot be read, is shorter than it should be, or has invalid times.
     """
-    from nemo_emmett.audio_file import AudioFault, fitted
-
     if not is_seconds(recording.start) or recording.start < 0:
         raise UnusableRecording("invalid start")
     if recording.duration is not None and (not is_seconds(recording.duration) or recording.duration < 0):
@@ -284,12 +287,8 @@ def read_samples(recording: Recording) -> np.ndarray:
     """A recording at ``SAMPLING_RATE``, its channels averaged: float32, shape (samples,).
 
     Raises:
-        UnusableRecording: if it cannot be read, is shorter than it should be, or holds values that are not numbers.
+        UnusableRecording: if it cannot be read, is shorter than it should be, or has NaN or infinite samples.
     """
-    import soxr
-
-    from nemo_emmett.audio_file import AudioFault, load_samples, open_recording
-
     recording, header = measured(recording)
     try:
         audio = open_recording(recording.path, header)
@@ -303,9 +302,7 @@ def read_samples(recording: Recording) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _header(path: Path) -> Header:
-    """Of an audio file. Talks are cut into hundreds of recordings, one after the other."""
-    from nemo_emmett.audio_file import AudioFault, read_header
-
+    """The header of an audio file; cached, since one talk holds hundreds of recordings."""
     try:
         return read_header(str(path))
     except AudioFault as fault:
@@ -313,26 +310,18 @@ def _header(path: Path) -> Header:
 
 
 def _unusable(fault: AudioFault) -> UnusableRecording:
-    """``missing audio`` is called ``missing recording`` here."""
+    """A fault as cause; ``missing audio`` is called ``missing recording`` here."""
     return UnusableRecording(re.sub(" audio$", " recording", str(fault)))
 
 
 def _flac(samples: np.ndarray) -> bytes:
-    import soundfile
-
     stream = io.BytesIO()
     soundfile.write(stream, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
     return stream.getvalue()
 
 
-def _stretch(recording: Recording, header: Header) -> dict[str, float]:
-    """The ``offset`` of a recording that is not all of its file."""
-    is_whole = recording.start == 0 and header.duration - recording.duration < 1 / header.sampling_rate
-    return {} if is_whole else {"offset": recording.start}
-
-
 def _file_name(identity: str) -> str:
-    """An id as a file's name; different ids have different names."""
+    """A file name for an id; different ids have different names."""
     name = quote(identity, safe=" ")
     if len(name) <= _LONGEST_NAME:
         return name
@@ -340,36 +329,16 @@ def _file_name(identity: str) -> str:
     return f"{name[: _LONGEST_NAME - len(digest)]}{digest}"
 
 
-def _normal(member: str) -> str:
-    return str(PurePosixPath(member))  # without a leading "./", which some archives have
-
-
-def _refuse_outside(recording: Recording) -> None:
-    member = PurePosixPath(recording.member)
-    if member.is_absolute() or ".." in member.parts:
-        raise DataError(
-            f"'{recording.path}': '{member}' would be unpacked to outside of its folder; such an archive is not the "
-            "publisher's, download it anew."
-        )
-
-
-def _place(recording: Recording, folder: Path) -> Path:
-    return folder / recording.path.name.split(".tar")[0] / _normal(recording.member)
-
-
-def _unpacked(recording: Recording, folder: Path) -> Recording:
-    return recording if recording.member is None else replace(recording, path=_place(recording, folder), member=None)
-
-
 def _unpack_archive(
-    archive: Path, members: Mapping[str, Path], workshop: Workshop, advance: Callable[[int], None]
+    archive: Path, members: Mapping[str, Path], staging: Staging, advance: Callable[[int], Any]
 ) -> None:
     left = dict(members)
     try:
         with tarfile.open(archive, "r|*") as tar:
             for member in tar:
-                if member.isfile() and (path := left.pop(_normal(member.name), None)) is not None:
-                    with workshop.whole(path) as unfinished, open(unfinished, "wb") as copy:
+                # PurePosixPath removes the leading "./" of some archives.
+                if member.isfile() and (path := left.pop(str(PurePosixPath(member.name)), None)) is not None:
+                    with staging.atomic_file(path) as unfinished, open(unfinished, "wb") as copy:
                         shutil.copyfileobj(tar.extractfile(member), copy)
                     advance(1)
                 if not left:
@@ -377,6 +346,6 @@ def _unpack_archive(
     except FileNotFoundError:
         raise DataError(f"'{archive}' does not exist; download it, or correct the path.") from None
     except (tarfile.TarError, EOFError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # of the machine, such as a full disk, not of the archive
+        if getattr(error, "errno", None) is not None:  # of the machine, such as a full disk
             raise
         raise DataError(f"'{archive}' cannot be unpacked ({error}); download it again.") from error

@@ -2,7 +2,7 @@
 
 The source is a folder with ``train.en``, ``train.de``, ``val.en``, ``val.de`` ..., one caption a line. Of its
 validation set the first captions become the dev split and the rest the test split; Multi30k's own test sets are not
-read. The files that come of it are laid out as the phrasebook's (:mod:`nemo_emmett.corpora.phrasebook.speaking`).
+read. The layout of the files is the phrasebook's (:mod:`nemo_emmett.corpora.phrasebook.speaking`).
 
 Example:
     >>> from pathlib import Path
@@ -14,56 +14,48 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_emmett.corpora.phrasebook.config import LANGUAGES, check_choices, check_interval, check_range
+from nemo_emmett.corpora.phrasebook.config import LANGUAGES, Names, check_choices, check_interval, check_range
+from nemo_emmett.corpora.phrasebook.espeak import check_variants, draw_voice
 from nemo_emmett.corpora.phrasebook.speaking import Contents, Spoken, SpokenSummary, prepare_spoken
-from nemo_emmett.corpora.phrasebook.voices import check_variants, draw_voice
 from nemo_emmett.corpora.readers.files import SourceFiles
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.typed_config import Count, PositiveWhole, Switch, Whole, parse_fields
 
 
 @dataclass(frozen=True)
 class CaptionsConfig:
-    """Everything that a captions corpus's bytes depend on, besides its source and the library that speaks it.
-
-    Sequences may be given as lists.
+    """Everything that a captions corpus's bytes depend on, except its source and the library that speaks it.
 
     Raises:
         ConfigError: if a field has a value that cannot work.
     """
 
-    languages: Sequence[str] = ("en", "de", "fr")  # of the text, by the endings of the source's files
-    spoken_languages: Sequence[str] = ("en",)
-    max_words: int | None = None  # captions of more words, in any of the languages, are left out; None: none are
-    train_captions: int | None = None  # the first of the train captions that are left; None: all
-    spoken_train_captions: int | None = None  # how many of them are spoken as well; None: all
-    dev_captions: int = 100  # the first of the validation captions that are left; the others are the test split
-    accents: bool = False  # speak English and Spanish in two accents each
-    variants: Sequence[str] = ("f1", "m1", "m3")  # eSpeak NG's
-    speed: Sequence[int] = (190, 210)  # words a minute, slowest and fastest
-    pitch: Sequence[int] = (40, 60)  # of eSpeak NG's 0 to 99, lowest and highest
-    seed: int = 0  # of the voices
+    languages: Names = ("en", "de", "fr")  # of the text, by the suffixes of the source's files
+    spoken_languages: Names = ("en",)
+    max_words: PositiveWhole | None = None  # captions with more words in any language are left out; None: none are
+    train_captions: PositiveWhole | None = None  # the first of the remaining train captions; None: all
+    spoken_train_captions: Count | None = None  # how many of them are spoken as well; None: all
+    dev_captions: Count = 100  # the first of the remaining validation captions; the others are the test split
+    accents: Switch = False  # speak English and Spanish in two accents each
+    variants: Names = ("f1", "m1", "m3")  # eSpeak NG's
+    speed: tuple[Whole, ...] = (190, 210)  # words a minute, slowest and fastest
+    pitch: tuple[Whole, ...] = (40, 60)  # of eSpeak NG's 0 to 99, lowest and highest
+    seed: Count = 0  # of the voices
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if isinstance(value := getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(value))
+        parse_fields(self, "captions")
         check_choices("captions.languages", self.languages, None)
         check_choices("captions.spoken_languages", self.spoken_languages, LANGUAGES)
         for language in self.spoken_languages:
             if language not in self.languages:
                 raise ConfigError(f"captions.spoken_languages: '{language}' is not among languages; add it there")
         check_choices("captions.variants", self.variants, None)
-        for name in ("max_words", "train_captions"):
-            if getattr(self, name) is not None:
-                check_range(f"captions.{name}", getattr(self, name), 1, None)
-        if self.spoken_train_captions is not None:
+        if None not in (self.spoken_train_captions, self.train_captions):
             check_range("captions.spoken_train_captions", self.spoken_train_captions, 0, self.train_captions)
-        for name in ("dev_captions", "seed"):
-            check_range(f"captions.{name}", getattr(self, name), 0, None)
         check_interval("captions.speed", self.speed, 80, 450)
         check_interval("captions.pitch", self.pitch, 0, 99)
 
@@ -74,7 +66,7 @@ class CaptionsConfig:
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption in every language, and where it stands in the source."""
+    """A caption in every language, and its line in the source."""
 
     line: int  # from 1
     texts: Mapping[str, str]
@@ -90,31 +82,35 @@ def prepare_captions(
 ) -> SpokenSummary:
     """Write and speak captions into ``out``. The same source and configuration give the same bytes.
 
-    A train caption that reads like one of the validation set in any language is left out, and so is one that is empty
+    A train caption that equals one of the validation set in any language is left out, and so is one that is empty
     in any language. A finished corpus of the same source and configuration is left as it is; an unfinished one is
     completed.
 
     Args:
         source: folder of ``train.{language}`` and ``val.{language}``, UTF-8, one caption a line.
-        out: the folder to fill; made if it is not there.
-        config: what to put into it.
+        out: the folder to write to; created if it does not exist.
+        config: its content.
         num_jobs: processes to speak with; by default one for each core. Does not change the result.
         show_progress: show a bar while the recordings are made.
 
     Raises:
-        ConfigError: if the configuration asks for more captions than are left or for an unknown voice, or ``num_jobs``
+        ConfigError: if the configuration asks for more captions than remain or for an unknown voice, or ``num_jobs``
             is below 1.
-        DataError: if a file of the source is missing, not UTF-8 or as long as no other, or ``out`` holds anything else
-            already.
+        DataError: if a file of the source is missing, is not UTF-8 or has another number of lines than the others, or
+            ``out`` holds anything else.
         EmmettError: if a library is missing or an utterance cannot be spoken.
     """
     source, config = Path(source), config or CaptionsConfig()
     lines = {split: _read_lines(source, split, config.languages) for split in ("train", "val")}
+    digest = hashlib.sha256()
+    for split, by_language in lines.items():
+        for language, captions in by_language.items():
+            digest.update("\n".join((f"{split}.{language}", *captions, "")).encode())
     return prepare_spoken(
         Path(out),
         "captions",
         "captions corpus",
-        {**config.as_dict(), "source": _digest(lines)},
+        {**config.as_dict(), "source": f"sha256:{digest.hexdigest()[:16]}"},
         lambda: _contents(lines, config),
         num_jobs=num_jobs,
         show_progress=show_progress,
@@ -139,19 +135,20 @@ def _read_lines(source: Path, split: str, languages: Sequence[str]) -> dict[str,
     return lines
 
 
-def _digest(lines: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
-    digest = hashlib.sha256()
-    for split, by_language in lines.items():
-        for language, captions in by_language.items():
-            digest.update("\n".join((f"{split}.{language}", *captions, "")).encode())
-    return f"sha256:{digest.hexdigest()[:16]}"
-
-
 def _contents(lines: Mapping[str, Mapping[str, Sequence[str]]], config: CaptionsConfig) -> Contents:
     check_variants("captions", config.variants)
     splits = _split(lines, config)
     texts = {split: [caption.texts for caption in captions] for split, captions in splits.items()}
-    return Contents(config.languages, texts, config.spoken_languages, list(_recordings(splits, config)))
+    recordings = []
+    for split, captions in splits.items():
+        spoken = captions[: config.spoken_train_captions] if split == "train" else captions
+        published = "train" if split == "train" else "val"
+        for language in config.spoken_languages:
+            for caption in spoken:
+                voice = draw_voice(f"{published}:{caption.line}", language, 0, config)
+                fields = {"line": caption.line}
+                recordings.append(Spoken(split, language, f"{caption.line:05d}", caption.texts, voice, fields))
+    return Contents(config.languages, texts, config.spoken_languages, recordings)
 
 
 def _split(lines: Mapping[str, Mapping[str, Sequence[str]]], config: CaptionsConfig) -> dict[str, list[Caption]]:
@@ -185,13 +182,3 @@ def _fits(caption: Caption, max_words: int | None) -> bool:
 def _check_count(name: str, count: int | None, left: int) -> None:
     if count is not None and count > left:
         raise ConfigError(f"captions.{name}: {count} are asked for and {left} can be had; lower it or raise max_words")
-
-
-def _recordings(splits: Mapping[str, Sequence[Caption]], config: CaptionsConfig) -> Iterator[Spoken]:
-    for split, captions in splits.items():
-        spoken = captions[: config.spoken_train_captions] if split == "train" else captions
-        published = "train" if split == "train" else "val"
-        for language in config.spoken_languages:
-            for caption in spoken:
-                voice = draw_voice(f"{published}:{caption.line}", language, 0, config)
-                yield Spoken(split, language, f"{caption.line:05d}", caption.texts, voice, {"line": caption.line})

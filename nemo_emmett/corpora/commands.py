@@ -13,7 +13,7 @@ from nemo_emmett.corpora.preparing import AUDIO, SHARD_SIZE, CorpusSummary, prep
 from nemo_emmett.corpora.registry import CORPORA, SPEECH, find_corpus
 from nemo_emmett.errors import ConfigError
 
-_HYGIENE = ("max_length_ratio", "min_words", "max_words", "language_id", "deduplicate", "held_out")
+_FILTERS = ("max_length_ratio", "min_words", "max_words", "language_id", "deduplicate", "held_out")
 
 
 class Names(click.ParamType):
@@ -27,17 +27,17 @@ class Names(click.ParamType):
 
 
 class CorpusCommands(click.Group):
-    """A group that has a command for each corpus, beside those that are added to it."""
+    """A group with a command for each corpus, in addition to those that are added to it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, sorted."""
-        return sorted({*super().list_commands(ctx), *(_dashed(name) for name in CORPORA)})
+        return sorted({*super().list_commands(ctx), *(name.replace("_", "-") for name in CORPORA)})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
-        """The command of that name; a corpus's is made when it is asked for.
+        """The command of that name; that of a corpus is built when it is needed.
 
         Raises:
-            ConfigError: if there is none; the nearest name is given.
+            ConfigError: if there is none, with the nearest name.
         """
         if (command := super().get_command(ctx, cmd_name)) is not None:
             return command
@@ -46,9 +46,9 @@ class CorpusCommands(click.Group):
         return corpus_command(find_corpus(cmd_name))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write all of them with a line on each, for which no reader is imported."""
+        """Write a line on each command, without importing the readers."""
         own = {name: command.get_short_help_str(formatter.width) for name, command in self.commands.items()}
-        lines = own | {_dashed(name): line for name, line in CORPORA.items()}
+        lines = own | {name.replace("_", "-"): line for name, line in CORPORA.items()}
         with formatter.section("Commands"):
             formatter.write_dl(sorted(lines.items()))
 
@@ -57,38 +57,42 @@ def corpus_command(corpus: Corpus) -> click.Command:
     """The command that prepares a corpus."""
 
     def run(source: Path, out: Path, **options: Any) -> None:
-        click.echo(_report(_prepare(corpus, source, out, options)))
+        extra = {name: options.pop(name.replace("-", "_")) for name in corpus.extra_sources}
+        extra = {name: path for name, path in extra.items() if path is not None}
+        selection = Selection(options.pop("languages"), options.pop("splits"), extra)
+        filters = {name: value for name in _FILTERS if (value := options.pop(name)) not in (None, False, ())}
+        if filters:
+            from nemo_emmett.corpora.filtering import FilterConfig
 
-    text = f"Write {corpus.title} into the folder OUT, from SOURCE, the folder or archive with its files."
-    text = f"{text}\n\n{_description(corpus)}"
-    return click.Command(_dashed(corpus.name), callback=run, params=_parameters(corpus), help=text)
+            options["filters"] = FilterConfig(**filters)
+        summary = prepare_corpus(corpus, source, out, selection=selection, num_jobs=options.pop("jobs"), **options)
+        click.echo(_report(summary))
 
-
-def _prepare(corpus: Corpus, source: Path, out: Path, options: dict[str, Any]) -> CorpusSummary:
-    beside = {name: path for name in corpus.beside if (path := options.pop(_parameter(name))) is not None}
-    selection = Selection(options.pop("languages"), options.pop("splits"), beside)
-    hygiene = {name: value for name in _HYGIENE if (value := options.pop(name)) not in (None, False, ())}
-    if hygiene:
-        from nemo_emmett.corpora.hygiene import HygieneConfig
-
-        options["hygiene"] = HygieneConfig(**hygiene)
-    return prepare_corpus(corpus, source, out, selection=selection, num_jobs=options.pop("jobs"), **options)
+    text = (
+        f"Write {corpus.title} into the folder OUT, from SOURCE, the folder or archive with its files.\n\n"
+        f"Needed: {corpus.files}\n\nRelease: {corpus.release}. Licence: {corpus.licence}. From {corpus.url}"
+    )
+    return click.Command(corpus.name.replace("_", "-"), callback=run, params=_parameters(corpus), help=text)
 
 
 def _parameters(corpus: Corpus) -> list[click.Parameter]:
     path = click.Path(path_type=Path)
-    beside = [click.Option([f"--{_dashed(name)}"], type=path, help=what) for name, what in corpus.beside.items()]
+    audio_help = "Recordings as they are, or in 16 kHz FLAC as files, in NeMo's tars or in Lhotse Shar."
+    of_speech = [
+        click.Option(["--audio"], type=click.Choice(AUDIO), default="keep", help=audio_help),
+        click.Option(["--shard-size"], type=click.IntRange(min=1), default=SHARD_SIZE, help="Recordings in a shard."),
+    ]
     return [
         click.Argument(["source"], type=path),
-        click.Argument(["out"], type=click.Path(path_type=Path)),
-        *beside,
+        click.Argument(["out"], type=path),
+        *(click.Option([f"--{name}"], type=path, help=what) for name, what in corpus.extra_sources.items()),
         click.Option(["--languages"], type=Names(), help="ISO 639-1 codes.  [default: all that are there]"),
         click.Option(["--splits"], type=Names(), help="The publisher's names.  [default: all that are there]"),
-        *(_audio_parameters() if corpus.name in SPEECH else ()),
+        *(of_speech if corpus.name in SPEECH else ()),
         click.Option(
             ["--max-length-ratio"],
             type=click.FloatRange(min=1),
-            help="Leave out training sentences of which one side is so many times as long as the other.",
+            help="Leave out training sentences with a text this many times as long as another.",
         ),
         click.Option(["--min-words"], type=click.IntRange(min=1), help="Leave out shorter training sentences."),
         click.Option(["--max-words"], type=click.IntRange(min=1), help="Leave out longer training sentences."),
@@ -108,22 +112,6 @@ def _parameters(corpus: Corpus) -> list[click.Parameter]:
     ]
 
 
-def _audio_parameters() -> list[click.Parameter]:
-    return [
-        click.Option(
-            ["--audio"],
-            type=click.Choice(AUDIO),
-            default="keep",
-            help="Recordings as they are, or in 16 kHz FLAC as files, in NeMo's tars or in Lhotse Shar.",
-        ),
-        click.Option(["--shard-size"], type=click.IntRange(min=1), default=SHARD_SIZE, help="Recordings in a shard."),
-    ]
-
-
-def _description(corpus: Corpus) -> str:
-    return f"Needed: {corpus.files}\n\nRelease: {corpus.release}. Licence: {corpus.licence}. From {corpus.url}"
-
-
 def _report(summary: CorpusSummary) -> str:
     state = "written" if summary.made_now else "there already"
     lines = []
@@ -137,11 +125,3 @@ def _report(summary: CorpusSummary) -> str:
     if summary.missing:
         lines.append(f"asked for and not there: {', '.join(summary.missing)}")
     return "\n".join(lines)
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _parameter(name: str) -> str:
-    return name.replace("-", "_")

@@ -1,8 +1,8 @@
-"""Test sentences that stand in training data: the same, inside of a longer one, or with a few words changed.
+"""Test sentences in training data: the same, inside of a longer one, or with a few words changed.
 
-The test sentences are indexed and the training data is streamed past them once, so that memory is bounded by the
-test sets. Sentences are compared as :func:`~nemo_emmett.corpora.normalisation.normalise` leaves them, and only with
-those of their own language; which side of a pair they stand on does not matter.
+The test sentences are indexed and the training data is streamed once, so that memory is bounded by the test sets.
+Normalised sentences (:func:`~nemo_emmett.corpora.normalisation.normalise`) of the same language are compared, on either
+side of a pair.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from nemo_emmett.corpora.sentence_files import PlacedSentence, find_sentence_fil
 from nemo_emmett.errors import DataError
 
 SHORT = 3
-"""A test sentence of fewer words ("Thank you.") is everywhere, and to know it is no leak: it is told apart."""
+"""A test sentence of fewer words ("Thank you.") occurs everywhere and is no leak: it is counted separately."""
 
 LONG = 6
-"""Words from which on a test sentence is looked for inside of longer ones, and with changes. Shorter ones are often a
-part of another sentence by chance; and from six words on a change of one word in five leaves some three of them
-together, by which :class:`_Sentences` finds every match."""
+"""From this many words on test sentences are searched for inside of longer ones, and with changes. Shorter ones are
+often a part of another sentence by chance; and from six words on, three consecutive words remain after a change of one
+word in five, so that :class:`_Index` finds every match."""
 
 WORDS_A_CHANGE = 5
-"""A sentence is near another if no more than one word in so many is put in, left out or replaced."""
+"""A sentence is near another if at most one word in this many is inserted, deleted or replaced."""
 
 
 class LeakKind(IntEnum):
-    """How a test sentence stands in a training sentence, the worst first."""
+    """How a test sentence occurs in a training sentence, the worst first."""
 
-    SAME = 0  # but for what normalisation leaves out
+    SAME = 0  # after normalisation
     CONTAINED = 1  # as a part of it
     NEAR = 2  # as a whole or a part, with a few words changed
 
@@ -43,11 +43,11 @@ class Leak:
     """A training sentence with a test sentence in it."""
 
     kind: LeakKind
-    language: str  # as the training data calls it
+    language: str  # code in the training data
     text: str  # of the training data
     test_text: str
     test_place: str  # test.de:17
-    changes: int = 0  # words put in, left out or replaced
+    changes: int = 0  # words inserted, deleted or replaced
     file: Path | None = None  # of the training data; None where only texts were given
     line: int | None = None
 
@@ -58,21 +58,21 @@ class Leak:
 
     @property
     def is_short(self) -> bool:
-        """Whether the test sentence is so short that it says nothing: below ``SHORT`` words."""
+        """Whether the test sentence has fewer than ``SHORT`` words, which occur everywhere."""
         return self.words < SHORT
 
     @property
     def is_certain(self) -> bool:
-        """Whether a test sentence stands there as it is and says something: what training has to do without."""
+        """Whether a test sentence that is not short occurs unchanged: such sentences must be removed from training."""
         return self.kind is not LeakKind.NEAR and not self.is_short
 
 
 class HeldOut:
-    """Sentences that must not stand in training data.
+    """Sentences that must not be in training data.
 
     Args:
         sentences: of the test sets, in all their languages.
-        near: whether to look for those with a few words changed too.
+        near: whether to search for those with a few words changed as well.
 
     Example:
         >>> test = PlacedSentence({"en": "Two dogs play in the snow."}, Path("test.en"), 1)
@@ -86,12 +86,12 @@ class HeldOut:
             for language, text in sentence.texts.items():
                 if normal := normalise(text):
                     by_language[iso_code(language)].setdefault(normal, (sentence, text))
-        self._found_in = by_language
-        self._sentences = {language: _Sentences(normals, near) for language, normals in by_language.items()}
+        self._originals = by_language
+        self._indexes = {language: _Index(normals, near) for language, normals in by_language.items()}
 
     @classmethod
     def read(cls, sources: Iterable[str | Path], near: bool = True) -> HeldOut:
-        """The sentences of files and prepared corpora; :func:`find_sentence_files` says which.
+        """Read the sentences of files and prepared corpora, as :func:`find_sentence_files` takes them.
 
         Raises:
             DataError: if one is missing or damaged, or they hold no sentence.
@@ -105,11 +105,11 @@ class HeldOut:
     @property
     def languages(self) -> tuple[str, ...]:
         """ISO 639-1 codes."""
-        return tuple(sorted(self._sentences))
+        return tuple(sorted(self._indexes))
 
     def __len__(self) -> int:
-        """Sentences, each language apart, equal ones counted once."""
-        return sum(map(len, self._found_in.values()))
+        """Number of different sentences, summed over the languages."""
+        return sum(map(len, self._originals.values()))
 
     def match(self, texts: Mapping[str, str]) -> Leak | None:
         """The worst leak of a training sentence, or None.
@@ -117,20 +117,19 @@ class HeldOut:
         Args:
             texts: language code -> text.
         """
-        leaks = [leak for language, text in texts.items() if (leak := self._match(language, text)) is not None]
+        leaks = []
+        for language, text in texts.items():
+            code = iso_code(language)
+            index = self._indexes.get(code)
+            if index is not None and (found := index.find(normalise(text))) is not None:
+                kind, normal, changes = found
+                sentence, test_text = self._originals[code][normal]
+                leaks.append(Leak(kind, language, text, test_text, sentence.place, changes))
         return min(leaks, key=lambda leak: (leak.is_short, leak.kind, leak.changes), default=None)
-
-    def _match(self, language: str, text: str) -> Leak | None:
-        code = iso_code(language)
-        if (sentences := self._sentences.get(code)) is None or (found := sentences.find(normalise(text))) is None:
-            return None
-        kind, normal, changes = found
-        sentence, test_text = self._found_in[code][normal]
-        return Leak(kind, language, text, test_text, sentence.place, changes)
 
 
 def find_leaks(training: Iterable[PlacedSentence], held_out: HeldOut) -> Iterator[Leak]:
-    """The leaks of training data, one a sentence at most, in the order of the data.
+    """The leaks of training data in the order of the data, at most one for each sentence.
 
     Raises:
         DataError: at the end, if nothing was compared: no sentence was in a language of the held-out data.
@@ -144,17 +143,17 @@ def find_leaks(training: Iterable[PlacedSentence], held_out: HeldOut) -> Iterato
         raise DataError("the training data holds no sentence; give files that have some.")
     if {iso_code(language) for language in languages}.isdisjoint(held_out.languages):
         raise DataError(
-            f"the training data is in {', '.join(sorted(languages))}, what is held out in "
+            f"the training data is in {', '.join(sorted(languages))}, the held-out data in "
             f"{', '.join(held_out.languages)}; give sentences of the same language."
         )
 
 
-class _Sentences:
-    """The normalised test sentences of one language, and where in them to look.
+class _Index:
+    """An index of the normalised test sentences of one language.
 
-    Three words that follow one another are a key. Of a test sentence of n words, n - 2 keys, a change of one word
-    destroys three at most; so of any 3 k + 1 of its keys one is left after k changes (the q-gram lemma: Jokinen and
-    Ukkonen, 1991). These are indexed, the rarest ones; what shares one is compared word by word.
+    A key is three consecutive words. A test sentence of n words has n - 2 keys, of which a change of one word destroys
+    at most three; so one of any 3 k + 1 keys remains after k changes (the q-gram lemma: Jokinen and Ukkonen, 1991). The
+    rarest 3 k + 1 keys are indexed; sentences that share one are compared word by word.
     """
 
     def __init__(self, normals: Collection[str], near: bool) -> None:
@@ -185,10 +184,10 @@ class _Sentences:
         return (LeakKind.NEAR if changes else LeakKind.CONTAINED), " ".join(self._words[number]), changes
 
     def _changes(self, number: int, words: Sequence[str]) -> int | None:
-        """Words of a test sentence that change where it stands in ``words``; None if it does not stand there."""
+        """Number of changed words of a test sentence in ``words``; None if it does not occur there."""
         test = self._words[number]
         most = self._most_changes(test)
-        if len(set(test).difference(words)) > most:  # much faster, and rules out most
+        if len(set(test).difference(words)) > most:  # much faster than the alignment, and excludes most
             return None
         changes = changes_inside(test, words)
         return changes if changes <= most else None
@@ -198,8 +197,8 @@ class _Sentences:
 
 
 def changes_inside(part: Sequence[str], whole: Sequence[str]) -> int:
-    """Words to put in, leave out or replace to make ``part`` some stretch of ``whole`` (Sellers, 1980)."""
-    distances = [0] * (len(whole) + 1)  # the stretch may begin anywhere
+    """The edit distance in words between ``part`` and the nearest part of ``whole`` (Sellers, 1980)."""
+    distances = [0] * (len(whole) + 1)  # the match may begin anywhere
     for row, word in enumerate(part, start=1):
         previous, distances[0] = distances[0], row
         for column, other in enumerate(whole, start=1):

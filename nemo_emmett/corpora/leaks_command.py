@@ -1,4 +1,4 @@
-"""``nemo-emmett prepare leaks``: the test sentences that stand in training data, in a table."""
+"""``nemo-emmett prepare leaks``: a table of the test sentences in training data."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def print_leaks(
     near: bool = True,
     console: Console | None = None,
 ) -> bool:
-    """Compare training data with test data, and print what of the latter stands in the former.
+    """Print which test sentences are in training data.
 
     Args:
         training: files and prepared corpora, as ``sentence_files.find_sentence_files`` takes them.
         held_out: the same of the test data.
         examples: leaks shown of each kind, at most.
-        near: whether to look for test sentences with a few words changed too.
+        near: whether to search for test sentences with a few words changed as well.
         console: where to print; the terminal unless given.
 
     Returns:
         Whether there is a leak: a test sentence of three words or more, the same or inside of a longer one. Shorter
-        ones and near ones are shown and do not count.
+        ones and near ones are shown but do not count.
 
     Raises:
         DataError: if a file is missing or damaged, or no training data is in a language of the test data.
@@ -64,16 +64,17 @@ def _sentences(files: Sequence[SentenceFile], opener: Opener) -> Iterator[Placed
 
 @contextmanager
 def _opener(files: Sequence[SentenceFile], console: Console) -> Iterator[Opener]:
-    """Opens files so that a bar shows how much of all of them has been read."""
+    """Opens files; a bar shows how many of their bytes have been read."""
+    # rich, not tqdm: it wraps files so that every way of reading counts, and shares the table's console.
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Reading training data", total=sum(file.path.stat().st_size for file in files))
-        # Whoever reads the file closes it.
+        # the reader closes the file
         yield lambda path: progress.wrap_file(open(path, "rb"), task_id=task)  # noqa: SIM115
 
 
 class _Report:
-    """Counts leaks, and keeps the first few of each kind."""
+    """Counts leaks, and keeps the first ones of each kind."""
 
     def __init__(self, examples: int) -> None:
         self._most = examples
@@ -81,7 +82,7 @@ class _Report:
         self._counts: Counter[tuple[bool, LeakKind]] = Counter()
         self._test_places: dict[tuple[bool, LeakKind], set[str]] = {}
         self._examples: list[Leak] = []
-        self.leaks = 0  # training sentences that certainly hold a test sentence
+        self.leaks = 0  # training sentences that contain a test sentence
 
     def counted(self, sentences: Iterator[PlacedSentence]) -> Iterator[PlacedSentence]:
         for sentence in sentences:
@@ -99,30 +100,24 @@ class _Report:
     def show(self, console: Console, held_out: int) -> None:
         compared = f"{_numbered(self._sentences, 'training sentence')}, {_numbered(held_out, 'test sentence')}"
         if not self._counts:
-            console.print(f"{compared}: no test sentence stands in the training data.")
+            console.print(f"{compared}: no test sentence is in the training data.")
             return
-        self._show_examples(console)
-        console.print(self._summary())
-        verdict = f"{_numbered(self.leaks, 'leak')}." if self.leaks else "no leak."
-        told_apart = f"Test sentences of fewer than {SHORT} words and changed ones do not count"
-        console.print(f"{compared}: {verdict} {told_apart}; those of {LONG} and more are also found in longer ones.")
-
-    def _show_examples(self, console: Console) -> None:
         for leak in sorted(self._examples, key=lambda leak: (leak.is_short, leak.kind)):
             console.print(f"[bold]{_IN_WORDS[leak.kind]}[/bold], {_numbered(leak.words, 'word')}", highlight=False)
             for place, text in ((f"{leak.file}:{leak.line}", leak.text), (leak.test_place, leak.test_text)):
                 console.print(f"  {escape(place)}  {escape(text)}", highlight=False, soft_wrap=True)
-
-    def _summary(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        table.add_column("a test sentence stands there")
+        table.add_column("test sentence in training data")
         table.add_column("training sentences", justify="right")
         table.add_column("test sentences", justify="right")
         for row in sorted(self._counts):
             is_short, kind = row
             name = _IN_WORDS[kind] + (f", fewer than {SHORT} words" if is_short else "")
             table.add_row(name, f"{self._counts[row]:,}", f"{len(self._test_places[row]):,}")
-        return table
+        console.print(table)
+        verdict = f"{_numbered(self.leaks, 'leak')}." if self.leaks else "no leak."
+        excluded = f"Test sentences of fewer than {SHORT} words and changed ones do not count"
+        console.print(f"{compared}: {verdict} {excluded}; those of {LONG} and more are also found in longer ones.")
 
 
 def _numbered(number: int, noun: str) -> str:

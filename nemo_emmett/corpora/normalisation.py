@@ -1,4 +1,4 @@
-"""What of a sentence counts when two are compared, and how long a sentence is in any script."""
+"""Normalisation of sentences for comparison, and the length of a sentence in any script."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _THOUSANDS = re.compile(r"(?<!\d)\d{1,3}(?:([.,'’\s])\d{3})(?:\1\d{3})*(?!\d)"
 
 
 def normalise(text: str) -> str:
-    """The words of a sentence, a space between them: two sentences that differ in writing only become the same.
+    """The words of a sentence, separated by spaces: sentences that differ only in orthography become equal.
 
-    Of no account are case, Unicode form (composed, decomposed, full width, ligatures), punctuation, symbols and quotes,
-    spacing, invisible characters, and the separators of thousands (1,000; 1.000; 1 000). Accents and the order of the
-    words count. In scripts without spaces between words each letter is a word.
+    Removed are differences of case, Unicode form (composed, decomposed, full width, ligatures), punctuation, symbols,
+    quotes, spacing, invisible characters, and the separators of thousands (1,000; 1.000; 1 000). Accents and the order
+    of the words are kept. In scripts without spaces between words each letter is a word.
 
     Example:
         >>> normalise("“Ça  coûte 1,000 €!”") == normalise("ça coûte 1 000")
@@ -39,7 +39,7 @@ def normalise(text: str) -> str:
         >>> normalise("我喜欢茶。")
         '我 喜 欢 茶'
     """
-    # Folding case can undo the composition (ΐ), so that it is composed once more.
+    # Case folding can undo the composition (ΐ), so the text is composed again.
     folded = text.casefold() if text.isascii() else _compose(_compose(text).casefold())
     if _THOUSANDS.search(folded):
         folded = _THOUSANDS.sub(lambda number: re.sub(r"\D", "", number[0]), folded)
@@ -47,7 +47,7 @@ def normalise(text: str) -> str:
 
 
 def count_words(text: str) -> int:
-    """Words of a text; where a script writes no spaces between them, four columns of its width are taken for one.
+    """Number of words of a text; in scripts without spaces between words, four columns of its width count as one.
 
     Example:
         >>> count_words("Two dogs play."), count_words("两只狗在玩")
@@ -62,8 +62,8 @@ def count_words(text: str) -> int:
 def display_width(text: str) -> int:
     """Columns that a text takes up in a terminal: two for a Chinese character, none for a combining accent.
 
-    It is the unit in which the lengths of translations compare best across scripts: in characters Chinese is a third
-    as long as English, in bytes Russian and Thai are twice and three times as long.
+    In this unit the lengths of translations are the most similar across scripts: in characters Chinese is a third as
+    long as English, in bytes Russian and Thai are two and three times as long.
     """
     from rich.cells import cell_len
 
@@ -75,20 +75,18 @@ def _compose(text: str) -> str:
 
 
 class _WordCharacters(dict):
-    """What each character becomes, for ``str.translate``; filled as characters are met."""
+    """The replacement of each character for ``str.translate``, computed at its first occurrence."""
 
     def __missing__(self, code: int) -> str:
-        self[code] = self._becomes(chr(code))
-        return self[code]
-
-    @staticmethod
-    def _becomes(character: str) -> str:
+        character = chr(code)
         category = unicodedata.category(character)
         if category == "Cf":  # soft hyphens, joiners, marks of direction
-            return ""
-        if category[0] not in "LMN":
-            return " "
-        return f" {character} " if _SPACELESS_LETTER.match(character) else character
+            self[code] = ""
+        elif category[0] not in "LMN":
+            self[code] = " "
+        else:
+            self[code] = f" {character} " if _SPACELESS_LETTER.match(character) else character
+        return self[code]
 
 
 _WORD_CHARACTERS = _WordCharacters()

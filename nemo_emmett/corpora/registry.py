@@ -1,4 +1,4 @@
-"""The public corpora that can be prepared, by name; a reader is imported when it is asked for."""
+"""The public corpora that can be prepared, by name; a reader is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ SPEECH = {
     "mtedx": "Multilingual TEDx: talks in eight languages with translations.",
     "must_c": "MuST-C: English TED talks with translations.",
 }
-"""Modules of the readers, which are the commands' names with underscores for dashes, and what each corpus is in a line.
-
-It stands here, too, so that ``nemo-emmett prepare --help`` imports no reader."""
+"""Module of the reader (the command's name with underscores) -> description for ``nemo-emmett prepare --help``, which
+imports no reader."""
 
 CORPORA = {**TEXT, **SPEECH}
 
@@ -32,7 +31,7 @@ def find_corpus(name: str) -> Corpus:
     """The corpus of that name, written with dashes or underscores.
 
     Raises:
-        ConfigError: if there is none; the nearest name is given.
+        ConfigError: if there is none, with the nearest name.
     """
     module = name.replace("-", "_")
     if module not in CORPORA:

@@ -1,4 +1,4 @@
-"""Sentences with their place, from the files that people hold theirs in: text, manifests, prepared corpora."""
+"""Sentences with their place, from text files, manifests and prepared corpora."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Opener = Callable[[Path], BinaryIO]
 
 @dataclass(frozen=True)
 class PlacedSentence:
-    """A sentence in the languages that its line has it in, and where it stands."""
+    """A sentence in the languages of its line, with its place."""
 
     texts: Mapping[str, str]  # language code -> text
     file: Path
@@ -39,23 +39,23 @@ class PlacedSentence:
 
 @dataclass(frozen=True)
 class SentenceFile:
-    """A file that holds a sentence a line."""
+    """A file with a sentence a line."""
 
     path: Path
-    language: str | None  # of a text file; None: a manifest, whose lines name theirs
+    language: str | None  # of a text file; None: a manifest, whose records name it
 
 
 def find_sentence_files(source: str | Path) -> list[SentenceFile]:
-    """The files that ``source`` names.
+    """The files of a source.
 
     Args:
         source: a text file whose language is its suffix (``test.de``, ``test.de.gz``), or given (``de=test.txt``); a
             NeMo manifest (``.json``, ``.jsonl``, also ``.gz``); or a folder that ``nemo-emmett prepare`` has written,
-            whose text and manifests are all taken.
+            of which all text and manifests are taken.
 
     Raises:
-        DataError: if there is no such file, nothing in the folder, its corpus is not finished, or the language is not
-            known.
+        DataError: if the file does not exist, the folder has no sentences or an unfinished corpus, or the language is
+            unknown.
     """
     path, language = Path(source), None
     if not path.exists() and (given := _WITH_LANGUAGE.fullmatch(str(source))):
@@ -72,7 +72,7 @@ def find_sentence_files(source: str | Path) -> list[SentenceFile]:
 
 
 def read_sentences(file: SentenceFile, opener: Opener | None = None) -> Iterator[PlacedSentence]:
-    """The sentences of a file, in its order; empty lines count as lines and are left out.
+    """The sentences of a file in its order, without empty lines, which are counted in the numbers of lines.
 
     Args:
         file: from :func:`find_sentence_files`.
@@ -81,7 +81,7 @@ def read_sentences(file: SentenceFile, opener: Opener | None = None) -> Iterator
     Raises:
         DataError: if the file is damaged, or a line of a manifest names no language.
     """
-    for number, line in enumerate(_lines(file.path, opener or _open), start=1):
+    for number, line in enumerate(_lines(file.path, opener), start=1):
         if text := line.strip():
             texts = {file.language: text} if file.language else _texts_of_record(text, file.path, number)
             yield PlacedSentence(texts, file.path, number)
@@ -99,7 +99,7 @@ def _files_of_corpus(folder: Path) -> list[SentenceFile]:
 
 
 def _is_manifest(path: Path) -> bool:
-    # Counts that the dataloader keeps beside a manifest are none.
+    # The dataloader's counts next to a manifest are none.
     return _unpacked_name(path).suffix in MANIFESTS and not path.name.endswith(".sizes.json")
 
 
@@ -112,13 +112,9 @@ def _unpacked_name(path: Path) -> Path:
     return path.with_suffix("") if path.suffix == ".gz" else path
 
 
-def _open(path: Path) -> BinaryIO:
-    return open(path, "rb")
-
-
-def _lines(path: Path, opener: Opener) -> Iterator[str]:
+def _lines(path: Path, opener: Opener | None) -> Iterator[str]:
     try:
-        with opener(path) as packed:
+        with opener(path) if opener else open(path, "rb") as packed:
             unpacked = gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else packed
             yield from io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="\n")
     except UnicodeDecodeError as error:
@@ -128,12 +124,12 @@ def _lines(path: Path, opener: Opener) -> Iterator[str]:
 
 
 def _texts_of_record(line: str, path: Path, number: int) -> dict[str, str]:
-    """The texts of a line of a manifest; docs/data.md says which language ``text`` is in."""
+    """The texts of a line of a manifest; the language of ``text`` is as in docs/data.md."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"'{path}', line {number}: not JSON ({error.msg}); write the manifest again.") from error
-    texts = _labelled(_uncut(record)) if isinstance(record, dict) else {}
+    texts = _texts(record) if isinstance(record, dict) else {}
     if not texts or not all(isinstance(part, str) for pair in texts.items() for part in pair):
         raise DataError(
             f"'{path}', line {number}: needs a 'text' and its language in 'lang', 'source_lang' or 'target_lang'; "
@@ -142,16 +138,10 @@ def _texts_of_record(line: str, path: Path, number: int) -> dict[str, str]:
     return texts
 
 
-def _uncut(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A record of a NeMo manifest as it is; a Lhotse cut as what it would be in one."""
-    supervisions = record.get("supervisions")
-    if not supervisions:
-        return record
-    text = " ".join(supervision.get("text") or "" for supervision in supervisions)
-    return {"text": text, "lang": supervisions[0].get("language"), **(record.get("custom") or {})}
-
-
-def _labelled(record: Mapping[str, Any]) -> dict[Any, Any]:
+def _texts(record: Mapping[str, Any]) -> dict[Any, Any]:
+    if supervisions := record.get("supervisions"):  # a Lhotse cut; the other records are those of NeMo manifests
+        text = " ".join(supervision.get("text") or "" for supervision in supervisions)
+        record = {"text": text, "lang": supervisions[0].get("language"), **(record.get("custom") or {})}
     text, translations = record.get("text"), record.get("translations")
     if isinstance(translations, Mapping):
         language = record.get("lang", record.get("source_lang"))

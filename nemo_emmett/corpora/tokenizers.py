@@ -1,4 +1,4 @@
-"""Tokenizers for models that are trained from nothing: SentencePiece for a CTC encoder, Hugging Face ones for a T5 and
+"""Tokenizers for models that are trained from scratch: SentencePiece for a CTC encoder, Hugging Face ones for a T5 and
 for a decoder-only language model."""
 
 from __future__ import annotations
@@ -16,11 +16,20 @@ def manifest_texts(manifests: Iterable[str | Path]) -> Iterator[str]:
     """The ``text`` of every line of NeMo manifests.
 
     Raises:
-        DataError: if a manifest does not exist, is not UTF-8, or a line of it is no record with a text.
+        DataError: if a manifest does not exist, is not UTF-8, or a line of it is not a record with a text.
     """
     for manifest in manifests:
         for number, line in _lines(manifest):
-            yield _text_of_record(line, f"'{manifest}', line {number}")
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"'{manifest}', line {number}: not JSON ({error.msg}); write the manifest again."
+                ) from error
+            text = record.get("text") if isinstance(record, Mapping) else None
+            if not isinstance(text, str):
+                raise DataError(f"'{manifest}', line {number}: there is no 'text'; add it, or leave the line out.")
+            yield text
 
 
 def file_texts(paths: Iterable[str | Path]) -> Iterator[str]:
@@ -40,7 +49,7 @@ def train_sentencepiece(texts: Iterable[str], folder: str | Path, vocab_size: in
     Args:
         texts: sentences.
         folder: receives ``tokenizer.model`` and ``vocab.txt``.
-        vocab_size: pieces at most; fewer where the text has no more.
+        vocab_size: the largest number of pieces; a small text gives fewer.
 
     Returns:
         The folder.
@@ -69,8 +78,8 @@ def train_t5_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int
     Args:
         texts: sentences.
         folder: receives the tokenizer in Hugging Face's layout.
-        vocab_size: tokens at most, special ones included.
-        languages: language codes; each gets its tag as one token.
+        vocab_size: the largest number of tokens, including special ones.
+        languages: language codes; the tag of each is one token.
 
     Returns:
         The folder.
@@ -84,13 +93,13 @@ def train_t5_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int
 def train_llama_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int, languages: Sequence[str]) -> Path:
     """Train a subword tokenizer with Llama's special tokens, for the prompt format ``emmett_llama2``.
 
-    The brackets of an instruction are one token each, and so are its words, for each text is counted with an
-    instruction in front, as it stands in a prompt.
+    The brackets of an instruction are one token each, and so are its words, since each text is counted with an
+    instruction in front of it, as in a prompt.
 
     Args:
         texts: sentences.
         folder: receives the tokenizer in Hugging Face's layout.
-        vocab_size: tokens at most, special ones included.
+        vocab_size: the largest number of tokens, including special ones.
         languages: language codes that instructions name.
 
     Returns:
@@ -106,7 +115,7 @@ def train_llama_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: 
 def _train_bpe(
     texts: Iterable[str], folder: str | Path, vocab_size: int, special: Mapping[str, str], more_special: Sequence[str]
 ) -> Path:
-    """A BPE whose pieces know where a word begins; ids count from ``special``, in its order, then ``more_special``."""
+    """Train a BPE with marks of word beginnings; the first ids are ``special``, in its order, then ``more_special``."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -125,21 +134,10 @@ def _train_bpe(
     return folder
 
 
-def _text_of_record(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); write the manifest again.") from error
-    text = record.get("text") if isinstance(record, Mapping) else None
-    if not isinstance(text, str):
-        raise DataError(f"{where}: there is no 'text'; add it, or leave the line out.")
-    return text
-
-
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """The lines of a file that are not empty, with their numbers from 1."""
     if not Path(path).is_file():
-        raise DataError(f"'{path}' does not exist; `nemo-emmett prepare` makes a corpus, or correct the path.")
+        raise DataError(f"'{path}' does not exist; `nemo-emmett prepare` writes a corpus, or correct the path.")
     with open(path, "rb") as lines:
         for number, content in enumerate(lines, start=1):
             try:

@@ -1,9 +1,9 @@
-"""BLEU by length: where along the lengths of sentences and recordings a model wins and loses.
+"""BLEU by length of the sentences and recordings.
 
 The sentences of a modality are put into bins of about equal size, bounded by quantiles of their lengths, and each bin
 is scored as one corpus over all directions between different languages: a mean of sentence BLEU would be another
-quantity, and one direction alone seldom has enough long sentences. The numbers are therefore to be compared with one
-another, not with the table's averages.
+quantity, and one direction alone seldom has enough long sentences. Compare the numbers with one another, not with the
+table's averages.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from nemo_emmett.evaluation.words import split_words
 from nemo_emmett.modules.metrics import tokenizer_of
 
 MAX_BINS = 5
-"""As many as a phone's column has room to label."""
+"""As many as can be labelled in the width of a phone."""
 MIN_SENTENCES = 20
-"""In each bin: corpus BLEU of fewer is mostly chance."""
+"""In each bin: corpus BLEU of fewer sentences is mostly noise."""
 
 Tokenized = list[tuple[str, str]]
 """Hypotheses and references, tokens separated by spaces."""
@@ -31,9 +31,9 @@ Tokenized = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Bin:
-    """Translations of about one length, and the corpus BLEU of each model on them."""
+    """Translations of similar length, and the corpus BLEU of each model on them."""
 
-    label: str  # the lengths, both ends within: "7–12"
+    label: str  # the range of lengths, both ends included: "7–12"
     sentences: int
     bleu: tuple[float, ...]  # in the order of the breakdown's models
 
@@ -44,17 +44,17 @@ class Breakdown:
 
     modality: str
     measure: str  # "source words", "reference words" or "seconds of speech"
-    models: tuple[int, ...]  # 0 is the evaluation, 1 its first baseline; those with all of these sentences
+    models: tuple[int, ...]  # 0: the evaluation, 1: its first baseline, ...; only those with all of these sentences
     bins: tuple[Bin, ...]
 
 
 def breakdowns(evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -> list[Breakdown]:
-    """Every breakdown that an evaluation's sentences allow: by words, and by seconds where all recordings have them.
+    """BLEU by words of each modality, and by seconds of speech if all durations are known.
 
     A baseline that lacks some of a modality's directions is left out there: its BLEU would be over other sentences.
 
     Args:
-        evaluation: whose sentences are put into bins.
+        evaluation: its sentences are put into bins.
         baselines: with the same sentences wherever they have a test set, modality and direction at all
             (:func:`~nemo_emmett.evaluation.significance.comparable_scores`).
     """
@@ -64,59 +64,50 @@ def breakdowns(evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -> 
             by_modality[translation.modality].append(translation)
     found = []
     for modality in sorted(by_modality, key=lambda name: name != "text"):
-        systems = _systems(by_modality[modality], baselines)
+        ours = by_key(by_modality[modality])
+        systems = {0: [translation for group in ours.values() for translation in group]}
+        for number, baseline in enumerate(baselines, start=1):
+            theirs = by_key(baseline.translations)
+            if ours.keys() <= theirs.keys():
+                systems[number] = [translation for key in ours for translation in theirs[key]]
         tokenized = [_tokenized(system) for system in systems.values()]
-        for measure, lengths, label in _measures(systems[0]):
-            if len(bins := _bins(np.array(lengths), label, tokenized)) > 1:
+        for measure, lengths, unit in _measures(systems[0]):
+            if len(bins := _bins(np.array(lengths), unit, tokenized)) > 1:
                 found.append(Breakdown(modality, measure, tuple(systems), tuple(bins)))
     return found
 
 
-def _systems(translations: list[Translation], baselines: Sequence[Evaluation]) -> dict[int, list[Translation]]:
-    """The translations of each model that has them all, in one order: 0 is the evaluation, 1 its first baseline."""
-    ours = by_key(translations)
-    systems = {0: [translation for group in ours.values() for translation in group]}
-    for number, baseline in enumerate(baselines, start=1):
-        theirs = by_key(baseline.translations)
-        if ours.keys() <= theirs.keys():
-            systems[number] = [translation for key in ours for translation in theirs[key]]
-    return systems
-
-
-def _measures(translations: list[Translation]) -> list[tuple[str, list[int], Callable[[int, int], str]]]:
-    """(name, length of each translation as an integer, how a bin's lowest and highest are written)."""
+def _measures(translations: list[Translation]) -> list[tuple[str, list[int], float]]:
+    """(name of a measure, length of each translation as an integer, unit of these integers)."""
     of_source = all(translation.source_text for translation in translations)
     texts = [translation.source_text if of_source else translation.reference for translation in translations]
     lengths = [len(split_words(text or "")) for text in texts]
-    measures = [("source words" if of_source else "reference words", lengths, _word_range)]
+    measures: list[tuple[str, list[int], float]] = [("source words" if of_source else "reference words", lengths, 1)]
     durations = [translation.duration for translation in translations if translation.duration is not None]
     if len(durations) == len(translations):
-        measures.append(("seconds of speech", [round(10 * seconds) for seconds in durations], _second_range))
+        measures.append(("seconds of speech", [round(10 * seconds) for seconds in durations], 0.1))
     return measures
 
 
-def _word_range(low: int, high: int) -> str:
-    return f"{low}" if low == high else f"{low}–{high}"
-
-
-def _second_range(low: int, high: int) -> str:
-    """Of tenths of seconds."""
-    return f"{low / 10:.1f}" if low == high else f"{low / 10:.1f}–{high / 10:.1f}"
-
-
-def _bins(lengths: np.ndarray, label: Callable[[int, int], str], systems: Iterable[Tokenized]) -> list[Bin]:
+def _bins(lengths: np.ndarray, unit: float, systems: Iterable[Tokenized]) -> list[Bin]:
     bins = []
     low = int(lengths.min())
     for high in upper_bounds(lengths):
         inside = np.flatnonzero((lengths >= low) & (lengths <= high))
-        scores = tuple(_corpus_bleu([system[index] for index in inside]) for system in systems)
-        bins.append(Bin(label(low, high), len(inside), scores))
+        scores = []
+        for system in systems:
+            hypotheses, references = zip(*(system[index] for index in inside), strict=True)
+            # Over target languages with different tokenisers: BLEU counts n-grams of tokens, whatever made them.
+            bleu = BLEU(tokenize="none", force=True)  # force: no warning that the text is tokenised already
+            scores.append(bleu.corpus_score(hypotheses, [references]).score)
+        label = "–".join(f"{bound * unit:.{int(unit < 1)}f}" for bound in dict.fromkeys((low, high)))
+        bins.append(Bin(label, len(inside), tuple(scores)))
         low = high + 1
     return bins
 
 
 def upper_bounds(lengths: np.ndarray) -> list[int]:
-    """The highest length of each bin, from quantiles; a bin that would hold too few is joined with a neighbour.
+    """The highest length of each bin, from quantiles; a bin with too few sentences is merged with a neighbour.
 
     Args:
         lengths: (N,) integers.
@@ -142,10 +133,3 @@ def _tokenized(translations: Iterable[Translation]) -> Tokenized:
         tokenize = tokenizers[one.target_lang]
         pairs.append((tokenize(one.hypothesis.rstrip()), tokenize((one.reference or "").rstrip())))
     return pairs
-
-
-def _corpus_bleu(tokenized: Tokenized) -> float:
-    """BLEU over target languages with tokenisers of their own: it counts n-grams whichever tokeniser made them."""
-    hypotheses, references = zip(*tokenized, strict=True)
-    # force: sacrebleu warns of tokenised text.
-    return BLEU(tokenize="none", force=True).corpus_score(hypotheses, [references]).score

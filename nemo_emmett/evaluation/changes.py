@@ -1,6 +1,6 @@
-"""The sentences worth reading: the worst, and those that changed most against a baseline.
+"""The worst sentences, and those that changed most against a baseline.
 
-Sentences are ranked by chrF (Popović, 2015), which, unlike BLEU, still tells short and bad translations apart.
+Sentences are ranked by chrF (Popović, 2015), which, unlike BLEU, still differs between short and bad translations.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from nemo_emmett.evaluation.results import Translation
 from nemo_emmett.evaluation.significance import by_key
 
 SMALLEST_CHANGE = 0.05
-"""Of chrF: what is printed as 0.0 is no change."""
+"""Of chrF: a smaller one is printed as 0.0."""
 
 _CHRF = CHRF()
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A translation, and the baseline's of the same sentence where the two are compared, with their sentence chrF."""
+class RankedSentence:
+    """A translation, and the baseline's of the same sentence where two models are compared."""
 
     translation: Translation
     baseline: Translation | None = None
@@ -41,12 +41,12 @@ class Judged:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a baseline translated otherwise."""
+    """The differences between a model's translations and a baseline's."""
 
     compared: int  # sentences that both translated
     differing: int  # of these, those whose translations differ
-    gained: list[Judged]  # the largest gain first
-    lost: list[Judged]  # the largest loss first
+    gained: list[RankedSentence]  # the largest gain first
+    lost: list[RankedSentence]  # the largest loss first
 
 
 def sentence_chrf(translation: Translation) -> float:
@@ -54,13 +54,18 @@ def sentence_chrf(translation: Translation) -> float:
     return _chrf(translation.hypothesis, translation.reference or "")
 
 
-def worst(translations: Iterable[Translation], number: int) -> list[Judged]:
+@lru_cache(maxsize=2**18)
+def _chrf(hypothesis: str, reference: str) -> float:
+    return _CHRF.sentence_score(hypothesis, [reference]).score
+
+
+def worst(translations: Iterable[Translation], number: int) -> list[RankedSentence]:
     """Up to ``number`` translations of lowest chrF, ties by id, the modalities taking turns.
 
-    No sentence comes twice, and no translation: that of a model which gives the same one again and again, such as an
-    empty one, is shown once in each modality.
+    No sentence and no translation is chosen twice: one that a model repeats, such as an empty one, is shown once in
+    each modality.
     """
-    judged = [Judged(translation) for translation in translations]
+    judged = [RankedSentence(translation) for translation in translations]
     return _choose(sorted(judged, key=lambda one: (one.chrf, *_place(one))), number)
 
 
@@ -71,11 +76,11 @@ def most_changed(translations: Iterable[Translation], others: Iterable[Translati
         translations: this model's.
         others: the baseline's, of the same sentences wherever it has a test set, modality and direction at all
             (:func:`~nemo_emmett.evaluation.significance.comparable_scores`).
-        number: the most to choose, gained and lost each, in turns and without repetition as for :func:`worst`.
+        number: how many to choose at most, of gained and of lost each; modalities and repetitions as for :func:`worst`.
     """
     theirs = by_key(others)
     compared = [
-        Judged(one, other)
+        RankedSentence(one, other)
         for key, ours in by_key(translations).items()
         if key in theirs
         for one, other in zip(ours, theirs[key], strict=True)
@@ -91,41 +96,32 @@ def most_changed(translations: Iterable[Translation], others: Iterable[Translati
 
 
 def sentence_of(translation: Translation) -> tuple[str | None, str]:
-    """What makes two translations those of one sentence: its language and its text, or its id where that is unknown."""
+    """Identifies a source sentence: its language and its text, or its id where the text is unknown."""
     return translation.source_lang, translation.source_text or translation.id
 
 
-def _choose(ranked: Sequence[Judged], number: int) -> list[Judged]:
-    """The first of a ranking, the modalities taking turns, without repetition; text before speech in the end."""
+def _choose(ranked: Sequence[RankedSentence], number: int) -> list[RankedSentence]:
+    """The first of a ranking without repetition, drawn from the modalities in turn, then sorted text before speech."""
     seen: set[tuple] = set()
-    turns: dict[str, Iterator[Judged]] = {}
+    turns: dict[str, Iterator[RankedSentence]] = {}
     for modality in sorted({one.translation.modality for one in ranked}, key=lambda name: name != "text"):
         turns[modality] = _unseen([one for one in ranked if one.translation.modality == modality], seen)
     chosen = islice(filter(None, chain.from_iterable(zip_longest(*turns.values()))), number)
     return sorted(chosen, key=lambda one: list(turns).index(one.translation.modality))
 
 
-def _unseen(ranked: Iterable[Judged], seen: set[tuple]) -> Iterator[Judged]:
-    """Those of which neither the sentence nor a translation was chosen before; ``seen`` grows as they are taken."""
+def _unseen(ranked: Iterable[RankedSentence], seen: set[tuple]) -> Iterator[RankedSentence]:
+    """Those of which neither the sentence nor a translation is in ``seen``, to which it adds those that it yields."""
     for one in ranked:
-        marks = {sentence_of(one.translation), *_translations(one)}
-        if seen.isdisjoint(marks):
-            seen |= marks
+        modality = one.translation.modality
+        identities = {sentence_of(one.translation), ("this", modality, one.translation.hypothesis)}
+        if one.baseline is not None:
+            identities.add(("baseline", modality, one.baseline.hypothesis))
+        if seen.isdisjoint(identities):
+            seen |= identities
             yield one
 
 
-def _translations(judged: Judged) -> set[tuple[str, str, str]]:
-    """What each model said in which modality."""
-    modality = judged.translation.modality
-    said = {("this", modality, judged.translation.hypothesis)}
-    return said if judged.baseline is None else said | {("baseline", modality, judged.baseline.hypothesis)}
-
-
-def _place(judged: Judged) -> tuple[str, ...]:
-    """Where a sentence stands among those of equal chrF."""
+def _place(judged: RankedSentence) -> tuple[str, ...]:
+    """The sorting key among sentences of equal chrF."""
     return judged.translation.id, *map(str, judged.translation.key)
-
-
-@lru_cache(maxsize=2**18)
-def _chrf(hypothesis: str, reference: str) -> float:
-    return _CHRF.sentence_score(hypothesis, [reference]).score

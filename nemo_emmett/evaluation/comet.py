@@ -17,52 +17,50 @@ import torch
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError, DataError, ModelError
 from nemo_emmett.evaluation.results import Translation
+from nemo_emmett.typed_config import PositiveWhole, Text, parse_section, parse_value
 
 PERCENT = 100.0
-"""COMET's scores lie near 0 to 1; tables give them a hundredfold, beside BLEU."""
+"""COMET's scores are between about 0 and 1; tables show them times 100, as BLEU."""
 
 
 @dataclass(frozen=True)
 class CometConfig:
-    """The recipe's ``comet``."""
+    """The recipe's ``comet`` section."""
 
-    model: str  # a checkpoint's file, or a name that comet knows or finds, such as Unbabel/wmt22-comet-da
-    batch_size: int = 16  # translations
+    model: Text  # a checkpoint's file, or a name that comet resolves, such as Unbabel/wmt22-comet-da
+    batch_size: PositiveWhole = 16  # translations
 
     @classmethod
-    def of_recipe(cls, settings: Mapping[str, Any] | None) -> CometConfig:
-        """Read it.
+    def parse(cls, section: Mapping[str, Any] | None) -> CometConfig:
+        """Parse the recipe's ``comet``.
 
         Raises:
             ConfigError: if comet is not installed, or a key is missing, unknown or has a value that cannot work.
         """
         if find_spec("comet") is None:
             raise ConfigError("metrics: COMET needs the package unbabel-comet; pip install it, or leave COMET out.")
-        settings = dict(settings or {})
+        section = parse_value(dict, section or {}, "comet")
         known = [field.name for field in fields(cls)]
-        if unknown_keys := check_keys(settings, known, "comet"):
+        if unknown_keys := check_keys(section, known, "comet"):
             raise ConfigError(f"comet.{unknown_keys[0]}: there is no such key; the keys are {', '.join(known)}.")
-        if not isinstance(settings.get("model"), str):
+        if not isinstance(section.get("model"), str):
             raise ConfigError(
-                f"comet.model: {settings.get('model')!r} names no model of COMET; give a checkpoint's file, or a name "
+                f"comet.model: {section.get('model')!r} names no model of COMET; give a checkpoint's file, or a name "
                 "such as Unbabel/wmt22-comet-da."
             )
-        batch_size = settings.get("batch_size", cls.batch_size)
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"comet.batch_size: {batch_size!r} is no number of translations; give 1 or more.")
-        return cls(settings["model"], batch_size)
+        return parse_section(cls, section, "comet")
 
     @property
     def signature(self) -> str:
-        """The model and comet's version, without which a score of COMET means nothing."""
+        """The model and comet's version, without which scores of COMET cannot be compared."""
         try:
             return f"model:{self.model}|version:{version('unbabel-comet')}"
-        except PackageNotFoundError:  # a module of that name that no package brought
+        except PackageNotFoundError:  # a module of that name that no installed package provides
             return f"model:{self.model}"
 
 
 def comet_scores(translations: Sequence[Translation], config: CometConfig) -> list[float]:
-    """The score of each translation, a hundredfold.
+    """The score of each translation, times 100.
 
     Raises:
         DataError: if a translation has no source text.
@@ -74,17 +72,14 @@ def comet_scores(translations: Sequence[Translation], config: CometConfig) -> li
                 f"'{one.id}' of test set '{one.test_set}' has no source text, which COMET compares with; add it to the "
                 "test set, or leave COMET out."
             )
-    samples = [{"src": one.source_text, "mt": one.hypothesis, "ref": one.reference} for one in translations]
-    prediction = _load(config.model).predict(
-        samples, batch_size=config.batch_size, gpus=int(torch.cuda.is_available()), progress_bar=True
-    )
-    return [PERCENT * score for score in prediction.scores]
-
-
-def _load(model: str) -> Any:
     from comet import download_model, load_from_checkpoint
 
     try:
-        return load_from_checkpoint(model if Path(model).is_file() else download_model(model))
+        is_file = Path(config.model).is_file()
+        model = load_from_checkpoint(config.model if is_file else download_model(config.model))
     except Exception as error:  # comet raises whatever the checkpoint's reader does, and bare Exception itself
-        raise ModelError(f"comet.model: COMET's model '{model}' cannot be loaded: {error}") from error
+        raise ModelError(f"comet.model: COMET's model '{config.model}' cannot be loaded: {error}") from error
+    samples = [{"src": one.source_text, "mt": one.hypothesis, "ref": one.reference} for one in translations]
+    gpus = int(torch.cuda.is_available())
+    prediction = model.predict(samples, batch_size=config.batch_size, gpus=gpus, progress_bar=True)
+    return [PERCENT * score for score in prediction.scores]

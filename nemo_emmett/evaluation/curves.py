@@ -1,4 +1,4 @@
-"""Training curves, read from the TensorBoard event files that a run left behind."""
+"""Training curves, read from a run's TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_emmett.errors import DataError
 
 EVENT_FILES = "events.out.tfevents.*"
 ALL_EVENTS = {"scalars": 0}
-"""TensorBoard keeps a sample of 10,000 unless told 0, which means all."""
+"""By default TensorBoard keeps a sample of 10,000 events; 0 means all."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Curve:
 def read_curves(log_dir: str | os.PathLike[str]) -> dict[str, Curve]:
     """Read every scalar logged under a folder, by tag.
 
-    A run that was resumed leaves several event files; a step that was trained twice counts as it was trained last.
+    A resumed run has several event files; of a step that was trained twice the last value counts.
 
     Args:
         log_dir: searched with all its subfolders (``version_0``, ...).
@@ -38,26 +38,18 @@ def read_curves(log_dir: str | os.PathLike[str]) -> dict[str, Curve]:
     folders = sorted({file.parent for file in log_dir.rglob(EVENT_FILES)})
     if not folders:
         raise DataError(f"There are no TensorBoard event files ({EVENT_FILES}) under log_dir '{log_dir}'.")
-    logged: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)  # tag -> step -> (wall time, value)
-    for folder in folders:
-        for tag, event in _scalars(folder):
-            logged[tag][event.step] = max(logged[tag].get(event.step, (0.0, 0.0)), (event.wall_time, event.value))
-    if not logged:
-        raise DataError(f"The TensorBoard event files under log_dir '{log_dir}' hold no scalar.")
-    return {tag: _curve(tag, points) for tag, points in sorted(logged.items())}
-
-
-def _scalars(folder: Path):
-    """(tag, event) of every scalar in a folder's event files."""
-    # Importing TensorBoard takes longer than reading a run; only those who want curves pay for it.
+    # lazy: importing TensorBoard takes longer than reading a run
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance=ALL_EVENTS).Reload()
-    for tag in events.Tags()["scalars"]:
-        for event in events.Scalars(tag):
-            yield tag, event
-
-
-def _curve(tag: str, points: dict[int, tuple[float, float]]) -> Curve:
-    steps = sorted(points)
-    return Curve(tag=tag, steps=steps, values=[points[step][1] for step in steps])
+    logged: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)  # tag -> step -> (wall time, value)
+    for folder in folders:
+        events = EventAccumulator(str(folder), size_guidance=ALL_EVENTS).Reload()
+        for tag in events.Tags()["scalars"]:
+            for event in events.Scalars(tag):
+                logged[tag][event.step] = max(logged[tag].get(event.step, (0.0, 0.0)), (event.wall_time, event.value))
+    if not logged:
+        raise DataError(f"The TensorBoard event files under log_dir '{log_dir}' hold no scalar.")
+    return {
+        tag: Curve(tag, steps=sorted(points), values=[points[step][1] for step in sorted(points)])
+        for tag, points in sorted(logged.items())
+    }

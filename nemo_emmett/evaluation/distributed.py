@@ -1,4 +1,4 @@
-"""The processes that share an evaluation, and how what they found comes together in the first of them."""
+"""The processes that share an evaluation, and how the first one gathers their results."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from torch import distributed as dist
 
-PATIENCE = timedelta(days=2)
-"""How long a process waits for the slowest: only one that died takes longer, and its launcher ends the others."""
+TIMEOUT = timedelta(days=2)
+"""How long a process waits for the slowest: only one that died takes longer, and the launcher ends the others."""
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Processes:
+class ProcessGroup:
     """This process among those that share an evaluation."""
 
     rank: int = 0
-    number: int = 1
-    local_rank: int = 0  # among those on the same machine
+    world_size: int = 1
+    local_rank: int = 0
 
     @property
-    def is_first(self) -> bool:
+    def is_global_zero(self) -> bool:
         """Whether this is the process that scores, prints and writes."""
         return self.rank == 0
 
@@ -40,17 +40,17 @@ class Processes:
         # A launcher may show each process its own GPU only.
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
-    def gather(self, found: Found) -> list[Found] | None:
-        """What each process found, in the order of their ranks; None but in the first. Every process must call it."""
-        if self.number == 1:
-            return [found]
-        of_all: list[Found | None] | None = [None] * self.number if self.is_first else None
-        dist.gather_object(found, of_all)
-        return of_all
+    def gather(self, result: T) -> list[T] | None:
+        """The results of all processes by rank; None in all but the first. A collective: every process must call it."""
+        if self.world_size == 1:
+            return [result]
+        results: list[T | None] | None = [None] * self.world_size if self.is_global_zero else None
+        dist.gather_object(result, results)
+        return results
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that scores, prints and writes, before the processes have joined."""
+def is_global_zero() -> bool:
+    """Whether this is the process that scores, prints and writes; works before :func:`process_group` is entered."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     environment = _environment()
@@ -58,31 +58,31 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def joined_processes() -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` or ``srun`` started with this one; alone, if there are none.
+def process_group() -> Iterator[ProcessGroup]:
+    """Join the processes that ``torchrun`` or ``srun`` started with this one; a group of one if there are none.
 
-    Where torch's default process group stands already, it is used, and left as it is.
+    If torch's default process group is initialised already, it is used and not destroyed.
     """
     if dist.is_available() and dist.is_initialized():
         local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank)
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), local_rank)
         return
     environment = _environment()
     if environment is None or environment.world_size() == 1:
-        yield Processes()
+        yield ProcessGroup()
         return
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-    # All that travels are the translations, once: CPU to CPU, so that no GPU is bound to a rank here.
+    # Only the translations are sent, once: gloo on the CPU, so that no GPU is bound to a rank here.
     dist.init_process_group(
-        "gloo", rank=environment.global_rank(), world_size=environment.world_size(), timeout=PATIENCE
+        "gloo", rank=environment.global_rank(), world_size=environment.world_size(), timeout=TIMEOUT
     )
     try:
-        yield Processes(environment.global_rank(), environment.world_size(), environment.local_rank())
+        yield ProcessGroup(environment.global_rank(), environment.world_size(), environment.local_rank())
     finally:
         dist.destroy_process_group()
 
 
 def _environment() -> ClusterEnvironment | None:
-    """What started this process, as Lightning tells it."""
+    """The launcher of this process, as Lightning detects it."""
     kinds = (TorchElasticEnvironment, SLURMEnvironment)
     return next((kind() for kind in kinds if kind.detect()), None)

@@ -1,4 +1,4 @@
-"""Translations as the page shows them: which are drawn at random, and what stands on the card of each."""
+"""Translations as the page shows them: the random sample, and the content of a card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nemo_emmett.evaluation.changes import Judged, sentence_chrf, sentence_of
+from nemo_emmett.evaluation.changes import RankedSentence, sentence_chrf, sentence_of
 from nemo_emmett.evaluation.recordings import Recording, Recordings, is_playable
 from nemo_emmett.evaluation.results import Translation
 from nemo_emmett.evaluation.table import MODALITY_NAMES, direction_title
@@ -18,10 +18,10 @@ Admission = Callable[[Translation], bool]
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What one model made of a sentence."""
+    """One model's translation on a card."""
 
     title: str
-    words: list[tuple[str, bool]]  # true where the reference does not have it
+    words: list[tuple[str, bool]]  # whether it differs from the reference
     is_exact: bool
     chrf: float
 
@@ -31,7 +31,7 @@ class Example:
     """One sentence and its translations, on a card of the page."""
 
     direction: str
-    modality: str  # as a reader calls it
+    modality: str  # as shown: "text", "speech"
     test_set: str
     id: str
     source_tag: str | None  # the languages as HTML names them
@@ -45,10 +45,10 @@ class Example:
 
 
 def choose_examples(translations: Sequence[Translation], number: int) -> list[Translation]:
-    """Draw translations at random, the same ones each time, spread over the directions.
+    """Draw translations at random with a fixed seed, spread over the directions.
 
-    Speech whose recording can be played comes first; text fills up what is missing. Sentences that an example already
-    has in another direction are passed over as long as there are others.
+    Speech whose recording can be played is preferred; text fills up the number. Sentences that were already drawn in
+    another direction are used only when no others are left.
     """
     speech = [translation for translation in translations if translation.modality == "audio"]
     text = [translation for translation in translations if translation.modality == "text"]
@@ -56,7 +56,7 @@ def choose_examples(translations: Sequence[Translation], number: int) -> list[Tr
     return chosen + _spread(text, number - len(chosen), lambda _: True)
 
 
-def example(judged: Judged, recordings: Recordings, models: Sequence[str]) -> Example:
+def example(judged: RankedSentence, recordings: Recordings, models: Sequence[str]) -> Example:
     """The card of one sentence.
 
     Args:
@@ -78,7 +78,15 @@ def example(judged: Judged, recordings: Recordings, models: Sequence[str]) -> Ex
         target_tag=_language_tag(translation.target_lang),
         source=translation.source_text,
         reference=translation.reference,
-        hypotheses=[_hypothesis(system, title) for system, title in zip(systems, models, strict=False)],
+        hypotheses=[
+            Hypothesis(
+                title=title,
+                words=compare_words(system.hypothesis, system.reference or ""),
+                is_exact=system.hypothesis == system.reference,
+                chrf=sentence_chrf(system),
+            )
+            for system, title in zip(systems, models, strict=False)
+        ],
         change=None if judged.baseline is None else judged.change,
         recording=recordings.recording(translation),
         seconds=translation.duration,
@@ -88,7 +96,7 @@ def example(judged: Judged, recordings: Recordings, models: Sequence[str]) -> Ex
 def _spread(
     translations: Sequence[Translation], number: int, admits: Callable[[Translation], bool]
 ) -> list[Translation]:
-    """Up to ``number`` translations, the directions taking turns; translations between languages before others."""
+    """Up to ``number`` translations, the directions taking turns; translations before transcriptions."""
     draw = random.Random(0)
     by_direction: dict[tuple, list[Translation]] = defaultdict(list)
     for translation in translations:
@@ -110,9 +118,9 @@ def _spread(
 
 
 def _draw(stack: list[Translation], seen: set[tuple], admits: Admission) -> Translation | None:
-    """Take the first translation that is admitted off the stack, those of unseen sentences before others.
+    """Remove and return the first translation that is admitted, those of unseen sentences before others.
 
-    Only those that would be drawn are asked for admission: asking opens a file.
+    ``admits`` is called for as few as possible: it opens a file.
     """
     stack.sort(key=lambda translation: sentence_of(translation) in seen)
     while stack:
@@ -121,15 +129,6 @@ def _draw(stack: list[Translation], seen: set[tuple], admits: Admission) -> Tran
     return None
 
 
-def _hypothesis(translation: Translation, title: str) -> Hypothesis:
-    return Hypothesis(
-        title=title,
-        words=compare_words(translation.hypothesis, translation.reference or ""),
-        is_exact=translation.hypothesis == translation.reference,
-        chrf=sentence_chrf(translation),
-    )
-
-
 def _language_tag(language: str | None) -> str | None:
-    """A language code as HTML writes it, for the right voice and font: ``de``, ``eng-Latn``."""
+    """A language code as HTML's ``lang`` attribute, by which browsers choose voice and font: ``de``, ``eng-Latn``."""
     return None if language is None else language.replace("_", "-")

@@ -1,4 +1,4 @@
-"""Recordings that play from the page itself, as many as leave it quick to open."""
+"""Recordings embedded in the page, as many as leave it quick to open."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import soundfile
 
 from nemo_emmett.audio_file import AudioFault, openable, read_header
@@ -15,28 +14,28 @@ from nemo_emmett.errors import DataError
 from nemo_emmett.evaluation.results import Translation
 
 MAX_RECORDING_SECONDS = 30.0
-"""Longer recordings are not put on the page: every browser that opens it has to load them all."""
+"""Longer recordings are not embedded: every browser that opens the page has to load them all."""
 PAGE_BYTES = 10_000_000
-"""Of all recordings of a page as they stand in it: about six minutes of speech at 16 kHz."""
+"""Of all recordings of a page, base64 included: about six minutes of speech at 16 kHz."""
 SEGMENT_SECONDS = 0.5
-"""A file that is this much longer than what was translated holds other speech too."""
+"""A file that is this much longer than the translated recording holds other speech too."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What a listener gets: a player, or the reason why there is none."""
+    """The data of a player, or the reason why there is none."""
 
     uri: str | None  # a data: URI
     missing: str = ""  # why there is no player, to follow "Recording left out: "
 
 
 class Recordings:
-    """Puts recordings on one page until its bytes are used up."""
+    """Embeds recordings in one page until its budget of bytes is used up."""
 
     def __init__(self, budget: int = PAGE_BYTES) -> None:
         self._left = budget
         self.budget = budget
-        self.left_out = 0  # recordings that the budget kept from the page
+        self.left_out = 0  # recordings that exceeded the budget
 
     def recording(self, translation: Translation) -> Recording | None:
         """The recording behind a translation; None for text.
@@ -57,7 +56,7 @@ class Recordings:
 
 
 def is_playable(translation: Translation) -> bool:
-    """Whether the page can hold the recording: its file is at hand, and it is short."""
+    """Whether the recording can be embedded: its file exists, and it is short."""
     return not _not_playable(translation)
 
 
@@ -71,36 +70,27 @@ def _not_playable(translation: Translation) -> str:
         return f"{translation.audio_path} is not there"
     if translation.duration is None or translation.audio_start is not None:
         return ""
-    if _seconds(translation.audio_path) > translation.duration + SEGMENT_SECONDS:
-        return "somewhere in a longer file"
-    return ""
-
-
-def _seconds(path: str) -> float:
     try:
-        return read_header(path).duration
+        seconds = read_header(translation.audio_path).duration
     except AudioFault as fault:
-        raise _unreadable(path, fault) from fault
+        raise _unreadable(translation.audio_path, fault) from fault
+    return "somewhere in a longer file" if seconds > translation.duration + SEGMENT_SECONDS else ""
 
 
 def _flac_uri(translation: Translation) -> str:
     """A recording as a ``data:`` URI in FLAC, which all browsers play and which halves a WAV file without loss."""
     try:
-        samples, sampling_rate = _samples(translation)
+        with soundfile.SoundFile(openable(translation.audio_path)) as file:
+            frames = -1  # all
+            if translation.audio_start is not None and translation.duration is not None:
+                file.seek(round(translation.audio_start * file.samplerate))
+                frames = round(translation.duration * file.samplerate)
+            samples = file.read(frames, dtype="int16")
     except (OSError, RuntimeError, AudioFault) as error:
         raise _unreadable(translation.audio_path, error) from error
     flac = io.BytesIO()
-    soundfile.write(flac, samples, sampling_rate, format="FLAC", subtype="PCM_16")
+    soundfile.write(flac, samples, file.samplerate, format="FLAC", subtype="PCM_16")
     return "data:audio/flac;base64," + base64.b64encode(flac.getvalue()).decode("ascii")
-
-
-def _samples(translation: Translation) -> tuple[np.ndarray, int]:
-    """What was translated, of its file, and the file's sampling rate."""
-    with soundfile.SoundFile(openable(translation.audio_path)) as file:
-        if translation.audio_start is None or translation.duration is None:
-            return file.read(dtype="int16"), file.samplerate
-        file.seek(round(translation.audio_start * file.samplerate))
-        return file.read(round(translation.duration * file.samplerate), dtype="int16"), file.samplerate
 
 
 def _unreadable(path: str, error: Exception) -> DataError:

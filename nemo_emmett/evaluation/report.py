@@ -1,4 +1,4 @@
-"""The report: one HTML page that holds its tables, charts, translations and recordings; it asks the network nothing."""
+"""The report: one self-contained HTML page with tables, charts, translations and recordings; it makes no requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nemo_emmett.evaluation.breakdown import breakdowns
-from nemo_emmett.evaluation.changes import Judged, most_changed, worst
+from nemo_emmett.evaluation.changes import RankedSentence, most_changed, worst
 from nemo_emmett.evaluation.charts import NUM_COLOURS, bins_chart, charts
 from nemo_emmett.evaluation.curves import Curve
 from nemo_emmett.evaluation.examples import Example, choose_examples, example
@@ -31,7 +31,7 @@ class Gallery:
 
     id: str  # in the page
     title: str
-    note: str  # how they were chosen
+    note: str  # how the examples were chosen
     examples: list[Example]
 
 
@@ -46,47 +46,16 @@ def write_report(
     """Write the page.
 
     Args:
-        evaluation: what the page is about.
+        evaluation: what to report.
         path: the HTML file; it appears whole or not at all.
-        curves: those of the training (:func:`~nemo_emmett.evaluation.read_curves`), by tag.
+        curves: of the training (:func:`~nemo_emmett.evaluation.read_curves`), by tag.
         examples: how many translations to show of each kind: the worst, those that gained and that lost most against
             the first baseline, and some drawn at random; 0 shows none.
-        baselines: evaluations of other models, whose BLEU stands beside this one's.
+        baselines: evaluations of other models, whose BLEU is shown next to this one's.
 
     Raises:
         DataError: if a baseline cannot be compared, or if the recording of an example cannot be read.
     """
-    table = result_table(evaluation, baselines)
-    names = [evaluation.name, *table.baselines]
-    recordings = Recordings()
-    galleries = _galleries(evaluation, baselines, examples, recordings)
-    by_length = breakdowns(evaluation, baselines)
-    page = (
-        _environment()
-        .get_template(TEMPLATE)
-        .render(
-            evaluation=evaluation,
-            baselines=baselines,
-            names=names,
-            table=table,
-            modality_names=MODALITY_NAMES,
-            has_intervals=any(score.interval is not None for score in evaluation.scores),
-            significance_level=SIGNIFICANCE_LEVEL,
-            throughput=throughput_lines(evaluation),
-            skipped=skipped_lines(evaluation),
-            test_sets=_test_sets(evaluation),
-            # Our own SVG, its texts escaped where it is drawn.
-            breakdowns=[(one, chart, Markup(chart.svg)) for one in by_length for chart in [bins_chart(one, names)]],
-            charts=[(chart, Markup(chart.svg)) for chart in charts(curves or {})],
-            num_colours=NUM_COLOURS,
-            galleries=galleries,
-            recordings=recordings,
-        )
-    )
-    write_text(path, page)
-
-
-def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("nemo_emmett.evaluation", ""),
         autoescape=True,
@@ -95,11 +64,33 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    return environment
+    table = result_table(evaluation, baselines)
+    names = [evaluation.name, *table.baselines]
+    recordings = Recordings()
+    by_length = [(one, bins_chart(one, names)) for one in breakdowns(evaluation, baselines)]
+    page = environment.get_template(TEMPLATE).render(
+        evaluation=evaluation,
+        baselines=baselines,
+        names=names,
+        table=table,
+        modality_names=MODALITY_NAMES,
+        has_intervals=any(score.interval is not None for score in evaluation.scores),
+        significance_level=SIGNIFICANCE_LEVEL,
+        throughput=throughput_lines(evaluation),
+        skipped=skipped_lines(evaluation),
+        test_sets=_test_sets(evaluation),
+        # Markup: our own SVG, in which all texts are escaped already
+        breakdowns=[(one, chart, Markup(chart.svg)) for one, chart in by_length],
+        charts=[(chart, Markup(chart.svg)) for chart in charts(curves or {})],
+        num_colours=NUM_COLOURS,
+        galleries=_galleries(evaluation, baselines, examples, recordings),
+        recordings=recordings,
+    )
+    write_text(path, page)
 
 
 def _breakable(name: str) -> Markup:
-    """A model's name that a narrow column may break where its parts join."""
+    """A model's name with places where a narrow column may break it."""
     return Markup("<wbr>").join(re.findall(r"[^/_-]*[/_-]|[^/_-]+", name))
 
 
@@ -108,36 +99,24 @@ def _galleries(
 ) -> list[Gallery]:
     if number < 1:
         return []
-    galleries = [_worst(evaluation, number, recordings)]
-    if baselines:
-        galleries += _changed(evaluation, baselines[0], number, recordings)
-    drawn = [Judged(translation) for translation in choose_examples(evaluation.translations, number)]
-    at_random = _cards(drawn, recordings, [evaluation.name])
-    return [*galleries, Gallery("random", "Examples drawn at random", "", at_random)]
 
+    def gallery(id_: str, title: str, note: str, chosen: Iterable[RankedSentence], names: Sequence[str]) -> Gallery:
+        return Gallery(id_, title, note, [example(one, recordings, names) for one in chosen])
 
-def _worst(evaluation: Evaluation, number: int, recordings: Recordings) -> Gallery:
+    translations, names = evaluation.translations, [evaluation.name]
     note = "The lowest chrF of single sentences; a translation given several times is shown once."
-    if empty := sum(not translation.hypothesis.strip() for translation in evaluation.translations):
-        note += f" {empty:,} of {len(evaluation.translations):,} translations are empty."
-    cards = _cards(worst(evaluation.translations, number), recordings, [evaluation.name])
-    return Gallery("worst", "Worst sentences", note, cards)
-
-
-def _changed(evaluation: Evaluation, baseline: Evaluation, number: int, recordings: Recordings) -> list[Gallery]:
-    names = [evaluation.name, baseline.name]
-    changes = most_changed(evaluation.translations, baseline.translations, number)
-    differing = f"{changes.differing:,} of {changes.compared:,} translations differ from those of {baseline.name}."
-    found = []
-    for name, chosen in (("gained", changes.gained), ("lost", changes.lost)):
-        note = f"The sentences that {name} most chrF." if chosen else f"No sentence {name} chrF."
-        cards = _cards(chosen, recordings, names)
-        found.append(Gallery(name, f"{name.capitalize()} against {baseline.name}", f"{note} {differing}", cards))
-    return found
-
-
-def _cards(judged: Iterable[Judged], recordings: Recordings, names: Sequence[str]) -> list[Example]:
-    return [example(one, recordings, names) for one in judged]
+    if empty := sum(not translation.hypothesis.strip() for translation in translations):
+        note += f" {empty:,} of {len(translations):,} translations are empty."
+    galleries = [gallery("worst", "Worst sentences", note, worst(translations, number), names)]
+    for baseline in baselines[:1]:
+        changes = most_changed(translations, baseline.translations, number)
+        differing = f"{changes.differing:,} of {changes.compared:,} translations differ from those of {baseline.name}."
+        for name, chosen in (("gained", changes.gained), ("lost", changes.lost)):
+            note = f"The sentences that {name} most chrF." if chosen else f"No sentence {name} chrF."
+            title = f"{name.capitalize()} against {baseline.name}"
+            galleries.append(gallery(name, title, f"{note} {differing}", chosen, [*names, baseline.name]))
+    drawn = [RankedSentence(translation) for translation in choose_examples(translations, number)]
+    return [*galleries, gallery("random", "Examples drawn at random", "", drawn, names)]
 
 
 def _test_sets(evaluation: Evaluation) -> list[str]:

@@ -1,11 +1,11 @@
-"""What an evaluation is: translations, their scores, the speed, and everything needed to repeat it; kept as JSON."""
+"""The results of an evaluation: translations, scores, speed, and everything needed to repeat it; saved as JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,22 +13,21 @@ from nemo_emmett.errors import DataError
 from nemo_emmett.files import write_text
 
 FORMAT = "nemo_emmett.evaluation/2"
-"""Stands in every JSON file, so that another program's JSON is not read as an evaluation."""
+"""Written into every JSON file, so that another program's JSON is not read as an evaluation."""
 
 FILE_NAME = "evaluation.json"
-"""The file of an evaluation in its folder."""
+"""Name of an evaluation's file in its folder."""
 
 SIGNIFICANCE_LEVEL = 0.05
-"""Differences of a lower p-value are marked as significant, as the field does."""
-
+"""Differences with a lower p-value are marked as significant."""
 
 Key = tuple[str, str, str, str]
-"""What a score is of: test set, modality, source language, target language."""
+"""Identifies a score: test set, modality, source language, target language."""
 
 
 @dataclass(frozen=True)
 class Translation:
-    """One sentence of a test set and what the model made of it; None where the test set does not say."""
+    """One sentence of a test set and its translation; None for what the test set does not give."""
 
     test_set: str
     id: str
@@ -44,7 +43,7 @@ class Translation:
 
     @property
     def key(self) -> Key:
-        """The score that it adds to."""
+        """Of the score that it counts towards."""
         return self.test_set, self.modality, self.source_lang, self.target_lang
 
 
@@ -52,11 +51,11 @@ class Translation:
 class Throughput:
     """How fast one modality was translated: the model's time alone, without loading and collating the data."""
 
-    seconds: float  # of the slowest process, where several share the work
+    seconds: float  # of the slowest process
     sentences: int
     tokens: int = 0  # of the translations, by the model's tokenizer
     audio_seconds: float | None = None  # None for text
-    processes: int = 1  # that had a part in it
+    processes: int = 1  # that translated some of it
 
     @property
     def sentences_per_second(self) -> float | None:
@@ -73,22 +72,15 @@ class Throughput:
         """Seconds of the model's time per second of speech: below 1 is faster than real time. None for text."""
         return self.seconds / self.audio_seconds if self.audio_seconds else None
 
-    def __add__(self, other: Throughput) -> Throughput:
-        """The throughput of both one after the other, by the same processes."""
-        return self._with(other, self.seconds + other.seconds, max(self.processes, other.processes))
-
-    def beside(self, other: Throughput) -> Throughput:
-        """The throughput of both at the same time, by other processes: the slower ends it."""
-        return self._with(other, max(self.seconds, other.seconds), self.processes + other.processes)
-
-    def _with(self, other: Throughput, seconds: float, processes: int) -> Throughput:
+    def combined_with(self, other: Throughput, in_parallel: bool = False) -> Throughput:
+        """The throughput of both: of the same processes one after the other, or of different ones at the same time."""
         durations = [one.audio_seconds for one in (self, other) if one.audio_seconds is not None]
         return Throughput(
-            seconds=seconds,
+            seconds=max(self.seconds, other.seconds) if in_parallel else self.seconds + other.seconds,
             sentences=self.sentences + other.sentences,
             tokens=self.tokens + other.tokens,
             audio_seconds=sum(durations) if durations else None,
-            processes=processes,
+            processes=self.processes + other.processes if in_parallel else max(self.processes, other.processes),
         )
 
 
@@ -116,13 +108,13 @@ class Score:
 
     @property
     def key(self) -> Key:
-        """What was scored."""
+        """Identifies what was scored."""
         return self.test_set, self.modality, self.source_lang, self.target_lang
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of one score beside a baseline's on the same sentences."""
+    """One metric of one score, compared with a baseline's on the same sentences."""
 
     baseline: str  # its name
     test_set: str
@@ -136,12 +128,12 @@ class Comparison:
 
     @property
     def key(self) -> Key:
-        """What was scored."""
+        """Identifies what was scored."""
         return self.test_set, self.modality, self.source_lang, self.target_lang
 
     @property
     def difference(self) -> float:
-        """What the metric rose (positive) or fell by against the baseline."""
+        """The metric minus the baseline's."""
         return self.score - self.baseline_score
 
     @property
@@ -155,7 +147,7 @@ class Evaluation:
     """One model on its test sets; the unit that is saved, printed, reported and compared."""
 
     model: str  # folder or class of the model
-    name: str  # what tables call it
+    name: str  # in tables
     date: str  # ISO 8601, UTC
     scores: list[Score]
     translations: list[Translation]
@@ -191,7 +183,17 @@ def from_json(path: str | os.PathLike[str]) -> Evaluation:
     Raises:
         DataError: if the file is missing, is not JSON, or is not an evaluation of this format.
     """
-    record = _read_record(Path(path))
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"The evaluation {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); give an evaluation.json of `nemo-emmett evaluate`.") from error
+    found_format = record.pop("format", None) if isinstance(record, dict) else None
+    if str(found_format).startswith(FORMAT.partition("/")[0]) and found_format != FORMAT:
+        raise DataError(f"{path} is of format {found_format}, not {FORMAT}: evaluate that model again.")
+    if found_format != FORMAT:
+        raise DataError(f"{path} is not an evaluation of format {FORMAT}; give one of `nemo-emmett evaluate`.")
     try:
         return Evaluation(
             **record
@@ -206,23 +208,8 @@ def from_json(path: str | os.PathLike[str]) -> Evaluation:
         raise DataError(f"{path} is a damaged evaluation ({error}): run `nemo-emmett evaluate` again.") from error
 
 
-def _read_record(path: Path) -> dict:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"The evaluation {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); give an evaluation.json of `nemo-emmett evaluate`.") from error
-    kept_format = record.get("format") if isinstance(record, Mapping) else None
-    if str(kept_format).startswith(FORMAT.partition("/")[0]) and kept_format != FORMAT:
-        raise DataError(f"{path} is of format {kept_format}, not {FORMAT}: evaluate that model again.")
-    if kept_format != FORMAT:
-        raise DataError(f"{path} is not an evaluation of format {FORMAT}; give one of `nemo-emmett evaluate`.")
-    return {key: value for key, value in record.items() if key != "format"}
-
-
 def write_hypotheses(evaluation: Evaluation, folder: str | os.PathLike[str]) -> None:
-    """Write what was scored as plain text: ``{test_set}.{modality}.{source}-{target}.hyp`` and ``.ref``.
+    """Write hypotheses and references as plain text: ``{test_set}.{modality}.{source}-{target}.hyp`` and ``.ref``.
 
     One sentence a line, as ``sacrebleu REF -i HYP`` takes them. Such files of other test sets are removed.
     """
@@ -230,7 +217,7 @@ def write_hypotheses(evaluation: Evaluation, folder: str | os.PathLike[str]) -> 
     texts: dict[str, list[str]] = defaultdict(list)
     file_names = names_of_files(one.test_set for one in evaluation.translations)
     for one in evaluation.translations:
-        # Whatever the file says that the evaluation was read from: nothing is written outside of the folder.
+        # An evaluation may come from a file of someone else: no name in it may lead out of the folder.
         name = f"{file_names[one.test_set]}.{one.modality}.{one.source_lang}-{one.target_lang}".replace("/", "_")
         texts[f"{name}.hyp"].append(one_line(one.hypothesis) + "\n")
         texts[f"{name}.ref"].append(one_line(one.reference) + "\n")
@@ -242,7 +229,7 @@ def write_hypotheses(evaluation: Evaluation, folder: str | os.PathLike[str]) -> 
 
 
 def names_of_files(names: Iterable[str]) -> dict[str, str]:
-    """Names with ``_`` for ``/``; where two would be the same, the later bears a number.
+    """Names with ``_`` for ``/``; where two would be the same, the later one gets a number.
 
     Example:
         >>> names_of_files(["a/b", "a_b", "c", "c"])

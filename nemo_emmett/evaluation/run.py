@@ -10,65 +10,53 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.errors import ConfigError, DataError, OutputError
-from nemo_emmett.evaluation.comet import CometConfig
 from nemo_emmett.evaluation.curves import read_curves
-from nemo_emmett.evaluation.distributed import Processes, is_first_process, joined_processes
-from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, check_metrics, signatures
-from nemo_emmett.evaluation.recipe import config_of_test_sets, read_yaml
+from nemo_emmett.evaluation.distributed import ProcessGroup, is_global_zero, process_group
+from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, signatures
+from nemo_emmett.evaluation.recipe import EvaluationConfig, read_yaml, resolved_value
 from nemo_emmett.evaluation.report import write_report
 from nemo_emmett.evaluation.results import FILE_NAME, Evaluation, from_json, to_json, write_hypotheses
 from nemo_emmett.evaluation.scoring import score
 from nemo_emmett.evaluation.significance import compare, resampling_signature
 from nemo_emmett.evaluation.table import print_table
-from nemo_emmett.evaluation.translation import Translated, put_together, translate
+from nemo_emmett.evaluation.translation import Translated, merge_ranks, translate
 from nemo_emmett.files import check_writable, hold_folder, new_folder_elsewhere
 from nemo_emmett.models import load
+from nemo_emmett.typed_config import parse_value
 
 PACKAGES = ("nemo_emmett", "nemo_toolkit", "torch", "transformers", "lhotse", "sacrebleu")
 """Whose versions an evaluation records."""
 
-LEAST_FREE = 2**20
-"""Bytes that the disk of an evaluation's output must have free."""
+MIN_FREE_BYTES = 2**20
+"""Free bytes that the disk of an evaluation's output must have."""
 
-Place = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a model has to do: the same for all that are compared."""
-
-    data_config: DictConfig  # holds test_ds
-    num_beams: int
-    max_new_tokens: int | None
-    metrics: tuple[str, ...]
-    comet: CometConfig | None
-    loading: Mapping[str, bool] = field(default_factory=dict)  # options of loading a model
+StrPath = str | os.PathLike[str]
 
 
 def evaluate(
     model: Any,
-    config: DictConfig | Mapping | Place,
+    config: DictConfig | Mapping | StrPath,
     *,
     name: str | None = None,
-    output: Place | None = None,
+    output: StrPath | None = None,
     num_beams: int = 1,
     max_new_tokens: int | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
     comet: Mapping[str, Any] | None = None,
-    baselines: Sequence[Place] = (),
-    log_dir: Place | None = None,
+    baselines: Sequence[StrPath] = (),
+    log_dir: StrPath | None = None,
     examples: int = 10,
     trust_remote_code: bool = False,
     console: Console | None = None,
@@ -106,45 +94,50 @@ def evaluate(
     Example:
         >>> evaluate("exp/model", "conf/evaluate_phrasebook.yaml", output="exp/evaluation")  # doctest: +SKIP
     """
-    # What may be wrong with the arguments shows before the translating, not after.
-    metrics = check_metrics(metrics)
-    _check_counts({"num_beams": (num_beams, 1), "max_new_tokens": (max_new_tokens, 1), "examples": (examples, 0)})
-    comet_config = CometConfig.of_recipe(comet) if "COMET" in metrics else None
-    loading = {"trust_remote_code": True} if trust_remote_code is True else {}
-    task = Task(config_of_test_sets(config), num_beams, max_new_tokens, metrics, comet_config, loading)
-    earlier = [_saved_or_folder(baseline) for baseline in baselines]
-    place = _Place(None if output is None else Path(output))
-    folders = _folders_of_baselines(earlier, output)
-    curves = None if log_dir is None else read_curves(log_dir)
-    with place.claimed(), joined_processes() as processes:
-        loaded = load(model, **loading) if isinstance(model, (str, os.PathLike)) else model
-        earlier = [
-            _evaluate_baseline(one, task, folder, place, processes) if isinstance(one, Path) else one
-            for one, folder in zip(earlier, folders, strict=True)
-        ]
+    arguments = {
+        "name": name,
+        "output": output,
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+        "metrics": metrics,
+        "comet": comet,
+        "baselines": baselines,
+        "log_dir": log_dir,
+        "examples": examples,
+        "trust_remote_code": trust_remote_code,
+    }
+    # All that can be wrong with the arguments is found before a model is loaded.
+    settings = EvaluationConfig.parse(config, arguments)
+    saved_or_folders = [_read_baseline(baseline) for baseline in settings.baselines]
+    writer = _Writer(settings.output)
+    curves = None if settings.log_dir is None else read_curves(settings.log_dir)
+    with writer.locked(), process_group() as processes:
+        loaded = load(model, **settings.loading) if isinstance(model, (str, os.PathLike)) else model
+        earlier = _evaluate_baselines(saved_or_folders, settings, writer, processes)
         if loaded is not model:
             loaded = loaded.to(processes.device)
             model_name, short_name = os.fspath(model), _short_name(Path(model))
         else:
             model_name = short_name = type(model).__qualname__
-        evaluation = _evaluate(loaded, model_name, name or short_name, task, processes)
+        evaluation = _evaluate(loaded, model_name, settings.name or short_name, settings, processes)
         if evaluation is None:
             return None
-        place.write(evaluation)  # here already: a baseline of other sentences must not cost the translations
-        earlier = _told_apart(evaluation, earlier)
+        writer.write(evaluation)  # before the comparison, whose failure must not lose the translations
+        earlier = _with_unique_names(evaluation, earlier)
         comparisons = [one for baseline in earlier for one in compare(evaluation, baseline)]
         evaluation = replace(evaluation, comparisons=comparisons)
         print_table(evaluation, console, earlier)
-        with place.writing() as folder:
+        with writer.writing() as folder:
             if folder is not None:
                 to_json(evaluation, folder / FILE_NAME)
-                write_report(evaluation, folder / "report.html", curves=curves, examples=examples, baselines=earlier)
-        place.check()
+                report = folder / "report.html"
+                write_report(evaluation, report, curves=curves, examples=settings.examples, baselines=earlier)
+        writer.raise_failure()
     return evaluation
 
 
-def evaluate_recipe(config: DictConfig | Place, model: Place | None = None, **options: Any) -> Evaluation | None:
-    """Evaluate as a recipe says: beside its test sets it may name ``model`` and any argument of :func:`evaluate`.
+def evaluate_recipe(config: DictConfig | StrPath, model: StrPath | None = None, **options: Any) -> Evaluation | None:
+    """Evaluate as a recipe says: it has test sets, and may have ``model`` and any argument of :func:`evaluate`.
 
     Args:
         config: a recipe, or its YAML file; ``baseline`` is one or a list of them.
@@ -155,27 +148,22 @@ def evaluate_recipe(config: DictConfig | Place, model: Place | None = None, **op
         ConfigError: if neither names a model, and as :func:`evaluate` does.
     """
     recipe = config if isinstance(config, DictConfig) else read_yaml(Path(config))
-    known = ("name", "output", "num_beams", "max_new_tokens", "metrics", "comet", "log_dir", "examples")
-    known += ("trust_remote_code",)
-    if "test_ds" in recipe:  # and not a training's, with keys of its own
-        check_keys(recipe, (*known, "model", "baseline", "test_ds"), "recipe")
-    model = recipe.get("model") if model is None else model
+    keys = {field.name for field in fields(EvaluationConfig)} - {"data", "baselines"}
+    if "test_ds" in recipe:  # otherwise it is the recipe of a training, which has more keys
+        check_keys(recipe, (*sorted(keys), "model", "baseline", "test_ds"), "recipe")
+    model = resolved_value(recipe, "model") if model is None else model
     if not isinstance(model, (str, os.PathLike)):
         raise ConfigError("model: the recipe names no exported model; give the folder that train.py exported to.")
-    chosen = {key: _plain(recipe.get(key)) for key in known} | {"baselines": _as_list(recipe.get("baseline"))}
-    chosen |= {key: value for key, value in options.items() if value not in (None, ())}
-    return evaluate(model, recipe, **{key: value for key, value in chosen.items() if value is not None})
+    arguments = {key: value for key, value in options.items() if value not in (None, ())}
+    if "baselines" not in arguments:
+        baseline = parse_value(Path | list[Path] | None, resolved_value(recipe, "baseline"), "baseline")
+        arguments["baselines"] = baseline if isinstance(baseline, list) else [baseline] if baseline else []
+    arguments |= {key: resolved_value(recipe, key) for key in keys - arguments.keys()}
+    return evaluate(model, recipe, **{key: value for key, value in arguments.items() if value is not None})
 
 
-def _check_counts(counts: Mapping[str, tuple[Any, int]]) -> None:
-    """Counts that a recipe gives, each with the lowest that works; None is none."""
-    for name, (value, lowest) in counts.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < lowest):
-            raise ConfigError(f"{name}: {value!r} must be a whole number of {lowest} or more.")
-
-
-class _Place:
-    """Where an evaluation is written: its output folder, or another one where that fails.
+class _Writer:
+    """Writes an evaluation into its output folder, or into another one where that fails.
 
     Args:
         output: the folder; None writes nothing.
@@ -185,59 +173,49 @@ class _Place:
         self.output = self.folder = output
         self._failure = ""
         if output is not None:
-            check_writable(output, "output", needed=LEAST_FREE)
+            check_writable(output, "output", needed=MIN_FREE_BYTES)
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep other evaluations from the folder."""
-        with nullcontext() if self.output is None or not is_first_process() else hold_folder(self.output):
+        with nullcontext() if self.output is None or not is_global_zero() else hold_folder(self.output):
             yield
 
     @contextmanager
     def writing(self) -> Iterator[Path | None]:
-        """The folder to write to; what goes wrong is kept for :meth:`check`."""
+        """The folder to write to; an error of the file system is kept for :meth:`raise_failure`."""
         try:
             yield self.folder
         except OSError as error:
             self._failure = self._failure or error.strerror or str(error)
 
-    def write(self, evaluation: Evaluation, within: Path = Path()) -> None:
-        """Write translations and scores; in a folder elsewhere if they do not go where they should."""
+    def write(self, evaluation: Evaluation, subfolder: Path = Path()) -> None:
+        """Write translations and scores; if that fails, into a new folder elsewhere."""
+
+        def write_to(folder: Path) -> None:
+            write_hypotheses(evaluation, folder / subfolder / "hypotheses")
+            to_json(evaluation, folder / subfolder / FILE_NAME)
+
         with self.writing() as folder:
             if folder is not None:
-                _write(evaluation, folder / within)
+                write_to(folder)
         if self._failure and self.folder == self.output:
             for self.folder in new_folder_elsewhere("evaluation", [Path.cwd()]):
                 with suppress(OSError):
-                    _write(evaluation, self.folder / within)
+                    write_to(self.folder)
                     return
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
 
-    def check(self) -> None:
-        """Say what could not be written.
-
-        Raises:
-            OutputError: if there was anything.
-        """
+    def raise_failure(self) -> None:
+        """Raise OutputError, naming the folder that has the results, if something could not be written."""
         if self._failure:
             kept = "nor any other folder" if self.folder is None else f"translations and scores are in '{self.folder}'"
             raise OutputError(f"output: '{self.output}' could not be written to ({self._failure}); {kept}.")
 
 
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def _as_list(baseline: Place | ListConfig | None) -> list[Place]:
-    if baseline is None:
-        return []
-    return list(baseline) if isinstance(baseline, (list, ListConfig)) else [baseline]
-
-
-def _saved_or_folder(baseline: Place) -> Evaluation | Path:
+def _read_baseline(path: Path) -> Evaluation | Path:
     """A saved evaluation, or the folder of a model that is still to be evaluated."""
-    path = Path(baseline)
     if (path / FILE_NAME).is_file():
         return from_json(path / FILE_NAME)
     if not path.is_dir():
@@ -249,31 +227,26 @@ def _saved_or_folder(baseline: Place) -> Evaluation | Path:
     return path
 
 
-def _folders_of_baselines(baselines: Sequence[Evaluation | Path], output: Place | None) -> list[Path | None]:
-    """Where in the output the evaluation of each baseline is kept: a folder of its own, though models be of one name.
-
-    None for what is saved already, and where nothing is written.
-    """
-    taken: Counter[str] = Counter()
-    folders: list[Path | None] = []
+def _evaluate_baselines(
+    baselines: Sequence[Evaluation | Path], settings: EvaluationConfig, writer: _Writer, processes: ProcessGroup
+) -> list[Evaluation | None]:
+    """Evaluate the baselines that are models, each with its own subfolder; None in all but the first process."""
+    names: Counter[str] = Counter()
+    evaluations: list[Evaluation | None] = []
     for baseline in baselines:
-        if output is None or not isinstance(baseline, Path):
-            folders.append(None)
+        if isinstance(baseline, Evaluation):
+            evaluations.append(baseline)
             continue
-        name = _short_name(baseline).replace("/", "_")
-        taken[name] += 1
-        folders.append(Path("baselines", name if taken[name] == 1 else f"{name}-{taken[name]}"))
-    return folders
-
-
-def _evaluate_baseline(
-    model: Path, task: Task, folder: Path | None, place: _Place, processes: Processes
-) -> Evaluation | None:
-    loaded = load(model, **task.loading).to(processes.device)
-    evaluation = _evaluate(loaded, os.fspath(model), _short_name(model), task, processes)
-    if evaluation is not None and folder is not None:
-        place.write(evaluation, within=folder)
-    return evaluation
+        short_name = _short_name(baseline)
+        loaded = load(baseline, **settings.loading).to(processes.device)
+        evaluation = _evaluate(loaded, os.fspath(baseline), short_name, settings, processes)
+        file_name = short_name.replace("/", "_")
+        names[file_name] += 1
+        if evaluation is not None:
+            number = names[file_name]  # different models may have the same name
+            writer.write(evaluation, Path("baselines", file_name if number == 1 else f"{file_name}-{number}"))
+        evaluations.append(evaluation)
+    return evaluations
 
 
 def _short_name(model: Path) -> str:
@@ -282,29 +255,35 @@ def _short_name(model: Path) -> str:
     return "/".join(parts[-2:])
 
 
-def _evaluate(model: Any, model_name: str, name: str, task: Task, processes: Processes) -> Evaluation | None:
-    """Translate together, and score in the first process; None in the others."""
-    data_config = copy.deepcopy(task.data_config)  # to which the model adds what it knows
+def _evaluate(
+    model: Any, model_name: str, name: str, settings: EvaluationConfig, processes: ProcessGroup
+) -> Evaluation | None:
+    """Translate in all processes, and score in the first one; None in the others."""
+    data_config = copy.deepcopy(settings.data)  # the datamodule adds the model's defaults to it
     datamodule = MultimodalDataModule(
         data_config,
         tokenizer=model.tokenizer,
         dataset=SpeechTextDataset(model.tokenizer),
         defaults=model.data_defaults,
     )
-    test_sets = datamodule.test_sets(processes.rank, processes.number)
+    test_sets = datamodule.test_sets(processes.rank, processes.world_size)
     translated = translate(
         model,
         test_sets,
-        num_beams=task.num_beams,
-        max_new_tokens=task.max_new_tokens,
-        progress=processes.is_first,
+        num_beams=settings.num_beams,
+        max_new_tokens=settings.max_new_tokens,
+        progress=processes.is_global_zero,
     )
-    shares = processes.gather(_Share.of(translated, test_sets))
-    if shares is None:
+    batch_orders = {name: loader.sampler.order for name, loader in test_sets.items()}
+    skipped = {name: loader.skipped_records.records() for name, loader in test_sets.items()}
+    outputs = processes.gather(_RankOutput(translated, batch_orders, skipped))
+    if outputs is None:
         return None
-    _check_orders(shares)
-    whole = put_together([share.translated for share in shares])
-    scores = score(whole.translations, task.metrics, task.comet)
+    whole, skipped_counts = _merge(outputs)
+    scores = score(whole.translations, settings.metrics, settings.comet)
+    found_signatures = signatures(settings.metrics, {one.target_lang for one in scores})
+    if settings.comet is not None:
+        found_signatures["COMET"] = settings.comet.signature
     return Evaluation(
         model=model_name,
         name=name,
@@ -312,9 +291,9 @@ def _evaluate(model: Any, model_name: str, name: str, task: Task, processes: Pro
         scores=scores,
         translations=whole.translations,
         throughput=whole.throughput,
-        signatures=_signatures(task, {one.target_lang for one in scores}),
-        skipped=_skipped(shares),
-        decoding={"num_beams": task.num_beams, "max_new_tokens": task.max_new_tokens},
+        signatures=found_signatures | {"intervals and p-values": resampling_signature()},
+        skipped=skipped_counts,
+        decoding={"num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens},
         config=OmegaConf.to_container(data_config.test_ds, resolve=True),
         command=shlex.join(sys.argv),
         versions=_versions(),
@@ -322,68 +301,48 @@ def _evaluate(model: Any, model_name: str, name: str, task: Task, processes: Pro
 
 
 @dataclass(frozen=True)
-class _Share:
-    """What one process has to tell."""
+class _RankOutput:
+    """The results of one process."""
 
     translated: Translated
-    orders: dict[str, str | None]  # by test set: digest of the batches as this process saw them
+    batch_orders: dict[str, str | None]  # by test set: digest of the order in which this process saw all batches
     skipped: dict[str, frozenset[tuple[str, str]]]  # by test set: records that this process could not read
 
-    @classmethod
-    def of(cls, translated: Translated, test_sets: Mapping[str, Any]) -> _Share:
-        return cls(
-            translated,
-            {name: loader.sampler.order for name, loader in test_sets.items()},
-            {name: loader.skipped_records.records() for name, loader in test_sets.items()},
-        )
 
+def _merge(outputs: Sequence[_RankOutput]) -> tuple[Translated, dict[str, int]]:
+    """The translations of all processes, and the number of skipped records of each test set that has any.
 
-def _check_orders(shares: Sequence[_Share]) -> None:
-    """Processes that see the data in different orders translate some sentences twice and others never."""
-    for test_set, order in shares[0].orders.items():
-        if any(share.orders[test_set] != order for share in shares):
+    Raises:
+        DataError: if the processes saw the data in different orders, and so translated sentences twice or never.
+    """
+    first = outputs[0]
+    for test_set, order in first.batch_orders.items():
+        if any(output.batch_orders[test_set] != order for output in outputs):
             raise DataError(
                 f"The processes read test set '{test_set}' in different orders, so that they cannot share it; set "
                 "shuffle: false and a number for seed and shard_seed, and see that all read the same files."
             )
+    # A record that several processes skipped counts once.
+    counts = {name: len(frozenset().union(*(output.skipped[name] for output in outputs))) for name in first.skipped}
+    return merge_ranks([output.translated for output in outputs]), {name: n for name, n in counts.items() if n}
 
 
-def _skipped(shares: Sequence[_Share]) -> dict[str, int]:
-    """How many records of each test set could not be read, where there were any; one that several met counts once."""
-    counts = {name: len(frozenset().union(*(share.skipped[name] for share in shares))) for name in shares[0].skipped}
-    return {name: count for name, count in counts.items() if count}
-
-
-def _signatures(task: Task, target_langs: set[str]) -> dict[str, str]:
-    found = signatures(task.metrics, target_langs)
-    if task.comet is not None:
-        found["COMET"] = task.comet.signature
-    return found | {"intervals and p-values": resampling_signature()}
-
-
-def _told_apart(evaluation: Evaluation, baselines: Sequence[Evaluation]) -> list[Evaluation]:
-    """The baselines, numbered where another has the same name: comparisons and tables know them by it."""
-    taken, found = {evaluation.name}, []
+def _with_unique_names(evaluation: Evaluation, baselines: Sequence[Evaluation]) -> list[Evaluation]:
+    """The baselines, numbered where another has the same name: comparisons and tables refer to them by name."""
+    taken, renamed = {evaluation.name}, []
     for baseline in baselines:
         name, number = baseline.name, 1
         while name in taken:
             number += 1
             name = f"{baseline.name} ({number})"
         taken.add(name)
-        found.append(replace(baseline, name=name))
-    return found
-
-
-def _write(evaluation: Evaluation, folder: Path) -> None:
-    write_hypotheses(evaluation, folder / "hypotheses")
-    to_json(evaluation, folder / FILE_NAME)
+        renamed.append(replace(baseline, name=name))
+    return renamed
 
 
 def _versions() -> dict[str, str]:
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # run from a source tree that is not installed
             found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            continue
     return found

@@ -8,7 +8,7 @@ has its own.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean
@@ -21,7 +21,7 @@ from nemo_emmett.evaluation.significance import interval
 from nemo_emmett.modules.metrics import sacrebleu_metric
 
 MODALITY_ORDER = ("text", "audio")
-"""Text first, as the field prints it; further modalities follow by name."""
+"""Text first, as in published tables; further modalities follow by name."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,18 @@ class Column:
 
     @property
     def key(self) -> tuple[str, str | None]:
-        """What tells a column from the others of its table."""
+        """Identifies the column in its table."""
         return self.modality, self.test_set
 
 
 @dataclass(frozen=True)
 class Average:
-    """Mean scores of a column over its directions between different languages, each direction counting the same."""
+    """Mean scores of a column over its directions between different languages, each with the same weight."""
 
     modality: str
     test_set: str | None
     directions: int
-    sentences: int  # of all these directions together
+    sentences: int  # of all these directions
     metrics: dict[str, float]
 
     @property
@@ -63,21 +63,30 @@ def score(
 
     Args:
         translations: of any number of test sets.
-        metrics: names of :data:`~nemo_emmett.evaluation.metrics.METRICS`, BLEU among them.
-        comet: needed where COMET is among them.
+        metrics: names of :data:`~nemo_emmett.evaluation.metrics.METRICS`, including BLEU.
+        comet: required for COMET.
 
     Raises:
         DataError: if a translation lacks a reference or a language, or if there is none at all.
     """
     groups: dict[Key, list[Translation]] = defaultdict(list)
     for translation in translations:
-        _check_scorable(translation)
+        for what in ("reference", "source_lang", "target_lang"):
+            if getattr(translation, what) is None:
+                raise DataError(
+                    f"'{translation.id}' of test set '{translation.test_set}' has no "
+                    f"{what.replace('_lang', ' language')}: a test set needs source language, target language and "
+                    "reference text for every example."
+                )
         groups[translation.key].append(translation)
     if not groups:
         raise DataError("There is no translation to score: the test sets gave no sentence; check test_ds.datasets.")
     by_key = dict(sorted(groups.items()))
-    of_comet = _comet_means(by_key, comet) if "COMET" in metrics else {}
-    return [_score_group(key, group, metrics, of_comet.get(key)) for key, group in by_key.items()]
+    comet_means: dict[Key, float] = {}
+    if "COMET" in metrics:  # of all groups in one call: the model is large and slow to start
+        scores = iter(comet_scores([one for group in by_key.values() for one in group], comet))
+        comet_means = {key: fmean(islice(scores, len(group))) for key, group in by_key.items()}
+    return [_score_group(key, group, metrics, comet_means.get(key)) for key, group in by_key.items()]
 
 
 def columns(scores: Iterable[Score]) -> list[Column]:
@@ -85,9 +94,15 @@ def columns(scores: Iterable[Score]) -> list[Column]:
     by_modality: dict[str, list[Score]] = defaultdict(list)
     for one in scores:
         by_modality[one.modality].append(one)
+    ordered = [name for name in MODALITY_ORDER if name in by_modality] + sorted(by_modality.keys() - {*MODALITY_ORDER})
     found = []
-    for modality in sorted(by_modality, key=_modality_rank):
-        found += _columns_of(modality, by_modality[modality])
+    for modality in ordered:
+        group = by_modality[modality]
+        if len({one.direction for one in group}) == len(group):
+            found.append(Column(modality, None, tuple(group)))
+            continue
+        for test_set in sorted({one.test_set for one in group}):
+            found.append(Column(modality, test_set, tuple(one for one in group if one.test_set == test_set)))
     return found
 
 
@@ -105,15 +120,6 @@ def average(column: Column) -> Average | None:
     )
 
 
-def _check_scorable(translation: Translation) -> None:
-    for what in ("reference", "source_lang", "target_lang"):
-        if getattr(translation, what) is None:
-            raise DataError(
-                f"'{translation.id}' of test set '{translation.test_set}' has no {what.replace('_lang', ' language')}: "
-                "a test set needs source language, target language and reference text for every example."
-            )
-
-
 def _score_group(key: Key, translations: Sequence[Translation], metrics: Sequence[str], comet: float | None) -> Score:
     hypotheses = [one_line(translation.hypothesis) for translation in translations]
     references = [one_line(translation.reference) for translation in translations]
@@ -127,24 +133,3 @@ def _score_group(key: Key, translations: Sequence[Translation], metrics: Sequenc
         metrics={name: found[name] for name in metrics},
         interval=interval(sacrebleu_metric("BLEU", target_lang), hypotheses, references),
     )
-
-
-def _comet_means(groups: Mapping[Key, Sequence[Translation]], comet: CometConfig) -> dict[Key, float]:
-    """COMET of each group, in one go: its model is large, and starting it slow."""
-    scores = iter(comet_scores([one for group in groups.values() for one in group], comet))
-    return {key: fmean(islice(scores, len(group))) for key, group in groups.items()}
-
-
-def _columns_of(modality: str, scores: list[Score]) -> list[Column]:
-    directions = [one.direction for one in scores]
-    if len(set(directions)) == len(directions):
-        return [Column(modality, None, tuple(scores))]
-    by_test_set: dict[str, list[Score]] = defaultdict(list)
-    for one in scores:
-        by_test_set[one.test_set].append(one)
-    return [Column(modality, name, tuple(group)) for name, group in sorted(by_test_set.items())]
-
-
-def _modality_rank(modality: str) -> tuple[int, str]:
-    known = MODALITY_ORDER.index(modality) if modality in MODALITY_ORDER else len(MODALITY_ORDER)
-    return known, modality

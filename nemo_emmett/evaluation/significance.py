@@ -1,4 +1,4 @@
-"""Whether two models differ by more than chance: paired bootstrap resampling over the same sentences.
+"""Significance of the difference between two models: paired bootstrap resampling over the same sentences.
 
 Sacrebleu does the resampling (Koehn, 2004, "Statistical Significance Tests for Machine Translation Evaluation"): 1000
 resamples, the seed from ``SACREBLEU_SEED`` or 12345. Two evaluations are paired sentence by sentence, by test set,
@@ -28,7 +28,7 @@ RESAMPLES = 1000
 def compare(evaluation: Evaluation, baseline: Evaluation) -> list[Comparison]:
     """Each metric of each direction that both have, with the p-value of the difference.
 
-    The baseline's translations are scored anew, so that both scores are by the same tokeniser and version.
+    The baseline's translations are scored again, so that both scores have the same tokeniser and version.
 
     Raises:
         DataError: as :func:`comparable_scores`.
@@ -49,7 +49,7 @@ def _compare(
     hypotheses, earlier = ([one_line(one.hypothesis) for one in of_each] for of_each in (ours, theirs))
     references = [one_line(one.reference) for one in ours]
     before, now = _resampled(sacrebleu_metric(name, key[-1]), {"baseline": earlier, "model": hypotheses}, references)
-    # Of a model against itself sacrebleu would say p = 0.001: no resample departs from a difference of nothing.
+    # For equal scores sacrebleu gives p = 0.001: no resample differs from a difference of zero.
     p_value = 1.0 if now.score == before.score else now.p_value
     return Comparison(baseline.name, *key, name, now.score, before.score, float(p_value))
 
@@ -61,13 +61,13 @@ def interval(metric: Metric, hypotheses: Sequence[str], references: Sequence[str
 
 
 def resampling_signature() -> str:
-    """How intervals and p-values are found, in the words of sacrebleu's signatures."""
+    """How intervals and p-values are computed, in the format of sacrebleu's signatures."""
     return f"bs:{RESAMPLES}|seed:{os.environ.get('SACREBLEU_SEED', '12345').lower()}|version:{sacrebleu.__version__}"
 
 
 def _resampled(metric: Metric, systems: Mapping[str, Sequence[str]], references: Sequence[str]) -> list[Result]:
-    """What sacrebleu's paired bootstrap test finds for each system, the first being the baseline."""
-    logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells of each step of each test
+    """The results of sacrebleu's paired bootstrap test for each system, the first being the baseline."""
+    logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it logs each step of each test
     test = PairedTest(
         [(name, list(hypotheses)) for name, hypotheses in systems.items()],
         {"metric": metric},
@@ -76,13 +76,13 @@ def _resampled(metric: Metric, systems: Mapping[str, Sequence[str]], references:
         n_samples=RESAMPLES,
     )
     _, results = test()
-    del results["System"]  # the systems' names; what is left stands under the metric's
+    del results["System"]  # the systems' names; the only other key is the metric's
     [of_each_system] = results.values()
     return of_each_system
 
 
 def comparable_scores(evaluation: Evaluation, baseline: Evaluation) -> dict[Key, Score]:
-    """The baseline's scores of what the evaluation scored too.
+    """The baseline's scores of the directions that the evaluation scored too.
 
     Raises:
         DataError: if there are none, or if one was scored on other sentences or against other references.
@@ -103,8 +103,8 @@ def comparable_scores(evaluation: Evaluation, baseline: Evaluation) -> dict[Key,
 def by_key(translations: Iterable[Translation]) -> dict[Key, list[Translation]]:
     """The translations behind each score, in an order that two evaluations of the same data share.
 
-    The same id may stand for several recordings, as where a sentence is read by several speakers: those follow each
-    other by what was said, and then by their recording.
+    Several recordings may have the same id, for example of several speakers of a sentence: those are sorted by their
+    texts, and then by their recording.
     """
     groups: dict[Key, list[Translation]] = defaultdict(list)
     for one in translations:

@@ -1,4 +1,4 @@
-"""The table of results: what stands in it (for the terminal and for the page alike), and how a terminal prints it."""
+"""The table of results: its content, for the terminal and the page, and its layout in the terminal."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from nemo_emmett.evaluation.scoring import Average, Column, average, columns
 from nemo_emmett.evaluation.significance import comparable_scores
 
 MODALITY_NAMES = {"text": "text", "audio": "speech"}
-"""What a reader calls a modality."""
+"""Names of modalities in tables and on the page."""
 
 SIGNIFICANT = "*"
-"""Stands behind a difference that chance does not explain."""
+"""Marks a significant difference."""
 
 
 @dataclass(frozen=True)
-class Other:
-    """A baseline beside a cell: its BLEU, and what this model gained or lost."""
+class BaselineCell:
+    """A baseline's BLEU in a cell, and the difference to it."""
 
     bleu: float
-    difference: float  # BLEU gained (positive) or lost against it
+    difference: float  # BLEU of this model minus the baseline's
     p_value: float | None = None  # of the difference; None for an average, which has none
 
     @property
     def is_significant(self) -> bool:
-        """Whether the difference is larger than chance explains."""
+        """Whether the difference is significant."""
         return self.p_value is not None and self.p_value < SIGNIFICANCE_LEVEL
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One direction, or the average, in one column: the scores, and each baseline's."""
+    """One direction, or the average, in one column: the scores, and those of each baseline."""
 
     metrics: dict[str, float]
     sentences: int
     interval: float | None = None  # BLEU plus or minus this; None for an average
-    others: tuple[Other | None, ...] = ()  # in the order of the baselines; None where one was not scored on this
+    baselines: tuple[BaselineCell | None, ...] = ()  # None where one was not scored on this
 
     @property
     def bleu(self) -> float:
@@ -52,11 +52,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Heading:
-    """What stands over a column's scores."""
+    """The heading of a column."""
 
     modality: str
     test_set: str | None
-    has_other: tuple[bool, ...]  # for each baseline, whether it was scored on something of this column
+    has_baseline: tuple[bool, ...]  # for each baseline, whether it has scores in this column
 
     @property
     def title(self) -> str:
@@ -88,11 +88,11 @@ class ResultTable:
     headings: list[Heading]
     rows: list[Row]
     averages: Row
-    averaged_directions: int  # the most directions that a column's average is over
+    averaged_directions: int  # the largest number of directions that a column's average is over
 
     @property
     def average_of(self) -> str:
-        """What the averages are, in words."""
+        """The averages in words."""
         if self.averaged_directions == 1:
             return "of the one direction between different languages"
         return f"mean over {self.averaged_directions} directions between different languages"
@@ -100,12 +100,12 @@ class ResultTable:
     @property
     def has_significance(self) -> bool:
         """Whether any difference is marked as significant."""
-        others = (other for row in self.rows for cell in row.cells if cell is not None for other in cell.others)
-        return any(other is not None and other.is_significant for other in others)
+        cells = (cell for row in self.rows for cell in row.cells if cell is not None)
+        return any(one is not None and one.is_significant for cell in cells for one in cell.baselines)
 
 
 def result_table(evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -> ResultTable:
-    """Lay out an evaluation, beside baselines if there are any.
+    """Lay out the scores of an evaluation and of its baselines.
 
     Raises:
         DataError: if a baseline has no direction in common with the evaluation, or scored one of them on other
@@ -114,24 +114,36 @@ def result_table(evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -
     before = [_Baseline(evaluation, baseline) for baseline in baselines]
     laid_out = columns(evaluation.scores)
     averages = [average(column) for column in laid_out]
+    # Translation directions first, then same-language directions, which are in no average.
+    directions = sorted(
+        {one.direction for column in laid_out for one in column.scores}, key=lambda d: (d[0] == d[1], d)
+    )
+    headings = []
+    for column in laid_out:
+        has_baseline = tuple(any(one.key in earlier.scores for one in column.scores) for earlier in before)
+        headings.append(Heading(column.modality, column.test_set, has_baseline))
     return ResultTable(
         metrics=tuple(evaluation.scores[0].metrics),
         baselines=tuple(baseline.name for baseline in baselines),
-        headings=[_heading(column, before) for column in laid_out],
+        headings=headings,
         rows=[
             Row(title=direction_title(*direction), cells=[_cell(column, direction, before) for column in laid_out])
-            for direction in _directions(laid_out)
+            for direction in directions
         ],
         averages=Row(
             title="average",
-            cells=[_average_cell(*pair, before) for pair in zip(laid_out, averages, strict=True)],
+            cells=[
+                mean
+                and Cell(mean.metrics, mean.sentences, None, tuple(one.average_cell(column, mean) for one in before))
+                for column, mean in zip(laid_out, averages, strict=True)
+            ],
         ),
         averaged_directions=max((mean.directions for mean in averages if mean is not None), default=0),
     )
 
 
 class _Baseline:
-    """A baseline's scores of what the evaluation scored too, and the p-values of the differences in BLEU."""
+    """A baseline's scores of the directions that both scored, and the p-values of the differences in BLEU."""
 
     def __init__(self, evaluation: Evaluation, baseline: Evaluation) -> None:
         self.scores: dict[Key, Score] = comparable_scores(evaluation, baseline)
@@ -139,15 +151,23 @@ class _Baseline:
             one.key: one for one in evaluation.comparisons if one.baseline == baseline.name and one.metric == "BLEU"
         }
 
-    def beside(self, score: Score) -> Other | None:
-        """What stands beside a score; None if the baseline was not scored on this."""
+    def cell(self, score: Score) -> BaselineCell | None:
+        """The baseline's cell for a score; None if the baseline was not scored on this."""
         if score.key not in self.scores:
             return None
         compared = self._comparisons.get(score.key)
         if compared is not None:
-            return Other(compared.baseline_score, compared.difference, compared.p_value)
+            return BaselineCell(compared.baseline_score, compared.difference, compared.p_value)
         earlier = self.scores[score.key].bleu
-        return Other(earlier, score.bleu - earlier)
+        return BaselineCell(earlier, score.bleu - earlier)
+
+    def average_cell(self, column: Column, mean: Average) -> BaselineCell | None:
+        """The baseline's average, if it is over the same directions."""
+        scores = tuple(self.scores[one.key] for one in column.scores if one.key in self.scores)
+        before = average(Column(column.modality, column.test_set, scores))
+        if before is None or before.directions != mean.directions:
+            return None
+        return BaselineCell(before.bleu, mean.bleu - before.bleu)
 
 
 def direction_title(source_lang: str, target_lang: str) -> str:
@@ -177,7 +197,7 @@ def print_table(evaluation: Evaluation, console: Console | None = None, baseline
 
 
 def throughput_lines(evaluation: Evaluation) -> list[str]:
-    """One line per modality: sentences, seconds, and their ratios, for speech the real-time factor among them."""
+    """One line per modality: sentences, seconds, and their ratios; for speech also the real-time factor."""
     lines = []
     for modality, speed in evaluation.throughput.items():
         line = f"{MODALITY_NAMES.get(modality, modality)}: {speed.sentences:,} sentences in {speed.seconds:.1f} s"
@@ -194,60 +214,31 @@ def throughput_lines(evaluation: Evaluation) -> list[str]:
 
 
 def skipped_lines(evaluation: Evaluation) -> list[str]:
-    """One line for each test set of which records could not be read: its scores are over what is left."""
+    """One line for each test set with records that could not be read: its scores are over the others."""
     return [
         f"{test_set}: {records:,} records could not be read and are not scored"
         for test_set, records in evaluation.skipped.items()
     ]
 
 
-def _directions(laid_out: list[Column]) -> list[tuple[str, str]]:
-    """Translations first, then same-language directions, which no average contains."""
-    found = {one.direction for column in laid_out for one in column.scores}
-    return sorted(found, key=lambda direction: (direction[0] == direction[1], direction))
-
-
-def _heading(column: Column, before: Iterable[_Baseline]) -> Heading:
-    has_other = tuple(any(one.key in earlier.scores for one in column.scores) for earlier in before)
-    return Heading(column.modality, column.test_set, has_other)
-
-
 def _cell(column: Column, direction: tuple[str, str], before: Iterable[_Baseline]) -> Cell | None:
     for one in column.scores:
         if one.direction == direction:
-            others = tuple(earlier.beside(one) for earlier in before)
-            return Cell(one.metrics, one.sentences, one.interval, others)
+            return Cell(one.metrics, one.sentences, one.interval, tuple(earlier.cell(one) for earlier in before))
     return None
 
 
-def _average_cell(column: Column, mean: Average | None, before: Iterable[_Baseline]) -> Cell | None:
-    if mean is None:
-        return None
-    return Cell(mean.metrics, mean.sentences, others=tuple(_average_beside(column, mean, one) for one in before))
-
-
-def _average_beside(column: Column, mean: Average, earlier: _Baseline) -> Other | None:
-    """The baseline's average, if that is over the very same directions."""
-    scores = tuple(earlier.scores[one.key] for one in column.scores if one.key in earlier.scores)
-    before = average(Column(column.modality, column.test_set, scores))
-    if before is None or before.directions != mean.directions:
-        return None
-    return Other(before.metrics["BLEU"], mean.metrics["BLEU"] - before.metrics["BLEU"])
-
-
 def _terminal_tables(results: ResultTable, console: Console) -> list[Table]:
-    """All columns side by side, or a table for each where the terminal is too narrow."""
+    """One table with all columns, or a table for each column where the terminal is too narrow."""
     whole = _terminal_table(results)
     if Measurement.get(console, console.options.update(width=sys.maxsize), whole).maximum <= console.width:
         return [whole]
-    return [_terminal_table(_column_alone(results, place)) for place in range(len(results.headings))]
-
-
-def _column_alone(results: ResultTable, place: int) -> ResultTable:
-    """The table of one column, without the directions that it does not hold."""
-    rows = [replace(row, cells=[row.cells[place]]) for row in results.rows if row.cells[place] is not None]
-    averages = replace(results.averages, cells=[results.averages.cells[place]])
-    return replace(results, headings=[results.headings[place]], rows=rows, averages=averages)
+    tables = []
+    for place, heading in enumerate(results.headings):
+        rows = [replace(row, cells=[row.cells[place]]) for row in results.rows if row.cells[place] is not None]
+        averages = replace(results.averages, cells=[results.averages.cells[place]])
+        tables.append(_terminal_table(replace(results, headings=[heading], rows=rows, averages=averages)))
+    return tables
 
 
 def _terminal_table(results: ResultTable) -> Table:
@@ -272,18 +263,18 @@ def _terminal_row(row: Row, results: ResultTable) -> list[str]:
     texts = [row.title, row.sentences]
     for heading, cell in zip(results.headings, row.cells, strict=True):
         if cell is None:
-            texts += ["–"] * (len(results.metrics) + 2 * sum(heading.has_other))
+            texts += ["–"] * (len(results.metrics) + 2 * sum(heading.has_baseline))
             continue
         texts += [f"{cell.metrics[metric]:.1f}" for metric in results.metrics]
-        for other in _shown(cell.others, heading):
-            texts += ["–", "–"] if other is None else [f"{other.bleu:.1f}", _difference(other)]
+        for baseline in _shown(cell.baselines, heading):
+            if baseline is None:
+                texts += ["–", "–"]
+            else:
+                mark = SIGNIFICANT if baseline.is_significant else ""
+                texts += [f"{baseline.bleu:.1f}", f"{baseline.difference:+.1f}{mark}"]
     return texts
 
 
-def _shown(of_each_baseline: Sequence, heading: Heading) -> list:
-    """Of what there is for each baseline, that of those which have something in this column."""
-    return [one for one, has_other in zip(of_each_baseline, heading.has_other, strict=True) if has_other]
-
-
-def _difference(other: Other) -> str:
-    return f"{other.difference:+.1f}{SIGNIFICANT if other.is_significant else ''}"
+def _shown(items: Sequence, heading: Heading) -> list:
+    """The items of those baselines that have scores in this column."""
+    return [one for one, has_baseline in zip(items, heading.has_baseline, strict=True) if has_baseline]

@@ -1,4 +1,4 @@
-"""A model translates test sets: batches in, translations and the model's speed out."""
+"""Translate the batches of test sets with a model, and measure the model's speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 from nemo_emmett.errors import ModelError
 from nemo_emmett.evaluation.results import Throughput, Translation
@@ -24,9 +24,9 @@ TestSets = Mapping[str, Iterable[Batch]]
 
 @dataclass(frozen=True)
 class Translated:
-    """What was translated, and how fast."""
+    """Translations, and the model's speed."""
 
-    batches: dict[str, list[list[Translation]]]  # of each test set, in order; an empty one if nothing could be read
+    batches: dict[str, list[list[Translation]]]  # of each test set, in order; empty where no record could be read
     throughput: dict[str, Throughput]  # by modality
 
     @property
@@ -46,8 +46,8 @@ def translate(
     """Translate every example of every test set, in the order in which the test sets give them.
 
     Args:
-        model: one of ``nemo_emmett.models``; of it are used ``device``, ``pad_id``, ``tokenizer``, ``translate_batch``
-            and, for speech, ``sampling_rate``.
+        model: one of ``nemo_emmett.models``, or any object that has ``device``, ``pad_id``, ``tokenizer``,
+            ``translate_batch`` and, for speech, ``sampling_rate``.
         test_sets: name -> loader of batches ``{"audio": {...}, "text": {...}}`` (docs/architecture.md).
         num_beams: 1 is greedy search.
         max_new_tokens: longest translation; None leaves it to the model.
@@ -58,52 +58,34 @@ def translate(
     """
     translated: dict[str, list[list[Translation]]] = {test_set: [] for test_set in test_sets}
     throughput: dict[str, Throughput] = {}
-    with _progress(disable=not progress) as bars:
-        for test_set, loader in test_sets.items():
-            for batch in bars.track(loader, total=_length(loader), description=f"Translating {test_set}"):
-                translations = []
-                # A batch of which nothing could be read is empty; the loader counts and reports such records.
-                for modality, part in split_modalities(batch, model.pad_id).items() if batch else ():
-                    hypotheses, speed = _timed_translations(model, part, num_beams, max_new_tokens)
-                    throughput[modality] = throughput[modality] + speed if modality in throughput else speed
-                    translations += _records(test_set, modality, part, hypotheses, model)
-                translated[test_set].append(translations)
+    for test_set, loader in test_sets.items():
+        for batch in tqdm(loader, desc=f"Translating {test_set}", unit="batch", disable=None if progress else True):
+            translations = []
+            # A batch of which no record could be read is empty; the loader counts and reports such records.
+            for modality, part in split_modalities(batch, model.pad_id).items() if batch else ():
+                hypotheses, speed = _timed_translations(model, part, num_beams, max_new_tokens)
+                before = throughput.get(modality)
+                throughput[modality] = speed if before is None else before.combined_with(speed)
+                translations += _records(test_set, modality, part, hypotheses, model)
+            translated[test_set].append(translations)
     return Translated(translated, throughput)
 
 
-def put_together(parts: Sequence[Translated]) -> Translated:
-    """What one process would have translated, from what each of several did: they took the batches in turn.
+def merge_ranks(parts: Sequence[Translated]) -> Translated:
+    """The results of one process, from those of several that translated the batches in turn (round-robin).
 
-    The throughput is that of all processes side by side.
+    The throughput is that of all processes together.
     """
     throughput: dict[str, Throughput] = {}
     for part in parts:
         for modality, speed in part.throughput.items():
-            throughput[modality] = throughput[modality].beside(speed) if modality in throughput else speed
-    return Translated({test_set: _in_turns(parts, test_set) for test_set in parts[0].batches}, throughput)
-
-
-def _in_turns(parts: Sequence[Translated], test_set: str) -> list[list[Translation]]:
-    rounds = zip_longest(*(part.batches[test_set] for part in parts))
-    return [batch for batches in rounds for batch in batches if batch is not None]
-
-
-def _progress(disable: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        disable=disable,
-    )
-
-
-def _length(loader: Iterable) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:  # a loader over a stream knows no length
-        return None
+            before = throughput.get(modality)
+            throughput[modality] = speed if before is None else before.combined_with(speed, in_parallel=True)
+    batches = {}
+    for test_set in parts[0].batches:
+        rounds = zip_longest(*(part.batches[test_set] for part in parts))
+        batches[test_set] = [batch for in_round in rounds for batch in in_round if batch is not None]
+    return Translated(batches, throughput)
 
 
 def _timed_translations(
@@ -130,6 +112,10 @@ def _timed_translations(
 
 
 def _records(test_set: str, modality: str, batch: Batch, hypotheses: list[str], model: Any) -> list[Translation]:
+    examples = batch["examples"]
+    seconds: list[float | None] = list(_recording_seconds(batch, model))
+    if len(seconds) != len(examples):  # text, or examples that need not hold exactly one recording each
+        seconds = [None] * len(examples)
     return [
         Translation(
             test_set=test_set,
@@ -144,9 +130,7 @@ def _records(test_set: str, modality: str, batch: Batch, hypotheses: list[str], 
             audio_start=example["audio_start"],
             duration=duration,
         )
-        for example, hypothesis, duration in zip(
-            batch["examples"], hypotheses, _example_seconds(batch, model), strict=True
-        )
+        for example, hypothesis, duration in zip(examples, hypotheses, seconds, strict=True)
     ]
 
 
@@ -155,10 +139,3 @@ def _recording_seconds(batch: Batch, model: Any) -> list[float]:
     if "audio_lens" not in batch:
         return []
     return [samples / model.sampling_rate for samples in batch["audio_lens"].tolist()]
-
-
-def _example_seconds(batch: Batch, model: Any) -> list[float | None]:
-    """Seconds of speech of each example; None where an example need not hold exactly one recording."""
-    seconds = _recording_seconds(batch, model)
-    examples = len(batch["examples"])
-    return seconds if len(seconds) == examples else [None] * examples

@@ -1,4 +1,4 @@
-"""Words as the page counts and marks them."""
+"""Words of a sentence, as the report counts and compares them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 
 _IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = rf"[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]+"
-"""What stands between spaces; in Chinese and Japanese, which write none, every character."""
+"""A word is a run of characters without spaces; in Chinese and Japanese, which write no spaces, every character."""
 _WORD_WITH_SPACE = re.compile(rf"(?:{_WORD})\s*|\s+")
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a sentence, punctuation left where it is attached.
+    """The words of a sentence, with the punctuation attached to them.
 
     Example:
         >>> split_words("the black cat, 黒猫")
@@ -22,7 +22,7 @@ def split_words(text: str) -> list[str]:
 
 
 def compare_words(hypothesis: str, reference: str) -> list[tuple[str, bool]]:
-    """The words of a hypothesis, spaces kept, each with whether it departs from the reference.
+    """The words of a hypothesis, with their spaces, and whether each differs from the reference.
 
     Example:
         >>> compare_words("the red cat", "the black cat")

@@ -24,7 +24,7 @@ SENTENCES = {
 
 
 def flores_texts(split: str, languages: Sequence[str] = tuple(FLORES_CODES)) -> dict[str, list[str]]:
-    """Sentences that tell their split: three in dev, two in devtest."""
+    """Sentences that name their split: three in dev, two in devtest."""
     count = {"dev": 3, "devtest": 2}[split]
     return {language: [f"{text} {split}" for text in SENTENCES[language][:count]] for language in languages}
 
@@ -49,7 +49,7 @@ def flores_plus_release(folder: Path) -> Path:
 
 
 def flores_plus_hub(folder: Path, form: str) -> Path:
-    """A clone of ``openlanguagedata/flores_plus``, whose records need not stand in the order of their ids."""
+    """A clone of ``openlanguagedata/flores_plus``, whose records need not be in the order of their ids."""
     for split in ("dev", "devtest"):
         for language, texts in flores_texts(split).items():
             code = FLORES_CODES[language].replace("zho", "cmn")
@@ -87,7 +87,7 @@ def _flores_record(number: int, code: str, text: str) -> dict:
 def multi30k(folder: Path, is_packed: bool = True) -> Path:
     """``github.com/multi30k/dataset``: three sentences to train on, two in val, one in a test set without Czech.
 
-    Packed it is the repository, which has names of images and tokenised captions beside them.
+    Packed it is the repository, which has names of images and tokenised captions as well.
     """
     splits = {
         "train": ("en", "de", "fr", "cs"),

@@ -240,7 +240,7 @@ def wav(samples: np.ndarray) -> bytes:
 
 
 def write_sound(path: Path, samples: np.ndarray) -> None:
-    """FLAC where the name says so, else WAV: what plays .m4a knows a file by its content, and AAC needs FFmpeg."""
+    """FLAC where the name says so, else WAV: what plays .m4a recognises a file by its content, and AAC needs FFmpeg."""
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, samples, 16000, format="FLAC" if path.suffix == ".flac" else "WAV")
 

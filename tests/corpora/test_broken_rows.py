@@ -28,11 +28,11 @@ LATIN_1 = "grün".encode("latin-1")
 def prepare(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
     """Prepare a part of a corpus; returns what ``corpus.json`` says of it, with the ``texts`` that were written."""
 
-    def run(name: str, source: Path, part: str, languages=("en", "de"), **beside: Path) -> dict:
+    def run(name: str, source: Path, part: str, languages=("en", "de"), **extra_sources: Path) -> dict:
         out = tmp_path_factory.mktemp("prepared") / "out"
-        selection = Selection(languages, None, {key.replace("_", "-"): path for key, path in beside.items()})
+        selection = Selection(languages, None, {key.replace("_", "-"): path for key, path in extra_sources.items()})
         if name not in ("opus", "tatoeba"):
-            selection = Selection(languages, (part.split(".")[0],), selection.beside)
+            selection = Selection(languages, (part.split(".")[0],), selection.extra_sources)
         prepare_corpus(find_corpus(name), source, out, selection=selection, num_jobs=1, show_progress=False)
         [found] = [one for one in json.loads((out / "corpus.json").read_text())["parts"] if one["name"] == part]
         if found["spoken"] is None:
@@ -299,7 +299,7 @@ def test_tmx_in_other_encodings(tmp_path, prepare, encoding) -> None:
 
 
 def test_tmx_that_breaks_off_costs_its_last_unit(tmp_path, prepare, monkeypatch) -> None:
-    monkeypatch.setattr("nemo_emmett.corpora.readers.tmx._CHARACTERS", 7)  # tags are cut in two
+    monkeypatch.setattr("nemo_emmett.corpora.readers.opus._CHARACTERS", 7)  # tags are cut in two
     path = layouts.opus_tmx(tmp_path / "ECB")
     whole = gzip.decompress(path.read_bytes())
     path.write_bytes(gzip.compress(whole[: whole.rindex(b"</tu>") + 2]))

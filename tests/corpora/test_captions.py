@@ -152,8 +152,8 @@ def test_what_the_source_or_the_library_does_not_have_is_refused(field, value, s
             r"captions\.spoken_languages: there is no 'pl' in the captions; choose among en, ",
         ),
         ("spoken_languages", ["es"], r"captions\.spoken_languages: 'es' is not among languages; add it there"),
-        ("max_words", 0, r"captions\.max_words: 0 must be a whole number, 1 or more"),
-        ("speed", (190, 140), r"captions\.speed: 140 must be a whole number, 190 to 450"),
+        ("max_words", 0, r"captions\.max_words: 0 cannot be used; give a whole number from 1"),
+        ("speed", (190, 140), r"captions\.speed: 140 cannot be used; give a whole number from 190 to 450"),
     ],
 )
 def test_impossible_configurations_are_refused(field, value, sentence):

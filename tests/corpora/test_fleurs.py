@@ -20,8 +20,8 @@ TEST_NUMBERS = [number for number in range(NUM_SENTENCES) if split_of(fleurs_id(
 
 
 def read(source: Path, flores: Path | None = None, languages=None, splits=("test",)) -> dict[str, Part]:
-    beside = {} if flores is None else {"flores": flores}
-    parts = CORPUS.read(source, Selection(languages, splits, beside))
+    extra_sources = {} if flores is None else {"flores": flores}
+    parts = CORPUS.read(source, Selection(languages, splits, extra_sources))
     return {part.name: part for part in parts}
 
 

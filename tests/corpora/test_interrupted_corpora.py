@@ -65,13 +65,19 @@ def test_every_corpus_is_tested():
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_cut_off_at_random_moments_it_goes_on_to_the_same_bytes(name: str, tmp_path: Path, monkeypatch) -> None:
-    source, beside = SOURCES[name](tmp_path)
+    source, extra_sources = SOURCES[name](tmp_path)
     corpus, out = find_corpus(name), tmp_path / "out"
     audio = {"audio": "tar", "shard_size": 4} if name in ("fleurs", "covost2", "europarl_st", "must_c", "mtedx") else {}
 
     def prepare() -> None:
         prepare_corpus(
-            corpus, source, out, selection=Selection(beside=beside), num_jobs=1, show_progress=False, **audio
+            corpus,
+            source,
+            out,
+            selection=Selection(extra_sources=extra_sources),
+            num_jobs=1,
+            show_progress=False,
+            **audio,
         )
 
     replace, draw = os.replace, random.Random(name)

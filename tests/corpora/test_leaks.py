@@ -99,7 +99,7 @@ def test_same_words_in_another_language_are_none_and_either_side_counts() -> Non
     assert held_out.match({"deu_Latn": "Das Hotel in der City hat WLAN."}).language == "deu_Latn"
 
 
-def test_short_sentence_is_found_and_told_apart() -> None:
+def test_short_sentence_is_found_and_marked() -> None:
     held_out = HeldOut(placed("Thank you.", "See you later.", language="en"))
     short, longer = held_out.match({"en": "thank you"}), held_out.match({"en": "see you later!"})
     assert (short.kind, short.words, short.is_short, short.is_certain) == (LeakKind.SAME, 2, True, False)
@@ -108,7 +108,7 @@ def test_short_sentence_is_found_and_told_apart() -> None:
     assert held_out.match({"en": "Thank you, and see you later in the evening."}) is None
 
 
-def test_worst_leak_of_a_sentence_is_told() -> None:
+def test_worst_leak_of_a_sentence_is_returned() -> None:
     held_out = HeldOut([*placed("Yes, please.", language="en"), *placed(TEST, TEST.replace("Tage", "Monate"))])
     assert held_out.match({"en": "Yes, please.", "de": f"Ja: {TEST}"}).kind is LeakKind.CONTAINED
     assert held_out.match({"de": f"Ja: {TEST}"}).test_place == "test.de:1"
@@ -181,14 +181,14 @@ def test_index_finds_what_comparing_everything_finds(size: int) -> None:
     assert {leak and leak[0] for leak in found} >= {LeakKind.NEAR, LeakKind.CONTAINED}
 
 
-def test_leaks_are_told_with_their_places() -> None:
+def test_leaks_are_found_with_their_places() -> None:
     training = [PlacedSentence({"de": text}, Path("train.de"), line) for line, text in enumerate(["Ja.", TEST], 1)]
     (leak,) = find_leaks(training, HeldOut(placed(TEST)))
     assert (leak.file, leak.line, leak.test_place) == (Path("train.de"), 2, "test.de:1")
 
 
 def test_data_without_a_common_language_is_refused() -> None:
-    with pytest.raises(DataError, match=r"training data is in fr, what is held out in de;"):
+    with pytest.raises(DataError, match=r"training data is in fr, the held-out data in de;"):
         list(find_leaks(placed("Bonjour.", language="fr"), HeldOut(placed(TEST))))
 
 
@@ -197,7 +197,7 @@ def print_to_string(*args: object, **options: object) -> tuple[bool, str]:
     return print_leaks(*args, **options, console=Console(width=200, file=page)), page.getvalue()
 
 
-def test_command_tells_leaks_and_short_sentences_apart(tmp_path: Path) -> None:
+def test_command_counts_leaks_and_short_sentences_separately(tmp_path: Path) -> None:
     test, train = tmp_path / "test.de", tmp_path / "train.de"
     test.write_text(f"{TEST}\nVielen Dank.\n", encoding="utf-8")
     train.write_text("Guten Morgen.\nVIELEN DANK!\n" * 20, encoding="utf-8")
@@ -220,7 +220,7 @@ def test_command_says_that_nothing_was_found(tmp_path: Path) -> None:
     (tmp_path / "train.de").write_text("[bold]Guten Tag.\n", encoding="utf-8")
     found, page = print_to_string([tmp_path / "train.de"], [tmp_path / "test.de"])
     assert not found
-    assert page == ("1 training sentence, 1 test sentence: no test sentence stands in the training data.\n")
+    assert page == ("1 training sentence, 1 test sentence: no test sentence is in the training data.\n")
 
 
 def test_training_data_without_a_sentence_is_refused() -> None:

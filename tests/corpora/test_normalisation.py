@@ -54,9 +54,9 @@ def test_accents_and_order_count() -> None:
     assert normalise("a dog bites a man") != normalise("a man bites a dog")
 
 
-def test_words_of_scripts_without_spaces_are_told_by_their_width() -> None:
+def test_words_of_scripts_without_spaces_are_counted_by_their_width() -> None:
     assert count_words("Two dogs are playing in the snow.") == 7
-    assert count_words("两只狗在雪地里玩耍。") == 5 + 1  # nine characters of two columns; the full stop stands apart
+    assert count_words("两只狗在雪地里玩耍。") == 5 + 1  # nine characters of two columns; the full stop counts apart
     assert count_words("iPhone 很好用") == 1 + 2
     assert display_width("雪地") == 4
     assert display_width(unicodedata.normalize("NFD", "é")) == display_width("é") == 1

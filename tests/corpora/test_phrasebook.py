@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from nemo_emmett.corpora.claim import CorpusFolder
+from nemo_emmett.corpora.output_folder import CorpusFolder
 from nemo_emmett.corpora.phrasebook import (
     LANGUAGES,
     SPLITS,
@@ -22,8 +22,8 @@ from nemo_emmett.corpora.phrasebook import (
     split_phrases,
     write_item,
 )
+from nemo_emmett.corpora.phrasebook.espeak import Voice, draw_voice
 from nemo_emmett.corpora.phrasebook.speaker import Speaker, Utterance
-from nemo_emmett.corpora.phrasebook.voices import Voice, draw_voice
 from nemo_emmett.errors import ConfigError, DataError, EmmettError
 
 TINY = PhrasebookConfig(train_items=8, spoken_train_items=4, dev_items=4, test_items=4, renditions=2)
@@ -321,7 +321,7 @@ def test_a_phrasebook_that_another_version_has_begun_is_refused(tiny, tmp_path):
 
 def test_a_phrasebook_that_another_process_is_writing_is_refused(tmp_path):
     out = tmp_path / "out"
-    with CorpusFolder(out).workshop.alone(), pytest.raises(DataError, match=r"Another process is writing to '.*out'"):
+    with CorpusFolder(out).staging.locked(), pytest.raises(DataError, match=r"Another process is writing to '.*out'"):
         prepare_phrasebook(out, TINY, show_progress=False)
 
 
@@ -336,10 +336,14 @@ def test_a_summary_that_is_another_programs_is_refused(tmp_path):
     [
         ("languages", ["en", "pl"], r"phrasebook\.languages: there is no 'pl' in the phrasebook; choose among en, de"),
         ("types", ["numbr"], r"phrasebook\.types: there is no 'numbr' .* did you mean 'number'\?"),
-        ("languages", "en", r"phrasebook\.languages: 'en' must be a list"),
-        ("test_items", 0, r"phrasebook\.test_items: 0 must be a whole number, 1 or more"),
-        ("spoken_train_items", 1601, r"phrasebook\.spoken_train_items: 1601 must be a whole number, 0 to 1600"),
-        ("speed", (190, 140), r"phrasebook\.speed: 140 must be a whole number, 190 to 450"),
+        ("languages", "en", r"phrasebook\.languages: 'en' cannot be used; give a list, each item a text"),
+        ("test_items", 0, r"phrasebook\.test_items: 0 cannot be used; give a whole number from 1"),
+        (
+            "spoken_train_items",
+            1601,
+            r"phrasebook\.spoken_train_items: 1601 cannot be used; give a whole number from 0 to 1600",
+        ),
+        ("speed", (190, 140), r"phrasebook\.speed: 140 cannot be used; give a whole number from 190 to 450"),
     ],
 )
 def test_impossible_configurations_are_refused(field, value, sentence):

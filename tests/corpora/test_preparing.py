@@ -22,9 +22,9 @@ from click.testing import CliRunner
 
 from nemo_emmett.cli import main
 from nemo_emmett.corpora import Part, Recording, Selection, Sentence, find_corpus, prepare_corpus
-from nemo_emmett.corpora.hygiene import HygieneConfig
+from nemo_emmett.corpora.filtering import FilterConfig
+from nemo_emmett.corpora.output_folder import Staging
 from nemo_emmett.corpora.registry import CORPORA
-from nemo_emmett.corpora.writing import Workshop
 from nemo_emmett.errors import ConfigError, DataError
 from tests.corpora import toy_corpus
 from tests.corpora.loading import load_part, make_tokenizer
@@ -63,7 +63,7 @@ def manifest(out: Path, part: str) -> list[dict]:
 
 
 class TestFiles:
-    def test_text_is_aligned_by_lines_and_has_its_ids_beside(self, source: Path, tmp_path: Path) -> None:
+    def test_text_is_aligned_by_lines_and_has_its_ids_next_to_it(self, source: Path, tmp_path: Path) -> None:
         prepare(source, out := tmp_path / "out")
         assert (out / "text/dev.en").read_bytes() == b"one line\nnumber 0\nnumber 1\n"
         assert (out / "text/dev.de").read_bytes() == b"eine Zeile\nZahl 0\nZahl 1\n"
@@ -215,7 +215,7 @@ class TestSkipped:
             prepare_speech([sentence], tmp_path / "one/two/out")
         assert not list(tmp_path.rglob("evil.wav"))
 
-    def test_an_mp3_cut_short_is_no_recording_though_its_header_tells_all_of_it(self, tmp_path: Path) -> None:
+    def test_an_mp3_cut_short_is_no_recording_though_its_header_declares_all_of_it(self, tmp_path: Path) -> None:
         path = tmp_path / "a.mp3"
         soundfile.write(path, samples_of(0, 4.0), RATE, format="MP3")
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -232,12 +232,12 @@ class TestSkipped:
         assert len(paths) == 3
 
 
-class TestHygiene:
+class TestFilters:
     def test_only_training_splits_are_filtered(self, source: Path, tmp_path: Path) -> None:
         mixed = [Sentence("1", {"en": "one", "de": "eins"}), Sentence("2", {"en": "two words", "de": "zwei"})]
         parts = [Part(split, ("en", "de"), lambda: mixed) for split in ("train", "dev")]
         corpus = replace(CORPUS, read=lambda source, selection: parts)
-        summary = prepare(source, tmp_path / "out", corpus, hygiene=HygieneConfig(max_words=1))
+        summary = prepare(source, tmp_path / "out", corpus, filters=FilterConfig(max_words=1))
         assert [part.sentences for part in summary.parts] == [1, 2]
         assert summary.parts[0].skipped == {"more than 1 words": 1}
 
@@ -246,12 +246,12 @@ class TestHygiene:
         speech = [replace(sentence, recording=Recording(source / f"{sentence.id}.wav")) for sentence in text]
         parts = [Part("train", ("en", "de"), lambda: text), Part("train", ("en", "de"), lambda: speech, spoken="en")]
         corpus = replace(CORPUS, read=lambda source, selection: parts)
-        summary = prepare(source, tmp_path / "out", corpus, hygiene=HygieneConfig(deduplicate=True))
+        summary = prepare(source, tmp_path / "out", corpus, filters=FilterConfig(deduplicate=True))
         assert [part.sentences for part in summary.parts] == [1, 3]
 
     def test_a_corpus_without_a_training_split_refuses_it(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="Toy has none among test"):
-            prepare_speech([], tmp_path / "out", hygiene=HygieneConfig(deduplicate=True))
+            prepare_speech([], tmp_path / "out", filters=FilterConfig(deduplicate=True))
 
 
 class TestAgain:
@@ -374,7 +374,7 @@ class TestRefused:
 
     def test_a_folder_that_another_process_writes_to(self, source: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        with Workshop(out / ".unfinished").alone(), pytest.raises(DataError, match="Another process is writing to"):
+        with Staging(out / ".unfinished").locked(), pytest.raises(DataError, match="Another process is writing to"):
             prepare(source, out)
         prepare(source, out)
         assert not (out / ".unfinished").exists()
@@ -399,9 +399,7 @@ class TestRefused:
         with pytest.raises(DataError, match=message):
             prepare(source, tmp_path / "out")
 
-    def test_a_full_disk_is_told_and_costs_nothing_that_is_done(
-        self, source: Path, tmp_path: Path, monkeypatch
-    ) -> None:
+    def test_a_full_disk_is_reported_and_finished_work_is_kept(self, source: Path, tmp_path: Path, monkeypatch) -> None:
         prepare(source, out := tmp_path / "out")
         whole = tree(out)
         shutil.rmtree(out)
@@ -434,7 +432,7 @@ class TestRegistry:
             assert corpus.name == name
             assert command in listed
             assert " ".join(corpus.files.split())[:40] in shown
-            assert all(f"--{further}" in shown for further in corpus.beside)
+            assert all(f"--{further}" in shown for further in corpus.extra_sources)
 
     def test_the_help_imports_no_reader(self) -> None:
         code = (

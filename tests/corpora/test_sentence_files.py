@@ -62,7 +62,7 @@ def test_manifest_says_its_languages(tmp_path: Path, name: str, record: dict[str
     assert texts_in(write(tmp_path / name, json_lines(record))) == [(name, 1, texts)]
 
 
-def test_prepared_corpus_is_read_whole_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_prepared_corpus_is_read_whole_and_nothing_else(tmp_path: Path) -> None:
     write(tmp_path / "text" / "train.de", "Eins.\n")
     write(tmp_path / "text" / "train.en", "One.\n")
     write(tmp_path / "text" / "train.ids", "1\n")
@@ -79,7 +79,7 @@ def test_prepared_corpus_is_read_whole_and_nothing_beside_it(tmp_path: Path) -> 
     }
 
 
-def test_what_cannot_be_read_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_reported_in_one_sentence(tmp_path: Path) -> None:
     cut_off = write(tmp_path / "cut.de.gz", "Ein langer Satz.\n" * 1000)
     cut_off.write_bytes(cut_off.read_bytes()[:-20])
     latin = tmp_path / "latin.de"

@@ -40,9 +40,9 @@ LOCATOR = "<|audio|>"
 
 
 def parts_of(
-    corpus: Corpus, source: Path, languages=None, splits=None, beside: dict[str, Path] | None = None
+    corpus: Corpus, source: Path, languages=None, splits=None, extra_sources: dict[str, Path] | None = None
 ) -> dict[str, Part]:
-    return {part.name: part for part in corpus.read(source, Selection(languages, splits, beside or {}))}
+    return {part.name: part for part in corpus.read(source, Selection(languages, splits, extra_sources or {}))}
 
 
 def texts_of(part: Part) -> dict[str, dict[str, str]]:
@@ -205,7 +205,7 @@ def test_each_pair_of_must_c_is_a_part_with_its_texts_as_they_are(tmp_path) -> N
     assert (first.recording.start, first.recording.duration) == (0.51, 0.4)
 
 
-def test_a_segment_of_mtedx_is_one_entry_with_all_translations_beside_the_transcripts(tmp_path) -> None:
+def test_a_segment_of_mtedx_is_one_entry_with_all_translations_and_the_transcript(tmp_path) -> None:
     make_mtedx(tmp_path)
     parts = parts_of(mtedx.CORPUS, tmp_path)
     assert list(parts) == [f"{split}.{name}" for split in ("train", "valid", "test") for name in ("es", "es-es")]
@@ -254,16 +254,16 @@ def test_a_list_of_segments_that_is_damaged_or_too_short_is_refused(tmp_path) ->
 
 @pytest.mark.parametrize("corpus", [must_c.CORPUS, mtedx.CORPUS, europarl_st.CORPUS, covost2.CORPUS, fleurs.CORPUS])
 def test_a_folder_without_the_corpus_and_an_archive_are_refused_in_one_sentence(tmp_path, corpus) -> None:
-    beside = {"common-voice": tmp_path}
+    extra_sources = {"common-voice": tmp_path}
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"'.*empty' (does not hold|holds no) ") as error:
-        parts_of(corpus, tmp_path / "empty", beside=beside)
+        parts_of(corpus, tmp_path / "empty", extra_sources=extra_sources)
     assert "\n" not in str(error.value)
     (tmp_path / "corpus.tgz").write_bytes(b"")
     with pytest.raises(DataError, match=r"corpus.tgz' is a file; unpack it and give the folder"):
-        parts_of(corpus, tmp_path / "corpus.tgz", beside=beside)
+        parts_of(corpus, tmp_path / "corpus.tgz", extra_sources=extra_sources)
     with pytest.raises(DataError, match=r"nowhere' is missing: the folder that holds"):
-        parts_of(corpus, tmp_path / "nowhere", beside=beside)
+        parts_of(corpus, tmp_path / "nowhere", extra_sources=extra_sources)
 
 
 # Segments
@@ -337,8 +337,8 @@ TO_BATCHES = {
 @pytest.mark.parametrize("name", TO_BATCHES)
 def test_a_prepared_corpus_is_loaded_whole(tmp_path, tokenizer, name, audio) -> None:
     corpus, make, part_name, recordings, examples = TO_BATCHES[name]
-    source, beside = make(tmp_path)
-    selection = Selection(splits=(part_name.split(".")[0],), beside=beside)
+    source, extra_sources = make(tmp_path)
+    selection = Selection(splits=(part_name.split(".")[0],), extra_sources=extra_sources)
     out = tmp_path / "out"
     summary = prepare_corpus(corpus, source, out, selection=selection, audio=audio, num_jobs=1, show_progress=False)
     [part] = [part for part in summary.parts if part.name == part_name]
@@ -374,7 +374,7 @@ def load(input_cfg: Path, tokenizer: AutoTokenizer) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> AutoTokenizer:
-    """Knows the locator, the language tags, and no word."""
+    """A tokenizer with the locator and the language tags, without words."""
     special = ["<pad>", "</s>", "<unk>", LOCATOR, *(f"<{code}>" for code in ("de", "en", "es", "fr", "zh"))]
     backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(special)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

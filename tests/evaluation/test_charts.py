@@ -66,7 +66,7 @@ def breakdown(models: tuple[int, ...], *bleu: tuple[float, ...]) -> Breakdown:
     )
 
 
-def test_bleu_over_bins_has_a_line_for_each_model_that_stands_in_all_bins():
+def test_bleu_over_bins_has_a_line_for_each_model_that_is_in_all_bins():
     chart = bins_chart(breakdown((0, 2), (30.0, 10.0), (20.0, 0.4)), ["ours", "partial", "<theirs>"])
     assert chart.title == "Speech: BLEU by source words"
     assert [series.name for series in chart.series] == ["ours", "<theirs>"]
@@ -84,7 +84,7 @@ def test_bleu_is_drawn_from_zero_on_a_linear_scale():
     assert (axis - dots[0]) / (axis - dots[2]) == pytest.approx(40, abs=2)
 
 
-def test_a_bin_is_labelled_and_its_dot_tells_its_number():
+def test_a_bin_is_labelled_and_its_dot_has_its_number_as_title():
     chart = bins_chart(breakdown((0,), (40.0,), (20.0,)), ["ours"])
     assert ">1–1</text>" in chart.svg
     assert "<title>ours: BLEU 20.0 at 1–1 source words</title>" in chart.svg

@@ -1,10 +1,10 @@
-"""Examples: which translations are drawn, and what stands on their cards."""
+"""Examples: which translations are drawn, and the content of their cards."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from nemo_emmett.evaluation.changes import Judged
+from nemo_emmett.evaluation.changes import RankedSentence
 from nemo_emmett.evaluation.examples import choose_examples, example
 from nemo_emmett.evaluation.recordings import Recordings
 from nemo_emmett.evaluation.results import Translation
@@ -39,7 +39,7 @@ def test_a_sentence_comes_in_a_second_direction_only_when_no_other_is_left(evalu
 def test_a_card_shows_both_translations_and_what_was_gained(tmp_path):
     now = Translation("fleurs", "7", "audio", "eng_Latn", "de", "the cat", "die Katze", "die Katze")
     now = replace(now, audio_path=str(tone(tmp_path / "a.wav", hertz=200)), duration=0.1)
-    card = example(Judged(now, replace(now, hypothesis="die Maus")), Recordings(), ["ours", "theirs"])
+    card = example(RankedSentence(now, replace(now, hypothesis="die Maus")), Recordings(), ["ours", "theirs"])
     assert card.direction == "eng_Latn → de"
     assert (card.modality, card.seconds) == ("speech", 0.1)
     assert (card.source_tag, card.target_tag) == ("eng-Latn", "de")
@@ -50,8 +50,8 @@ def test_a_card_shows_both_translations_and_what_was_gained(tmp_path):
     assert card.change == ours.chrf - theirs.chrf
 
 
-def test_a_card_without_baseline_tells_no_change():
+def test_a_card_without_baseline_shows_no_change():
     now = Translation("flores", "7", "text", "en", "de", None, "die Katze", "")
-    card = example(Judged(now), Recordings(), ["ours"])
+    card = example(RankedSentence(now), Recordings(), ["ours"])
     assert (card.change, card.recording) == (None, None)
     assert [one.words for one in card.hypotheses] == [[]]

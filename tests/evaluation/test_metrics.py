@@ -128,11 +128,11 @@ def test_unknown_metrics_are_refused(names, sentence):
         check_metrics(names)
 
 
-# COMET, a stand-in for which scores a translation by its share of the reference's length.
+# COMET, with a fake that scores a translation by its share of the reference's length.
 
 
 @pytest.fixture
-def stand_in(monkeypatch) -> types.ModuleType:
+def fake_comet(monkeypatch) -> types.ModuleType:
     class Model:
         def predict(self, samples, batch_size, gpus, progress_bar):
             module.calls.append((len(samples), batch_size))
@@ -153,8 +153,8 @@ def stand_in(monkeypatch) -> types.ModuleType:
     return module
 
 
-def test_comet_scores_each_direction_with_one_start_of_its_model(stand_in):
-    config = CometConfig.of_recipe({"model": "wmt22-comet-da", "batch_size": 4})
+def test_comet_scores_each_direction_with_one_start_of_its_model(fake_comet):
+    config = CometConfig.parse({"model": "wmt22-comet-da", "batch_size": 4})
     one = Translation("test", "1", "text", "en", "de", "one two", "eins zwei", "eins zwei")
     mixed = [
         replace(one, hypothesis="eins"),
@@ -165,17 +165,17 @@ def test_comet_scores_each_direction_with_one_start_of_its_model(stand_in):
     assert german.metrics["COMET"] == pytest.approx(100 * (4 / 9 + 8 / 9) / 2)
     assert french.metrics["COMET"] == pytest.approx(200)
     assert list(german.metrics) == ["BLEU", "COMET"]
-    assert stand_in.calls == ["/cache/wmt22-comet-da.ckpt", (3, 4)]
+    assert fake_comet.calls == ["/cache/wmt22-comet-da.ckpt", (3, 4)]
 
 
-def test_comet_takes_a_checkpoints_file(stand_in, tmp_path):
+def test_comet_takes_a_checkpoints_file(fake_comet, tmp_path):
     (tmp_path / "own.ckpt").touch()
     one = Translation("test", "1", "text", "en", "de", "one", "eins", "eins")
     comet.comet_scores([one], CometConfig(str(tmp_path / "own.ckpt")))
-    assert stand_in.calls[0] == str(tmp_path / "own.ckpt")
+    assert fake_comet.calls[0] == str(tmp_path / "own.ckpt")
 
 
-def test_what_comet_lacks_is_told(stand_in, tmp_path):
+def test_a_source_or_model_that_comet_lacks_is_named(fake_comet, tmp_path):
     one = Translation("test", "7", "audio", "en", "de", None, "eins", "eins")
     with pytest.raises(DataError, match="'7' of test set 'test' has no source text, which COMET"):
         comet.comet_scores([one], CometConfig("a"))
@@ -188,17 +188,18 @@ def test_what_comet_lacks_is_told(stand_in, tmp_path):
     ("settings", "sentence"),
     [
         (None, "comet.model: None names no model"),
-        ({"model": "a", "batch_size": 0}, "comet.batch_size: 0 is no number"),
+        ({"model": "a", "batch_size": 0}, "comet.batch_size: 0 cannot be used; give a whole number from 1"),
+        ([1], "comet: .* cannot be used; give a mapping"),
         ({"model": "a", "batchsize": 2}, "comet.batchsize: there is no such key; did you mean 'batch_size'"),
         ({"model": "a", "lambda": 2}, "comet.lambda: there is no such key; the keys are model, batch_size"),
     ],
 )
-def test_a_bad_comet_section_is_refused(settings, sentence, stand_in):
+def test_a_bad_comet_section_is_refused(settings, sentence, fake_comet):
     with pytest.raises(ConfigError, match=sentence):
-        CometConfig.of_recipe(settings)
+        CometConfig.parse(settings)
 
 
 @pytest.mark.skipif(find_spec("comet") is not None, reason="unbabel-comet is installed")
-def test_comet_that_is_not_installed_is_told_before_the_translating():
+def test_comet_that_is_not_installed_is_refused_before_the_translating():
     with pytest.raises(ConfigError, match="COMET needs the package unbabel-comet"):
-        CometConfig.of_recipe({"model": "a"})
+        CometConfig.parse({"model": "a"})

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from nemo_emmett.data.sampling.shard_batches import ShardedBatches
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.evaluation import evaluate, from_json
-from nemo_emmett.evaluation.distributed import Processes, joined_processes
-from nemo_emmett.evaluation.run import _check_orders, _Share, _skipped
+from nemo_emmett.evaluation.distributed import ProcessGroup, process_group
+from nemo_emmett.evaluation.run import _merge, _RankOutput
 from nemo_emmett.evaluation.translation import Translated
 from nemo_emmett.models import SALMT5
 
@@ -128,7 +128,7 @@ def test_two_ranks_find_what_one_process_finds(model_folder, recipe, tmp_path):
         "talks": len(SENTENCES["en"]) - 2,
     }
     assert len({one.hypothesis for one in alone.translations}) > 10
-    # Two recordings that one rank each has met, and a line that both have.
+    # Two recordings that one rank each has skipped, and a line that both have.
     assert alone.skipped == shared.skipped == {"talks": 3}
 
     records = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("alone", "shared")]
@@ -158,16 +158,19 @@ def test_two_ranks_find_what_one_process_finds(model_folder, recipe, tmp_path):
 
 
 def test_ranks_that_read_in_different_orders_are_refused():
-    shares = [_Share(Translated({}, {}), {"news": order}, {"news": frozenset()}) for order in ("a", "b")]
-    _check_orders(shares[:1])
+    outputs = [_RankOutput(Translated({}, {}), {"news": order}, {"news": frozenset()}) for order in ("a", "b")]
+    _merge(outputs[:1])
     with pytest.raises(DataError, match="test set 'news' in different orders"):
-        _check_orders(shares)
+        _merge(outputs)
 
 
-def test_a_record_that_several_ranks_met_counts_once():
+def test_a_record_that_several_ranks_skipped_counts_once():
     skipped = [{("m", "line 2"), ("m", "line 5")}, {("m", "line 2"), ("n", "line 2")}]
-    shares = [_Share(Translated({}, {}), {}, {"news": frozenset(records), "talks": frozenset()}) for records in skipped]
-    assert _skipped(shares) == {"news": 3}
+    outputs = [
+        _RankOutput(Translated({}, {}), {}, {"news": frozenset(records), "talks": frozenset()}) for records in skipped
+    ]
+    _, counts = _merge(outputs)
+    assert counts == {"news": 3}
 
 
 def test_batches_are_dealt_in_turns_and_their_order_is_the_same_to_all():
@@ -188,6 +191,6 @@ def test_test_sets_that_nemo_does_not_sample_cannot_be_dealt_out(model_folder, r
 
 
 def test_a_process_alone_gathers_from_itself():
-    with joined_processes() as processes:
-        assert processes == Processes(rank=0, number=1)
+    with process_group() as processes:
+        assert processes == ProcessGroup(rank=0, world_size=1)
         assert processes.gather("all") == ["all"]

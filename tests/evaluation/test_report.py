@@ -100,11 +100,11 @@ def cells_of(table: ResultTable, row: Row) -> list[str]:
     texts = [row.sentences]
     for heading, cell in zip(table.headings, row.cells, strict=True):
         if cell is None:
-            texts += ["–"] * (len(table.metrics) + 2 * sum(heading.has_other))
+            texts += ["–"] * (len(table.metrics) + 2 * sum(heading.has_baseline))
             continue
         interval = "" if cell.interval is None else f" ± {cell.interval:.1f}"
         texts += [number(cell.bleu) + interval, *(number(cell.metrics[name]) for name in table.metrics[1:])]
-        for shown, other in zip(heading.has_other, cell.others, strict=True):
+        for shown, other in zip(heading.has_baseline, cell.baselines, strict=True):
             if shown and other is None:
                 texts += ["–", "–"]
             elif shown:
@@ -177,13 +177,13 @@ def test_each_model_is_named_over_its_numbers(evaluation, text, both, recordings
     assert spans == [6, 4, 2, 2, 2, 2, 2]
 
 
-def test_the_tiles_tell_what_was_gained_against_each_baseline(evaluation, text, recordings):
+def test_the_tiles_show_what_was_gained_against_each_baseline(evaluation, text, recordings):
     write_report(evaluation, recordings / "report.html", baselines=[text])
-    earlier = result_table(evaluation, [text]).averages.cells[0].others[0].bleu
+    earlier = result_table(evaluation, [text]).averages.cells[0].baselines[0].bleu
     assert f"+{100 - earlier:.1f} against {earlier:.1f} of exp/nmt" in Page(recordings / "report.html").words
 
 
-def test_the_signature_of_each_metric_stands_on_the_page(page, evaluation):
+def test_the_signature_of_each_metric_is_on_the_page(page, evaluation):
     assert set(evaluation.signatures) == {"BLEU", "chrF++"}
     for metric, signature in evaluation.signatures.items():
         assert f"{metric}: {signature}" in page.words
@@ -300,7 +300,7 @@ def test_no_request_leaves_the_page(evaluation, both, recordings, with_baseline)
     assert not re.search(r"url\(|@import|@font-face|image-set\(", text)
 
 
-def test_the_browser_is_told_to_load_nothing(page):
+def test_the_policy_forbids_the_browser_to_load_anything(page):
     [policy] = [one["content"] for one in page.all("meta") if one.get("http-equiv") == "Content-Security-Policy"]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == "'none'"

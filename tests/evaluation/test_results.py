@@ -66,7 +66,7 @@ def test_json_holds_every_hypothesis(evaluation, tmp_path):
 
 
 def test_throughput_adds_up():
-    total = Throughput(2.0, 10, tokens=60, audio_seconds=30.0) + Throughput(3.0, 40, tokens=90, audio_seconds=70.0)
+    total = Throughput(2.0, 10, 60, audio_seconds=30.0).combined_with(Throughput(3.0, 40, 90, audio_seconds=70.0))
     assert total == Throughput(5.0, 50, tokens=150, audio_seconds=100.0)
     assert total.sentences_per_second == 10.0
     assert total.tokens_per_second == 30.0
@@ -74,12 +74,13 @@ def test_throughput_adds_up():
 
 
 def test_processes_side_by_side_take_as_long_as_the_slowest():
-    total = Throughput(2.0, 10, 60, audio_seconds=30.0).beside(Throughput(3.0, 40, 90, audio_seconds=70.0))
+    other = Throughput(3.0, 40, 90, audio_seconds=70.0)
+    total = Throughput(2.0, 10, 60, audio_seconds=30.0).combined_with(other, in_parallel=True)
     assert total == Throughput(3.0, 50, tokens=150, audio_seconds=100.0, processes=2)
 
 
 def test_text_has_no_real_time_factor():
-    assert (Throughput(2.0, 10) + Throughput(2.0, 10)).real_time_factor is None
+    assert Throughput(2.0, 10).combined_with(Throughput(2.0, 10)).real_time_factor is None
 
 
 def test_throughput_in_words(evaluation):

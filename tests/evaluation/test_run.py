@@ -33,7 +33,7 @@ LOCATOR = "<|audio|>"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> AutoTokenizer:
-    """Knows every word of the test sets."""
+    """A tokenizer with every word of the test sets."""
     folder = tmp_path_factory.mktemp("tokenizer")
     words = {word for lang in LANGUAGES for number in range(SENTENCES) for word in sentence(number, lang).split()}
     vocabulary = ["<pad>", "</s>", "<unk>", LOCATOR, *(f"<{lang}>" for lang in LANGUAGES), *sorted(words)]
@@ -54,7 +54,7 @@ def few_resamples(monkeypatch):
 
 
 class Oracle:
-    """Knows the references; of speech it leaves out the last word."""
+    """Returns the references; for speech without the last word."""
 
     device = torch.device("cpu")
     pad_id = 0
@@ -134,7 +134,7 @@ def test_a_recipe_becomes_a_table_a_json_file_and_a_page(recipe, tokenizer, tmp_
     assert evaluation.throughput["audio"].audio_seconds == pytest.approx(12 * SENTENCES * 0.1)
     assert evaluation.config["audio_locator_tag"] == LOCATOR
     assert from_json(tmp_path / "out" / "evaluation.json") == evaluation
-    # The tokenizer knows each of the words, eight to a sentence.
+    # Each word is one token, eight to a sentence.
     assert (evaluation.throughput["text"].tokens, evaluation.throughput["audio"].tokens) == (36 * 8, 36 * 7)
     assert len(list((tmp_path / "out" / "hypotheses").iterdir())) == 2 * 12 * 2
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -200,7 +200,7 @@ def test_the_folder_of_another_model_is_evaluated_first_and_its_result_kept(reci
     assert again.comparisons == evaluation.comparisons
 
 
-def test_baselines_of_one_name_are_told_apart(recipe, tokenizer, tmp_path):
+def test_baselines_of_one_name_get_numbers(recipe, tokenizer, tmp_path):
     quiet = Console(file=io.StringIO())
     evaluate(Oracle(tokenizer), recipe, output=tmp_path, console=quiet)
     evaluation = evaluate(Oracle(tokenizer), recipe, baselines=[tmp_path, tmp_path], console=quiet)
@@ -230,6 +230,8 @@ def test_a_baseline_that_does_not_compare_costs_no_translations(recipe, tokenize
         ("test_ds: 3", "data.test_ds.datasets is missing in"),
         ("test_ds: {datasets: [a, b]}", "or holds no keys"),
         (b"\xff\xfea", "is not YAML"),
+        ("test_ds: ${nowhere}", "test_ds: Interpolation key 'nowhere' not found"),
+        ("test_ds: {datasets: {a: {input_cfg: '${nowhere}'}}}", "test_ds: Interpolation key 'nowhere' not found"),
     ],
 )
 def test_a_config_without_test_sets_is_refused_before_the_model_is_loaded(content, sentence, tmp_path):
@@ -243,15 +245,27 @@ def test_a_config_without_test_sets_is_refused_before_the_model_is_loaded(conten
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"num_beams": 0}, "num_beams: 0 must be a whole number of 1 or more"),
-        ({"num_beams": "two"}, "num_beams: 'two' must be"),
-        ({"max_new_tokens": 0}, "max_new_tokens: 0 must be"),
-        ({"examples": -1}, "examples: -1 must be a whole number of 0 or more"),
+        ({"num_beams": 0}, "num_beams: 0 cannot be used; give a whole number from 1"),
+        ({"num_beams": "two"}, "num_beams: 'two' cannot be used; give a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens: 0 cannot be used; give a whole number from 1, or null"),
+        ({"examples": -1}, "examples: -1 cannot be used; give a whole number from 0"),
+        ({"examples": True}, "examples: True cannot be used"),
+        ({"trust_remote_code": "false"}, "trust_remote_code: 'false' cannot be used; give true or false"),
+        ({"metrics": 3}, "metrics: 3 cannot be used; give a list"),
+        ({"metrics": "BLEU"}, "metrics: 'BLEU' cannot be used; give a list"),
+        ({"metrics": {"BLEU": 1}}, "metrics: .* cannot be used; give a list"),
+        ({"name": 3}, "name: 3 cannot be used; give a text, or null"),
+        ({"output": ["exp"]}, "output: .* cannot be used; give a path, or null"),
+        ({"log_dir": 3}, "log_dir: 3 cannot be used; give a path, or null"),
+        ({"baseline": {"exp": 1}}, "baseline: .* cannot be used; give a path, or a list, each item a path, or null"),
+        ({"baseline": ["exp", 3]}, "baseline.1: 3 cannot be used; give a path"),
+        ({"output": "???"}, r"output: \?\?\? has to be replaced by a value"),
+        ({"num_beams": "${nowhere}"}, "num_beams: Interpolation key 'nowhere' not found"),
         ({"outptu": "exp"}, "there is no such key; did you mean 'output'"),
     ],
 )
-def test_a_setting_that_cannot_work_is_refused_before_the_model_is_loaded(settings, sentence, recipe, tmp_path):
-    config = OmegaConf.create({"test_ds": OmegaConf.load(recipe).data.test_ds, **settings})
+def test_a_value_that_cannot_be_used_is_refused_before_the_model_is_loaded(settings, sentence, recipe, tmp_path):
+    config = OmegaConf.create({"tag": LOCATOR, "test_ds": OmegaConf.load(recipe).data.test_ds, **settings})
     with pytest.raises(ConfigError, match=sentence):
         evaluate_recipe(config, tmp_path / "no_model")
 
@@ -355,7 +369,7 @@ def test_importing_the_package_imports_neither_torch_nor_nemo():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_what_a_test_set_lacks_is_told(recipe, tokenizer, tmp_path):
+def test_unreadable_records_of_a_test_set_are_reported(recipe, tokenizer, tmp_path):
     config = OmegaConf.load(recipe)
     manifest = config.data.test_ds.datasets.test_speech.input_cfg[0].manifest_filepath
     lines = Path(manifest).read_text().splitlines()
@@ -365,9 +379,9 @@ def test_what_a_test_set_lacks_is_told(recipe, tokenizer, tmp_path):
     terminal = io.StringIO()
     evaluation = evaluate(Oracle(tokenizer), config, output=tmp_path, console=Console(file=terminal, width=100))
     assert evaluation.skipped == {"test_speech": 2}
-    told = "test_speech: 2 records could not be read and are not scored"
-    assert told in terminal.getvalue()
-    assert told in (tmp_path / "report.html").read_text()
+    report = "test_speech: 2 records could not be read and are not scored"
+    assert report in terminal.getvalue()
+    assert report in (tmp_path / "report.html").read_text()
     assert from_json(tmp_path / "evaluation.json") == evaluation
 
 

@@ -33,7 +33,7 @@ def cells_of(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│").split("│")]
 
 
-def test_gains_and_losses_stand_beside_each_baseline(recordings, evaluation):
+def test_differences_are_shown_next_to_each_baseline(recordings, evaluation):
     text, speech = (build_translations(recordings, modality) for modality in ("text", "audio"))
     baselines = [build_evaluation(text, model="exp/t5"), build_evaluation(text + speech, model="exp/other")]
     now = {("text", lang): 80.0 for lang in LANGUAGES} | {("audio", lang): 60.0 for lang in LANGUAGES}
@@ -43,17 +43,20 @@ def test_gains_and_losses_stand_beside_each_baseline(recordings, evaluation):
     table = result_table(with_bleu(evaluation, now), [with_bleu(baselines[0], before), with_bleu(baselines[1], other)])
 
     assert (table.metrics, table.baselines) == (("BLEU", "chrF++"), ("exp/t5", "exp/other"))
-    assert [(heading.title, heading.has_other) for heading in table.headings] == [
+    assert [(heading.title, heading.has_baseline) for heading in table.headings] == [
         ("text", (True, True)),
         ("speech", (False, True)),
     ]
     rows = {row.title: row for row in table.rows}
     assert len(rows) == 12
     text, speech = rows["de → en"].cells
-    assert [(one.bleu, one.difference, one.p_value) for one in text.others] == [(90.0, -10.0, None), (50.0, 30.0, None)]
-    assert speech.others[0] is None
-    assert (speech.others[1].bleu, speech.others[1].difference) == (65.0, -5.0)
-    assert [one.difference for one in table.averages.cells[0].others] == [pytest.approx(0.0), pytest.approx(30.0)]
+    assert [(one.bleu, one.difference, one.p_value) for one in text.baselines] == [
+        (90.0, -10.0, None),
+        (50.0, 30.0, None),
+    ]
+    assert speech.baselines[0] is None
+    assert (speech.baselines[1].bleu, speech.baselines[1].difference) == (65.0, -5.0)
+    assert [one.difference for one in table.averages.cells[0].baselines] == [pytest.approx(0.0), pytest.approx(30.0)]
     assert table.averages.cells[1].bleu == pytest.approx(60.0)
 
 
@@ -61,8 +64,8 @@ def test_an_average_is_compared_only_with_one_over_the_same_directions(recording
     translations = build_translations(recordings, "text")
     baseline = build_evaluation([one for one in translations if one.source_lang == "de"])
     table = result_table(evaluation, [baseline])
-    assert table.averages.cells[0].others == (None,)
-    assert [row.cells[0].others == (None,) for row in table.rows] == [False] * 3 + [True] * 9
+    assert table.averages.cells[0].baselines == (None,)
+    assert [row.cells[0].baselines == (None,) for row in table.rows] == [False] * 3 + [True] * 9
 
 
 def test_a_baseline_with_other_references_is_refused(recordings, evaluation):

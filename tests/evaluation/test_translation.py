@@ -7,7 +7,7 @@ import torch
 
 from nemo_emmett.errors import ModelError
 from nemo_emmett.evaluation import translation as module
-from nemo_emmett.evaluation.translation import put_together, translate
+from nemo_emmett.evaluation.translation import merge_ranks, translate
 
 
 class Words:
@@ -131,7 +131,7 @@ def test_batches_dealt_out_come_together_in_order(clock, ranks):
         translate(Shouter(clock), {name: of_set[rank::ranks] for name, of_set in batches.items()}, progress=False)
         for rank in range(ranks)
     ]
-    together = put_together(parts)
+    together = merge_ranks(parts)
     alone = translate(Shouter(clock), batches, progress=False)
     assert together.batches == alone.batches
     assert together.throughput["audio"] == alone.throughput["audio"]

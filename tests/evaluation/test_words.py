@@ -5,7 +5,7 @@ from __future__ import annotations
 from nemo_emmett.evaluation.words import compare_words, split_words
 
 
-def test_words_stand_between_spaces_and_chinese_and_japanese_characters_alone():
+def test_words_are_between_spaces_and_chinese_and_japanese_characters_alone():
     assert split_words("the  black cat, 黒猫です。 end") == [
         "the",
         "black",

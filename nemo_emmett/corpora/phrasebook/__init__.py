@@ -1,7 +1,10 @@
 """The built-in corpus: numbers, dates, clock times and prices, written out and spoken in four languages.
 
-An **item** is a (type, value), such as ``number:42``. It is written in words in every language (``writing``), falls
-into one of the splits train, dev and test (``items``), and is spoken by eSpeak NG (``voices``, ``espeak``).
+- ``config``: :class:`PhrasebookConfig`.
+- ``items``: an item is a (type, value), such as ``number:42``; the possible ones, and their division into splits.
+- ``verbalization``: items in words of every language.
+- ``espeak``: the voices and the library that speaks. ``speaker``: a process that speaks.
+- ``speaking``: texts, recordings and manifests of any spoken corpus. ``prepare``: those of the phrasebook.
 
 Example:
     >>> from pathlib import Path
@@ -10,21 +13,6 @@ Example:
     >>> summary = prepare_phrasebook(Path("data/phrasebook"), config)  # doctest: +SKIP
 """
 
-from nemo_emmett.corpora.phrasebook.config import LANGUAGES, SPLITS, TYPES, PhrasebookConfig
-from nemo_emmett.corpora.phrasebook.items import Item, Phrase, split_phrases
-from nemo_emmett.corpora.phrasebook.prepare import prepare_phrasebook
-from nemo_emmett.corpora.phrasebook.speaking import SpokenSummary
-from nemo_emmett.corpora.phrasebook.writing import write_item
+import lazy_loader
 
-__all__ = [
-    "LANGUAGES",
-    "SPLITS",
-    "TYPES",
-    "Item",
-    "Phrase",
-    "PhrasebookConfig",
-    "SpokenSummary",
-    "prepare_phrasebook",
-    "split_phrases",
-    "write_item",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

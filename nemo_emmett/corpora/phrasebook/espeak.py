@@ -1,14 +1,86 @@
-"""The eSpeak NG library, as far as spoken corpora need it: text and a voice to samples."""
+"""The eSpeak NG library for spoken corpora: its voices, drawn for each recording, and text to samples."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
-from nemo_emmett.corpora.phrasebook.extras import require
-from nemo_emmett.corpora.phrasebook.voices import Voice
+from nemo_emmett.config import nearest
+from nemo_emmett.corpora.extras import require
+from nemo_emmett.errors import ConfigError
 
 SAMPLING_RATE = 16_000
 """Of the recordings, in Hz."""
+
+_ACCENTS = {"en": ("en-us", "en"), "de": ("de",), "es": ("es", "es-419"), "fr": ("fr",)}
+"""eSpeak NG's voice files; its "en" is British and "es" European."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How a recording is spoken."""
+
+    name: str  # accent+variant, as eSpeak NG writes it: "en-us+f2"
+    speed: int  # words a minute
+    pitch: int  # 0 to 99
+
+
+class VoiceRange(Protocol):
+    """The fields of a spoken corpus's configuration from which voices are drawn."""
+
+    accents: bool
+    variants: Sequence[str]
+    speed: Sequence[int]
+    pitch: Sequence[int]
+    seed: int
+
+
+def draw_voice(item: object, language: str, rendition: int, config: VoiceRange) -> Voice:
+    """Draw the voice of one recording by a hash of the seed and the recording's identity.
+
+    Args:
+        item: what is spoken; its ``str`` identifies it.
+        language: of the recording.
+        rendition: number of the recording among those of the item in that language.
+        config: the range of voices.
+    """
+
+    def within(interval: Sequence[int], number: int) -> int:
+        low, high = interval
+        return low + number % (high - low + 1)
+
+    digest = hashlib.sha256(f"{config.seed}/{item}/{language}/{rendition}".encode()).digest()
+    accent, variant, speed, pitch = (int.from_bytes(digest[i : i + 8], "big") for i in range(0, 32, 8))
+    accents = _ACCENTS[language] if config.accents else _ACCENTS[language][:1]
+    return Voice(
+        name=f"{accents[accent % len(accents)]}+{config.variants[variant % len(config.variants)]}",
+        speed=within(config.speed, speed),
+        pitch=within(config.pitch, pitch),
+    )
+
+
+def check_variants(kind: str, variants: Iterable[str]) -> None:
+    """Refuse voice variants that eSpeak NG does not have: it would use its default voice without an error.
+
+    Args:
+        kind: kind of corpus, for the message: "phrasebook".
+        variants: their names.
+
+    Raises:
+        ConfigError: naming the variant and the nearest known one.
+    """
+    folder = Path(require("espeakng_loader").get_data_path()) / "voices" / "!v"
+    known = sorted(path.name for path in folder.iterdir())
+    for variant in variants:
+        if variant not in known:
+            suggestion = nearest(variant, known)
+            hint = f"did you mean '{suggestion}'?" if suggestion else "f1 to f5 and m1 to m8 are among those it has"
+            raise ConfigError(f"{kind}.variants: eSpeak NG has no voice variant '{variant}'; {hint}")
+
 
 # From eSpeak NG's speak_lib.h.
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
@@ -28,7 +100,7 @@ def espeak_version() -> str:
 
 
 class Engine:
-    """The library, loaded. Each call of ``speak`` must come in a process that has not spoken yet."""
+    """The loaded library. ``speak`` may be called once in a process: the library keeps state between utterances."""
 
     def __init__(self) -> None:
         self._numpy, self._soxr = require("numpy"), require("soxr")
@@ -39,17 +111,17 @@ class Engine:
         )
         if self._native_rate <= 0:
             raise RuntimeError(f"eSpeak NG finds no data in {loader.get_data_path()}")
-        # Its scan of the voices' files is half the time of a first utterance: once, here, for all that are forked.
+        # The scan of the voices' files is half the time of a first utterance; done here, once for all forked processes.
         self._library.espeak_ListVoices(None)
         self._chunks: list[bytes] = []
-        # Kept on self: ctypes does not hold on to a callback that C still calls.
+        # Kept on self: ctypes keeps no reference to a callback that C still calls.
         self._callback = _SynthCallback(self._receive)
         self._library.espeak_SetSynthCallback(self._callback)
 
     def speak(self, text: str, voice: Voice) -> bytes:
         """Samples of 16 bits at the library's own rate."""
         data = text.encode() + b"\0"
-        # Breath and other noise come of random numbers, the library's own, seeded by the clock, and C's.
+        # Breath and other noise use random numbers: the library's own, seeded by the clock, and C's.
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(_NOISE_SEED))
         ctypes.CDLL(None).srand(_NOISE_SEED)
         _expect_ok("SetVoiceByName", self._library.espeak_SetVoiceByName(voice.name.encode()), voice)

@@ -1,4 +1,4 @@
-"""From texts to a folder of text, recordings that eSpeak NG speaks, and manifests.
+"""From texts to a folder of text, recordings by eSpeak NG, and manifests.
 
     text/{split}.{language}              one sentence a line, line-aligned across languages
     audio/{split}/{language}/*.wav       16 kHz, mono, 16 bits
@@ -15,22 +15,22 @@ import wave
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
-from nemo_emmett.corpora.claim import CorpusFolder
-from nemo_emmett.corpora.phrasebook.espeak import SAMPLING_RATE, espeak_version
-from nemo_emmett.corpora.phrasebook.extras import installed_version
+from nemo_emmett.corpora.extras import installed_version
+from nemo_emmett.corpora.output_folder import CorpusFolder
+from nemo_emmett.corpora.phrasebook.espeak import SAMPLING_RATE, Voice, espeak_version
 from nemo_emmett.corpora.phrasebook.speaker import Speaker, Utterance
-from nemo_emmett.corpora.phrasebook.voices import Voice
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.processes import available_cores
 
-_UTTERANCES_A_REQUEST = 16
-"""Some hundred milliseconds of work: short against the whole, long against a pipe's round trip."""
+UTTERANCES_PER_REQUEST = 16
+"""Some hundred milliseconds of work: short in relation to a corpus, long in relation to a pipe's round trip."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Spoken:
 
     split: str
     language: str
-    name: str  # fit for a file's name, and no other's in this split and language
+    name: str  # valid in a file name, unique in this split and language
     texts: Mapping[str, str]  # in every language
     voice: Voice
-    fields: Mapping[str, Any]  # of its manifest entry, beside those of any recording
+    fields: Mapping[str, Any]  # additional fields of its manifest entry
 
     @property
     def path(self) -> Path:
@@ -52,7 +52,7 @@ class Spoken:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a corpus is to hold."""
+    """The content of a corpus."""
 
     languages: Sequence[str]  # of its texts
     texts: Mapping[str, Sequence[Mapping[str, str]]]  # split -> sentences, each in every language
@@ -62,13 +62,13 @@ class Contents:
 
 @dataclass(frozen=True)
 class SpokenSummary:
-    """What a corpus holds. ``hours`` and ``recordings`` are by split and language."""
+    """The size of a corpus. ``hours`` and ``recordings`` are by split and language."""
 
     folder: Path
     items: Mapping[str, int]  # sentences of each split
     recordings: Mapping[str, Mapping[str, int]]
     hours: Mapping[str, Mapping[str, float]]
-    made_now: bool  # False if it was there already
+    made_now: bool  # False if it was finished before
 
 
 def prepare_spoken(
@@ -87,18 +87,18 @@ def prepare_spoken(
     A finished corpus of the same configuration is left as it is; an unfinished one is completed.
 
     Args:
-        out: the folder to fill; made if it is not there.
+        out: the folder to write to; created if it does not exist.
         name: in the keys of messages and the name of the summary: "phrasebook".
-        title: what messages call the corpus.
+        title: of the corpus in messages.
         config: all that the contents depend on, as plain JSON values.
-        contents: gives what to put into the folder; not called where it is finished.
+        contents: called for the content, unless the corpus is finished.
         writers: libraries that the texts depend on.
         num_jobs: processes to speak with; by default one for each core. Does not change the result.
         show_progress: show a bar while the recordings are made.
 
     Raises:
         ConfigError: if ``num_jobs`` is below 1.
-        DataError: if ``out`` cannot be written to, holds anything else already or is being written by another process.
+        DataError: if ``out`` cannot be written to, holds anything else or is being written by another process.
         EmmettError: if a library is missing or an utterance cannot be spoken.
     """
     if num_jobs is not None and num_jobs < 1:
@@ -106,64 +106,58 @@ def prepare_spoken(
     versions = {**{library: installed_version(library) for library in (*writers, "soxr")}, "espeak": espeak_version()}
     plan = {"config": dict(config), "versions": versions}
     folder = CorpusFolder(out, name, title)
-    if (finished := folder.finished(plan, _config_of)) is not None:
+    # A finished corpus does not depend on the versions, an unfinished one must be completed with the same.
+    if (finished := folder.finished(plan, itemgetter("config"))) is not None:
         return _summary(out, finished, made_now=False)
     content = contents()
-    with folder.work(plan, _config_and_versions_of):
-        _write_texts(folder, content)
+    with folder.begun(plan, _config_and_versions_of):
+        for split, sentences in content.texts.items():
+            for language in content.languages:
+                lines = [f"{texts[language]}\n" for texts in sentences]
+                folder.staging.write_text(folder.path / "text" / f"{split}.{language}", "".join(lines))
         _speak(folder, content.recordings, num_jobs or available_cores(), show_progress)
         totals = _write_manifests(folder, content)
         folder.finish({**plan, **totals})
     return _summary(out, totals, made_now=True)
 
 
-def _config_of(plan: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What identifies a finished corpus: a library's new version is no reason to make another."""
-    return plan["config"]
-
-
 def _config_and_versions_of(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies an unfinished one, which one version must not begin and another complete."""
+    """The identity of an unfinished corpus, which must be completed with the versions that it was begun with."""
     return {**plan["config"], **{f"version of {name}": version for name, version in plan["versions"].items()}}
 
 
-def _write_texts(folder: CorpusFolder, content: Contents) -> None:
-    for split, sentences in content.texts.items():
-        for language in content.languages:
-            lines = [f"{texts[language]}\n" for texts in sentences]
-            folder.workshop.write_text(folder.path / "text" / f"{split}.{language}", "".join(lines))
-
-
 def _speak(folder: CorpusFolder, recordings: Sequence[Spoken], num_jobs: int, show_progress: bool) -> None:
-    # A file that is there is whole and, since it was made for the same plan, right.
+    # A file that exists is complete and, since it was made for the same plan, right.
     missing = [recording for recording in recordings if not (folder.path / recording.path).exists()]
-    utterances = [_utterance(folder.path, recording) for recording in missing]
+    utterances = [
+        Utterance(recording.texts[recording.language], recording.voice, str(folder.path / recording.path))
+        for recording in missing
+    ]
     requests: SimpleQueue[list[Utterance]] = SimpleQueue()
-    for start in range(0, len(utterances), _UTTERANCES_A_REQUEST):
-        requests.put(utterances[start : start + _UTTERANCES_A_REQUEST])
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show_progress) as progress:
-        task = progress.add_task(f"Speaking the {folder.title}", total=len(recordings))
-        progress.advance(task, len(recordings) - len(missing))
+    for start in range(0, len(utterances), UTTERANCES_PER_REQUEST):
+        requests.put(utterances[start : start + UTTERANCES_PER_REQUEST])
+    bar = tqdm(
+        desc=f"Speaking the {folder.title}",
+        total=len(recordings),
+        initial=len(recordings) - len(missing),
+        disable=None if show_progress else True,
+    )
 
-        def work() -> None:
-            with Speaker(folder.workshop.folder) as speaker:
-                while (utterances := _next(requests)) is not None:
-                    speaker.say(utterances)
-                    progress.advance(task, len(utterances))
+    def work() -> None:
+        with Speaker(folder.staging.folder) as speaker:
+            while (utterances := _next(requests)) is not None:
+                speaker.say(utterances)
+                with bar.get_lock():  # tqdm's own count is not thread-safe
+                    bar.update(len(utterances))
 
-        with ThreadPoolExecutor(num_jobs) as pool:
-            try:
-                for worker in as_completed([pool.submit(work) for _ in range(min(num_jobs, requests.qsize()))]):
-                    worker.result()
-            finally:
-                # After a failure or Ctrl-C the others stop at their next request.
-                while _next(requests) is not None:
-                    pass
-
-
-def _utterance(out: Path, recording: Spoken) -> Utterance:
-    return Utterance(recording.texts[recording.language], recording.voice, str(out / recording.path))
+    with bar, ThreadPoolExecutor(num_jobs) as pool:
+        try:
+            for worker in as_completed([pool.submit(work) for _ in range(min(num_jobs, requests.qsize()))]):
+                worker.result()
+        finally:
+            # After a failure or Ctrl-C the other threads end when the queue is empty.
+            while _next(requests) is not None:
+                pass
 
 
 def _next(requests: SimpleQueue) -> list[Utterance] | None:
@@ -182,7 +176,7 @@ def _write_manifests(folder: CorpusFolder, content: Contents) -> dict[str, Any]:
             spoken = [r for r in content.recordings if (r.split, r.language) == (split, language)]
             entries = [_manifest_entry(folder.path, recording) for recording in spoken]
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-            folder.workshop.write_text(folder.path / "speech" / f"{split}.{language}.jsonl", "".join(lines))
+            folder.staging.write_text(folder.path / "speech" / f"{split}.{language}.jsonl", "".join(lines))
             counts[split][language] = len(entries)
             hours[split][language] = round(sum(entry["duration"] for entry in entries) / 3600, 4)
     items = {split: len(sentences) for split, sentences in content.texts.items()}

@@ -29,7 +29,7 @@ _SPLITS = ("train", "dev", "test")
 _IN_COLUMN = {"train": {"train", "train_covost"}, "dev": {"dev"}, "test": {"test"}}
 _FILE = re.compile(r"covost_v2\.(?P<spoken>[\w-]+)_(?P<target>[\w-]+?)(\.(train|dev|test))?\.tsv(\.tar\.gz)?")
 _LEAST_FOUND = 0.5
-"""Share of the clips that must be in validated.tsv; later releases of Common Voice lack a few, other languages all."""
+"""Smallest share of the clips in validated.tsv; later releases of Common Voice lack a few, other languages all."""
 
 
 def read(source: Path, selection: Selection) -> Sequence[Part]:
@@ -37,39 +37,29 @@ def read(source: Path, selection: Selection) -> Sequence[Part]:
 
     Args:
         source: the folder of CoVoST's TSV files.
-        selection: splits are called ``train``, ``dev``, ``test``; ``beside["common-voice"]`` is the folder of Common
-            Voice's languages.
+        selection: splits are called ``train``, ``dev``, ``test``; ``extra_sources["common-voice"]`` is the
+            folder of Common Voice's languages.
 
     Raises:
         ConfigError: if a language or split is not there, or Common Voice is not named.
         DataError: if a file of the selection is missing.
     """
     codes = _pairs(source)
-    common_voice = selection.beside.get("common-voice")
+    common_voice = selection.extra_sources.get("common-voice")
     if common_voice is None:
-        raise ConfigError(f"{CORPUS.title} needs --common-voice: {CORPUS.beside['common-voice']}.")
+        raise ConfigError(f"{CORPUS.title} needs --common-voice: {CORPUS.extra_sources['common-voice']}.")
     pairs = wanted_pairs(codes, selection.languages, CORPUS.title)
+    parts = []
     for split in chosen(selection.splits, _SPLITS, f"splits of {CORPUS.title}"):
         for spoken, targets in pairs.items():
-            for target in targets:
-                _translations_file(source, codes[spoken, target], split)
-    return [
-        _part(source, _clips(common_voice, codes[spoken, targets[0]][0]), split, spoken, targets, codes)
-        for split in chosen(selection.splits, _SPLITS, f"splits of {CORPUS.title}")
-        for spoken, targets in pairs.items()
-    ]
-
-
-def _part(
-    source: Path,
-    clips: Path,
-    split: str,
-    spoken: str,
-    targets: Sequence[str],
-    codes: Mapping[tuple[str, str], tuple[str, str]],
-) -> Part:
-    files = {target: _translations_file(source, codes[spoken, target], split) for target in targets}
-    return Part(split, (spoken, *targets), partial(_sentences, files, clips, split, spoken), spoken=spoken)
+            files = {target: _translations_file(source, codes[spoken, target], split) for target in targets}
+            language = codes[spoken, targets[0]][0]
+            what = f"Common Voice release 4 in '{language}', unpacked (https://commonvoice.mozilla.org/datasets)"
+            need(common_voice / language / "validated.tsv", f"the transcripts of {what}")
+            clips = need(common_voice / language / "clips", f"the recordings of {what}")
+            sentences = partial(_sentences, files, clips, split, spoken)
+            parts.append(Part(split, (spoken, *targets), sentences, spoken=spoken))
+    return parts
 
 
 def _pairs(source: Path) -> dict[tuple[str, str], tuple[str, str]]:
@@ -88,13 +78,6 @@ def _translations_file(source: Path, codes: tuple[str, str], split: str) -> Path
         if (source / name).is_file():
             return source / name
     return need(source / f"{stem}.{split}.tsv", f"translations of the {split} split; get them from {CORPUS.url}")
-
-
-def _clips(common_voice: Path, language: str) -> Path:
-    """The folder of the clips; its ``validated.tsv`` is beside it."""
-    what = f"Common Voice release 4 in '{language}', unpacked (https://commonvoice.mozilla.org/datasets)"
-    need(common_voice / language / "validated.tsv", f"the transcripts of {what}")
-    return need(common_voice / language / "clips", f"the recordings of {what}")
 
 
 def _sentences(files: Mapping[str, Path], clips: Path, split: str, spoken: str) -> Iterator[Sentence | Skipped]:
@@ -120,7 +103,7 @@ _OF_ANOTHER_SPLIT = "of another split"
 
 
 def _fault(row: Mapping[str, str], split: str) -> str | None:
-    """Why a row of CoVoST's is not in a split."""
+    """The cause for which a row of CoVoST is not in a split."""
     if not row["path"]:
         return "row without a clip"
     if "split" not in row or row["split"] in _IN_COLUMN[split]:
@@ -132,7 +115,7 @@ def _fault(row: Mapping[str, str], split: str) -> str | None:
 
 
 def _transcripts(validated: Path, clips: Mapping[str, object]) -> dict[str, str | None]:
-    """The transcripts of clips; None where the row has too many or too few columns, so that it may be half of one."""
+    """The transcripts of clips; None if the row has too many or too few columns, so that the text may be incomplete."""
     found: dict[str, str | None] = {}
     for cells, row in _rows(validated, "path", "sentence"):
         if row is None or not all(row.get(votes, "").isdecimal() or not row.get(votes) for votes in _VOTES):
@@ -149,7 +132,7 @@ def _transcripts(validated: Path, clips: Mapping[str, object]) -> dict[str, str 
 
 
 _VOTES = ("up_votes", "down_votes")
-"""Columns of numbers behind the sentence: something else in them has been shifted there."""
+"""Columns of numbers after the sentence: other values show that columns are shifted."""
 
 
 def _rows(file: Path, *columns: str) -> Iterator[tuple[list[str], dict[str, str] | None]]:
@@ -185,5 +168,7 @@ CORPUS = Corpus(
     url="https://github.com/facebookresearch/covost",
     files="the folder with covost_v2.{language}_{target}.tsv or .tsv.tar.gz",
     read=read,
-    beside={"common-voice": "the folder of Common Voice release 4, with {language}/validated.tsv and {language}/clips"},
+    extra_sources={
+        "common-voice": "the folder of Common Voice release 4, with {language}/validated.tsv and {language}/clips"
+    },
 )

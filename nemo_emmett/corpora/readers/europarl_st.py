@@ -44,7 +44,9 @@ def read(source: Path, selection: Selection) -> Sequence[Part]:
         for spoken, targets in wanted_pairs(pairs, selection.languages, CORPUS.title).items():
             need(root / spoken / "audios", f"the speeches in {spoken}; get them from {CORPUS.url}")
             for target in targets:
-                _check(root / spoken / target / split, spoken, target)
+                for name in ("segments.lst", f"segments.{spoken}", f"segments.{target}"):
+                    path = root / spoken / target / split / name
+                    need(path, f"a part of {spoken}-{target}; get it from {CORPUS.url}")
             sentences = partial(_sentences, root, split, spoken, targets)
             parts.append(Part(split, (spoken, *targets), sentences, spoken=spoken))
     return parts
@@ -57,11 +59,6 @@ def _root(source: Path) -> Path:
         if any(root.glob("??/??/*/segments.lst")):
             return root
     raise DataError(f"'{source}' does not hold {what}; unpack v1.1.tar.gz of {CORPUS.url} there.")
-
-
-def _check(folder: Path, spoken: str, target: str) -> None:
-    for name in ("segments.lst", f"segments.{spoken}", f"segments.{target}"):
-        need(folder / name, f"a part of {spoken}-{target}; get it from {CORPUS.url}")
 
 
 def _sentences(root: Path, split: str, spoken: str, targets: Sequence[str]) -> Iterator[Sentence | Skipped]:

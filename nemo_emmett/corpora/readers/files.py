@@ -21,10 +21,10 @@ from nemo_emmett.errors import DataError
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz")
 
 WRONG_COLUMNS = "wrong number of columns"
-"""Cause for which a row of a table is skipped: a tab in a text, or a cell that is missing, shifts those after it."""
+"""Cause of a skipped row of a table: a tab in a text, or a missing cell, shifts the cells after it."""
 
 _DAMAGED = (EOFError, OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
-"""What the standard library's archives raise where bytes are wrong or end early."""
+"""Raised by the standard library's archives for wrong or missing bytes."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,21 @@ class SourceFiles:
 
     def matching(self, *patterns: str) -> list[str]:
         """The names that match any of some glob patterns, folder by folder: ``dev/*.dev``."""
-        return [name for name in self.names if any(_matches(name, pattern) for pattern in patterns)]
+
+        def matches(name: str, pattern: str) -> bool:
+            path = PurePosixPath(name)
+            return len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern)
+
+        return [name for name in self.names if any(matches(name, pattern) for pattern in patterns)]
 
     def rooted(self, *patterns: str) -> SourceFiles:
         """The same files, named from the folder in which one of ``patterns`` matches: this one, or the nearest below.
 
-        So that a user may give the folder an archive was unpacked to, or the archive, as well as what is inside.
+        So a user may give the archive, the folder that it was unpacked to, or a folder inside.
         """
-        for folder in sorted({"", *_folders_of(self.names)}, key=lambda folder: (folder.count("/"), folder)):
+        parents = {parent for name in self.names for parent in PurePosixPath(name).parents}
+        folders = {"" if str(parent) == "." else str(parent) for parent in parents} | {""}
+        for folder in sorted(folders, key=lambda folder: (folder.count("/"), folder)):
             inside = SourceFiles(self.path, str(PurePosixPath(self.below, folder)) if folder else self.below)
             if inside.matching(*patterns):
                 return inside
@@ -78,7 +85,7 @@ class SourceFiles:
         """``name``, if there is such a file.
 
         Raises:
-            DataError: if there is not; ``what`` says what it would have been.
+            DataError: if there is not; ``what`` describes it in the message.
         """
         if not self.has(name):
             raise DataError(f"{self.where(name)} is missing: {what}.")
@@ -104,7 +111,7 @@ class SourceFiles:
                 yield stream
 
     def lines(self, name: str, errors: str = "surrogateescape") -> Iterator[str]:
-        """The lines of a UTF-8 file without their ends, which are newlines only: other separators may stand in a text.
+        """The lines of a UTF-8 file without their ends, which are newlines only: a text may contain other separators.
 
         Args:
             name: of the file.
@@ -181,13 +188,13 @@ def _open(path: Path, name: str) -> Iterator[BinaryIO]:
 
 
 def _is_zip(path: Path) -> bool:
-    # By its name too: half a download lacks the end by which it would be known.
+    # By its name too: an incomplete download lacks the end, by which is_zipfile recognises it.
     return path.name.endswith(".zip") or zipfile.is_zipfile(path)
 
 
 @contextmanager
 def _readable(path: Path, where: str | None = None) -> Iterator[None]:
-    """Say what a file's faults mean to the one who downloaded it."""
+    """Convert errors of reading into DataError with a remedy."""
     where = where or f"'{path}'"
     try:
         yield
@@ -195,14 +202,5 @@ def _readable(path: Path, where: str | None = None) -> Iterator[None]:
         raise DataError(f"{where} is missing.") from None
     except _DAMAGED as error:
         raise DataError(f"{where} cannot be read ({error}); download or unpack it again.") from error
-    except RuntimeError as error:  # of zipfile, which has no kind of its own for a password or an unknown compression
+    except RuntimeError as error:  # of zipfile: a password, or an unknown compression
         raise DataError(f"{where} cannot be read ({error}); unpack it and give the folder.") from error
-
-
-def _folders_of(names: Sequence[str]) -> set[str]:
-    return {str(folder) for name in names for folder in PurePosixPath(name).parents if str(folder) != "."}
-
-
-def _matches(name: str, pattern: str) -> bool:
-    path, wanted = PurePosixPath(name), PurePosixPath(pattern)
-    return len(path.parts) == len(wanted.parts) and path.match(pattern)

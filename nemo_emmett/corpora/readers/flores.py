@@ -9,14 +9,10 @@ Read as any of these is distributed, unpacked or, where it is one archive, as it
   record for each sentence with ``id``, ``iso_639_3``, ``iso_15924`` and ``text`` among other fields.
 
 ``dev`` has 997 sentences and ``devtest`` 1012. **Ids**: a sentence's number in its split, from 0, is its ``id`` in
-FLORES+ and the number of its line in the plain files; here it is written ``dev-0`` to ``devtest-1011``. FLEURS, which
-has these sentences read aloud, has other ids: they join its own languages with one another, across its own division
-into train, dev and test, but are no places in FLORES. Those who brought both together did it by the text of FLEURS'
-``raw_transcription``, which is FLORES' sentence of that language (github.com/fdschmidt93/fleurs-slu). So a FLEURS id
-gets its FLORES id by a language in which the texts agree, and joins all other languages by id.
+FLORES+ and the number of its line in the plain files; here it is written ``dev-0`` to ``devtest-1011``. FLEURS,
+in which these sentences are read aloud, has other ids; ``fleurs.py`` joins them by text.
 
-Where a language is there in several varieties under one code, such as the two of ``apc_Arab`` in FLORES+, the file
-whose name is the plain code is read.
+If a code has several varieties, such as ``apc_Arab`` in FLORES+, the file whose name is the plain code is read.
 """
 
 from __future__ import annotations
@@ -137,16 +133,14 @@ def _records(source: SourceFiles, name: str) -> Iterator[Any]:
     if name.endswith(".parquet"):
         yield from _parquet(source, name)
     elif name.endswith(".jsonl"):
-        yield from (_parsed(line) for line in source.lines(name) if line.strip())
+        for line in filter(str.strip, source.lines(name)):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            yield record
     else:
         yield from ({"id": number, "text": line} for number, line in enumerate(source.lines(name)))
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _parquet(source: SourceFiles, name: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Publishers' language codes, and which of a corpus's languages and splits are wanted."""
+"""Publishers' language codes, and the selection of a corpus's languages and splits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nemo_emmett.errors import ConfigError
 
 @cache
 def iso_code(code: str) -> str:
-    """The code by which recipes name a language: ISO 639-1 where it has one, with a script that is not its usual one.
+    """The code of a language in recipes: ISO 639-1 if it has one, with a script that is not its usual one.
 
-    What is not the standard variety of a language keeps a code of its own, FLORES-200's where recipes know no other, so
-    that no two varieties share one. Regions are left out, since publishers write them for accents: ``es_419``.
+    Other varieties than the standard one keep a code of their own, FLORES-200's if recipes have no other, so that no
+    two varieties share a code. Regions are removed, since publishers write them for accents: ``es_419``.
 
     Args:
         code: ISO 639-1, 639-2 or 639-3, perhaps with an ISO 15924 script and a region: ``deu_Latn``, ``cmn_hans_cn``.
@@ -30,17 +30,19 @@ def iso_code(code: str) -> str:
     usual = flores_code(short)
     script = next((tag.title() for tag in subtags if len(tag) == 4 and tag.isalpha()), None)
     if script is None and subtags and usual is not None:
-        script = (flores_code(f"{short}-{subtags[-1].upper()}") or usual)[-4:]  # zh_TW: the region tells the script
+        script = (flores_code(f"{short}-{subtags[-1].upper()}") or usual)[
+            -4:
+        ]  # zh_TW: the region determines the script
     found = short if script is None or usual is None or usual.endswith(script) else f"{short}-{script}"
     return found if is_known_language(found) else flores_code(code) or flores_code(found) or found
 
 
 def chosen(asked: Sequence[str] | None, there: Iterable[str], what: str) -> tuple[str, ...]:
-    """What is asked for, in that order; all that is there, if nothing is.
+    """The selected values in their order; all that exist, if none is selected.
 
     Args:
         asked: values of an option.
-        there: what the corpus has.
+        there: the corpus's values.
         what: the option in words, for the message: "languages of FLORES".
 
     Raises:
@@ -54,14 +56,14 @@ def chosen(asked: Sequence[str] | None, there: Iterable[str], what: str) -> tupl
 
 
 def check_languages(asked: Sequence[str] | None, there: Iterable[str] = ()) -> None:
-    """Refuse what is no language, for corpora of which one may have downloaded some pairs of those asked for.
+    """Refuse unknown languages, for corpora of which a user may have downloaded only some of the selected pairs.
 
     Args:
         asked: values of the option.
-        there: languages that the corpus has, which may be some that no recipe knows.
+        there: languages of the corpus, which may be unknown to recipes.
 
     Raises:
-        ConfigError: if a value is neither there nor a language that recipes know.
+        ConfigError: if a value is neither among them nor a language of recipes.
     """
     from nemo_emmett.prompts.languages import check_language
 
@@ -72,7 +74,7 @@ def check_languages(asked: Sequence[str] | None, there: Iterable[str] = ()) -> N
 
 
 _SAME = {"fil": "tl", "iw": "he", "jw": "jv"}
-"""Codes of languages that all models here know by another: Filipino and Tagalog are one for them, two are obsolete."""
+"""Codes of languages that have another code in all models here: Filipino (as Tagalog), and two obsolete ones."""
 
 
 def _shortest(language: str) -> str:

@@ -1,8 +1,8 @@
 """Multilingual TEDx (Salesky et al., 2021): talks in eight languages, as ``mtedx_es.tgz``, ``mtedx_es-en.tgz``, ...
 
 ``ted.py`` has the layout that the archives unpack to; recordings are .flac. The pairs of a spoken language share its
-talks: each segment is one recording with all of its translations. ``es-es`` holds transcripts alone, of more talks, and
-makes a part of its own: ``train.es-es``. Text is left as it is.
+talks: each segment is one recording with all of its translations. ``es-es`` has only transcripts, of more talks, and is
+a part of its own: ``train.es-es``. Text is left as it is.
 
 lhotse's ``prepare_mtedx`` reads subtitles, without translations, lower-cases them and drops punctuation.
 """
@@ -46,7 +46,7 @@ def read(source: Path, selection: Selection) -> Sequence[Part]:
 
 
 def _parts(split: str, spoken: str, pairs: Sequence[TalksOfPair]) -> Iterator[Part]:
-    """What is translated, and what is transcribed: tasks that a recipe blends in shares of its own."""
+    """Separate parts for translation and transcription, which a recipe can weight differently."""
     translated = [pair for pair in pairs if pair.target != spoken]
     if translated:
         languages = (spoken, *(pair.target for pair in translated))
@@ -62,7 +62,7 @@ def _sentences(spoken: str, pairs: Sequence[TalksOfPair]) -> Iterator[Sentence |
 
 
 def _audio(pairs: Sequence[TalksOfPair], talk: str) -> Path:
-    """The talk in the first pair that has it: not all were translated into all languages."""
+    """The talk's file in the first pair that has it: not all talks are translated into all languages."""
     places = [pair.folder / "wav" / f"{talk}.flac" for pair in pairs]
     return next((place for place in places if place.is_file()), places[0])
 

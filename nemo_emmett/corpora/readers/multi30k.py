@@ -2,7 +2,7 @@
 
 Read from task 1 of github.com/multi30k/dataset: ``data/task1/raw/{split}.{language}.gz`` with the splits train (29,000
 sentences), val (1014), test_2016_flickr, test_2017_flickr, test_2017_mscoco and test_2018_flickr, or the same files
-unpacked. A split has the languages that it was translated to: test_2017_* are not there in Czech.
+unpacked. A split has the languages that it was translated to: test_2017_* do not exist in Czech.
 
 A sentence's id is the number of its line, from 1.
 """
@@ -26,8 +26,8 @@ _FILE = re.compile(rf"(?P<split>{'|'.join(SPLITS)})\.(?P<language>{'|'.join(LANG
 
 
 def read(path: Path, selection: Selection) -> list[Part]:
-    """A part for each split, in the languages that it has of those wanted."""
-    # Not train.*: the repository has image_splits/train.txt beside the captions.
+    """A part for each split, in those of the selected languages that it has."""
+    # Not train.*: the repository also has image_splits/train.txt.
     source = SourceFiles(path).rooted(*(f"{split}.??{packed}" for split in SPLITS for packed in ("", ".gz")))
     files: dict[str, dict[str, str]] = {}
     for name in source.names:
@@ -35,7 +35,8 @@ def read(path: Path, selection: Selection) -> list[Part]:
             files.setdefault(found["split"], {})[found["language"]] = name
     if not files:
         raise DataError(f"There is no Multi30k in '{path}'; what is needed: {CORPUS.files}")
-    languages = chosen(selection.languages, [lang for lang in LANGUAGES if _any_has(files, lang)], "languages")
+    found_languages = [lang for lang in LANGUAGES if any(lang in names for names in files.values())]
+    languages = chosen(selection.languages, found_languages, "languages")
     splits = chosen(selection.splits, [split for split in SPLITS if split in files], "splits of Multi30k")
     parts = []
     for split in splits:
@@ -45,10 +46,6 @@ def read(path: Path, selection: Selection) -> list[Part]:
     if not parts:
         raise DataError(f"No split in '{path}' is there in two of the languages {', '.join(languages)}.")
     return parts
-
-
-def _any_has(files: dict[str, dict[str, str]], language: str) -> bool:
-    return any(language in languages for languages in files.values())
 
 
 def _sentences(source: SourceFiles, names: dict[str, str]) -> Iterator[Sentence]:

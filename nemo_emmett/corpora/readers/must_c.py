@@ -1,10 +1,10 @@
 """MuST-C: English TED talks with translations (Di Gangi et al., 2019), as ``MUSTC_v1.0_en-de.tar.gz`` unpacks.
 
-``ted.py`` has the layout. The pairs were segmented each for itself, so each makes a part of its own: ``train.en-de``.
+``ted.py`` has the layout. The pairs were segmented independently, so each is a part of its own: ``train.en-de``.
 Text is left as it is, with its ``(Applause)`` and names of speakers.
 
-lhotse's ``prepare_must_c`` keeps the translation without the transcript and opens every recording, so that a broken
-one ends it.
+lhotse's ``prepare_must_c`` keeps the translation without the transcript and opens every recording, so that a damaged
+one stops it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Corpora of language pairs: which pairs are wanted, and segments of several pairs as one list of recordings."""
+"""Corpora of language pairs: the selected pairs, and segments of several pairs as one list of recordings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_emmett.errors import DataError
 
 @dataclass(frozen=True, order=True)
 class Segment:
-    """A stretch of a talk or speech. What the publisher says of the same stretch in two pairs is equal here."""
+    """A segment of a talk or speech; the same segment in two pairs is equal."""
 
     talk: str  # name of the recording, without its ending
     start: float  # seconds
@@ -23,7 +23,7 @@ class Segment:
 
     @classmethod
     def of(cls, talk: str, start: Any, end: Any) -> Segment | Skipped:
-        """A segment from a publisher's values, which may be of any kind."""
+        """A segment from a publisher's values, which may be of any type."""
         if not all(is_seconds(value) for value in (start, end)):
             return Skipped("segment without its times")
         return cls(talk, start, end) if 0 <= start < end else Skipped("segment with impossible times")
@@ -41,11 +41,11 @@ class Segment:
 def wanted_pairs(
     pairs: Iterable[tuple[str, str]], languages: Sequence[str] | None, title: str
 ) -> dict[str, tuple[str, ...]]:
-    """The target languages of each spoken language, of the pairs whose languages are both wanted.
+    """The target languages of each spoken language, from the pairs whose languages are both selected.
 
     Args:
-        pairs: (spoken, target) that are there.
-        languages: those wanted; None: all.
+        pairs: the corpus's (spoken, target).
+        languages: those selected; None: all.
         title: of the corpus, for messages.
 
     Raises:
@@ -71,29 +71,29 @@ def joined(
 ) -> Iterator[Sentence | Skipped]:
     """The segments of all pairs of one spoken language, each once with all of its translations, by talk and time.
 
-    Two pairs have a segment in common if its times and its transcript are the same in both. Where one pair has it
-    twice, its first translation counts, and the others are skipped.
+    Two pairs share a segment if its times and its transcript are the same in both. If one pair has it twice, the first
+    translation is used, and the others are skipped.
 
     Args:
-        readings: for each pair, its segments with their transcript and translation by language, or why a row is none.
+        readings: for each pair, its segments with transcript and translation by language, or causes of skipped rows.
         spoken: the language of the transcripts.
         audio: the recording of a talk.
     """
     found: dict[tuple[Segment, str], dict[str, str]] = {}
     for reading in readings:
-        met = set()
+        seen_in_pair = set()
         for row in reading:
             if isinstance(row, Skipped):
                 yield row
                 continue
             segment, texts = row
-            if (key := (segment, texts[spoken])) in met:
+            if (key := (segment, texts[spoken])) in seen_in_pair:
                 yield Skipped("segment occurs twice")
                 continue
-            met.add(key)
-            there = found.setdefault(key, {})
+            seen_in_pair.add(key)
+            translations = found.setdefault(key, {})
             for language, text in texts.items():
-                there.setdefault(language, text)
+                translations.setdefault(language, text)
     seen: Counter[Segment] = Counter()
     for (segment, _), texts in sorted(found.items(), key=lambda item: item[0]):
         seen[segment] += 1
@@ -103,19 +103,19 @@ def joined(
 
 
 def with_translations(texts: Mapping[str, str], spoken: str) -> dict[str, str]:
-    """``texts`` without the empty translations, if there is another.
+    """``texts`` without the empty translations, unless all are empty.
 
-    Where there is none they stay, so that the recording is skipped and counted, not taken for one to transcribe.
+    In that case they are kept, so that the recording is skipped and counted, not taken as one to transcribe.
     """
     translated = {language: text for language, text in texts.items() if text or language == spoken}
     return translated if len(translated) > 1 else dict(texts)
 
 
 def need(path: Path, what: str) -> Path:
-    """``path``, if it is there.
+    """``path``, if it exists.
 
     Raises:
-        DataError: if it is not; ``what`` says what it would have been and where to get it.
+        DataError: if it does not; ``what`` describes it and where to get it.
     """
     if not path.exists():
         raise DataError(f"'{path}' is missing: {what}.")
@@ -123,10 +123,10 @@ def need(path: Path, what: str) -> Path:
 
 
 def need_folder(source: Path, what: str) -> Path:
-    """``source``, if it is a folder: corpora of whole talks are too large to be read out of their archives.
+    """``source``, if it is a folder: corpora of whole talks are too large to be read from their archives.
 
     Raises:
-        DataError: if it is an archive or not there; ``what`` says what the folder would hold.
+        DataError: if it is an archive or does not exist; ``what`` describes the content of the folder.
     """
     if source.is_file():
         raise DataError(f"'{source}' is a file; unpack it and give the folder that holds {what}.")

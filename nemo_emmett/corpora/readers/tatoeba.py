@@ -38,16 +38,13 @@ class _Table:
     source: SourceFiles
     name: str
 
-    @property
-    def num_columns(self) -> int:
-        """Those that each line must have; with another number, a tab in a sentence may have cut it in two."""
-        return 2 if "links" in self.name else 6 if "detailed" in self.name else 3
-
     def rows(self) -> Iterator[tuple[list[str], bool]]:
-        """The columns of its lines, and whether there are as many as there must be."""
+        """The columns of its lines, and whether their number is right."""
+        # A line with another number may have a tab in its sentence.
+        num_columns = 2 if "links" in self.name else 6 if "detailed" in self.name else 3
         for line in self.source.lines(self.name):
             row = line.split("\t")
-            yield row, len(row) == self.num_columns
+            yield row, len(row) == num_columns
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class _Pair:
     languages: tuple[str, str]  # ISO 639-1
     sentences: tuple[_Table, _Table]
     links: _Table
-    links_are_theirs: bool  # and not those of all languages
+    links_are_theirs: bool  # or those of all languages
 
     def __call__(self) -> Iterator[Sentence | Skipped]:
         one, other = (_texts(table, lang) for table, lang in zip(self.sentences, self.languages, strict=True))
@@ -67,7 +64,7 @@ class _Pair:
                 continue
             first, second = row
             if self.links_are_theirs or (first in one and second in other):
-                # What a table of another week lacks is counted as empty.
+                # A sentence that a table of another week lacks is counted as empty.
                 texts = (one.get(first, ""), other.get(second, ""))
                 if None in texts:
                     yield Skipped(WRONG_COLUMNS)
@@ -76,7 +73,7 @@ class _Pair:
 
 
 def read(path: Path, selection: Selection) -> list[Part]:
-    """A part for each pair of the languages asked for that has a table of links; of the whole export, for each."""
+    """A part for each pair of the selected languages that has a table of links; of the whole export, for each pair."""
     if set(selection.splits or [SPLIT]) != {SPLIT}:
         raise ConfigError(f"splits: Tatoeba has none but '{SPLIT}'; leave the option out.")
     whole = _whole(path)
@@ -85,7 +82,7 @@ def read(path: Path, selection: Selection) -> list[Part]:
 
 
 def _whole(path: Path) -> tuple[_Table, _Table] | None:
-    """The tables of sentences and links of the whole export, if it is there."""
+    """The tables of sentences and links of the whole export; None if it does not exist."""
     sentences = _table(path, "sentences") or _table(path, "sentences_detailed")
     links = _table(path, "links")
     if sentences is None and links is None:
@@ -128,9 +125,10 @@ def _pairs_by_language(path: Path, selection: Selection) -> list[_Pair]:
         raise DataError(f"'{path}' has no links between any of {', '.join(wanted)}; download *_links.tsv.bz2 for them.")
     for pair in unique.values():
         for language in set(pair) - tables.keys():
+            code = _LINKS.search(links[pair].name).group("one" if language == pair[0] else "other")
             raise DataError(
                 f"'{path}' has {links[pair].name} without the sentences in '{language}'; download "
-                f"{_code(links[pair].name, pair, language)}_sentences.tsv.bz2 too."
+                f"{code}_sentences.tsv.bz2 too."
             )
     return [
         _Pair(pair, (tables[pair[0]], tables[pair[1]]), links[pair], links_are_theirs=True)
@@ -144,13 +142,8 @@ def _found(source: SourceFiles, pattern: re.Pattern) -> Iterator[tuple[str, re.M
             yield name, found
 
 
-def _code(links: str, pair: tuple[str, str], language: str) -> str:
-    """The publisher's code of one language of a table of links."""
-    return _LINKS.search(links).group("one" if language == pair[0] else "other")
-
-
 def _texts(table: _Table, language: str) -> dict[str, str | None]:
-    """The sentences of a language by their ids; None where the columns of a row do not tell which text is whose."""
+    """The sentences of a language by their ids; None if the row has a wrong number of columns."""
     texts: dict[str, str | None] = {}
     for row, is_whole in table.rows():
         if len(row) < 2 or iso_code(row[1]) == language:

@@ -1,4 +1,4 @@
-"""The layout of MuST-C, which mTEDx took over: talks, and a line for each segment in parallel files.
+"""The layout of MuST-C and mTEDx: talks, and a line for each segment in parallel files.
 
     en-de/data/train/wav/ted_767.wav    a whole talk; of mTEDx .flac
     en-de/data/train/txt/train.yaml     - {duration: 3.5, offset: 16.08, speaker_id: spk.767, wav: ted_767.wav, ...}
@@ -43,13 +43,16 @@ class TalksOfPair:
             need(path, f"a part of {self.spoken}-{self.target}; get it from {where_from}")
 
     def rows(self) -> Iterator[tuple[Segment, dict[str, str]] | Skipped]:
-        """Its segments, with transcript and translation by language, or why one is none, in the publisher's order.
+        """The segments with their transcript and translation by language, or their cause, in the publisher's order.
 
         Raises:
             DataError: if a file cannot be read, or the parallel files are not equally long.
         """
         segments = self._read_segments()
-        texts = {language: self._read_text(language) for language in (self.spoken, self.target)}
+        texts = {}
+        for language in (self.spoken, self.target):
+            path = self._text(language)
+            texts[language] = [line.strip() for line in SourceFiles(path.parent).lines(path.name)]
         for language, lines in texts.items():
             if len(lines) != len(segments):
                 raise DataError(
@@ -69,20 +72,23 @@ class TalksOfPair:
     def _text(self, language: str) -> Path:
         return self.folder / "txt" / f"{self.folder.name}.{language}"
 
-    def _read_text(self, language: str) -> list[str]:
-        path = self._text(language)
-        return [line.strip() for line in SourceFiles(path.parent).lines(path.name)]
-
     def _read_segments(self) -> list[Segment | Skipped]:
         path = self._segments
         try:
             entries = _yaml(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):  # one bad line spoils all; an entry is a line
+        except (yaml.YAMLError, UnicodeDecodeError):  # of a bad line; each entry is one line
             lines = [line for line in SourceFiles(path.parent).lines(path.name) if line.strip()]
             entries = [_entry(line) for line in lines]
         if not isinstance(entries, list) or not any(isinstance(entry, dict) for entry in entries):
             raise DataError(f"'{path}' is no list of segments; unpack the archive of the pair again.")
-        return [_segment(entry) for entry in entries]
+        segments: list[Segment | Skipped] = []
+        for entry in entries:
+            try:
+                end = entry["offset"] + entry["duration"]
+                segments.append(Segment.of(PurePath(entry["wav"]).stem, entry["offset"], end))
+            except (KeyError, TypeError):
+                segments.append(Skipped("segment without its times"))
+        return segments
 
 
 def _yaml(text: str) -> Any:
@@ -90,19 +96,12 @@ def _yaml(text: str) -> Any:
 
 
 def _entry(line: str) -> Any:
-    """The one entry of a list that a line holds; None if it holds something else."""
+    """The single entry of a list in one line; None if the line contains something else."""
     try:
         (entry,) = _yaml(line)
     except (yaml.YAMLError, ValueError, TypeError):
         return None
     return entry
-
-
-def _segment(entry: Any) -> Segment | Skipped:
-    try:
-        return Segment.of(PurePath(entry["wav"]).stem, entry["offset"], entry["offset"] + entry["duration"])
-    except (KeyError, TypeError):
-        return Skipped("segment without its times")
 
 
 def data_folders(source: Path) -> dict[tuple[str, str], Path]:

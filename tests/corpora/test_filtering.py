@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from nemo_emmett.corpora.hygiene import Hygiene, HygieneConfig, LanguageIdentifier
+from nemo_emmett.corpora.filtering import FilterConfig, LanguageIdentifier, SentenceFilter
 from nemo_emmett.errors import ConfigError, DataError, EmmettError
 
 CAPTIONS = Path(__file__).parents[3] / "shared" / "data" / "multi30k"
 
 
 def cause(texts: dict[str, str], **config: Any) -> str | None:
-    return Hygiene(HygieneConfig(**config), list(texts)).cause(texts)
+    return SentenceFilter(FilterConfig(**config), list(texts)).cause(texts)
 
 
 def test_nothing_is_left_out_by_default() -> None:
@@ -25,18 +25,20 @@ def test_nothing_is_left_out_by_default() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"max_length_ratio": 0.5}, "hygiene.max_length_ratio: 0.5 must be"),
-        ({"max_length_ratio": float("nan")}, "hygiene.max_length_ratio: nan must be"),
-        ({"max_length_ratio": "3"}, "hygiene.max_length_ratio: '3' must be"),
-        ({"min_words": 0}, "hygiene.min_words: 0 must be"),
-        ({"max_words": 2.5}, "hygiene.max_words: 2.5 must be"),
-        ({"max_words": True}, "hygiene.max_words: True must be"),
-        ({"min_words": 5, "max_words": 4}, "hygiene.min_words: 5 is above max_words, 4"),
+        ({"max_length_ratio": 0.5}, "filters.max_length_ratio: 0.5 cannot be used; give a number from 1, or null"),
+        ({"max_length_ratio": float("nan")}, "filters.max_length_ratio: nan cannot be used"),
+        ({"max_length_ratio": "three"}, "filters.max_length_ratio: 'three' cannot be used"),
+        ({"min_words": 0}, "filters.min_words: 0 cannot be used; give a whole number from 1, or null"),
+        ({"max_words": 2.5}, "filters.max_words: 2.5 cannot be used"),
+        ({"max_words": True}, "filters.max_words: True cannot be used"),
+        ({"language_id": "false"}, "filters.language_id: 'false' cannot be used; give true or false"),
+        ({"held_out": (3,)}, "filters.held_out.0: 3 cannot be used"),
+        ({"min_words": 5, "max_words": 4}, "filters.min_words: 5 is above max_words, 4"),
     ],
 )
 def test_values_that_cannot_work_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        HygieneConfig(**config)
+        FilterConfig(**config)
     assert str(error.value).startswith(message)
 
 
@@ -62,37 +64,39 @@ def test_words_are_counted_in_each_language() -> None:
 
 
 def test_only_the_first_of_equal_sentences_stays() -> None:
-    hygiene = Hygiene(HygieneConfig(deduplicate=True), ["en", "de"])
-    assert hygiene.cause({"en": "The café.", "de": "Das Café."}) is None
-    assert hygiene.cause({"de": "Das Café. ", "en": "The cafe\u0301."}) == "duplicate"
-    assert hygiene.cause({"en": "The café.", "de": "Das Kaffeehaus."}) is None
-    assert hygiene.cause({"en": "Das Café.", "de": "The café."}) is None
+    sentence_filter = SentenceFilter(FilterConfig(deduplicate=True), ["en", "de"])
+    assert sentence_filter.cause({"en": "The café.", "de": "Das Café."}) is None
+    assert sentence_filter.cause({"de": "Das Café. ", "en": "The cafe\u0301."}) == "duplicate"
+    assert sentence_filter.cause({"en": "The café.", "de": "Das Kaffeehaus."}) is None
+    assert sentence_filter.cause({"en": "Das Café.", "de": "The café."}) is None
 
 
 def test_sentence_left_out_for_another_reason_is_no_first_one() -> None:
-    hygiene = Hygiene(HygieneConfig(deduplicate=True, max_length_ratio=2), ["en", "de"])
-    assert hygiene.cause({"en": "Yes.", "de": "Das ist wohl so."}) == "length ratio above 2"
-    assert hygiene.cause({"en": "Yes.", "de": "Das ist wohl so."}) == "length ratio above 2"
+    sentence_filter = SentenceFilter(FilterConfig(deduplicate=True, max_length_ratio=2), ["en", "de"])
+    assert sentence_filter.cause({"en": "Yes.", "de": "Das ist wohl so."}) == "length ratio above 2"
+    assert sentence_filter.cause({"en": "Yes.", "de": "Das ist wohl so."}) == "length ratio above 2"
 
 
 def test_held_out_sentences_are_left_out(tmp_path: Path) -> None:
     test = tmp_path / "test.de"
     test.write_text("Zwei Hunde spielen im tiefen Schnee.\nVielen Dank.\n", encoding="utf-8")
-    hygiene = Hygiene(HygieneConfig(held_out=(test,)), ["en", "de"])
-    left_out = "stands in held-out data"
-    assert hygiene.cause({"en": "Two dogs.", "de": "zwei HUNDE spielen im tiefen Schnee"}) == left_out
-    assert hygiene.cause({"en": "Look!", "de": "Schau! Zwei Hunde spielen im tiefen Schnee, sagt er."}) == left_out
-    assert hygiene.cause({"en": "Two cats.", "de": "Zwei Katzen spielen im tiefen Schnee."}) is None
-    assert hygiene.cause({"en": "Thank you.", "de": "Vielen Dank."}) is None
+    sentence_filter = SentenceFilter(FilterConfig(held_out=(test,)), ["en", "de"])
+    left_out = "occurs in held-out data"
+    assert sentence_filter.cause({"en": "Two dogs.", "de": "zwei HUNDE spielen im tiefen Schnee"}) == left_out
+    assert (
+        sentence_filter.cause({"en": "Look!", "de": "Schau! Zwei Hunde spielen im tiefen Schnee, sagt er."}) == left_out
+    )
+    assert sentence_filter.cause({"en": "Two cats.", "de": "Zwei Katzen spielen im tiefen Schnee."}) is None
+    assert sentence_filter.cause({"en": "Thank you.", "de": "Vielen Dank."}) is None
     with pytest.raises(DataError, match=r"missing\.de' does not exist"):
-        Hygiene(HygieneConfig(held_out=(tmp_path / "missing.de",)), ["de"])
+        SentenceFilter(FilterConfig(held_out=(tmp_path / "missing.de",)), ["de"])
 
 
-def test_missing_library_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid", None)
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     with pytest.raises(EmmettError, match=r"needs 'py3langid', .*pip install 'nemo_emmett\[hygiene\]'"):
-        Hygiene(HygieneConfig(language_id=True), ["en"])
+        SentenceFilter(FilterConfig(language_id=True), ["en"])
     assert cause({"en": "x"}, deduplicate=True) is None
 
 
@@ -108,7 +112,7 @@ class TestLanguageIdentification:
         assert cause({"fr": german, "de": german}, language_id=True) == "not in French"
 
     @pytest.mark.parametrize("text", ["OK", "2019", "Berlin", "...", "http://www.example.com", "Danke."])
-    def test_what_is_too_short_to_tell_stays(self, text: str) -> None:
+    def test_a_text_too_short_to_identify_is_kept(self, text: str) -> None:
         assert cause({"de": text, "en": text}, language_id=True) is None
 
     def test_codes_with_script_or_region_and_of_other_names_are_understood(self) -> None:
@@ -117,8 +121,8 @@ class TestLanguageIdentification:
         assert cause({"nb": "Barna spiller fotball i parken hver eneste dag."}, language_id=True) is None
 
     def test_language_that_cannot_be_identified_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match=r"hygiene\.language_id: 'ay' is not among the 1\d\d languages"):
-            Hygiene(HygieneConfig(language_id=True), ["en", "ay"])
+        with pytest.raises(ConfigError, match=r"filters\.language_id: 'ay' is not among the 1\d\d languages"):
+            SentenceFilter(FilterConfig(language_id=True), ["en", "ay"])
 
     @pytest.mark.skipif(not CAPTIONS.is_dir(), reason="Multi30k is not at ../shared/data")
     def test_errors_on_real_captions_are_as_documented(self) -> None:
