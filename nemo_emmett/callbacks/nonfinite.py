@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from nemo_emmett.errors import ConfigError, NonFiniteError
+from nemo_emmett.errors import NonFiniteError
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.modules.loss import world_size
+from nemo_emmett.modules.tensors import local_values, nonfinite_weight
+from nemo_emmett.typed_config import PositiveWhole, parse_value
 
 _MAX_NAMED = 64
 """Examples of a batch that a message names."""
@@ -66,13 +68,9 @@ class SkipNonFiniteSteps(Callback, Serialization):
     """
 
     def __init__(self, max_steps: int | None = 10, window: int = 100) -> None:
-        for name, value in {"max_steps": max_steps, "window": window}.items():
-            if not (value is None and name == "max_steps") and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ConfigError(f"SkipNonFiniteSteps.{name}: {value!r} must be a whole number.")
-            if value is not None and value < 1:
-                raise ConfigError(f"SkipNonFiniteSteps.{name}: {value} must be 1 or more.")
-        self._max_steps, self._window = max_steps, window
-        self._skipped: deque[int] = deque(maxlen=max_steps or 1)  # the last skipped steps, for the window
+        self._max_steps = parse_value(PositiveWhole | None, max_steps, "SkipNonFiniteSteps.max_steps")
+        self._window = parse_value(PositiveWhole, window, "SkipNonFiniteSteps.window")
+        self._skipped: deque[int] = deque(maxlen=self._max_steps or 1)  # the last skipped steps, for the window
         self._steps_made = self._steps_skipped = 0  # of this run
         self._in_batch = False  # OOMptimizer's probing steps are none of ours
         self._examples: Mapping[str, Sequence[Mapping] | None] = {}
@@ -115,7 +113,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
         if not self._in_batch or _has_scaler(trainer):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = _norm([_local(p.grad) for p in parameters], pl_module.device) if parameters else None
+        norm = _norm([local_values(p.grad) for p in parameters], pl_module.device) if parameters else None
         self._decide(trainer, pl_module, [micro.loss for micro in self._micro_steps], norm, parameters)
 
     def on_train_batch_end(
@@ -220,46 +218,6 @@ _REMEDY = (
 )
 
 
-def nonfinite_weight(
-    parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]] = ()
-) -> str | None:
-    """The name of the first parameter that is not finite, or buffer that holds NaN; None if all is well.
-
-    Buffers may be infinite: masks are.
-    """
-    checks = [
-        (name, test(_local(tensor.detach())))
-        for tensors, test in ((parameters, lambda t: ~t.isfinite().all()), (buffers, lambda t: t.isnan().any()))
-        for name, tensor in tensors
-        if tensor.is_floating_point() and not tensor.is_meta
-    ]
-    if not checks:
-        return None
-    found = torch.stack([flag.to(checks[0][1].device) for _, flag in checks]).nonzero()
-    return checks[int(found[0])][0] if len(found) else None
-
-
-def refuse_nonfinite(weights: Mapping[str, Tensor], buffers: Collection[str] = ()) -> None:
-    """Refuse to export weights that are not finite.
-
-    Args:
-        weights: by name.
-        buffers: the names of those that are no parameters.
-
-    Raises:
-        NonFiniteError: naming a parameter.
-    """
-    name = nonfinite_weight(
-        ((name, tensor) for name, tensor in weights.items() if name not in buffers),
-        ((name, tensor) for name, tensor in weights.items() if name in buffers),
-    )
-    if name is not None:
-        raise NonFiniteError(
-            f"the weights are not finite ('{name}'), so they are not exported; export an earlier checkpoint with "
-            "`nemo-emmett export`."
-        )
-
-
 def _norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """Of all gradients together, the Euclidean norm; in float32 at least, since a norm overflows before its values."""
     dtype = reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
@@ -275,12 +233,6 @@ def _any_rank(flag: Tensor) -> bool:
 
 def _has_scaler(trainer: Trainer) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Of a sharded tensor (FSDP2), what this rank holds; of a sparse one, its values."""
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return tensor._values() if tensor.is_sparse else tensor
 
 
 def _is_finite(value: float) -> bool:

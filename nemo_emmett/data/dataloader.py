@@ -25,7 +25,6 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data._utils import signal_handling
 
-from nemo_emmett.callbacks.random_state import random_state, restore_random_state
 from nemo_emmett.data.agreement import RanksInStep, ranks_load_data
 from nemo_emmett.data.bucketing.length_stats import auto_bins
 from nemo_emmett.data.config.schema import AUTO_BINS, MultimodalDataConfig
@@ -59,6 +58,7 @@ from nemo_emmett.data.worker_batches import (
     prepare_dataset,
 )
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.modules.random_state import random_state, restore_random_state
 from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.prompts.translation import register_prompt_formats
 

@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import cached_file
 
-from nemo_emmett.callbacks.nonfinite import refuse_nonfinite
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ModelError
 from nemo_emmett.files import whole_folder
 from nemo_emmett.models.checkpoint import read_checkpoint
+from nemo_emmett.modules.tensors import refuse_nonfinite
 
 
 class Export:

@@ -5,9 +5,6 @@
 - :mod:`nemo_emmett.modules.loss`: token cross-entropy per modality over all ranks.
 - :mod:`nemo_emmett.modules.linear_cross_entropy`: cross-entropy of an output layer without its logits.
 - :mod:`nemo_emmett.modules.bleu`: sacreBLEU as everything here uses it.
-- :mod:`nemo_emmett.callbacks.random_state`: random states in Lightning checkpoints.
-- :mod:`nemo_emmett.callbacks.resumable_loop`: Lightning's epoch loop, resumed exactly.
-- :mod:`nemo_emmett.callbacks.stop_on_signal`: SIGTERM and SIGINT end training with a checkpoint.
-- :mod:`nemo_emmett.callbacks.nonfinite`: training steps whose loss or gradients are not finite.
-- :mod:`nemo_emmett.callbacks.training_clock`: seconds of training, validation left out.
+- :mod:`nemo_emmett.modules.random_state`: states of the random generators.
+- :mod:`nemo_emmett.modules.tensors`: what a rank holds of its tensors, and whether weights are finite.
 """

@@ -7,13 +7,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import annotated_types
 import torch
 from lightning.pytorch.utilities.memory import is_oom_error
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.files import shown
+from nemo_emmett.typed_config import Number, parse_value
 
 _GIB = 2**30
 _TERA = 10**12
@@ -25,6 +28,9 @@ _UNITS = {"b": 1} | {
 }
 
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)")
+
+MemoryFraction = Annotated[Number, annotated_types.Gt(0), annotated_types.Le(1)]
+"""A share of a device's memory."""
 
 MEMORY_FRACTION = 0.9
 """Share of a device's memory that a step may take, unless another is given."""
@@ -166,7 +172,7 @@ def budget_of(device: torch.device, memory_fraction: float, memory_budget: int |
     Raises:
         ConfigError: if the fraction is none, the budget cannot be read, or it is more than the device has.
     """
-    check_fraction(memory_fraction)
+    memory_fraction = parse_value(MemoryFraction, memory_fraction, "OOMptimizer.memory_fraction")
     available = device_memory(device)
     if is_cpu_default(device, memory_fraction, memory_budget):
         return min(CPU_BUDGET, available // 2, _unused_memory(available) // 2)
@@ -184,20 +190,6 @@ def budget_of(device: torch.device, memory_fraction: float, memory_budget: int |
 def is_cpu_default(device: torch.device, memory_fraction: float, memory_budget: int | str | None) -> bool:
     """Whether a CPU is to be used and nobody has said how much of its memory."""
     return device.type == "cpu" and memory_budget is None and memory_fraction == MEMORY_FRACTION
-
-
-def check_fraction(memory_fraction: float) -> None:
-    """Check a share of a memory.
-
-    Raises:
-        ConfigError: if it is none.
-    """
-    number = isinstance(memory_fraction, (int, float)) and not isinstance(memory_fraction, bool)
-    if not number or not 0 < memory_fraction <= 1:
-        raise ConfigError(
-            f"OOMptimizer.memory_fraction: {memory_fraction!r} is no share of the memory; give a number above 0 and at "
-            "most 1."
-        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ import numpy as np
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import Bucket
-from nemo_emmett.oomptimizer.lines import MemoryModel, Sample, lengths
+from nemo_emmett.oomptimizer.cost_model import MemoryModel, Sample, lengths
 from nemo_emmett.oomptimizer.memory import shown
 from nemo_emmett.oomptimizer.meter import Reading
 from nemo_emmett.oomptimizer.profile import MemoryLine

@@ -30,9 +30,10 @@ from torch.utils._pytree import tree_leaves
 
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.modules.loss import world_size
+from nemo_emmett.modules.tensors import local_part
 from nemo_emmett.oomptimizer.memory import is_out_of_memory
 from nemo_emmett.oomptimizer.meter import Meter, Reading
-from nemo_emmett.oomptimizer.trace import local_part, no_trace
+from nemo_emmett.oomptimizer.trace import no_trace
 
 PROBE_BATCH_IDX = 1000081
 """Batch index of a probe. Models log, print and compute metrics in every n-th batch, counted from 0 (``batch_idx % n``)

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from nemo_emmett.callbacks.random_state import random_state, restore_random_state
+from nemo_emmett.modules.random_state import random_state, restore_random_state
+from nemo_emmett.modules.tensors import local_part
 
 _FOLLOWED = (Module, Optimizer, torch.amp.GradScaler)
 """Classes whose attributes are noted; beyond them a model may hold anything, open files included."""
@@ -103,11 +104,6 @@ class Snapshot:
         elif (state := _state_of(thing)) is not None:
             self._generators.append((thing, state))
         return ()
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What a tensor holds on this rank: of a distributed tensor (FSDP2), its shard."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _contents(container: Any) -> list:

@@ -12,8 +12,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from torch.distributed.fsdp import fully_shard
 
-from nemo_emmett.callbacks.nonfinite import SkipNonFiniteSteps, nonfinite_weight, refuse_nonfinite
+from nemo_emmett.callbacks.nonfinite import SkipNonFiniteSteps
 from nemo_emmett.errors import EXIT_NOT_FINITE, ConfigError, NonFiniteError
+from nemo_emmett.modules.tensors import nonfinite_weight
 
 from ..models.two_ranks import run_on_two_ranks
 
@@ -146,17 +147,6 @@ def test_weights_that_are_not_finite_are_not_saved_and_cost_no_earlier_checkpoin
     kept = torch.load(tmp_path / "model-last.ckpt", weights_only=False)
     assert kept["global_step"] == 1
     assert all(value.isfinite().all() for value in kept["state_dict"].values())
-
-
-def test_what_counts_as_finite() -> None:
-    nan, inf, whole = torch.tensor([1.0, float("nan")]), torch.tensor([float("-inf")]), torch.tensor([7])
-    assert nonfinite_weight([("a", torch.ones(2)), ("b", whole)], [("mask", inf)]) is None
-    assert nonfinite_weight([("a", torch.ones(2)), ("b", inf.bfloat16())]) == "b"
-    assert nonfinite_weight([], [("mask", inf), ("statistics", nan)]) == "statistics"
-    assert nonfinite_weight([]) is None
-    refuse_nonfinite({"mask": inf, "a": whole}, buffers=["mask"])
-    with pytest.raises(NonFiniteError, match="'mask'"):
-        refuse_nonfinite({"mask": inf})
 
 
 class TwoModalities(Regression):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from nemo_emmett.oomptimizer.guard import Guard
 from nemo_emmett.oomptimizer.meter import Reading
 from nemo_emmett.oomptimizer.profile import Profile
 from nemo_emmett.oomptimizer.search import Search
-from nemo_emmett.oomptimizer.zip import ZipSearch
+from nemo_emmett.oomptimizer.zip_search import ZipSearch
 
 from .fits import Data, trainer_with
 from .injected import Blind, Bomb, Charges, Guarded, fit
@@ -73,17 +74,18 @@ def test_zip_a_last_step_that_runs_out_of_memory_lowers_what_leaves_so_much_behi
     assert found[worst] < plain[worst]
 
 
-# Arguments, and what stands in the recipe
+# Arguments, and values of the recipe
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"max_batch_size": 0}, "OOMptimizer.max_batch_size: 0 cannot be used; give a whole number above 0."),
+        ({"max_batch_size": 0}, "OOMptimizer.max_batch_size: 0 cannot be used; give a whole number from 1."),
         ({"max_batch_size": 2.5}, "OOMptimizer.max_batch_size: 2.5 cannot be used"),
         ({"tokens_per_second": -1}, "OOMptimizer.tokens_per_second: -1 cannot be used; give a number above 0."),
-        ({"tokens_per_second": "12"}, "OOMptimizer.tokens_per_second: '12' cannot be used"),
-        ({"guard": "no"}, "OOMptimizer.guard: 'no' is neither true nor false"),
+        ({"tokens_per_second": "many"}, "OOMptimizer.tokens_per_second: 'many' cannot be used; give a number above 0."),
+        ({"guard": "no"}, "OOMptimizer.guard: 'no' cannot be used; give true or false, or null."),
+        ({"then_train": "false"}, "OOMptimizer.then_train: 'false' cannot be used; give true or false, or null."),
     ],
 )
 def test_an_argument_without_meaning_is_told_at_once(arguments: dict, sentence: str) -> None:
@@ -92,15 +94,26 @@ def test_an_argument_without_meaning_is_told_at_once(arguments: dict, sentence: 
     assert str(error.value).startswith(sentence)
 
 
-@pytest.mark.parametrize("sizes", [8, [3, 2, 0], [3, 2, "1"], [3, 2, 1.5]])
-def test_guard_alone_refuses_batch_sizes_that_are_none(tmp_path: Path, salm_t5_config: dict, sizes: Any) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        (8, ": 8 cannot be used; give a list, each item a whole number from 1."),
+        ([3, 2, 0], ".2: 0 cannot be used; give a whole number from 1."),
+        ([3, 2, "1"], ".2: '1' cannot be used"),
+        ([3, 2, 1.5], ".2: 1.5 cannot be used"),
+        ([3, 2], ": one is needed for each of the 3 bins"),
+    ],
+)
+def test_guard_alone_refuses_batch_sizes_that_are_none(
+    tmp_path: Path, salm_t5_config: dict, sizes: Any, sentence: str
+) -> None:
     data = Data(BINS | {"bucket_batch_size": sizes})
-    with pytest.raises(ConfigError, match=r"^data\.train_ds\.bucket_batch_size: one is needed for each of the 3 bins"):
+    with pytest.raises(ConfigError, match=rf"^data\.train_ds\.bucket_batch_size{re.escape(sentence)}"):
         trainer_with(tmp_path, OOMptimizer(mode="guard")).fit(built(salm_t5_config), datamodule=data)
 
 
 def test_the_callback_given_twice_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^trainer\.callbacks: OOMptimizer stands there 2 times; leave one"):
+    with pytest.raises(ConfigError, match=r"^trainer\.callbacks: OOMptimizer is there 2 times; leave one"):
         trainer_with(tmp_path, OOMptimizer(), OOMptimizer()).fit(Plain(), datamodule=Data(dict(BINS)))
 
 

@@ -131,7 +131,7 @@ def test_the_budget_is_a_share_or_an_amount(monkeypatch: pytest.MonkeyPatch) -> 
     assert budget_of(CPU, 1) == 100 * GIB
     assert budget_of(CPU, 0.5, "80GiB") == 80 * GIB
     for fraction in (0, 1.5, -0.1, "all", True):
-        with pytest.raises(ConfigError, match=f"OOMptimizer.memory_fraction: {fraction!r} is no share"):
+        with pytest.raises(ConfigError, match=f"OOMptimizer.memory_fraction: {fraction!r} cannot be used"):
             budget_of(CPU, fraction)
     with pytest.raises(ConfigError, match=r"OOMptimizer.memory_budget: H200 is more than the 100.0 GiB that cpu has"):
         budget_of(CPU, 0.9, "H200")

@@ -13,10 +13,10 @@ import pytest
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import Bucket, Group, Shape
-from nemo_emmett.oomptimizer.lines import MemoryModel, Sample, features
+from nemo_emmett.oomptimizer.cost_model import MemoryModel, Sample, features
 from nemo_emmett.oomptimizer.meter import Reading
 from nemo_emmett.oomptimizer.search import Search, spread_out
-from nemo_emmett.oomptimizer.zip import ZipSearch, best_share, shares_of
+from nemo_emmett.oomptimizer.zip_search import ZipSearch, best_share, shares_of
 
 GIB = 2**30
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_emmett.callbacks import OOMptimizer
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMT5
+from nemo_emmett.oomptimizer.calibration import memory_budget
 from nemo_emmett.oomptimizer.memory import shown
 from nemo_emmett.oomptimizer.profile import Profile
 from tests.models.batches import audio_batch
@@ -169,14 +169,18 @@ def test_the_profile_may_come_from_the_environment(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"mode": "calibrat"}, "OOMptimizer.mode: 'calibrat' is unknown; it can be calibrate, plan, guard."),
+        ({"mode": "calibrat"}, "OOMptimizer.mode: 'calibrat' cannot be used; give 'calibrate' or 'plan' or 'guard'."),
         ({"mode": "plan"}, "OOMptimizer.memory_budget: is missing; a plan is for some memory"),
-        ({"safety_margin": 1}, "OOMptimizer.safety_margin: 1 is no share"),
-        ({"modality_share": 0}, "OOMptimizer.modality_share: 0 is no share"),
-        ({"modality_share": "most"}, "OOMptimizer.modality_share: 'most' is no share"),
-        ({"precision": -0.1}, "OOMptimizer.precision: -0.1 is no share"),
-        ({"memory_fraction": 1.5}, "OOMptimizer.memory_fraction: 1.5 is no share"),
+        ({"safety_margin": 1}, "OOMptimizer.safety_margin: 1 cannot be used; give a number from 0 to below 1."),
+        ({"modality_share": 0}, "OOMptimizer.modality_share: 0 cannot be used; give a number from 0.01 to below 1"),
+        (
+            {"modality_share": "most"},
+            "OOMptimizer.modality_share: 'most' cannot be used; give a number from 0.01 to below 1, or 'auto'.",
+        ),
+        ({"precision": -0.1}, "OOMptimizer.precision: -0.1 cannot be used; give a number from 0 to below 1."),
+        ({"memory_fraction": 1.5}, "OOMptimizer.memory_fraction: 1.5 cannot be used; give a number above 0 to 1."),
         ({"memory_budget": "much"}, "OOMptimizer.memory_budget: "),
+        ({"mode": "plan", "memory_budget": "8GiB", "modality_share": "auto"}, "OOMptimizer.modality_share: 'auto'"),
     ],
 )
 def test_an_argument_that_cannot_work_is_told_at_once(arguments: dict, sentence: str) -> None:
@@ -189,11 +193,11 @@ def test_an_argument_that_cannot_work_is_told_at_once(arguments: dict, sentence:
 def test_a_cpu_without_a_budget_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr("nemo.utils.logging.info", lambda message, **_: lines.append(message))
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
-    budget = OOMptimizer()._budget(trainer)
+    cpu = torch.device("cpu")
+    budget = memory_budget(OOMptimizer().options, cpu)
     assert 0 < budget <= 8 * 2**30
     assert f"a step may take {shown(budget)} (half of the memory that is available, at most 8.0 GiB)" in lines[0]
-    assert OOMptimizer(memory_budget="40MiB")._budget(trainer) == 40 * 2**20
+    assert memory_budget(OOMptimizer(memory_budget="40MiB").options, cpu) == 40 * 2**20
     assert len(lines) == 1
 
 

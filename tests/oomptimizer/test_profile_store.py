@@ -18,8 +18,8 @@ from nemo.utils.exp_manager import exp_manager
 from nemo_emmett.callbacks import OOMptimizer
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMT5
-from nemo_emmett.oomptimizer.archive import restore_archived
 from nemo_emmett.oomptimizer.profile import Profile
+from nemo_emmett.oomptimizer.profile_store import restore_archived
 from tests.models.batches import audio_batch
 from tests.oomptimizer.fits import Data, trainer_with
 from tests.oomptimizer.injected import Bomb
