@@ -23,12 +23,12 @@ from nemo_emmett.oomptimizer.meter import Reading
 from nemo_emmett.oomptimizer.profile import Profile
 from nemo_emmett.oomptimizer.search import Search
 from nemo_emmett.oomptimizer.zip_search import ZipSearch
+from tests.callbacks.test_oomptimizer import AUDIO, BINS, built
+from tests.callbacks.test_oomptimizer import Model as Plain
 
 from .fits import Data, trainer_with
 from .injected import Blind, Bomb, Charges, Guarded, fit
 from .rows import Rows, RowsAdapter, batches_of_rows, text_group
-from .test_callback import AUDIO, BINS, built
-from .test_callback import Model as Plain
 from .test_search import GIB, JointProgram, program, thirty_buckets, true_maximum, two_groups
 
 GROUP = text_group((4.0, 4.0), (8.0, 8.0))
