@@ -1,4 +1,4 @@
-"""Training steps whose loss or gradients are not finite: skipped, reported, and the end of a training that has many."""
+"""Skips and reports training steps whose loss or gradients are not finite, and ends a training with many of them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from nemo_emmett.modules.tensors import local_values, nonfinite_weight
 from nemo_emmett.typed_config import PositiveWhole, parse_value
 
 _MAX_NAMED = 64
-"""Examples of a batch that a message names."""
+"""Examples of a batch that a message names at most."""
 
 
 @dataclass(frozen=True)
 class _MicroStep:
-    """One forward pass of a step; tensors are on the device, and read only where something is wrong."""
+    """One forward pass of a step; tensors are on the device, and read only if a value is not finite."""
 
     examples: Mapping[str, Sequence[Mapping] | None]  # modality -> examples of the batch
     loss: Tensor
@@ -39,23 +39,23 @@ class _MicroStep:
 
 
 class SkipNonFiniteSteps(Callback, Serialization):
-    """Skips training steps whose loss or gradient norm is not finite, and ends a training in which they pile up.
+    """Skips training steps whose loss or gradient norm is not finite, and ends a training with too many of them.
 
     A skipped step changes neither the weights, nor the optimizer, nor the running statistics of batch norms; it counts
-    as a step of the schedule. An error message names the step, the modality and the examples at once. With several
-    ranks (DDP, FSDP2) all skip the step if one has to. Weights that are not finite are never saved: a checkpoint
-    raises :class:`~nemo_emmett.errors.NonFiniteError` instead, and the ones before it stay as they are.
+    as a step of the schedule. An error message names the step, the modality and the examples. With several ranks (DDP,
+    FSDP2) all skip the step if one has to. Weights that are not finite are never saved: a checkpoint raises
+    :class:`~nemo_emmett.errors.NonFiniteError` instead, and earlier ones are kept.
 
     Under ``16-mixed`` infinite gradients are a part of the loss scaling, which skips their steps; there only the loss
-    is looked at. An optimizer step costs one pass over the gradients and one read of the device, after the backward
+    is checked. An optimizer step takes one pass over the gradients and one read of the device, after the backward
     pass; with several ranks also the reduction of one number.
 
-    Our models bring the callback along; other models name it.
+    Our models add the callback; recipes of other models name it.
 
     Args:
         max_steps: the training ends when so many steps were skipped within ``window`` steps
-            (:class:`~nemo_emmett.errors.NonFiniteError`, exit code 70 of our commands); it also ends in this way when
-            more of its steps were skipped than made. None: it never ends for this.
+            (:class:`~nemo_emmett.errors.NonFiniteError`, exit code 70 of our commands), or when more of its steps were
+            skipped than made. None: it never ends for this reason.
         window: steps, of the schedule.
 
     Example:
@@ -72,30 +72,30 @@ class SkipNonFiniteSteps(Callback, Serialization):
         self._window = parse_value(PositiveWhole, window, "SkipNonFiniteSteps.window")
         self._skipped: deque[int] = deque(maxlen=self._max_steps or 1)  # the last skipped steps, for the window
         self._steps_made = self._steps_skipped = 0  # of this run
-        self._in_batch = False  # OOMptimizer's probing steps are none of ours
+        self._in_batch = False  # OOMptimizer's probes are not counted
         self._examples: Mapping[str, Sequence[Mapping] | None] = {}
         self._micro_steps: list[_MicroStep] = []  # since the last optimizer step
         self._statistics: list[Tensor] = []
-        self._remembered: list[Tensor] = []
+        self._saved_statistics: list[Tensor] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps that were skipped, as far back as the window may reach."""
+        """The skipped steps that the window may still contain."""
         return {"skipped": list(self._skipped)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with a checkpoint's."""
+        """Restore the skipped steps of a checkpoint."""
         self._skipped.extend(state_dict["skipped"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the running statistics, which a forward pass changes before its loss is known."""
         norms = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-        self._remembered = [buffer.clone() for buffer in self._statistics]
+        self._saved_statistics = [buffer.clone() for buffer in self._statistics]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember what may have to be restored, and what the batch holds."""
+        """Save what may have to be restored, and the batch's examples."""
         if not self._micro_steps and self._statistics:
-            torch._foreach_copy_(self._remembered, self._statistics)
+            torch._foreach_copy_(self._saved_statistics, self._statistics)
         self._in_batch, self._examples = True, _examples_of(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -105,7 +105,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
             self._micro_steps.append(_MicroStep(self._examples, loss.detach(), dict(losses)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Skip the step if its loss or gradient norm is not finite. A collective, where there are several ranks.
+        """Skip the step if its loss or gradient norm is not finite. A collective, if there are several ranks.
 
         Raises:
             NonFiniteError: if too many steps were skipped.
@@ -119,7 +119,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """With a loss scaler, look at the loss; the one before the backward pass is scaled.
+        """With a loss scaler, check the loss here; the one before the backward pass is scaled.
 
         Raises:
             NonFiniteError: if too many steps were skipped.
@@ -130,7 +130,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
             self._decide(trainer, pl_module, [loss], None, [])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a model that was hardly trained.
+        """Refuse a model that was trained on fewer steps than were skipped.
 
         Raises:
             NonFiniteError: if more steps were skipped than made.
@@ -138,11 +138,11 @@ class SkipNonFiniteSteps(Callback, Serialization):
         if self._max_steps is not None and self._steps_skipped > self._steps_made:
             raise NonFiniteError(
                 f"{self._steps_skipped} of {self._steps_skipped + self._steps_made} steps of this run had no finite "
-                f"loss or gradient norm and were skipped: this is no trained model. {_REMEDY}"
+                f"loss or gradient norm and were skipped: the model is not trained. {_REMEDY}"
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to save weights that are not finite. A collective, where there are several ranks.
+        """Refuse to save weights that are not finite. A collective, if there are several ranks.
 
         Raises:
             NonFiniteError: naming a parameter.
@@ -151,13 +151,13 @@ class SkipNonFiniteSteps(Callback, Serialization):
         if not _any_rank(torch.tensor(float(name is not None), device=pl_module.device)):
             return
         for callback in trainer.checkpoint_callbacks:
-            # NeMo has marked the file to be written as unfinished; there may be a good one of this name.
+            # NeMo has marked the file to be written as unfinished; there may be a complete one of this name.
             if isinstance(callback, NeMoModelCheckpoint) and callback.dirpath and trainer.is_global_zero:
                 for marker in Path(callback.dirpath).glob(f"*{NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX}"):
                     marker.unlink(missing_ok=True)
         raise NonFiniteError(
             f"step {trainer.global_step}: the weights are not finite ({name or 'on another rank'}), so no checkpoint "
-            f"is written; earlier ones stay as they are. {_REMEDY}"
+            f"is written; earlier ones are kept. {_REMEDY}"
         )
 
     def _decide(
@@ -168,7 +168,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
         norm: Tensor | None,
         parameters: Sequence[torch.nn.Parameter],
     ) -> None:
-        """Decide whether a step is skipped, on all ranks together, and skip it."""
+        """Decide with all ranks whether a step is skipped, and skip it."""
         sums = [loss.float().to(module.device).sum() for loss in losses] + ([] if norm is None else [norm])
         is_bad = ~torch.stack(sums).isfinite().all() if sums else torch.zeros((), device=module.device)
         micro_steps, self._micro_steps = self._micro_steps, []
@@ -176,40 +176,36 @@ class SkipNonFiniteSteps(Callback, Serialization):
             self._steps_made += 1
             return
         for parameter in parameters:
-            parameter.grad = None  # which every optimizer passes over
+            parameter.grad = None  # every optimizer skips parameters without a gradient
         if self._statistics:
-            torch._foreach_copy_(self._statistics, self._remembered)
+            torch._foreach_copy_(self._statistics, self._saved_statistics)
         self._steps_skipped += 1
         self._skipped.append(trainer.global_step)
         self._report(trainer, micro_steps, losses, norm)
-        self._stop_past_limit(trainer)
+        is_full = self._max_steps is not None and len(self._skipped) == self._max_steps
+        if is_full and self._skipped[-1] - self._skipped[0] < self._window:
+            raise NonFiniteError(
+                f"step {trainer.global_step}: {self._max_steps} of the last {self._window} steps had no finite loss or "
+                f"gradient norm, so the training ends; the weights are those of the last good step. {_REMEDY}"
+            )
 
     def _report(
         self, trainer: Trainer, micro_steps: Sequence[_MicroStep], losses: Sequence[Tensor], norm: Tensor | None
     ) -> None:
         values = [float(loss) for loss in losses]
         bad = [step for step, value in zip(micro_steps, values, strict=False) if not _is_finite(value)]
-        of_norm = "" if norm is None else f", gradient norm {float(norm):g}"
-        text = f"loss {', '.join(f'{v * trainer.accumulate_grad_batches:g}' for v in values)}{of_norm}; "
+        norm_text = "" if norm is None else f", gradient norm {float(norm):g}"
+        text = f"loss {', '.join(f'{v * trainer.accumulate_grad_batches:g}' for v in values)}{norm_text}; "
         text += "; ".join(filter(None, (_named(step) for step in bad or micro_steps)))
-        of_ranks: list[Any] = [text]
+        texts: list[Any] = [text]
         if world_size() > 1:
-            of_ranks = [None] * world_size()
-            dist.all_gather_object(of_ranks, text)
-            of_ranks = [f"rank {rank}: {one}" for rank, one in enumerate(of_ranks)]
+            texts = [None] * world_size()
+            dist.all_gather_object(texts, text)
+            texts = [f"rank {rank}: {text}" for rank, text in enumerate(texts)]
         logging.error(
             f"Step {trainer.global_step} is skipped, since its loss or gradient norm is not finite: "
-            f"{' | '.join(of_ranks)}."
+            f"{' | '.join(texts)}."
         )
-
-    def _stop_past_limit(self, trainer: Trainer) -> None:
-        if self._max_steps is None or len(self._skipped) < self._max_steps:
-            return
-        if self._skipped[-1] - self._skipped[0] < self._window:
-            raise NonFiniteError(
-                f"step {trainer.global_step}: {self._max_steps} of the last {self._window} steps had no finite loss or "
-                f"gradient norm, so the training ends; the weights are those of the last good step. {_REMEDY}"
-            )
 
 
 _REMEDY = (
@@ -219,7 +215,7 @@ _REMEDY = (
 
 
 def _norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Of all gradients together, the Euclidean norm; in float32 at least, since a norm overflows before its values."""
+    """The Euclidean norm of all gradients; in float32 at least, since a norm overflows before its values."""
     dtype = reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
     return torch.stack([one.to(device) for one in torch._foreach_norm(list(gradients), 2, dtype)]).norm()
 
@@ -240,7 +236,7 @@ def _is_finite(value: float) -> bool:
 
 
 def _examples_of(batch: Any) -> dict[str, Sequence[Mapping] | None]:
-    """Modality -> what a batch says of its examples; docs/architecture.md, "The batch"."""
+    """Modality -> the examples of a batch; docs/architecture.md, "The batch"."""
     if not isinstance(batch, Mapping):
         return {}
     parts = {modality: batch[modality] for modality in MODALITIES if isinstance(batch.get(modality), Mapping)}
@@ -250,7 +246,7 @@ def _examples_of(batch: Any) -> dict[str, Sequence[Mapping] | None]:
 
 
 def _named(step: _MicroStep) -> str:
-    """The modalities whose loss is not finite, all where none is known to be, and their examples."""
+    """The modalities whose loss is not finite, or all if none is known, and their examples."""
     bad = [name for name, loss in step.modality_losses.items() if not _is_finite(float(loss))]
     return "; ".join(
         f"{modality}: {_listed(examples)}" for modality, examples in step.examples.items() if modality in bad or not bad

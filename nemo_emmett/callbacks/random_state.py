@@ -16,12 +16,12 @@ class RandomState(Callback, Serialization):
     """Saves the states of the random generators of every rank, and restores them when training resumes.
 
     Lightning checkpoints hold weights, optimizers and counters but no random states, so dropout and SpecAugment of a
-    resumed run differ from those of a run that was never interrupted. With this callback both draw the same. Covered
-    are the global generators of Python, NumPy, torch, and torch's on every CUDA device.
+    resumed run differ from those of a run that was never interrupted. With this callback both draw the same. It covers
+    the global generators of Python, NumPy and torch, and torch's on every CUDA device.
 
-    Validation does not move the training's random states, so that it does not matter whether it ran before or after an
-    interruption. Our data loader draws from generators of its own; what another loader draws in the main process while
-    it fetches the first batch after resuming is not repeated.
+    Validation does not change the training's random states, so that it does not matter whether it ran before or after
+    an interruption. Our data loader has generators of its own; what another loader draws in the main process while it
+    fetches the first batch after resuming is not repeated.
 
     Example:
         In a recipe::
@@ -41,7 +41,7 @@ class RandomState(Callback, Serialization):
         return {"ranks": _from_all_ranks(self._after_batch if self._validating else random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the states until training starts: building loaders and models draws numbers before."""
+        """Keep the states until training starts, since building loaders and models draws numbers."""
         self._to_restore = state_dict["ranks"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -266,7 +266,7 @@ def _read_group(
         of_bin = replace(contents, two_dimensional=isinstance(item, tuple))
         if modality == "text":
             return Shape("text", 0.0, math.floor(longest), outputs, total, of_bin)
-        # As if all of it were speech; how much the prompt leaves of it, a model's adapter knows.
+        # As if all of it were speech; the model's adapter takes off the prompt.
         seconds = longest * float(frame) if in_tokens else longest
         return Shape("audio", seconds, math.floor(longest) if total else 0, outputs, total, of_bin)
 

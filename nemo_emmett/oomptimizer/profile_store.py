@@ -14,22 +14,17 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import annotated_types
 from nemo.utils import logging
 from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf, open_dict
-from pydantic import Strict
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import Bucket, Group, bins_of, configs_of_groups, join_place
 from nemo_emmett.oomptimizer.fingerprint import check_fingerprint, short_hash
-from nemo_emmett.oomptimizer.profile import ONLY_GROUP, Buckets, Event, Profile, shown
+from nemo_emmett.oomptimizer.profile import ONLY_GROUP, BatchSize, Buckets, Event, Profile, shown
 from nemo_emmett.typed_config import parse_value
-
-_Size = Annotated[int, Strict(), annotated_types.Ge(1)]
-"""A batch size that the data loader reads from the recipe as it is: no number in a text."""
 
 
 @dataclass(frozen=True)
@@ -235,12 +230,12 @@ def profile_of_recipe(
     for name, group in groups.items():
         of_group = join_place(place, name)
         if group.limit_key is not None:
-            sizes = [parse_value(_Size, group.config.get("batch_size"), f"{of_group}.batch_size")]
+            sizes = [parse_value(BatchSize, group.config.get("batch_size"), f"{of_group}.batch_size")]
         elif (given := group.config.get("bucket_batch_size")) is None:
             sizes = []
         else:
             given = OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given
-            sizes = parse_value(list[_Size], given, f"{of_group}.bucket_batch_size")
+            sizes = parse_value(list[BatchSize], given, f"{of_group}.bucket_batch_size")
         if len(sizes) != len(group.buckets):
             raise ConfigError(
                 f"{of_group}.bucket_batch_size: one is needed for each of the {len(group.buckets)} bins, since mode "

@@ -1,4 +1,4 @@
-"""A picture of a profile: batch size and memory of each bucket."""
+"""Draws a profile: batch size and memory of each bucket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_emmett.oomptimizer.profile import Measure, Profile, shown
 _GIB = 2**30
 _SIZE, _PEAK, _RESERVED, _BUDGET = "#1f5a85", "#9ecae1", "#d9d9d9", "#d1495b"
 _MOST_LABELS = 40
-"""Bins whose names fit below the axis."""
+"""Labels that fit below the axis."""
 
 
 def draw_profile(profile: Profile, budget: float, path: str | Path) -> None:

@@ -67,7 +67,7 @@ def fit(batches: list[dict], callback: SkipNonFiniteSteps | None = None, model: 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adafactor])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_bad_step_leaves_no_trace(fault: str, optimizer: type, accumulate: int, caplog) -> None:
+def test_a_bad_step_has_no_effect(fault: str, optimizer: type, accumulate: int, caplog) -> None:
     good = [batch(rows) for rows in GOOD]
     options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0}
     bad = [batch(GOOD[0]), batch(GOOD[1], fault, "bad")][2 - accumulate :]

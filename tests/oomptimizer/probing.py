@@ -100,7 +100,7 @@ def losses_of(make_model: Callable[[], LightningModule], batches: list, *callbac
     return losses.losses
 
 
-def assert_no_trace(probing: Probing) -> None:
+def assert_no_side_effects(probing: Probing) -> None:
     assert probing.before.keys() == probing.after.keys()
     for what, before in probing.before.items():
         assert before == probing.after[what], what

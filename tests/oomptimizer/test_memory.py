@@ -53,7 +53,7 @@ def test_amounts(written: int | str, bytes_: int) -> None:
         (True, "True is no amount of memory"),
         (0.5, "0.5 is no amount of memory"),
         (None, "None is no amount of memory"),
-        ("H1O0", "'H1O0' is no device that is known and no amount of memory; take H100, or"),
+        ("H1O0", "'H1O0' is neither a known device nor an amount of memory; use H100, or"),
         ("A100-40G", "take A100-40GB, or write it like 80GiB"),
         ("abacus", "take one of V100-16GB, .*B200, or write it like 80GiB"),
         ("-80GiB", "plan.memory: '-80GiB' is no device"),

@@ -1,4 +1,4 @@
-"""Batches after ``oomptimizer_schema``: the types and lengths that NeMo's models tell of their batches.
+"""Batches by ``oomptimizer_schema``: the types and lengths of the inputs of NeMo's models.
 
 A schema is a dict: ``cls``, what the batch is made of (``tuple``, ``dict``, a dataclass), and ``inputs``, a list of
 dicts with the keys ``type`` (a ``NeuralType``, ``"constant"`` with its ``value``, or ``"dummy"``), ``seq_length``
@@ -43,7 +43,7 @@ class Schema:
 
     def __init__(self, model: Any, content: Any = None) -> None:
         self.model = model
-        content = _told_by(model) if content is None else content
+        content = _schema_of(model) if content is None else content
         if not isinstance(content, dict) or not callable(content.get("cls")) or not content.get("inputs"):
             raise ConfigError(
                 f"oomptimizer_schema: {type(model).__name__} gives {content!r}; a dict with `cls` and `inputs` is "
@@ -140,12 +140,12 @@ class Schema:
         return self.cls(*unnamed, **named)
 
 
-def _told_by(model: Any) -> Any:
+def _schema_of(model: Any) -> Any:
     try:
         return model.oomptimizer_schema
     except (AttributeError, NotImplementedError) as error:
         raise ConfigError(
-            f"oomptimizer_schema: that of {type(model).__name__} cannot be had ({type(error).__name__}: {error}); "
+            f"oomptimizer_schema: that of {type(model).__name__} cannot be read ({type(error).__name__}: {error}); "
             "register an adapter (nemo_emmett.oomptimizer.adapters.register_adapter)."
         ) from error
 

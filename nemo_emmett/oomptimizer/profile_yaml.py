@@ -1,27 +1,23 @@
-"""YAML as one would write it by hand, put on the disk as a whole or not at all."""
+"""YAML in the layout of a profile."""
 
 from __future__ import annotations
 
-import os
 import re
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nemo_emmett.errors import ConfigError
-from nemo_emmett.oomptimizer.memory import shown
+from nemo_emmett.files import shown
 
 _UNBROKEN = 1_000_000
-"""Columns of a line: lists that are to be pasted are not broken."""
+"""Columns of a line: lists are not wrapped."""
 
 _BYTES = re.compile(r"^( *(?:- )?)(\w*(?:peak|reserved|budget|memory)): (\d+)$", re.MULTILINE)
 """Lines with a key whose value is in bytes."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists whose items are scalars or short lists stand on one line, and whole numbers have no fraction."""
+    """Writes lists without mappings on one line, and whole numbers without a fraction."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -51,7 +47,7 @@ _Dumper.add_representer(
 
 
 def as_yaml(content: dict[str, Any]) -> str:
-    """Nested dicts, lists and scalars as YAML; sizes in bytes are told for people beside them.
+    """Nested dicts, lists and scalars as YAML; a comment repeats sizes in bytes in a readable unit.
 
     Example:
         >>> print(as_yaml({"bins": [[4.0, 2.5], [8.0, 9.0]], "peak": 3221225472}), end="")
@@ -60,26 +56,3 @@ def as_yaml(content: dict[str, Any]) -> str:
     """
     text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_UNBROKEN)
     return _BYTES.sub(lambda line: f"{line.group()}  # {shown(int(line.group(3)))}", text)
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write a file; a process that dies meanwhile leaves the old one whole. Missing folders are made.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
-    target = Path(os.path.realpath(path))  # a link stays a link
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with unfinished.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, target)
-        finally:
-            with suppress(OSError):
-                unfinished.unlink()
-    except OSError as error:
-        raise ConfigError(f"{path}: the file cannot be written: {error.strerror}; name another place.") from error
