@@ -256,12 +256,10 @@ def _named(step: _MicroStep) -> str:
 def _listed(examples: Sequence[Mapping] | None) -> str:
     if not examples:
         return "examples unknown, since the batch does not name them"
-    shown = [_name(example) for example in examples[:_MAX_NAMED]]
+    shown = []
+    for example in examples[:_MAX_NAMED]:
+        path, start = example.get("audio_path"), example.get("audio_start")
+        place = "" if path is None else f" ({path}{f' from {start:g} s' if start else ''})"
+        shown.append(f"{example.get('id')}{place}")
     more = f" and {len(examples) - _MAX_NAMED} more" if len(examples) > _MAX_NAMED else ""
     return f"examples {', '.join(shown)}{more}"
-
-
-def _name(example: Mapping) -> str:
-    path, start = example.get("audio_path"), example.get("audio_start")
-    place = "" if path is None else f" ({path}{f' from {start:g} s' if start else ''})"
-    return f"{example.get('id')}{place}"

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.core.classes.common import Serialization
 from nemo.utils import logging
 
+from nemo_emmett.modules.loss import world_size
 from nemo_emmett.modules.random_state import random_state, restore_random_state
 
 
@@ -38,7 +39,11 @@ class RandomState(Callback, Serialization):
 
     def state_dict(self) -> dict[str, Any]:
         """The random states by rank. Lightning calls it on every rank whenever a checkpoint is made."""
-        return {"ranks": _from_all_ranks(self._after_batch if self._validating else random_state())}
+        state = self._after_batch if self._validating else random_state()
+        states: list[Any] = [state] * world_size()
+        if world_size() > 1:
+            torch.distributed.all_gather_object(states, state)
+        return {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until training starts, since building loaders and models draws numbers."""
@@ -74,11 +79,3 @@ class RandomState(Callback, Serialization):
         if self._after_batch is not None:
             restore_random_state(self._after_batch)
         self._validating = False
-
-
-def _from_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [state]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states

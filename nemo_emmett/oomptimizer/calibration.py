@@ -158,7 +158,13 @@ class Calibration:
         with TrainingSteps(self.trainer, self.module, self.meter) as steps:
             self._steps = steps
             floor = steps.warm_up(self._batch({group.buckets[0]: 1 for group in groups[: None if self.zipped else 1]}))
-            self._check_floor(floor)
+            if floor.out_of_memory or floor.peak > self.budget:
+                needs = "runs out of memory" if floor.out_of_memory else f"needs {shown(floor.peak)}"
+                raise ConfigError(
+                    f"OOMptimizer: the optimizer's step alone {needs} for weights, gradients and its state, but "
+                    f"the budget is {shown(self.budget)}; raise the budget, freeze parameters, use LoRA, or shard the "
+                    "model."
+                )
             # What is alive throughout a step; gradients are dropped and made again within it.
             gradients = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
             base = max(0, floor.resident - gradients)
@@ -225,14 +231,6 @@ class Calibration:
             speech = [bucket for group in groups if group.modality == "audio" for bucket in group.buckets]
             return {max(speech, key=lambda bucket: bucket.shape.seconds): 1}
         return {}
-
-    def _check_floor(self, floor: Reading) -> None:
-        if floor.out_of_memory or floor.peak > self.budget:
-            needs = "runs out of memory" if floor.out_of_memory else f"needs {shown(floor.peak)}"
-            raise ConfigError(
-                f"OOMptimizer: the optimizer's step alone {needs} for weights, gradients and its state, but the budget "
-                f"is {shown(self.budget)}; raise the budget, freeze parameters, use LoRA, or shard the model."
-            )
 
 
 def _measure(result: Result, time: TimeLine | None) -> Measure:

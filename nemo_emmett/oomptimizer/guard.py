@@ -160,20 +160,18 @@ class Guard:
         for extent in self._adapter.extents(batch):
             bucket = self._bucket(extent)
             self.high_water[bucket] = max(peak, self.high_water.get(bucket, 0))
-            if peak > self._budget and extent.examples <= self._sizes[bucket]:
-                self._above_the_budget(bucket, extent.examples, peak)
-
-    def _above_the_budget(self, bucket: Bucket, examples: int, peak: int) -> None:
-        least = math.ceil(LEAST_SHARE * self._first_sizes[bucket])
-        if self._sizes[bucket] > least:
-            self._lower(bucket, examples, "above the watermark", peak, least)
-        elif bucket not in self._warned:
-            self._warned.add(bucket)
-            logging.warning(
-                f"OOMptimizer: {bucket}: a step of {examples} examples takes {peak / 2**20:.0f} MiB, more than the "
-                f"budget of {self._budget / 2**20:.0f} MiB, although the batch size was lowered by half; it is not "
-                "lowered further. If this grows from step to step, look for what keeps tensors alive."
-            )
+            if peak <= self._budget or extent.examples > self._sizes[bucket]:
+                continue
+            least = math.ceil(LEAST_SHARE * self._first_sizes[bucket])
+            if self._sizes[bucket] > least:
+                self._lower(bucket, extent.examples, "above the watermark", peak, least)
+            elif bucket not in self._warned:
+                self._warned.add(bucket)
+                logging.warning(
+                    f"OOMptimizer: {bucket}: a step of {extent.examples} examples takes {peak / 2**20:.0f} MiB, more "
+                    f"than the budget of {self._budget / 2**20:.0f} MiB, although the batch size was lowered by half; "
+                    "it is not lowered further. If this grows from step to step, look for what keeps tensors alive."
+                )
 
     def on_out_of_memory(self, batch: Any, phase: str) -> None:
         """Lower the buckets of a batch that ran out of memory."""

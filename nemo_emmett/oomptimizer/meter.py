@@ -157,12 +157,9 @@ class TensorMeter(Meter):
         if entry is not None:
             if entry.nbytes != storage.nbytes():
                 self._resized(storage)
-        elif self._is_on_device(tensor.device):
+        elif tensor.device.type == self._device.type and self._device.index in (None, tensor.device.index):
             self._entries[id(storage)] = _Entry(storage, self._freed)
             self._add(storage.nbytes())
-
-    def _is_on_device(self, device: torch.device) -> bool:
-        return device.type == self._device.type and self._device.index in (None, device.index)
 
     def _add(self, nbytes: int) -> None:
         self._alive += nbytes

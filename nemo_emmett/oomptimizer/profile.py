@@ -224,6 +224,7 @@ class Profile:
             ConfigError: if the file cannot be written.
         """
         # `train_ds` comes first, to be found and pasted.
+        measures = {name: [_measure_content(m) for m in of_group] for name, of_group in self.measures.items()}
         sections = [HEADER, self.block()]
         sections += [
             as_yaml({name: content})
@@ -231,7 +232,7 @@ class Profile:
                 ("settings", self.settings),
                 ("fingerprint", self.fingerprint),
                 ("epoch_seconds", self.epoch_seconds),
-                ("measures", self._measures_content()),
+                ("measures", measures.get(ONLY_GROUP, measures)),
                 ("events", [_event_content(event) for event in self.events]),
             )
             if content not in (None, {}, [])
@@ -249,10 +250,6 @@ class Profile:
         """``train_ds`` with bins and batch sizes, YAML for a recipe; ends in a line break."""
         groups = {name: buckets.as_config() for name, buckets in self.groups.items()}
         return as_yaml({"train_ds": groups.get(ONLY_GROUP, groups)})
-
-    def _measures_content(self) -> Any:
-        content = {name: [_measure_content(m) for m in of_group] for name, of_group in self.measures.items()}
-        return content.get(ONLY_GROUP, content)
 
     def with_batch_sizes(self, sizes: Mapping[str, Sequence[int]], *events: Event) -> Profile:
         """A copy with other batch sizes for some groups, and with more events; measures stay the same."""

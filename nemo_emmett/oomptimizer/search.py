@@ -237,8 +237,9 @@ class Search:
         guess = (self._budget - self._model.intercept) / slope
         if not self._careful:
             return max(surely, math.floor(guess))
-        # The uncertainty grows with the distance from what was read.
-        error = self._error() + _ERROR_OF_DISTANCE * max(0.0, guess / surely - 1)
+        # As wrong as the last predictions for unseen buckets, and more with the distance from what was read.
+        error = float(np.clip(3 * max(self._errors[-6:], default=_MOST_ERROR), _LEAST_ERROR, _MOST_ERROR))
+        error += _ERROR_OF_DISTANCE * max(0.0, guess / surely - 1)
         room = self._budget / (1 + min(error, _MOST_ERROR)) - self._model.intercept
         return max(surely, math.floor(room / slope))
 
@@ -246,19 +247,15 @@ class Search:
         """The largest size that fits by the line of the readings so far."""
         room = self._budget - known.last.peak
         farthest = known.fitting + _examples_in(room, self._rise(known))
-        trusted = min(self._trust(known) * known.fitting, self._max_batch_size) // 1
+        if not self._careful:
+            return farthest
+        far = FAR_ALONE if known.secant() is None else FAR
+        far = FAR_KNOWN if len(self._intercepts()) >= _ENOUGH else far
+        trusted = min(far * known.fitting, self._max_batch_size) // 1
         if farthest > trusted:
             safe = known.fitting + _examples_in(room, known.rise_at_most())
             farthest = max(safe, min(farthest, int(trusted)))
         return farthest
-
-    def _trust(self, known: _Readings) -> float:
-        """How far beyond the last reading the line is trusted, as a factor."""
-        if not self._careful:
-            return math.inf
-        if len(self._intercepts()) >= _ENOUGH:
-            return FAR_KNOWN
-        return FAR_ALONE if known.secant() is None else FAR
 
     def _between(self, known: _Readings) -> int:
         """The largest size that fits by the line from the readings to one that exceeded the budget."""
@@ -288,7 +285,12 @@ class Search:
             self._errors.append(abs(reading.peak / known.predicted[size] - 1))
         if reading.out_of_memory or reading.peak > self._budget:
             if size == 1:
-                raise ConfigError(_too_long(known.bucket, reading, self._budget))
+                needs = "runs out of memory" if reading.out_of_memory else f"needs {shown(reading.peak)}"
+                raise ConfigError(
+                    f"bucket_duration_bins: {known.bucket} {needs} with one example, but the budget is "
+                    f"{shown(self._budget)}; shorten the bins, raise the budget, or make the model lighter (freeze, "
+                    "LoRA, activation checkpointing)."
+                )
             known.seen = min(known.seen, size - 1)
             known.exceeded = (size, math.inf if reading.out_of_memory else reading.peak)
             return
@@ -297,8 +299,13 @@ class Search:
         # From the largest sizes alone: a chunk of logits, which stops growing, makes lines through small ones too
         # steep.
         known.by_line = known.fitting + _examples_in(self._budget - known.last.peak, rise)
-        if size == 1 and not self._second_fits(reading):
-            known.seen = 1
+        if size == 1:
+            # No smaller probe can decide whether two examples fit, so the intercepts of other buckets do. A floor, such
+            # as the batch of another group in the same step, hides those of their largest sizes.
+            least = [other.least_intercept() for other in self._known]
+            nothing = [*self._intercepts(), *(found for found in least if found is not None)]
+            if nothing and 2 * reading.peak - OF_OTHERS**2 * max(nothing) > self._budget:
+                known.seen = 1
 
     def _nothing(self, known: _Readings) -> float:
         """An upper bound of what a step without examples takes, or of the intercept of the last reading's line."""
@@ -306,13 +313,6 @@ class Search:
         intercepts = [found for other in longer if (found := other.intercept()) is not None]
         peaks = [other.smallest_peak for other in (*longer, known)]
         return min([*peaks, *([OF_OTHERS * max(intercepts)] if intercepts else [])])
-
-    def _second_fits(self, reading: Reading) -> bool:
-        """Whether two examples may fit if one takes so much: there is no smaller probe to decide it."""
-        # A floor, such as the batch of another group in the same step, hides the intercept of the line of large sizes.
-        least = [known.least_intercept() for known in self._known]
-        nothing = [*self._intercepts(), *(found for found in least if found is not None)]
-        return not nothing or 2 * reading.peak - OF_OTHERS**2 * max(nothing) <= self._budget
 
     def _intercepts(self) -> list[float]:
         """The intercepts of the buckets with two readings."""
@@ -325,23 +325,15 @@ class Search:
                 self._samples.append(Sample(known.bucket.shape, examples, of_size.peak))
         if self._samples:
             self._model = MemoryModel.fit(self._samples)
-        line = self._line(known)
+        intercepts, own = self._intercepts(), known.intercept()
+        if own is None:
+            own = float(np.median(intercepts)) if intercepts else self._base
+        intercept = min(own, reading.peak)
+        line = MemoryLine(self._floor, intercept, (reading.peak - intercept) / size)
         result = Result(known.bucket, size, known.predicted[size] or reading.peak, reading, line, probes)
         self._found.append(result)
         self._known.append(known)
         return result
-
-    def _line(self, known: _Readings) -> MemoryLine:
-        size, peak = known.fitting, known.last.peak
-        intercepts = self._intercepts()
-        of_others = float(np.median(intercepts)) if intercepts else self._base
-        of_own = known.intercept()
-        intercept = min(of_others if of_own is None else of_own, peak)
-        return MemoryLine(self._floor, intercept, (peak - intercept) / size)
-
-    def _error(self) -> float:
-        """How wrong the next prediction for an unseen bucket may be, as a share of the peak."""
-        return float(np.clip(3 * max(self._errors[-6:], default=_MOST_ERROR), _LEAST_ERROR, _MOST_ERROR))
 
 
 def spread_out(count: int) -> list[int]:
@@ -369,11 +361,3 @@ def _within(shorter: Bucket, longer: Bucket) -> bool:
 def _examples_in(room: float, rise: float) -> int:
     """How many examples of ``rise`` bytes fit into ``room`` bytes."""
     return MAX_BATCH_SIZE if rise <= 0 else math.floor(room / rise)
-
-
-def _too_long(bucket: Bucket, reading: Reading, budget: int) -> str:
-    needs = "runs out of memory" if reading.out_of_memory else f"needs {shown(reading.peak)}"
-    return (
-        f"bucket_duration_bins: {bucket} {needs} with one example, but the budget is {shown(budget)}; "
-        "shorten the bins, raise the budget, or make the model lighter (freeze, LoRA, activation checkpointing)."
-    )

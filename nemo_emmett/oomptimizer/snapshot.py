@@ -86,7 +86,12 @@ class Snapshot:
             for tensor, value in self._tensors:
                 local_part(tensor).copy_(value)
         for generator, state in self._generators:
-            _set_state(generator, state)
+            if isinstance(generator, random.Random):
+                generator.setstate(state)
+            elif isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = state
+            else:
+                generator.set_state(state)
 
     def _save(self, item: Any) -> Iterable[Any]:
         """Save the state of an object; returns the objects that it refers to."""
@@ -129,13 +134,10 @@ def _refill(container: Any, contents: list) -> None:
 def _can_change(tensor: Tensor) -> bool:
     """Whether a step may write to a tensor; expanded tensors and those of inference mode cannot be written to."""
     frozen = isinstance(tensor, Parameter) and not tensor.requires_grad
-    return not (frozen or tensor.is_meta or tensor.is_inference() or _is_expanded(tensor))
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    if tensor.layout is not torch.strided:
+    if frozen or tensor.is_meta or tensor.is_inference():
         return False
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    strides = tensor.stride() if tensor.layout is torch.strided else tensor.shape
+    return not any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, strides, strict=True))
 
 
 def _state_of(generator: Any) -> Any:
@@ -149,15 +151,6 @@ def _state_of(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     return None
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
 
 
 @contextmanager

@@ -138,8 +138,9 @@ class TrainingSteps:
         with _without_averaging(self._trainer), meter.measuring():
             started = time.perf_counter()
             for part in parts:
-                # All ranks enter the next part, or none: there may be collectives in it.
-                fits = _on_all_ranks(fits and self._fits(step, part), self._device)
+                # All ranks enter the next part, or none: it may contain collectives.
+                (failed,) = _most([not (fits and self._fits(step, part))], self._device)
+                fits = not failed
             meter.synchronize()
             seconds = time.perf_counter() - started
         if not fits:
@@ -288,10 +289,6 @@ def _clear_frames(error: BaseException | None) -> None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
-
-
-def _on_all_ranks(fits: bool, device: torch.device) -> bool:
-    return not _most([not fits], device)[0]
 
 
 def _most_of_any_rank(reading: Reading, device: torch.device) -> Reading:

@@ -184,16 +184,11 @@ def best_share(results: Sequence[Result]) -> float:
         for modality, members in by_modality.items():
             for result in members:
                 size = parts[modality] * result.batch_size / len(members)
-                tokens += size * _tokens(result.bucket)
+                tokens += size * result.bucket.shape.output_tokens  # which both modalities are trained on
                 seconds += size * result.confirmed.seconds / result.batch_size
         return tokens / seconds
 
     return max(SHARES, key=rate)
-
-
-def _tokens(bucket: Bucket) -> float:
-    """Output tokens of an example: what both modalities are trained on."""
-    return float(bucket.shape.output_tokens)
 
 
 def _highest(results: Sequence[Result]) -> Result:

@@ -12,7 +12,7 @@ the solver evaluates other caps; so the bins that it finds are probed in turn, u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,9 +224,11 @@ def plan_bins(
     seen = [first]
     best = BinPlan.of(first.bins, first.sizes, lengths, time)
     for _ in range(MAX_ROUNDS):
-        memory = MemoryModel.fit(*map(list, _joined(seen)))
+        memory = MemoryModel.fit(
+            *([item for probed in seen for item in getattr(probed, name)] for name in ("bins", "sizes", "lines"))
+        )
         bins = fastest_bins(lengths, num_buckets, num_sub_buckets, memory, time, budget)
-        if any(_same(bins, probed.bins) for probed in seen):
+        if any(np.array_equal(np.asarray(bins, dtype=float), np.asarray(p.bins, dtype=float)) for p in seen):
             break
         seen.append(probe(bins))
         plan = BinPlan.of(bins, seen[-1].sizes, lengths, time)
@@ -235,13 +237,3 @@ def plan_bins(
         if not gained:
             break
     return best
-
-
-def _joined(probed: Iterable[Probed]) -> tuple[Iterable, Iterable, Iterable]:
-    """Bins, sizes and lines of several rounds, one after another."""
-    rounds = list(probed)
-    return tuple([item for r in rounds for item in getattr(r, name)] for name in ("bins", "sizes", "lines"))
-
-
-def _same(bins: Sequence, others: Sequence) -> bool:
-    return np.array_equal(np.asarray(bins, dtype=float), np.asarray(others, dtype=float))

@@ -30,7 +30,7 @@ from nemo_emmett.oomptimizer.adapters.fakes import fake_values
 from nemo_emmett.oomptimizer.adapters.lengths import Lengths, longest_speech, longest_text, shortest_speech
 from nemo_emmett.oomptimizer.adapters.prompts import PromptTokens, ShortestPrompts
 from nemo_emmett.oomptimizer.adapters.rows import split_rows, stack_padded, take_rows
-from nemo_emmett.oomptimizer.buckets import Contents, Shape
+from nemo_emmett.oomptimizer.buckets import Shape
 from nemo_emmett.prompts.families import prompt_formatter
 
 _OF_RECORDINGS = ("audios", "audio_lens")
@@ -64,7 +64,9 @@ class SALMAdapter(Adapter):
         lengths = self._lengths(shape)
         recordings = 1 if shape.modality == "audio" else 0
         context = lengths.context + recordings
-        ids = random_ids(size, context + lengths.answer, self._vocab_size(), special_ids(self.model), device)
+        inputs = self.model.oomptimizer_schema["inputs"]
+        (vocab_size,) = (item["vocab_size"] for item in inputs if "vocab_size" in item)
+        ids = random_ids(size, context + lengths.answer, vocab_size, special_ids(self.model), device)
         if recordings:
             ids[:, context // 2] = self.model.audio_locator_tag_id
         if size > 1 and context > 1:
@@ -84,14 +86,11 @@ class SALMAdapter(Adapter):
         """The example that takes the most memory: SALM makes logits of all positions, so it has the most speech."""
         if shape.modality == "text":
             return longest_text(shape, PromptTokens(1, 1), shares_sequence=True).first
-        shortest = self._shortest(shape.contents)
+        shortest = PromptTokens(2, 1)  # a token before the recording, and one after it
+        if self._prompts is not None:
+            shortest = self._prompts.of_conversations(shape.contents)
         examples = longest_speech(shape, conversations=shortest)
         return shortest_speech(shape, shortest) if examples is None else examples.first
-
-    def _shortest(self, contents: Contents) -> PromptTokens:
-        if self._prompts is None:
-            return PromptTokens(2, 1)  # a token before the recording, and one after it
-        return self._prompts.of_conversations(contents)
 
     @cached_property
     def _prompts(self) -> ShortestPrompts | None:
@@ -100,10 +99,6 @@ class SALMAdapter(Adapter):
         if not name:
             return None
         return ShortestPrompts(prompt_formatter(name, self.model.tokenizer), self.model.audio_locator_tag)
-
-    def _vocab_size(self) -> int:
-        (size,) = (item["vocab_size"] for item in self.model.oomptimizer_schema["inputs"] if "vocab_size" in item)
-        return size
 
     def join(self, batches: Sequence[Mapping]) -> dict[str, Tensor]:
         """See :meth:`Adapter.join`."""

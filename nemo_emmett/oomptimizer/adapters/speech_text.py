@@ -125,15 +125,13 @@ class SpeechTextAdapter(Adapter):
 
     def join(self, batches: Sequence[Mapping]) -> dict[str, Any]:
         """See :meth:`Adapter.join`."""
+        padding = {"context_ids": self.model.pad_id, "answer_ids": self.model.pad_id}
         joined: dict[str, Any] = {}
         for modality, part in (item for batch in batches for item in batch.items()):
-            joined[modality] = self._together(joined[modality], part) if modality in joined else part
+            if (first := joined.get(modality)) is not None:
+                part = {key: stack_padded([first[key], part[key]], padding.get(key, 0)) for key in first}
+            joined[modality] = part
         return joined
-
-    def _together(self, first: Mapping, second: Mapping) -> dict[str, Tensor]:
-        """The examples of two batches of one modality."""
-        fillings = {"context_ids": self.model.pad_id, "answer_ids": self.model.pad_id}
-        return {key: stack_padded([first[key], second[key]], fillings.get(key, 0)) for key in first}
 
     def extents(self, batch: Mapping) -> list[Extent]:
         """See :meth:`Adapter.extents`; a flat batch of NeMo's may hold speech and text."""
