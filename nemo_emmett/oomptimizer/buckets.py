@@ -251,7 +251,7 @@ def _read_group(
     if bins is None:
         limit_key = LIMIT_KEYS[in_tokens]
         bins = (_longest_example(config.get(limit_key), limit_key, place),)
-    contents = replace(_contents(config, sources), seconds_per_token=float(frame or 0) if in_tokens else 0.0)
+    contents = replace(_contents(config, sources, place), seconds_per_token=float(frame or 0) if in_tokens else 0.0)
     is_total = in_tokens and keys.measure_total_length is not False
 
     def shape(item: Bin) -> Shape:
@@ -285,8 +285,8 @@ def _longest_example(limit: Any, limit_key: str, place: str) -> float:
     return float(limit)
 
 
-def _contents(config: DictConfig, sources: Sequence[tuple[str, Mapping[str, Any]]]) -> Contents:
-    sources = sources or [("", _task_keys(config, {}))]
+def _contents(config: DictConfig, sources: Sequence[tuple[str, Mapping[str, Any]]], place: str) -> Contents:
+    sources = sources or [("", _task_keys(config, {}, place))]
     of_speech = [keys for kind, keys in sources if kind not in TEXT_TYPES]
     tasks = dict.fromkeys(task for keys in of_speech or [keys for _, keys in sources] for task in _tasks(keys))
     return Contents(
@@ -299,9 +299,11 @@ def _contents(config: DictConfig, sources: Sequence[tuple[str, Mapping[str, Any]
 def _sources(config: DictConfig, place: str) -> list[tuple[str, Mapping[str, Any]]]:
     """The type of each source of a group, with the task keys that it has or inherits."""
     members = _groups_in(config).values() if config.get("sampler_fusion") == MUX else [config]
-    inherited = _task_keys(config, {})
+    inherited = _task_keys(config, {}, place)
     return [
-        source for member in members for source in _walk(member.get("input_cfg"), place, _task_keys(member, inherited))
+        source
+        for member in members
+        for source in _walk(member.get("input_cfg"), place, _task_keys(member, inherited, place))
     ]
 
 
@@ -311,23 +313,29 @@ def _walk(input_cfg: Any, place: str, inherited: Mapping[str, Any]) -> Iterator[
             input_cfg = OmegaConf.load(input_cfg)
         except OSError as error:
             raise ConfigError(f"{place}.input_cfg: {input_cfg} cannot be read: {error.strerror}.") from error
-    for entry in input_cfg or ():
-        keys = _task_keys(entry, inherited)
+    entries = [] if input_cfg is None else input_cfg
+    if not isinstance(entries, Sequence) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ConfigError(f"{place}.input_cfg: {input_cfg} cannot be used; give a list of sources, each a mapping.")
+    for entry in entries:
+        keys = _task_keys(entry, inherited, place)
         if entry.get("type") == "group":
             yield from _walk(entry.get("input_cfg"), place, keys)
         else:
             yield str(entry.get("type")), keys
 
 
-def _task_keys(entry: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
+def _task_keys(entry: Mapping[str, Any], inherited: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Tags of an outer group take precedence, as NeMo attaches them last; of keys, those of the innermost do."""
-    tags = {**(entry.get("tags") or {}), **inherited.get("tags", {})}
+    own = entry.get("tags") or {}
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"{place}: tags of a source: {own} cannot be used; give a mapping.")
+    tags = {**own, **inherited.get("tags", {})}
     keys = {name: entry[name] for name in _TASK_KEYS if entry.get(name) is not None}
     return {**inherited, **keys, **{name: tags[name] for name in _TASK_KEYS if tags.get(name)}, "tags": tags}
 
 
 def _tasks(keys: Mapping[str, Any]) -> Iterator[Task]:
     targets = keys.get("target_lang")
-    for target in [targets] if targets is None or isinstance(targets, str) else targets:
+    for target in targets if isinstance(targets, Sequence) and not isinstance(targets, str) else [targets]:
         task = {name: keys.get(name) for name in _TASK_KEYS} | {"target_lang": target}
         yield Task(**{name: None if value is None else str(value) for name, value in task.items()})

@@ -85,6 +85,14 @@ def test_sources_may_stand_in_a_file(tmp_path) -> None:
             "train_ds.use_multimodal_sampling: is false, so lengths are in seconds, but the group holds text alone",
         ),
         (SPEECH | IN_TOKENS, "train_ds.token_equivalent_duration: is missing"),
+        (
+            SPEECH | IN_TOKENS | {"token_equivalent_duration": 0},
+            "train_ds.token_equivalent_duration: 0 cannot be used;",
+        ),
+        (SPEECH | {"use_multimodal_sampling": "false"}, "train_ds.use_multimodal_sampling: 'false' cannot be used;"),
+        (SPEECH | {"multi_config": "no"}, "train_ds.multi_config: 'no' cannot be used; give true or false, or null."),
+        ({"input_cfg": [3]}, "train_ds.input_cfg: [3] cannot be used; give a list of sources"),
+        ({"input_cfg": [{"type": "nemo", "tags": "en"}]}, "train_ds: tags of a source: en cannot be used"),
     ],
 )
 def test_a_group_that_cannot_be_measured_is_told(group: dict, sentence: str) -> None:
