@@ -255,7 +255,7 @@ def _read_group(
     is_total = in_tokens and keys.measure_total_length is not False
 
     def shape(item: Bin) -> Shape:
-        longest, outputs, total = item, 0.0, False
+        longest, total = item, False
         if isinstance(item, tuple):
             longest, outputs = item[0], math.floor(item[1])
         elif in_tokens:

@@ -150,7 +150,7 @@ def test_weights_that_are_not_finite_are_not_saved_and_cost_no_earlier_checkpoin
 
 
 class TwoModalities(Regression):
-    """Speech whose loss is not finite, beside text whose loss is; as our models say it."""
+    """Speech whose loss is not finite with text whose loss is, in the form of our models."""
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         losses = [

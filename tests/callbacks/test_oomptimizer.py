@@ -143,7 +143,7 @@ def test_a_recipe_that_the_profile_does_not_fit_is_refused(fit, tmp_path: Path, 
     assert sentence.format(path=tmp_path / "profile.yaml") in str(error.value)
 
 
-def test_nowhere_to_put_batch_sizes_is_told(fit) -> None:
+def test_nowhere_to_put_batch_sizes_is_reported(fit) -> None:
     class PlainData(LightningDataModule):
         def train_dataloader(self) -> torch.utils.data.DataLoader:
             return torch.utils.data.DataLoader(torch.ones(2, 1))
@@ -152,7 +152,7 @@ def test_nowhere_to_put_batch_sizes_is_told(fit) -> None:
         fit(AUDIO, Model(), PlainData())
 
 
-def test_a_loader_that_was_built_too_early_is_told(fit) -> None:
+def test_a_loader_that_was_built_too_early_is_reported(fit) -> None:
     with pytest.raises(ConfigError, match="the batch sizes come too late"):
         fit(AUDIO, NeedsNumberOfSteps(), Data({}))
 
@@ -183,7 +183,7 @@ def test_the_profile_may_come_from_the_environment(tmp_path: Path, monkeypatch: 
         ({"mode": "plan", "memory_budget": "8GiB", "modality_share": "auto"}, "OOMptimizer.modality_share: 'auto'"),
     ],
 )
-def test_an_argument_that_cannot_work_is_told_at_once(arguments: dict, sentence: str) -> None:
+def test_an_argument_that_cannot_work_is_reported_at_once(arguments: dict, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         OOMptimizer(**arguments)
     assert sentence in str(error.value)
@@ -250,11 +250,11 @@ def test_a_run_that_is_calibrated_equals_one_that_is_given_the_profile(tmp_path:
 
 
 def test_a_profile_that_is_there_is_used_and_not_measured_again(tmp_path: Path, salm_t5_config: dict) -> None:
-    path, heard = tmp_path / "profile.yaml", []
+    path, results = tmp_path / "profile.yaml", []
     for _ in range(2):
-        callback = OOMptimizer(profile=path, memory_budget="40MiB", listener=heard.append)
+        callback = OOMptimizer(profile=path, memory_budget="40MiB", listener=results.append)
         trainer_with(tmp_path, callback).fit(built(salm_t5_config), datamodule=BatchData(dict(BINS)))
-    assert len(heard) == 3
+    assert len(results) == 3
 
 
 def test_without_a_path_runs_of_the_same_kind_share_a_profile(tmp_path: Path, salm_t5_config: dict) -> None:
@@ -324,7 +324,7 @@ def test_guard_alone_takes_the_recipes_batch_sizes(tmp_path: Path, salm_t5_confi
         ("auto", "data.train_ds.bucket_duration_bins: 'auto' is not solved for by this datamodule"),
     ],
 )
-def test_bins_that_cannot_be_used_are_told(tmp_path: Path, salm_t5_config: dict, bins: Any, sentence: str) -> None:
+def test_bins_that_cannot_be_used_are_reported(tmp_path: Path, salm_t5_config: dict, bins: Any, sentence: str) -> None:
     train_ds = {} if bins is None else {"bucket_duration_bins": bins}
     with pytest.raises(ConfigError) as error:
         trainer_with(tmp_path, OOMptimizer(memory_budget="40MiB")).fit(
@@ -333,7 +333,7 @@ def test_bins_that_cannot_be_used_are_told(tmp_path: Path, salm_t5_config: dict,
     assert str(error.value).startswith(sentence)
 
 
-def test_a_model_without_a_schema_is_told(tmp_path: Path) -> None:
+def test_a_model_without_a_schema_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Model has no `oomptimizer_schema`"):
         trainer_with(tmp_path, OOMptimizer(memory_budget="40MiB")).fit(Model(), datamodule=BatchData(dict(BINS)))
 

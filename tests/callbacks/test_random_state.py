@@ -86,7 +86,7 @@ def test_the_checkpoint_loads_without_arbitrary_code(tmp_path: Path) -> None:
     assert len(checkpoint["callbacks"]["RandomState"]["ranks"]) == 1
 
 
-def test_another_number_of_ranks_is_told_and_nothing_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_another_number_of_ranks_nothing_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_emmett.callbacks import random_state as module
 
     warnings = []

@@ -16,7 +16,7 @@ ROWS = torch.ones(2, 3)
 
 
 class Unsized:
-    """So many batches in each epoch, which nobody knows beforehand."""
+    """So many batches in each epoch, without a length."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -78,7 +78,7 @@ def state_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "torch": raw(torch.get_rng_state()),
         "logged": (dict(trainer.logged_metrics), dict(trainer.callback_metrics), repr(trainer._results)),
         "counters": (trainer.global_step, trainer.current_epoch, repr(trainer.fit_loop.state_dict())),
-        "heard": (list(map(id, trainer.callbacks)), list(map(id, trainer.loggers)), id(trainer.profiler)),
+        "observers": (list(map(id, trainer.callbacks)), list(map(id, trainer.loggers)), id(trainer.profiler)),
     }
 
 

@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 class Allocator:
-    """Stands in for torch.cuda: counts bytes and remembers in which order it was asked."""
+    """Replaces torch.cuda: counts bytes and records the order of calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.allocated = self.most_allocated = self.reserved = self.most_reserved = 0
@@ -68,7 +68,7 @@ def test_the_peak_is_of_what_ran_inside(allocator: Allocator) -> None:
     assert meter.peak == 5200
 
 
-def test_the_cache_is_emptied_before_counting_anew(allocator: Allocator) -> None:
+def test_the_cache_is_emptied_before_counting_again(allocator: Allocator) -> None:
     meter = CudaMeter(DEVICE)
     with meter.measuring():
         # Otherwise the blocks of a step before, still in the cache, would count as this step's fragmentation.

@@ -88,7 +88,7 @@ def test_zip_a_last_step_that_runs_out_of_memory_lowers_what_leaves_so_much_behi
         ({"then_train": "false"}, "OOMptimizer.then_train: 'false' cannot be used; give true or false, or null."),
     ],
 )
-def test_an_argument_without_meaning_is_told_at_once(arguments: dict, sentence: str) -> None:
+def test_an_argument_without_meaning_is_reported_at_once(arguments: dict, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         OOMptimizer(**arguments)
     assert str(error.value).startswith(sentence)
@@ -112,7 +112,7 @@ def test_guard_alone_refuses_batch_sizes_that_are_none(
         trainer_with(tmp_path, OOMptimizer(mode="guard")).fit(built(salm_t5_config), datamodule=data)
 
 
-def test_the_callback_given_twice_is_told(tmp_path: Path) -> None:
+def test_the_callback_given_twice_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^trainer\.callbacks: OOMptimizer is there 2 times; leave one"):
         trainer_with(tmp_path, OOMptimizer(), OOMptimizer()).fit(Plain(), datamodule=Data(dict(BINS)))
 
@@ -128,9 +128,9 @@ def calibrated(folder: Path, model: LightningModule, train_ds: dict, **options: 
 
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    told: list[str] = []
-    monkeypatch.setattr("nemo.utils.logging.warning", lambda sentence, *_, **__: told.append(sentence))
-    return told
+    lines: list[str] = []
+    monkeypatch.setattr("nemo.utils.logging.warning", lambda sentence, *_, **__: lines.append(sentence))
+    return lines
 
 
 def test_a_profile_of_other_settings_is_used_but_not_unnoticed(

@@ -184,7 +184,7 @@ def test_bytes_as_one_reads_them(bytes_: int, text: str) -> None:
         (RuntimeError(), False),
     ],
 )
-def test_running_out_of_memory_is_told_from_other_errors(error: Exception, is_one: bool) -> None:
+def test_running_out_of_memory_is_distinguished_from_other_errors(error: Exception, is_one: bool) -> None:
     assert is_out_of_memory(error) == is_one
 
 

@@ -1,4 +1,4 @@
-"""Profiles: what is read from them, and how mistakes in them are told."""
+"""Profiles: what is read from them, and how mistakes in them are reported."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ train_ds:
         ),
     ],
 )
-def test_a_profile_that_cannot_be_used_is_told_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+def test_a_profile_that_cannot_be_used_is_reported_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ConfigError) as error:
         Profile.read(path)
@@ -94,7 +94,7 @@ def test_a_profile_that_cannot_be_used_is_told_in_one_sentence(tmp_path: Path, t
     assert "\n" not in message
 
 
-def test_a_missing_profile_is_told(tmp_path: Path) -> None:
+def test_a_missing_profile_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.yaml: the profile cannot be read: No such file or directory"):
         Profile.read(tmp_path / "gone.yaml")
 
@@ -158,7 +158,7 @@ def test_the_first_block_can_be_pasted_into_a_recipe(tmp_path: Path) -> None:
     assert recipe.data.validation_ds.batch_size == 1
 
 
-def test_sizes_are_told_for_people_as_well(tmp_path: Path) -> None:
+def test_sizes_have_readable_comments(tmp_path: Path) -> None:
     MEASURED.write(tmp_path / "profile.yaml")
     lines = (tmp_path / "profile.yaml").read_text().splitlines()
     assert lines[0].startswith("# ")
@@ -192,7 +192,7 @@ def test_batch_sizes_are_lowered_with_the_reason() -> None:
         MEASURED.with_batch_sizes({"text": [90]})
 
 
-def test_lines_tell_peaks_and_times() -> None:
+def test_lines_give_peaks_and_times() -> None:
     line = MemoryLine(floor=100.0, intercept=10.0, slope=20.0)
     assert [line.peak(n) for n in (1, 4, 5)] == [100.0, 100.0, 110.0]
     assert TimeLine(0.5, 0.25).seconds(4) == 1.5
@@ -220,7 +220,7 @@ def test_lines_tell_peaks_and_times() -> None:
         ),
     ],
 )
-def test_a_damaged_part_is_told_in_one_sentence(tmp_path: Path, changed: dict, sentence: str) -> None:
+def test_a_damaged_part_is_reported_in_one_sentence(tmp_path: Path, changed: dict, sentence: str) -> None:
     path = tmp_path / "profile.yaml"
     MEASURED.write(path)
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changed))

@@ -103,7 +103,7 @@ def make_ctc(folder: Path):
     model = tiny_ctc(folder / "ctc", encoder=noisy, spec_augment=spec_augment)
     for part in model.spec_augmentation.modules():
         if hasattr(part, "_rng"):
-            part._rng = random.Random(5)  # otherwise seeded by the operating system, anew in each run
+            part._rng = random.Random(5)  # otherwise seeded by the operating system, differently in each run
     return model
 
 
@@ -166,15 +166,15 @@ class Layer(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_nobody_hears_of_probes(tmp_path: Path) -> None:
-    heard = []
+def test_probes_call_no_callback_or_logger(tmp_path: Path) -> None:
+    calls = []
 
     class Hearing(Callback):
         def on_before_backward(self, trainer, pl_module, loss) -> None:
-            heard.append("before backward")
+            calls.append("before backward")
 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-            heard.append("before optimizer step")
+            calls.append("before optimizer step")
 
     class Telling(Layer):
         def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
@@ -187,7 +187,7 @@ def test_nobody_hears_of_probes(tmp_path: Path) -> None:
     trainer = trainer_for(probing, Hearing(), max_steps=1, logger=logger)
     trainer.fit(Telling(), DataLoader([torch.ones(2, 8)], batch_size=None))
     assert_no_side_effects(probing)
-    assert heard == ["before backward", "before optimizer step"]  # of the one step of the training
+    assert calls == ["before backward", "before optimizer step"]  # of the one step of the training
     logger.save()
     assert "of a probe" not in (Path(logger.log_dir) / "metrics.csv").read_text()
 

@@ -100,7 +100,7 @@ def test_accumulated_gradients_are_kept_through_the_backward_pass() -> None:
         steps.warm_up(rows(1))
         return steps.run(rows(8)).peak
 
-    # The batch is small beside the weights: at worst a layer's old and new gradient stand side by side.
+    # The batch is small compared with the weights: at worst a layer's old and new gradient are both alive.
     alone, accumulated = probe_layers(probe), probe_layers(probe, accumulate_grad_batches=2)
     assert accumulated - alone >= 0
     assert accumulated > 4 * WEIGHTS + WEIGHTS // 2
