@@ -5,6 +5,10 @@
 - :class:`Adapter`, :class:`Extent`: the interface of an adapter, and the lengths of a batch.
 - :class:`SpeechTextAdapter` (ours), :class:`SALMAdapter` (NeMo's SALM), :class:`TranscriptAdapter` (CTC, RNN-T),
   :class:`MultiTaskAdapter` (Canary), :class:`SchemaAdapter` (any other model with NeMo's ``oomptimizer_schema``).
+
+Modules: ``base`` and ``registry``; the adapters in ``speech_text``, ``salm``, ``asr`` and ``generic``; and their parts:
+``schema`` (batches by a schema), ``lengths`` and ``prompts`` (the longest examples of a bucket), ``draws`` (random ids
+and recordings), ``rows`` (splitting and joining batches), ``fakes`` (patches for fake tensors).
 """
 
 from __future__ import annotations
