@@ -340,7 +340,7 @@ def test_a_disk_without_room_is_refused_and_a_scarce_one_warned_of(trained, smal
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"data.validation_ds": None}, r"monitor: 'val_loss' will never be there, since the recipe has no data"),
+        ({"data.validation_ds": None}, r"monitor: 'val_loss' will never exist, since the recipe has no data"),
         ({"exp_manager.checkpoint_callback_params.monitor": "val_bleu"}, "since model.validation_bleu is false"),
         (
             {"trainer.val_check_interval": 3},

@@ -1,11 +1,13 @@
-"""The Lightning callbacks, under the names that recipes use.
+"""Lightning callbacks, in the order in which they act on a training.
 
-- :class:`OOMptimizer` (``oomptimizer``): sets the batch size of every bucket.
-- :class:`RandomState` (``random_state``): puts the states of the random generators into checkpoints.
-- :class:`ResumableData` (``resumable_data``): lets checkpoints know the last batch trained on.
-- :class:`SkipNonFiniteSteps` (``skip_non_finite_steps``): skips steps whose loss or gradients are not finite.
+- :class:`OOMptimizer` (``oomptimizer``): sets the batch size of every bucket, and guards the memory.
+- :class:`ResumableData` (``resumable_data``, with the epoch loop of ``resumable_loop``): stores the last batch trained
+  on in checkpoints.
+- :class:`RandomState` (``random_state``): stores the states of the random generators in checkpoints.
+- :class:`SkipNonFiniteSteps` (``nonfinite``): skips steps whose loss or gradients are not finite.
+- ``ValidateAtEpochEnd`` (``validation_schedule``): validates epochs that the trainer's schedule leaves without.
+- :class:`TrainingClock` (``training_clock``): logs the seconds of training with each validation.
 - :class:`StopOnSignal` (``stop_on_signal``): ends training on SIGTERM or SIGINT with a checkpoint and exit code 75.
-- :class:`TrainingClock` (``training_clock``): logs how long the model has been trained, beside validation's scores.
 
 All are NeMo ``Serialization`` objects as well, so that NeMo's allow-list admits them under ``trainer.callbacks``.
 """

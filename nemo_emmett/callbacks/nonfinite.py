@@ -1,9 +1,9 @@
-"""Training steps whose loss or gradients are not finite: skipped, reported, and the end of a training that has many."""
+"""Skips and reports training steps whose loss or gradients are not finite, and ends a training with many of them."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -19,17 +19,19 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from nemo_emmett.errors import ConfigError, NonFiniteError
+from nemo_emmett.errors import NonFiniteError
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.modules.loss import world_size
+from nemo_emmett.modules.tensors import local_values, nonfinite_weight
+from nemo_emmett.typed_config import PositiveWhole, parse_value
 
 _MAX_NAMED = 64
-"""Examples of a batch that a message names."""
+"""Examples of a batch that a message names at most."""
 
 
 @dataclass(frozen=True)
 class _MicroStep:
-    """One forward pass of a step; tensors are on the device, and read only where something is wrong."""
+    """One forward pass of a step; tensors are on the device, and read only if a value is not finite."""
 
     examples: Mapping[str, Sequence[Mapping] | None]  # modality -> examples of the batch
     loss: Tensor
@@ -37,23 +39,23 @@ class _MicroStep:
 
 
 class SkipNonFiniteSteps(Callback, Serialization):
-    """Skips training steps whose loss or gradient norm is not finite, and ends a training in which they pile up.
+    """Skips training steps whose loss or gradient norm is not finite, and ends a training with too many of them.
 
     A skipped step changes neither the weights, nor the optimizer, nor the running statistics of batch norms; it counts
-    as a step of the schedule. An error message names the step, the modality and the examples at once. With several
-    ranks (DDP, FSDP2) all skip the step if one has to. Weights that are not finite are never saved: a checkpoint
-    raises :class:`~nemo_emmett.errors.NonFiniteError` instead, and the ones before it stay as they are.
+    as a step of the schedule. An error message names the step, the modality and the examples. With several ranks (DDP,
+    FSDP2) all skip the step if one has to. Weights that are not finite are never saved: a checkpoint raises
+    :class:`~nemo_emmett.errors.NonFiniteError` instead, and earlier ones are kept.
 
     Under ``16-mixed`` infinite gradients are a part of the loss scaling, which skips their steps; there only the loss
-    is looked at. An optimizer step costs one pass over the gradients and one read of the device, after the backward
+    is checked. An optimizer step takes one pass over the gradients and one read of the device, after the backward
     pass; with several ranks also the reduction of one number.
 
-    Our models bring the callback along; other models name it.
+    Our models add the callback; recipes of other models name it.
 
     Args:
         max_steps: the training ends when so many steps were skipped within ``window`` steps
-            (:class:`~nemo_emmett.errors.NonFiniteError`, exit code 70 of our commands); it also ends in this way when
-            more of its steps were skipped than made. None: it never ends for this.
+            (:class:`~nemo_emmett.errors.NonFiniteError`, exit code 70 of our commands), or when more of its steps were
+            skipped than made. None: it never ends for this reason.
         window: steps, of the schedule.
 
     Example:
@@ -66,38 +68,34 @@ class SkipNonFiniteSteps(Callback, Serialization):
     """
 
     def __init__(self, max_steps: int | None = 10, window: int = 100) -> None:
-        for name, value in {"max_steps": max_steps, "window": window}.items():
-            if not (value is None and name == "max_steps") and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ConfigError(f"SkipNonFiniteSteps.{name}: {value!r} must be a whole number.")
-            if value is not None and value < 1:
-                raise ConfigError(f"SkipNonFiniteSteps.{name}: {value} must be 1 or more.")
-        self._max_steps, self._window = max_steps, window
-        self._skipped: deque[int] = deque(maxlen=max_steps or 1)  # the last skipped steps, for the window
+        self._max_steps = parse_value(PositiveWhole | None, max_steps, "SkipNonFiniteSteps.max_steps")
+        self._window = parse_value(PositiveWhole, window, "SkipNonFiniteSteps.window")
+        self._skipped: deque[int] = deque(maxlen=self._max_steps or 1)  # the last skipped steps, for the window
         self._steps_made = self._steps_skipped = 0  # of this run
-        self._in_batch = False  # OOMptimizer's probing steps are none of ours
+        self._in_batch = False  # OOMptimizer's probes are not counted
         self._examples: Mapping[str, Sequence[Mapping] | None] = {}
         self._micro_steps: list[_MicroStep] = []  # since the last optimizer step
         self._statistics: list[Tensor] = []
-        self._remembered: list[Tensor] = []
+        self._saved_statistics: list[Tensor] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps that were skipped, as far back as the window may reach."""
+        """The skipped steps that the window may still contain."""
         return {"skipped": list(self._skipped)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with a checkpoint's."""
+        """Restore the skipped steps of a checkpoint."""
         self._skipped.extend(state_dict["skipped"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the running statistics, which a forward pass changes before its loss is known."""
         norms = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-        self._remembered = [buffer.clone() for buffer in self._statistics]
+        self._saved_statistics = [buffer.clone() for buffer in self._statistics]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember what may have to be restored, and what the batch holds."""
+        """Save what may have to be restored, and the batch's examples."""
         if not self._micro_steps and self._statistics:
-            torch._foreach_copy_(self._remembered, self._statistics)
+            torch._foreach_copy_(self._saved_statistics, self._statistics)
         self._in_batch, self._examples = True, _examples_of(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -107,7 +105,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
             self._micro_steps.append(_MicroStep(self._examples, loss.detach(), dict(losses)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Skip the step if its loss or gradient norm is not finite. A collective, where there are several ranks.
+        """Skip the step if its loss or gradient norm is not finite. A collective, if there are several ranks.
 
         Raises:
             NonFiniteError: if too many steps were skipped.
@@ -115,13 +113,13 @@ class SkipNonFiniteSteps(Callback, Serialization):
         if not self._in_batch or _has_scaler(trainer):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = _norm([_local(p.grad) for p in parameters], pl_module.device) if parameters else None
+        norm = _norm([local_values(p.grad) for p in parameters], pl_module.device) if parameters else None
         self._decide(trainer, pl_module, [micro.loss for micro in self._micro_steps], norm, parameters)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """With a loss scaler, look at the loss; the one before the backward pass is scaled.
+        """With a loss scaler, check the loss here; the one before the backward pass is scaled.
 
         Raises:
             NonFiniteError: if too many steps were skipped.
@@ -132,7 +130,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
             self._decide(trainer, pl_module, [loss], None, [])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a model that was hardly trained.
+        """Refuse a model that was trained on fewer steps than were skipped.
 
         Raises:
             NonFiniteError: if more steps were skipped than made.
@@ -140,11 +138,11 @@ class SkipNonFiniteSteps(Callback, Serialization):
         if self._max_steps is not None and self._steps_skipped > self._steps_made:
             raise NonFiniteError(
                 f"{self._steps_skipped} of {self._steps_skipped + self._steps_made} steps of this run had no finite "
-                f"loss or gradient norm and were skipped: this is no trained model. {_REMEDY}"
+                f"loss or gradient norm and were skipped: the model is not trained. {_REMEDY}"
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to save weights that are not finite. A collective, where there are several ranks.
+        """Refuse to save weights that are not finite. A collective, if there are several ranks.
 
         Raises:
             NonFiniteError: naming a parameter.
@@ -153,13 +151,13 @@ class SkipNonFiniteSteps(Callback, Serialization):
         if not _any_rank(torch.tensor(float(name is not None), device=pl_module.device)):
             return
         for callback in trainer.checkpoint_callbacks:
-            # NeMo has marked the file to be written as unfinished; there may be a good one of this name.
+            # NeMo has marked the file to be written as unfinished; there may be a complete one of this name.
             if isinstance(callback, NeMoModelCheckpoint) and callback.dirpath and trainer.is_global_zero:
                 for marker in Path(callback.dirpath).glob(f"*{NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX}"):
                     marker.unlink(missing_ok=True)
         raise NonFiniteError(
             f"step {trainer.global_step}: the weights are not finite ({name or 'on another rank'}), so no checkpoint "
-            f"is written; earlier ones stay as they are. {_REMEDY}"
+            f"is written; earlier ones are kept. {_REMEDY}"
         )
 
     def _decide(
@@ -170,7 +168,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
         norm: Tensor | None,
         parameters: Sequence[torch.nn.Parameter],
     ) -> None:
-        """Decide whether a step is skipped, on all ranks together, and skip it."""
+        """Decide with all ranks whether a step is skipped, and skip it."""
         sums = [loss.float().to(module.device).sum() for loss in losses] + ([] if norm is None else [norm])
         is_bad = ~torch.stack(sums).isfinite().all() if sums else torch.zeros((), device=module.device)
         micro_steps, self._micro_steps = self._micro_steps, []
@@ -178,40 +176,36 @@ class SkipNonFiniteSteps(Callback, Serialization):
             self._steps_made += 1
             return
         for parameter in parameters:
-            parameter.grad = None  # which every optimizer passes over
+            parameter.grad = None  # every optimizer skips parameters without a gradient
         if self._statistics:
-            torch._foreach_copy_(self._statistics, self._remembered)
+            torch._foreach_copy_(self._statistics, self._saved_statistics)
         self._steps_skipped += 1
         self._skipped.append(trainer.global_step)
         self._report(trainer, micro_steps, losses, norm)
-        self._stop_past_limit(trainer)
+        is_full = self._max_steps is not None and len(self._skipped) == self._max_steps
+        if is_full and self._skipped[-1] - self._skipped[0] < self._window:
+            raise NonFiniteError(
+                f"step {trainer.global_step}: {self._max_steps} of the last {self._window} steps had no finite loss or "
+                f"gradient norm, so the training ends; the weights are those of the last good step. {_REMEDY}"
+            )
 
     def _report(
         self, trainer: Trainer, micro_steps: Sequence[_MicroStep], losses: Sequence[Tensor], norm: Tensor | None
     ) -> None:
         values = [float(loss) for loss in losses]
         bad = [step for step, value in zip(micro_steps, values, strict=False) if not _is_finite(value)]
-        of_norm = "" if norm is None else f", gradient norm {float(norm):g}"
-        text = f"loss {', '.join(f'{v * trainer.accumulate_grad_batches:g}' for v in values)}{of_norm}; "
+        norm_text = "" if norm is None else f", gradient norm {float(norm):g}"
+        text = f"loss {', '.join(f'{v * trainer.accumulate_grad_batches:g}' for v in values)}{norm_text}; "
         text += "; ".join(filter(None, (_named(step) for step in bad or micro_steps)))
-        of_ranks: list[Any] = [text]
+        texts: list[Any] = [text]
         if world_size() > 1:
-            of_ranks = [None] * world_size()
-            dist.all_gather_object(of_ranks, text)
-            of_ranks = [f"rank {rank}: {one}" for rank, one in enumerate(of_ranks)]
+            texts = [None] * world_size()
+            dist.all_gather_object(texts, text)
+            texts = [f"rank {rank}: {text}" for rank, text in enumerate(texts)]
         logging.error(
             f"Step {trainer.global_step} is skipped, since its loss or gradient norm is not finite: "
-            f"{' | '.join(of_ranks)}."
+            f"{' | '.join(texts)}."
         )
-
-    def _stop_past_limit(self, trainer: Trainer) -> None:
-        if self._max_steps is None or len(self._skipped) < self._max_steps:
-            return
-        if self._skipped[-1] - self._skipped[0] < self._window:
-            raise NonFiniteError(
-                f"step {trainer.global_step}: {self._max_steps} of the last {self._window} steps had no finite loss or "
-                f"gradient norm, so the training ends; the weights are those of the last good step. {_REMEDY}"
-            )
 
 
 _REMEDY = (
@@ -220,48 +214,8 @@ _REMEDY = (
 )
 
 
-def nonfinite_weight(
-    parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]] = ()
-) -> str | None:
-    """The name of the first parameter that is not finite, or buffer that holds NaN; None if all is well.
-
-    Buffers may be infinite: masks are.
-    """
-    checks = [
-        (name, test(_local(tensor.detach())))
-        for tensors, test in ((parameters, lambda t: ~t.isfinite().all()), (buffers, lambda t: t.isnan().any()))
-        for name, tensor in tensors
-        if tensor.is_floating_point() and not tensor.is_meta
-    ]
-    if not checks:
-        return None
-    found = torch.stack([flag.to(checks[0][1].device) for _, flag in checks]).nonzero()
-    return checks[int(found[0])][0] if len(found) else None
-
-
-def refuse_nonfinite(weights: Mapping[str, Tensor], buffers: Collection[str] = ()) -> None:
-    """Refuse to export weights that are not finite.
-
-    Args:
-        weights: by name.
-        buffers: the names of those that are no parameters.
-
-    Raises:
-        NonFiniteError: naming a parameter.
-    """
-    name = nonfinite_weight(
-        ((name, tensor) for name, tensor in weights.items() if name not in buffers),
-        ((name, tensor) for name, tensor in weights.items() if name in buffers),
-    )
-    if name is not None:
-        raise NonFiniteError(
-            f"the weights are not finite ('{name}'), so they are not exported; export an earlier checkpoint with "
-            "`nemo-emmett export`."
-        )
-
-
 def _norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Of all gradients together, the Euclidean norm; in float32 at least, since a norm overflows before its values."""
+    """The Euclidean norm of all gradients; in float32 at least, since a norm overflows before its values."""
     dtype = reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
     return torch.stack([one.to(device) for one in torch._foreach_norm(list(gradients), 2, dtype)]).norm()
 
@@ -277,18 +231,12 @@ def _has_scaler(trainer: Trainer) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Of a sharded tensor (FSDP2), what this rank holds; of a sparse one, its values."""
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return tensor._values() if tensor.is_sparse else tensor
-
-
 def _is_finite(value: float) -> bool:
     return value - value == 0.0
 
 
 def _examples_of(batch: Any) -> dict[str, Sequence[Mapping] | None]:
-    """Modality -> what a batch says of its examples; docs/architecture.md, "The batch"."""
+    """Modality -> the examples of a batch; docs/architecture.md, "The batch"."""
     if not isinstance(batch, Mapping):
         return {}
     parts = {modality: batch[modality] for modality in MODALITIES if isinstance(batch.get(modality), Mapping)}
@@ -298,7 +246,7 @@ def _examples_of(batch: Any) -> dict[str, Sequence[Mapping] | None]:
 
 
 def _named(step: _MicroStep) -> str:
-    """The modalities whose loss is not finite, all where none is known to be, and their examples."""
+    """The modalities whose loss is not finite, or all if none is known, and their examples."""
     bad = [name for name, loss in step.modality_losses.items() if not _is_finite(float(loss))]
     return "; ".join(
         f"{modality}: {_listed(examples)}" for modality, examples in step.examples.items() if modality in bad or not bad
@@ -308,12 +256,10 @@ def _named(step: _MicroStep) -> str:
 def _listed(examples: Sequence[Mapping] | None) -> str:
     if not examples:
         return "examples unknown, since the batch does not name them"
-    shown = [_name(example) for example in examples[:_MAX_NAMED]]
+    shown = []
+    for example in examples[:_MAX_NAMED]:
+        path, start = example.get("audio_path"), example.get("audio_start")
+        place = "" if path is None else f" ({path}{f' from {start:g} s' if start else ''})"
+        shown.append(f"{example.get('id')}{place}")
     more = f" and {len(examples) - _MAX_NAMED} more" if len(examples) > _MAX_NAMED else ""
     return f"examples {', '.join(shown)}{more}"
-
-
-def _name(example: Mapping) -> str:
-    path, start = example.get("audio_path"), example.get("audio_start")
-    place = "" if path is None else f" ({path}{f' from {start:g} s' if start else ''})"
-    return f"{example.get('id')}{place}"

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.core.classes.common import Serialization
 from nemo.utils import logging
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from nemo_emmett.modules.loss import world_size
+from nemo_emmett.modules.random_state import random_state, restore_random_state
 
 
 class RandomState(Callback, Serialization):
     """Saves the states of the random generators of every rank, and restores them when training resumes.
 
     Lightning checkpoints hold weights, optimizers and counters but no random states, so dropout and SpecAugment of a
-    resumed run differ from those of a run that was never interrupted. With this callback both draw the same. Covered
-    are the global generators of Python, NumPy, torch, and torch's on every CUDA device.
+    resumed run differ from those of a run that was never interrupted. With this callback both draw the same. It covers
+    the global generators of Python, NumPy and torch, and torch's on every CUDA device.
 
-    Validation does not move the training's random states, so that it does not matter whether it ran before or after an
-    interruption. Our data loader draws from generators of its own; what another loader draws in the main process while
-    it fetches the first batch after resuming is not repeated.
+    Validation does not change the training's random states, so that it does not matter whether it ran before or after
+    an interruption. Our data loader has generators of its own; what another loader draws in the main process while it
+    fetches the first batch after resuming is not repeated.
 
     Example:
         In a recipe::
@@ -39,10 +39,14 @@ class RandomState(Callback, Serialization):
 
     def state_dict(self) -> dict[str, Any]:
         """The random states by rank. Lightning calls it on every rank whenever a checkpoint is made."""
-        return {"ranks": _from_all_ranks(self._after_batch if self._validating else random_state())}
+        state = self._after_batch if self._validating else random_state()
+        states: list[Any] = [state] * world_size()
+        if world_size() > 1:
+            torch.distributed.all_gather_object(states, state)
+        return {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the states until training starts: building loaders and models draws numbers before."""
+        """Keep the states until training starts, since building loaders and models draws numbers."""
         self._to_restore = state_dict["ranks"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,39 +79,3 @@ class RandomState(Callback, Serialization):
         if self._after_batch is not None:
             restore_random_state(self._after_batch)
         self._validating = False
-
-
-# States are values, also where OOMptimizer plans with tensors that have none.
-@unset_fake_temporarily()
-def random_state() -> dict[str, Any]:
-    """The states of this process's global random generators, as what ``torch.load(weights_only=True)`` accepts."""
-    generator, keys, position, has_gauss, cached_gaussian = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (generator, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gaussian),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-@unset_fake_temporarily()
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Set the global random generators to what :func:`random_state` returned.
-
-    The states of CUDA devices that this process does not have are left out.
-    """
-    random.setstate(state["python"])
-    generator, keys, position, has_gauss, cached_gaussian = state["numpy"]
-    np.random.set_state((generator, keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available():
-        for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(device_state.cpu(), device)
-
-
-def _from_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [state]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states

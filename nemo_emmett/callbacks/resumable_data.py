@@ -1,4 +1,4 @@
-"""A Lightning callback with which a run resumes at the batch that follows the last one trained on."""
+"""Lets a run resume at the batch after the last one trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_emmett.data.dataloader import MultimodalDataLoader
 
 
 class ResumableData(Callback, Serialization):
-    """Makes checkpoints hold the exact position of training: in the data, in the step and in the epoch.
+    """Stores the exact position of training in checkpoints: in the data, in the step and in the epoch.
 
     Lightning writes the state of a data loader into every checkpoint, but it fetches one batch in advance: without this
     callback the batch that was fetched and not trained on is skipped after resuming. The callback reports the batches
@@ -32,7 +32,7 @@ class ResumableData(Callback, Serialization):
                 - _target_: nemo_emmett.callbacks.ResumableData
     """
 
-    is_asked_for = True  # False where a datamodule adds it by itself, which has said already if the data cannot resume
+    is_asked_for = True  # False if a datamodule adds it, which has warned already if the data cannot resume
 
     def __init__(self) -> None:
         self._loaders: list[MultimodalDataLoader] = []
@@ -50,7 +50,7 @@ class ResumableData(Callback, Serialization):
             loop.validation_finished()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on a batch counts when it was trained on. Warn where no loader of the training can resume."""
+        """From now on a batch counts when it was trained on. Warn if no loader of the training can resume."""
         self._loaders = list(_resumable_loaders(trainer))
         self._epoch_begins = False  # the first one may be the rest of one that was interrupted
         for loader in self._loaders:
@@ -59,7 +59,8 @@ class ResumableData(Callback, Serialization):
             _warn_of_data_that_starts_over(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the next pass of finite data, and let new loaders (``reload_dataloaders_every_n_epochs``) take over.
+        """Start the next pass of finite data, and hand its state to new loaders
+        (``reload_dataloaders_every_n_epochs``).
 
         Lightning begins to iterate after this hook, over new loaders once before it as well.
         """

@@ -1,7 +1,7 @@
 """A Lightning epoch loop that resumes exactly: no batch is trained twice or skipped, and no validation repeated.
 
 A checkpoint can be written in the middle of a step: after the optimizer has stepped and before validation, during
-validation, or behind it. Lightning 2.4 does not store which of these it was. After resuming, its own loop repeats a
+validation, or after it. Lightning 2.4 does not store which of these it was. After resuming, its own loop repeats a
 validation that is done, and the loop that NeMo's ``exp_manager`` installs (``SkipResumeTrainingValidationLoop``) trains
 on one batch more than the epoch has. The loop here stores where in the step it was, and completes exactly the rest.
 """
@@ -19,7 +19,7 @@ from nemo.utils import logging
 from nemo.utils.exp_manager import SkipResumeTrainingValidationLoop
 
 _KEY = "nemo_emmett_resume"
-"""Of our part of the loop's state. Lightning's own loop ignores it, so its runs can resume from our checkpoints."""
+"""Key of our part of the loop's state. Lightning's loop ignores it, so it can resume from our checkpoints."""
 
 
 @dataclass
@@ -40,18 +40,18 @@ class StepState:
 class ResumableEpochLoop(_TrainingEpochLoop):
     """Lightning's training loop of one epoch, with the position inside the step in its state.
 
-    Built on private parts of Lightning 2.4, the newest version that NeMo 3.0 admits.
+    It overrides private methods of Lightning 2.4, the newest version that NeMo 3.0 admits.
     """
 
     def __init__(self, trainer: Trainer, min_steps: int | None = None, max_steps: int = -1) -> None:
         self._pending = False
         self._validated = False
-        self._completes_step = False  # the first thing to do is the rest of the step that was interrupted
+        self._completes_step = False  # the interrupted step is completed first
         super().__init__(trainer, min_steps, max_steps)
 
     @property
     def max_steps(self) -> int:
-        """The trainer's; one more while the rest of the last step is due, so that training does not end before it."""
+        """The trainer's; one more until the last step is completed, so that training does not end before."""
         return self._max_steps + (self._completes_step and self._max_steps != -1)
 
     @max_steps.setter
@@ -59,7 +59,7 @@ class ResumableEpochLoop(_TrainingEpochLoop):
         self._max_steps = max_steps
 
     def validation_finished(self) -> None:
-        """The validation that follows the current batch is finished; from now on a checkpoint says so."""
+        """Note for checkpoints that the validation after the current batch is finished."""
         self._validated = True
 
     @property
@@ -67,11 +67,11 @@ class ResumableEpochLoop(_TrainingEpochLoop):
         return not self._completes_step
 
     def advance(self, data_fetcher: Any) -> None:
-        """Train on a batch, unless the last one before the interruption is yet to be completed."""
+        """Train on a batch, unless the interrupted step is still to be completed."""
         self.val_loop.restarting = False  # a validation that was interrupted starts over
         if self._completes_step:
             return
-        self._restarting = False  # else Lightning asks whether to validate in place of training
+        self._restarting = False  # else Lightning may validate instead of training
         self._validated = False
         super().advance(data_fetcher)
 
@@ -85,7 +85,7 @@ class ResumableEpochLoop(_TrainingEpochLoop):
         return not self._validated and super()._should_check_val_fx(data_fetcher)
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Lightning's state, the position inside the step, and the metrics that callbacks look at."""
+        """Lightning's state, the position inside the step, and the metrics that callbacks monitor."""
         current = self.batch_progress.current
         in_step = current.ready == current.processed and (self._pending or current.processed > current.completed)
         cut_short = self.trainer.should_stop or 0 <= self._max_steps <= self.global_step
@@ -95,16 +95,16 @@ class ResumableEpochLoop(_TrainingEpochLoop):
         return super().on_save_checkpoint() | {_KEY: vars(step) | {"callback_metrics": metrics}}
 
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
-        """Restore Lightning's counters, then bring them to where the interrupted run was."""
+        """Restore Lightning's counters, then set them to the position of the interrupted run."""
         super().load_state_dict(state_dict, prefix)
         state = dict(state_dict.get(f"{prefix}state_dict", {}).get(_KEY, {}))
         metrics = state.pop("callback_metrics", {})
-        # Callbacks that monitor a score find the one of the last validation, though it was in the interrupted run.
+        # Callbacks that monitor a score need the last one, which the interrupted run computed.
         self.trainer._logger_connector._callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
         self._resume_at(StepState(**state) if state else self._guess())
 
     def _guess(self) -> StepState:
-        """For a checkpoint of another loop: as most are, written behind the validation or at the end of a batch."""
+        """For a checkpoint of another loop: most are written after the validation or at the end of a batch."""
         current = self.batch_progress.current
         epoch = self.trainer.fit_loop.epoch_progress.current
         in_epoch = epoch.ready > epoch.processed
@@ -134,7 +134,7 @@ class ResumableEpochLoop(_TrainingEpochLoop):
 
 
 def _settle(progress: _Progress, current: int, total: int) -> None:
-    """So many events are over, none is under way."""
+    """Set all of a progress's counters: so many events are over, and none is running."""
     for tracker, count in ((progress.current, current), (progress.total, total)):
         _BaseProgress.load_state_dict(tracker, dict.fromkeys(vars(tracker), count))
 
@@ -142,8 +142,8 @@ def _settle(progress: _Progress, current: int, total: int) -> None:
 def _end_epoch_of_data(trainer: Trainer) -> None:
     """The loaders that are about to be restored continue with their next epoch, not with the rest of the last one.
 
-    That an epoch is over after ``limit_train_batches`` is known to the loops only. A loader whose state has the key
-    ``epoch_ended`` wants to know it; other states stay as they are.
+    Only the loops can decide that an epoch is over after ``limit_train_batches``. A loader reads it from the key
+    ``epoch_ended`` of its state; states without that key are not changed.
     """
     fit_loop = trainer.fit_loop
     fit_loop._combined_loader_states_to_load = [
@@ -153,10 +153,10 @@ def _end_epoch_of_data(trainer: Trainer) -> None:
 
 
 def install_resumable_loop(trainer: Trainer) -> ResumableEpochLoop | None:
-    """Put a :class:`ResumableEpochLoop` in the place of Lightning's epoch loop, or of NeMo's ``exp_manager``'s.
+    """Replace Lightning's epoch loop, or that of NeMo's ``exp_manager``, by a :class:`ResumableEpochLoop`.
 
     Returns:
-        The loop; None if the trainer has one of another kind, which is left as it is, with a warning.
+        The loop; None if the trainer has one of another class, which is kept, with a warning.
     """
     loop = trainer.fit_loop.epoch_loop
     if isinstance(loop, ResumableEpochLoop):
@@ -168,5 +168,5 @@ def install_resumable_loop(trainer: Trainer) -> ResumableEpochLoop | None:
         )
         return None
     trainer.fit_loop.epoch_loop = resumable = ResumableEpochLoop(trainer, loop.min_steps, loop.max_steps)
-    resumable.val_loop = loop.val_loop  # which knows its data by now
+    resumable.val_loop = loop.val_loop  # which has its data already
     return resumable

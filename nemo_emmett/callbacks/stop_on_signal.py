@@ -26,19 +26,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopOnSignal(Callback, Serialization):
-    """Ends training on SIGTERM or SIGINT: a checkpoint after the step under way, one sentence, exit code 75.
+    """Ends training on SIGTERM or SIGINT with a checkpoint after the current step, one sentence and exit code 75.
 
-    The checkpoint takes the place of the run's ``-last`` checkpoint, so the same command continues the run. With one
-    process a signal during validation is served after the validation batch; the resumed run repeats that validation.
-    With several ranks it is served at the end of the next training step but one, when all ranks know of it, whichever
-    of them received it. With gradient accumulation training goes on to the end of the accumulated step. A second signal
+    The checkpoint replaces the run's ``-last`` checkpoint, so the same command continues the run. With one process a
+    signal during validation is handled after the validation batch; the resumed run repeats that validation. With
+    several ranks it is handled at the end of the next training step but one, when the ranks have agreed, whichever of
+    them received it. With gradient accumulation training goes on to the end of the accumulated step. A second signal
     ends the process at once, as does a first one before training starts.
 
     SLURM and Kubernetes send SIGKILL 30 seconds after SIGTERM unless configured otherwise (``KillWait``,
     ``terminationGracePeriodSeconds``): a step, a validation batch and the checkpoint must fit in.
 
     ``train`` and ``examples/speechlm/train.py`` add this callback; it replaces NeMo's ``PreemptionCallback``, which
-    knows SIGTERM and CUDA only and exits with code 0.
+    handles SIGTERM only, needs CUDA and exits with code 0.
 
     Example:
         In a recipe::
@@ -50,7 +50,7 @@ class StopOnSignal(Callback, Serialization):
 
     def __init__(self) -> None:
         self._received: int | None = None
-        self._stops = False  # all ranks know
+        self._stops = False  # on all ranks
         self._active = False  # between setup and the end of training
         self._training = False
         self._previous: dict[int, Any] = {}  # handlers to restore
@@ -70,17 +70,17 @@ class StopOnSignal(Callback, Serialization):
         self._install()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install them again: Lightning puts a handler in front that ends training without a checkpoint."""
+        """Install them again: Lightning has installed a handler that ends training without a checkpoint."""
         self._install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on a signal ends training after the step. Warn where it would end without a checkpoint."""
+        """From now on a signal ends training after the step. Warn if it would end without a checkpoint."""
         self._install()
         _warn_of_no_effect(trainer)
         self._training = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Tell the other ranks; the answer arrives while they compute."""
+        """Start the reduction over the ranks, which runs while they compute."""
         if world_size() > 1:
             self._votes.append(_Vote(self._received is not None, pl_module.device))
 
@@ -90,7 +90,7 @@ class StopOnSignal(Callback, Serialization):
         """Stop if a signal was received and no gradients wait for further batches."""
         if world_size() == 1:
             self._stops = self._received is not None
-        elif len(self._votes) > 1:  # the newest is still on its way; reading it would stall the device
+        elif len(self._votes) > 1:  # the newest may not be complete; reading it would stall the device
             self._stops = self._votes.popleft().result() or self._stops
         if self._stops and not trainer.fit_loop.epoch_loop._should_accumulate():
             self._stop(trainer)
@@ -109,15 +109,15 @@ class StopOnSignal(Callback, Serialization):
             self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Signals have their usual effect again."""
+        """Restore the previous signal handlers."""
         self._uninstall()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Signals have their usual effect again."""
+        """Restore the previous signal handlers."""
         self._uninstall()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Signals have their usual effect again."""
+        """Restore the previous signal handlers."""
         self._uninstall()
 
     def _install(self) -> None:
@@ -126,7 +126,7 @@ class StopOnSignal(Callback, Serialization):
                 signal.signal(number, self._on_signal)
 
     def _uninstall(self) -> None:
-        """May be needed twice: Lightning restores at its end what it found at its beginning, which is ours."""
+        """Called twice in a run: in between Lightning restores the handlers that it found, which are ours."""
         self._active = self._training = False
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._previous.items():
@@ -144,15 +144,15 @@ class StopOnSignal(Callback, Serialization):
         name = signal.Signals(number).name
         self._received = number
         if not self._training:
-            _say(f"{name} received before the first step: nothing is lost. Run the same command to start again.")
+            _print(f"{name} received before the first step: nothing is lost. Run the same command to start again.")
             raise SystemExit(EXIT_TRY_AGAIN)
-        _say(f"{name} received: training stops after this step, with a checkpoint. A second signal ends it at once.")
+        _print(f"{name} received: training stops after this step, with a checkpoint. A second signal ends it at once.")
 
     def _stop(self, trainer: Trainer) -> None:
         signals = signal.Signals(self._received).name if self._received is not None else "A signal to another rank"
         outcome = self._save(trainer)
         if trainer.is_global_zero:
-            _say(
+            _print(
                 f"{signals}: training stopped after step {trainer.global_step:,}. {outcome} Exit code {EXIT_TRY_AGAIN}."
             )
         raise SystemExit(EXIT_TRY_AGAIN)
@@ -188,7 +188,7 @@ def _warn_of_no_effect(trainer: Trainer) -> None:
 
 
 class _Vote:
-    """Whether any rank has received a signal, asked in one step and read in a later one."""
+    """A reduction of whether any rank has received a signal, started in one step and read in a later one."""
 
     def __init__(self, received: bool, device: torch.device) -> None:
         self._flag = torch.full((), int(received), dtype=torch.int32, device=device)
@@ -209,6 +209,6 @@ class _Vote:
         return bool(self._flag.item())
 
 
-def _say(sentence: str) -> None:
+def _print(sentence: str) -> None:
     sys.stderr.write(f"{sentence}\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""How long a training has trained: the time axis on which trainings of unlike batches can be compared."""
+"""Seconds of training: the time axis on which trainings of different batches can be compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo.utils import logging
 
 
 class Reading(NamedTuple):
-    """Seconds since some moment, on both clocks."""
+    """Seconds on both clocks, from an arbitrary origin."""
 
     wall: float
     cpu: float  # of all threads of this process; not of the data loader's workers
@@ -26,9 +26,9 @@ class Reading(NamedTuple):
 class TrainingClock(Callback, Serialization):
     """Logs, with each validation, for how long the model has been trained: ``train_seconds`` and ``train_cpu_seconds``.
 
-    Validation itself is left out, data loading is not. Beside ``val_bleu`` this tells the seconds to a score, where
-    steps cannot be compared because batches differ. The CPU's seconds hardly depend on what else the machine does. A
-    resumed run goes on counting.
+    Validation itself is not counted, data loading is. With ``val_bleu`` this gives the seconds to a score, if steps
+    cannot be compared because batches differ. The CPU's seconds hardly depend on the machine's other load. A resumed
+    run goes on counting.
 
     Example:
         In a recipe::
@@ -40,10 +40,10 @@ class TrainingClock(Callback, Serialization):
 
     def __init__(self) -> None:
         self._trained = Reading(0.0, 0.0)
-        self._resumed_at: Reading | None = None  # None while the clock stands
+        self._resumed_at: Reading | None = None  # None while the clock is stopped
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start; what came before was building and checking. Warn where no validation will log the time."""
+        """Start the clock. Warn if no validation will log the time."""
         if not trainer.enable_validation or (trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)):
             logging.warning(
                 "TrainingClock logs nothing in this training: it logs with each validation, and nothing is validated; "
@@ -52,11 +52,11 @@ class TrainingClock(Callback, Serialization):
         self._resumed_at = _now()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop; the check before training finds the clock standing."""
+        """Stop the clock; at the sanity check it has not started yet."""
         self._trained, self._resumed_at = self._so_far(), None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log beside the validation's scores."""
+        """Log with the validation's scores."""
         if not trainer.sanity_checking:
             pl_module.log_dict(
                 {"train_seconds": self._trained.wall, "train_cpu_seconds": self._trained.cpu},
@@ -65,12 +65,12 @@ class TrainingClock(Callback, Serialization):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on, unless training has not begun."""
+        """Start the clock again, unless training has not begun."""
         if not trainer.sanity_checking:
             self._resumed_at = _now()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop for good."""
+        """Stop the clock."""
         self._trained, self._resumed_at = self._so_far(), None
 
     def state_dict(self) -> dict[str, float]:

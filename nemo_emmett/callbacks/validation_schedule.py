@@ -1,4 +1,4 @@
-"""A training that would never validate: a warning before it starts, and a validation at the end of its epochs."""
+"""Validation at the end of epochs that the trainer's schedule leaves without, and a warning before training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from nemo_emmett.errors import ConfigError
 
 
 class ValidateAtEpochEnd(Callback):
-    """Validates at the end of an epoch for which the trainer's schedule has brought no validation.
+    """Validates at the end of an epoch in which the trainer's schedule had no validation.
 
-    Lightning validates every ``val_check_interval`` batches, or after ``limit_train_batches``; where the data of an
-    epoch ends before, it never does, and says nothing. Epochs without a validation of their own by
-    ``check_val_every_n_epoch`` stay without; the end of a training that was never validated has one. What the schedule
-    brings stays as it is.
+    Lightning validates every ``val_check_interval`` batches, or after ``limit_train_batches``; if the data of an epoch
+    ends before, it does not validate, and does not warn. Epochs that ``check_val_every_n_epoch`` leaves out are not
+    validated; a training that was never validated is validated at its end. Scheduled validations are not changed.
     """
 
     def __init__(self) -> None:
@@ -25,20 +24,20 @@ class ValidateAtEpochEnd(Callback):
         self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the schedule has brought a validation in this epoch, and ever."""
+        """Whether the schedule had a validation in this epoch, and in any."""
         return {"in_epoch": self._came_in_epoch, "by_schedule": self._came_by_schedule}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with a checkpoint's."""
+        """Restore the state of a checkpoint."""
         self._came_in_epoch, self._came_by_schedule = state_dict["in_epoch"], state_dict["by_schedule"]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note a validation; before it ends, for at its end a checkpoint may be made."""
+        """Note a validation at its start, since a checkpoint may be written at its end."""
         if not self._validates and not trainer.sanity_checking:
             self._came_in_epoch = self._came_by_schedule = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate, if it is due and has not come."""
+        """Validate, if a validation is due and there was none."""
         came, self._came_in_epoch = self._came_in_epoch, False
         if came or trainer.should_stop:
             return
@@ -74,11 +73,11 @@ class ValidateAtEpochEnd(Callback):
 
 
 def check_validation(trainer: Trainer, monitor: str | None, has_validation: bool) -> None:
-    """Refuse to wait for a score that cannot come, and say before training if no validation falls into it.
+    """Refuse a monitored score that cannot exist, and warn if no validation falls into the training.
 
     Args:
         trainer: before ``fit``.
-        monitor: the score by which the recipe says that checkpoints are compared; None if it does not say.
+        monitor: the score by which checkpoints are compared, if the recipe names it.
         has_validation: whether there is a validation set.
 
     Raises:
@@ -88,7 +87,7 @@ def check_validation(trainer: Trainer, monitor: str | None, has_validation: bool
     if monitor is not None and monitor.startswith("val_") and not can_validate:
         missing = "trainer.limit_val_batches is 0" if has_validation else "the recipe has no data.validation_ds"
         raise ConfigError(
-            f"exp_manager.checkpoint_callback_params.monitor: '{monitor}' will never be there, since {missing}; give a "
+            f"exp_manager.checkpoint_callback_params.monitor: '{monitor}' will never exist, since {missing}; give a "
             "validation set, or leave checkpoint_callback_params.monitor out."
         )
     if not can_validate or trainer.fast_dev_run or trainer.ckpt_path:  # a resumed run may have few steps left
@@ -107,7 +106,7 @@ def check_validation(trainer: Trainer, monitor: str | None, has_validation: bool
 
 
 def _first_validation(trainer: Trainer) -> float:
-    """The step after which validation first comes if no epoch ends for want of data; 0 where that cannot be known."""
+    """The step of the first validation if no epoch ends for lack of data; 0 if that cannot be known."""
     interval, limit = trainer.val_check_interval, trainer.limit_train_batches
     epoch = limit if isinstance(limit, int) else None
     in_epoch = interval if isinstance(interval, int) else None if epoch is None else max(1, int(epoch * interval))

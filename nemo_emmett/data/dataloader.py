@@ -20,7 +20,6 @@ from nemo.utils import logging
 from omegaconf import DictConfig
 from torch.utils.data._utils import signal_handling
 
-from nemo_emmett.callbacks.random_state import random_state, restore_random_state
 from nemo_emmett.data.agreement import RanksInStep, ranks_load_data
 from nemo_emmett.data.checks import check_dataset
 from nemo_emmett.data.config.dataset_config import DatasetConfig, parse_dataset
@@ -42,6 +41,7 @@ from nemo_emmett.data.worker_batches import (
     prepare_dataset,
 )
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.modules.random_state import random_state, restore_random_state
 
 EMPTY_BATCHES_IN_A_ROW = 100
 """After so many batches of which nothing could be read, endless data would only spin: the run stops."""

@@ -12,7 +12,6 @@ from nemo.collections.speechlm2.data.datamodule import DataModule
 from nemo.core.classes.common import Serialization
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_emmett.callbacks.random_state import random_state, restore_random_state
 from nemo_emmett.callbacks.resumable_data import ResumableData
 from nemo_emmett.data.bucketing.length_stats import bins_awaiting_sizes
 from nemo_emmett.data.checks import check_dataset_names
@@ -21,6 +20,7 @@ from nemo_emmett.data.config.section import keys_within, plain
 from nemo_emmett.data.dataloader import MultimodalDataLoader, get_multimodal_dataloader
 from nemo_emmett.data.worker_batches import prepare_dataset
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.modules.random_state import random_state, restore_random_state
 
 EVALUATION_SETS = ("validation_ds", "test_ds", "predict_ds")
 

@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import cached_file
 
-from nemo_emmett.callbacks.nonfinite import refuse_nonfinite
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ModelError
 from nemo_emmett.files import atomic_folder
 from nemo_emmett.models.checkpoint import listed, read_checkpoint, shared_names
+from nemo_emmett.modules.tensors import refuse_nonfinite
 
 
 class Export:

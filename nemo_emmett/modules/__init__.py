@@ -8,4 +8,6 @@
 - :mod:`nemo_emmett.modules.loss`: token cross-entropy per modality over all ranks.
 - :mod:`nemo_emmett.modules.metrics`: sacreBLEU's metrics with the settings of validation and evaluation.
 - :mod:`nemo_emmett.modules.evaluation_mode`: parts of a model in evaluation mode for a while.
+- :mod:`nemo_emmett.modules.random_state`: states of the random generators.
+- :mod:`nemo_emmett.modules.tensors`: what a rank holds of its tensors, and whether weights are finite.
 """

@@ -1,4 +1,4 @@
-"""The meter of CUDA devices: what torch's allocator counted."""
+"""The meter of CUDA devices, by the counters of torch's caching allocator."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class CudaMeter(Meter):
     """Reads the counters of torch's caching allocator.
 
     ``peak`` is what tensors took, ``reserved`` what the allocator took for them: the difference is rounding and
-    fragmentation. The cache is emptied before each measurement, so that the holes of an earlier one are not counted;
-    the blocks that this step then fetches anew from the driver are part of its time.
+    fragmentation. The cache is emptied before each measurement, so that fragmentation of an earlier one is not counted;
+    the time that a step then takes to allocate from the driver is part of its time.
 
     Args:
         device: a CUDA device.
-        empties_cache: before each measurement; false to watch a training, which must neither wait for the device nor
-            for the driver in each of its steps.
+        empties_cache: before each measurement; false while training, whose steps must wait neither for the device
+            nor for the driver.
     """
 
     def __init__(self, device: torch.device, empties_cache: bool = True) -> None:
@@ -32,11 +32,11 @@ class CudaMeter(Meter):
         self._measured: tuple[int, int] | None = None  # peak and reserved of the last measurement, once it is over
 
     def track(self, tensors: Iterable[Tensor]) -> None:
-        """Nothing to do: the allocator knows all tensors."""
+        """Nothing to do: the allocator counts all tensors."""
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measure what runs inside; the peak starts anew from what is alive."""
+        """Measure what runs inside; the peak is reset to what is alive."""
         if self._empties_cache:
             gc.collect()
             self.synchronize()
@@ -46,7 +46,6 @@ class CudaMeter(Meter):
         try:
             yield
         finally:
-            # What runs later, outside, is not this measurement's.
             self._measured = self._counters()
 
     @property
@@ -65,7 +64,7 @@ class CudaMeter(Meter):
         return (self._measured or self._counters())[1]
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was told."""
+        """Wait until the device has finished."""
         torch.cuda.synchronize(self._device)
 
     def _counters(self) -> tuple[int, int]:

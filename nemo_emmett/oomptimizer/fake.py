@@ -1,13 +1,13 @@
-"""Training steps that compute nothing: fake tensors have a shape, a type and a device, but no values and no memory.
+"""Training steps on fake tensors, which have a shape, a type and a device, but no values and no memory.
 
 A whole step runs on them (forward, backward, optimizer), and a :class:`~nemo_emmett.oomptimizer.meter.TensorMeter`
-reads from it the peak of the real step. So batch sizes can be planned on any machine, for any other.
+measures the peak of the real step. So batch sizes can be planned on any machine, for any other.
 
-- :func:`fake_model` lends a real model fake weights;
-- :func:`fake_construction` builds a model that never had others.
+- :func:`fake_model` replaces the weights of a real model by fake ones, and restores them;
+- :func:`fake_construction` builds a model with fake weights.
 
-Most operations of a step are those of an identical layer before. ``FakeTensorMode`` remembers what operations return,
-but is slow to recall it; with :class:`_Recall` in front of it a step takes a third of the time.
+Most operations of a step are those of an identical layer before. ``FakeTensorMode`` has a cache of results, but a slow
+one; with :class:`_ResultCache` in front of it a step takes a third of the time.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from nemo_emmett.errors import ConfigError
 def fake_construction() -> Iterator[None]:
     """Tensors made inside are fake: a model that is built here has all its layers, and takes no memory.
 
-    It can be planned with inside only, and inside another ``fake_construction`` it is as if there were but one. Weights
-    would be read from files for nothing: build with ``pretrained_weights: false``.
+    The model can be used inside only. Inside another ``fake_construction`` this one has no effect. Build without
+    reading weights from files, which would be dropped: ``pretrained_weights: false``.
 
     Raises:
-        ConfigError: if something inside cannot do without values; it names the operation.
+        ConfigError: if something inside needs values; it names the operation.
 
     Example:
         >>> with fake_construction():
@@ -56,52 +56,53 @@ def fake_construction() -> Iterator[None]:
     if active_fake_mode() is not None:
         yield
         return
-    # Real tensors that slip in, such as those of a default argument, are taken for fake ones.
+    # Real tensors, such as those of a default argument, are converted to fake ones.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # _Recall stands before it, and a second memory of the same would only take time and room.
+    # _ResultCache precedes its cache, which would only cost time and memory.
     mode.cache_enabled = False
-    # It remembers weakly which tensors it made, for which there is no use here; and what is referenced weakly,
-    # `Module.to` refuses to move.
-    mode.fake_tensor_converter.set_tensor_memo = _forget
-    with _refusing_in_words(), mode, _Recall(mode):
+    # Its memo of converted tensors holds weak references, and `Module.to` refuses to move what is weakly referenced.
+    mode.fake_tensor_converter.set_tensor_memo = _ignore
+    with _readable_errors(), mode, _ResultCache(mode):
         yield
 
 
-def _forget(*_: Any) -> None:
-    """Stands in for a method that remembers."""
+def _ignore(*_: Any) -> None:
+    """Replaces the method that fills the memo."""
 
 
 @contextmanager
 def fake_model(module: Module, optimizers: Sequence[Optimizer] = ()) -> Iterator[None]:
-    """Lend a model fake weights: inside, its steps compute nothing; afterwards it is what it was, to the object.
+    """Replace the weights of a model by fake ones inside; afterwards it has the same objects as before.
 
-    Parameters, buffers and tensors in attributes of its modules are exchanged for fake ones of the same shape, type
-    and device; tied ones stay tied. Optimizers step on the fake parameters, and begin without a state.
+    Parameters, buffers and tensors in attributes of its modules are replaced by fake ones of the same shape, type and
+    device; tied ones stay tied. The real ones are kept, not copied: so the callback and the command run one code, on a
+    model that exists or one that never had real weights. Optimizers step on the fake parameters, and begin without a
+    state.
 
     Args:
         module: on one device, and not wrapped for distributed training.
         optimizers: of its parameters.
 
     Raises:
-        ConfigError: if something inside cannot do without values; it names the operation.
+        ConfigError: if something inside needs values; it names the operation.
     """
     with ExitStack() as undo:
         for part in module.modules():
-            undo.enter_context(_kept(part))
+            undo.enter_context(_restored(part))
         for optimizer in optimizers:
-            undo.enter_context(_kept(optimizer))
+            undo.enter_context(_restored(optimizer))
         undo.enter_context(fake_construction())
         mode = active_fake_mode()
         for part in module.modules():
-            _exchange(part, mode)
+            _make_fake(part, mode)
         for optimizer in optimizers:
-            _start_anew(optimizer, mode)
+            _reset_to_fake(optimizer, mode)
         yield
 
 
 @contextmanager
-def _kept(owner: Module | Optimizer) -> Iterator[None]:
-    """Afterwards an object has the attributes that it had, and its dicts and lists hold what they held."""
+def _restored(owner: Module | Optimizer) -> Iterator[None]:
+    """Restore an object's attributes, and the contents of its dicts and lists."""
     attributes = dict(vars(owner))
     contents = [(value, value.copy()) for value in attributes.values() if type(value) in (dict, list, defaultdict)]
     groups = [(group, group.copy()) for group in attributes.get("param_groups", ())]
@@ -113,57 +114,57 @@ def _kept(owner: Module | Optimizer) -> Iterator[None]:
             container.extend(content) if isinstance(container, list) else container.update(content)
 
 
-def _exchange(module: Module, mode: FakeTensorMode) -> None:
-    """Put fake tensors in the place of a module's own ones, not of its children's."""
+def _make_fake(module: Module, mode: FakeTensorMode) -> None:
+    """Replace a module's own tensors, not its children's, by fake ones."""
     for name, tensor in [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]:
         if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):
             # Through the module's own __setattr__: recurrent layers keep a list of their parameters by it.
             setattr(module, name, mode.from_tensor(tensor))
 
 
-def _start_anew(optimizer: Optimizer, mode: FakeTensorMode) -> None:
-    """Let an optimizer step on the fake parameters that stand for its real ones."""
+def _reset_to_fake(optimizer: Optimizer, mode: FakeTensorMode) -> None:
+    """Let an optimizer step on the fake parameters, without a state."""
     optimizer.state.clear()
     for group in optimizer.param_groups:
-        # The mode remembers what it made of a tensor.
+        # from_tensor returns the same fake tensor for the same real one.
         group["params"] = [p if isinstance(p, FakeTensor) else mode.from_tensor(p) for p in group["params"]]
 
 
-# What cannot be planned.
+# Errors.
 
 
 @contextmanager
-def _refusing_in_words() -> Iterator[None]:
+def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise _refusal(f"the operation {error.func}", error) from error
     except RuntimeError as error:
-        # NumPy, and kernels from outside of PyTorch, ask for the memory of a tensor.
+        # NumPy, and kernels from outside of PyTorch, access the memory of a tensor.
         if not any(words in str(error) for words in ("data pointer", "tensor subclasses")):
             raise
         raise _refusal("a kernel that is none of PyTorch's own", error) from error
 
 
 def _refusal(operation: str, error: BaseException) -> ConfigError:
-    """The sentence for what cannot be planned, with the innermost module that the error came through."""
+    """The error for an operation that cannot be planned, with the innermost module in its traceback."""
     place = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         if isinstance(owner, Module):
             place = f" in {type(owner).__name__}.{frame.f_code.co_name} ({frame.f_code.co_filename}:{line})"
     return ConfigError(
-        f"OOMptimizer: {operation}{place} cannot be planned, since there are no values to work on; "
+        f"OOMptimizer: {operation}{place} cannot be planned, since it needs values, which fake tensors lack; "
         "use `mode: calibrate` on the device instead."
     )
 
 
-# What makes it fast.
+# The cache.
 
 
 @dataclass(frozen=True)
 class _New:
-    """An operation makes a tensor with a storage of its own."""
+    """The operation makes a tensor with a storage of its own."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -173,7 +174,7 @@ class _New:
 
 @dataclass(frozen=True)
 class _View:
-    """An operation returns a view of the storage of one of its arguments."""
+    """The operation returns a view of the storage of one of its arguments."""
 
     argument: int
     offset: int
@@ -185,50 +186,50 @@ class _View:
 
 @dataclass(frozen=True)
 class _Argument:
-    """An operation returns one of its arguments: it works in place."""
+    """The operation returns one of its arguments: it works in place."""
 
     argument: int
 
 
 @dataclass(frozen=True)
 class _Value:
-    """An operation returns no tensor."""
+    """The operation returns no tensor."""
 
     value: Any
 
 
-_Outcome = _New | _View | _Argument | _Value | tuple | list
+_Form = _New | _View | _Argument | _Value | tuple | list
 
 _WEIGHT_OF_NORM = {
     torch.ops.aten.native_layer_norm.default: 2,
     torch.ops.aten.native_group_norm.default: 1,
     torch.ops.aten.native_batch_norm.default: 1,
 }
-"""Where normalisations have their weight among their arguments."""
+"""Index of the weight among the arguments of normalisations."""
 
 _READ = torch.ops.aten._local_scalar_dense.default
 _PLAIN = frozenset(
     {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format},
 )
-"""Arguments beside tensors that tell an operation all that they mean by being equal."""
+"""Types of arguments that are a part of the cache's key by value."""
 
 _UNKNOWN = object()
 
 _ANY_VALUE = {torch.bool: True, torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 1.0, torch.float64: 1.0}
 
 
-class _NotRecalled(Exception):
-    """An operation whose outcome does not follow from the shapes of its arguments."""
+class _NotCacheable(Exception):
+    """An operation whose result does not follow from the shapes of its arguments."""
 
 
-class _Recall(TorchDispatchMode):
-    """Remembers what an operation made of arguments of the same shapes, and makes the same again.
+class _ResultCache(TorchDispatchMode):
+    """Caches the form of an operation's result by the operation and the shapes of its arguments.
 
-    Left to ``FakeTensorMode`` are operations on nothing but tensors with known values, on real, sparse or complex ones,
-    and those that change an argument's shape.
+    ``FakeTensorMode`` itself handles operations on nothing but tensors with known values, on real, sparse or complex
+    ones, and those that change an argument's shape.
 
     Args:
-        mode: the mode that works outcomes out; already entered.
+        mode: that computes results which are not cached; already entered.
     """
 
     supports_higher_order_operators = True
@@ -236,7 +237,7 @@ class _Recall(TorchDispatchMode):
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
         self._mode = mode
-        self._outcomes: dict[tuple, _Outcome | None] = {}
+        self._forms: dict[tuple, _Form | None] = {}
         self._attributes: dict[torch.device, dict[str, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -244,45 +245,45 @@ class _Recall(TorchDispatchMode):
         tensors: list[FakeTensor] = []
         try:
             key = _key(func, args, kwargs, tensors)
-        except _NotRecalled:
-            return self._work_out(func, args, kwargs)
-        outcome = self._outcomes.get(key, _UNKNOWN)
-        if outcome is _UNKNOWN:
-            result = self._work_out(func, args, kwargs)
-            self._outcomes[key] = self._outcome(func, result, tensors)
+        except _NotCacheable:
+            return self._compute(func, args, kwargs)
+        form = self._forms.get(key, _UNKNOWN)
+        if form is _UNKNOWN:
+            result = self._compute(func, args, kwargs)
+            self._forms[key] = self._form(func, result, tensors)
             return result
-        return self._work_out(func, args, kwargs) if outcome is None else self._make(outcome, tensors)
+        return self._compute(func, args, kwargs) if form is None else self._make(form, tensors)
 
-    def _work_out(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def _compute(self, func: Any, args: tuple, kwargs: dict) -> Any:
         try:
             result = func(*args, **kwargs)
         except DataDependentOutputException:
-            # Adafactor reads norms of parameters: it scales by them, and its memory does not depend on them.
+            # Adafactor reads norms of parameters to scale by them; its memory does not depend on their values.
             if func is _READ and args[0].dtype in _ANY_VALUE and _is_optimizer(sys._getframe()):
                 return _ANY_VALUE[args[0].dtype]
             raise
         return _with_statistics_of(args[_WEIGHT_OF_NORM[func]], result) if func in _WEIGHT_OF_NORM else result
 
-    def _make(self, outcome: _Outcome, tensors: Sequence[FakeTensor]) -> Any:
-        kind = type(outcome)
+    def _make(self, form: _Form, tensors: Sequence[FakeTensor]) -> Any:
+        kind = type(form)
         if kind is _New:
             with torch._C._DisableTorchDispatch():
-                made = torch.empty_strided(outcome.shape, outcome.stride, dtype=outcome.dtype, device="meta")
-            return self._fake(made, outcome.device)
+                made = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
+            return self._fake(made, form.device)
         if kind is _View:
-            storage = tensors[outcome.argument].untyped_storage()
+            storage = tensors[form.argument].untyped_storage()
             with torch._C._DisableTorchDispatch():
-                made = torch.empty(0, dtype=outcome.dtype, device="meta")
-                made.set_(storage, outcome.offset, outcome.shape, outcome.stride)
-            return self._fake(made, outcome.device)
+                made = torch.empty(0, dtype=form.dtype, device="meta")
+                made.set_(storage, form.offset, form.shape, form.stride)
+            return self._fake(made, form.device)
         if kind is _Argument:
-            return tensors[outcome.argument]
+            return tensors[form.argument]
         if kind is _Value:
-            return outcome.value
-        return kind([self._make(part, tensors) for part in outcome])
+            return form.value
+        return kind([self._make(part, tensors) for part in form])
 
     def _fake(self, made: Tensor, device: torch.device) -> FakeTensor:
-        """What ``FakeTensor(mode, made, device)`` gives, whose constructor would take most of the time of a step."""
+        """The result of ``FakeTensor(mode, made, device)``, whose constructor would take most of the time of a step."""
         if device not in self._attributes:
             self._attributes[device] = vars(FakeTensor(self._mode, made, device))
         fake = Tensor._make_subclass(FakeTensor, made, dispatch_device=True, device_for_backend_keys=device)
@@ -290,21 +291,21 @@ class _Recall(TorchDispatchMode):
         vars(fake).update(self._attributes[device])
         return fake
 
-    def _outcome(self, func: Any, result: Any, tensors: Sequence[FakeTensor]) -> _Outcome | None:
+    def _form(self, func: Any, result: Any, tensors: Sequence[FakeTensor]) -> _Form | None:
         if torch.Tag.inplace_view in func.tags:
             return None
         try:
-            outcome = _outcome_of(result, tensors)
-        except _NotRecalled:
+            form = _form_of(result, tensors)
+        except _NotCacheable:
             return None
-        return outcome if _same(self._make(outcome, tensors), result) else None
+        return form if _same(self._make(form, tensors), result) else None
 
 
 def _key(func: Any, args: tuple, kwargs: dict, tensors: list[FakeTensor]) -> tuple:
-    """All that the outcome of an operation depends on; its tensors are added to a list.
+    """All that the form of an operation's result depends on; its tensors are added to a list.
 
     Raises:
-        _NotRecalled: if it may depend on more.
+        _NotCacheable: if it may depend on more.
     """
     key = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
     known = _describe(args, key, tensors)
@@ -312,14 +313,14 @@ def _key(func: Any, args: tuple, kwargs: dict, tensors: list[FakeTensor]) -> tup
         _describe(kwargs, key, None)
         _describe(kwargs.values(), key, None)
     if known and (known == len(tensors) or func._schema.is_mutable):
-        raise _NotRecalled  # the result has known values, or an argument no longer has
+        raise _NotCacheable  # the result has known values, or an argument loses its own
     if not tensors and active_fake_mode() is None:
-        raise _NotRecalled  # somebody makes a real tensor, having left the mode for that
+        raise _NotCacheable  # a real tensor is made outside of the mode
     return tuple(key)
 
 
 def _describe(arguments: Iterable[Any], key: list, tensors: list[FakeTensor] | None) -> int:
-    """Add to a key all that the outcome of an operation may depend on, and to a list the tensors.
+    """Add to a key all that the form of an operation's result may depend on, and to a list the tensors.
 
     Returns:
         How many of the tensors have known values.
@@ -329,7 +330,7 @@ def _describe(arguments: Iterable[Any], key: list, tensors: list[FakeTensor] | N
         kind = type(argument)
         if kind is FakeTensor:
             if tensors is None or argument.dtype.is_complex or argument.layout is not torch.strided:
-                raise _NotRecalled
+                raise _NotCacheable
             known += argument.constant is not None
             tensors.append(argument)
             key += (
@@ -347,41 +348,41 @@ def _describe(arguments: Iterable[Any], key: list, tensors: list[FakeTensor] | N
             # 1 and 1.0 are the same key, but make different tensors.
             key += (kind, argument)
         else:
-            raise _NotRecalled
+            raise _NotCacheable
     return known
 
 
 def _with_statistics_of(weight: Tensor | None, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A normalisation's results, its mean and deviation of the weight's type.
+    """A normalisation's results, with mean and deviation in the weight's type.
 
-    So the kernels keep them under autocast, where the weight is float32 and the input is not; fake ones on the CPU are
-    of the input's type.
+    Real kernels do so under autocast, where the weight is float32 and the input is not; fake ones on the CPU return the
+    input's type.
     """
     if weight is None:
         return result
     return result[0], *(statistics.to(weight.dtype) for statistics in result[1:])
 
 
-def _outcome_of(result: Any, tensors: Sequence[FakeTensor]) -> _Outcome:
+def _form_of(result: Any, tensors: Sequence[FakeTensor]) -> _Form:
     if isinstance(result, (tuple, list)):
-        return type(result)(_outcome_of(part, tensors) for part in result)
+        return type(result)(_form_of(part, tensors) for part in result)
     if not isinstance(result, Tensor):
         return _Value(result)
     if not isinstance(result, FakeTensor) or result.constant is not None or result.layout is not torch.strided:
-        raise _NotRecalled
+        raise _NotCacheable
     for index, tensor in enumerate(tensors):
         if tensor is result:
             return _Argument(index)
-    form = (result.shape, result.stride(), result.dtype, result.fake_device)
+    layout = (result.shape, result.stride(), result.dtype, result.fake_device)
     storage = result.untyped_storage()
     shares = [index for index, tensor in enumerate(tensors) if tensor.untyped_storage() is storage]
     if len(shares) > 1:
-        raise _NotRecalled
-    return _View(shares[0], result.storage_offset(), *form) if shares else _New(*form)
+        raise _NotCacheable
+    return _View(shares[0], result.storage_offset(), *layout) if shares else _New(*layout)
 
 
 def _same(made: Any, result: Any) -> bool:
-    """Whether what was made after an outcome is like the result that it was taken from."""
+    """Whether a tensor that was made from a cached form equals the result that the form was taken from."""
     if isinstance(result, (tuple, list)):
         return all(_same(*pair) for pair in zip(made, result, strict=True))
     if not isinstance(result, Tensor) or made is result:
@@ -395,7 +396,7 @@ def _same(made: Any, result: Any) -> bool:
 
 
 def _is_optimizer(frame: FrameType | None) -> bool:
-    """Whether the innermost optimizer or module that is at work is an optimizer."""
+    """Whether the innermost optimizer or module on the call stack is an optimizer."""
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, (Module, Optimizer)):

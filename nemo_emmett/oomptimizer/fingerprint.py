@@ -1,4 +1,4 @@
-"""What a profile was measured on: a batch size that fits one model, optimizer and device may not fit another."""
+"""The fingerprint of a run: what the memory of its training steps, and so a profile, depends on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_emmett.oomptimizer.buckets import Group
 from nemo_emmett.oomptimizer.profile import ONLY_GROUP, shown
 
 LIBRARIES = ("torch", "nemo_toolkit", "lightning", "transformers")
-"""Distributions whose versions decide how much memory a step takes."""
+"""Distributions whose versions affect the memory of a step."""
 
 RUN_SPECIFIC_KEYS = frozenset(
     {
@@ -39,11 +39,11 @@ RUN_SPECIFIC_KEYS = frozenset(
         "nemo_version",
     }
 )
-"""Keys of a model's config that change from run to run and take no memory in training."""
+"""Keys of a model's config that may change from run to run without effect on the memory of training."""
 
 CLASS_KEYS = ("_target_", "target")
-"""Keys of a model's config that name its class, which the fingerprint holds by itself: absent, short and full names are
-one model."""
+"""Keys of a model's config that name its class, which is a field of the fingerprint: a model is the same without such a
+key, with a short name and with a full one."""
 
 HASH_DIGITS = 12
 SHORT_HASH_DIGITS = 8
@@ -52,14 +52,14 @@ SHORT_HASH_DIGITS = 8
 def fingerprint_of(
     trainer: Trainer, module: LightningModule, groups: Mapping[str, Group], *, planned: bool = False
 ) -> dict[str, Any]:
-    """What decides the memory of a training step, as plain values for a profile.
+    """The fingerprint of a run, in plain values for a profile.
 
     Args:
         trainer: with its optimizers set up, as it is at the start of the fit.
         module: the model, not wrapped.
         groups: buckets of the training data (:func:`~nemo_emmett.oomptimizer.buckets.read_groups`).
-        planned: nothing was run: device, strategy and world size are those of the machine that plans, so they are left
-            out, and a training compares only the rest.
+        planned: without device, strategy and world size, which are those of the machine that plans; a training
+            compares only the rest.
     """
     fingerprint = {
         "model": {"class": _class_name(module), "config": config_hash(getattr(module, "cfg", None))},
@@ -67,10 +67,10 @@ def fingerprint_of(
         "optimizers": [_optimizer(optimizer) for optimizer in trainer.optimizers],
         "precision": str(trainer.precision),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        # Of a local build ("2.13.0+cpu") the release alone counts.
+        # Without the label of a local build ("2.13.0+cpu").
         "versions": {library: metadata.version(library).partition("+")[0] for library in LIBRARIES},
         "bins": _by_group({name: shown(group.bins) for name, group in groups.items()}),
-        # Equal bins may be in seconds or in tokens, of speech or of text, with or without the output.
+        # Equal bins may bound seconds or tokens, of speech or of text, with or without the output.
         "longest_example": _by_group({name: asdict(group.buckets[-1].shape) for name, group in groups.items()}),
     }
     if not planned:
@@ -95,14 +95,14 @@ def check_fingerprint(stored: Mapping[str, Any], actual: Mapping[str, Any], path
     """
     actual_values = dict(_flat(actual))
     differing = [
-        f"{field} was {_in_words(value)} and is {_in_words(actual_values.get(field))}"
+        f"{field} was {_shown(value)} and is {_shown(actual_values.get(field))}"
         for field, value in _flat(stored)
         if value != actual_values.get(field)
     ]
     if differing:
         raise ConfigError(
             f"{path}: the profile was made for something else ({'; '.join(differing)}); delete the file to measure "
-            "anew, or name another profile."
+            "again, or name another profile."
         )
 
 
@@ -125,13 +125,13 @@ def config_hash(cfg: Any) -> str | None:
 
 
 def _essence(value: Any) -> Any:
-    """A config without what may differ between two runs that take the same memory."""
+    """A config without run-specific keys and the folders of files."""
     if isinstance(value, Mapping):
         return {str(key): _essence(item) for key, item in value.items() if str(key) not in RUN_SPECIFIC_KEYS}
     if isinstance(value, (list, tuple)):
         return [_essence(item) for item in value]
     if isinstance(value, str):
-        return value.rstrip("/").rpartition("/")[2]  # the same model may lie elsewhere on another machine
+        return value.rstrip("/").rpartition("/")[2]  # the same model may be in another folder on another machine
     return value
 
 
@@ -146,7 +146,7 @@ def _parameters(module: LightningModule) -> dict[str, Any]:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its class, and the settings that decide how much state it keeps: switches (``amsgrad``), and momentum or none."""
+    """Its class, and what affects the size of its state: switches (``amsgrad``), and whether it has momentum."""
     settings = {
         name: value
         for name, value in sorted(optimizer.defaults.items())
@@ -162,7 +162,7 @@ def _by_group(values: dict[str, Any]) -> Any:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    """Name and memory in bytes. A CPU shares its memory with everything else: there the budget alone counts."""
+    """Name and memory in bytes; of a CPU the name alone, since only the budget limits a step."""
     if device.type != "cuda":
         return {"name": device.type}
     properties = torch.cuda.get_device_properties(device)
@@ -189,5 +189,5 @@ def _flat(fields: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, fields
 
 
-def _in_words(value: Any) -> str:
+def _shown(value: Any) -> str:
     return "nothing" if value is None else str(value)

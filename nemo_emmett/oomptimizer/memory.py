@@ -1,4 +1,4 @@
-"""How much memory there is: of the device at hand, or of one that is known by name, and how one writes it."""
+"""Memory of devices, of this machine or by name, and amounts of memory in recipes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import annotated_types
 import torch
 from lightning.pytorch.utilities.memory import is_oom_error
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.files import shown
+from nemo_emmett.typed_config import Number, parse_value
 
 _GIB = 2**30
 _TERA = 10**12
@@ -26,11 +29,14 @@ _UNITS = {"b": 1} | {
 
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)")
 
+MemoryFraction = Annotated[Number, annotated_types.Gt(0), annotated_types.Le(1)]
+"""A share of a device's memory."""
+
 MEMORY_FRACTION = 0.9
-"""Share of a device's memory that a step may take, unless another is given."""
+"""Default share of a device's memory that a step may take."""
 
 CPU_BUDGET = 8 * _GIB
-"""Most bytes that a step may take on a CPU for which neither a budget nor another fraction is given."""
+"""Most bytes that a step may take on a CPU, if neither a budget nor another fraction is given."""
 
 _MEMORY_INFO = Path("/proc/meminfo")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -42,7 +48,7 @@ class Device:
     """A GPU that batch sizes are planned for.
 
     Args:
-        name: as it is written in a recipe or on the command line.
+        name: in a recipe or on the command line.
         memory: bytes that the CUDA runtime reports in total; its context, some hundreds of MiB, comes out of them.
         flops_per_second: dense bfloat16 matrix products with float32 sums (float16 where there is no bfloat16).
     """
@@ -53,7 +59,7 @@ class Device:
 
 
 # Memory in GiB is what the runtime reports (the "total capacity" of an out-of-memory message), below what the datasheet
-# says by what ECC and the driver keep; it differs a little between drivers, and the least that was found stands here.
+# says by what ECC and the driver reserve; it differs a little between drivers, and these are the least that were found.
 # TFLOP/s are those of NVIDIA's datasheets, halved where they are given with sparsity.
 DEVICES: tuple[Device, ...] = tuple(
     Device(name, int(gib * _GIB), tflops * _TERA)
@@ -83,10 +89,10 @@ def find_device(name: str, key: str = "memory") -> Device:
 
     Args:
         name: such as ``H100`` or ``A100-40GB``; ``A100`` is the one with 80 GB, ``V100`` the one with 16 GB.
-        key: what the name was given for, for the message.
+        key: under which the name was given, for the message.
 
     Raises:
-        ConfigError: if it is not known; the message names the one that is nearest.
+        ConfigError: if it is not known; the message names the nearest one.
 
     Example:
         >>> find_device("h100").flops_per_second
@@ -99,7 +105,7 @@ def find_device(name: str, key: str = "memory") -> Device:
     suggestion = nearest(_plain(name), by_name)
     choice = by_name[suggestion].name if suggestion else f"one of {', '.join(device.name for device in DEVICES)}"
     raise ConfigError(
-        f"{key}: '{name}' is no device that is known and no amount of memory; take {choice}, or write it like 80GiB."
+        f"{key}: '{name}' is neither a known device nor an amount of memory; use {choice}, or write it like 80GiB."
     )
 
 
@@ -108,10 +114,10 @@ def parse_memory(memory: int | str, key: str = "memory_budget") -> int:
 
     Args:
         memory: such as ``80GiB`` (2^30 bytes each), ``80GB`` (10^9), ``512MiB``, ``85899345920``, ``H100``.
-        key: what it was given for, for the message.
+        key: under which it was given, for the message.
 
     Raises:
-        ConfigError: if it is none of these, or nothing is left of it.
+        ConfigError: if it is none of these, or less than a byte.
 
     Example:
         >>> parse_memory("1.5GiB")
@@ -134,7 +140,7 @@ def parse_memory(memory: int | str, key: str = "memory_budget") -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes that tensors of this process can have on a device.
+    """Bytes that tensors of this process can take on a device.
 
     On CUDA, without what other processes hold and what this one holds outside of torch's allocator (the context,
     NCCL's buffers). On the CPU, the machine's memory, or the limit of the control group that the process runs in (a
@@ -149,7 +155,7 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cpu":
         return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
     raise ConfigError(
-        f"trainer.accelerator: OOMptimizer knows the memory of CUDA devices and of the CPU, not '{device}'."
+        f"trainer.accelerator: OOMptimizer can read the memory of CUDA devices and of the CPU, not of '{device}'."
     )
 
 
@@ -157,16 +163,16 @@ def budget_of(device: torch.device, memory_fraction: float, memory_budget: int |
     """Bytes that a step may take on a device.
 
     Args:
-        device: that trains.
-        memory_fraction: share of the device's memory, above 0 and at most 1; used where there is no budget. On the CPU,
-            which shares its memory with everything else, ``MEMORY_FRACTION`` means half of what is available, and
+        device: of the training.
+        memory_fraction: share of the device's memory, above 0 and at most 1; used if there is no budget. On the CPU,
+            which shares its memory with other processes, ``MEMORY_FRACTION`` means half of what is available, and
             ``CPU_BUDGET`` at most.
         memory_budget: what :func:`parse_memory` reads; None for the fraction.
 
     Raises:
-        ConfigError: if the fraction is none, the budget cannot be read, or it is more than the device has.
+        ConfigError: if the fraction or the budget cannot be used, or it is more than the device has.
     """
-    check_fraction(memory_fraction)
+    memory_fraction = parse_value(MemoryFraction, memory_fraction, "OOMptimizer.memory_fraction")
     available = device_memory(device)
     if is_cpu_default(device, memory_fraction, memory_budget):
         return min(CPU_BUDGET, available // 2, _unused_memory(available) // 2)
@@ -182,29 +188,15 @@ def budget_of(device: torch.device, memory_fraction: float, memory_budget: int |
 
 
 def is_cpu_default(device: torch.device, memory_fraction: float, memory_budget: int | str | None) -> bool:
-    """Whether a CPU is to be used and nobody has said how much of its memory."""
+    """Whether a CPU is used and neither a budget nor another fraction than the default is given."""
     return device.type == "cpu" and memory_budget is None and memory_fraction == MEMORY_FRACTION
 
 
-def check_fraction(memory_fraction: float) -> None:
-    """Check a share of a memory.
-
-    Raises:
-        ConfigError: if it is none.
-    """
-    number = isinstance(memory_fraction, (int, float)) and not isinstance(memory_fraction, bool)
-    if not number or not 0 < memory_fraction <= 1:
-        raise ConfigError(
-            f"OOMptimizer.memory_fraction: {memory_fraction!r} is no share of the memory; give a number above 0 and at "
-            "most 1."
-        )
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the machine, ran out of memory."""
+    """Whether an error is one of running out of memory, on the device or on the host."""
     if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
         return True
-    # Lightning looks into the first argument for words, which not every exception has there.
+    # Lightning searches the first argument for substrings, but not every exception has a string there.
     return bool(error.args) and isinstance(error.args[0], str) and is_oom_error(error)
 
 
@@ -213,7 +205,7 @@ def _plain(name: str) -> str:
 
 
 def _unused_memory(total: int) -> int:
-    """Bytes of this machine that nothing uses or that the kernel can free; the total where that is not known."""
+    """Bytes of this machine that are unused or that the kernel can free; the total if that is not known."""
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMORY_INFO.read_text(), re.MULTILINE)
     except OSError:

@@ -1,4 +1,4 @@
-"""How much memory a training step takes: one interface, whatever measures it."""
+"""Meters of a training step's memory, behind one interface."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from torch.utils._python_dispatch import (
 
 @dataclass(frozen=True)
 class Reading:
-    """What one step took.
+    """What was measured of one step.
 
     Args:
-        peak: bytes of tensors alive at the worst moment, weights and optimizer state included.
+        peak: most bytes of tensors alive at once, weights and optimizer state included.
         resident: bytes alive before the step began (weights, optimizer state, held gradients).
         held: bytes alive at the end of the forward pass.
         seconds: wall time of the step; 0 where nothing is computed.
-        reserved: bytes that the allocator held at most; None where there is none. ``reserved - peak`` is fragmentation.
-        out_of_memory: the device ran out of memory: ``peak`` is then what was reached before.
+        reserved: most bytes held by the allocator; None if there is none. ``reserved - peak`` is fragmentation.
+        out_of_memory: the device ran out of memory; ``peak`` is then what was reached before.
     """
 
     peak: int
@@ -45,12 +45,12 @@ class Meter(ABC):
 
     @abstractmethod
     def track(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that exist already (weights, buffers, optimizer state); a no-op where the device knows."""
+        """Count tensors that exist already (weights, buffers, optimizer state), unless the device's allocator does."""
 
     @abstractmethod
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measure what runs inside; the peak starts anew from what is alive."""
+        """Measure what runs inside; the peak is reset to what is alive."""
 
     @property
     @abstractmethod
@@ -68,7 +68,7 @@ class Meter(ABC):
         return None
 
     def synchronize(self) -> None:  # noqa: B027 - nothing to wait for, where a device computes at once
-        """Wait until the device has done what it was told."""
+        """Wait until the device has finished."""
 
 
 class Unmetered(Meter):
@@ -94,15 +94,15 @@ class Unmetered(Meter):
 
 
 class TensorMeter(Meter):
-    """Exact bytes of tensors, whatever the device: counts storages as operations hand them out.
+    """Exact bytes of tensors on any device: counts the storages that operations return.
 
-    Every storage counts once, from the operation that makes it until nothing holds it any more: views share it, and
+    Every storage counts once, from the operation that makes it until nothing refers to it: views share it, and
     operations in place keep it. What autograd saves for the backward pass counts as long as autograd holds it. Under
-    ``FakeTensorMode``, entered before :meth:`measuring`, the numbers are those of the real step. Not seen is what a
+    ``FakeTensorMode``, entered before :meth:`measuring`, the numbers are those of the real step. Not counted is what a
     kernel allocates and frees within itself, and what existed before, unless it is given to :meth:`track` or an
-    operation hands it out.
+    operation returns it.
 
-    Between two measurements nothing new is counted, but what dies is subtracted; so a loop may measure every one of
+    Between two measurements nothing new is counted, but what is freed is subtracted; so a loop may measure every one of
     its steps.
 
     Args:
@@ -120,7 +120,7 @@ class TensorMeter(Meter):
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device(device)
-        self._entries: dict[int, _Entry] = {}  # by the id of the storage, which its entry outlives by nothing
+        self._entries: dict[int, _Entry] = {}  # by the id of the storage; an entry is removed when its storage is freed
         self._alive = 0
         self._peak = 0
 
@@ -132,9 +132,9 @@ class TensorMeter(Meter):
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measure what runs inside; the peak starts anew from what is alive."""
+        """Measure what runs inside; the peak is reset to what is alive."""
         self._peak = self._alive
-        with _Watch(self._count), _resizes_told_to(self._resized):
+        with _ObservedResults(self._count), _observed_resizes(self._resized):
             yield
 
     @property
@@ -157,12 +157,9 @@ class TensorMeter(Meter):
         if entry is not None:
             if entry.nbytes != storage.nbytes():
                 self._resized(storage)
-        elif self._is_on_device(tensor.device):
+        elif tensor.device.type == self._device.type and self._device.index in (None, tensor.device.index):
             self._entries[id(storage)] = _Entry(storage, self._freed)
             self._add(storage.nbytes())
-
-    def _is_on_device(self, device: torch.device) -> bool:
-        return device.type == self._device.type and self._device.index in (None, device.index)
 
     def _add(self, nbytes: int) -> None:
         self._alive += nbytes
@@ -181,7 +178,7 @@ class TensorMeter(Meter):
 
 
 class _Entry(weakref.ref):
-    """A storage that is counted: known without being kept alive."""
+    """A weak reference to a counted storage."""
 
     __slots__ = ("key", "nbytes")
 
@@ -197,33 +194,33 @@ class _Entry(weakref.ref):
 _DEVICE = torch.ops.prim.device.default
 
 
-class _Watch(TorchDispatchMode):
-    """Shows every tensor that an operation returns, on its way back to whoever called it."""
+class _ObservedResults(TorchDispatchMode):
+    """Passes every tensor that an operation returns to a function."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, show: Callable[[Tensor], None]) -> None:
+    def __init__(self, observe: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self._show = show
+        self._observe = observe
 
     def __torch_dispatch__(self, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         if types and _has_wrapper(types):
             return NotImplemented  # wrappers (DTensor) come back as operations on the tensors that they wrap
         if func is _DEVICE:
-            return args[0].device  # what autograd asks of every fake tensor; their own property answers much faster
+            return args[0].device  # which autograd reads of every fake tensor: much faster than the operator
         result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, Tensor):
-            self._show(result)
+            self._observe(result)
         elif isinstance(result, (tuple, list)):
-            self._show_all(result)
+            self._observe_all(result)
         return result
 
-    def _show_all(self, results: Iterable[Any]) -> None:
+    def _observe_all(self, results: Iterable[Any]) -> None:
         for result in results:
             if isinstance(result, Tensor):
-                self._show(result)
+                self._observe(result)
             elif isinstance(result, (tuple, list)):
-                self._show_all(result)
+                self._observe_all(result)
 
 
 @functools.lru_cache
@@ -232,7 +229,7 @@ def _has_wrapper(types: tuple[type, ...]) -> bool:
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """What holds the memory of a tensor that has no storage itself: sparse ones, and wrappers such as DTensor."""
+    """The tensors that hold the memory of a tensor without storage: a sparse one, or a wrapper such as DTensor."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
@@ -245,8 +242,8 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _resizes_told_to(listener: Callable[[UntypedStorage], None]) -> Iterator[None]:
-    """FSDP frees and regains parameters by ``UntypedStorage.resize_``, which is no operation that a mode sees."""
+def _observed_resizes(listener: Callable[[UntypedStorage], None]) -> Iterator[None]:
+    """FSDP frees and allocates parameters by ``UntypedStorage.resize_``, which is no operation of a dispatch mode."""
     original = UntypedStorage.resize_
 
     def resize_(storage: UntypedStorage, nbytes: int) -> None:

@@ -22,9 +22,8 @@ A group without buckets has one batch size for all of its examples, up to its lo
       max_duration: 20.0
       batch_size: 16
 
-That alone is a profile, for somebody to write by hand. One that was measured says below it with which ``settings``, on
-what (``fingerprint``), and what was measured of each bucket (``measures``); guard adds what happened later
-(``events``).
+That alone is a profile, and can be written by hand. One that was measured also has the ``settings`` that it was made
+with, the ``fingerprint`` of the run, and the ``measures`` of each bucket; guard adds ``events``.
 """
 
 from __future__ import annotations
@@ -33,15 +32,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, get_type_hints
 
+import annotated_types
 import yaml
+from pydantic import Strict
 
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.files import write_text
-from nemo_emmett.oomptimizer.yaml_file import Line, as_yaml
-from nemo_emmett.typed_config import is_number
+from nemo_emmett.oomptimizer.profile_yaml import Line, as_yaml
+from nemo_emmett.typed_config import Count, Number, PositiveWhole, is_number, parse_value
 
 ONLY_GROUP = ""
 """Name of the group of a ``train_ds`` that is not a ``multi_config``."""
@@ -55,19 +56,24 @@ SECTIONS = ("train_ds", "settings", "fingerprint", "epoch_seconds", "measures", 
 HEADER = """\
 # Batch sizes for each bucket, by nemo_emmett's OOMptimizer. Paste `train_ds` into a recipe, or let the callback
 # nemo_emmett.callbacks.OOMptimizer read this file (profile: ...). Sizes are in bytes, times in seconds. To measure
-# anew, delete the file.
+# again, delete the file.
 """
 
 Bin = float | tuple[float, float]
 """Upper bound of a bucket: of the input's length (seconds or tokens), or of input and output lengths."""
 
+BatchSize = Annotated[int, Strict(), annotated_types.Ge(1)]
+"""Examples; not a number in a text, since data loaders read the recipe's value as it is."""
+
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Buckets:
-    """Bins in rising order, and the batch size (examples) of each.
+    """Bins in ascending order, and the batch size (examples) of each.
 
     Args:
-        bucket_duration_bins: the bins; of a group without buckets one, its longest example.
+        bucket_duration_bins: the bins; of a group without buckets one, the length of its longest example.
         bucket_batch_size: examples.
         limit_key: of a group without buckets, the key of ``LIMIT_KEYS`` that bounds its examples; else None.
     """
@@ -90,17 +96,17 @@ class MemoryLine:
     """The peak of a step of n examples of a bucket: ``max(floor, intercept + slope * n)`` bytes.
 
     Args:
-        floor: bytes that the optimizer's step needs, whatever the batch.
-        intercept: bytes that are there beside the examples.
+        floor: bytes that the optimizer's step takes, whatever the batch.
+        intercept: bytes of a step without examples.
         slope: bytes per example.
     """
 
-    floor: float
-    intercept: float
-    slope: float
+    floor: Number
+    intercept: Number
+    slope: Number
 
     def peak(self, examples: int) -> float:
-        """Bytes at the worst moment of a step with so many examples."""
+        """Peak in bytes of a step with so many examples."""
         return max(self.floor, self.intercept + self.slope * examples)
 
 
@@ -108,8 +114,8 @@ class MemoryLine:
 class TimeLine:
     """The time of a step of n examples of a bucket: ``overhead + per_example * n`` seconds."""
 
-    overhead: float
-    per_example: float
+    overhead: Number
+    per_example: Number
 
     def seconds(self, examples: int) -> float:
         """Seconds that a step with so many examples takes."""
@@ -118,25 +124,25 @@ class TimeLine:
 
 @dataclass(frozen=True)
 class Measure:
-    """What was found out about a bucket.
+    """What was found of a bucket.
 
     Args:
         bin: the bucket's bin.
-        batch_size: examples; what was measured, though guard may have lowered it since.
-        predicted_peak: bytes that its line gives for this batch size.
-        confirmed_peak: bytes that a step of this batch size took; None if none was made.
-        reserved: bytes that the allocator held then; None where there is none.
-        seconds: of a step of this batch size; None where time was not measured.
+        batch_size: examples, as measured; guard may have lowered it since.
+        predicted_peak: bytes by its line for this batch size.
+        confirmed_peak: bytes that a step of this batch size took; None if none was run.
+        reserved: bytes that the allocator held then; None if there is none.
+        seconds: of a step of this batch size; None if time was not measured.
         memory: its line.
-        time: its line; None where time was not measured.
+        time: its line; None if time was not measured.
     """
 
     bin: Bin
-    batch_size: int
-    predicted_peak: int
-    confirmed_peak: int | None = None
-    reserved: int | None = None
-    seconds: float | None = None
+    batch_size: PositiveWhole
+    predicted_peak: Count
+    confirmed_peak: Count | None = None
+    reserved: Count | None = None
+    seconds: Number | None = None
     memory: MemoryLine | None = None
     time: TimeLine | None = None
 
@@ -148,31 +154,30 @@ class Event:
     Args:
         when: date and time, ISO 8601 with the time zone.
         step: of the optimizer.
-        bucket: as ``str(bucket)`` says it: ``audio: bucket 3 [16, 12]``.
+        bucket: ``str(bucket)``, such as ``audio: bucket 3 [16, 12]``.
         cause: ``out of memory in backward``, ``above the watermark``, ...
         before: the batch size until then (``from`` in the file).
         after: the batch size since then (``to`` in the file).
     """
 
     when: str
-    step: int
+    step: Count
     bucket: str
     cause: str
-    before: int
-    after: int
+    before: Count
+    after: Count
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Buckets by the name of their dataset group; ``ONLY_GROUP`` where there are no groups.
+    """Buckets by the name of their dataset group; ``ONLY_GROUP`` if there are no groups.
 
     Args:
-        groups: bins and batch sizes; what training uses.
-        settings: with which the profile was made: mode, budget in bytes, ...
-        fingerprint: what it was measured on (:mod:`~nemo_emmett.oomptimizer.fingerprint`); empty if written by hand.
-        measures: by group, for each of its buckets in the order of the bins.
-        epoch_seconds: predicted time of an epoch on one device; None where lengths or times are not known.
-        events: what guard did, oldest first.
+        groups: bins and batch sizes; what training uses. settings: that the profile was made with: mode, budget in
+        bytes, ... fingerprint: of the run that it was measured on (:mod:`~nemo_emmett.oomptimizer.fingerprint`); empty
+        if written by hand. measures: by group, for each of its buckets in the order of the bins. epoch_seconds:
+        predicted time of an epoch on one device; None if lengths or times are not known. events: of guard, oldest
+        first.
     """
 
     groups: dict[str, Buckets]
@@ -187,7 +192,7 @@ class Profile:
         """Read a profile.
 
         Raises:
-            ConfigError: if the file is missing, is no YAML, or holds what cannot be used.
+            ConfigError: if the file is missing, is not YAML, or holds a value that cannot be used.
         """
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -199,22 +204,26 @@ class Profile:
         check_keys(content, SECTIONS, f"{path}: profile")
         return cls(
             groups=groups,
-            settings=_mapping(content, "settings", path),
-            fingerprint=_mapping(content, "fingerprint", path),
+            settings=parse_value(dict | None, content.get("settings"), f"{path}: settings") or {},
+            fingerprint=parse_value(dict | None, content.get("fingerprint"), f"{path}: fingerprint") or {},
             measures=_measures(content.get("measures"), groups, f"{path}: measures"),
-            epoch_seconds=_number(content, "epoch_seconds", str(path), optional=True),
-            events=_events(content.get("events"), f"{path}: events"),
+            epoch_seconds=parse_value(Number | None, content.get("epoch_seconds"), f"{path}: epoch_seconds"),
+            events=tuple(
+                _event(entry, f"{path}: events.{index}")
+                for index, entry in enumerate(parse_value(list | None, content.get("events"), f"{path}: events") or ())
+            ),
         )
 
     def write(self, path: str | Path) -> None:
-        """Write it as a whole or not at all: a process that dies meanwhile leaves the file as it was.
+        """Write the file atomically: if the process is killed meanwhile, the old file stays.
 
-        Folders that are missing are made. No collective is involved: one rank may write while others fail.
+        Missing folders are made. No collective is involved: one rank may write while others fail.
 
         Raises:
             ConfigError: if the file cannot be written.
         """
-        # `train_ds` stands first, to be found and pasted.
+        # `train_ds` comes first, to be found and pasted.
+        measures = {name: [_measure_content(m) for m in of_group] for name, of_group in self.measures.items()}
         sections = [HEADER, self.block()]
         sections += [
             as_yaml({name: content})
@@ -222,7 +231,7 @@ class Profile:
                 ("settings", self.settings),
                 ("fingerprint", self.fingerprint),
                 ("epoch_seconds", self.epoch_seconds),
-                ("measures", self._measures_content()),
+                ("measures", measures.get(ONLY_GROUP, measures)),
                 ("events", [_event_content(event) for event in self.events]),
             )
             if content not in (None, {}, [])
@@ -233,16 +242,12 @@ class Profile:
             raise ConfigError(f"{path}: the file cannot be written: {error.strerror}; name another place.") from error
 
     def block(self) -> str:
-        """``train_ds`` with bins and batch sizes, YAML to be pasted into a recipe; ends in a line break."""
+        """``train_ds`` with bins and batch sizes, YAML for a recipe; ends in a line break."""
         groups = {name: buckets.as_config() for name, buckets in self.groups.items()}
         return as_yaml({"train_ds": groups.get(ONLY_GROUP, groups)})
 
-    def _measures_content(self) -> Any:
-        content = {name: [_measure_content(m) for m in of_group] for name, of_group in self.measures.items()}
-        return content.get(ONLY_GROUP, content)
-
     def with_batch_sizes(self, sizes: Mapping[str, Sequence[int]], *events: Event) -> Profile:
-        """The same with other batch sizes for some groups, and with what happened; measures stay as measured."""
+        """A copy with other batch sizes for some groups, and with more events; measures stay the same."""
         groups = dict(self.groups)
         for name, of_group in sizes.items():
             if len(of_group) != len(groups[name].bucket_duration_bins):
@@ -251,39 +256,39 @@ class Profile:
         return replace(self, groups=groups, events=(*self.events, *events))
 
 
-def as_bins(bins: Any, where: str) -> tuple[Bin, ...]:
+def as_bins(bins: Any, place: str) -> tuple[Bin, ...]:
     """Check a list of bins, one- or two-dimensional, from a recipe or a profile.
 
     Raises:
-        ConfigError: if it is no such list, mixes both kinds, or does not rise.
+        ConfigError: if it is no such list, mixes both kinds, or is not ascending.
     """
     if not isinstance(bins, (list, tuple)) or not bins:
-        raise ConfigError(f"{where}.bucket_duration_bins: a list of bins is needed, not {bins!r}.")
+        raise ConfigError(f"{place}.bucket_duration_bins: a list of bins is needed, not {bins!r}.")
     if all(is_number(item) for item in bins):
         checked: tuple[Bin, ...] = tuple(float(item) for item in bins)
     elif all(isinstance(item, (list, tuple)) and len(item) == 2 and all(map(is_number, item)) for item in bins):
         checked = tuple((float(item[0]), float(item[1])) for item in bins)
     else:
         raise ConfigError(
-            f"{where}.bucket_duration_bins: bins are all numbers or all pairs [input, output], not {list(bins)}."
+            f"{place}.bucket_duration_bins: bins are all numbers or all pairs [input, output], not {list(bins)}."
         )
     for index, (lower, upper) in enumerate(pairwise(checked)):
         if not lower < upper:  # type: ignore[operator]
             raise ConfigError(
-                f"{where}.bucket_duration_bins: bins must rise, but number {index + 2} "
+                f"{place}.bucket_duration_bins: bins must rise, but number {index + 2} "
                 f"({shown(upper)}) does not lie above the one before it ({shown(lower)})."
             )
     return checked
 
 
 def shown(bins: Bin | Iterable[Bin]) -> str:
-    """Bins as one writes them in YAML."""
+    """Bins as they are written in YAML."""
     if isinstance(bins, (int, float)):
         return f"{bins:g}"
     return f"[{', '.join(shown(item) for item in bins)}]"
 
 
-# What stands in the file
+# The content of the file
 
 
 def _groups(content: Any, path: str | Path) -> dict[str, Buckets]:
@@ -295,32 +300,29 @@ def _groups(content: Any, path: str | Path) -> dict[str, Buckets]:
     return {str(name): _buckets(group, f"{path}: train_ds.{name}") for name, group in train_ds.items()}
 
 
-def _buckets(group: Any, where: str) -> Buckets:
+def _buckets(group: Any, place: str) -> Buckets:
     if not isinstance(group, dict):
-        raise ConfigError(f"{where}: a mapping with bucket_duration_bins and bucket_batch_size is needed.")
+        raise ConfigError(f"{place}: a mapping with bucket_duration_bins and bucket_batch_size is needed.")
     if "batch_size" in group and "bucket_batch_size" not in group:
-        return _one_size(group, where)
+        return _one_size(group, place)
     for key in ("bucket_duration_bins", "bucket_batch_size"):
         if key not in group:
-            raise ConfigError(f"{where}.{key}: is missing from the profile.")
-    bins, sizes = as_bins(group["bucket_duration_bins"], where), group["bucket_batch_size"]
-    if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
-        raise ConfigError(f"{where}.bucket_batch_size: a list of positive whole numbers is needed, not {sizes!r}.")
+            raise ConfigError(f"{place}.{key}: is missing from the profile.")
+    bins = as_bins(group["bucket_duration_bins"], place)
+    sizes = parse_value(list[BatchSize], group["bucket_batch_size"], f"{place}.bucket_batch_size")
     if len(bins) != len(sizes):
-        raise ConfigError(f"{where}: there are {len(bins)} bins, but {len(sizes)} batch sizes; each bin needs one.")
+        raise ConfigError(f"{place}: there are {len(bins)} bins, but {len(sizes)} batch sizes; each bin needs one.")
     return Buckets(bins, tuple(sizes))
 
 
-def _one_size(group: Mapping, where: str) -> Buckets:
+def _one_size(group: Mapping, place: str) -> Buckets:
     keys = [key for key in LIMIT_KEYS if key in group]
     if len(keys) != 1 or not is_number(group[keys[0]]) or group[keys[0]] <= 0:
         raise ConfigError(
-            f"{where}.batch_size: is for examples of any length up to a bound; give one positive number as "
+            f"{place}.batch_size: is for examples of any length up to a bound; give one positive number as "
             f"{' or '.join(LIMIT_KEYS)}."
         )
-    size = group["batch_size"]
-    if type(size) is not int or size <= 0:
-        raise ConfigError(f"{where}.batch_size: a positive whole number is needed, not {size!r}.")
+    size = parse_value(BatchSize, group["batch_size"], f"{place}.batch_size")
     return Buckets((float(group[keys[0]]),), (size,), keys[0])
 
 
@@ -335,85 +337,49 @@ def _measure_content(measure: Measure) -> dict[str, Any]:
     return content
 
 
-def _measures(content: Any, groups: Mapping[str, Buckets], where: str) -> dict[str, tuple[Measure, ...]]:
-    if content is None:
-        return {}
-    by_group = {ONLY_GROUP: content} if ONLY_GROUP in groups else content
-    if not isinstance(by_group, dict) or by_group.keys() != groups.keys():
-        raise ConfigError(f"{where}: measures of each group of train_ds are needed; remove what was added by hand.")
-    measures = {}
-    for name, entries in by_group.items():
-        place = f"{where}.{name}".rstrip(".")
-        if not isinstance(entries, list):
-            raise ConfigError(f"{place}: a list of measures is needed, not {entries!r}.")
-        measures[name] = tuple(_measure(entry, f"{place}[{number}]") for number, entry in enumerate(entries))
-        if tuple(m.bin for m in measures[name]) != groups[name].bucket_duration_bins:
-            raise ConfigError(
-                f"{place}: the measures are of other bins than those of train_ds; remove the measures, "
-                "or delete the file to measure anew."
-            )
-    return measures
-
-
-def _measure(entry: Any, where: str) -> Measure:
-    _check_record(entry, where)
-    (bin_,) = as_bins([entry.get("bin")], f"{where}.bin")
-    return Measure(
-        bin=bin_,
-        batch_size=_number(entry, "batch_size", where),
-        predicted_peak=_number(entry, "predicted_peak", where),
-        confirmed_peak=_number(entry, "confirmed_peak", where, optional=True),
-        reserved=_number(entry, "reserved", where, optional=True),
-        seconds=_number(entry, "seconds", where, optional=True),
-        memory=_line(MemoryLine, entry, "memory", ("floor", "intercept", "slope"), where),
-        time=_line(TimeLine, entry, "time", ("overhead", "per_example"), where),
-    )
-
-
-def _line(kind: type, entry: Mapping, key: str, names: Sequence[str], where: str) -> Any:
-    if entry.get(key) is None:
-        return None
-    _check_record(entry[key], f"{where}.{key}")
-    return kind(**{name: float(_number(entry[key], name, f"{where}.{key}")) for name in names})
-
-
 def _event_content(event: Event) -> dict[str, Any]:
     content = asdict(event)
     return Line({**content, "from": content.pop("before"), "to": content.pop("after")})
 
 
-def _events(content: Any, where: str) -> tuple[Event, ...]:
-    if content is not None and not isinstance(content, list):
-        raise ConfigError(f"{where}: a list of events is needed, not {content!r}.")
-    return tuple(_event(entry, f"{where}[{number}]") for number, entry in enumerate(content or ()))
+def _measures(content: Any, groups: Mapping[str, Buckets], place: str) -> dict[str, tuple[Measure, ...]]:
+    if content is None:
+        return {}
+    by_group = {ONLY_GROUP: content} if ONLY_GROUP in groups else content
+    if not isinstance(by_group, dict) or by_group.keys() != groups.keys():
+        raise ConfigError(f"{place}: measures of each group of train_ds are needed; remove what was added by hand.")
+    measures = {}
+    for name, entries in by_group.items():
+        of_group = f"{place}.{name}".rstrip(".")
+        entries = parse_value(list, entries, of_group)
+        measures[name] = tuple(_measure(entry, f"{of_group}.{index}") for index, entry in enumerate(entries))
+        if tuple(m.bin for m in measures[name]) != groups[name].bucket_duration_bins:
+            raise ConfigError(
+                f"{of_group}: the measures are of other bins than those of train_ds; remove the measures, "
+                "or delete the file to measure again."
+            )
+    return measures
 
 
-def _event(entry: Any, where: str) -> Event:
-    _check_record(entry, where)
-    return Event(
-        when=str(entry.get("when")),
-        step=_number(entry, "step", where),
-        bucket=str(entry.get("bucket")),
-        cause=str(entry.get("cause")),
-        before=_number(entry, "from", where),
-        after=_number(entry, "to", where),
+def _measure(entry: Any, place: str) -> Measure:
+    entry = parse_value(dict, entry, place)
+    (bin_,) = as_bins([entry.get("bin")], f"{place}.bin")
+    memory, time = (
+        None if entry.get(key) is None else _record(kind, entry[key], f"{place}.{key}")
+        for key, kind in (("memory", MemoryLine), ("time", TimeLine))
     )
+    return _record(Measure, entry, place, bin=bin_, memory=memory, time=time)
 
 
-def _mapping(content: Mapping, key: str, path: str | Path) -> dict[str, Any]:
-    value = content.get(key) or {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: {key}: a mapping is needed, not {value!r}.")
-    return value
+def _event(entry: Any, place: str) -> Event:
+    entry = parse_value(dict, entry, place)
+    texts = {name: str(entry.get(name)) for name in ("when", "bucket", "cause")}
+    before, after = (parse_value(Count, entry.get(key), f"{place}.{key}") for key in ("from", "to"))
+    return _record(Event, entry, place, before=before, after=after, **texts)
 
 
-def _check_record(entry: Any, where: str) -> None:
-    if not isinstance(entry, dict):
-        raise ConfigError(f"{where}: a mapping is needed, not {entry!r}.")
-
-
-def _number(entry: Mapping, key: str, where: str, optional: bool = False) -> Any:
-    value = entry.get(key)
-    if not (is_number(value) or (optional and value is None)):
-        raise ConfigError(f"{where}.{key}: a number is needed, not {value!r}.")
-    return value
+def _record(cls: type[_T], entry: Any, place: str, **given: Any) -> _T:
+    """A mapping as a dataclass of numbers; those that are absent are None, as in a file that somebody edits."""
+    entry = parse_value(dict, entry, place)
+    hints = {name: hint for name, hint in get_type_hints(cls, include_extras=True).items() if name not in given}
+    return cls(**{name: parse_value(hint, entry.get(name), f"{place}.{name}") for name, hint in hints.items()}, **given)

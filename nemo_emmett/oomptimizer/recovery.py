@@ -1,17 +1,19 @@
-"""A training step that ran out of memory is done again in smaller pieces, with the same gradient.
+"""Redoes a training step that ran out of memory in smaller microbatches, with the same gradient.
 
-Lightning's hooks cannot swallow an exception, but the closure of its automatic optimization (forward, ``zero_grad``,
-backward), which the optimizer calls, can. :class:`Recovery` puts its own closure in that one's place.
+Lightning's hooks cannot catch an exception of the step, but the closure of its automatic optimization (forward,
+``zero_grad``, backward), which the optimizer calls, can. :class:`Recovery` replaces that closure by its own.
 
-What failed is halved until every piece fits. The gradients of pieces add up in place; so what the failed attempt has
-left behind must not be added again. Parameters that had their whole gradient when memory ran out keep it and take no
-part in the pieces; the version counters of the gradients tell which these are, so that no gradient is ever copied.
+What failed is halved until every microbatch fits. The gradients of microbatches add up in ``grad``; what the failed
+attempt has added must not be added again. Autograd adds to the gradient of a parameter once per backward pass, when the
+whole gradient of the batch is known. So each parameter is in one of two states when memory runs out: its gradient is
+complete, or it is what it was. Complete ones take no part in the microbatches. The version counters of the gradients
+show which these are, so no gradient is ever copied.
 
-With DDP the pieces run as the micro-batches of an accumulation do: all but the last without communicating, and the
-last one's backward pass reduces the sum, while the other ranks wait in theirs.
+With DDP the microbatches run as those of gradient accumulation do: all but the last without communication; the backward
+pass of the last one reduces the sum, while the other ranks wait in theirs.
 
-Pieces draw anew from the random generators: their dropout is not the whole batch's. Batch norm sees the pieces one by
-one, and keeps what it saw of a failed attempt.
+Microbatches draw other numbers from the random generators than the whole batch, so their dropout differs. Batch norm
+normalises each microbatch by itself, and keeps the statistics of a failed attempt.
 """
 
 from __future__ import annotations
@@ -41,24 +43,24 @@ from nemo_emmett.oomptimizer.adapters.base import Adapter
 from nemo_emmett.oomptimizer.memory import is_out_of_memory
 
 NOT_EVEN_ONE = "not even one example of it fits"
-"""The reason to give up where a batch cannot be split further."""
+"""The reason to abort if a batch cannot be split further."""
 
 _Result = TypeVar("_Result")
 
 
 class RecoveryListener(Protocol):
-    """Who is told what memory a step takes, and decides what a step of pieces cannot."""
+    """Measures steps, and decides what happens to batches that do not fit."""
 
-    def pieces(self, batch: Any) -> int:
-        """In how many pieces to run a batch from the start; 1: whole."""
+    def microbatches(self, batch: Any) -> int:
+        """In how many microbatches to run a batch from the start; 1: as it is."""
 
-    def watching(self, batch: Any) -> AbstractContextManager[None]:
-        """Around the forward and backward pass of a batch, or of a piece that was cut before memory ran out."""
+    def measuring(self, batch: Any) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of a batch, or of a microbatch made before memory ran out."""
 
-    def ran_out(self, batch: Any, phase: str) -> None:
-        """A batch ran out of memory in its ``forward`` or ``backward`` pass; told once for a batch."""
+    def on_out_of_memory(self, batch: Any, phase: str) -> None:
+        """A batch ran out of memory in its ``forward`` or ``backward`` pass; called once per batch."""
 
-    def give_up(self, batch: Any, reason: str) -> NoReturn:
+    def abort(self, batch: Any, reason: str) -> NoReturn:
         """End the training, since the step of a batch cannot be redone."""
 
 
@@ -66,18 +68,20 @@ class Recovery:
     """Redoes the steps of a training that run out of memory.
 
     Args:
-        adapter: cuts batches of the model.
-        watcher: is told.
+        adapter: splits batches of the model.
+        listener: measures and decides.
     """
 
-    def __init__(self, adapter: Adapter, watcher: RecoveryListener) -> None:
+    def __init__(self, adapter: Adapter, listener: RecoveryListener) -> None:
         self._adapter = adapter
-        self._watcher = watcher
+        self._listener = listener
         self._loop: Any = None
         self._synchronized: list[torch.nn.Module] = []
 
     def install(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take the place of Lightning's closures, from now on."""
+        """Replace Lightning's closures from now on."""
+        # _make_closure is private to Lightning: its _AutomaticOptimization.run calls it for every batch. The attribute
+        # of the instance hides the method of the class, and `del` restores it. test_recovery.py checks its signature.
         self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
         make_closure = self._loop._make_closure
 
@@ -87,14 +91,22 @@ class Recovery:
 
             if "batch" not in kwargs:  # a training step that fetches its batches itself
                 return make_closure(kwargs, optimizer, batch_idx)
-            return _RecoveringClosure(trainer, module, self._adapter, self._watcher, kwargs["batch"], closure_of)
+            return _RecoveringClosure(trainer, module, self._adapter, self._listener, kwargs["batch"], closure_of)
 
         self._loop._make_closure = make_recovering_closure
         if trainer.world_size > 1:
-            self._unsynchronize(module)
+            # A rank that redoes its step alone must find no collective in the forward pass.
+            self._synchronized = [part for part in module.modules() if getattr(part, "sync_max_audio_length", False)]
+            for part in self._synchronized:
+                part.sync_max_audio_length = False
+            if self._synchronized:
+                logging.info(
+                    "OOMptimizer: sync_max_audio_length of the encoder is false while training, so that a rank can "
+                    "redo a step alone."
+                )
 
     def uninstall(self) -> None:
-        """Leave Lightning, and the model, as they were."""
+        """Restore Lightning's closures, and the model."""
         if self._loop is not None:
             del self._loop._make_closure
             self._loop = None
@@ -102,34 +114,23 @@ class Recovery:
             part.sync_max_audio_length = True
         self._synchronized = []
 
-    def _unsynchronize(self, module: LightningModule) -> None:
-        """A rank that redoes its step alone must find no collective in the forward pass."""
-        self._synchronized = [part for part in module.modules() if getattr(part, "sync_max_audio_length", False)]
-        for part in self._synchronized:
-            part.sync_max_audio_length = False
-        if self._synchronized:
-            logging.info(
-                "OOMptimizer: sync_max_audio_length of the encoder is false while training, so that a rank can redo "
-                "a step alone."
-            )
-
 
 @dataclass(frozen=True)
-class _Piece:
+class _Microbatch:
     """A batch, or a part of it, that is to be run.
 
     Args:
         batch: the examples.
-        settled: parameters that have the gradient of these examples already.
+        complete: parameters that have the gradient of these examples already.
     """
 
     batch: Any
-    settled: frozenset[Parameter] = frozenset()
+    complete: frozenset[Parameter] = frozenset()
 
 
 @dataclass(frozen=True)
-class _Done:
-    """What remains of a piece that was run."""
+class _Output:
+    """The result of a microbatch."""
 
     weight: float
     loss: Tensor | None  # weighted
@@ -137,95 +138,86 @@ class _Done:
 
 
 class _RecoveringClosure(Closure):
-    """Lightning's closure of one batch, which runs the batch in pieces where it must."""
+    """Lightning's closure of one batch, which runs the batch in microbatches if it must."""
 
     def __init__(
         self,
         trainer: Trainer,
         module: LightningModule,
         adapter: Adapter,
-        watcher: RecoveryListener,
+        listener: RecoveryListener,
         batch: Any,
         closure_of: Callable[[Any], Closure],
     ) -> None:
         whole = closure_of(batch)
         super().__init__(whole._step_fn, whole._backward_fn, whole._zero_grad_fn and _Once(whole._zero_grad_fn))
         self._strategy, self._module = trainer.strategy, module
-        self._adapter, self._watcher = adapter, watcher
+        self._adapter, self._listener = adapter, listener
         self._batch, self._closure_of = batch, closure_of
         self._failed = False
-        self._gradients: _Gradients | None = None  # only from the beginning of a backward pass
+        self._gradients: _GradientVersions | None = None  # only from the beginning of a backward pass
         self._reducing = False
 
     def closure(self, *args: Any, **kwargs: Any) -> ClosureResult:
         """Forward, ``zero_grad`` and backward of the batch."""
-        pieces = deque(self._planned())
-        logged = False
-        if len(pieces) == 1:
-            whole = pieces.popleft()
+        count = self._listener.microbatches(self._batch)
+        queue, logged = deque([_Microbatch(self._batch)]), False
+        if count > 1 and self._unsafe_reason() is None:
+            queue = deque(map(_Microbatch, self._with_targets(self._adapter.split_batch(self._batch, count))))
+        if len(queue) == 1:
+            whole = queue.popleft()
             result = self._attempt(whole, lambda: self._run(self._step_fn, self._backward_fn))
             if result is not None:
                 return result
             logged = self._gradients is not None
-            pieces = self._halved(whole, pieces)
-        return self._in_pieces(pieces, _PieceLogs(self._module, logged))
+            queue = self._halved(whole, queue)
+        return self._run_all(queue, _MicrobatchLogs(self._module, logged))
 
-    def _planned(self) -> list[_Piece]:
-        number = self._watcher.pieces(self._batch)
-        if number == 1 or self._why_unsafe() is not None:
-            return [_Piece(self._batch)]
-        return [_Piece(batch) for batch in self._that_count(self._adapter.split_batch(self._batch, number))]
+    def _with_targets(self, batches: list[Any]) -> list[Any]:
+        """Without batches of weight 0: the mean loss of no tokens is NaN, and so is 0 times NaN."""
+        return [batch for batch in batches if self._adapter.loss_weight(batch, self._batch)] or batches[:1]
 
-    def _that_count(self, pieces: list[Any]) -> list[Any]:
-        """Without pieces that nothing is learnt from: the mean loss of no tokens is not a number, times 0 either."""
-        counting = [piece for piece in pieces if self._adapter.loss_weight(piece, self._batch)]
-        return counting or pieces[:1]
-
-    def _in_pieces(self, pieces: deque[_Piece], logs: _PieceLogs) -> ClosureResult:
-        done: list[_Done] = []
+    def _run_all(self, queue: deque[_Microbatch], logs: _MicrobatchLogs) -> ClosureResult:
+        outputs: list[_Output] = []
         with _in_hook(self._module, "training_step"), self._adapter.one_step(self._batch):
-            while pieces:
-                piece = pieces.popleft()
-                is_last = not pieces
-                outcome = self._attempt(piece, partial(self._run_piece, piece.batch, logs, is_last))
-                if outcome is None:
-                    pieces = self._halved(piece, pieces)
+            while queue:
+                microbatch = queue.popleft()
+                output = self._attempt(microbatch, partial(self._run_one, microbatch.batch, logs, not queue))
+                if output is None:
+                    queue = self._halved(microbatch, queue)
                 else:
-                    done.append(outcome)
-        return _merged(done)
+                    outputs.append(output)
+        return _merged(outputs)
 
-    def _attempt(self, piece: _Piece, run: Callable[[], _Result]) -> _Result | None:
-        """Run a piece; None if it runs out of memory, and then all that it allocated is free again."""
+    def _attempt(self, microbatch: _Microbatch, run: Callable[[], _Result]) -> _Result | None:
+        """Run a microbatch; None if it runs out of memory, and then all that it allocated is free again."""
         hook = self._module._current_fx_name
-        watching = nullcontext() if self._failed else self._watcher.watching(piece.batch)
+        measuring = nullcontext() if self._failed else self._listener.measuring(microbatch.batch)
         try:
-            with put_aside(piece.settled), watching:
+            with unchanged_gradients(microbatch.complete), measuring:
                 return run()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)
-        # Only now, behind the clause, nothing holds the exception and with it the tensors of its frames.
+        # Only after the except clause nothing refers to the exception, and so to the tensors of its frames.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._module._current_fx_name = hook
-        self._note_failure()
-        return None
-
-    def _note_failure(self) -> None:
         in_backward = self._gradients is not None
         if not self._failed:
             self._failed = True
-            self._watcher.ran_out(self._batch, "backward" if in_backward else "forward")
-        if (reason := self._why_unsafe()) is not None:
-            self._watcher.give_up(self._batch, reason)
+            self._listener.on_out_of_memory(self._batch, "backward" if in_backward else "forward")
+        if (reason := self._unsafe_reason()) is not None:
+            self._listener.abort(self._batch, reason)
         if not in_backward and isinstance(self._strategy.model, DistributedDataParallel):
             # The forward pass began with the broadcast of buffers; the other ranks are past it.
             self._strategy.model.require_forward_param_sync = False
+        return None
 
-    def _why_unsafe(self) -> str | None:
-        """Why this step cannot be run in pieces; None if it can."""
+    def _unsafe_reason(self) -> str | None:
+        """Why this step cannot be run in microbatches; None if it can."""
         model = self._strategy.model
         if not self._adapter.can_split:
             return f"no adapter can split the batches of {type(self._module).__name__}"
@@ -240,36 +232,36 @@ class _RecoveringClosure(Closure):
             return "the ranks were adding up their gradients"
         return None
 
-    def _halved(self, failed: _Piece, others: Iterable[_Piece]) -> deque[_Piece]:
-        """Smaller pieces: the failed one's, then the others', which would hardly fit either."""
-        settled = self._gradients.complete() if self._gradients is not None else frozenset()
-        if settled is None:
-            self._watcher.give_up(
+    def _halved(self, failed: _Microbatch, others: Iterable[_Microbatch]) -> deque[_Microbatch]:
+        """Halves of the one that failed, then of the others, which would hardly fit either."""
+        complete = self._gradients.complete() if self._gradients is not None else frozenset()
+        if complete is None:
+            self._listener.abort(
                 self._batch, "reentrant checkpointing adds to a gradient several times in one backward pass"
             )
         halves = self._adapter.split_batch(failed.batch, 2)
         if len(halves) < 2:
-            self._watcher.give_up(self._batch, NOT_EVEN_ONE)
-        pieces = deque(_Piece(half, failed.settled | settled) for half in self._that_count(halves))
-        for piece in others:
-            smaller = self._that_count(self._adapter.split_batch(piece.batch, 2))
-            pieces.extend(replace(piece, batch=half) for half in smaller)
-        return pieces
+            self._listener.abort(self._batch, NOT_EVEN_ONE)
+        queue = deque(_Microbatch(half, failed.complete | complete) for half in self._with_targets(halves))
+        for other in others:
+            smaller = self._with_targets(self._adapter.split_batch(other.batch, 2))
+            queue.extend(replace(other, batch=half) for half in smaller)
+        return queue
 
     # One forward and backward pass.
 
     def _run(self, step_fn: Callable, backward_fn: Callable | None) -> ClosureResult:
         """Forward, ``zero_grad`` if it is still to be done, and backward."""
 
-        def noted_backward_fn(loss: Tensor) -> None:
-            self._gradients = _Gradients(self._module.parameters())
+        def observed_backward_fn(loss: Tensor) -> None:
+            self._gradients = _GradientVersions(self._module.parameters())
             self._reducing = getattr(self._strategy.model, "require_backward_grad_sync", False)
             backward_fn(loss)
 
         self._gradients = None
-        return Closure(step_fn, backward_fn and noted_backward_fn, self._zero_grad_fn).closure()
+        return Closure(step_fn, backward_fn and observed_backward_fn, self._zero_grad_fn).closure()
 
-    def _run_piece(self, batch: Any, logs: _PieceLogs, is_last: bool) -> _Done:
+    def _run_one(self, batch: Any, logs: _MicrobatchLogs, is_last: bool) -> _Output:
         closure = self._closure_of(batch)
         weight = self._adapter.loss_weight(batch, self._batch)
 
@@ -277,20 +269,20 @@ class _RecoveringClosure(Closure):
             with logs.collected(weight):
                 result = closure._step_fn()
             if is_last:
-                # Where it is in the whole batch: before the backward pass, for a value may be reduced over the ranks.
+                # Before the backward pass, as in the whole batch: a logged value may be reduced over the ranks.
                 logs.write()
             loss = result.closure_loss
             if loss is not None:
-                loss = self._tied(loss * weight) if is_last else loss * weight
+                loss = self._depending_on_all(loss * weight) if is_last else loss * weight
             return ClosureResult(loss, extra=recursive_detach(result.extra))
 
         # As Lightning does for all but the last batch of an accumulation.
         with _block_parallel_sync_behavior(self._strategy, block=not is_last):
             result = self._run(step_fn, closure._backward_fn)
-        return _Done(weight, result.loss, result.extra)
+        return _Output(weight, result.loss, result.extra)
 
-    def _tied(self, loss: Tensor) -> Tensor:
-        """DDP waits for the gradients of all parameters in the last piece, whichever pieces they were used in."""
+    def _depending_on_all(self, loss: Tensor) -> Tensor:
+        """DDP waits for the gradients of all parameters in the last microbatch, whichever ones used them."""
         model = self._strategy.model
         if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
             return loss
@@ -300,7 +292,7 @@ class _RecoveringClosure(Closure):
 
 
 class _Once:
-    """A function that is called the first time, and then no more."""
+    """A function that does nothing when it is called again."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function: Callable[[], None] | None = function
@@ -314,7 +306,7 @@ class _Once:
 # Gradients.
 
 
-class _Gradients:
+class _GradientVersions:
     """The gradients as they are before a backward pass.
 
     Args:
@@ -322,27 +314,25 @@ class _Gradients:
     """
 
     def __init__(self, parameters: Iterable[Parameter]) -> None:
-        self._before = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in parameters if p.requires_grad]
+        self._before = [(p, p.grad, _version(p.grad)) for p in parameters if p.requires_grad]
 
     def complete(self) -> frozenset[Parameter] | None:
         """The parameters to whose gradient the backward pass has added since: once, and so all that it had to add.
 
-        None if it added more than once: then what else it would have added cannot be known.
+        None if it added more than once: then the missing rest cannot be known.
         """
-        added = frozenset(p for p, grad, version in self._before if p.grad is not grad or _version(grad) != version)
-        for p, grad, version in self._before:
-            if p.grad is grad and _version(grad) > version + 1:
-                return None
-        return added
+        # An addition in place raises the version counter of the same tensor; a first gradient is another tensor.
+        if any(p.grad is grad and _version(grad) > version + 1 for p, grad, version in self._before):
+            return None
+        return frozenset(p for p, grad, version in self._before if p.grad is not grad or _version(grad) != version)
 
 
 def _version(tensor: Tensor | None) -> int:
-    """Counts the operations in place."""
     return 0 if tensor is None else tensor._version
 
 
 @contextmanager
-def put_aside(parameters: Iterable[Parameter]) -> Iterator[None]:
+def unchanged_gradients(parameters: Iterable[Parameter]) -> Iterator[None]:
     """Inside, what a backward pass adds to the gradients of these parameters is dropped at once."""
     gradients = {parameter: parameter.grad for parameter in parameters}
     hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in gradients]
@@ -362,7 +352,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 class ZeroGradDependency(torch.autograd.Function):
-    """A loss that depends on parameters, with a gradient of zero."""
+    """Makes a loss depend on parameters, with a gradient of zero for each."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
@@ -373,7 +363,7 @@ class ZeroGradDependency(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         """The loss's gradient; zero for each parameter."""
-        # One zero each, seen as many: nothing is allocated.
+        # One zero each, expanded to the shape: nothing is allocated.
         zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.parameters)
         return gradient, *zeros
 
@@ -381,12 +371,12 @@ class ZeroGradDependency(torch.autograd.Function):
 # What is logged and returned.
 
 
-class _PieceLogs:
-    """What a model logs in the pieces of a step, logged once: means, weighted as the losses are.
+class _MicrobatchLogs:
+    """Logs once what a model logs in each microbatch of a step: means, weighted as the losses are.
 
     Args:
         module: the model.
-        logged: nothing is to be logged, since the whole batch's forward pass has done it.
+        logged: nothing is to be logged, since the whole batch's forward pass has logged it.
     """
 
     def __init__(self, module: LightningModule, logged: bool) -> None:
@@ -396,7 +386,7 @@ class _PieceLogs:
 
     @contextmanager
     def collected(self, weight: float) -> Iterator[None]:
-        """Keep what is logged inside; if it fails, forget it."""
+        """Keep what is logged inside, unless that fails."""
         calls: list[tuple[str, Any, tuple, dict]] = []
         outer = vars(self._module).get("log")
         self._module.log = lambda name, value, *args, **kwargs: calls.append((name, value, args, kwargs))
@@ -420,29 +410,25 @@ class _PieceLogs:
             self._module.log(name, _mean(values), *args, **kwargs)
 
 
-def _merged(done: list[_Done]) -> ClosureResult:
+def _merged(outputs: list[_Output]) -> ClosureResult:
     """What the closure of the whole batch would return."""
-    losses = [piece.loss for piece in done if piece.loss is not None]
-    names = {name: None for piece in done for name in piece.extra}
-    extra = {name: _mean([(p.weight, p.extra[name]) for p in done if name in p.extra]) for name in names}
+    losses = [output.loss for output in outputs if output.loss is not None]
+    names = {name: None for output in outputs for name in output.extra}
+    extra = {name: _mean([(o.weight, o.extra[name]) for o in outputs if name in o.extra]) for name in names}
     return ClosureResult(torch.stack(losses).sum() if losses else None, extra=extra)
 
 
 def _mean(values: list[tuple[float, Any]]) -> Any:
-    """The weighted mean of numbers; of what are no numbers, the last."""
+    """The weighted mean of numbers; the last of other values."""
     total = sum(weight for weight, _ in values)
-    if total == 0 or not all(_is_number(value) for _, value in values):
+    if total == 0 or not all(isinstance(v, Number) or (isinstance(v, Tensor) and v.numel() == 1) for _, v in values):
         return values[-1][1]
     return sum(weight * value for weight, value in values) / total
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Number) or (isinstance(value, Tensor) and value.numel() == 1)
-
-
 @contextmanager
 def _in_hook(module: LightningModule, name: str) -> Iterator[None]:
-    """Lightning asks for the name of the hook in which a value is logged."""
+    """Lightning looks up the name of the hook in which a value is logged."""
     outer, module._current_fx_name = module._current_fx_name, name
     try:
         yield

@@ -1,21 +1,22 @@
-"""The largest batch size of each bucket whose step stays within a memory budget, from few steps.
+"""The largest batch size of each bucket whose step stays within a memory budget, found with few steps.
 
-The peak f(n) of a step with n examples is the most that is alive at any point of the program: at each point what does
-not depend on n plus n times what does. So f is convex and piecewise linear, and two facts bracket it after a reading
-(m, p) for all n >= m:
+The peak f(n) of a step with n examples is the maximum, over all points of the program, of what is alive there: a
+constant plus n times a slope. A maximum of affine functions is convex and piecewise linear, so a reading f(m) = p
+bounds f for all n >= m:
 
-- from above: no point holds less without examples than what lives through the whole step (``base``: weights and
-  optimizer state), so f(n) <= p + (n - m) * (p - base) / m;
-- from below: f is convex, so it lies above the line through two readings; where there is but one, what a bucket of
-  longer examples took at least stands in for f(0): f(n) >= p + (n - m) * (p - nothing) / m.
+- from above: at no point less is alive without examples than throughout the whole step (``base``: weights and optimizer
+  state), so f(n) <= p + (n - m) * (p - base) / m;
+- from below: a convex function lies above the line through two of its points, beyond them. With two readings, that line
+  is the bound. With one, the second point is an upper bound ``nothing`` of f(0), the least that a bucket of longer
+  examples took: f(n) >= p + (n - m) * (p - nothing) / m.
 
-One thing grows up to some size only, the chunk of logits of a loss that makes them chunk by chunk: small sizes make
-lines too steep then. So both bounds are always taken from the largest readings, beyond it.
+The chunk of logits of a chunked loss grows only up to some size, so small sizes make lines too steep. Therefore both
+bounds are always taken from the largest readings.
 
-A probe is made only where the line through what is known, checked by the bound from above when it reaches far, stays
-within the budget, and the search ends when the bound from below shows that no larger batch fits, or none that is larger
-by more than ``precision``. The first buckets take a few probes. They give the line of all others
-(:class:`~nemo_emmett.oomptimizer.lines.MemoryModel`), most of which then need one probe, the one that confirms the
+A probe is made only if the line through the readings stays within the budget, and the bound from above does, too, if
+the probe is far beyond them. The search ends when the bound from below shows that no larger batch fits, or none that is
+larger by more than ``precision``. The first buckets take a few probes. They give the line of all others
+(:class:`~nemo_emmett.oomptimizer.cost_model.MemoryModel`), most of which then need one probe, which confirms the
 answer, or two.
 """
 
@@ -29,7 +30,7 @@ import numpy as np
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import Bucket
-from nemo_emmett.oomptimizer.lines import MemoryModel, Sample, lengths
+from nemo_emmett.oomptimizer.cost_model import MemoryModel, Sample, lengths
 from nemo_emmett.oomptimizer.memory import shown
 from nemo_emmett.oomptimizer.meter import Reading
 from nemo_emmett.oomptimizer.profile import MemoryLine
@@ -44,14 +45,14 @@ MAX_BATCH_SIZE = 8192
 """No bucket gets more examples, whatever the memory."""
 
 FAR, FAR_ALONE, FAR_KNOWN = 1.1, 1.03, 1.5
-"""Up to this factor beyond the last of two readings, beyond the only one, or beyond either where other buckets tell
-where lines begin, the line is trusted; further, the bound from above must agree."""
+"""Factors up to which the line is trusted beyond the last of two readings, beyond a single one, or beyond either if the
+intercepts of other buckets are known; further, the bound from above must agree."""
 
 NEAR = 0.8
-"""Where a second, smaller probe must tell whether a larger size may fit, it has this share of the examples."""
+"""Share of the examples of a second, smaller probe, which decides whether a larger size may fit."""
 
 OF_OTHERS = 1.1
-"""The line of a bucket may begin higher than those of others by this factor."""
+"""Factor by which the intercept of a bucket may exceed those of others."""
 
 _ENOUGH = 4
 """From so many buckets on, their common model is trusted with the next one."""
@@ -71,7 +72,7 @@ class Result:
         bucket: which.
         batch_size: examples.
         predicted_peak: bytes that the step was expected to take, before the probe that confirmed it.
-        confirmed: the reading of a step of this size; worked out from a larger one's where not ``measured``.
+        confirmed: the reading of a step of this size; derived from a larger one's if not ``measured``.
         line: of the bucket's memory.
         probes: steps that were run for it.
         measured: whether a step of this very size was run.
@@ -113,7 +114,7 @@ class _Readings:
         return self.of_size[self.fitting]
 
     def rise_at_most(self) -> float:
-        """Bytes that one more example can take."""
+        """Bytes that one more example takes at most."""
         return (self.last.peak - self.base) / self.fitting
 
     @property
@@ -122,17 +123,17 @@ class _Readings:
         return min((reading.peak for reading in self.of_size.values()), default=math.inf)
 
     def intercept(self) -> float | None:
-        """Where the line through the two largest sizes that fit begins.
+        """The intercept of the line through the two largest sizes that fit; None if there are not two.
 
-        Readings of sizes that lie close together, and that waver by a percent, give lines that begin anywhere; none
-        begins below ``base`` or above a peak.
+        If sizes are close together, readings that vary by a percent give lines of any intercept; but none is below
+        ``base`` or above a peak.
         """
         secant = self.secant()
         if secant is None:
             return None
         return max(self.base, min(self.last.peak - secant * self.fitting, self.smallest_peak))
 
-    def beginning(self) -> float | None:
+    def least_intercept(self) -> float | None:
         """What a step without examples takes at least, by the line through the two smallest sizes."""
         if len(self.of_size) < 2:
             return None
@@ -141,7 +142,7 @@ class _Readings:
         return max(self.base, min(low - (high - low) / (larger - smaller) * smaller, self.smallest_peak))
 
     def rise_at_least(self, nothing: float) -> float:
-        """Bytes that one more example does take, where a step without examples takes ``nothing`` at most."""
+        """Bytes that one more example takes at least, if a step without examples takes ``nothing`` at most."""
         rises = [(self.last.peak - min(nothing, self.last.peak)) / self.fitting]
         if (secant := self.secant()) is not None:
             rises.append(secant)
@@ -156,16 +157,16 @@ class _Readings:
 
 
 class Search:
-    """Finds batch sizes, bucket after bucket, and learns from each for the next.
+    """Finds batch sizes, bucket after bucket; each one's readings reduce the probes of the next.
 
     Args:
-        probe: runs a step; its readings above the budget, or out of memory, tell that a size does not fit.
+        probe: runs a step; a size does not fit if its reading is above the budget, or out of memory.
         budget: bytes that a step may take.
         base: bytes alive throughout every step (weights and optimizer state).
         precision: see ``PRECISION``.
         max_batch_size: no bucket gets more.
         floor: bytes that the optimizer's step takes, whatever the batch.
-        careful: steps over the budget are to be avoided; on fake tensors they do no harm, and fewer steps are needed.
+        careful: avoid steps above the budget; on fake tensors they do no harm, and fewer steps are needed.
     """
 
     def __init__(
@@ -193,7 +194,7 @@ class Search:
         self._model: MemoryModel | None = None
 
     def run(self, buckets: Sequence[Bucket]) -> Iterator[Result]:
-        """Find the batch size of each bucket, in an order from which most is learnt (not theirs).
+        """Find the batch size of each bucket, the extreme ones first: others are predicted by interpolation.
 
         Raises:
             ConfigError: if a bucket does not fit with a single example.
@@ -207,7 +208,9 @@ class Search:
         Raises:
             ConfigError: if it does not fit with a single example.
         """
-        known = _Readings(bucket, self._base, seen=self._most(bucket))
+        # No bucket gets more examples than one whose examples are shorter.
+        sizes = [r.batch_size * (1 + self._precision) for r in self._found if _within(r.bucket, bucket)]
+        known = _Readings(bucket, self._base, seen=math.floor(min([self._max_batch_size, *sizes])))
         probes = 0
         while known.most - known.fitting > self._precision * known.fitting:
             size = self._next_size(known)
@@ -216,51 +219,43 @@ class Search:
             probes += 1
         return self._result(known, probes)
 
-    def _most(self, bucket: Bucket) -> int:
-        """No bucket holds more than one whose examples are shorter."""
-        sizes = [r.batch_size * (1 + self._precision) for r in self._found if _within(r.bucket, bucket)]
-        return math.floor(min([self._max_batch_size, *sizes]))
-
     def _next_size(self, known: _Readings) -> int:
         if not known.of_size and known.exceeded is None:
             return min(self._first_guess(known.bucket), known.most)
         guess = self._between(known) if known.exceeded is not None else self._guess(known)
         if guess <= known.fitting and known.secant() is None and known.fitting > 1:
-            # Nothing larger is expected to fit: a smaller probe tells for sure, without exceeding the budget.
+            # Nothing larger is expected to fit: a smaller probe decides, without exceeding the budget.
             return min(math.ceil(NEAR * known.fitting), known.fitting - 1)
         return min(max(guess, known.fitting + 1), known.most)
 
     def _first_guess(self, bucket: Bucket) -> int:
-        """A size that fits, as far as other buckets tell."""
-        # What fits of longer examples fits of these.
+        """A size that fits, according to other buckets."""
+        # What fits with longer examples fits with these.
         surely = max((r.batch_size for r in self._found if _within(bucket, r.bucket)), default=1)
         if self._model is None or len(self._found) < _ENOUGH or (slope := self._model.slope(bucket.shape)) <= 0:
             return surely
         guess = (self._budget - self._model.intercept) / slope
         if not self._careful:
             return max(surely, math.floor(guess))
-        # The further from what is known, the less is known.
-        error = self._error() + _ERROR_OF_DISTANCE * max(0.0, guess / surely - 1)
+        # As wrong as the last predictions for unseen buckets, and more with the distance from what was read.
+        error = float(np.clip(3 * max(self._errors[-6:], default=_MOST_ERROR), _LEAST_ERROR, _MOST_ERROR))
+        error += _ERROR_OF_DISTANCE * max(0.0, guess / surely - 1)
         room = self._budget / (1 + min(error, _MOST_ERROR)) - self._model.intercept
         return max(surely, math.floor(room / slope))
 
     def _guess(self, known: _Readings) -> int:
         """The largest size that fits by the line of the readings so far."""
         room = self._budget - known.last.peak
-        farthest = known.fitting + _steps(room, self._rise(known))
-        trusted = min(self._trust(known) * known.fitting, self._max_batch_size) // 1
+        farthest = known.fitting + _examples_in(room, self._rise(known))
+        if not self._careful:
+            return farthest
+        far = FAR_ALONE if known.secant() is None else FAR
+        far = FAR_KNOWN if len(self._intercepts()) >= _ENOUGH else far
+        trusted = min(far * known.fitting, self._max_batch_size) // 1
         if farthest > trusted:
-            safe = known.fitting + _steps(room, known.rise_at_most())
+            safe = known.fitting + _examples_in(room, known.rise_at_most())
             farthest = max(safe, min(farthest, int(trusted)))
         return farthest
-
-    def _trust(self, known: _Readings) -> float:
-        """How far beyond the last reading the line is trusted, as a factor."""
-        if not self._careful:
-            return math.inf
-        if len(self._intercepts()) >= _ENOUGH:
-            return FAR_KNOWN
-        return FAR_ALONE if known.secant() is None else FAR
 
     def _between(self, known: _Readings) -> int:
         """The largest size that fits by the line from the readings to one that exceeded the budget."""
@@ -269,7 +264,7 @@ class Search:
         rise = (peak - low) / (size - below)
         if not math.isfinite(rise) or rise <= 0:
             return (below + size) // 2
-        return min(below + _steps(self._budget - low, rise), size - 1)
+        return min(below + _examples_in(self._budget - low, rise), size - 1)
 
     def _rise(self, known: _Readings) -> float:
         """Bytes that one more example is expected to take."""
@@ -290,33 +285,37 @@ class Search:
             self._errors.append(abs(reading.peak / known.predicted[size] - 1))
         if reading.out_of_memory or reading.peak > self._budget:
             if size == 1:
-                raise ConfigError(_too_long(known.bucket, reading, self._budget))
+                needs = "runs out of memory" if reading.out_of_memory else f"needs {shown(reading.peak)}"
+                raise ConfigError(
+                    f"bucket_duration_bins: {known.bucket} {needs} with one example, but the budget is "
+                    f"{shown(self._budget)}; shorten the bins, raise the budget, or make the model lighter (freeze, "
+                    "LoRA, activation checkpointing)."
+                )
             known.seen = min(known.seen, size - 1)
             known.exceeded = (size, math.inf if reading.out_of_memory else reading.peak)
             return
         known.of_size[size] = reading
         rise = known.rise_at_least(self._nothing(known))
-        # Anew from the largest sizes: what grows only up to some size, such as a chunk of logits, makes lines through
-        # small ones too steep.
-        known.by_line = known.fitting + _steps(self._budget - known.last.peak, rise)
-        if size == 1 and not self._second_fits(reading):
-            known.seen = 1
+        # From the largest sizes alone: a chunk of logits, which stops growing, makes lines through small ones too
+        # steep.
+        known.by_line = known.fitting + _examples_in(self._budget - known.last.peak, rise)
+        if size == 1:
+            # No smaller probe can decide whether two examples fit, so the intercepts of other buckets do. A floor, such
+            # as the batch of another group in the same step, hides those of their largest sizes.
+            least = [other.least_intercept() for other in self._known]
+            nothing = [*self._intercepts(), *(found for found in least if found is not None)]
+            if nothing and 2 * reading.peak - OF_OTHERS**2 * max(nothing) > self._budget:
+                known.seen = 1
 
     def _nothing(self, known: _Readings) -> float:
-        """What a step would take, at most, without any example, or what the line of the last reading begins with."""
+        """An upper bound of what a step without examples takes, or of the intercept of the last reading's line."""
         longer = [other for other in self._known if _within(known.bucket, other.bucket)]
         intercepts = [found for other in longer if (found := other.intercept()) is not None]
         peaks = [other.smallest_peak for other in (*longer, known)]
         return min([*peaks, *([OF_OTHERS * max(intercepts)] if intercepts else [])])
 
-    def _second_fits(self, reading: Reading) -> bool:
-        """Whether two examples may fit where one takes so much: beside one there is no smaller probe to tell."""
-        # A floor, such as the batch of another group in the same step, hides where the line of large sizes begins.
-        nothing = [*self._intercepts(), *(found for known in self._known if (found := known.beginning()) is not None)]
-        return not nothing or 2 * reading.peak - OF_OTHERS**2 * max(nothing) <= self._budget
-
     def _intercepts(self) -> list[float]:
-        """Where the lines of the buckets so far begin, as far as two readings tell."""
+        """The intercepts of the buckets with two readings."""
         return [found for known in self._known if (found := known.intercept()) is not None]
 
     def _result(self, known: _Readings, probes: int) -> Result:
@@ -326,23 +325,15 @@ class Search:
                 self._samples.append(Sample(known.bucket.shape, examples, of_size.peak))
         if self._samples:
             self._model = MemoryModel.fit(self._samples)
-        line = self._line(known)
+        intercepts, own = self._intercepts(), known.intercept()
+        if own is None:
+            own = float(np.median(intercepts)) if intercepts else self._base
+        intercept = min(own, reading.peak)
+        line = MemoryLine(self._floor, intercept, (reading.peak - intercept) / size)
         result = Result(known.bucket, size, known.predicted[size] or reading.peak, reading, line, probes)
         self._found.append(result)
         self._known.append(known)
         return result
-
-    def _line(self, known: _Readings) -> MemoryLine:
-        size, peak = known.fitting, known.last.peak
-        intercepts = self._intercepts()
-        of_others = float(np.median(intercepts)) if intercepts else self._base
-        of_own = known.intercept()
-        intercept = min(of_others if of_own is None else of_own, peak)
-        return MemoryLine(self._floor, intercept, (peak - intercept) / size)
-
-    def _error(self) -> float:
-        """How wrong the next prediction for an unseen bucket may be, as a share of the peak."""
-        return float(np.clip(3 * max(self._errors[-6:], default=_MOST_ERROR), _LEAST_ERROR, _MOST_ERROR))
 
 
 def spread_out(count: int) -> list[int]:
@@ -367,14 +358,6 @@ def _within(shorter: Bucket, longer: Bucket) -> bool:
     return all(a <= b for a, b in zip(lengths(shorter.shape), lengths(longer.shape), strict=True))
 
 
-def _steps(room: float, rise: float) -> int:
-    """How often a rise has room."""
+def _examples_in(room: float, rise: float) -> int:
+    """How many examples of ``rise`` bytes fit into ``room`` bytes."""
     return MAX_BATCH_SIZE if rise <= 0 else math.floor(room / rise)
-
-
-def _too_long(bucket: Bucket, reading: Reading, budget: int) -> str:
-    needs = "runs out of memory" if reading.out_of_memory else f"needs {shown(reading.peak)}"
-    return (
-        f"bucket_duration_bins: {bucket} {needs} with one example, but the budget is {shown(budget)}; "
-        "shorten the bins, raise the budget, or make the model lighter (freeze, LoRA, activation checkpointing)."
-    )

@@ -1,6 +1,6 @@
-"""The training's own step on synthetic batches: measured, and without a trace.
+"""The training's own step on synthetic batches, measured; all state is restored afterwards.
 
-A step is what Lightning's automatic optimization makes of a batch once training is under way: the forward pass runs
+A step is what Lightning's automatic optimization does with a batch in the middle of a training: the forward pass runs
 while the gradients of the step before are still held, they are dropped (unless gradients are accumulated), the backward
 pass makes new ones, the optimizer steps. The model, its wrapper, precision and hooks are those of the training.
 """
@@ -30,29 +30,31 @@ from torch.utils._pytree import tree_leaves
 
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.modules.loss import world_size
+from nemo_emmett.modules.tensors import local_part
 from nemo_emmett.oomptimizer.memory import is_out_of_memory
 from nemo_emmett.oomptimizer.meter import Meter, Reading
-from nemo_emmett.oomptimizer.trace import local_part, no_trace
+from nemo_emmett.oomptimizer.snapshot import without_side_effects
 
 PROBE_BATCH_IDX = 1000081
 """Batch index of a probe. Models log, print and compute metrics in every n-th batch, counted from 0 (``batch_idx % n``)
 or from 1 (``(batch_idx + 1) % n``, as NeMo's do). This number is prime and the next one is twice a prime, so that
 neither is a multiple of any n from 3 to half a million. The logger's interval, which may be 1 and which NeMo's
-transducers hold against the global step, is changed while probes run (:func:`~nemo_emmett.oomptimizer.trace.no_trace`).
+transducers compare with the global step, is changed while probes run
+(:func:`~nemo_emmett.oomptimizer.snapshot.without_side_effects`).
 """
 
 
 class TrainingSteps:
-    """Measures steps of a training that is about to begin, and leaves it as if there had been none.
+    """Measures steps of a training that is about to begin, and restores its state afterwards.
 
-    With several ranks every rank makes the same calls, and all get the same readings: the most of any rank. Under DDP
-    gradients are not averaged meanwhile: that takes no memory beyond the buckets, which are there, and a rank that runs
-    out of memory in its backward pass leaves no other waiting.
+    With several ranks every rank makes the same calls, and all get the same readings: the maximum over the ranks. Under
+    DDP gradients are not averaged meanwhile: that takes no memory beyond the buckets, which exist already, and no rank
+    waits for another that runs out of memory in its backward pass.
 
     Args:
         trainer: in ``on_fit_start`` or later, so that the model is on its device and has its optimizer.
         module: that it trains.
-        meter: of the device that the module is on.
+        meter: of the module's device.
 
     Raises:
         ConfigError: if the module or its optimizer takes steps of another kind, or if a model that is sharded by FSDP2
@@ -70,32 +72,32 @@ class TrainingSteps:
         self._module = module
         self._meter = meter
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._no_trace: AbstractContextManager = no_trace(trainer, module)
+        self._restoring: AbstractContextManager = without_side_effects(trainer, module)
         self._device = trainer.strategy.root_device
         self._floor: Reading | None = None
         self._optimizer_seconds = 0.0
 
     def __enter__(self) -> TrainingSteps:
-        self._no_trace.__enter__()
+        self._restoring.__enter__()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback_: TracebackType | None
     ) -> None:
-        self._no_trace.__exit__(kind, error, trace)
+        self._restoring.__exit__(kind, error, traceback_)
         garbage_collection_cuda()
 
     @property
     def floor(self) -> Reading:
-        """What :meth:`warm_up` read: no step takes less."""
+        """The reading of :meth:`warm_up`: no step takes less."""
         assert self._floor is not None, "warm_up comes first"
         return self._floor
 
     def warm_up(self, batch: Any) -> Reading:
         """Take two whole steps, optimizer included: the first allocates the optimizer's state, the second is measured.
 
-        The optimizer steps with gradients of zero, so that none is too large for the loss scale, and with one for every
-        trained parameter, also where the batch lacks a modality.
+        The optimizer steps with gradients of zero, so that none overflows the loss scale, and with one for every
+        trained parameter, also if the batch lacks a modality.
 
         Args:
             batch: a small one; the peak is then that of the optimizer's step.
@@ -112,13 +114,13 @@ class TrainingSteps:
         return self._floor
 
     def run(self, batch: Any) -> Reading:
-        """Take a step up to the optimizer's part, which no batch makes larger.
+        """Take a step without the optimizer's part, whose memory does not depend on the batch.
 
         Args:
             batch: as an adapter makes it.
 
         Returns:
-            The reading; its seconds include the optimizer's part, as :meth:`warm_up` took it.
+            The reading; its seconds include those of the optimizer's part in :meth:`warm_up`.
         """
         assert self._floor is not None, "warm_up comes first"
         step = _Step(self._trainer, self._module, self._meter, batch)
@@ -136,8 +138,9 @@ class TrainingSteps:
         with _without_averaging(self._trainer), meter.measuring():
             started = time.perf_counter()
             for part in parts:
-                # All ranks enter the next part, or none: there may be collectives in it.
-                fits = _on_all_ranks(fits and self._fits(step, part), self._device)
+                # All ranks enter the next part, or none: it may contain collectives.
+                (failed,) = _most([not (fits and self._fits(step, part))], self._device)
+                fits = not failed
             meter.synchronize()
             seconds = time.perf_counter() - started
         if not fits:
@@ -147,22 +150,23 @@ class TrainingSteps:
         return _most_of_any_rank(reading, self._device)
 
     def _fits(self, step: _Step, part: Callable[[], None]) -> bool:
-        """Whether a part of a step finds the memory that it needs; if not, what it took is free again."""
+        """Run a part of a step. Whether it has enough memory; if not, what it took is free again."""
         try:
             part()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self._check_can_go_on(error)
-            _let_go(error)
+            _clear_frames(error)
         else:
             return True
-        # Only now: the error, which leads to all that the failed functions held, is gone with its clause.
+        # Only after the except clause nothing refers to the error, and so to what the failed functions held.
         self._discard(step)
         return False
 
     def _check_can_go_on(self, error: Exception) -> None:
-        # What FSDP2 has gathered, and expects next, cannot be put back; and the other ranks wait for this one's shards.
+        # FSDP2's state (what is gathered, what comes next) cannot be restored, and other ranks wait for this one's
+        # shards.
         if any(isinstance(part, FSDPModule) for part in self._module.modules()):
             raise ConfigError(
                 "OOMptimizer: a step ran out of memory while it was measured, after which a model that is sharded by "
@@ -182,7 +186,7 @@ class TrainingSteps:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _tensors(self) -> Iterator[Tensor]:
-        """What is there before a step: weights, buffers, gradients, the optimizer's state; of this rank."""
+        """What is alive before a step on this rank: weights, buffers, gradients, the optimizer's state."""
         state = tree_leaves([optimizer.state for optimizer in self._trainer.optimizers])
         gradients = (parameter.grad for parameter in self._parameters)
         for tensor in chain(self._module.parameters(), self._module.buffers(), gradients, state):
@@ -214,13 +218,13 @@ class _Step:
         """Compute the loss."""
         with_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
         arguments = (self.batch, PROBE_BATCH_IDX) if with_index else (self.batch,)
-        # What training_step returns beside the loss is held through the backward pass, as Lightning does.
+        # The whole output is held during the backward pass, as Lightning does.
         self._output = self._trainer.strategy.training_step(*arguments)
         loss = self._output.get("loss") if isinstance(self._output, Mapping) else self._output
         if loss is None:
             raise ModelError(
                 f"{type(self._module).__name__}.training_step returned no loss for a synthetic batch, so its memory "
-                "cannot be measured; leave OOMptimizer out, or return a loss."
+                "cannot be measured; remove OOMptimizer, or return a loss."
             )
         self._loss = loss / self._trainer.accumulate_grad_batches
         self.held = self._meter.alive
@@ -239,7 +243,7 @@ class _Step:
         self.optimizer_seconds = time.perf_counter() - self._closed
 
     def release(self) -> None:
-        """Let go of the loss and all that it was computed from."""
+        """Free the loss and the graph that it was computed with."""
         self._output = self._loss = None
 
     @torch.enable_grad()
@@ -259,36 +263,32 @@ def _check_kind_of_steps(trainer: Trainer, module: LightningModule) -> None:
     if not module.automatic_optimization:
         raise ConfigError(
             f"OOMptimizer: {type(module).__name__} optimizes by itself (automatic_optimization is false), so its steps "
-            "cannot be measured; leave OOMptimizer out and set bucket_batch_size by hand."
+            "cannot be measured; remove OOMptimizer and set bucket_batch_size by hand."
         )
     for optimizer in trainer.optimizers:
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ConfigError(
                 f"OOMptimizer: {type(optimizer).__name__} runs the model several times in a step, so its steps cannot "
-                "be measured; take another optimizer, or leave OOMptimizer out and set bucket_batch_size by hand."
+                "be measured; use another optimizer, or remove OOMptimizer and set bucket_batch_size by hand."
             )
 
 
 def _without_averaging(trainer: Trainer) -> AbstractContextManager:
-    """Keep DDP from averaging gradients, which would also arrange its buckets anew: a trace."""
+    """Keep DDP from averaging gradients, which would also rebuild its buckets: a side effect."""
     strategy = trainer.strategy
-    # Where gradients live in the buckets they get there by being averaged; apart, they would take their memory twice.
+    # Gradients that are views of the buckets get there by being averaged; as separate tensors they would count twice.
     if not isinstance(strategy, ParallelStrategy) or getattr(strategy.model, "gradient_as_bucket_view", False):
         return nullcontext()
     return strategy.block_backward_sync()
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Cut an error, and those before it, off the functions that they came through, whose variables hold tensors."""
+def _clear_frames(error: BaseException | None) -> None:
+    """Clear the frames of an error and of its causes, whose variables hold tensors."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
-
-
-def _on_all_ranks(fits: bool, device: torch.device) -> bool:
-    return not _most([not fits], device)[0]
 
 
 def _most_of_any_rank(reading: Reading, device: torch.device) -> Reading:
@@ -307,7 +307,7 @@ def _most_of_any_rank(reading: Reading, device: torch.device) -> Reading:
 
 
 def _most(values: Sequence[float], device: torch.device) -> list[float]:
-    """The greatest of all ranks' values, each apart."""
+    """The maximum over all ranks of each value."""
     if world_size() == 1:
         return list(values)
     gathered = torch.tensor(values, dtype=torch.float64, device=device)  # exact for bytes: whole numbers below 2^53

@@ -1,7 +1,15 @@
-"""Batch sizes, and the bins that go with them, before a training.
+"""Batch sizes, bins and blends before a training.
 
-- :func:`oomptimize`: find a recipe's batch sizes on the device at hand.
-- :func:`plan`: find them anywhere for a memory budget, and, if asked, the bins with the shortest epoch.
+- :func:`oomptimize`: find a recipe's batch sizes on this machine's device.
+- :func:`plan`: find them for a memory budget, and optionally the bins with the shortest epoch.
+
+Modules, in the order in which a command uses them:
+
+- ``needed``, ``known_by_model``, ``recipe``, ``architecture``: the parts of a recipe that planning reads.
+- ``commands``, ``planner``, ``fake_training``: the two functions above, and the search without a device.
+- ``lengths``, ``bins_and_sizes``, ``timing``: lengths of the data, bins with the shortest epoch, predicted times.
+- ``report``, ``picture``: tables and drawings of the results.
+- ``blend_report``, ``bins_report``: the commands ``blend`` and ``bins``.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""A model without its weights: to plan its memory, shapes are enough."""
+"""Builds a model's architecture without its weights: shapes suffice to plan its memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from nemo_emmett.models.perception import read_asr_config
 def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:
     """The ``model`` section of a recipe that builds the same architecture with random weights.
 
-    Neither the language model's weights nor those of the speech encoder are read; of the encoder's ``.nemo`` file only
-    its config is. What is said there reaches ``perception`` as it does in NeMo's ``setup_speech_encoder``, the recipe's
-    own keys of the encoder included.
+    Neither the language model's weights nor those of the speech encoder are read; only the config of the encoder's
+    ``.nemo`` file is. It is merged into ``perception`` as in NeMo's ``setup_speech_encoder``, with the recipe's own
+    keys of the encoder.
 
     Args:
         model: of one of our models, or of NeMo's ``SALM``.
@@ -37,7 +37,17 @@ def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:
 
 def _perception(section: Mapping[str, Any]) -> dict[str, Any]:
     perception = dict(section["perception"])
-    asr = _config_of_asr_model(section.get("pretrained_asr"), section.get("trust_remote_code") is True)
+    name, trusted = section.get("pretrained_asr"), section.get("trust_remote_code") is True
+    try:
+        with logging.temp_verbosity(logging.ERROR):
+            asr = read_asr_config(name or "", trusted)
+    except ModelError:
+        raise
+    except Exception as error:  # of NeMo, of Hugging Face and of the network
+        raise ModelError(
+            f"model.pretrained_asr: the config of '{name}' cannot be read ({_first_line(error)}); give a .nemo file or "
+            "the name of a NeMo ASR model."
+        ) from error
     own = {key: value for key, value in (perception.get("encoder") or {}).items() if value is not None}
     perception["preprocessor"] = asr["preprocessor"]
     perception["encoder"] = {**asr["encoder"], **own}
@@ -47,11 +57,6 @@ def _perception(section: Mapping[str, Any]) -> dict[str, Any]:
     if adapter is not None and "output_dim" in adapter:
         perception["modality_adapter"] = {**adapter, "output_dim": width}
     return perception
-
-
-def _config_of_asr_model(name: str | None, trusted: bool) -> dict[str, Any]:
-    with logging.temp_verbosity(logging.ERROR):
-        return read_asr_config(name or "", trusted)
 
 
 def _width_of_llm(section: Mapping[str, Any]) -> int:

@@ -1,19 +1,18 @@
-"""Bins and batch sizes as one plan, whose figure of merit is the time of an epoch.
+"""Bins and batch sizes together, such that an epoch takes the least time.
 
-Bins decide how much is padded, and, through the memory that their longest examples take, how large batches can be. An
-example in a bucket of caps (x, y), which has the batch size b, costs
+Bins determine the padding, and, by the memory of their longest examples, the batch sizes. An example in a bucket of
+caps (x, y), which has the batch size b, takes
 
     seconds(x, y) = overhead / b + per_example(x, y),        b = (budget - intercept) / slope(x, y)  rounded down,
 
-a function of the caps alone that does not fall with them: just what the exact solver of
-:mod:`nemo_emmett.data.bucketing.bins` minimises. ``slope`` and ``per_example`` come from a few buckets that were
-probed, and the solver asks for caps that were not; so the bins that it finds are probed in turn, until the time
-stops falling.
+a function of the caps alone that does not fall with them, as the exact solver of
+:mod:`nemo_emmett.data.bucketing.bins` requires. ``slope`` and ``per_example`` are fitted to a few probed buckets, while
+the solver evaluates other caps; so the bins that it finds are probed in turn, until the time stops falling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +27,15 @@ from nemo_emmett.oomptimizer.profile import MemoryLine
 from nemo_emmett.oomptimizer.search import MAX_BATCH_SIZE
 
 WORTH_ANOTHER_ROUND = 1e-3
-"""Bins that save a smaller share of the time are not followed any further."""
+"""The search ends with bins that save a smaller share of the time."""
 
 MAX_ROUNDS = 5
-"""Searches for bins at most; the second or third seldom changes anything."""
+"""Searches for bins at most; the second or third seldom changes the bins."""
 
 
 @dataclass(frozen=True)
 class Surface:
-    """A function of a bucket's caps that does not fall: a quadratic polynomial whose coefficients are not negative.
+    """A monotonic function of a bucket's caps: a quadratic polynomial whose coefficients are not negative.
 
     Args:
         coefficients: (6,) of 1, x, y, x^2, x*y, y^2, where x is the cap of inputs and y that of outputs; in one
@@ -55,7 +54,7 @@ class Surface:
         """
         values_N = np.asarray(values, dtype=float)
         rows_N6 = _terms(*_sides(caps)) / values_N[:, None]
-        # Columns of like size: a quadratic term is millions of times its linear one.
+        # Scaled to columns of equal norm: a quadratic term is millions of times its linear one.
         scale_6 = np.maximum(np.linalg.norm(rows_N6, axis=0), np.finfo(float).tiny)
         solution_6, _ = nnls(rows_N6 / scale_6, np.ones(len(values_N)), maxiter=1000)
         return cls(tuple((solution_6 / scale_6).tolist()))
@@ -80,7 +79,7 @@ class MemoryModel:
     """The memory of a step with n examples of a bucket: ``intercept + slope(caps) * n`` bytes.
 
     Args:
-        intercept: bytes beside the examples.
+        intercept: bytes without examples.
         slope: bytes per example.
         max_batch_size: no bucket gets more examples.
     """
@@ -91,7 +90,7 @@ class MemoryModel:
 
     @classmethod
     def fit(cls, bins: Sequence, sizes: Sequence[int], lines: Sequence[MemoryLine]) -> MemoryModel:
-        """From the batch sizes that were found for some buckets, and the lines that they were found by."""
+        """Fit the batch sizes of some buckets, and the lines of their memory."""
         intercept = float(np.median([line.intercept for line in lines]))
         slopes = [
             (line.intercept + line.slope * size - intercept) / size for line, size in zip(lines, sizes, strict=True)
@@ -122,13 +121,13 @@ class TimeModel:
 
 @dataclass(frozen=True)
 class BinPlan:
-    """Bins, their batch sizes, and what an epoch with them is like.
+    """Bins, their batch sizes, and the padding and time of an epoch with them.
 
     Args:
         bins: caps, or pairs of caps.
         sizes: examples of each bucket's batch.
-        examples: that fit into the buckets, of those measured.
-        padding: share of padding in what the batches hold, from 0 to 1.
+        examples: of those measured, that fit into the buckets.
+        padding: share of padding in the batches, from 0 to 1.
         epoch_seconds: predicted, on one device.
     """
 
@@ -140,7 +139,7 @@ class BinPlan:
 
     @classmethod
     def of(cls, bins: list, sizes: Sequence[int], lengths: Lengths, time: TimeModel) -> BinPlan:
-        """Judge bins and batch sizes by the lengths of a dataset's examples."""
+        """Evaluate bins and batch sizes on the lengths of a dataset's examples."""
         padding = padding_of(bins, *lengths.sides)
         return cls(list(bins), tuple(sizes), padding.kept, padding.share, epoch_seconds(bins, sizes, lengths, time))
 
@@ -166,7 +165,7 @@ class Probed:
 
 
 def examples_per_bucket(bins: Sequence, lengths: Lengths) -> np.ndarray:
-    """(K,) how many of the examples each bucket takes; those that fit into none are left out."""
+    """(K,) number of examples in each bucket; those that fit into none are left out."""
     buckets = bucket_of(bins, *lengths.sides)
     return np.bincount(buckets[buckets >= 0], minlength=len(bins))
 
@@ -180,14 +179,14 @@ def epoch_seconds(bins: Sequence, sizes: Sequence[int], lengths: Lengths, time: 
 def fastest_bins(
     lengths: Lengths, num_buckets: int, num_sub_buckets: int | None, memory: MemoryModel, time: TimeModel, budget: float
 ) -> list:
-    """The bins with the shortest epoch, as far as the two models hold: no other bins are faster.
+    """The bins with the shortest epoch, by the two models: no others are faster.
 
     Args:
         lengths: of the examples.
         num_buckets: how many strips of input lengths.
         num_sub_buckets: how many buckets of output lengths in each; None for one-dimensional bins.
-        memory: gives each bucket its batch size.
-        time: gives each example its time.
+        memory: predicts batch sizes.
+        time: predicts the time of an example.
         budget: bytes that a step may take.
     """
 
@@ -208,7 +207,7 @@ def plan_bins(
     time: TimeModel,
     budget: float,
 ) -> BinPlan:
-    """From bins to batch sizes to bins, as long as the predicted time of an epoch falls.
+    """Alternate between bins and batch sizes, as long as the predicted time of an epoch falls.
 
     Args:
         lengths: of the examples.
@@ -216,18 +215,20 @@ def plan_bins(
         num_sub_buckets: how many buckets of output lengths in each; None for one-dimensional bins.
         first: bins to start from, such as those of least padding, with their batch sizes.
         probe: finds the batch sizes of other bins.
-        time: what an example takes.
+        time: predicts the time of an example.
         budget: bytes that a step may take.
 
     Returns:
-        The fastest plan that was probed; that of ``first``, if nothing is faster.
+        The fastest plan that was probed; that of ``first``, if none is faster.
     """
     seen = [first]
     best = BinPlan.of(first.bins, first.sizes, lengths, time)
     for _ in range(MAX_ROUNDS):
-        memory = MemoryModel.fit(*map(list, _joined(seen)))
+        memory = MemoryModel.fit(
+            *([item for probed in seen for item in getattr(probed, name)] for name in ("bins", "sizes", "lines"))
+        )
         bins = fastest_bins(lengths, num_buckets, num_sub_buckets, memory, time, budget)
-        if any(_same(bins, probed.bins) for probed in seen):
+        if any(np.array_equal(np.asarray(bins, dtype=float), np.asarray(p.bins, dtype=float)) for p in seen):
             break
         seen.append(probe(bins))
         plan = BinPlan.of(bins, seen[-1].sizes, lengths, time)
@@ -236,13 +237,3 @@ def plan_bins(
         if not gained:
             break
     return best
-
-
-def _joined(probed: Iterable[Probed]) -> tuple[Iterable, Iterable, Iterable]:
-    """Bins, sizes and lines of several rounds, one after another."""
-    rounds = list(probed)
-    return tuple([item for r in rounds for item in getattr(r, name)] for name in ("bins", "sizes", "lines"))
-
-
-def _same(bins: Sequence, others: Sequence) -> bool:
-    return np.array_equal(np.asarray(bins, dtype=float), np.asarray(others, dtype=float))

@@ -1,7 +1,7 @@
 """``nemo-emmett oomptimize`` and ``nemo-emmett plan``: a recipe's batch sizes, and the bins that go with them.
 
-Both build what the recipe names and begin its fit, where the :class:`~nemo_emmett.callbacks.OOMptimizer` callback does
-the work; the fit ends before the first batch.
+Both build the training of the recipe and begin its fit, in which the :class:`~nemo_emmett.callbacks.OOMptimizer`
+callback finds the batch sizes; the fit ends before the first batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemo_emmett.callbacks.oomptimizer import OOMptimizer
 from nemo_emmett.data.bucketing.length_stats import Lengths
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer import Profile
-from nemo_emmett.oomptimizer.memory import budget_of, parse_memory, shown
+from nemo_emmett.oomptimizer.memory import MemoryFraction, budget_of, parse_memory, shown
 from nemo_emmett.planning.bins_and_sizes import examples_per_bucket
 from nemo_emmett.planning.lengths import lengths_of_groups
 from nemo_emmett.planning.picture import draw_profile
@@ -26,9 +26,10 @@ from nemo_emmett.planning.planner import Planner, fit, with_fastest_bins
 from nemo_emmett.planning.recipe import Build, refuse_sharding, without_training
 from nemo_emmett.planning.report import LiveTable, duration
 from nemo_emmett.planning.timing import Rate
+from nemo_emmett.typed_config import PositiveWhole, parse_value
 
 SAFETY_MARGIN = 0.03
-"""Share of the budget that stays free, as the callback has it by default."""
+"""Share of the budget that stays free; the callback's default."""
 
 
 def oomptimize(
@@ -45,16 +46,16 @@ def oomptimize(
     output: str | Path | None = None,
     console: Console | None = None,
 ) -> Profile:
-    """Find the batch sizes of a recipe on the device at hand.
+    """Find the batch sizes of a recipe on this machine's device.
 
     Args:
         cfg: a recipe.
-        build: builds what it names.
+        build: builds its training.
         profile: path of the profile to write.
         memory_fraction: share of the device's memory that a step may take.
         memory_budget: what it may take instead: bytes, or such as ``72GiB``.
         safety_margin: share of that which stays free.
-        modality_share: of speech where each step holds speech and text, or ``auto``.
+        modality_share: of speech, if each step holds speech and text; or ``auto``.
         predict_epoch: measure the lengths of the data, and put the predicted time of an epoch into the profile.
         limit: examples to measure of each group; by default each example once.
         output: PNG to draw the batch sizes and the memory in.
@@ -105,17 +106,17 @@ def plan(
     output: str | Path | None = None,
     console: Console | None = None,
 ) -> Profile:
-    """Find the batch sizes of a recipe for a device that need not be there.
+    """Find the batch sizes of a recipe for a device that this machine need not have.
 
     Args:
         cfg: a recipe.
-        build: builds what it names.
-        memory: of the device: an amount (``80GiB``), or its name (``H100``), which also tells how fast it is.
+        build: builds its training.
+        memory: of the device: an amount (``80GiB``), or its name (``H100``), which also determines its speed.
         profile: path of the profile to write.
         memory_fraction: share of the memory that a step may take.
         safety_margin: share of that which stays free.
-        modality_share: of speech where each step holds speech and text.
-        optimise_bins: find bins, too: those with the shortest predicted epoch.
+        modality_share: of speech, if each step holds speech and text.
+        optimise_bins: find bins as well: those with the shortest predicted epoch.
         num_buckets: with ``optimise_bins``, strips of input lengths; by default as many as the recipe's bins have.
         num_sub_buckets: with ``optimise_bins``, buckets of output lengths in each; by default as in the recipe.
         limit: with ``optimise_bins``, examples to measure of each group; by default each example once.
@@ -123,10 +124,13 @@ def plan(
         console: where to print; the terminal unless given.
 
     Raises:
-        EmmettError: for a mistake in the recipe, if a bucket does not fit, or if what the model does cannot be planned.
+        EmmettError: for a mistake in the recipe, if a bucket does not fit, or if an operation cannot be planned.
     """
     if memory is None:
         raise ConfigError("--memory: is missing; name the device to plan for (H100), or its memory (80GiB).")
+    memory_fraction = parse_value(MemoryFraction, memory_fraction, "--memory-fraction")
+    numbers = {"--num-buckets": num_buckets, "--num-sub-buckets": num_sub_buckets, "--limit": limit}
+    num_buckets, num_sub_buckets, limit = (parse_value(PositiveWhole | None, *item[::-1]) for item in numbers.items())
     budget = int(parse_memory(memory, "--memory") * memory_fraction)
     refuse_sharding(cfg.trainer)
     _check_is_new(profile)
@@ -145,7 +149,7 @@ def plan(
         planner.solve_for_bins()
         found = planner.search()
     if planner.ddp_bytes:
-        planner.console.print(f"\nDDP holds {shown(planner.ddp_bytes)} beside the steps, to average gradients.")
+        planner.console.print(f"\nDDP takes {shown(planner.ddp_bytes)} in addition to the steps, to average gradients.")
     found = replace(found, settings={**found.settings, "memory": memory, "memory_fraction": memory_fraction})
     _finish(found, profile, planner.search_budget, output, planner.console)
     return found
@@ -153,11 +157,11 @@ def plan(
 
 def _check_is_new(profile: str | Path) -> None:
     if Path(profile).exists():
-        raise ConfigError(f"--profile: '{profile}' is there already; delete it, or name another file.")
+        raise ConfigError(f"--profile: '{profile}' exists already; delete it, or name another file.")
 
 
 def _with_epoch(profile: Profile, lengths: Mapping[str, Lengths]) -> Profile:
-    """With the time to train once on every example, by the measured time of each bucket's steps."""
+    """Add the time of an epoch, by the measured time of each bucket's steps."""
     seconds = 0.0
     for name, measures in profile.measures.items():
         if any(measure.seconds is None for measure in measures):
@@ -171,10 +175,10 @@ def _with_epoch(profile: Profile, lengths: Mapping[str, Lengths]) -> Profile:
 
 
 def _finish(profile: Profile, path: str | Path, budget: float, output: str | Path | None, console: Console) -> None:
-    """Write what was found, and print what to paste."""
+    """Write the profile, and print the block to paste."""
     profile.write(path)
     console.print("\nTo be pasted into a recipe, under `data`:", highlight=False)
-    # Lines to be pasted must not be broken.
+    # Lines to be pasted must not be wrapped.
     console.print(profile.block(), highlight=False, soft_wrap=True, markup=False)
     if profile.epoch_seconds is not None:
         console.print(

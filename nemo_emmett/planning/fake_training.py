@@ -1,4 +1,4 @@
-"""A whole training on fake tensors, from building its model to its fit."""
+"""A training on fake tensors, from building its model to its fit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from nemo_emmett.oomptimizer.fake import fake_construction
 
 @contextmanager
 def fake_training() -> Iterator[None]:
-    """Inside, a trainer may be given a model that was built inside.
+    """Inside, a model can be built and passed to a trainer.
 
     Raises:
-        ConfigError: if something cannot do without values; it names the operation.
+        ConfigError: if something needs values; it names the operation.
     """
     with fake_construction(), _conversion_in_place(), _copies_by_clone():
         yield
@@ -28,18 +28,18 @@ def fake_training() -> Iterator[None]:
 def _conversion_in_place() -> Iterator[None]:
     """Let ``Module.to`` work on fake parameters.
 
-    It exchanges a fake parameter for its conversion by ``torch.utils.swap_tensors``, which refuses any tensor that
-    something refers to weakly, as PyTorch does to every fake parameter. Giving it the conversion's contents is enough.
+    It replaces a fake parameter by its conversion with ``torch.utils.swap_tensors``, which refuses tensors with weak
+    references, and PyTorch keeps one to every fake parameter. Here the parameter gets the conversion's ``data``.
     """
     original = torch.utils.swap_tensors
-    torch.utils.swap_tensors = _take_contents
+    torch.utils.swap_tensors = _take_data
     try:
         yield
     finally:
         torch.utils.swap_tensors = original
 
 
-def _take_contents(parameter: Tensor, converted: Tensor) -> None:
+def _take_data(parameter: Tensor, converted: Tensor) -> None:
     if (parameter.dtype, parameter.device) != (converted.dtype, converted.device):
         parameter.data = converted.data
 
@@ -48,7 +48,7 @@ def _take_contents(parameter: Tensor, converted: Tensor) -> None:
 def _copies_by_clone() -> Iterator[None]:
     """Let ``copy.deepcopy`` work on fake tensors, as torchmetrics copies its states.
 
-    Tensors copy their attributes, too; one of a fake tensor's is the mode that it belongs to.
+    Tensors copy their attributes as well; one of a fake tensor's is its mode, which cannot be copied.
     """
     FakeTensor.__deepcopy__ = _clone
     try:

@@ -1,4 +1,4 @@
-"""A picture of a profile: batch size and memory of each bucket."""
+"""Draws a profile: batch size and memory of each bucket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_emmett.oomptimizer.profile import Measure, Profile, shown
 _GIB = 2**30
 _SIZE, _PEAK, _RESERVED, _BUDGET = "#1f5a85", "#9ecae1", "#d9d9d9", "#d1495b"
 _MOST_LABELS = 40
-"""Bins whose names fit below the axis."""
+"""Labels that fit below the axis."""
 
 
 def draw_profile(profile: Profile, budget: float, path: str | Path) -> None:
@@ -38,7 +38,11 @@ def draw_profile(profile: Profile, budget: float, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(widths), squeeze=False, sharex="col", width_ratios=widths)
     for column, (name, measures) in enumerate(profile.measures.items()):
-        _draw_sizes(panels[0, column], profile.groups[name].bucket_batch_size, name)
+        sizes = profile.groups[name].bucket_batch_size
+        bars = panels[0, column].bar(range(len(sizes)), sizes, color=_SIZE, width=0.8)
+        if len(sizes) <= _MOST_LABELS:
+            panels[0, column].bar_label(bars, fontsize=6, padding=1)
+        panels[0, column].set_title(name or "train_ds", fontsize=10, loc="left")
         _draw_memory(panels[1, column], measures, budget)
         for axes in panels[:, column]:
             axes.margins(x=0.01)
@@ -46,14 +50,12 @@ def draw_profile(profile: Profile, budget: float, path: str | Path) -> None:
                 axes.spines[side].set_visible(False)
     panels[0, 0].set_ylabel("batch size (examples)")
     panels[1, 0].set_ylabel("memory of a step (GiB)")
-    _write(figure, path)
-
-
-def _draw_sizes(axes: Any, sizes: Sequence[int], name: str) -> None:
-    bars = axes.bar(range(len(sizes)), sizes, color=_SIZE, width=0.8)
-    if len(sizes) <= _MOST_LABELS:
-        axes.bar_label(bars, fontsize=6, padding=1)
-    axes.set_title(name or "train_ds", fontsize=10, loc="left")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"--output: '{path}' cannot be written ({error}); name a .png in a folder that exists."
+        ) from error
 
 
 def _draw_memory(axes: Any, measures: Sequence[Measure], budget: float) -> None:
@@ -71,12 +73,3 @@ def _draw_memory(axes: Any, measures: Sequence[Measure], budget: float) -> None:
     step = -(-len(measures) // _MOST_LABELS)
     axes.set_xticks(places[::step], [shown(m.bin) for m in measures[::step]], rotation=90, fontsize=6)
     axes.set_xlabel("bin")
-
-
-def _write(figure: Any, path: str | Path) -> None:
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"--output: '{path}' cannot be written ({error}); name a .png in a folder that exists."
-        ) from error

@@ -1,4 +1,4 @@
-"""The search for batch sizes without a device, and for the bins that go with them."""
+"""Searches batch sizes without a device, and bins for them."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ from nemo_emmett.planning.report import LiveTable, comparison
 from nemo_emmett.planning.timing import Rate, operations_per_example
 
 LEAST_PADDING, SHORTEST_EPOCH = "least padding", "shortest epoch"
-"""What the report calls the two plans."""
+"""Names of the two plans in the report."""
 
 
 def fit(training: Training, optimizer: OOMptimizer, table: LiveTable, *others: Callback) -> None:
-    """Begin a training, so that the callback finds its batch sizes, and show them as they are found."""
+    """Begin a training, in which the callback finds batch sizes, and show them as they are found."""
     optimizer.listener = table.add
     training.trainer.callbacks += [optimizer, *others]
-    # The table says what the callback would log, and a line of the log would tear it.
+    # The table shows what the callback would log, and a line of the log would break it.
     with logging.temp_verbosity(logging.WARNING), table.shown():
         training.trainer.fit(training.model, training.datamodule)
 
 
 @dataclass
 class Planner:
-    """Plans a recipe, with its own bins or others.
+    """Plans the batch sizes of a recipe, with its own bins or others.
 
     Args:
         cfg: recipe without its training (:func:`~nemo_emmett.planning.recipe.without_training`).
-        build: builds what it names.
+        build: builds its training.
         budget: bytes that a step may take on each device.
         safety_margin: share of the budget that stays free.
         modality_share: of speech, in steps that hold speech and text.
         title: above the table of results.
-        console: where it is drawn.
+        console: that it is drawn on.
     """
 
     cfg: DictConfig
@@ -72,12 +72,12 @@ class Planner:
     title: str
     console: Console
     operations: dict[str, tuple[list, list[float]]] = field(default_factory=dict)
-    ddp_bytes: int = 0  # of the buckets in which gradients are averaged; known once a model was built
+    ddp_bytes: int = 0  # of the buckets in which gradients are averaged; set once a model was built
     _found: dict[str, Profile] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def search_budget(self) -> float:
-        """Bytes that the search may fill."""
+        """Bytes that a step may take in the search."""
         return (self.budget - self.ddp_bytes) * (1 - self.safety_margin)
 
     def data(self) -> MultimodalDataModule:
@@ -86,7 +86,7 @@ class Planner:
             return self.build(without_device(self.cfg)).datamodule
 
     def solve_for_bins(self) -> None:
-        """Put bins in the place of ``bucket_duration_bins: auto``, which needs the data, and so real tensors."""
+        """Replace ``bucket_duration_bins: auto`` by bins, which takes the data, and so real tensors."""
         if any(group.has_auto_bins for group in parse_dataset(self.cfg.data.train_ds, "data.train_ds").groups):
             datamodule = self.data()
             datamodule.resolve_bins()
@@ -95,15 +95,15 @@ class Planner:
     def search(
         self, bins: Mapping[str, Sequence] | None = None, only: str | None = None, *, count_operations: bool = False
     ) -> Profile:
-        """Find the batch sizes, once for the same bins.
+        """Find batch sizes; those of bins that were searched before are cached.
 
         Args:
             bins: of groups, instead of the recipe's.
-            only: look at this group alone, whose batches must have steps of their own.
-            count_operations: of steps of each group as well, into :attr:`operations`.
+            only: search this group alone, whose batches must have steps of their own.
+            count_operations: also count the operations of steps of each group, into :attr:`operations`.
 
         Raises:
-            ConfigError: if a bucket does not fit, or if what the model does cannot be planned.
+            ConfigError: if a bucket does not fit, or if an operation cannot be planned.
         """
         cfg = with_bins(self.cfg, bins or {})
         cfg = cfg if only is None else with_groups(cfg, [only])
@@ -113,7 +113,7 @@ class Planner:
         return self._found[key]
 
     def _search(self, cfg: DictConfig, count_operations: bool) -> Profile:
-        # The model, too, exists on fake tensors only: it would not fit into most machines that plan.
+        # The model itself consists of fake tensors: it would not fit into most machines that plan.
         with tempfile.TemporaryDirectory() as folder, fake_training():
             training = self.build(without_device(cfg))
             self.ddp_bytes = ddp_bucket_bytes(self.cfg.trainer, training.model)
@@ -132,10 +132,10 @@ class Planner:
 
 
 class _CountOperations(Callback):
-    """Counts the operations of some steps, once the bins are known.
+    """Counts the operations of some steps at the start of the fit, when the bins are known.
 
     Args:
-        counts: receives them, by group.
+        counts: filled with them, by group.
     """
 
     def __init__(self, counts: dict[str, tuple[list, list[float]]]) -> None:
@@ -151,7 +151,7 @@ class _CountOperations(Callback):
 def with_fastest_bins(
     planner: Planner, rate: Rate, num_buckets: int | None, num_sub_buckets: int | None, limit: int | None
 ) -> Profile:
-    """The profile of the bins with the shortest predicted epoch; prints them beside those of least padding.
+    """The profile of the bins with the shortest predicted epoch; prints a comparison with those of least padding.
 
     Args:
         planner: finds batch sizes.
@@ -186,7 +186,7 @@ def with_fastest_bins(
 
 
 def _numbers(config: DictConfig, num_buckets: int | None, num_sub_buckets: int | None) -> tuple[int, int | None]:
-    """How many strips and sub-buckets a group's bins shall have."""
+    """The numbers of strips and of sub-buckets of a group's bins."""
     bins = config.get("bucket_duration_bins")
     if bins is None or bins == AUTO:
         own = config.get("num_buckets") or LhotseDataLoadingConfig.num_buckets, config.get("num_sub_buckets")
@@ -202,7 +202,7 @@ def _probed(profile: Profile, name: str) -> Probed:
 
 
 def _budget_of(profile: Profile, name: str) -> float:
-    """What a group may take of steps that it shares with others: as much as its fullest batch does."""
+    """Bytes that a group may take in steps that it shares with others: as much as its largest batch."""
     return max(measure.confirmed_peak or measure.predicted_peak for measure in profile.measures[name])
 
 

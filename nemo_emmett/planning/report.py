@@ -1,4 +1,4 @@
-"""What the commands show: batch sizes as they are found, and plans side by side."""
+"""Tables of the commands: batch sizes as they are found, and a comparison of plans."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _BAR_STYLE = dict.fromkeys(("complete_style", "finished_style"), "cyan")
 
 @dataclass
 class LiveTable:
-    """The batch sizes found so far, drawn anew with each.
+    """A table of the batch sizes found so far, redrawn with each.
 
     Args:
         title: above the table.
-        budget: tells the bytes that a step may take; asked when the first result is there, and the device known.
-        console: where to draw.
-        is_timed: steps are really computed.
+        budget: returns the bytes that a step may take; called once there is a result, and so a device.
+        console: to draw on.
+        is_timed: steps are computed, so their times are shown.
     """
 
     title: str
@@ -40,21 +40,21 @@ class LiveTable:
     _live: Live | None = field(default=None, init=False, repr=False)
 
     def add(self, result: Result) -> None:
-        """A bucket's batch size was found, or lowered since."""
+        """Add a bucket's result, or replace it."""
         self.results = [r for r in self.results if r.bucket != result.bucket] + [result]
         if self._live is not None:
             self._live.update(self._drawing(), refresh=True)
 
     @contextmanager
     def shown(self) -> Iterator[LiveTable]:
-        """Draw it while the search runs; it stays on the screen."""
+        """Draw the table while the search runs; it stays on the screen."""
         try:
             with Live(self._drawing(), console=self.console, auto_refresh=False) as self._live:
                 yield self
         finally:
             self._live = None
             if not self.console.is_terminal:
-                self.console.print()  # where it does not draw, Live leaves the line open
+                self.console.print()  # Live does not end the line if it does not draw
 
     def _drawing(self) -> Group:
         steps = sum(result.probes for result in self.results)
@@ -70,7 +70,7 @@ class LiveTable:
         table.add_column("bucket", no_wrap=True)
         for name in ("batch size", "memory"):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("", max_width=_BAR_WIDTH)  # the one that gives way on narrow terminals
+        table.add_column("", max_width=_BAR_WIDTH)  # the column that shrinks on narrow terminals
         for name in ("share", "steps", *(["seconds"] if self.is_timed else [])):
             table.add_column(name, justify="right", no_wrap=True)
         for result in sorted(self.results, key=lambda r: (r.bucket.group, r.bucket.index)):
@@ -108,7 +108,7 @@ def comparison(plans: Mapping[str, BinPlan], where: str) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as one reads them: ``1:02:03``; below ten minutes in seconds.
+    """Seconds in a readable form: ``1:02:03``; below ten minutes in seconds.
 
     Example:
         >>> duration(3723), duration(12.345)

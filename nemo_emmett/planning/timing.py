@@ -1,10 +1,10 @@
-"""The time of a step on a device that is not at hand: its operations, over the device's rate.
+"""The predicted time of a step on a device: its operations, divided by the device's rate.
 
 A step of n examples is predicted to take ``overhead + n * operations(caps) / (rate * efficiency)`` seconds. Operations
 are those of matrix products, convolutions and attention, forward and backward, which grow exactly linearly with the
-batch, so that one small step of a bucket tells of all. How much of a device's peak rate is reached and what a step
-costs beside its examples are assumptions, :data:`EFFICIENCY` and :data:`OVERHEAD_SECONDS`: the predicted seconds are as
-good as these.
+batch, so one small step of a bucket suffices. The share of a device's peak rate that is reached and the time of a step
+without examples are assumptions, :data:`EFFICIENCY` and :data:`OVERHEAD_SECONDS`: the predicted seconds are as good as
+these.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ EFFICIENCY = 0.35
 """Share of the peak rate that training reaches: large language models report 0.21 to 0.46 (arXiv 2204.02311)."""
 
 OVERHEAD_SECONDS = 0.05
-"""Of a step, beside its examples: launching kernels and the optimizer's update."""
+"""Time of a step without examples: launching kernels, and the optimizer's update."""
 
 DEFAULT_DEVICE = "A100"
-"""Whose rate is assumed where memory was given as an amount and not as a device."""
+"""Device whose rate is assumed if memory is given as an amount."""
 
 PROBED_BUCKETS = 8
-"""Of each group; a polynomial of six terms runs through them."""
+"""Buckets of each group whose operations are counted, for a polynomial of six terms."""
 
 _PROBED_SIZE = 2
 """Examples of a step whose operations are counted."""
@@ -43,13 +43,13 @@ _PROBED_SIZE = 2
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast a device is assumed to be.
+    """The assumed speed of a device.
 
     Args:
         device: its name, for the report.
-        flops_per_second: at its peak.
+        flops_per_second: its peak rate.
         efficiency: share of the peak that is reached.
-        overhead: seconds of a step beside its examples.
+        overhead: seconds of a step without examples.
     """
 
     device: str
@@ -59,7 +59,7 @@ class Rate:
 
     @classmethod
     def of(cls, memory: str) -> Rate:
-        """Of the device that is named where memory is given; for an amount, of ``DEFAULT_DEVICE``."""
+        """The rate of the device that is named as memory; for an amount, that of ``DEFAULT_DEVICE``."""
         is_amount = memory.strip()[:1].isdigit()
         device = find_device(DEFAULT_DEVICE if is_amount else memory, "--memory")
         return cls(device.name, device.flops_per_second)
@@ -71,7 +71,7 @@ class Rate:
         )
 
     def time_model(self, bins: Sequence, operations: Sequence[float]) -> TimeModel:
-        """The time of all buckets, from what one example of some of them takes.
+        """The time of all buckets, from the operations of one example of some of them.
 
         Args:
             bins: caps, or pairs of caps, of some buckets.
@@ -84,7 +84,7 @@ class Rate:
 def operations_per_example(
     trainer: Trainer, module: LightningModule, groups: Mapping[str, Group]
 ) -> dict[str, tuple[list, list[float]]]:
-    """The operations that one example takes, forward and backward, in some buckets of each group.
+    """The operations of one example, forward and backward, in some buckets of each group.
 
     Args:
         trainer: in ``on_fit_start`` or later.
@@ -117,11 +117,11 @@ class OperationCounter(Meter):
         self.operations = 0
 
     def track(self, tensors: Iterable[Tensor]) -> None:
-        """Nothing: tensors that lie there take no operations."""
+        """Do nothing: existing tensors take no operations."""
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Count what runs inside, anew."""
+        """Count the operations inside."""
         counter = FlopCounterMode(display=False)
         with counter:
             yield

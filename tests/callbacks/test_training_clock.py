@@ -16,7 +16,7 @@ STEP, VALIDATION = 1.0, 100.0  # seconds of the clock on the wall; of the CPU's 
 
 
 class Clock:
-    """A clock that moves only when it is told to."""
+    """A clock that moves only on demand."""
 
     def __init__(self) -> None:
         self.seconds = 1000.0

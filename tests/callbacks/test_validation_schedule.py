@@ -16,7 +16,7 @@ ROWS = torch.ones(2, 3)
 
 
 class Unsized:
-    """So many batches in each epoch, which nobody knows beforehand."""
+    """So many batches in each epoch, without a length."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -144,7 +144,7 @@ def test_said_before_training_where_it_can_be_computed(options: dict, first: str
 
 
 def test_a_score_that_cannot_come_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"monitor: 'val_bleu' will never be there, since the recipe has no data"):
+    with pytest.raises(ConfigError, match=r"monitor: 'val_bleu' will never exist, since the recipe has no data"):
         check_validation(trainer_of(max_steps=4), "val_bleu", has_validation=False)
     with pytest.raises(ConfigError, match=r"since trainer.limit_val_batches is 0"):
         check_validation(trainer_of(max_steps=4, limit_val_batches=0), "val_loss", has_validation=True)

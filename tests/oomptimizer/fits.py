@@ -37,7 +37,7 @@ class AtFitStart(Callback):
 
 
 def trainer_with(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    """A quiet trainer, for one pass; on the CPU unless told otherwise."""
+    """A quiet trainer, for one pass; on the CPU by default."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return Trainer(
         devices=1,

@@ -1,4 +1,4 @@
-"""Trainings whose steps run out of memory when they are told to."""
+"""Trainings whose steps run out of memory on demand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Bomb:
         self.fired = 0
         module.register_forward_hook(self._pass)
 
-    def meet(self, tensor: torch.Tensor, phase: str) -> None:
+    def check(self, tensor: torch.Tensor, phase: str) -> None:
         if self.phase == phase and len(tensor) > 1:
             self.phase = None
             self.fired += 1
@@ -48,13 +48,13 @@ class Bomb:
 class _Fuse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, bomb: Bomb) -> torch.Tensor:
-        bomb.meet(tensor, "forward")
+        bomb.check(tensor, "forward")
         ctx.bomb = bomb
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.bomb.meet(gradient, "backward")
+        ctx.bomb.check(gradient, "backward")
         return gradient, None
 
 

@@ -1,4 +1,4 @@
-"""Tiny models of each family that OOMptimizer knows; random weights, no dropout, no dither, nothing downloaded.
+"""Tiny models of each family with an adapter; random weights, no dropout, no dither, nothing downloaded.
 
 Every normalisation is a layer norm, so that an example's loss does not depend on what it is batched with.
 """
@@ -110,7 +110,7 @@ def tiny_rnnt(folder: Path, width: int = 16, layers: int = 1, **overrides: Any):
 
 
 def tiny_hybrid(folder: Path, width: int = 16, layers: int = 1, **overrides: Any):
-    """NeMo's EncDecHybridRNNTCTCBPEModel: :func:`tiny_rnnt` with a CTC decoder beside it."""
+    """NeMo's EncDecHybridRNNTCTCBPEModel: :func:`tiny_rnnt` with an additional CTC decoder."""
     from nemo.collections.asr.models import EncDecHybridRNNTCTCBPEModel
 
     config = OmegaConf.to_container(tiny_rnnt(folder, width, layers).cfg)

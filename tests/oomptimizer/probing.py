@@ -78,7 +78,7 @@ def state_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "torch": raw(torch.get_rng_state()),
         "logged": (dict(trainer.logged_metrics), dict(trainer.callback_metrics), repr(trainer._results)),
         "counters": (trainer.global_step, trainer.current_epoch, repr(trainer.fit_loop.state_dict())),
-        "heard": (list(map(id, trainer.callbacks)), list(map(id, trainer.loggers)), id(trainer.profiler)),
+        "observers": (list(map(id, trainer.callbacks)), list(map(id, trainer.loggers)), id(trainer.profiler)),
     }
 
 
@@ -100,7 +100,7 @@ def losses_of(make_model: Callable[[], LightningModule], batches: list, *callbac
     return losses.losses
 
 
-def assert_no_trace(probing: Probing) -> None:
+def assert_no_side_effects(probing: Probing) -> None:
     assert probing.before.keys() == probing.after.keys()
     for what, before in probing.before.items():
         assert before == probing.after[what], what

@@ -54,11 +54,11 @@ class RowsAdapter(Adapter):
     def extents(self, batch: torch.Tensor) -> list[Extent]:
         return [Extent("text", len(batch), 0.0, 5, 5)]
 
-    def split_batch(self, batch: torch.Tensor, pieces: int) -> list[torch.Tensor]:
-        return list(batch.tensor_split(min(pieces, len(batch))))
+    def split_batch(self, batch: torch.Tensor, count: int) -> list[torch.Tensor]:
+        return list(batch.tensor_split(min(count, len(batch))))
 
-    def loss_weight(self, piece: torch.Tensor, whole: torch.Tensor) -> float:
-        return len(piece) / len(whole)
+    def loss_weight(self, microbatch: torch.Tensor, whole: torch.Tensor) -> float:
+        return len(microbatch) / len(whole)
 
 
 def text_group(*bins: tuple[float, float]) -> Group:

@@ -14,7 +14,7 @@ from tests.conftest import write_tone
 from tests.oomptimizer.fits import trainer_with
 from tests.oomptimizer.models import tiny_ctc, tiny_multitask
 
-# Canary's task is told in each record.
+# Each record gives Canary's task.
 TASK = {"source_lang": "en", "target_lang": "de", "taskname": "translate", "pnc": "no", "lang": "de"}
 
 

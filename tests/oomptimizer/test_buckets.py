@@ -44,7 +44,7 @@ def test_a_group_that_holds_speech_and_text_is_taken_to_be_all_speech() -> None:
     assert longest(mixed, [[100, 20]]) == Shape("audio", 8.0, 0, 20)
 
 
-def test_what_the_model_knows_of_frames_is_used_where_the_recipe_leaves_it_out() -> None:
+def test_the_models_token_equivalent_duration_is_used_if_the_recipe_has_none() -> None:
     assert longest(SPEECH | IN_TOKENS, [[100, 20]], token_equivalent_duration=0.04).seconds == 4.0
 
 
@@ -61,7 +61,7 @@ def test_groups_are_measured_each_by_its_own_config() -> None:
     assert not is_zip(OmegaConf.create({"sampler_fusion": "zip"}))
 
 
-def test_under_mux_the_bins_stand_above_the_groups() -> None:
+def test_under_mux_the_bins_are_those_of_train_ds() -> None:
     train_ds = {"multi_config": True, "sampler_fusion": "mux", "bucket_duration_bins": [[10, 5]], **IN_TOKENS}
     (group,) = read_groups(OmegaConf.create({**train_ds, "a": TEXT, "b": TEXT})).values()
     assert group.modality == "text"
@@ -69,7 +69,7 @@ def test_under_mux_the_bins_stand_above_the_groups() -> None:
     assert group.modality == "audio"
 
 
-def test_sources_may_stand_in_a_file(tmp_path) -> None:
+def test_sources_may_be_in_a_file(tmp_path) -> None:
     path = tmp_path / "sources.yaml"
     path.write_text("- {type: txt_pair}\n")
     assert longest({"input_cfg": str(path), **IN_TOKENS}, [[10, 5]]).modality == "text"
@@ -85,9 +85,17 @@ def test_sources_may_stand_in_a_file(tmp_path) -> None:
             "train_ds.use_multimodal_sampling: is false, so lengths are in seconds, but the group holds text alone",
         ),
         (SPEECH | IN_TOKENS, "train_ds.token_equivalent_duration: is missing"),
+        (
+            SPEECH | IN_TOKENS | {"token_equivalent_duration": 0},
+            "train_ds.token_equivalent_duration: 0 cannot be used;",
+        ),
+        (SPEECH | {"use_multimodal_sampling": "false"}, "train_ds.use_multimodal_sampling: 'false' cannot be used;"),
+        (SPEECH | {"multi_config": "no"}, "train_ds.multi_config: 'no' cannot be used; give true or false, or null."),
+        ({"input_cfg": [3]}, "train_ds.input_cfg: [3] cannot be used; give a list of sources"),
+        ({"input_cfg": [{"type": "nemo", "tags": "en"}]}, "train_ds: tags of a source: en cannot be used"),
     ],
 )
-def test_a_group_that_cannot_be_measured_is_told(group: dict, sentence: str) -> None:
+def test_a_group_that_cannot_be_measured_is_reported(group: dict, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         longest(group, [[10, 5]])
     assert str(error.value).startswith(sentence)

@@ -187,7 +187,7 @@ def test_zip_with_a_model_that_needs_speech_in_every_batch(tmp_path: Path) -> No
     steps_at_fit_start(tmp_path, tiny_salm(tmp_path), train_ds, compare)
 
 
-def test_a_model_that_cannot_train_on_text_alone_is_told(tmp_path: Path) -> None:
+def test_a_model_that_cannot_train_on_text_alone_is_reported(tmp_path: Path) -> None:
     train_ds = zip_of_speech_and_text() | {"sampler_fusion": "round_robin"}
     with pytest.raises(ConfigError, match="SALM cannot train on a batch of text alone; train nemo_emmett's SALMGPT"):
         calibrated(tmp_path, tiny_salm(tmp_path), train_ds, memory_budget=30 * MIB)

@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 class Allocator:
-    """Stands in for torch.cuda: counts bytes and remembers in which order it was asked."""
+    """Replaces torch.cuda: counts bytes and records the order of calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.allocated = self.most_allocated = self.reserved = self.most_reserved = 0
@@ -68,7 +68,7 @@ def test_the_peak_is_of_what_ran_inside(allocator: Allocator) -> None:
     assert meter.peak == 5200
 
 
-def test_the_cache_is_emptied_before_counting_anew(allocator: Allocator) -> None:
+def test_the_cache_is_emptied_before_counting_again(allocator: Allocator) -> None:
     meter = CudaMeter(DEVICE)
     with meter.measuring():
         # Otherwise the blocks of a step before, still in the cache, would count as this step's fragmentation.
@@ -131,10 +131,10 @@ def test_a_device_has_at_most_its_total_and_about_what_is_free() -> None:
 
 
 @ON_A_GPU
-def test_probes_on_a_device_leave_no_trace_and_survive_running_out_of_memory() -> None:
+def test_probes_on_a_device_have_no_side_effects_and_survive_running_out_of_memory() -> None:
     from torch.utils.data import DataLoader
 
-    from tests.oomptimizer.probing import Probing, assert_no_trace, trainer_for
+    from tests.oomptimizer.probing import Probing, assert_no_side_effects, trainer_for
     from tests.oomptimizer.test_steps import WIDTH, Layers
 
     def rows(examples: int) -> torch.Tensor:
@@ -152,4 +152,4 @@ def test_probes_on_a_device_leave_no_trace_and_survive_running_out_of_memory() -
 
     probing = Probing(probe)
     trainer_for(probing, max_steps=1, accelerator="gpu").fit(Layers(), DataLoader([rows(2)], batch_size=None))
-    assert_no_trace(probing)
+    assert_no_side_effects(probing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +22,13 @@ from nemo_emmett.oomptimizer.guard import Guard
 from nemo_emmett.oomptimizer.meter import Reading
 from nemo_emmett.oomptimizer.profile import Profile
 from nemo_emmett.oomptimizer.search import Search
-from nemo_emmett.oomptimizer.zip import ZipSearch
+from nemo_emmett.oomptimizer.zip_search import ZipSearch
+from tests.callbacks.test_oomptimizer import AUDIO, BINS, built
+from tests.callbacks.test_oomptimizer import Model as Plain
 
 from .fits import Data, trainer_with
 from .injected import Blind, Bomb, Charges, Guarded, fit
 from .rows import Rows, RowsAdapter, batches_of_rows, text_group
-from .test_callback import AUDIO, BINS, built
-from .test_callback import Model as Plain
 from .test_search import GIB, JointProgram, program, thirty_buckets, true_maximum, two_groups
 
 GROUP = text_group((4.0, 4.0), (8.0, 8.0))
@@ -73,34 +74,46 @@ def test_zip_a_last_step_that_runs_out_of_memory_lowers_what_leaves_so_much_behi
     assert found[worst] < plain[worst]
 
 
-# Arguments, and what stands in the recipe
+# Arguments, and values of the recipe
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"max_batch_size": 0}, "OOMptimizer.max_batch_size: 0 cannot be used; give a whole number above 0."),
+        ({"max_batch_size": 0}, "OOMptimizer.max_batch_size: 0 cannot be used; give a whole number from 1."),
         ({"max_batch_size": 2.5}, "OOMptimizer.max_batch_size: 2.5 cannot be used"),
         ({"tokens_per_second": -1}, "OOMptimizer.tokens_per_second: -1 cannot be used; give a number above 0."),
-        ({"tokens_per_second": "12"}, "OOMptimizer.tokens_per_second: '12' cannot be used"),
-        ({"guard": "no"}, "OOMptimizer.guard: 'no' is neither true nor false"),
+        ({"tokens_per_second": "many"}, "OOMptimizer.tokens_per_second: 'many' cannot be used; give a number above 0."),
+        ({"guard": "no"}, "OOMptimizer.guard: 'no' cannot be used; give true or false, or null."),
+        ({"then_train": "false"}, "OOMptimizer.then_train: 'false' cannot be used; give true or false, or null."),
     ],
 )
-def test_an_argument_without_meaning_is_told_at_once(arguments: dict, sentence: str) -> None:
+def test_an_argument_without_meaning_is_reported_at_once(arguments: dict, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         OOMptimizer(**arguments)
     assert str(error.value).startswith(sentence)
 
 
-@pytest.mark.parametrize("sizes", [8, [3, 2, 0], [3, 2, "1"], [3, 2, 1.5]])
-def test_guard_alone_refuses_batch_sizes_that_are_none(tmp_path: Path, salm_t5_config: dict, sizes: Any) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        (8, ": 8 cannot be used; give a list, each item a whole number from 1."),
+        ([3, 2, 0], ".2: 0 cannot be used; give a whole number from 1."),
+        ([3, 2, "1"], ".2: '1' cannot be used"),
+        ([3, 2, 1.5], ".2: 1.5 cannot be used"),
+        ([3, 2], ": one is needed for each of the 3 bins"),
+    ],
+)
+def test_guard_alone_refuses_batch_sizes_that_are_none(
+    tmp_path: Path, salm_t5_config: dict, sizes: Any, sentence: str
+) -> None:
     data = Data(BINS | {"bucket_batch_size": sizes})
-    with pytest.raises(ConfigError, match=r"^data\.train_ds\.bucket_batch_size: one is needed for each of the 3 bins"):
+    with pytest.raises(ConfigError, match=rf"^data\.train_ds\.bucket_batch_size{re.escape(sentence)}"):
         trainer_with(tmp_path, OOMptimizer(mode="guard")).fit(built(salm_t5_config), datamodule=data)
 
 
-def test_the_callback_given_twice_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^trainer\.callbacks: OOMptimizer stands there 2 times; leave one"):
+def test_the_callback_given_twice_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer\.callbacks: OOMptimizer is there 2 times; leave one"):
         trainer_with(tmp_path, OOMptimizer(), OOMptimizer()).fit(Plain(), datamodule=Data(dict(BINS)))
 
 
@@ -115,9 +128,9 @@ def calibrated(folder: Path, model: LightningModule, train_ds: dict, **options: 
 
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    told: list[str] = []
-    monkeypatch.setattr("nemo.utils.logging.warning", lambda sentence, *_, **__: told.append(sentence))
-    return told
+    lines: list[str] = []
+    monkeypatch.setattr("nemo.utils.logging.warning", lambda sentence, *_, **__: lines.append(sentence))
+    return lines
 
 
 def test_a_profile_of_other_settings_is_used_but_not_unnoticed(

@@ -224,7 +224,7 @@ def test_recalled_outcomes_are_those_of_fake_tensor_mode(tmp_path, salm_t5_confi
     def ask(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(fake._Recall, "__torch_dispatch__", ask)
+    monkeypatch.setattr(fake._ResultCache, "__torch_dispatch__", ask)
     assert recalled == read_steps(tmp_path, model, BATCHES[-1:], on_fakes=True)
 
 

@@ -116,7 +116,7 @@ def test_the_refusal_names_both_values_and_the_remedy() -> None:
         check_fingerprint(stored, {"device": {"name": "NVIDIA H100", "memory": 3}}, "p.yaml")
     assert str(error.value) == (
         "p.yaml: the profile was made for something else (device.name was NVIDIA A100 and is NVIDIA H100; world_size "
-        "was 2 and is nothing); delete the file to measure anew, or name another profile."
+        "was 2 and is nothing); delete the file to measure again, or name another profile."
     )
 
 

@@ -145,7 +145,7 @@ def test_a_slow_leak_lowers_the_bucket_before_memory_runs_out(tmp_path) -> None:
     assert 2 * 18 * MIB + 40 * MIB > 75 * MIB, "what it would have come to"
 
 
-def test_what_the_batch_size_cannot_mend_is_told_and_not_lowered_for(tmp_path) -> None:
+def test_what_the_batch_size_cannot_correct_is_reported_and_not_lowered_for(tmp_path) -> None:
     """More than the budget is alive whatever the batch: the size stops at half of what it was."""
     model, saved = Rows(), Saved()
     guard = guard_of(model, saved, Steps(model, 10, leak=20), 100)
@@ -166,8 +166,8 @@ def test_a_model_that_cannot_be_split_ends_with_the_exit_code_to_try_again(tmp_p
         fit(model, batches_of_rows(20), tmp_path, [Guarded(guard)])
     assert end.value.code == EXIT_TRY_AGAIN == 75
     assert saved.sizes[-1] == {SMALL: 40, LARGE: 19}
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("OOMptimizer: ")]
-    assert told.startswith(
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("OOMptimizer: ")]
+    assert sentence.startswith(
         "OOMptimizer: a step of bucket 2 [8, 8] (20 examples) ran out of memory, and no adapter can "
     )
 

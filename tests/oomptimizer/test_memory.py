@@ -53,7 +53,7 @@ def test_amounts(written: int | str, bytes_: int) -> None:
         (True, "True is no amount of memory"),
         (0.5, "0.5 is no amount of memory"),
         (None, "None is no amount of memory"),
-        ("H1O0", "'H1O0' is no device that is known and no amount of memory; take H100, or"),
+        ("H1O0", "'H1O0' is neither a known device nor an amount of memory; use H100, or"),
         ("A100-40G", "take A100-40GB, or write it like 80GiB"),
         ("abacus", "take one of V100-16GB, .*B200, or write it like 80GiB"),
         ("-80GiB", "plan.memory: '-80GiB' is no device"),
@@ -131,7 +131,7 @@ def test_the_budget_is_a_share_or_an_amount(monkeypatch: pytest.MonkeyPatch) -> 
     assert budget_of(CPU, 1) == 100 * GIB
     assert budget_of(CPU, 0.5, "80GiB") == 80 * GIB
     for fraction in (0, 1.5, -0.1, "all", True):
-        with pytest.raises(ConfigError, match=f"OOMptimizer.memory_fraction: {fraction!r} is no share"):
+        with pytest.raises(ConfigError, match=f"OOMptimizer.memory_fraction: {fraction!r} cannot be used"):
             budget_of(CPU, fraction)
     with pytest.raises(ConfigError, match=r"OOMptimizer.memory_budget: H200 is more than the 100.0 GiB that cpu has"):
         budget_of(CPU, 0.9, "H200")
@@ -184,7 +184,7 @@ def test_bytes_as_one_reads_them(bytes_: int, text: str) -> None:
         (RuntimeError(), False),
     ],
 )
-def test_running_out_of_memory_is_told_from_other_errors(error: Exception, is_one: bool) -> None:
+def test_running_out_of_memory_is_distinguished_from_other_errors(error: Exception, is_one: bool) -> None:
     assert is_out_of_memory(error) == is_one
 
 

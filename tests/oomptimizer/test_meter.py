@@ -50,7 +50,7 @@ def test_each_storage_counts_once_and_until_it_is_freed(meter):
     assert (meter.alive, meter.peak) == (1 * KB, 4 * KB)
 
 
-def test_the_peak_starts_anew_and_what_is_alive_is_remembered(meter):
+def test_the_peak_is_reset_and_what_is_alive_is_kept(meter):
     with meter.measuring():
         kept = kilobytes(3)
         kilobytes(5)
@@ -127,7 +127,7 @@ def test_storages_that_are_resized_in_place_are_followed(resize):
         for n in (5, 0, 1):
             x.untyped_storage().resize_(n * KB) if resize == "storage" else x.resize_(250 * max(n, 1))
     assert (meter.alive, meter.peak) == (1 * KB if resize == "storage" else 5 * KB, 5 * KB)
-    x.untyped_storage().resize_(0)  # outside: told at the next operation
+    x.untyped_storage().resize_(0)  # outside: counted at the next operation
     with meter.measuring():
         x.detach()
     assert meter.alive == 0

@@ -1,4 +1,4 @@
-"""Profiles: what is read from them, and how mistakes in them are told."""
+"""Profiles: what is read from them, and how mistakes in them are reported."""
 
 from __future__ import annotations
 
@@ -73,12 +73,18 @@ train_ds:
             "bins are all numbers or all pairs [input, output], not [1, [2, 4]]",
         ),
         ("train_ds: {bucket_duration_bins: [], bucket_batch_size: []}", "a list of bins is needed, not []"),
-        ("train_ds: {bucket_duration_bins: [1], bucket_batch_size: [0]}", "positive whole numbers is needed, not [0]"),
-        ("train_ds: {bucket_duration_bins: [1], bucket_batch_size: [1.5]}", "whole numbers is needed, not [1.5]"),
-        ("train_ds: {bucket_duration_bins: [1], bucket_batch_size: [true]}", "whole numbers is needed, not [True]"),
+        (
+            "train_ds: {bucket_duration_bins: [1], bucket_batch_size: [0]}",
+            ".0: 0 cannot be used; give a whole number from 1.",
+        ),
+        ("train_ds: {bucket_duration_bins: [1], bucket_batch_size: [1.5]}", "bucket_batch_size.0: 1.5 cannot be used"),
+        (
+            "train_ds: {bucket_duration_bins: [1], bucket_batch_size: [true]}",
+            ".0: True cannot be used",
+        ),
     ],
 )
-def test_a_profile_that_cannot_be_used_is_told_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+def test_a_profile_that_cannot_be_used_is_reported_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ConfigError) as error:
         Profile.read(path)
@@ -88,7 +94,7 @@ def test_a_profile_that_cannot_be_used_is_told_in_one_sentence(tmp_path: Path, t
     assert "\n" not in message
 
 
-def test_a_missing_profile_is_told(tmp_path: Path) -> None:
+def test_a_missing_profile_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.yaml: the profile cannot be read: No such file or directory"):
         Profile.read(tmp_path / "gone.yaml")
 
@@ -152,7 +158,7 @@ def test_the_first_block_can_be_pasted_into_a_recipe(tmp_path: Path) -> None:
     assert recipe.data.validation_ds.batch_size == 1
 
 
-def test_sizes_are_told_for_people_as_well(tmp_path: Path) -> None:
+def test_sizes_have_readable_comments(tmp_path: Path) -> None:
     MEASURED.write(tmp_path / "profile.yaml")
     lines = (tmp_path / "profile.yaml").read_text().splitlines()
     assert lines[0].startswith("# ")
@@ -186,7 +192,7 @@ def test_batch_sizes_are_lowered_with_the_reason() -> None:
         MEASURED.with_batch_sizes({"text": [90]})
 
 
-def test_lines_tell_peaks_and_times() -> None:
+def test_lines_give_peaks_and_times() -> None:
     line = MemoryLine(floor=100.0, intercept=10.0, slope=20.0)
     assert [line.peak(n) for n in (1, 4, 5)] == [100.0, 100.0, 110.0]
     assert TimeLine(0.5, 0.25).seconds(4) == 1.5
@@ -196,21 +202,25 @@ def test_lines_tell_peaks_and_times() -> None:
     ("changed", "sentence"),
     [
         ({"finger_print": {}}, ": profile.finger_print: there is no such key; did you mean 'fingerprint'?"),
-        ({"settings": [1]}, "settings: a mapping is needed, not [1]"),
-        ({"epoch_seconds": "long"}, "epoch_seconds: a number is needed, not 'long'"),
-        ({"events": {}}, "events: a list of events is needed, not {}"),
-        ({"events": [{"step": None}]}, "events[0].step: a number is needed, not None"),
+        ({"settings": [1]}, "settings: [1] cannot be used; give a mapping, or null."),
+        ({"epoch_seconds": "long"}, "epoch_seconds: 'long' cannot be used; give a number, or null."),
+        ({"events": {}}, "events: {} cannot be used; give a list, or null."),
+        ({"events": [{"from": 4, "to": 3}]}, "events.0.step: None cannot be used"),
+        ({"events": [{"step": None}]}, "events.0.from: None cannot be used; give a whole number from 0."),
         ({"measures": [1]}, "measures of each group of train_ds are needed"),
         ({"measures": {"audio": [], "text": 1}}, "measures.audio: the measures are of other bins"),
-        ({"measures": {"audio": [3], "text": []}}, "measures.audio[0]: a mapping is needed, not 3"),
-        ({"measures": {"audio": [{"bin": 4}], "text": []}}, "measures.audio[0].batch_size: a number is needed"),
+        ({"measures": {"audio": [3], "text": []}}, "measures.audio.0: 3 cannot be used; give a mapping."),
+        (
+            {"measures": {"audio": [{"bin": 4}], "text": []}},
+            "audio.0.batch_size: None cannot be used",
+        ),
         (
             {"measures": {"audio": [{"bin": 4, "batch_size": 1, "predicted_peak": 1, "time": {}}], "text": []}},
-            "measures.audio[0].time.overhead: a number is needed, not None",
+            "measures.audio.0.time.overhead: None cannot be used; give a number.",
         ),
     ],
 )
-def test_a_damaged_part_is_told_in_one_sentence(tmp_path: Path, changed: dict, sentence: str) -> None:
+def test_a_damaged_part_is_reported_in_one_sentence(tmp_path: Path, changed: dict, sentence: str) -> None:
     path = tmp_path / "profile.yaml"
     MEASURED.write(path)
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changed))
@@ -236,7 +246,7 @@ def test_a_group_of_one_batch_size_is_written_as_the_recipe_has_it(tmp_path: Pat
     [
         ("batch_size: 4", "batch_size: is for examples of any length up to a bound"),
         ("batch_size: 4\n  max_duration: -1", "give one positive number as max_duration or max_tokens"),
-        ("batch_size: 0\n  max_tokens: 9", "batch_size: a positive whole number is needed, not 0"),
+        ("batch_size: 0\n  max_tokens: 9", "batch_size: 0 cannot be used; give a whole number from 1."),
     ],
 )
 def test_one_batch_size_that_cannot_be(tmp_path: Path, group: str, sentence: str) -> None:

@@ -19,7 +19,7 @@ from nemo_emmett.oomptimizer.buckets import Shape
 from nemo_emmett.oomptimizer.steps import PROBE_BATCH_IDX, TrainingSteps
 
 from .models import tiny_ctc, tiny_hybrid, tiny_multitask, tiny_rnnt
-from .probing import Probing, assert_no_trace, trainer_for
+from .probing import Probing, assert_no_side_effects, trainer_for
 
 CPU = torch.device("cpu")
 SPEECH = Shape("audio", seconds=1.0, input_tokens=0, output_tokens=6)
@@ -85,7 +85,7 @@ def test_no_metric_is_computed_and_nothing_is_logged(
     # The training itself does both, in its only step.
     assert "log_metrics" in calls.in_training
     assert set(calls.in_training) - {"log_metrics"}
-    assert_no_trace(probing)
+    assert_no_side_effects(probing)
 
 
 class Chatty(LightningModule):
@@ -137,7 +137,7 @@ def test_no_interval_is_met(every: int) -> None:
     assert seen == [PROBE_BATCH_IDX] * 6  # three forward passes, three times gradients are dropped
     assert model.indices == [0, 0]  # the probes' have been forgotten
     assert trainer.log_every_n_steps == every
-    assert_no_trace(probing)
+    assert_no_side_effects(probing)
 
 
 def test_neither_the_index_nor_the_next_is_a_multiple_of_a_usual_interval() -> None:

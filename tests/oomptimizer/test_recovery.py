@@ -1,4 +1,4 @@
-"""A step that ran out of memory is done again in pieces, and the training is what it would have been."""
+"""A step that ran out of memory is redone in microbatches, and the training is what it would have been."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from .models import encoder, preprocessor, tiny_salm
 from .rows import Rows, RowsAdapter, batches_of_rows, text_group
 
 
-class Told:
-    """A watcher that only notes what it is told."""
+class Recorder:
+    """A listener that only records its calls."""
 
-    def __init__(self, pieces: Callable[[Any], int] = lambda batch: 1) -> None:
-        self.pieces = pieces
+    def __init__(self, microbatches: Callable[[Any], int] = lambda batch: 1) -> None:
+        self.microbatches = microbatches
         self.phases: list[str] = []
         self.reason: str | None = None
 
     @contextmanager
-    def watching(self, batch: Any) -> Iterator[None]:
+    def measuring(self, batch: Any) -> Iterator[None]:
         yield
 
-    def ran_out(self, batch: Any, phase: str) -> None:
+    def on_out_of_memory(self, batch: Any, phase: str) -> None:
         self.phases.append(phase)
 
-    def give_up(self, batch: Any, reason: str) -> None:
+    def abort(self, batch: Any, reason: str) -> None:
         self.reason = reason
         raise SystemExit(75)
 
@@ -164,15 +164,15 @@ def run_rows(tmp_path, recovery_of=lambda model: None, sizes=(8, 8, 8), accumula
     return model, logged
 
 
-def recovery_told(told: Told) -> Callable[[Rows], Recovery]:
-    return lambda model: Recovery(RowsAdapter(model), told)
+def recovery_with(listener: Recorder) -> Callable[[Rows], Recovery]:
+    return lambda model: Recovery(RowsAdapter(model), listener)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_logs_outputs_and_hooks_are_those_of_a_whole_step(tmp_path, phase, accumulate) -> None:
     plain, expected = run_rows(tmp_path, accumulate=accumulate)
-    redone, logged = run_rows(tmp_path, recovery_told(Told()), accumulate=accumulate, phases={1: phase})
+    redone, logged = run_rows(tmp_path, recovery_with(Recorder()), accumulate=accumulate, phases={1: phase})
     assert redone.ran == [8, 8, 4, 4, 8]
     assert redone.zeroed == plain.zeroed
     torch.testing.assert_close(weights(redone), weights(plain))
@@ -188,51 +188,51 @@ def test_logs_outputs_and_hooks_are_those_of_a_whole_step(tmp_path, phase, accum
         assert mine["name"] == "rows"
 
 
-def test_pieces_are_halved_until_they_fit(tmp_path) -> None:
-    told = Told()
+def test_microbatches_are_halved_until_they_fit(tmp_path) -> None:
+    listener = Recorder()
     plain, _ = run_rows(tmp_path, sizes=(13, 3))
-    model, _ = run_rows(tmp_path, recovery_told(told), sizes=(13, 3), capacity=3)
+    model, _ = run_rows(tmp_path, recovery_with(listener), sizes=(13, 3), capacity=3)
     assert model.ran == [2, 2, 2, 1, 2, 1, 2, 1, 3], "13 = 7 + 6 = 4 + 3 + 3 + 3, where 4 is too many: halves of all"
-    assert told.phases == ["forward"]
+    assert listener.phases == ["forward"]
     torch.testing.assert_close(weights(model), weights(plain))
 
 
-def test_a_piece_that_fails_in_its_backward_pass_adds_nothing_twice(tmp_path) -> None:
+def test_a_microbatch_that_fails_in_its_backward_pass_adds_nothing_twice(tmp_path) -> None:
     """The whole batch fails, and then its first half; both when the last layer has its gradient already."""
     plain, _ = run_rows(tmp_path, sizes=(8, 8), accumulate=2)
     model = Rows()
-    bomb, told = Bomb(model.first), Told()
-    told.ran_out = lambda batch, phase: setattr(bomb, "phase", "backward")
-    callbacks = [Recovering(Recovery(RowsAdapter(model), told)), Charges(bomb, {1: "backward"})]
+    bomb, listener = Bomb(model.first), Recorder()
+    listener.on_out_of_memory = lambda batch, phase: setattr(bomb, "phase", "backward")
+    callbacks = [Recovering(Recovery(RowsAdapter(model), listener)), Charges(bomb, {1: "backward"})]
     fit(model, batches_of_rows(8, 8), tmp_path, callbacks, accumulate=2)
     assert bomb.fired == 2
     assert model.ran == [8, 8, 4, 2, 2, 2, 2]
     torch.testing.assert_close(weights(model), weights(plain))
 
 
-def test_a_batch_may_be_run_in_pieces_from_the_start(tmp_path) -> None:
+def test_a_batch_may_be_run_in_microbatches_from_the_start(tmp_path) -> None:
     plain, expected = run_rows(tmp_path)
-    model, logged = run_rows(tmp_path, recovery_told(Told(pieces=lambda batch: 3)))
+    model, logged = run_rows(tmp_path, recovery_with(Recorder(microbatches=lambda batch: 3)))
     assert model.ran == [3, 3, 2] * 3
     torch.testing.assert_close(weights(model), weights(plain))
     assert logged.metrics[-1]["loss"] == pytest.approx(expected.metrics[-1]["loss"], rel=1e-5)
 
 
-def test_nothing_of_a_failed_attempt_is_left_when_its_pieces_run(tmp_path) -> None:
+def test_nothing_of_a_failed_attempt_is_left_when_its_microbatches_run(tmp_path) -> None:
     model, alive = Rows(), []
 
     def keep(module, args, output) -> None:
         alive.append(weakref.ref(args[0].untyped_storage()))  # autograd saves it for the backward pass
 
     class Looking(RowsAdapter):
-        def split_batch(self, batch, pieces):
+        def split_batch(self, batch, count):
             assert alive
             assert all(reference() is None for reference in alive)
-            return super().split_batch(batch, pieces)
+            return super().split_batch(batch, count)
 
     hook = model.second.register_forward_hook(keep)
     bomb = Bomb(model.second)
-    callbacks = [Recovering(Recovery(Looking(model), Told())), Charges(bomb, {0: "backward"})]
+    callbacks = [Recovering(Recovery(Looking(model), Recorder())), Charges(bomb, {0: "backward"})]
     fit(model, batches_of_rows(8), tmp_path, callbacks)
     hook.remove()
     assert bomb.fired == 1
@@ -251,7 +251,7 @@ def test_loss_scaling_does_not_change_it(tmp_path) -> None:
 
     plain, _ = run_rows(tmp_path)
     model = Scaled()
-    callbacks = [Recovering(Recovery(RowsAdapter(model), Told())), Charges(Bomb(model.first), {0: "backward"})]
+    callbacks = [Recovering(Recovery(RowsAdapter(model), Recorder())), Charges(Bomb(model.first), {0: "backward"})]
     fit(model, batches_of_rows(8, 8, 8), tmp_path, callbacks)
     torch.testing.assert_close(weights(model), weights(plain))
 
@@ -260,22 +260,22 @@ def test_loss_scaling_does_not_change_it(tmp_path) -> None:
 
 
 def test_a_single_example_that_does_not_fit_ends_the_training(tmp_path) -> None:
-    told = Told()
+    listener = Recorder()
     with pytest.raises(SystemExit):
-        run_rows(tmp_path, recovery_told(told), capacity=0)
-    assert told.reason == "not even one example of it fits"
+        run_rows(tmp_path, recovery_with(listener), capacity=0)
+    assert listener.reason == "not even one example of it fits"
 
 
 def test_a_model_whose_batches_cannot_be_split_ends_the_training(tmp_path) -> None:
-    told = Told()
+    listener = Recorder()
 
     class Whole(RowsAdapter):
         can_split = False
 
     with pytest.raises(SystemExit):
-        run_rows(tmp_path, lambda model: Recovery(Whole(model), told), capacity=4)
-    assert told.phases == ["forward"]
-    assert told.reason == "no adapter can split the batches of Rows"
+        run_rows(tmp_path, lambda model: Recovery(Whole(model), listener), capacity=4)
+    assert listener.phases == ["forward"]
+    assert listener.reason == "no adapter can split the batches of Rows"
 
 
 def test_other_errors_pass(tmp_path) -> None:
@@ -283,7 +283,7 @@ def test_other_errors_pass(tmp_path) -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        run_rows(tmp_path, recovery_told(Told(pieces=fail)))
+        run_rows(tmp_path, recovery_with(Recorder(microbatches=fail)))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_lightning_still_makes_its_closures_where_recovery_takes_their_place(tmp
 
 
 def test_afterwards_lightning_is_as_it_was(tmp_path) -> None:
-    recovery = recovery_told(Told())
+    recovery = recovery_with(Recorder())
     model = Rows()
     trainer = fit(model, batches_of_rows(8), tmp_path, [Recovering(recovery(model))])
     assert "_make_closure" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)

@@ -13,10 +13,10 @@ import pytest
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import Bucket, Group, Shape
-from nemo_emmett.oomptimizer.lines import MemoryModel, Sample, features
+from nemo_emmett.oomptimizer.cost_model import MemoryModel, Sample, features
 from nemo_emmett.oomptimizer.meter import Reading
 from nemo_emmett.oomptimizer.search import Search, spread_out
-from nemo_emmett.oomptimizer.zip import ZipSearch, best_share, shares_of
+from nemo_emmett.oomptimizer.zip_search import ZipSearch, best_share, shares_of
 
 GIB = 2**30
 
@@ -126,7 +126,7 @@ def test_a_size_that_runs_out_of_memory_is_taken_back() -> None:
 
 
 def test_a_step_over_the_budget_only_lowers_the_answer() -> None:
-    """A kink that no reading below it can tell of."""
+    """A kink that no reading below it shows."""
     readings = []
 
     def probe(bucket: Bucket, examples: int) -> Reading:
@@ -272,7 +272,7 @@ def test_the_best_share_goes_to_what_makes_more_tokens_in_a_second() -> None:
     assert best_share(timed([audio, text], {"audio": 0.0001, "text": 1.0})) == 0.9
 
 
-def test_zip_a_bucket_that_exceeds_its_groups_share_is_told_with_the_share() -> None:
+def test_zip_a_bucket_that_exceeds_its_groups_share_is_reported_with_the_share() -> None:
     with pytest.raises(ConfigError) as error:
         list(ZipSearch(two_groups(), JointProgram().probe, int(1.5 * GIB), GIB, GIB, 0.9).run())
     assert "text: bucket" in str(error.value)
@@ -280,7 +280,7 @@ def test_zip_a_bucket_that_exceeds_its_groups_share_is_told_with_the_share() -> 
 
 
 def test_zip_of_a_model_that_pads_all_to_one_width_every_pair_fits() -> None:
-    """Many short examples of the one become wide beside few long ones of the other."""
+    """Many short examples of the one are padded to few long ones of the other."""
 
     def peak(sizes: dict[Bucket, int]) -> int:
         width = max(bucket.shape.input_tokens + 20 * bucket.shape.seconds for bucket in sizes)

@@ -19,7 +19,7 @@ from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.oomptimizer.meter import Reading, TensorMeter
 from nemo_emmett.oomptimizer.steps import TrainingSteps
 from tests.models.two_ranks import quiet_trainer, run_on_two_ranks
-from tests.oomptimizer.probing import Probing, assert_no_trace, trainer_for
+from tests.oomptimizer.probing import Probing, assert_no_side_effects, trainer_for
 
 FLOAT = 4  # bytes
 # What is measured, on a model whose bytes can be counted by hand.
@@ -63,7 +63,7 @@ def probe_layers(probe: Callable[[TrainingSteps], Any], model: Layers | None = N
     probing = Probing(lambda steps: results.append(probe(steps)))
     model = model or Layers()
     trainer_for(probing, max_steps=1, **options).fit(model, DataLoader([rows(2)] * 4, batch_size=None))
-    assert_no_trace(probing)
+    assert_no_side_effects(probing)
     return results[0]
 
 
@@ -100,7 +100,7 @@ def test_accumulated_gradients_are_kept_through_the_backward_pass() -> None:
         steps.warm_up(rows(1))
         return steps.run(rows(8)).peak
 
-    # The batch is small beside the weights: at worst a layer's old and new gradient stand side by side.
+    # The batch is small compared with the weights: at worst a layer's old and new gradient are both alive.
     alone, accumulated = probe_layers(probe), probe_layers(probe, accumulate_grad_batches=2)
     assert accumulated - alone >= 0
     assert accumulated > 4 * WEIGHTS + WEIGHTS // 2
@@ -216,7 +216,7 @@ def test_the_gradient_scaler_is_as_before_and_does_not_skip_the_state() -> None:
     model = Overflowing()
     probing = Probing(probe)
     trainer_for(probing, **options).fit(model, DataLoader([rows(2)], batch_size=None))
-    assert_no_trace(probing)
+    assert_no_side_effects(probing)
     assert scaler.get_scale() == 1024.0
     assert scaler._growth_tracker is None
     assert not scaler._per_optimizer_states

@@ -1,6 +1,6 @@
 """Bins in tokens: the batch sizes are the largest of which no batch that the sampler can make exceeds the budget.
 
-The reference is made of examples as the loader makes them, put into buckets by NeMo's own measure. It knows nothing of
+The reference is made of examples as the loader makes them, put into buckets by NeMo's own measure. It is independent of
 the adapters.
 """
 
@@ -124,7 +124,7 @@ class Loader:
     def batches(self, index: int) -> list[Callable[[int], list[Row]]]:
         """Makers of batches of the bucket.
 
-        Of like examples, from all speech to all answer; of one of the longest speech beside others; and with padding.
+        Of equal examples, from all speech to all answer; of one with the longest speech among others; and with padding.
         """
         cap = self.constraint.max_seq_len_buckets[index]
         if isinstance(self.constraint.max_seq_len_buckets[0], float | int):

@@ -50,10 +50,10 @@ def test_a_model_that_reads_text_only_needs_no_encoder(salm_t5_config) -> None:
 
 
 @pytest.mark.parametrize("key", ["pretrained_asr", "pretrained_llm"])
-def test_a_part_that_is_not_there_is_told(salm_t5_config, tmp_path, key: str) -> None:
+def test_a_part_that_is_not_there_is_reported(salm_t5_config, tmp_path, key: str) -> None:
     gone = str(tmp_path / "gone.nemo")
     with pytest.raises(
         ModelError, match=rf"model\.{key}: the config of '.*gone\.nemo' cannot be read \(.*\); give"
-    ) as told:
+    ) as error:
         architecture_only(salm_t5_config | {key: gone})
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)

@@ -79,7 +79,7 @@ class TestModels:
         assert fitted.intercept == 100.0
         assert fitted.slope(15.0, 9.0) == pytest.approx(slope_by_hand(15, 9), rel=1e-3)
 
-    def test_a_line_with_another_intercept_meets_the_model_at_its_batch_size(self) -> None:
+    def test_a_line_with_another_intercept_equals_the_model_at_its_batch_size(self) -> None:
         lines = [MemoryLine(0.0, 100.0, 6.0), MemoryLine(0.0, 100.0, 6.0), MemoryLine(0.0, 120.0, 4.0)]
         fitted = MemoryModel.fit([4.0, 5.0, 6.0], [10, 10, 10], lines)
         assert fitted.slope(5.0) == pytest.approx(6.0)

@@ -146,12 +146,18 @@ def self_made_epoch(recipe, profile: Profile) -> float:
     ("options", "sentence"),
     [
         ({"memory": None}, "--memory: is missing; name the device to plan for"),
-        ({"memory": "much"}, "--memory: 'much' is no device that is known and no amount of memory"),
+        ({"memory": "much"}, "--memory: 'much' is neither a known device nor an amount of memory"),
         ({"memory": "80GX"}, "--memory: '80GX' has the unit 'gx'"),
         ({"memory": "10KiB"}, "the optimizer's step alone needs"),
+        (
+            {"memory": "1GiB", "memory_fraction": -1},
+            "--memory-fraction: -1 cannot be used; give a number",
+        ),
+        ({"memory": "1GiB", "num_sub_buckets": 0}, "--num-sub-buckets: 0 cannot be used; give a whole number from 1"),
+        ({"memory": "1GiB", "limit": "all"}, "--limit: 'all' cannot be used"),
     ],
 )
-def test_memory_that_cannot_be(text_recipe, path: Path, console: Console, options: dict, sentence: str) -> None:
+def test_an_option_that_cannot_be_used(text_recipe, path: Path, console: Console, options: dict, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         plan(text_recipe, build_training, profile=path, console=console, **options)
     assert sentence in str(error.value)
@@ -170,7 +176,7 @@ def test_a_profile_is_not_overwritten(text_recipe, path: Path) -> None:
         lambda: oomptimize(text_recipe, build_training, profile=path),
         lambda: plan(text_recipe, build_training, memory="80GiB", profile=path),
     ):
-        with pytest.raises(ConfigError, match=r"--profile: '.*profile\.yaml' is there already; delete it, or name"):
+        with pytest.raises(ConfigError, match=r"--profile: '.*profile\.yaml' exists already; delete it, or name"):
             command()
 
 

@@ -31,7 +31,7 @@ def rows(drawn) -> list[list[str]]:
     return [line.split() for line in console.export_text().splitlines() if line.strip()]
 
 
-def test_results_stand_in_the_order_of_the_buckets_however_they_come() -> None:
+def test_results_are_in_the_order_of_the_buckets_in_whatever_order_they_are_found() -> None:
     table = LiveTable("title", lambda: 8.0 * GIB, Console(quiet=True))
     with table.shown():
         for one in (result(1, 5, 6 * GIB), result(0, 9, 4 * GIB), result(0, 2, GIB, group="a")):
@@ -80,6 +80,6 @@ class TestPicture:
         draw_profile(self.PROFILE, 1.5 * GIB, tmp_path / "p.png")
         assert (tmp_path / "p.png").stat().st_size > 10_000
 
-    def test_a_folder_that_is_not_there_is_told(self, tmp_path: Path) -> None:
+    def test_a_folder_that_is_not_there_is_reported(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"--output: '.*p\.png' cannot be written"):
             draw_profile(self.PROFILE, GIB, tmp_path / "gone" / "p.png")

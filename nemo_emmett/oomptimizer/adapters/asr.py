@@ -31,7 +31,7 @@ class TranscriptAdapter(SchemaAdapter):
     def _schema(self) -> Schema:
         if getattr(self.model, "tokenizer", None) is not None:
             return super()._schema()
-        # The schema that these models inherit asks for the tokenizer, which those of characters do without.
+        # The schema that these models inherit asks for the tokenizer, which those of characters lack.
         lengths = NeuralType(("B",), LengthsType())
         vocabulary = getattr(self.model.decoder, "vocabulary", None) or self.model.joint.vocabulary
         transcript = {"type": NeuralType(("B", "T"), LabelsType()), "vocab_size": len(vocabulary)}
@@ -45,7 +45,7 @@ class TranscriptAdapter(SchemaAdapter):
 
     @property
     def can_split(self) -> bool:  # type: ignore[override]
-        """Unless the loss is left as one number per example."""
+        """Unless the loss is not reduced over the examples."""
         return self._reduction in ("mean", "mean_batch", "mean_volume", "sum")
 
     @property
@@ -53,23 +53,23 @@ class TranscriptAdapter(SchemaAdapter):
         # NeMo's CTCLoss leaves torch's own reduction in `reduction` and does some of its own by `config_reduction`.
         return getattr(self.model.loss, "config_reduction", getattr(self.model.loss, "reduction", None))
 
-    def split_batch(self, batch: Sequence[Tensor], pieces: int) -> list[tuple[Tensor, ...]]:
+    def split_batch(self, batch: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:
         """See :meth:`Adapter.split_batch`."""
         size = len(batch[0])
         parts = []
-        for rows in split_rows(size, pieces):
+        for rows in split_rows(size, count):
             audio, audio_lens, transcript, transcript_lens = (take_rows(value, rows, size) for value in batch)
             # The transducer's loss takes no transcripts that are all shorter than they are wide.
             parts.append((audio, audio_lens, transcript[:, : int(transcript_lens.max())], transcript_lens))
         return parts
 
-    def loss_weight(self, piece: Sequence[Tensor], whole: Sequence[Tensor]) -> float:
+    def loss_weight(self, microbatch: Sequence[Tensor], whole: Sequence[Tensor]) -> float:
         """See :meth:`Adapter.loss_weight`, by the ``ctc_reduction`` or ``rnnt_reduction`` of the model's config."""
         if self._reduction == "sum":
             return 1.0
         if self._reduction == "mean_volume":
-            return float(piece[3].sum() / whole[3].sum())
-        return len(piece[0]) / len(whole[0])
+            return float(microbatch[3].sum() / whole[3].sum())
+        return len(microbatch[0]) / len(whole[0])
 
 
 class MultiTaskAdapter(SchemaAdapter):
@@ -91,7 +91,7 @@ class MultiTaskAdapter(SchemaAdapter):
         return batches[0] if len(batches) == 1 else self._completed(super().join(batches))
 
     def _completed(self, batch: Any) -> Any:
-        """What the schema leaves out since most configs do without: where the prompt ends, and the cuts for metrics."""
+        """Add what the schema lacks since most configs need none: the end of the prompt, and the cuts for metrics."""
         size, length = batch.prompted_transcript.shape
         prompt = min(PROMPT_TOKENS, length // 2)
         batch.prompt, batch.transcript = batch.prompted_transcript.split([prompt, length - prompt], dim=1)
@@ -102,18 +102,18 @@ class MultiTaskAdapter(SchemaAdapter):
         batch.cuts = CutSet([MonoCut(str(row), start=0.0, duration=1.0, channel=0) for row in range(size)])
         return batch
 
-    def split_batch(self, batch: Any, pieces: int) -> list[Any]:
+    def split_batch(self, batch: Any, count: int) -> list[Any]:
         """See :meth:`Adapter.split_batch`."""
         size = len(batch.audio)
         names = [field.name for field in dataclasses.fields(batch)]
         return [
             dataclasses.replace(batch, **{name: take_rows(getattr(batch, name), rows, size) for name in names})
-            for rows in split_rows(size, pieces)
+            for rows in split_rows(size, count)
         ]
 
-    def loss_weight(self, piece: Any, whole: Any) -> float:
+    def loss_weight(self, microbatch: Any, whole: Any) -> float:
         """See :meth:`Adapter.loss_weight`: the loss is the mean over tokens, with or without the prompt's."""
-        return self._targets(piece) / max(1, self._targets(whole))
+        return self._targets(microbatch) / max(1, self._targets(whole))
 
     def _targets(self, batch: Any) -> int:
         if not self.model.cfg.get("use_loss_mask_for_prompt", False):

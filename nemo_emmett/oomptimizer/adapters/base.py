@@ -1,4 +1,4 @@
-"""What OOMptimizer must know of a family of models beyond its ``oomptimizer_schema``."""
+"""The interface between OOMptimizer and a family of models."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nemo_emmett.oomptimizer.buckets import Shape
 
 @dataclass(frozen=True)
 class Extent:
-    """What a real batch of one modality holds, to find the bucket that it came from.
+    """The size and the lengths of a real batch of one modality, to find the bucket that it came from.
 
     Args:
         modality: ``audio`` or ``text``.
         examples: their number.
-        seconds: of speech in the example that has most of it; 0 for text.
+        seconds: of speech in the example with the most; 0 for text.
         input_tokens: of the longest context, without the recordings.
         output_tokens: of the longest answer.
     """
@@ -33,7 +33,7 @@ class Extent:
 
 
 class Adapter(ABC):
-    """A family of models, as OOMptimizer sees it.
+    """What OOMptimizer needs of a family of models.
 
     Args:
         model: the LightningModule.
@@ -44,10 +44,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def synthetic_batch(self, shape: Shape, size: int, device: torch.device) -> Any:
-        """A batch of ``size`` examples of a shape, random but legal, as the training's own batches are.
+        """A random valid batch of ``size`` examples of a shape, in the form of the training's batches.
 
-        The examples are all as long as the shape says. Where attention does without a mask if nothing is padded, the
-        first of several is a token shorter. The same shape and size give the same batch; no random state is touched.
+        The examples are all as long as the shape. If attention uses no mask for batches without padding, the first of
+        several is a token shorter. The same shape and size give the same batch; no random state is changed.
 
         Raises:
             ConfigError: if the model takes no examples of that modality.
@@ -57,10 +57,10 @@ class Adapter(ABC):
     """Whether :meth:`join` pads the examples of all groups to one width."""
 
     measures_conversations: bool = False
-    """Whether the examples that the loader measures are conversations, whose prompt counts as a part of the input."""
+    """Whether the loader measures conversations, whose prompt is a part of the input, and not cuts."""
 
     def check_alone(self, modality: str) -> None:  # noqa: B027
-        """Check that a step may hold a modality and nothing else, as every step does that is not of a ``zip``.
+        """Check that a step may hold a single modality, as every step without ``sampler_fusion: zip`` does.
 
         Raises:
             ConfigError: if the model cannot train on it.
@@ -76,34 +76,34 @@ class Adapter(ABC):
 
     @abstractmethod
     def extents(self, batch: Any) -> list[Extent]:
-        """What a real batch holds, one entry per modality, in the order of ``audio``, ``text``."""
+        """The size and the lengths of a real batch, one entry per modality, in the order ``audio``, ``text``."""
 
     can_split: bool = True
-    """Whether :meth:`split_batch` and :meth:`loss_weight` are there; without them guard cannot redo a step."""
+    """Whether :meth:`split_batch` and :meth:`loss_weight` can be called; guard needs them to redo a step."""
 
     @abstractmethod
-    def split_batch(self, batch: Any, pieces: int) -> list[Any]:
-        """Cut a batch into at most so many smaller ones, of about equal size, together the same examples.
+    def split_batch(self, batch: Any, count: int) -> list[Any]:
+        """Split a batch into at most ``count`` microbatches of about equal size.
 
-        What cannot be cut further is returned as one piece.
+        A batch that cannot be split further is returned as a single microbatch.
         """
 
     @abstractmethod
-    def loss_weight(self, piece: Any, whole: Any) -> float:
-        """What the loss of a piece counts in the loss of the whole batch: ``loss(whole) = sum of weight * loss``.
+    def loss_weight(self, microbatch: Any, whole: Any) -> float:
+        """The weight of a microbatch's loss in that of the whole batch: ``loss(whole) = sum of weight * loss``.
 
-        A piece of weight 0 has nothing to be learned from; its loss may be the mean of no tokens, not a number, and
-        must be left out of the sum.
+        A microbatch of weight 0 has no targets; its loss may be the mean of no tokens, NaN, and must be left out of the
+        sum.
         """
 
     @contextmanager
     def one_step(self, whole: Any) -> Iterator[None]:
-        """Around the pieces of one step: what the model counts per step or agrees on with other ranks is done once."""
+        """Around the microbatches of a step: what the model counts or reduces over the ranks per step is done once."""
         yield
 
     @contextmanager
     def planning(self) -> Iterator[None]:
-        """Around steps on fake tensors: stands in for what the model's code cannot do without values.
+        """Around steps on fake tensors: replaces what the model's code cannot do without values.
 
         It is entered inside the ``FakeTensorMode``, and :meth:`synthetic_batch` is called inside both.
         """

@@ -1,6 +1,6 @@
-"""Random token ids and recordings that a model may read.
+"""Random token ids and recordings for synthetic batches.
 
-They are drawn without touching the random states of the training. Token ids and lengths are made by ``torch.tensor``,
+They are drawn without changing the random states of the training. Token ids and lengths are made by ``torch.tensor``,
 whose values are known under fake tensors too (:mod:`nemo_emmett.oomptimizer.adapters.fakes`).
 
 Shapes: B examples, T tokens, N samples.
@@ -19,7 +19,7 @@ from torch import Tensor
 from nemo_emmett.errors import ConfigError
 
 SEED = 20240913
-"""Of the draws: the same shape and size always give the same batch."""
+"""The same shape and size always give the same batch."""
 
 _OF_TOKENIZER = ("pad_id", "eos_id", "bos_id", "unk_id", "pad", "eos", "bos")
 _OF_MODEL = ("audio_locator_id", "audio_locator_tag_id", "text_pad_id", "pad_id")
@@ -29,7 +29,7 @@ def random_ids(size: int, length: int, vocab_size: int, banned: Collection[int],
     """(B, T) int64, each below ``vocab_size`` and none of them banned.
 
     Raises:
-        ConfigError: if that leaves nothing.
+        ConfigError: if no id is left.
     """
     allowed = np.setdiff1d(np.arange(vocab_size), np.fromiter(banned, dtype=np.int64, count=len(banned)))
     if not len(allowed):
@@ -53,7 +53,7 @@ def full_lengths(size: int, length: int, device: torch.device) -> Tensor:
 
 
 def special_ids(model: Any) -> set[int]:
-    """Ids of the tokenizer's special tokens and of the audio locator: they mean something wherever they stand."""
+    """Ids of the tokenizer's special tokens and of the audio locator, which have a function in any position."""
     tokenizer = getattr(model, "tokenizer", None)
     found = [getattr(tokenizer, name, None) for name in _OF_TOKENIZER]
     found += [getattr(model, name, None) for name in _OF_MODEL]
@@ -64,7 +64,7 @@ def sampling_rate(model: Any) -> int:
     """Samples per second that a model expects.
 
     Raises:
-        ConfigError: if the model does not tell.
+        ConfigError: if the model does not define it.
     """
     for path in (
         "sampling_rate",
@@ -77,7 +77,7 @@ def sampling_rate(model: Any) -> int:
         if value:
             return int(value)
     raise ConfigError(
-        f"model: {type(model).__name__} does not tell how many samples a second of speech has; give it an attribute "
+        f"model: {type(model).__name__} does not define the samples per second of its speech; give it an attribute "
         "`sampling_rate`."
     )
 
@@ -86,7 +86,7 @@ def samples_of(model: Any, seconds: float, seconds_per_token: float = 0.0) -> in
     """Samples of the longest recording that is measured as so long, at least one.
 
     Args:
-        model: tells the sampling rate.
+        model: defines the sampling rate.
         seconds: of speech.
         seconds_per_token: the loader counts these tokens, rounded up; 0: it measures seconds.
     """

@@ -1,9 +1,9 @@
-"""What lets the models' own code run on fake tensors.
+"""Patches under which the models' own code runs on fake tensors.
 
-A fake tensor has a shape and no values, so code that asks for one stops: NeMo's SALM slices each recording's
-embeddings by their length and looks for the locator among the token ids. The values it asks for all follow from token
-ids and lengths alone, a few kilobytes. :func:`known_integers` has PyTorch compute those for real, as it does for single
-numbers anyway, and the models' code stays as it is.
+A fake tensor has no values, so code that reads one fails: NeMo's SALM slices each recording's embeddings by their
+length and looks for the locator among the token ids. All values that it reads follow from token ids and lengths, a few
+kilobytes. :func:`known_integers` makes PyTorch compute those, as it does for single numbers anyway, so that the models'
+code need not be changed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ LARGEST_KNOWN = 1 << 24
 
 @contextmanager
 def fake_values() -> Iterator[None]:
-    """What every model needs. To be entered inside the ``FakeTensorMode``, and the batch to be made inside it."""
+    """The patches that every model needs. Entered inside the ``FakeTensorMode``; batches are made inside."""
     with known_integers(), single_rows_unpadded(), nothing_packed():
         yield
 
 
 @contextmanager
 def known_integers() -> Iterator[None]:
-    """Keep the values of what is made by ``torch.tensor`` and of all that is computed from nothing else."""
+    """Keep the values of tensors that ``torch.tensor`` makes, and of results that depend on these alone."""
     # FakeTensorMode does so for one element (its constant propagation); the limit is a variable of its module.
     limit = fake_tensor.CONSTANT_NUMEL_LIMIT
     fake_tensor.CONSTANT_NUMEL_LIMIT = LARGEST_KNOWN
@@ -42,10 +42,10 @@ def known_integers() -> Iterator[None]:
 
 @contextmanager
 def single_rows_unpadded() -> Iterator[None]:
-    """Tell transformers that a batch of one example has no padding.
+    """Make transformers treat a batch of one example as unpadded.
 
-    Without values it takes padding for granted and makes a mask, with values it looks. Larger synthetic batches are
-    padded (:mod:`nemo_emmett.oomptimizer.adapters.salm`), so that with them both come to the same.
+    Without values it assumes padding and makes a mask; with values it checks. Larger synthetic batches are padded
+    (:mod:`nemo_emmett.oomptimizer.adapters.salm`), so there both cases are the same.
     """
     from transformers import masking_utils
 
@@ -62,10 +62,10 @@ def single_rows_unpadded() -> Iterator[None]:
 
 @contextmanager
 def nothing_packed() -> Iterator[None]:
-    """Tell transformers that no row of a batch holds several sequences one after another.
+    """Make transformers treat batches as not packed (no row holds several sequences).
 
-    Where it is given no attention mask it looks for that among the positions. Without values it takes packed rows for
-    granted, and makes a mask of (B, 1, T, T).
+    Without an attention mask it checks the positions for that. Without values it assumes packed rows, and makes a mask
+    of (B, 1, T, T).
     """
     from transformers import masking_utils
 
@@ -86,9 +86,9 @@ def _without_single_rows(original: Any) -> Any:
 
 
 class CTCLossShapes(TorchDispatchMode):
-    """What ``torch.nn.functional.ctc_loss`` allocates: PyTorch has no shapes of it for fake tensors.
+    """The allocations of ``torch.nn.functional.ctc_loss``, for which PyTorch defines no shapes of fake tensors.
 
-    The targets are taken to be as long as they are wide, which holds for synthetic batches.
+    The targets are assumed to be unpadded, which holds for synthetic batches.
     """
 
     def __torch_dispatch__(

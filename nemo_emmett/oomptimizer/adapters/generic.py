@@ -16,10 +16,10 @@ from nemo_emmett.oomptimizer.buckets import Shape
 
 
 class SchemaAdapter(Adapter):
-    """A model of which only its schema is known: its batches are made, but not split, since its loss is not known.
+    """A model with nothing but a schema: its batches can be made, but not split, since its loss is not known.
 
     Raises:
-        ConfigError: if the schema is not one.
+        ConfigError: if the schema is invalid.
     """
 
     can_split = False
@@ -43,18 +43,19 @@ class SchemaAdapter(Adapter):
         """See :meth:`Adapter.extents`."""
         return [self.schema.extent(batch)]
 
-    def split_batch(self, batch: Any, pieces: int) -> list[Any]:
-        """Not known: ``can_split`` is false."""
+    def split_batch(self, batch: Any, count: int) -> list[Any]:
+        """Raises: ``can_split`` is false."""
         raise self._cannot_split()
 
-    def loss_weight(self, piece: Any, whole: Any) -> float:
-        """Not known: ``can_split`` is false."""
+    def loss_weight(self, microbatch: Any, whole: Any) -> float:
+        """Raises: ``can_split`` is false."""
         raise self._cannot_split()
 
     def _cannot_split(self) -> ConfigError:
         return ConfigError(
             f"OOMptimizer: how the loss of {type(self.model).__name__} weighs its examples is not known, so a step of "
-            "it cannot be redone in pieces; register an adapter (nemo_emmett.oomptimizer.adapters.register_adapter)."
+            "it cannot be redone in microbatches; register an adapter "
+            "(nemo_emmett.oomptimizer.adapters.register_adapter)."
         )
 
     @contextmanager

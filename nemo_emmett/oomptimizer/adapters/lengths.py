@@ -1,4 +1,4 @@
-"""How long the parts of a bucket's longest examples are, by the kind of model that reads them.
+"""The lengths of the parts of a bucket's longest examples, by the kind of model.
 
 As NeMo's samplers do, the loader counts a recording in tokens, ``ceil(seconds / token_equivalent_duration)``, and
 
@@ -20,7 +20,7 @@ from nemo_emmett.oomptimizer.adapters.prompts import PromptTokens
 from nemo_emmett.oomptimizer.buckets import Shape
 
 PROMPT_TOKENS = 16
-"""Tokens of the prompt beside a recording, where the bins do not bound them; translation prompts have 5 to 15."""
+"""Tokens of the prompt without the recording, if the bins do not bound them; translation prompts have 5 to 15."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Lengths:
 
     Args:
         seconds: of its recording; 0 for text.
-        context: tokens before the answer, the recording's place not counted.
+        context: tokens before the answer, without the recording's locator.
         answer: tokens of the answer.
     """
 
@@ -55,22 +55,22 @@ class LongestExamples:
 
         Args:
             size: their number.
-            shares_sequence: all parts of an example are in one sequence. Otherwise a single one is as long in each part
-                as the longest: what an example costs in a larger batch, which is padded to them.
+            shares_sequence: all parts of an example are in one sequence. Otherwise a single example is as long in each
+                part as the longest: what an example takes in a larger batch, which is padded to them.
         """
         rows = [self.first, *[self.others] * (size - 1)]
         return rows if size > 1 or shares_sequence else [widest([self.first, self.others])]
 
 
 def encoder_decoder_lengths(shape: Shape, prompt: int = PROMPT_TOKENS) -> Lengths:
-    """Of models without a prompt format: what bounds the sum of input and output lets either be as long.
+    """Of models without a prompt format: a bound of the sum of input and output is taken for each of them.
 
     Args:
         shape: of a bucket.
-        prompt: tokens beside a recording, where the bins do not bound them.
+        prompt: tokens of the prompt, if the bins do not bound them.
     """
-    beside = shape.modality == "audio" and (shape.total or not shape.input_tokens)
-    return Lengths(shape.seconds, prompt if beside else max(1, shape.input_tokens), max(1, shape.output_tokens))
+    unbounded = shape.modality == "audio" and (shape.total or not shape.input_tokens)
+    return Lengths(shape.seconds, prompt if unbounded else max(1, shape.input_tokens), max(1, shape.output_tokens))
 
 
 def longest_speech(
@@ -82,15 +82,15 @@ def longest_speech(
 ) -> LongestExamples | None:
     """The examples of a bucket of speech that take the most memory.
 
-    Each part is as long as the bin allows while the others are as short as they can be. In a bin that bounds the whole
-    example, speech costs an encoder's memory, and answers may cost that of their logits; so one example has the longest
-    recording, all others the longest answer, and padding makes the batch pay for both.
+    Each part is as long as the bin allows while the others are as short as possible. In a bin that bounds the whole
+    example, speech takes an encoder's memory, and answers may take that of their logits; so one example has the longest
+    recording, all others the longest answer, and the batch is padded to both.
 
     Args:
         shape: of the bucket.
-        cuts: the shortest tokens beside a recording of a cut; None: the model trains on no cuts.
+        cuts: the fewest tokens of a cut without its speech; None: the model trains on no cuts.
         conversations: the same of a conversation; None: on no conversations.
-        prompt: tokens beside a recording, where the bin does not bound them.
+        prompt: tokens of the prompt, if the bin does not bound them.
 
     Returns:
         The examples; None if the bin is too small for the shortest prompt and answer with any speech.
@@ -98,7 +98,7 @@ def longest_speech(
     kinds = [tokens for tokens in (cuts, conversations) if tokens is not None]
     shortest = min(kinds, key=lambda tokens: tokens.total)
     if not shape.contents.seconds_per_token and not shape.total:
-        return _same(Lengths(shape.seconds, *_beside(shape, cuts, prompt)))
+        return _same(Lengths(shape.seconds, *_tokens_of(shape, cuts, prompt)))
     per_token = _seconds_per_token(shape)
     bound = shape.input_tokens if shape.total else math.floor(shape.seconds / per_token + 1e-6)
     if shape.total:
@@ -108,24 +108,24 @@ def longest_speech(
         )
         if frames < 1:
             return None
-        # A cut's locator is counted, although its speech is there: text in the same bins has one position more.
+        # A cut's locator is counted, as well as its speech: text in the same bins has one position more.
         extra = int(shape.contents.text and conversations is None)
         context = shortest.context - 1 + extra
         first = Lengths(frames * per_token, context, shortest.answer)
         return LongestExamples(first, Lengths(per_token, context, shortest.answer + frames - 1))
     frames = max(0 if cuts is None else bound, 0 if conversations is None else bound + 1 - conversations.context)
-    context, answer = _beside(shape, cuts if conversations is None else None, prompt)
+    context, answer = _tokens_of(shape, cuts if conversations is None else None, prompt)
     if conversations is not None:
         context = conversations.context - 1
     return None if frames < 1 else _same(Lengths(frames * per_token, context, answer))
 
 
 def shortest_speech(shape: Shape, tokens: PromptTokens) -> Lengths:
-    """What stands for a bin that no example of speech fits into: the shortest there is.
+    """The shortest example of speech, for a bin that none fits into.
 
     Args:
         shape: of the bucket.
-        tokens: the shortest tokens beside a recording.
+        tokens: the fewest tokens without the speech.
     """
     return Lengths(_seconds_per_token(shape), tokens.context - 1, tokens.answer)
 
@@ -142,7 +142,7 @@ def longest_text(shape: Shape, tokens: PromptTokens, *, shares_sequence: bool) -
         return _same(Lengths(0.0, max(1, shape.input_tokens), max(1, shape.output_tokens)))
     positions = max(2, shape.input_tokens)
     context = min(tokens.context, positions - 1)
-    # Every position costs the same, and those of the answer may cost their logits as well.
+    # Every position takes the same memory, and those of the answer may take that of their logits as well.
     longest_answer = Lengths(0.0, context, positions - context)
     if shares_sequence:
         return _same(longest_answer)
@@ -151,7 +151,7 @@ def longest_text(shape: Shape, tokens: PromptTokens, *, shares_sequence: bool) -
 
 
 def widest(rows: Sequence[Lengths]) -> Lengths:
-    """To what a batch is padded."""
+    """The lengths that a batch is padded to."""
     return Lengths(max(r.seconds for r in rows), max(r.context for r in rows), max(r.answer for r in rows))
 
 
@@ -163,8 +163,8 @@ def _same(lengths: Lengths) -> LongestExamples:
     return LongestExamples(lengths, lengths)
 
 
-def _beside(shape: Shape, cuts: PromptTokens | None, prompt: int) -> tuple[int, int]:
-    """Context and answer beside a recording that is bounded by itself."""
+def _tokens_of(shape: Shape, cuts: PromptTokens | None, prompt: int) -> tuple[int, int]:
+    """Tokens of context and answer, if the bin bounds the recording separately."""
     if shape.contents.two_dimensional and cuts is not None:
         return cuts.context - 1, max(cuts.answer, shape.output_tokens - cuts.context)
     return shape.input_tokens or prompt, max(1, shape.output_tokens)

@@ -1,6 +1,6 @@
-"""The shortest prompts and answers of a prompt format: what a bin in tokens leaves to speech.
+"""The shortest prompts and answers of a prompt format, which determine the speech that a bin in tokens allows.
 
-They are made by the functions that prompt the training's examples, from examples of one word.
+They are made from examples of one word, by the functions that prompt the training's examples.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from nemo_emmett.prompts.instruction import translation_instruction
 from nemo_emmett.prompts.languages import known_languages, language_name
 
 _WORDS = ("a", "I", "1", ".")
-"""Texts that take the fewest tokens: one, with most tokenizers."""
+"""Texts of the fewest tokens: one, with most tokenizers."""
 
 _LANGUAGES_TRIED = 8
-"""Of those whose names take the fewest tokens, where a recipe names none: to prompt an example takes a millisecond."""
+"""Languages that are tried if a recipe names none, those with the shortest names: each prompt takes a millisecond."""
 
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Tokens of an example but for its speech.
+    """Tokens of an example without its speech.
 
     Args:
         context: before the answer; a recording's locator is one of them.
@@ -49,7 +49,7 @@ class PromptTokens:
 
 
 class ShortestPrompts:
-    """The shortest examples that a group's recipe lets a prompt format make; each is worked out once.
+    """The shortest examples that a prompt format makes with a group's recipe; each is computed once.
 
     Args:
         formatter: the training's prompt format.
@@ -72,7 +72,7 @@ class ShortestPrompts:
         return self._shortest(contents, self._pair) or PromptTokens(1, 1)
 
     def _of_conversations(self, contents: Contents) -> PromptTokens:
-        """Of conversations: those that bring their own words may be a recording and its answer."""
+        """Of conversations: those with their own prompt may be a recording and its answer."""
         if contents.conversations:
             return self._dialog(self._locator, None)
         asked = (self._asked(task) for tasks in self._possible(contents) for task in islice(tasks, _LANGUAGES_TRIED))
@@ -83,21 +83,21 @@ class ShortestPrompts:
         return min(chain.from_iterable(found), key=lambda prompt: prompt.total, default=None)
 
     def _made(self, tasks: Iterable[Task], make: Callable[[Task, str], Any]) -> Iterator[PromptTokens]:
-        """What examples of one word take in each of the tasks that the format can ask for."""
+        """Tokens of examples of one word in each of the tasks that the format supports."""
         words: Sequence[str] = _WORDS
         for task in tasks:
-            # Not every format knows every language, or has a function for every kind of example.
+            # Not every format supports every language and every kind of example.
             with suppress(ConfigError, DataError, ValueError):
                 of_words = {
                     word: self._tokens(apply_prompt_format_fn(make(task, word), self._formatter)) for word in words
                 }
-                words = [min(of_words, key=lambda word: of_words[word].total)]  # it is so in every language
+                words = [min(of_words, key=lambda word: of_words[word].total)]  # the same in every language
                 yield of_words[words[0]]
 
     def _possible(self, contents: Contents) -> Iterator[list[Task]]:
-        """For each task of a recipe, those with the shortest instructions that records may make of what it leaves open.
+        """For each task of a recipe, the tasks with the shortest instructions that its records may complete it to.
 
-        An instruction is shortest where speech is transcribed, or else where the source language is not said.
+        An instruction is shortest for transcription, or else without a source language.
         """
         for task in contents.tasks:
             source = task.source_lang

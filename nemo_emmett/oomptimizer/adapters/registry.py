@@ -1,4 +1,4 @@
-"""Which adapter a model gets."""
+"""The adapter of each model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _registered: list[tuple[Callable[[Any], bool], type[Adapter]]] = []
 
 
 def register_adapter(family: type | Callable[[Any], bool], adapter_class: type[Adapter]) -> None:
-    """Let OOMptimizer know a family of models of your own.
+    """Register an adapter for a family of models.
 
     Args:
-        family: the models' class, or a function that tells of a model whether it belongs to them. What is registered
-            last is asked first, and before all that nemo_emmett knows itself.
-        adapter_class: is made with the model as its argument.
+        family: the models' class, or a function from a model to whether it is one of them. The last one that was
+            registered takes precedence, and all take precedence over the adapters of nemo_emmett.
+        adapter_class: called with the model.
 
     Example:
         In a module that the training script imports::
@@ -39,21 +39,21 @@ def adapter_for(model: Any) -> Adapter:
         model: the LightningModule itself, not as a strategy wraps it.
 
     Raises:
-        ConfigError: if nothing is known of its batches.
+        ConfigError: if there is none, and the model has no schema.
     """
     for belongs, adapter_class in _registered:
         if belongs(model):
             return adapter_class(model)
     if not hasattr(type(model), "oomptimizer_schema"):
         raise ConfigError(
-            f"model: {type(model).__name__} has no `oomptimizer_schema`, so no batch of it can be made up; give it one "
+            f"model: {type(model).__name__} has no `oomptimizer_schema`, so no batch of it can be made; give it one "
             "as NeMo's models have, or register an adapter (nemo_emmett.oomptimizer.adapters.register_adapter)."
         )
     return _adapter_class(model)(model)
 
 
 def _adapter_class(model: Any) -> type[Adapter]:
-    # By names and attributes: the classes themselves are not imported before someone trains one of them.
+    # By names and attributes: their classes are slow to import, and needed only by those who train one.
     names = {kind.__name__ for kind in type(model).__mro__}
     if callable(type(model).oomptimizer_schema) and hasattr(model, "audio_locator_id"):
         return SpeechTextAdapter

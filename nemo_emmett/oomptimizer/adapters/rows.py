@@ -1,4 +1,4 @@
-"""Batches taken apart and put together by examples.
+"""Batches split and concatenated by examples.
 
 Shapes: B examples, T positions.
 """
@@ -14,22 +14,22 @@ from lhotse import CutSet
 from torch import Tensor
 
 
-def split_rows(count: int, pieces: int) -> list[list[int]]:
-    """The numbers below ``count`` in at most so many runs of about equal length, none of them empty.
+def split_rows(count: int, parts: int) -> list[list[int]]:
+    """The numbers below ``count`` in at most ``parts`` runs of about equal length, none of them empty.
 
     Example:
         >>> split_rows(5, 2)
         [[0, 1, 2], [3, 4]]
     """
-    pieces = min(pieces, count)
-    bounds = [-(-count * piece // pieces) for piece in range(pieces + 1)] if pieces else []
+    parts = min(parts, count)
+    bounds = [-(-count * part // parts) for part in range(parts + 1)] if parts else []
     return [list(range(start, end)) for start, end in pairwise(bounds)]
 
 
 def take_rows(value: Any, rows: Sequence[int], count: int) -> Any:
-    """The rows of whatever a batch holds of each of its ``count`` examples; anything else as it is.
+    """Some rows of a value that has one for each of a batch's ``count`` examples; any other value unchanged.
 
-    Tensors keep the width to which the whole batch is padded, so that an example is computed as it would be there.
+    Tensors keep the width to which the whole batch is padded, so that an example's result is the same.
     """
     if isinstance(value, Tensor):
         is_per_example = value.dim() > 0 and value.shape[0] == count
@@ -45,7 +45,7 @@ def stack_padded(tensors: Sequence[Tensor], value: float = 0, left: bool = False
 
     Args:
         tensors: of the same number of dimensions; (B,) tensors are concatenated as they are.
-        value: what fills the rest.
+        value: of the padding.
         left: pad on the left.
     """
     if tensors[0].dim() < 2:

@@ -30,7 +30,7 @@ from nemo_emmett.oomptimizer.adapters.fakes import fake_values
 from nemo_emmett.oomptimizer.adapters.lengths import Lengths, longest_speech, longest_text, shortest_speech
 from nemo_emmett.oomptimizer.adapters.prompts import PromptTokens, ShortestPrompts
 from nemo_emmett.oomptimizer.adapters.rows import split_rows, stack_padded, take_rows
-from nemo_emmett.oomptimizer.buckets import Contents, Shape
+from nemo_emmett.oomptimizer.buckets import Shape
 from nemo_emmett.prompts.families import prompt_formatter
 
 _OF_RECORDINGS = ("audios", "audio_lens")
@@ -39,12 +39,12 @@ _OF_RECORDINGS = ("audios", "audio_lens")
 class SALMAdapter(Adapter):
     """NeMo's ``speechlm2.SALM`` and models that take its batch.
 
-    It cannot train on a batch without recordings: text comes to it only beside speech (``sampler_fusion: zip``).
+    It cannot train on a batch without recordings, so text needs ``sampler_fusion: zip``.
     """
 
     @property
     def can_split(self) -> bool:  # type: ignore[override]
-        """Only where the loss is known to be SALM's own: the mean over the tokens of the answers."""
+        """Only if the loss is SALM's own: the mean over the tokens of the answers."""
         return any(kind.__name__ == "SALM" for kind in type(self.model).__mro__)
 
     pads_together = True
@@ -64,11 +64,13 @@ class SALMAdapter(Adapter):
         lengths = self._lengths(shape)
         recordings = 1 if shape.modality == "audio" else 0
         context = lengths.context + recordings
-        ids = random_ids(size, context + lengths.answer, self._vocab_size(), special_ids(self.model), device)
+        inputs = self.model.oomptimizer_schema["inputs"]
+        (vocab_size,) = (item["vocab_size"] for item in inputs if "vocab_size" in item)
+        ids = random_ids(size, context + lengths.answer, vocab_size, special_ids(self.model), device)
         if recordings:
             ids[:, context // 2] = self.model.audio_locator_tag_id
         if size > 1 and context > 1:
-            # One token of padding: without any, attention needs no mask, and batches of real data need one.
+            # One token of padding: real batches need an attention mask, and those without padding do not.
             ids[0, 0] = self.model.text_pad_id
         answer_columns = [column >= context for column in range(ids.shape[1])]
         per_token = shape.contents.seconds_per_token
@@ -81,29 +83,22 @@ class SALMAdapter(Adapter):
         }
 
     def _lengths(self, shape: Shape) -> Lengths:
-        """The example that takes the most memory: it makes the logits of all positions, so speech costs the most."""
+        """The example that takes the most memory: SALM makes logits of all positions, so it has the most speech."""
         if shape.modality == "text":
             return longest_text(shape, PromptTokens(1, 1), shares_sequence=True).first
-        shortest = self._shortest(shape.contents)
+        shortest = PromptTokens(2, 1)  # a token before the recording, and one after it
+        if self._prompts is not None:
+            shortest = self._prompts.of_conversations(shape.contents)
         examples = longest_speech(shape, conversations=shortest)
         return shortest_speech(shape, shortest) if examples is None else examples.first
 
-    def _shortest(self, contents: Contents) -> PromptTokens:
-        if self._prompts is None:
-            return PromptTokens(2, 1)  # a token before the recording, and one after it
-        return self._prompts.of_conversations(contents)
-
     @cached_property
     def _prompts(self) -> ShortestPrompts | None:
-        """None where the model does not tell its prompt format."""
+        """None if the model's config has no prompt format."""
         name = getattr(self.model, "cfg", {}).get("prompt_format")
         if not name:
             return None
         return ShortestPrompts(prompt_formatter(name, self.model.tokenizer), self.model.audio_locator_tag)
-
-    def _vocab_size(self) -> int:
-        (size,) = (item["vocab_size"] for item in self.model.oomptimizer_schema["inputs"] if "vocab_size" in item)
-        return size
 
     def join(self, batches: Sequence[Mapping]) -> dict[str, Tensor]:
         """See :meth:`Adapter.join`."""
@@ -131,23 +126,22 @@ class SALMAdapter(Adapter):
                 found.append(Extent(modality, len(rows), *longest))
         return found
 
-    def split_batch(self, batch: Mapping, pieces: int) -> list[dict[str, Any]]:
-        """See :meth:`Adapter.split_batch`; every piece holds a recording, since SALM takes no batch without."""
+    def split_batch(self, batch: Mapping, count: int) -> list[dict[str, Any]]:
+        """See :meth:`Adapter.split_batch`; every microbatch holds a recording, since SALM needs one."""
         counts = self._recordings_of_rows(batch)
-        speech = split_rows(sum(map(bool, counts)), pieces)
-        with_speech = [row for row, count in enumerate(counts) if count]
-        without = [row for row, count in enumerate(counts) if not count]
+        with_speech = [row for row, recordings in enumerate(counts) if recordings]
+        without = [row for row, recordings in enumerate(counts) if not recordings]
+        speech = split_rows(len(with_speech), count)
         text = split_rows(len(without), len(speech))
         text += [[]] * (len(speech) - len(text))
-        rows_of_pieces = (
-            sorted([*(with_speech[i] for i in mine), *(without[i] for i in beside)])
-            for mine, beside in zip(speech, text, strict=True)
-        )
-        return [self._piece(batch, rows, counts) for rows in rows_of_pieces]
+        return [
+            self._take(batch, sorted([*(with_speech[i] for i in some), *(without[i] for i in others)]), counts)
+            for some, others in zip(speech, text, strict=True)
+        ]
 
-    def loss_weight(self, piece: Mapping, whole: Mapping) -> float:
+    def loss_weight(self, microbatch: Mapping, whole: Mapping) -> float:
         """See :meth:`Adapter.loss_weight`: the loss is the mean over all tokens that have a target."""
-        return self._targets(piece) / max(1, self._targets(whole))
+        return self._targets(microbatch) / max(1, self._targets(whole))
 
     @contextmanager
     def planning(self) -> Iterator[None]:
@@ -155,7 +149,7 @@ class SALMAdapter(Adapter):
         with fake_values():
             yield
 
-    def _piece(self, batch: Mapping, rows: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
+    def _take(self, batch: Mapping, rows: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
         starts = [sum(counts[:row]) for row in range(len(counts))]
         recordings = [index for row in rows for index in range(starts[row], starts[row] + counts[row])]
         return {
@@ -176,6 +170,6 @@ class SALMAdapter(Adapter):
         return [sum(next(lens) for _ in range(count)) / rate for count in self._recordings_of_rows(batch)]
 
     def _targets(self, batch: Mapping) -> int:
-        # As SALM counts: padding and locators have no target wherever the mask is true.
+        # As SALM counts: padding and locators have no target, whatever the mask.
         has_target = batch["loss_mask"].bool() & (batch["input_ids"] != self.model.text_pad_id)
         return int((has_target & ~self._locators(batch)).sum())

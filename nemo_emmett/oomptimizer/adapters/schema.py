@@ -1,4 +1,4 @@
-"""Batches after ``oomptimizer_schema``: the types and lengths that NeMo's models tell of their batches.
+"""Batches by ``oomptimizer_schema``: the types and lengths of the inputs of NeMo's models.
 
 A schema is a dict: ``cls``, what the batch is made of (``tuple``, ``dict``, a dataclass), and ``inputs``, a list of
 dicts with the keys ``type`` (a ``NeuralType``, ``"constant"`` with its ``value``, or ``"dummy"``), ``seq_length``
@@ -43,7 +43,14 @@ class Schema:
 
     def __init__(self, model: Any, content: Any = None) -> None:
         self.model = model
-        content = _told_by(model) if content is None else content
+        if content is None:
+            try:
+                content = model.oomptimizer_schema
+            except (AttributeError, NotImplementedError) as error:
+                raise ConfigError(
+                    f"oomptimizer_schema: that of {type(model).__name__} cannot be read ({type(error).__name__}: "
+                    f"{error}); register an adapter (nemo_emmett.oomptimizer.adapters.register_adapter)."
+                ) from error
         if not isinstance(content, dict) or not callable(content.get("cls")) or not content.get("inputs"):
             raise ConfigError(
                 f"oomptimizer_schema: {type(model).__name__} gives {content!r}; a dict with `cls` and `inputs` is "
@@ -79,7 +86,9 @@ class Schema:
 
     def values(self, batch: Any) -> list[Any]:
         """What a batch holds for each of the schema's inputs, in their order."""
-        return [_read(batch, item.get("name", index)) for index, item in enumerate(self.inputs)]
+        keys = [item.get("name", index) for index, item in enumerate(self.inputs)]
+        is_object = not isinstance(batch, dict)
+        return [getattr(batch, key) if is_object and isinstance(key, str) else batch[key] for key in keys]
 
     def extent(self, batch: Any) -> Extent:
         """Number and lengths of the examples of a batch."""
@@ -140,25 +149,9 @@ class Schema:
         return self.cls(*unnamed, **named)
 
 
-def _told_by(model: Any) -> Any:
-    try:
-        return model.oomptimizer_schema
-    except (AttributeError, NotImplementedError) as error:
-        raise ConfigError(
-            f"oomptimizer_schema: that of {type(model).__name__} cannot be had ({type(error).__name__}: {error}); "
-            "register an adapter (nemo_emmett.oomptimizer.adapters.register_adapter)."
-        ) from error
-
-
 def _is_a(item: dict, kind: type) -> bool:
     return isinstance(item["type"], NeuralType) and isinstance(item["type"].elements_type, kind)
 
 
 def _is_token_ids(item: dict) -> bool:
     return _is_a(item, LabelsType) and not _is_a(item, MaskType)  # to NeMo a mask is a kind of labels
-
-
-def _read(batch: Any, key: str | int) -> Any:
-    if isinstance(key, str) and not isinstance(batch, dict):
-        return getattr(batch, key)
-    return batch[key]

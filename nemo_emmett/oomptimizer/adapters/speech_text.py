@@ -37,11 +37,11 @@ from nemo_emmett.prompts.families import prompt_formatter
 from nemo_emmett.prompts.instruction import translation_turns
 
 _ANY = PromptTokens(1, 1)
-"""Of a prompt that a bin says nothing of."""
+"""Of a prompt that no bin bounds."""
 
 
 class SpeechTextAdapter(Adapter):
-    """Models that keep speech and text apart, tell a schema for each, and split their batches themselves."""
+    """Models with one batch and one schema for each modality, which split their batches themselves."""
 
     def synthetic_batch(self, shape: Shape, size: int, device: torch.device) -> dict[str, dict[str, Tensor]]:
         """See :meth:`Adapter.synthetic_batch`.
@@ -50,7 +50,7 @@ class SpeechTextAdapter(Adapter):
             ModelError: if speech is asked of a model that reads text only.
         """
         rows = self._rows_of(shape, size)
-        if rows is None:  # no speech fits into the bin beside the shortest prompt: what is in it is text
+        if rows is None:  # no speech fits into the bin with the shortest prompt: its examples are text
             text = replace(shape, modality="text", seconds=0.0)
             return self.synthetic_batch(text, size, device)
         is_speech = shape.modality == "audio"
@@ -61,7 +61,7 @@ class SpeechTextAdapter(Adapter):
         if is_speech:
             context_ids[:, width.context // 2] = self.model.audio_locator_id
         if size > 1 and rows[0] == rows[1] and context_lens[0] > 1:
-            # One token of padding: without any, attention needs no mask, and batches of real data need one.
+            # One token of padding: real batches need an attention mask, and those without padding do not.
             context_lens[0] -= 1
         answer_lens = [row.answer for row in rows]
         batch = {
@@ -125,25 +125,23 @@ class SpeechTextAdapter(Adapter):
 
     def join(self, batches: Sequence[Mapping]) -> dict[str, Any]:
         """See :meth:`Adapter.join`."""
+        padding = {"context_ids": self.model.pad_id, "answer_ids": self.model.pad_id}
         joined: dict[str, Any] = {}
         for modality, part in (item for batch in batches for item in batch.items()):
-            joined[modality] = self._together(joined[modality], part) if modality in joined else part
+            if (first := joined.get(modality)) is not None:
+                part = {key: stack_padded([first[key], part[key]], padding.get(key, 0)) for key in first}
+            joined[modality] = part
         return joined
 
-    def _together(self, first: Mapping, second: Mapping) -> dict[str, Tensor]:
-        """The examples of two batches of one modality."""
-        fillings = {"context_ids": self.model.pad_id, "answer_ids": self.model.pad_id}
-        return {key: stack_padded([first[key], second[key]], fillings.get(key, 0)) for key in first}
-
     def extents(self, batch: Mapping) -> list[Extent]:
-        """See :meth:`Adapter.extents`; a flat batch of NeMo's may hold text beside speech."""
+        """See :meth:`Adapter.extents`; a flat batch of NeMo's may hold speech and text."""
         parts = split_modalities(batch, self.model.pad_id) if batch else {}
         rows = [row for part in parts.values() for row in self._rows(part)]
         of_modality = {name: [row for row in rows if row.modality == name] for name in ("audio", "text")}
         return [_longest(found) for found in of_modality.values() if found]
 
     def _rows(self, part: Mapping) -> list[Extent]:
-        """The examples of a one-modality batch, each as if it were alone."""
+        """The lengths of each example of a one-modality batch."""
         counts_B = (part["context_ids"] == self.model.audio_locator_id).sum(1)
         has_audio = part.get("audios") is not None
         samples = iter(part["audio_lens"].tolist() if has_audio else ())
@@ -154,13 +152,13 @@ class SpeechTextAdapter(Adapter):
             for count, context, answer in zip(counts_B.tolist(), contexts, answers, strict=True)
         ]
 
-    def split_batch(self, batch: Mapping, pieces: int) -> list[Any]:
+    def split_batch(self, batch: Mapping, count: int) -> list[Any]:
         """See :meth:`Adapter.split_batch`; the model's own."""
-        return self.model.split_batch(batch, pieces)
+        return self.model.split_batch(batch, count)
 
-    def loss_weight(self, piece: Mapping, whole: Mapping) -> float:
+    def loss_weight(self, microbatch: Mapping, whole: Mapping) -> float:
         """See :meth:`Adapter.loss_weight`; the model's own."""
-        return self.model.loss_weight(piece, whole)
+        return self.model.loss_weight(microbatch, whole)
 
     @contextmanager
     def one_step(self, whole: Mapping) -> Iterator[None]:

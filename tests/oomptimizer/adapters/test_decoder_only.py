@@ -40,9 +40,11 @@ def adapter(request, tiny_asr, tmp_path_factory) -> SpeechTextAdapter:
 def test_batches_train_the_real_model(adapter: SpeechTextAdapter, shapes: list[Shape]) -> None:
     batch = adapter.join([adapter.synthetic_batch(shape, 3, CPU) for shape in shapes])
     assert list(batch) == [shape.modality for shape in shapes]
-    hears = {name for name, _ in adapter.model.named_parameters() if name.startswith(("perception", "cross_attention"))}
+    of_speech = {
+        name for name, _ in adapter.model.named_parameters() if name.startswith(("perception", "cross_attention"))
+    }
     for name, parameter in adapter.model.named_parameters():
-        parameter.requires_grad = any(shape.modality == "audio" for shape in shapes) or name not in hears
+        parameter.requires_grad = any(shape.modality == "audio" for shape in shapes) or name not in of_speech
     assert is_trained(adapter, batch)
     adapter.model.requires_grad_(True)
 
@@ -61,7 +63,7 @@ def test_ids_are_those_of_plain_tokens_in_the_embedding_table(adapter: SpeechTex
     assert ids.max() < model.token_embedding.num_embeddings
 
 
-def test_the_prompt_beside_speech_is_as_long_as_the_format_s_own(adapter: SpeechTextAdapter) -> None:
+def test_the_prompt_with_speech_is_as_long_as_the_format_s_own(adapter: SpeechTextAdapter) -> None:
     model = adapter.model
     formatter = prompt_formatter("emmett_qwen3", model.tokenizer)
     asked = formatter.encode_dialog(translation_turns(formatter, "", "de", "en"))["context_ids"]
@@ -128,7 +130,7 @@ def test_pieces_weigh_what_they_weigh_in_the_whole(adapter: SpeechTextAdapter, m
     assert_same(expected, found)
 
 
-def test_extents_of_nemo_s_flat_batch_tell_speech_and_text_apart(adapter: SpeechTextAdapter) -> None:
+def test_extents_of_nemo_s_flat_batch_separate_speech_and_text(adapter: SpeechTextAdapter) -> None:
     model = adapter.model
     batch, parts = flat(model), several_recordings(model)
     contexts, answers = parts["context_lens"].tolist(), parts["answer_lens"].tolist()

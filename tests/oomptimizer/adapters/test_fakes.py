@@ -1,4 +1,4 @@
-"""What lets models' code run on fake tensors; that it does is tested beside each family."""
+"""Patches for models' code on fake tensors; each family's tests run it."""
 
 from __future__ import annotations
 

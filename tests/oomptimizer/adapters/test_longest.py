@@ -131,7 +131,7 @@ def test_every_example_is_at_the_upper_edge_of_its_bucket(adapters: dict, kind: 
         # Guard, which sees no more than a batch's longest parts, finds the bucket again.
         (extent,) = adapter.extents(adapter.synthetic_batch(bucket.shape, 1, CPU))
         if not bucket.shape.total or kind in ("SALM", "SALMGPT"):
-            measured_by_guard = (guard.measured(b, extent, adapter.measures_conversations) for b in group.buckets)
+            measured_by_guard = (guard.bucket_fit(b, extent, adapter.measures_conversations) for b in group.buckets)
             assert [found.surely_fits for found in measured_by_guard].index(True) == bucket.index
 
 

@@ -141,7 +141,7 @@ def test_a_schema_that_cannot_be_had_is_refused() -> None:
         def oomptimizer_schema(self) -> dict:
             raise NotImplementedError("later")
 
-    with pytest.raises(ConfigError, match=r"Unfinished cannot be had.*NotImplementedError: later"):
+    with pytest.raises(ConfigError, match=r"Unfinished cannot be read.*NotImplementedError: later"):
         adapter_for(Unfinished())
 
 
@@ -159,7 +159,7 @@ def test_a_model_that_hides_its_sampling_rate_is_refused() -> None:
     class Silent(Recogniser):
         sampling_rate = None
 
-    with pytest.raises(ConfigError, match="Silent does not tell how many samples a second of speech has"):
+    with pytest.raises(ConfigError, match="Silent does not define the samples per second of its speech"):
         adapter_for(Silent()).synthetic_batch(Shape("audio", 1.0, 0, 2), 1, CPU)
 
 

@@ -1,4 +1,4 @@
-"""NeMo's SALM: where its locators stand, how its rows are joined and cut."""
+"""NeMo's SALM: where its locators are, how its rows are joined and split."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_each_row_has_one_locator_an_answer_and_no_other_special_token(adapter: 
     assert is_answer.sum(1).tolist() == [6, 6, 6]
     assert is_answer[:, -6:].all()
     assert not (is_answer & (ids == locator)).any()
-    others = ids[(ids != locator)][1:]  # the first stands for the padding of the first row
+    others = ids[(ids != locator)][1:]  # the first is the padding of the first row
     assert not torch.isin(others, torch.tensor([tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id])).any()
     assert others.max() < adapter.model.text_vocab_size
     # Padding, without which attention would need no mask: on the left, in one row of several.
@@ -58,9 +58,9 @@ def test_the_sequence_is_prompt_speech_and_answer(adapter: SALMAdapter) -> None:
 def test_a_bin_of_the_whole_sequence_bounds_the_whole_sequence(adapter: SALMAdapter, modality: str) -> None:
     seconds = 2.4 if modality == "audio" else 0.0
     shape = Shape(modality, seconds, input_tokens=30, output_tokens=30, total=True)
-    beside = [adapter.synthetic_batch(SPEECH, 1, CPU)] if modality == "text" else []
+    others = [adapter.synthetic_batch(SPEECH, 1, CPU)] if modality == "text" else []
     batch = adapter.synthetic_batch(shape, 2, CPU)
-    (found,) = [extent for extent in adapter.extents(adapter.join([*beside, batch])) if extent.modality == modality]
+    (found,) = [extent for extent in adapter.extents(adapter.join([*others, batch])) if extent.modality == modality]
     positions = found.seconds / 0.08 + found.input_tokens + found.output_tokens
     if modality == "text":
         assert positions == len(batch["input_ids"][0]) == 30

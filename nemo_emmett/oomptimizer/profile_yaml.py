@@ -1,4 +1,4 @@
-"""YAML as one would write it by hand."""
+"""YAML in the layout of a profile."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import yaml
 
-from nemo_emmett.oomptimizer.memory import shown
+from nemo_emmett.files import shown
 
 _UNBROKEN = 1_000_000
-"""Columns of a line: lists that are to be pasted are not broken."""
+"""Columns of a line: lists are not wrapped."""
 
 _BYTES = re.compile(r"^( *(?:- )?)(\w*(?:peak|reserved|budget|memory)): (\d+)$", re.MULTILINE)
 """Lines with a key whose value is in bytes."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists whose items are scalars or short lists stand on one line, and whole numbers have no fraction."""
+    """Writes lists without mappings on one line, and whole numbers without a fraction."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -47,7 +47,7 @@ _Dumper.add_representer(
 
 
 def as_yaml(content: dict[str, Any]) -> str:
-    """Nested dicts, lists and scalars as YAML; sizes in bytes are told for people beside them.
+    """Nested dicts, lists and scalars as YAML; a comment repeats sizes in bytes in a readable unit.
 
     Example:
         >>> print(as_yaml({"bins": [[4.0, 2.5], [8.0, 9.0]], "peak": 3221225472}), end="")

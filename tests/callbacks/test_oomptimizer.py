@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_emmett.callbacks import OOMptimizer
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMT5
+from nemo_emmett.oomptimizer.calibration import memory_budget
 from nemo_emmett.oomptimizer.memory import shown
 from nemo_emmett.oomptimizer.profile import Profile
 from tests.models.batches import audio_batch
@@ -143,7 +143,7 @@ def test_a_recipe_that_the_profile_does_not_fit_is_refused(fit, tmp_path: Path, 
     assert sentence.format(path=tmp_path / "profile.yaml") in str(error.value)
 
 
-def test_nowhere_to_put_batch_sizes_is_told(fit) -> None:
+def test_nowhere_to_put_batch_sizes_is_reported(fit) -> None:
     class PlainData(LightningDataModule):
         def train_dataloader(self) -> torch.utils.data.DataLoader:
             return torch.utils.data.DataLoader(torch.ones(2, 1))
@@ -152,7 +152,7 @@ def test_nowhere_to_put_batch_sizes_is_told(fit) -> None:
         fit(AUDIO, Model(), PlainData())
 
 
-def test_a_loader_that_was_built_too_early_is_told(fit) -> None:
+def test_a_loader_that_was_built_too_early_is_reported(fit) -> None:
     with pytest.raises(ConfigError, match="the batch sizes come too late"):
         fit(AUDIO, NeedsNumberOfSteps(), Data({}))
 
@@ -169,17 +169,21 @@ def test_the_profile_may_come_from_the_environment(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"mode": "calibrat"}, "OOMptimizer.mode: 'calibrat' is unknown; it can be calibrate, plan, guard."),
+        ({"mode": "calibrat"}, "OOMptimizer.mode: 'calibrat' cannot be used; give 'calibrate' or 'plan' or 'guard'."),
         ({"mode": "plan"}, "OOMptimizer.memory_budget: is missing; a plan is for some memory"),
-        ({"safety_margin": 1}, "OOMptimizer.safety_margin: 1 is no share"),
-        ({"modality_share": 0}, "OOMptimizer.modality_share: 0 is no share"),
-        ({"modality_share": "most"}, "OOMptimizer.modality_share: 'most' is no share"),
-        ({"precision": -0.1}, "OOMptimizer.precision: -0.1 is no share"),
-        ({"memory_fraction": 1.5}, "OOMptimizer.memory_fraction: 1.5 is no share"),
+        ({"safety_margin": 1}, "OOMptimizer.safety_margin: 1 cannot be used; give a number from 0 to below 1."),
+        ({"modality_share": 0}, "OOMptimizer.modality_share: 0 cannot be used; give a number from 0.01 to below 1"),
+        (
+            {"modality_share": "most"},
+            "OOMptimizer.modality_share: 'most' cannot be used; give a number from 0.01 to below 1, or 'auto'.",
+        ),
+        ({"precision": -0.1}, "OOMptimizer.precision: -0.1 cannot be used; give a number from 0 to below 1."),
+        ({"memory_fraction": 1.5}, "OOMptimizer.memory_fraction: 1.5 cannot be used; give a number above 0 to 1."),
         ({"memory_budget": "much"}, "OOMptimizer.memory_budget: "),
+        ({"mode": "plan", "memory_budget": "8GiB", "modality_share": "auto"}, "OOMptimizer.modality_share: 'auto'"),
     ],
 )
-def test_an_argument_that_cannot_work_is_told_at_once(arguments: dict, sentence: str) -> None:
+def test_an_argument_that_cannot_work_is_reported_at_once(arguments: dict, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         OOMptimizer(**arguments)
     assert sentence in str(error.value)
@@ -189,11 +193,11 @@ def test_an_argument_that_cannot_work_is_told_at_once(arguments: dict, sentence:
 def test_a_cpu_without_a_budget_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr("nemo.utils.logging.info", lambda message, **_: lines.append(message))
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
-    budget = OOMptimizer()._budget(trainer)
+    cpu = torch.device("cpu")
+    budget = memory_budget(OOMptimizer().options, cpu)
     assert 0 < budget <= 8 * 2**30
     assert f"a step may take {shown(budget)} (half of the memory that is available, at most 8.0 GiB)" in lines[0]
-    assert OOMptimizer(memory_budget="40MiB")._budget(trainer) == 40 * 2**20
+    assert memory_budget(OOMptimizer(memory_budget="40MiB").options, cpu) == 40 * 2**20
     assert len(lines) == 1
 
 
@@ -246,11 +250,11 @@ def test_a_run_that_is_calibrated_equals_one_that_is_given_the_profile(tmp_path:
 
 
 def test_a_profile_that_is_there_is_used_and_not_measured_again(tmp_path: Path, salm_t5_config: dict) -> None:
-    path, heard = tmp_path / "profile.yaml", []
+    path, results = tmp_path / "profile.yaml", []
     for _ in range(2):
-        callback = OOMptimizer(profile=path, memory_budget="40MiB", listener=heard.append)
+        callback = OOMptimizer(profile=path, memory_budget="40MiB", listener=results.append)
         trainer_with(tmp_path, callback).fit(built(salm_t5_config), datamodule=BatchData(dict(BINS)))
-    assert len(heard) == 3
+    assert len(results) == 3
 
 
 def test_without_a_path_runs_of_the_same_kind_share_a_profile(tmp_path: Path, salm_t5_config: dict) -> None:
@@ -320,7 +324,7 @@ def test_guard_alone_takes_the_recipes_batch_sizes(tmp_path: Path, salm_t5_confi
         ("auto", "data.train_ds.bucket_duration_bins: 'auto' is not solved for by this datamodule"),
     ],
 )
-def test_bins_that_cannot_be_used_are_told(tmp_path: Path, salm_t5_config: dict, bins: Any, sentence: str) -> None:
+def test_bins_that_cannot_be_used_are_reported(tmp_path: Path, salm_t5_config: dict, bins: Any, sentence: str) -> None:
     train_ds = {} if bins is None else {"bucket_duration_bins": bins}
     with pytest.raises(ConfigError) as error:
         trainer_with(tmp_path, OOMptimizer(memory_budget="40MiB")).fit(
@@ -329,7 +333,7 @@ def test_bins_that_cannot_be_used_are_told(tmp_path: Path, salm_t5_config: dict,
     assert str(error.value).startswith(sentence)
 
 
-def test_a_model_without_a_schema_is_told(tmp_path: Path) -> None:
+def test_a_model_without_a_schema_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Model has no `oomptimizer_schema`"):
         trainer_with(tmp_path, OOMptimizer(memory_budget="40MiB")).fit(Model(), datamodule=BatchData(dict(BINS)))
 

@@ -1,12 +1,13 @@
 """Batch sizes for steps that hold a batch of every group at once (``sampler_fusion: zip``).
 
 The memory of a step is split once between the modalities. The groups before the last get batch sizes for their share,
-each alone. The last group's are then found in whole steps, beside the heaviest batches of the others, so that what
-modalities really share (activations of the one are freed while the other is computed) is measured, not assumed.
+each alone. The last group's are then found in whole steps, together with the largest batches of the others, so that
+what modalities share (activations of the one are freed while the other is computed) is measured, not assumed.
 
-Which batch of a group is the heaviest depends on when the model frees what: either the one with the highest peak of its
-own, or the one that leaves most behind for the backward pass. The first is the companion; with the second the heaviest
-steps are run at the end, and where they exceed the budget, batches that leave so much behind are made smaller.
+Which batch of a group takes the most memory in a whole step depends on when the model frees what: either the one with
+the highest peak of its own, or the one that holds the most activations for the backward pass. The first is the
+companion in all steps of the last group. At the end, whole steps are run with the second; if they exceed the budget,
+batches that hold so much are made smaller.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ SHARES = [share / 20 for share in range(2, 19)]
 """What ``modality_share: auto`` chooses from."""
 
 
-OF_WHAT_IS_LEFT = 0.02
-"""Share of the memory for batches by which a step that ran out of memory is taken to exceed the budget."""
+ASSUMED_EXCESS = 0.02
+"""Share of the memory for batches by which a step that ran out of memory is assumed to exceed the budget."""
 
 
 class ZipSearch:
@@ -42,7 +43,7 @@ class ZipSearch:
         resident: bytes alive before a step begins.
         audio_share: of the memory above ``resident``, for groups of speech together; the rest is for text.
         padded_together: the model pads all groups' examples to one width, so that batches of many short ones and of
-            few long ones are the worse the more they differ: the last group is tried beside both.
+            few long ones waste the more the more they differ: the last group is tried with both.
         search_options: of :class:`~nemo_emmett.oomptimizer.search.Search`.
     """
 
@@ -57,7 +58,7 @@ class ZipSearch:
         padded_together: bool = False,
         **search_options: float,
     ) -> None:
-        # Speech comes last: its batches are few and large, so text fills what they leave the least well.
+        # Speech comes last: its examples are large, so its batch sizes are the coarser unit.
         self._groups = sorted(groups, key=lambda group: group.modality == "audio")
         self._probe = probe
         self._budget = budget
@@ -78,7 +79,7 @@ class ZipSearch:
         companion = {result.bucket: result.batch_size for result in map(_highest, found.values())}
         companions = [companion, *self._extremes(found)] if self._padded_together else [companion]
         search = Search(
-            lambda bucket, size: self._worst([{**beside, bucket: size} for beside in companions]),
+            lambda bucket, size: self._worst([{**others, bucket: size} for others in companions]),
             self._budget,
             self._base,
             **self._options,
@@ -110,40 +111,42 @@ class ZipSearch:
         except ConfigError as error:
             raise ConfigError(
                 f"{str(error).rstrip('.')}; that budget is what modality_share leaves to '{group.name}', so another "
-                "share may do as well."
+                "share may help as well."
             ) from error
 
     def _checked(
         self, results: Sequence[Result], companion: Mapping[Bucket, int], of_last: Sequence[Result]
     ) -> list[Result]:
-        """The results of a group, lowered where batches leave too much behind beside the heaviest of the last group."""
+        """The results of a group; lowered if batches hold too much in a step with the largest of the last group."""
         rest = {bucket: size for bucket, size in companion.items() if bucket.group != results[0].bucket.group}
         results = list(results)
-        beside = _held(_highest(results))
-        while (leaves_most := max(results, key=_held)).bucket not in companion:
-            step = {**rest, leaves_most.bucket: leaves_most.batch_size}
-            more = _held(leaves_most) - beside
-            peak = max(self._peak_beside(step, more, heavy) for heavy in (_highest(of_last), max(of_last, key=_held)))
-            if peak <= self._budget or leaves_most.batch_size == 1:
+        of_companion = _held(_highest(results))
+        while (holds_most := max(results, key=_held)).bucket not in companion:
+            step = {**rest, holds_most.bucket: holds_most.batch_size}
+            more = _held(holds_most) - of_companion
+            peak = max(
+                self._joint_peak(step, more, largest) for largest in (_highest(of_last), max(of_last, key=_held))
+            )
+            if peak <= self._budget or holds_most.batch_size == 1:
                 break
-            allowed = _held(leaves_most) - (peak - self._budget)
-            results = [self._leaving_at_most(allowed, result) for result in results]
+            allowed = _held(holds_most) - (peak - self._budget)
+            results = [self._holding_at_most(allowed, result) for result in results]
         return results
 
-    def _peak_beside(self, step: Mapping[Bucket, int], more: float, heavy: Result) -> float:
-        """Peak of a step beside a batch of the last group, which leaves ``more`` behind than the companion did.
+    def _joint_peak(self, step: Mapping[Bucket, int], more: float, largest: Result) -> float:
+        """Peak of a step with a batch of the last group, where the others hold ``more`` bytes than the companion did.
 
-        Where that might exceed the budget, a smaller batch is tried and its line followed.
+        If that might exceed the budget, a smaller batch is run, and the peak extrapolated along its line.
         """
-        rise = max(heavy.line.slope, 1.0)
-        excess = heavy.confirmed.peak + max(more, 0.0) - self._budget
-        fewer = min(max(0, math.ceil(excess / rise)), heavy.batch_size - 1)
-        reading = self._probe({**step, heavy.bucket: heavy.batch_size - fewer})
+        rise = max(largest.line.slope, 1.0)
+        excess = largest.confirmed.peak + max(more, 0.0) - self._budget
+        fewer = min(max(0, math.ceil(excess / rise)), largest.batch_size - 1)
+        reading = self._probe({**step, largest.bucket: largest.batch_size - fewer})
         if reading.out_of_memory:  # the peak is then what was reached before
-            return max(reading.peak, self._budget) + OF_WHAT_IS_LEFT * (self._budget - self._resident)
+            return max(reading.peak, self._budget) + ASSUMED_EXCESS * (self._budget - self._resident)
         return reading.peak + fewer * rise
 
-    def _leaving_at_most(self, allowed: float, result: Result) -> Result:
+    def _holding_at_most(self, allowed: float, result: Result) -> Result:
         held = _held(result)
         if held <= allowed:
             return result
@@ -157,7 +160,7 @@ class ZipSearch:
 
 
 def shares_of(groups: Sequence[Group], audio_share: float) -> dict[str, float]:
-    """What each group may take of the memory: groups of one modality share evenly; one modality alone has it all."""
+    """Each group's share of the memory: groups of one modality share evenly; a single modality has all of it."""
     members = {m: [g.name for g in groups if g.modality == m] for m in ("audio", "text")}
     if not members["audio"] or not members["text"]:
         return {group.name: 1 / len(groups) for group in groups}
@@ -171,7 +174,7 @@ def best_share(results: Sequence[Result]) -> float:
     Args:
         results: of all groups, each found alone; steps must have been timed.
 
-    The step that is judged holds the mean batch of each modality; its time is the sum of theirs.
+    The rate is that of a step with the mean batch of each modality; its time is the sum of theirs.
     """
     by_modality = {m: [r for r in results if r.bucket.shape.modality == m] for m in ("audio", "text")}
 
@@ -181,16 +184,11 @@ def best_share(results: Sequence[Result]) -> float:
         for modality, members in by_modality.items():
             for result in members:
                 size = parts[modality] * result.batch_size / len(members)
-                tokens += size * _tokens(result.bucket)
+                tokens += size * result.bucket.shape.output_tokens  # which both modalities are trained on
                 seconds += size * result.confirmed.seconds / result.batch_size
         return tokens / seconds
 
     return max(SHARES, key=rate)
-
-
-def _tokens(bucket: Bucket) -> float:
-    """Output tokens of an example: what both modalities are trained on."""
-    return float(bucket.shape.output_tokens)
 
 
 def _highest(results: Sequence[Result]) -> Result:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
+from nemo_emmett.oomptimizer.snapshot import Snapshot
 from nemo_emmett.oomptimizer.steps import TrainingSteps
-from nemo_emmett.oomptimizer.trace import Snapshot
 from tests.models.batches import audio_batch, text_batch
 from tests.oomptimizer.models import LOCATOR, encoder, tiny_ctc, tiny_salm
-from tests.oomptimizer.probing import STEPS, Probing, assert_no_trace, losses_of, raw, state_of, trainer_for
+from tests.oomptimizer.probing import STEPS, Probing, assert_no_side_effects, losses_of, raw, state_of, trainer_for
 
 # Three models, as their trainings have them.
 
@@ -70,7 +70,7 @@ def test_salm_t5_trains_as_if_it_had_not_been_probed(salm_t5_config) -> None:
 
     probing = Probing(probe)
     probed = losses_of(make, batches, probing)
-    assert_no_trace(probing)
+    assert_no_side_effects(probing)
     assert probed == losses_of(make, batches)
     assert len(set(probed)) == STEPS
 
@@ -86,7 +86,7 @@ def test_salm_trains_as_if_it_had_not_been_probed(folder: Path) -> None:
 
     probing = Probing(probe)
     probed = losses_of(make, batches, probing)
-    assert_no_trace(probing)
+    assert_no_side_effects(probing)
     assert probed == losses_of(make, batches)
 
 
@@ -103,7 +103,7 @@ def make_ctc(folder: Path):
     model = tiny_ctc(folder / "ctc", encoder=noisy, spec_augment=spec_augment)
     for part in model.spec_augmentation.modules():
         if hasattr(part, "_rng"):
-            part._rng = random.Random(5)  # otherwise seeded by the operating system, anew in each run
+            part._rng = random.Random(5)  # otherwise seeded by the operating system, differently in each run
     return model
 
 
@@ -126,7 +126,7 @@ def test_a_ctc_model_with_batch_norm_trains_as_if_it_had_not_been_probed(folder:
     ((frames, positions),) = grown
     assert frames > 40
     assert positions == 2 * frames - 1
-    assert_no_trace(probing)
+    assert_no_side_effects(probing)
     assert probed == losses_of(lambda: make_ctc(folder), batches, **options)
 
 
@@ -147,7 +147,7 @@ def test_after_an_error_nothing_is_left_either(folder: Path) -> None:
 
     probing = Surviving(probe)
     losses_of(lambda: make_ctc(folder), batches, probing, max_steps=1)
-    assert_no_trace(probing)
+    assert_no_side_effects(probing)
 
 
 class Layer(LightningModule):
@@ -166,15 +166,15 @@ class Layer(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_nobody_hears_of_probes(tmp_path: Path) -> None:
-    heard = []
+def test_probes_call_no_callback_or_logger(tmp_path: Path) -> None:
+    calls = []
 
     class Hearing(Callback):
         def on_before_backward(self, trainer, pl_module, loss) -> None:
-            heard.append("before backward")
+            calls.append("before backward")
 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-            heard.append("before optimizer step")
+            calls.append("before optimizer step")
 
     class Telling(Layer):
         def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
@@ -186,8 +186,8 @@ def test_nobody_hears_of_probes(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     trainer = trainer_for(probing, Hearing(), max_steps=1, logger=logger)
     trainer.fit(Telling(), DataLoader([torch.ones(2, 8)], batch_size=None))
-    assert_no_trace(probing)
-    assert heard == ["before backward", "before optimizer step"]  # of the one step of the training
+    assert_no_side_effects(probing)
+    assert calls == ["before backward", "before optimizer step"]  # of the one step of the training
     logger.save()
     assert "of a probe" not in (Path(logger.log_dir) / "metrics.csv").read_text()
 
@@ -253,7 +253,7 @@ def described(odd: Odd) -> dict:
     }
 
 
-def test_a_snapshot_puts_everything_back_into_the_same_objects() -> None:
+def test_a_snapshot_restores_everything_in_the_same_objects() -> None:
     odd = Odd()
     before = described(odd)
     snapshot = Snapshot([odd])
@@ -261,7 +261,7 @@ def test_a_snapshot_puts_everything_back_into_the_same_objects() -> None:
     change(odd)
     changed = described(odd)
     assert [what for what in before if before[what] == changed[what]] == []
-    snapshot.put_back()
+    snapshot.restore()
     assert before == described(odd)
     assert draws(odd) == drawn
 
@@ -284,7 +284,7 @@ def test_a_snapshot_of_an_optimizer_in_the_midst_of_training() -> None:
     optimizer.param_groups[0]["lr"] = 7.0
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     assert before != (repr(optimizer.state_dict()), raw(layer.weight))
-    snapshot.put_back()
+    snapshot.restore()
     assert before == (repr(optimizer.state_dict()), raw(layer.weight))
     assert moments == [id(state["exp_avg"]) for state in optimizer.state.values()]
 
@@ -298,7 +298,7 @@ def test_containers_that_refuse_changes_are_left_alone_if_they_had_none() -> Non
     layer.options = Sealed(a=10**6)
     snapshot = Snapshot([layer])
     layer.bias.data.fill_(9)
-    snapshot.put_back()
+    snapshot.restore()
     assert layer.bias.max() < 9
 
 

@@ -1,8 +1,9 @@
-"""What a few readings tell of all buckets: memory is affine in the batch size, and smooth in the lengths.
+"""Models of memory and time that predict all buckets from a few readings.
 
-Above a floor a step's peak is ``intercept + slope * examples`` (bytes). The slope grows with the lengths x of the input
-and y of the output as the model's activations do: linearly where each position is computed alone, with x^2, x*y and y^2
-where positions attend to each other. A fit with coefficients that are not negative can only rise with the lengths.
+Memory is affine in the batch size, and smooth in the lengths. Above a floor a step's peak is ``intercept + slope *
+examples`` (bytes). The slope grows with the lengths x of the input and y of the output as the model's activations do:
+linearly where each position is computed alone, with x^2, x*y and y^2 where positions attend to each other. With
+coefficients that are not negative the fit cannot fall with the lengths.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Sample:
 
 
 def features(shape: Shape) -> np.ndarray:
-    """(6,) what the memory of one example may grow with: 1, x, y, x^2, x*y, y^2."""
+    """(6,) terms that the memory of one example may grow with: 1, x, y, x^2, x*y, y^2."""
     x, y = lengths(shape)
     return np.array([1.0, x, y, x * x, x * y, y * y])
 
@@ -60,13 +61,13 @@ class MemoryModel:
         return float(self.coefficients @ features(shape))
 
     def peak(self, shape: Shape, examples: int) -> float:
-        """Bytes at the worst moment of a step, the floor left aside."""
+        """Peak of a step in bytes, without the floor."""
         return self.intercept + examples * self.slope(shape)
 
 
 @dataclass(frozen=True)
 class TimedStep:
-    """A step with so many examples of a bucket, of each group that it held, took ``seconds``."""
+    """A step with so many examples of a bucket of each of some groups took ``seconds``."""
 
     sizes: Mapping[Bucket, int]
     seconds: float
@@ -76,7 +77,7 @@ def fit_times(steps: Sequence[TimedStep]) -> dict[Bucket, TimeLine]:
     """The time of each bucket's steps: one overhead for all, and an example's own time, smooth in its lengths.
 
     Args:
-        steps: of several buckets and sizes; steps that hold several groups tell of each.
+        steps: of several buckets and sizes; those of several groups contribute to each.
     """
     groups = sorted({bucket.group for step in steps for bucket in step.sizes})
     rows = []
@@ -92,9 +93,9 @@ def fit_times(steps: Sequence[TimedStep]) -> dict[Bucket, TimeLine]:
 
 
 def _fit(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The coefficients, none negative, of the columns of ``rows`` whose sums come nearest to ``values``, relatively."""
+    """Least squares of the relative errors: the coefficients, none negative, with which rows give values."""
     rows = rows / values[:, None]
-    # Columns of like size: bytes of all weights and of an example's quadratic term differ by many orders.
+    # Scaled to columns of equal norm: bytes of all weights and an example's quadratic term differ by many orders.
     scale = np.maximum(np.linalg.norm(rows, axis=0), np.finfo(float).tiny)
     solution, _ = nnls(rows / scale, np.ones(len(values)), maxiter=1000)
     return solution / scale

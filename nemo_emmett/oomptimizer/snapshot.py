@@ -1,9 +1,9 @@
-"""Steps that leave no trace: whatever a training step changes is put back as it was, bit for bit.
+"""Training steps without side effects: whatever they change is restored, bit for bit.
 
 What a step may change is found by following attributes from the model, its wrapper, the optimizers and the precision
-plugin: through modules, optimizers and plain containers to tensors and random generators. Their contents are noted
-before and put back after; objects stay the same objects. Values are kept on the host, so that the device has its
-memory for the steps. Objects of other classes are left as they are: only the attribute that holds them is put back.
+plugin: through modules, optimizers and plain containers to tensors and random generators. Their contents are saved
+before and restored after; objects stay the same objects. Values are saved on the host, so that the device's memory is
+free for the steps. Objects of other classes are not restored, only the attributes that refer to them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from nemo_emmett.callbacks.random_state import random_state, restore_random_state
+from nemo_emmett.modules.random_state import random_state, restore_random_state
+from nemo_emmett.modules.tensors import local_part
 
 _FOLLOWED = (Module, Optimizer, torch.amp.GradScaler)
-"""Classes whose attributes are noted; beyond them a model may hold anything, open files included."""
+"""Classes whose attributes are saved; a model may refer to anything else, open files included."""
 
 
 @contextmanager
-def no_trace(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Put everything back, at the end or after an error, that training steps inside change.
+def without_side_effects(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Restore everything that training steps inside change, also after an error.
 
     These are parameters that are trained, buffers (also those that grow with the input), gradients, training modes and
     other attributes of modules, states of optimizers, of the gradient scaler and of metrics, and random states. Inside,
@@ -40,7 +41,7 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     decode the batch and compute metrics in those), and no callback, logger or profiler is called.
 
     Args:
-        trainer: in the midst of ``fit``.
+        trainer: during ``fit``.
         module: that it trains.
     """
     before = Snapshot([trainer.strategy.model, module, *trainer.optimizers, trainer.precision_plugin])
@@ -49,10 +50,10 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     try:
         for parameter, _ in gradients:
             parameter.grad = None
-        with _unheard(trainer, module):
+        with _without_logging(trainer, module):
             yield
     finally:
-        before.put_back()
+        before.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
         restore_random_state(random_states)
@@ -72,46 +73,46 @@ class Snapshot:
         seen: set[int] = set()
         waiting: list[Any] = [vars(root) for root in roots]
         while waiting:
-            thing = waiting.pop()
-            if id(thing) not in seen:
-                seen.add(id(thing))
-                waiting += self._note(thing)
+            item = waiting.pop()
+            if id(item) not in seen:
+                seen.add(id(item))
+                waiting += self._save(item)
 
-    def put_back(self) -> None:
-        """Give all objects their state again."""
+    def restore(self) -> None:
+        """Set all objects to their saved state."""
         for container, contents in self._containers:
             _refill(container, contents)
         with torch.no_grad():
             for tensor, value in self._tensors:
                 local_part(tensor).copy_(value)
         for generator, state in self._generators:
-            _set_state(generator, state)
+            if isinstance(generator, random.Random):
+                generator.setstate(state)
+            elif isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = state
+            else:
+                generator.set_state(state)
 
-    def _note(self, thing: Any) -> Iterable[Any]:
-        """Note the state of a thing, and say what else it leads to."""
-        if isinstance(thing, Tensor):
-            if _can_change(thing):
-                self._tensors.append((thing, local_part(thing).detach().to("cpu", copy=True)))
-        elif isinstance(thing, (dict, list, set, deque)):
-            contents = _contents(thing)
-            self._containers.append((thing, contents))
+    def _save(self, item: Any) -> Iterable[Any]:
+        """Save the state of an object; returns the objects that it refers to."""
+        if isinstance(item, Tensor):
+            if _can_change(item):
+                self._tensors.append((item, local_part(item).detach().to("cpu", copy=True)))
+        elif isinstance(item, (dict, list, set, deque)):
+            contents = _contents(item)
+            self._containers.append((item, contents))
             return contents
-        elif isinstance(thing, (tuple, frozenset)):
-            return thing
-        elif isinstance(thing, _FOLLOWED):
-            return [vars(thing)]
-        elif (state := _state_of(thing)) is not None:
-            self._generators.append((thing, state))
+        elif isinstance(item, (tuple, frozenset)):
+            return item
+        elif isinstance(item, _FOLLOWED):
+            return [vars(item)]
+        elif (state := _state_of(item)) is not None:
+            self._generators.append((item, state))
         return ()
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """What a tensor holds on this rank: of a distributed tensor (FSDP2), its shard."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _contents(container: Any) -> list:
-    """What a container holds; of a dict, keys and values in turn."""
+    """The items of a container; of a dict, keys and values alternately."""
     if isinstance(container, dict):
         return [part for item in container.items() for part in item]
     return list(container)
@@ -120,7 +121,7 @@ def _contents(container: Any) -> list:
 def _refill(container: Any, contents: list) -> None:
     now = _contents(container)
     if len(now) == len(contents) and all(a is b for a, b in zip(now, contents, strict=True)):
-        return  # some containers refuse to be changed
+        return  # some containers raise on changes
     container.clear()
     if isinstance(container, dict):
         container.update(zip(contents[::2], contents[1::2], strict=True))
@@ -131,15 +132,12 @@ def _refill(container: Any, contents: list) -> None:
 
 
 def _can_change(tensor: Tensor) -> bool:
-    """Whether a step may write to a tensor; neither into expanded ones nor into those of inference mode one can."""
+    """Whether a step may write to a tensor; expanded tensors and those of inference mode cannot be written to."""
     frozen = isinstance(tensor, Parameter) and not tensor.requires_grad
-    return not (frozen or tensor.is_meta or tensor.is_inference() or _is_expanded(tensor))
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    if tensor.layout is not torch.strided:
+    if frozen or tensor.is_meta or tensor.is_inference():
         return False
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    strides = tensor.stride() if tensor.layout is torch.strided else tensor.shape
+    return not any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, strides, strict=True))
 
 
 def _state_of(generator: Any) -> Any:
@@ -155,34 +153,25 @@ def _state_of(generator: Any) -> Any:
     return None
 
 
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
-
-
 @contextmanager
-def _unheard(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Nobody hears of what happens inside; a module's ``log`` is put back with its other attributes."""
+def _without_logging(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """No logger, callback or profiler is called inside; a module's ``log`` is restored with its other attributes."""
     for part in module.modules():
         if isinstance(part, LightningModule):
             part.log = part.log_dict = _nothing
-    heard = trainer.callbacks, trainer.loggers, trainer.profiler
+    original = trainer.callbacks, trainer.loggers, trainer.profiler
     interval = trainer.log_every_n_steps
-    # Models may well ask for their logger, so there are as many as before.
+    # A model may index its loggers, so there are as many as before.
     trainer.callbacks, trainer.loggers = [], [DummyLogger() for _ in trainer.loggers]
     trainer.profiler = PassThroughProfiler()
-    # NeMo's models go by this interval, of the batch index or of the trainer's global step.
+    # In NeMo's models this is an interval of batch indices, or of the trainer's global step.
     trainer.log_every_n_steps = sys.maxsize
     try:
         yield
     finally:
-        trainer.callbacks, trainer.loggers, trainer.profiler = heard
+        trainer.callbacks, trainer.loggers, trainer.profiler = original
         trainer.log_every_n_steps = interval
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Stands in for ``log``."""
+    """Replaces ``log``."""
