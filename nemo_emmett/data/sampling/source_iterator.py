@@ -20,7 +20,7 @@ from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.base import Records
 from nemo_emmett.data.readers.examples import ExampleKind, Examples
-from nemo_emmett.data.readers.registry import defaults_of, open_source
+from nemo_emmett.data.readers.registry import ReaderContext, defaults_of, open_source, reader_context
 from nemo_emmett.data.sampling.shuffle import RecordOrder
 from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.errors import DataError
@@ -59,6 +59,9 @@ class ChunkReader(ABC):
     @abstractmethod
     def records_in_a_pass(self) -> int | None:
         """The number of records; None if it is unknown."""
+
+    def restart(self) -> None:  # noqa: B027
+        """Read, and count, the records again that were read so far."""
 
 
 @dataclass
@@ -154,6 +157,10 @@ class StreamChunks(ChunkReader):
         """See :meth:`ChunkReader.reseed`."""
         self.seed, self._epoch = seed, None
 
+    def restart(self) -> None:
+        """See :meth:`ChunkReader.restart`."""
+        self._epoch = None
+
     def records_in_a_pass(self) -> int | None:
         """Unknown."""
         return None
@@ -178,7 +185,8 @@ class StreamChunks(ChunkReader):
 
     def _open(self, epoch: int) -> None:
         source = self.source.with_keys(shard_seed=sum(self.seed) + epoch, force_finite=self.finite)
-        cuts, _ = open_source(source, self.skipped_records, self.kind)
+        with reader_context(ReaderContext(self.skipped_records, self.kind)):  # for our readers inside of NeMo's
+            cuts, _ = open_source(source, self.skipped_records, self.kind)
         if self.kind is not ExampleKind.AS_READ:
             cuts = Examples(cuts, self.kind, defaults_of(self.source), self.skipped_records, self.forbidden)
         self._stream = iter(cuts) if self.finite else _repeated(cuts)
