@@ -9,11 +9,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_emmett.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig, ListConfig
 
 MAX_TYPO_DISTANCE = 2
 """A key within this many edits of a known one is taken for a misspelling of it."""
@@ -123,6 +127,24 @@ def item_of(where: str, index: int) -> str:
         'data.train_ds.input_cfg.0'
     """
     return f"{where}.{index}"
+
+
+def read_yaml(path: str | os.PathLike[str]) -> DictConfig | ListConfig:
+    """Read a YAML file, without Hydra.
+
+    Raises:
+        ConfigError: if it cannot be read, or is not YAML.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"The config '{path}' cannot be read: {error.strerror or error}.") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"The config '{path}' is not YAML: {' '.join(str(error).split())}.") from error
 
 
 def escape_interpolations(text: str) -> str:

@@ -81,7 +81,7 @@ NOTES = {
     "data.bucketing_batch_size": "lhotse's is `bucket_batch_size`",
     "data.bucketing_strategy": "lhotse's is `use_bucketing`",
 }
-"""What is to be said of a key beside its status; a section stands for all in it."""
+"""Notes on keys in addition to their status; a section's note is for all keys in it."""
 
 
 @dataclass(frozen=True)

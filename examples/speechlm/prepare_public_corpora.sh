@@ -39,7 +39,7 @@ prepare() {
     fi
 }
 
-# Those of our languages that the names in a folder tell, for corpora of which one may have downloaded a few pairs.
+# Those of our languages that occur in the names of a folder's files, for corpora downloaded in part.
 languages_in() {
     ls "$SOURCES/$1" 2>/dev/null | tr -c 'a-z\n' '\n' | grep -xE "${LANGUAGES//,/|}" | sort -u | paste -sd,
 }

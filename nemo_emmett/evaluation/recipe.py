@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from nemo_emmett.config import read_yaml
 from nemo_emmett.errors import ConfigError
 
 
@@ -23,7 +22,7 @@ def config_of_test_sets(config: DictConfig | Mapping | str | os.PathLike[str]) -
     where = "the config"
     if isinstance(config, (str, os.PathLike)):
         where = f"'{os.fspath(config)}'"
-        config = read_yaml(Path(config))
+        config = read_recipe(Path(config))
     recipe = copy.deepcopy(config) if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     data = recipe.data if _has(recipe, "data") and "test_ds" in recipe.data else recipe
     if not (_has(data, "test_ds") and _has(data.test_ds, "datasets")):
@@ -39,18 +38,13 @@ def _has(config: DictConfig, key: str) -> bool:
     return key in config and isinstance(config[key], DictConfig) and len(config[key]) > 0
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """A recipe from its file.
+def read_recipe(path: Path) -> DictConfig:
+    """Read an evaluation's recipe from its file.
 
     Raises:
         ConfigError: if there is none, or it holds no keys.
     """
-    try:
-        config = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"The config '{path}' cannot be read: {error.strerror}.") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"The config '{path}' is not YAML: {' '.join(str(error).split())}.") from error
+    config = read_yaml(path)
     if not isinstance(config, DictConfig):
         raise ConfigError(f"The config '{path}' holds a list; it must hold keys, among them data.test_ds.")
     return config
