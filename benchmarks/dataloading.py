@@ -4,7 +4,8 @@ Both loaders read the same files with the same config, tokenizer and dataset cla
 lines share 400 recordings. Shuffled, with known bins, 0 and 2 workers. Each measurement has an interpreter of its own,
 the loaders by turns, and the table shows medians of
 
-- the time from the config to the first batch, after imports and with our indexes made before (their cost is reported separately);
+- the time from the config to the first batch, after imports and with our indexes made before (their cost is
+  reported separately);
 - examples per second after the first batches, nothing else to do;
 - the resident memory of all processes after that, their sum (RSS), and with pages that processes share, with these or
   with others on the machine, divided among them (PSS).

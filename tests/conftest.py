@@ -63,7 +63,7 @@ SLOWEST = (
     "models/test_memorising_salm_t5.py",
     "safety/test_models.py",
     "test_recipes.py",
-    "test_ending.py",
+    "test_exporting.py",
     "data/test_nemo_configs.py",
     "data/test_fuzzed_manifests.py",
     "modules/test_resumable_loop.py",
