@@ -58,10 +58,24 @@ _RESOLVER = re.compile(r"\$\{[^{}]*:")
 """OmegaConf's ``${oc.env:...}`` and the like; ``${other.key}`` is harmless."""
 
 
-def edit_distance(a: str, b: str, limit: int | None = None) -> int:
-    """Levenshtein distance between two strings; any value above ``limit`` may be returned as ``limit + 1``."""
-    if limit is not None and abs(len(a) - len(b)) > limit:
-        return limit + 1
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name with the fewest edits from ``name``, or None if all are more than ``MAX_TYPO_DISTANCE`` away.
+
+    Ties go to the name that sorts first. Names of up to three letters allow one edit only, so that ``de`` is not taken
+    for ``fr``.
+    """
+    # Not difflib: its ratio grows with the length, so that it takes NeMo's `lr` for `lora`, `source_lang` for
+    # `source_language` and `num_buckets` for `num_sub_buckets` at any cutoff that still finds two edits in short keys.
+    limit = MAX_TYPO_DISTANCE if len(name) > 3 else 1
+    close = (known_name for known_name in known if abs(len(known_name) - len(name)) <= limit)
+    distance, found = min(
+        ((_edit_distance(name, candidate), candidate) for candidate in close), default=(limit + 1, None)
+    )
+    return found if distance <= limit else None
+
+
+def _edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance."""
     previous = list(range(len(b) + 1))
     for i, char_a in enumerate(a, start=1):
         current = [i]
@@ -69,19 +83,6 @@ def edit_distance(a: str, b: str, limit: int | None = None) -> int:
             current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (char_a != char_b)))
         previous = current
     return previous[-1]
-
-
-def nearest(name: str, known: Iterable[str], limit: int = MAX_TYPO_DISTANCE) -> str | None:
-    """The known name with the fewest edits from ``name``, or None if all are more than ``limit`` edits away.
-
-    Ties go to the name that sorts first. Names of up to three letters allow one edit only, so that ``de`` is not taken
-    for ``fr``.
-    """
-    limit = limit if len(name) > 3 else min(limit, 1)
-    distances = sorted((edit_distance(name, k, limit), k) for k in known)
-    if distances and distances[0][0] <= limit:
-        return distances[0][1]
-    return None
 
 
 def check_keys(
