@@ -300,3 +300,43 @@ def g(config: DictConfig): ...
 """
     found = list(functions_of_unparsed_configs("m", ast.parse(source)))
     assert found == ["m.A.method", "m.A.method.inner", "m.f", "m.g"]
+
+
+# The page.
+
+PAGE = PACKAGE.parent / "docs" / "architecture.md"
+NAMED_BEFORE_THEY_EXIST = {
+    "cost_model.py",
+    "data/checks.py",
+    "data/config/dataset_config.py",
+    "data/config/nemo_config.py",
+    "data/readers/nemo_manifest.py",
+    "data/sampling/nemo_sampler.py",
+    "filtering.py",
+    "index.py",
+    "models/dummy_batch.py",
+    "nemo_tarred.py",
+    "output_folder.py",
+    "profile_store.py",
+    "recipe_checks.py",
+    "snapshot.py",
+    "zip_search.py",
+}
+
+
+def missing_files(text: str) -> set[str]:
+    """Files and folders of code that a page names and that do not exist: by their paths, or by their names alone."""
+    root, names = PACKAGE.parent, {path.name for path in PACKAGE.rglob("*.py*")}
+    named = set(re.findall(r"(?<![\w*.])[\w/]+\.pyi?\b|(?<=`)\w[\w/]*/(?=`)", text))
+    return {
+        name for name in named if not any((folder / name).exists() for folder in (root, PACKAGE)) and name not in names
+    }
+
+
+def test_the_page_names_files_that_exist() -> None:
+    assert missing_files(PAGE.read_text()) - NAMED_BEFORE_THEY_EXIST == set()
+
+
+def test_a_file_that_is_gone_is_seen() -> None:
+    page = "`plugin.py`, shuffle.py (data/io/gone.py, *.py), `data/gone/` and `data/io/`; moved.py"
+    assert missing_files(page) == {"data/io/gone.py", "data/gone/", "moved.py"}
