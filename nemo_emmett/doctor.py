@@ -62,7 +62,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Run all checks; imports NeMo, which takes about ten seconds."""
     # Registrations after the imports of NeMo and Hydra, which run them.
-    return [*_versions(), *_imports(), *_entry_points(), *_hydra(), *_registrations(), *_device(), *_extras()]
+    return [*_versions(), *_imports(), *_entry_points(), *_registrations(), *_device(), *_extras()]
 
 
 def report(console: Console) -> int:
@@ -117,6 +117,7 @@ def _entry_points() -> Iterator[Finding]:
     yield _tried(
         "plugin", "Lightning callbacks", _callback_factory, f"correct the variable {plugin.CALLBACKS_VARIABLE}"
     )
+    yield _tried("plugin", "Hydra", _hydra_plugin, "run: pip install --force-reinstall --no-deps nemo_emmett")
 
 
 def _callback_factory() -> str:
@@ -125,10 +126,6 @@ def _callback_factory() -> str:
         raise RuntimeError("the entry point is not installed")
     requested = [type(callback).__name__ for callback in plugin.requested_callbacks()]
     return ", ".join(requested) or f"none requested ({plugin.CALLBACKS_VARIABLE})"
-
-
-def _hydra() -> Iterator[Finding]:
-    yield _tried("plugin", "Hydra", _hydra_plugin, "run: pip install --force-reinstall --no-deps nemo_emmett")
 
 
 def _hydra_plugin() -> str:
@@ -156,10 +153,6 @@ def _device() -> Iterator[Finding]:
     part = "device"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding(part, "CPU", f"{os.cpu_count()} cores, {memory / GIB:.1f} GiB")
-    yield from _cuda(part)
-
-
-def _cuda(part: str) -> Iterator[Finding]:
     if find_spec("torch") is None:
         return
     import torch

@@ -1,4 +1,4 @@
-"""The exceptions a user sees: each carries one sentence that names the key or file, the value and the remedy."""
+"""Exceptions for users: each has one sentence that names the key or file, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ EXIT_NOT_FINITE = 70
 """Exit code of a training whose losses, gradients or weights are not finite (``EX_SOFTWARE`` of ``sysexits.h``)."""
 
 EXIT_NOT_WRITTEN = 73
-"""Exit code of a command that did its work but could not write the result where it was told to; what was computed is
-kept elsewhere (``EX_CANTCREAT`` of ``sysexits.h``)."""
+"""Exit code of a command that could not write its result to the given place, and wrote it elsewhere (``EX_CANTCREAT`` of
+``sysexits.h``)."""
 
 EXIT_TRY_AGAIN = 75
 """Exit code of a training that continues from its last checkpoint when it is started again: it ran out of memory, or
@@ -23,8 +23,7 @@ EXIT_INTERRUPTED = 130
 
 
 class EmmettError(Exception):
-    """A mistake in what the user gave: our commands print its sentence, without a traceback, and exit with 2, or with
-    the exit code of its class."""
+    """A user's mistake: our commands print its sentence, without a traceback, and exit with the code of its class."""
 
     exit_code: ClassVar[int] = EXIT_USER_ERROR
 
@@ -34,7 +33,7 @@ class ConfigError(EmmettError, ValueError):
 
 
 class DataError(EmmettError):
-    """A file of the data is missing, or what it holds cannot be trained on."""
+    """A file of the data is missing, or its content cannot be used for training."""
 
 
 class TooManyBadRecords(DataError):
@@ -52,6 +51,6 @@ class NonFiniteError(EmmettError):
 
 
 class OutputError(EmmettError):
-    """What was computed could not be written where it should be; the message says where it is instead."""
+    """A result could not be written to the given place; the message says where it is instead."""
 
     exit_code = EXIT_NOT_WRITTEN

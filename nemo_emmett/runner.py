@@ -281,9 +281,8 @@ def _refuse_missing_values(cfg: DictConfig) -> None:
     try:
         OmegaConf.missing_keys(cfg)  # this resolves every interpolation
     except OmegaConfBaseException as error:
-        said = str(error).splitlines()[0].rstrip(".")
-        place = _place(error.full_key)
-        raise ConfigError(f"{place}: {said}; correct what it refers to.") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"{_place(error.full_key)}: {reason}; correct what it refers to.") from error
 
 
 def _missing_keys(value: Any, path: str = "") -> Iterator[str]:
