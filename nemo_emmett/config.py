@@ -130,7 +130,7 @@ def item_of(where: str, index: int) -> str:
     return f"{where}.{index}"
 
 
-def read_yaml(path: str | os.PathLike[str]) -> DictConfig | ListConfig:
+def load_yaml(path: str | os.PathLike[str]) -> DictConfig | ListConfig:
     """Read a YAML file, without Hydra.
 
     Raises:

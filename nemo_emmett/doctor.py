@@ -153,6 +153,10 @@ def _device() -> Iterator[Finding]:
     part = "device"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding(part, "CPU", f"{os.cpu_count()} cores, {memory / GIB:.1f} GiB")
+    yield from _cuda(part)
+
+
+def _cuda(part: str) -> Iterator[Finding]:
     if find_spec("torch") is None:
         return
     import torch

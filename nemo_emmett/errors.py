@@ -1,4 +1,4 @@
-"""Exceptions for users: each has one sentence that names the key or file, the value and the remedy."""
+"""The exceptions for users: each is one sentence with the key or file, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ EXIT_NOT_FINITE = 70
 """Exit code of a training whose losses, gradients or weights are not finite (``EX_SOFTWARE`` of ``sysexits.h``)."""
 
 EXIT_NOT_WRITTEN = 73
-"""Exit code of a command that could not write its result to the given place, and wrote it elsewhere (``EX_CANTCREAT`` of
-``sysexits.h``)."""
+"""Exit code of a command that could not write its result to the given place; the result is kept elsewhere
+(``EX_CANTCREAT`` of ``sysexits.h``)."""
 
 EXIT_TRY_AGAIN = 75
-"""Exit code of a training that continues from its last checkpoint when it is started again: it ran out of memory, or
-SIGTERM or SIGINT stopped it (``EX_TEMPFAIL`` of ``sysexits.h``)."""
+"""Exit code of a training that ran out of memory, or that SIGTERM or SIGINT stopped, and that continues from its last
+checkpoint when it is started again (``EX_TEMPFAIL`` of ``sysexits.h``)."""
 
 EXIT_INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended (128 + SIGINT, the shell's convention)."""
 
 
 class EmmettError(Exception):
-    """A user's mistake: our commands print its sentence, without a traceback, and exit with the code of its class."""
+    """A user's mistake. Our commands print the message without a traceback, and exit with the code of the class."""
 
     exit_code: ClassVar[int] = EXIT_USER_ERROR
 
 
 class ConfigError(EmmettError, ValueError):
-    """A key of a recipe is missing, misspelt, or has a value that cannot work."""
+    """A key of a recipe is missing, misspelt, or has an invalid value."""
 
 
 class DataError(EmmettError):
-    """A file of the data is missing, or its content cannot be used for training."""
+    """A file of the data is missing, or its content cannot be trained on."""
 
 
 class TooManyBadRecords(DataError):
@@ -41,11 +41,11 @@ class TooManyBadRecords(DataError):
 
 
 class ModelError(EmmettError):
-    """A model cannot be built, loaded or used as asked."""
+    """A model cannot be built, loaded or used as requested."""
 
 
 class NonFiniteError(EmmettError):
-    """Losses, gradients or weights are not finite, and a training cannot go on, or be saved or exported."""
+    """Losses, gradients or weights are not finite, so a training cannot continue, be saved or be exported."""
 
     exit_code = EXIT_NOT_FINITE
 

@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nemo_emmett.config import item_of, nearest, read_yaml
+from nemo_emmett.config import item_of, load_yaml, nearest
 from nemo_emmett.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, EmmettError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def compose_data(config: str, overrides: Sequence[str] = ()) -> DictConfig | Lis
     """
     from omegaconf import ListConfig
 
-    if Path(config).is_file() and isinstance(content := read_yaml(config), ListConfig):
+    if Path(config).is_file() and isinstance(content := load_yaml(config), ListConfig):
         if overrides:
             raise ConfigError(f"{overrides[0]}: '{config}' is a list of sources, which has no keys to override.")
         return content

@@ -222,10 +222,10 @@ def _datamodule(data: DictConfig, model: LightningModule) -> MultimodalDataModul
 
 
 def _trainer_options(trainer: DictConfig) -> dict[str, Any]:
-    """The arguments of the trainer, with its callbacks instantiated.
+    """The arguments of the trainer, its callbacks made.
 
     Raises:
-        EmmettError: the error of a callback's argument; Hydra wraps it in an error of its own.
+        EmmettError: what a callback was given, and cannot use, in its own words; Hydra hides them in its own.
     """
     try:
         return resolve_trainer_cfg(trainer)
@@ -233,7 +233,7 @@ def _trainer_options(trainer: DictConfig) -> dict[str, Any]:
         if isinstance(error.__cause__, EmmettError):
             raise error.__cause__ from error
         if isinstance(error.__cause__, TypeError):
-            raise ConfigError(f"trainer: {error.__cause__}; correct or remove that argument.") from error
+            raise ConfigError(f"trainer: {error.__cause__}; correct or remove what it was given.") from error
         raise
 
 
@@ -245,7 +245,7 @@ def check_recipe(cfg: DictConfig) -> None:
     """
     for section in ("model", "trainer", "data"):
         if section not in cfg:
-            raise ConfigError(f"the recipe has no section '{section}'; the recipes in conf/ show its keys.")
+            raise ConfigError(f"the recipe has no section '{section}'; the recipes in conf/ show what belongs there.")
     if not cfg.model.get("_target_"):
         raise ConfigError(
             "model._target_ is missing: add +model._target_=salm_t5 (salm_gpt, bestow_gpt, NeMo's salm), or the path "
@@ -263,8 +263,8 @@ def check_recipe(cfg: DictConfig) -> None:
         ("trainer", inspect.signature(Trainer).parameters),
         ("exp_manager", [f.name for f in fields(ExpManagerConfig)]),
     ):
-        for unknown in check_keys(cfg.get(section) or {}, known, section):
-            raise ConfigError(f"{section}.{unknown}: there is no such key; remove it.")
+        for stranger in check_keys(cfg.get(section) or {}, known, section):
+            raise ConfigError(f"{section}.{stranger}: there is no such key; remove it.")
 
 
 def _examples_of(target: str) -> ExampleKind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,29 @@ def test_the_package_holds_no_recipes_but_those_of_the_models():
     """Every Hydra program on a user's machine searches them."""
     assert {path.stem for path in CONF.glob("*.yaml")} == {*JOINT, "evaluate_fleurs_flores"}
     assert all(path.name.startswith("emmett_") for path in CONF.iterdir() if path.is_dir() and path.name[0] != "_")
+
+
+TO_CORRECT = {"README.md", "docs/evaluation.md", "nemo_emmett/evaluation/run.py"}
+
+
+def test_every_recipe_that_is_named_by_its_path_exists():
+    """In the docs, in docstrings and in the comments of scripts and recipes."""
+    root = CONF.parents[1]
+    suffixes = ("*.md", "*.py", "*.sh", "*.yaml")
+    files = [root / "README.md"]
+    files += [
+        path
+        for folder in ("docs", "nemo_emmett", "examples")
+        for s in suffixes
+        for path in root.glob(f"{folder}/**/{s}")
+    ]
+    missing = {}
+    for file in files:
+        for named in re.findall(r"[\w/.]*\bconf/[\w/]+\.yaml", file.read_text()):
+            if not any((folder / named).exists() for folder in (root, file.parent)):
+                missing[named] = file.relative_to(root).as_posix()
+    assert set(missing.values()) - TO_CORRECT == set(), missing
+    assert len(files) > 100
 
 
 def datasets_of(data: DictConfig) -> Iterator[tuple[str, dict]]:

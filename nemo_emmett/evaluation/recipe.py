@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_emmett.config import read_yaml
+from nemo_emmett.config import load_yaml
 from nemo_emmett.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def config_of_test_sets(config: DictConfig | Mapping | str | os.PathLike[str]) -
     where = "the config"
     if isinstance(config, (str, os.PathLike)):
         where = f"'{os.fspath(config)}'"
-        config = read_recipe(Path(config))
+        config = read_yaml(Path(config))
     recipe = copy.deepcopy(config) if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     data = recipe.data if _has(recipe, "data") and "test_ds" in recipe.data else recipe
     if not (_has(data, "test_ds") and _has(data.test_ds, "datasets")):
@@ -38,13 +38,13 @@ def _has(config: DictConfig, key: str) -> bool:
     return key in config and isinstance(config[key], DictConfig) and len(config[key]) > 0
 
 
-def read_recipe(path: Path) -> DictConfig:
-    """Read an evaluation's recipe from its file.
+def read_yaml(path: Path) -> DictConfig:
+    """A recipe from its file.
 
     Raises:
         ConfigError: if there is none, or it holds no keys.
     """
-    config = read_yaml(path)
+    config = load_yaml(path)
     if not isinstance(config, DictConfig):
         raise ConfigError(f"The config '{path}' holds a list; it must hold keys, among them data.test_ds.")
     return config

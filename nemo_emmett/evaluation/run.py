@@ -26,7 +26,7 @@ from nemo_emmett.evaluation.comet import CometConfig
 from nemo_emmett.evaluation.curves import read_curves
 from nemo_emmett.evaluation.distributed import Processes, is_first_process, joined_processes
 from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, check_metrics, signatures
-from nemo_emmett.evaluation.recipe import config_of_test_sets, read_recipe
+from nemo_emmett.evaluation.recipe import config_of_test_sets, read_yaml
 from nemo_emmett.evaluation.report import write_report
 from nemo_emmett.evaluation.results import FILE_NAME, Evaluation, from_json, to_json, write_hypotheses
 from nemo_emmett.evaluation.scoring import score
@@ -104,7 +104,7 @@ def evaluate(
         OutputError: if the output could not be written; translations and scores are where the message says.
 
     Example:
-        >>> evaluate("exp/model", "conf/evaluate_fleurs_flores.yaml", output="exp/evaluation")  # doctest: +SKIP
+        >>> evaluate("exp/model", "conf/evaluate_phrasebook.yaml", output="exp/evaluation")  # doctest: +SKIP
     """
     # What may be wrong with the arguments shows before the translating, not after.
     metrics = check_metrics(metrics)
@@ -154,7 +154,7 @@ def evaluate_recipe(config: DictConfig | Place, model: Place | None = None, **op
     Raises:
         ConfigError: if neither names a model, and as :func:`evaluate` does.
     """
-    recipe = config if isinstance(config, DictConfig) else read_recipe(Path(config))
+    recipe = config if isinstance(config, DictConfig) else read_yaml(Path(config))
     known = ("name", "output", "num_beams", "max_new_tokens", "metrics", "comet", "log_dir", "examples")
     known += ("trust_remote_code",)
     if "test_ds" in recipe:  # and not a training's, with keys of its own

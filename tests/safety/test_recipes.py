@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from nemo_emmett import training
 from nemo_emmett.cli import main
-from nemo_emmett.evaluation.recipe import read_recipe
+from nemo_emmett.evaluation.recipe import read_yaml
 from nemo_emmett.models import SALMT5
 from nemo_emmett.runner import compose_recipe, recipe_runner
 from tests.safety.conftest import Payload
@@ -68,7 +68,7 @@ def test_neither_is_an_optimizer(payload: Payload, tiny_t5: Path, key: str) -> N
 
 READERS: dict[str, Callable[[Path], object]] = {
     "train": lambda path: compose_recipe(str(path)),
-    "evaluate": read_recipe,
+    "evaluate": read_yaml,
     "blend": lambda path: _invoke("blend", path),
     "bins": lambda path: _invoke("bins", path),
     "plan": lambda path: _invoke("plan", path, "--memory", "8GiB"),
