@@ -357,7 +357,11 @@ def _missing_config(error: Any, folders: Sequence[Path]) -> str:
     if error.missing_cfg_file is None:
         return _one_line(str(error))
     group, _, option = error.missing_cfg_file.rpartition("/")
-    options = list(error.options or _recipes(group, folders))
+    options = error.options
+    if not options:
+        places = [folder / group for folder in (files("nemo_emmett.conf"), *folders)]
+        names = {file.name for place in places if place.is_dir() for file in place.iterdir()}
+        options = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
     if suggestion := nearest(option, options):
         hint = f"did you mean '{suggestion}'?"
     else:
@@ -381,13 +385,6 @@ def _refused_override(error: Any) -> str:
     place = _place(error.full_key)
     hint = f"did you mean '{suggestion}'?" if suggestion else f"to add it, write +{place}=..."
     return f"{place}: there is no such key in the recipe; {hint}"
-
-
-def _recipes(group: str, folders: Sequence[Path]) -> list[str]:
-    """Names of the recipes, or of a group's options, in nemo_emmett and in the folders of the recipe."""
-    places = [folder / group for folder in (files("nemo_emmett.conf"), *folders)]
-    names = {file.name for place in places if place.is_dir() for file in place.iterdir()}
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def _one_line(message: str) -> str:
