@@ -251,9 +251,11 @@ def test_an_unnamed_module_is_seen() -> None:
 ENTRY_POINTS = {
     "nemo_emmett.data.dataloader.get_multimodal_dataloader",
     "nemo_emmett.data.datamodule.MultimodalDataModule.__init__",
+    "nemo_emmett.data.readers.registry.read_parallel_text",
+    "nemo_emmett.data.readers.registry.read_source",
     "nemo_emmett.data.stock.check_nemo_dataset",
 }
-"""Functions of ``data/`` that others call with an unparsed config."""
+"""Functions of ``data/`` that trainings and NeMo call with an unparsed config."""
 
 MODULES_TO_PARSE_FOR = {
     "nemo_emmett.data.blending.source_stats",
