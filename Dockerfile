@@ -11,8 +11,8 @@ RUN apt-get update \
 COPY . /opt/nemo_emmett
 WORKDIR /opt/nemo_emmett
 
-# The image's torch is built for its drivers and libraries: pinned to what is there, pip cannot replace it. NVIDIA's images
-# carry a file of constraints of their own besides (PIP_CONSTRAINT), which stays in force.
+# The image's torch is built for its drivers and libraries: the constraint keeps pip from replacing it. NVIDIA's images
+# have a constraints file of their own as well (PIP_CONSTRAINT), which stays in force.
 RUN python -c 'import torch; print(f"torch=={torch.__version__}")' > /tmp/image.txt \
     && python -m pip install --no-cache-dir -c /tmp/image.txt '.[demo,hygiene,report]' \
     && rm /tmp/image.txt

@@ -24,8 +24,8 @@ demo: $(INSTALLED) ## Train SALM-T5 on text and speech translation in four langu
 	@echo "==> Demo: corpus, pretraining, joint training, evaluation (examples/speechlm/demo.py)"
 	$(BIN)/python examples/speechlm/demo.py
 
-experiment: $(INSTALLED) ## Joint training beside text alone and speech alone, in three seeds (an hour and more)
-	@echo "==> Experiment: up to three hours on two cores; an interrupted one goes on (examples/speechlm/experiment.py)"
+experiment: $(INSTALLED) ## Joint training against text alone and speech alone, in three seeds (an hour and more)
+	@echo "==> Experiment: up to three hours on two cores; an interrupted one continues (examples/speechlm/experiment.py)"
 	$(BIN)/python examples/speechlm/experiment.py $(EXPERIMENT_ARGS)
 
 test: $(INSTALLED) ## Run the tests

@@ -1,10 +1,11 @@
-"""How fast do batches come, beside stock NeMo's dataloader, and how much memory do they take?
+"""How fast do batches come, compared with stock NeMo's dataloader, and how much memory do they take?
 
 Both loaders read the same files with the same config, tokenizer and dataset class: parallel text, and speech whose
 lines share 400 recordings. Shuffled, with known bins, 0 and 2 workers. Each measurement has an interpreter of its own,
 the loaders by turns, and the table shows medians of
 
-- the time from the config to the first batch, imports done and our indexes made before (what these cost is told apart);
+- the time from the config to the first batch, after imports and with our indexes made before (their cost is
+  reported separately);
 - examples per second after the first batches, nothing else to do;
 - the resident memory of all processes after that, their sum (RSS), and with pages that processes share, with these or
   with others on the machine, divided among them (PSS).
@@ -128,7 +129,7 @@ def index(data: Path) -> dict[str, float]:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The ratios that the project promises, by what they are about."""
+    """The ratios that are compared with the targets, by their names."""
     found = {(row["kind"], row["workers"], row["lines"], row["loader"]): row for row in rows}
     ratios = {}
     for kind, workers in product(KINDS, WORKERS):

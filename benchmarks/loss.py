@@ -1,4 +1,4 @@
-"""What do loss and gradients of a linear head take without all its logits, beside linear layer and cross-entropy?
+"""Time and memory of loss and gradients of a linear head without all its logits, against linear and cross-entropy.
 
 Time on this CPU, forward and backward pass, 2,048 tokens, d = 1,024, V = 32,000; both take turns, so that whatever else
 the machine does falls on both. Peak memory with 8,192 tokens and V = 256,000, on tensors without values.

@@ -1,4 +1,4 @@
-"""How long does it take to put speech in the place of its locator tokens, beside NeMo's SALM?
+"""How long does it take to put speech in the place of its locator tokens, compared with NeMo's SALM?
 
 Batches of 64 prompts with one recording each, padded on the left, as SALM reads them. Three ways from the encoder's
 padded output to embeddings, mask and targets:
@@ -83,7 +83,7 @@ def make_batch(setting: Setting) -> Batch:
 
 
 def ours(batch: Batch) -> Tensor:
-    """Embeddings, as ``merge_audio_embeddings`` makes them beside mask and targets."""
+    """The embeddings of ``merge_audio_embeddings``, which also returns mask and targets."""
     placed = merge_audio_embeddings(
         batch.embeds_BTH,
         batch.ids_BT,
@@ -98,7 +98,7 @@ def ours(batch: Batch) -> Tensor:
 
 
 def nemo(batch: Batch, recordings: list[Tensor]) -> Tensor:
-    """Embeddings, as NeMo makes them beside mask and targets."""
+    """The embeddings of NeMo's function, which also returns mask and targets."""
     targets_BT = batch.ids_BT.where(batch.is_answer_BT, -100)
     return replace_placeholders_and_build_targets(batch.ids_BT, batch.embeds_BTH, PAD, LOCATOR, recordings, targets_BT)[
         0

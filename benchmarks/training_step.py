@@ -1,4 +1,4 @@
-"""What does a training step of SALMGPT take, in time and memory, beside one of NeMo's SALM?
+"""What does a training step of SALMGPT take, in time and memory, compared with NeMo's SALM?
 
 Both have the same weights and get the same batch in NeMo's form. A step is what Lightning makes of it: forward pass,
 gradients of the step before dropped, backward pass, AdamW, all in float32. Steps take turns, so that whatever else the
@@ -136,7 +136,7 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
 
 
 def where_time_goes(step: Callable[[], Any], setting: Setting) -> dict[str, float]:
-    """Seconds that one step spends in each part, told by the sizes of what its operations work on."""
+    """Seconds that one step spends in each part, recognised by the sizes of the tensors."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         step()
     seconds: Counter[str] = Counter()

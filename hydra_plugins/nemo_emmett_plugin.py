@@ -1,7 +1,8 @@
 """Opens every Hydra program on the machine to nemo_emmett: Hydra imports this module when it starts.
 
-It adds ``pkg://nemo_emmett.conf`` to the search path of configs, and leaves word for NeMo (``plugin.register``): a NeMo
-recipe that knows nothing of nemo_emmett can name its classes and config groups. Neither NeMo nor torch is imported.
+It adds ``pkg://nemo_emmett.conf`` to the search path of configs and registers post-import hooks for NeMo
+(``plugin.register``), so that any NeMo recipe can name our classes and config groups. Neither NeMo nor torch is
+imported.
 """
 
 from hydra.core.config_search_path import ConfigSearchPath

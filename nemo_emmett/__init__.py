@@ -1,11 +1,19 @@
 """EMMeTT for a stock NeMo: text translation and speech translation in one training of one model.
 
-- ``nemo_emmett.models``: the models (``SALMT5``), and ``load`` for a saved one.
-- ``nemo_emmett.data``: files to batches (``MultimodalDataModule``, ``get_multimodal_dataloader``).
-- ``nemo_emmett.callbacks``: Lightning callbacks (``OOMptimizer``, ``RandomState``).
-- ``nemo_emmett.evaluation``: translate a test set, score it, report it.
-- ``nemo_emmett.corpora``: corpora to manifests.
-- ``nemo_emmett.plugin``: what installing the package makes Lightning, Hydra and NeMo see.
+Rooms, from those that users call down to those that everything uses (docs/architecture.md):
+
+- ``cli``, ``runner``, ``training``, ``doctor``: commands, recipes from the command line, and the training of a recipe;
+  ``checkpoints``, ``run_folders``, ``exporting``: what it resumes from, its folders, and its exported model.
+- ``plugin``: registration with Lightning, Hydra and NeMo when the package is installed.
+- ``callbacks``: Lightning callbacks (``OOMptimizer``, ``ResumableData``, ``RandomState``, ``TrainingClock``).
+- ``planning``: bins, batch sizes and blend before a training.
+- ``evaluation``: translate test sets, score and report.
+- ``corpora``: public corpora to manifests, text and shards.
+- ``models``: the models (``SALMT5``, ``SALMGPT``, ``BestowGPT``), and ``load`` for a saved one.
+- ``data``: files to batches (``MultimodalDataModule``, ``get_multimodal_dataloader``).
+- ``oomptimizer``: batch sizes that fit the memory.
+- ``modules``, ``prompts``: parts of models; translation prompts and languages.
+- ``errors``, ``config``, ``typed_config``, ``files``, ``processes``, ``audio_file``: what all rooms use.
 
 Importing the package imports neither torch nor NeMo: these modules load when they are first used. It registers
 post-import hooks, which add our data types, prompt formats and dataloader to NeMo as soon as NeMo is imported.

@@ -1,8 +1,8 @@
-"""Which checkpoint a run resumes from: the newest that is complete, whatever an interruption left beside it.
+"""Chooses the checkpoint that a run resumes from: the newest complete one.
 
-NeMo's ``exp_manager`` resumes from the one file that ends in ``-last.ckpt``. It ends with an error where there are two
-(a run was killed between writing one and removing the other) or where the file is marked as unfinished, and Lightning
-fails on a file that is cut short (a full disk). A job that is queued again would fail at each start.
+NeMo's ``exp_manager`` resumes from the file that ends in ``-last.ckpt``. It raises if there are two (a run was killed
+between writing one and removing the other) or if the file is marked as unfinished, and Lightning fails on a truncated
+file (a full disk). A requeued job would fail at every start.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from nemo.utils.exp_manager import get_log_dir
 from omegaconf import DictConfig, OmegaConf
 
 UNREADABLE, OLDER = ".unreadable", ".older"
-"""Appended to the names of checkpoints that are not to be resumed from; nothing is deleted."""
+"""Suffixes for checkpoints that are not resumed from; nothing is deleted."""
 
 _LAST = re.compile(r"last(-v\d+)?(\.ckpt)?$")
-"""Lightning appends -v1 where a file of that name is in its way."""
+"""Lightning appends -v1 if a file of that name exists."""
 
 _ARGUMENTS_OF_LOG_DIR = ("exp_dir", "name", "version", "explicit_log_dir", "use_datetime_version")
 
 
 def with_resume_point(config: DictConfig, trainer: Trainer) -> DictConfig:
-    """A recipe's ``exp_manager`` section with which NeMo resumes from the newest complete checkpoint.
+    """The ``exp_manager`` section of a recipe, changed so that NeMo resumes from the newest complete checkpoint.
 
-    Of the run's ``-last`` checkpoints the newest complete one keeps its name. If none is complete, the newest complete
-    checkpoint of the folder is resumed from, and if there is none either, training starts from the beginning. The
-    others are renamed, and one warning names them and the one that is used.
+    Of the run's ``-last`` checkpoints the newest complete one keeps its name; the others are renamed, and one warning
+    names them and the one that is used. If none is complete, training resumes from the newest complete checkpoint of
+    the folder, or else starts from the beginning.
 
     Args:
         config: with ``resume_if_exists: true``; any other is returned as it is.
@@ -46,7 +46,7 @@ def with_resume_point(config: DictConfig, trainer: Trainer) -> DictConfig:
     last = _by_age(path for path in folder.glob("*") if _LAST.search(path.name))
     faults = {path: fault for path in last if (fault := checkpoint_fault(path))}
     complete = [path for path in last if path not in faults]
-    if not complete and (faults or any(folder.glob(f"*{UNREADABLE}*"))):  # found unreadable now, or at an earlier start
+    if not complete and (faults or any(folder.glob(f"*{UNREADABLE}*"))):  # unreadable now, or at an earlier start
         others = _by_age(path for path in folder.glob("*.ckpt") if path not in last)
         complete = [path for path in others if not checkpoint_fault(path)][-1:]
     chosen = complete[-1] if complete else None
@@ -57,7 +57,7 @@ def with_resume_point(config: DictConfig, trainer: Trainer) -> DictConfig:
         skipped = "; ".join(f"{path} ({reason})" for path, reason in renamed.items())
         rest = f"Training resumes from {chosen}." if chosen else "Training starts from the beginning."
         logging.warning(f"Not resumed from: {skipped}. {rest}")
-    if chosen is not None:  # complete by its content: NeMo would refuse it for a mark that a killed run left
+    if chosen is not None:  # it is complete, but NeMo would refuse it for the marker file of a killed run
         NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(chosen).unlink(missing_ok=True)
     if chosen is None or chosen.name.endswith(("last.ckpt", "last")):
         return config
@@ -66,7 +66,7 @@ def with_resume_point(config: DictConfig, trainer: Trainer) -> DictConfig:
 
 
 def checkpoint_fault(path: str | os.PathLike[str]) -> str | None:
-    """What makes a checkpoint unusable; None if it is complete. Nothing of it is unpickled.
+    """The reason why a checkpoint is unusable; None if it is complete. Nothing is unpickled.
 
     Args:
         path: a Lightning checkpoint: a file, or the folder of a sharded one (``ModelParallelStrategy``).
@@ -81,7 +81,7 @@ def checkpoint_fault(path: str | os.PathLike[str]) -> str | None:
         with zipfile.ZipFile(path) as archive:
             if not any(name.endswith("/data.pkl") for name in archive.namelist()):
                 return "it is not a checkpoint"
-            # torch.load does not look at the checksums, and would train on with damaged weights.
+            # torch.load does not verify checksums, so training would continue with damaged weights.
             damaged = archive.testzip() if torch.serialization.get_crc32_options() else None
     except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
         return f"it is cut short or damaged ({error})"
@@ -89,7 +89,7 @@ def checkpoint_fault(path: str | os.PathLike[str]) -> str | None:
 
 
 def _checkpoint_folder(config: DictConfig, trainer: Trainer) -> Path:
-    """Where ``exp_manager`` will look."""
+    """The folder in which ``exp_manager`` looks for checkpoints."""
     params: Mapping = config.get("checkpoint_callback_params") or {}
     if params.get("dirpath"):
         return Path(params["dirpath"])
@@ -102,7 +102,7 @@ def _checkpoint_folder(config: DictConfig, trainer: Trainer) -> Path:
 
 
 def _by_age(paths: Iterable[Path]) -> list[Path]:
-    """The oldest first; what another rank has just renamed is left out."""
+    """The paths, oldest first, without those that another rank has just renamed."""
     ages = {}
     for path in paths:
         try:
@@ -112,14 +112,14 @@ def _by_age(paths: Iterable[Path]) -> list[Path]:
     return sorted(ages, key=lambda path: (ages[path], path.name))
 
 
-def _rename(path: Path, ending: str) -> str:
-    """Give a checkpoint a name that nothing resumes from, unless another rank has done so; returns the name."""
-    number, target = 0, path.with_name(path.name + ending)
+def _rename(path: Path, suffix: str) -> str:
+    """Append a suffix to a checkpoint's name, unless another rank has done so; returns the new name."""
+    number, target = 0, path.with_name(path.name + suffix)
     while target.exists():
         number += 1
-        target = path.with_name(f"{path.name}{ending}{number}")
+        target = path.with_name(f"{path.name}{suffix}{number}")
     try:
         path.rename(target)
     except FileNotFoundError:
-        return path.name + ending
+        return path.name + suffix
     return target.name

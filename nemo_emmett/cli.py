@@ -1,4 +1,4 @@
-"""``nemo-emmett <command>``. What a command needs is imported when it runs, so that ``--help`` is instant."""
+"""``nemo-emmett <command>``. A command imports what it needs when it runs, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Commands(click.Group):
-    """A group of commands that tells a user's mistakes in one sentence and exits with code 2."""
+    """A group of commands; a user's mistake ends one with a sentence and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -30,6 +30,47 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="nemo-emmett")
 def main() -> None:
     """Train one model on text and speech translation, with NeMo."""
+
+
+def _together(*parameters: Callable[[Callable], Callable]) -> Callable[[Callable], Callable]:
+    """One decorator for several of click's arguments and options, in their order."""
+
+    def decorate(command: Callable) -> Callable:
+        for parameter in reversed(parameters):
+            command = parameter(command)
+        return command
+
+    return decorate
+
+
+_recipe = _together(click.argument("config"), click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1))
+_tokenizer = click.option(
+    "--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: the model's; blend: or words]"
+)
+_section = click.option("--section", help="Place of the dataset in the recipe.  [default: data.train_ds]")
+_limit = click.option("--limit", type=click.IntRange(min=1), help="Examples to measure of each group.  [default: all]")
+_buckets = _together(
+    click.option(
+        "--num-buckets", type=click.IntRange(min=1), help="Buckets of input lengths.  [default: the config's]"
+    ),
+    click.option(
+        "--num-sub-buckets",
+        type=click.IntRange(min=1),
+        help="Bins of output lengths in each of them.  [default: the config's, or none]",
+    ),
+)
+_jobs = click.option(
+    "--jobs", type=int, help="Processes to speak with; the result does not depend on it.  [default: all cores]"
+)
+_trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run code that came with the model, of a language model that transformers does not know (docs/security.md).",
+)
+
+
+def _trust(trust_remote_code: bool) -> dict[str, bool]:
+    return {"trust_remote_code": True} if trust_remote_code else {}
 
 
 @main.group(cls=CorpusCommands)
@@ -50,15 +91,13 @@ def prepare() -> None:
 @click.option("--max-number", type=int, help="The largest number.")
 @click.option("--variants", type=Names(), help="eSpeak NG's voice variants, such as f1,m1,m3.  [default: 11 of them]")
 @click.option("--accents/--no-accents", default=None, help="Speak English and Spanish in two accents each.")
-@click.option(
-    "--jobs", type=int, help="Processes to speak with; the result does not depend on it.  [default: all cores]"
-)
+@_jobs
 def phrasebook(out: Path, jobs: int | None, **options: Any) -> None:
     """Write and speak numbers, dates, times and prices in four languages into the folder OUT."""
     from nemo_emmett.corpora.phrasebook import PhrasebookConfig, prepare_phrasebook
 
     config = PhrasebookConfig(**{name: value for name, value in options.items() if value is not None})
-    _tell_spoken(prepare_phrasebook(out, config, num_jobs=jobs), "items")
+    _print_spoken(prepare_phrasebook(out, config, num_jobs=jobs), "items")
 
 
 @prepare.command()
@@ -75,19 +114,17 @@ def phrasebook(out: Path, jobs: int | None, **options: Any) -> None:
 @click.option("--speed", type=(int, int), help="Words a minute, slowest and fastest.  [default: 190 210]")
 @click.option("--pitch", type=(int, int), help="Of eSpeak NG's 0 to 99, lowest and highest.  [default: 40 60]")
 @click.option("--seed", type=int, help="Of the voices.  [default: 0]")
-@click.option(
-    "--jobs", type=int, help="Processes to speak with; the result does not depend on it.  [default: all cores]"
-)
+@_jobs
 def captions(source: Path, out: Path, jobs: int | None, **options: Any) -> None:
     """Speak captions that are line-aligned in several languages, from the folder SOURCE (Multi30k), into OUT."""
     from nemo_emmett.corpora.captions import CaptionsConfig, prepare_captions
 
     config = CaptionsConfig(**{name: value for name, value in options.items() if value is not None})
-    _tell_spoken(prepare_captions(source, out, config, num_jobs=jobs), "captions")
+    _print_spoken(prepare_captions(source, out, config, num_jobs=jobs), "captions")
 
 
-def _tell_spoken(summary: SpokenSummary, unit: str) -> None:
-    """Print what each split of a spoken corpus holds."""
+def _print_spoken(summary: SpokenSummary, unit: str) -> None:
+    """Print the size of each split of a spoken corpus."""
     state = "written" if summary.made_now else "there already"
     for split, items in summary.items.items():
         recordings, hours = sum(summary.recordings[split].values()), sum(summary.hours[split].values())
@@ -106,27 +143,16 @@ def _tell_spoken(summary: SpokenSummary, unit: str) -> None:
 @click.option("--examples", type=click.IntRange(min=0), default=10, help="Leaks shown of each kind, at most.")
 @click.option("--near/--no-near", default=True, help="Look for test sentences with a few words changed, too.")
 def leaks(training: Sequence[Path], held_out: Sequence[Path], examples: int, near: bool) -> None:
-    """Find the test sentences that stand in TRAINING: text, manifests or prepared corpora; exit with 1 if there are."""
+    """Find test sentences in TRAINING: text, manifests or prepared corpora; exit with 1 if there are any."""
     from nemo_emmett.corpora.leaks_command import print_leaks
 
     raise SystemExit(int(print_leaks(training, held_out, examples=examples, near=near)))
 
 
-_trust_option = click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Run code that came with the model, of a language model that transformers does not know (docs/security.md).",
-)
-
-
-def _trust(trust_remote_code: bool) -> dict[str, bool]:
-    return {"trust_remote_code": True} if trust_remote_code else {}
-
-
 @main.command()
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option("--to", "target_lang", required=True, help="Language to translate to, such as de.")
-@click.option("--from", "source_lang", help="Language to translate from, where the model needs to know.")
+@click.option("--from", "source_lang", help="Language to translate from, if the model needs it.")
 @click.option(
     "--model",
     required=True,
@@ -159,7 +185,7 @@ def translate(
 @click.option("--num-beams", type=click.IntRange(min=1), help="1 is greedy search.  [default: the recipe's, or 1]")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest translation.  [default: the model's]")
 @click.option("--log-dir", type=click.Path(path_type=Path), help="TensorBoard logs of the training, for its curves.")
-@click.option("--name", help="What tables call the model.  [default: the end of its folder's path]")
+@click.option("--name", help="Name of the model in tables.  [default: the end of its folder's path]")
 @click.option(
     "--metrics",
     type=Names(),
@@ -188,7 +214,7 @@ def evaluate(model: Path, config: Path, trust_remote_code: bool, **options: Any)
 @click.argument("recipe")
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 def train(recipe: str, overrides: Sequence[str]) -> None:
-    """Train the model of RECIPE, a YAML file or the name of a shipped recipe; KEY=VALUE overrides a key of it.
+    """Train the model of RECIPE, a YAML file or the name of a recipe of nemo_emmett; KEY=VALUE overrides a key of it.
 
     Started again, it resumes from its newest complete checkpoint. torchrun and srun may start it on several devices.
     """
@@ -204,7 +230,7 @@ def train(recipe: str, overrides: Sequence[str]) -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--config", help="Recipe of the training, a YAML file or a shipped one.  [default: recipe.yaml beside CHECKPOINT]"
+    "--config", help="Recipe of the training, by its path or name.  [default: recipe.yaml next to CHECKPOINT]"
 )
 def export(checkpoint: Path, folder: Path, config: str | None) -> None:
     """Write the model of CHECKPOINT, a .ckpt file or the folder of a sharded one, into FOLDER, for translate and
@@ -212,7 +238,7 @@ def export(checkpoint: Path, folder: Path, config: str | None) -> None:
     from nemo_emmett.runner import compose_recipe
 
     recipe = None if config is None else compose_recipe(config)
-    from nemo_emmett.ending import export_checkpoint
+    from nemo_emmett.exporting import export_checkpoint
 
     export_checkpoint(checkpoint, folder, recipe)
     click.echo(f"The model of {checkpoint} is in {folder}")
@@ -228,16 +254,10 @@ def doctor() -> None:
     raise SystemExit(report(Console()))
 
 
-def _data_arguments(command: Callable) -> Callable:
-    """The arguments of the commands that report on data."""
-    command = click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)(command)
-    return click.argument("config")(command)
-
-
 def _read_data(
     config: str, overrides: Sequence[str], section: str | None, given: Mapping[str, Any] | None = None
 ) -> tuple[Recipe, Any]:
-    """The dataset that a command names, with what its model knows of it, and the model's tokenizer."""
+    """The dataset of a command, with its model's defaults, and the model's tokenizer."""
     from nemo_emmett.runner import compose_data
 
     content = compose_data(config, overrides)
@@ -255,16 +275,16 @@ def _read_data(
 
 
 @main.command()
-@_data_arguments
-@click.option("--section", help="Place of the dataset in the recipe.  [default: data.train_ds]")
+@_recipe
+@_section
 @click.option(
     "--steps", type=click.IntRange(min=1), help="How far to look ahead.  [default: trainer.max_steps, or 1000]"
 )
-@click.option("--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: the model's, or words]")
+@_tokenizer
 @click.option(
     "--index-dir",
     type=click.Path(file_okay=False),
-    help="Folder for counts that cannot be written beside the data.  [default: the dataset's index_dir]",
+    help="Folder for counts that cannot be written next to the data.  [default: the dataset's index_dir]",
 )
 def blend(
     config: str,
@@ -274,9 +294,9 @@ def blend(
     tokenizer: str | None,
     index_dir: str | None,
 ) -> None:
-    """Show what the data of CONFIG holds, what share of the examples each part has, and how often it will be seen.
+    """Show the sizes of the data of CONFIG, the share of each part in the examples, and how often it is repeated.
 
-    CONFIG is a recipe (a YAML file, or the name of a shipped one), the config of a dataset, or a list of sources
+    CONFIG is a recipe (a YAML file, or the name of one of nemo_emmett), the config of a dataset, or a list of sources
     (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read.
     """
     recipe, of_model = _read_data(config, overrides, section)
@@ -287,21 +307,16 @@ def blend(
 
 
 @main.command()
-@_data_arguments
-@click.option("--section", help="Place of the dataset in the recipe.  [default: data.train_ds]")
-@click.option("--num-buckets", type=click.IntRange(min=1), help="Buckets of input lengths.  [default: the config's]")
-@click.option(
-    "--num-sub-buckets",
-    type=click.IntRange(min=1),
-    help="Buckets of output lengths in each of them.  [default: the config's, or none]",
-)
-@click.option("--limit", type=click.IntRange(min=1), help="Examples to measure of each group.  [default: all]")
+@_recipe
+@_section
+@_buckets
+@_limit
 @click.option(
     "--outliers",
     type=click.FloatRange(min=0, min_open=True),
     help="Leave out outputs so many standard deviations too long for their inputs.  [default: none]",
 )
-@click.option("--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: the model's]")
+@_tokenizer
 @click.option(
     "--token-equivalent-duration",
     type=click.FloatRange(min=0, min_open=True),
@@ -317,9 +332,9 @@ def bins(
     output: Path | None,
     **options: Any,
 ) -> None:
-    """Find the bins of least padding for the data of CONFIG, of each of its groups, and say what they save.
+    """Find the bins of least padding for each group of the data of CONFIG, and show what they save.
 
-    CONFIG is a recipe (a YAML file, or the name of a shipped one), the config of a dataset, or a list of sources
+    CONFIG is a recipe (a YAML file, or the name of one of nemo_emmett), the config of a dataset, or a list of sources
     (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read.
     """
     given = {"token_equivalent_duration": token_equivalent_duration} if token_equivalent_duration else {}
@@ -338,52 +353,42 @@ class Share(click.ParamType):
     name = "share|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
-        """Read it."""
-        return (
-            value
-            if value == "auto"
-            else click.FloatRange(0, 1, min_open=True, max_open=True).convert(value, param, ctx)
-        )
+        """Parse the option's value."""
+        if value == "auto":
+            return value
+        return click.FloatRange(0, 1, min_open=True, max_open=True).convert(value, param, ctx)
 
 
-def _search_options(command: Callable) -> Callable:
-    """The options that both commands share which find batch sizes."""
-    options = (
-        click.argument("config"),
-        click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1),
-        click.option(
-            "--profile",
-            type=click.Path(path_type=Path, dir_okay=False),
-            default="profile.yaml",
-            help="Profile to write, for the OOMptimizer callback to read.",
-        ),
-        click.option(
-            "--memory-fraction",
-            type=click.FloatRange(0, 1, min_open=True),
-            default=0.9,
-            help="Share of the device's memory that a step may take.",
-        ),
-        click.option(
-            "--safety-margin",
-            type=click.FloatRange(0, 1, max_open=True),
-            default=0.03,
-            help="Share of that which stays free.",
-        ),
-        click.option("--limit", type=click.IntRange(min=1), help="Examples to measure of each group.  [default: all]"),
-        click.option(
-            "--output",
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="PNG to draw batch sizes and memory in.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+_search_options = _together(
+    _recipe,
+    click.option(
+        "--profile",
+        type=click.Path(path_type=Path, dir_okay=False),
+        default="profile.yaml",
+        help="Profile to write, for the OOMptimizer callback to read.",
+    ),
+    click.option(
+        "--memory-fraction",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.9,
+        help="Share of the device's memory that a step may take.",
+    ),
+    click.option(
+        "--safety-margin",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.03,
+        help="Share of that which stays free.",
+    ),
+    _limit,
+    click.option(
+        "--output", type=click.Path(path_type=Path, dir_okay=False), help="PNG to draw batch sizes and memory in."
+    ),
+)
 
 
 @main.command()
 @_search_options
-@click.option("--memory-budget", help="What a step may take instead of the fraction, such as 72GiB.")
+@click.option("--memory-budget", help="Memory of a step, instead of the fraction, such as 72GiB.")
 @click.option(
     "--modality-share",
     type=Share(),
@@ -392,9 +397,9 @@ def _search_options(command: Callable) -> Callable:
 )
 @click.option("--predict-epoch", is_flag=True, help="Measure the data, and predict the time of an epoch.")
 def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
-    """Find the batch size of every bucket of the recipe CONFIG, on the device at hand.
+    """Find the batch size of every bucket of the recipe CONFIG, on the device of this machine.
 
-    CONFIG is a YAML file, or the name of a shipped recipe; KEY=VALUE overrides a key of it, as for train.py. A few
+    CONFIG is a YAML file, or the name of a recipe of nemo_emmett; KEY=VALUE overrides a key of it, as for train. A few
     steps of the training are run on made-up batches, none on the data.
     """
     from nemo_emmett.planning.needed import needed_for_planning
@@ -417,17 +422,12 @@ def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
     help="Share of the memory for speech, where each step holds speech and text.",
 )
 @click.option("--optimise-bins", is_flag=True, help="Measure the data, and find the bins with the shortest epoch.")
-@click.option("--num-buckets", type=click.IntRange(min=1), help="Buckets of input lengths.  [default: the recipe's]")
-@click.option(
-    "--num-sub-buckets",
-    type=click.IntRange(min=1),
-    help="Buckets of output lengths in each of them.  [default: the recipe's]",
-)
+@_buckets
 def plan(config: str, overrides: Sequence[str], **options: Any) -> None:
     """Find the batch size of every bucket of the recipe CONFIG for a device that need not be here.
 
-    CONFIG is a YAML file, or the name of a shipped recipe; KEY=VALUE overrides a key of it, as for train.py. Steps are
-    run without computing anything; no weights are read, and no data unless bins are to be found.
+    CONFIG is a YAML file, or the name of a recipe of nemo_emmett; KEY=VALUE overrides a key of it, as for train. Steps
+    are run without computing anything; no weights are read, and no data unless bins are to be found.
     """
     from nemo_emmett.planning.needed import needed_for_planning
     from nemo_emmett.runner import compose_incomplete

@@ -1,22 +1,26 @@
-"""Configurations are checked before they are used.
+"""Checks configurations before they are used.
 
-- A key close to a known one is a typo, and typos must not train: :func:`check_keys`.
-- Importing a module runs it, so what a ``_target_`` names is judged by its name, before anything is imported. In a
-  recipe, which its user runs, NeMo's allow-list decides: :func:`check_target`. A file that came with a model
-  (``config.json`` of an exported folder, the config of a ``.nemo`` file) may name parts of models alone, since NeMo's
-  list admits functions that take ``trust_remote_code``: :func:`check_model_file`.
+- A key close to a known one is a typo and is refused: :func:`check_keys`.
+- Importing a module runs it, so a ``_target_`` is checked by its name before anything is imported. For a recipe, NeMo's
+  allow-list decides: :func:`check_target`. A file that came with a model (``config.json`` of an exported folder, the
+  config of a ``.nemo`` file) may name parts of models only, since NeMo's list admits functions that take
+  ``trust_remote_code``: :func:`check_model_file`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_emmett.errors import ConfigError, ModelError
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig, ListConfig
+
 MAX_TYPO_DISTANCE = 2
-"""A key within this many edits of a known one is taken for a misspelling of it."""
+"""A key within this many edits of a known one counts as a misspelling of it."""
 
 OWN_PREFIX = "nemo_emmett."
 
@@ -39,25 +43,39 @@ PARTS_OF_MODELS = (
     "torch.nn.",
     "torch.optim.",
 )
-"""Prefixes of what a file that came with a model may name."""
+"""Prefixes of the targets that a file that came with a model may name."""
 
 TARGET_KEYS = ("_target_", "target", "cls")
-"""Keys by which Hydra and NeMo name what is to be called."""
+"""Keys under which Hydra and NeMo name a target to call."""
 
 _CODE_KEYS = ("_args_", "megatron_config")
-"""Keys by which arguments escape the check of their names, or by which peft imports a module (``megatron_core``)."""
+"""Keys that pass arguments without their names, or make peft import a module (``megatron_core``)."""
 
 _COMPILE_KEYS = ("dynamic", "fullgraph", "mode")
-"""Arguments of ``torch.compile`` that name no program to run."""
+"""Arguments of ``torch.compile`` that name no code to run."""
 
 _RESOLVER = re.compile(r"\$\{[^{}]*:")
 """OmegaConf's ``${oc.env:...}`` and the like; ``${other.key}`` is harmless."""
 
 
-def edit_distance(a: str, b: str, limit: int | None = None) -> int:
-    """Levenshtein distance between two strings; any value above ``limit`` may be returned as ``limit + 1``."""
-    if limit is not None and abs(len(a) - len(b)) > limit:
-        return limit + 1
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name with the fewest edits from ``name``, or None if all are more than ``MAX_TYPO_DISTANCE`` away.
+
+    Ties go to the name that sorts first. Names of up to three letters allow one edit only, so that ``de`` is not taken
+    for ``fr``.
+    """
+    # Not difflib: its ratio grows with the length, so that it takes NeMo's `lr` for `lora`, `source_lang` for
+    # `source_language` and `num_buckets` for `num_sub_buckets` at any cutoff that still finds two edits in short keys.
+    limit = MAX_TYPO_DISTANCE if len(name) > 3 else 1
+    close = (known_name for known_name in known if abs(len(known_name) - len(name)) <= limit)
+    distance, found = min(
+        ((_edit_distance(name, candidate), candidate) for candidate in close), default=(limit + 1, None)
+    )
+    return found if distance <= limit else None
+
+
+def _edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance."""
     previous = list(range(len(b) + 1))
     for i, char_a in enumerate(a, start=1):
         current = [i]
@@ -65,19 +83,6 @@ def edit_distance(a: str, b: str, limit: int | None = None) -> int:
             current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (char_a != char_b)))
         previous = current
     return previous[-1]
-
-
-def nearest(name: str, known: Iterable[str], limit: int = MAX_TYPO_DISTANCE) -> str | None:
-    """The known name with the fewest edits from ``name``, or None if all are more than ``limit`` edits away.
-
-    Ties go to the name that sorts first. Names of up to three letters allow one edit only, so that ``de`` is not taken
-    for ``fr``.
-    """
-    limit = limit if len(name) > 3 else min(limit, 1)
-    distances = sorted((edit_distance(name, k, limit), k) for k in known)
-    if distances and distances[0][0] <= limit:
-        return distances[0][1]
-    return None
 
 
 def check_keys(
@@ -92,10 +97,10 @@ def check_keys(
         config: a mapping with string keys (a dict or a ``DictConfig``).
         known: the keys that have a meaning here.
         where: the config's place in the recipe, for the message (``data.train_ds``).
-        tolerated: keys that are allowed although unknown (NeMo's legacy keys), whatever they resemble.
+        tolerated: unknown keys that are allowed (NeMo's legacy keys), whatever they resemble.
 
     Returns:
-        The unknown keys that resemble nothing; the caller warns about them, as NeMo does.
+        The unknown keys that resemble no known one; the caller warns about them, as NeMo does.
 
     Raises:
         ConfigError: if a key is within ``MAX_TYPO_DISTANCE`` edits of a known one.
@@ -125,8 +130,26 @@ def item_of(where: str, index: int) -> str:
     return f"{where}.{index}"
 
 
+def load_yaml(path: str | os.PathLike[str]) -> DictConfig | ListConfig:
+    """Read a YAML file, without Hydra.
+
+    Raises:
+        ConfigError: if it cannot be read, or is not YAML.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"The config '{path}' cannot be read: {error.strerror or error}.") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"The config '{path}' is not YAML: {' '.join(str(error).split())}.") from error
+
+
 def escape_interpolations(text: str) -> str:
-    r"""A text as it must stand in a recipe: ``${`` in it, such as in a path, is no interpolation.
+    r"""A text as it must be written in a recipe, so that ``${`` in it, such as in a path, is no interpolation.
 
     Example:
         >>> print(escape_interpolations("/data/${name}"))
@@ -136,7 +159,7 @@ def escape_interpolations(text: str) -> str:
 
 
 def check_target(target: Any, where: str) -> None:
-    """Refuse a class path of a recipe that is not on NeMo's allow-list; nothing of it is imported.
+    """Refuse a class path of a recipe that is not on NeMo's allow-list, without importing it.
 
     Raises:
         ConfigError: naming the key and the prefixes that are allowed.
@@ -145,7 +168,7 @@ def check_target(target: Any, where: str) -> None:
         return
     from nemo.core.classes.common import ALLOWED_TARGET_PREFIXES
 
-    # `tests.` is for NeMo's own tests: what is imported by it lies in whatever folder Python was started in.
+    # `tests.` is for NeMo's own tests: it would import from the folder in which Python was started.
     allowed = [prefix for prefix in ALLOWED_TARGET_PREFIXES if not prefix.startswith("tests.")]
     if not (isinstance(target, str) and target.startswith(tuple(allowed))):
         raise ConfigError(
@@ -155,7 +178,7 @@ def check_target(target: Any, where: str) -> None:
 
 
 def check_model_file(config: Any, where: str) -> None:
-    """Refuse what a configuration that came with a model could run code by.
+    """Refuse values of a configuration that came with a model that could run code.
 
     Args:
         config: plain mappings, lists and scalars.

@@ -1,4 +1,4 @@
-"""``nemo-emmett doctor``: is this installation fit for use, and if not, what to do."""
+"""``nemo-emmett doctor``: checks the installation and prints a remedy for each fault."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PACKAGES = (
     "omegaconf",
     "sacrebleu",
 )
-"""Distributions whose versions are told, all of them needed."""
+"""Required distributions, whose versions are printed."""
 
 EXTRAS = {
     "demo": ("espeakng_loader", "num2words"),
     "hygiene": ("py3langid",),
     "report": ("matplotlib",),
 }
-"""The modules that each optional extra brings."""
+"""Modules of each optional extra."""
 
 HYDRA_PLUGIN = "hydra_plugins.nemo_emmett_plugin"
 
@@ -43,13 +43,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
-        part: the heading it belongs under.
+        part: its heading in the table.
         what: its name.
         value: what was found.
-        remedy: what to do about it; empty if nothing is amiss.
+        remedy: what to do; empty if nothing is wrong.
         fatal: whether the package cannot be used as it is.
     """
 
@@ -61,13 +61,13 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at everything; imports NeMo, which takes about ten seconds."""
-    # The registrations last: it is importing NeMo and Hydra that sets them off.
-    return [*_versions(), *_imports(), *_entry_points(), *_hydra(), *_registrations(), *_device(), *_extras()]
+    """Run all checks; imports NeMo, which takes about ten seconds."""
+    # Registrations after the imports of NeMo and Hydra, which run them.
+    return [*_versions(), *_imports(), *_entry_points(), *_registrations(), *_device(), *_extras()]
 
 
 def report(console: Console) -> int:
-    """Print what was found as a table.
+    """Print the findings as a table.
 
     Returns:
         The exit code: 0 if the package can be used, otherwise 1.
@@ -118,6 +118,7 @@ def _entry_points() -> Iterator[Finding]:
     yield _tried(
         "plugin", "Lightning callbacks", _callback_factory, f"correct the variable {plugin.CALLBACKS_VARIABLE}"
     )
+    yield _tried("plugin", "Hydra", _hydra_plugin, "run: pip install --force-reinstall --no-deps nemo_emmett")
 
 
 def _callback_factory() -> str:
@@ -125,11 +126,7 @@ def _callback_factory() -> str:
     if not installed:
         raise RuntimeError("the entry point is not installed")
     requested = [type(callback).__name__ for callback in plugin.requested_callbacks()]
-    return ", ".join(requested) or f"none asked for ({plugin.CALLBACKS_VARIABLE})"
-
-
-def _hydra() -> Iterator[Finding]:
-    yield _tried("plugin", "Hydra", _hydra_plugin, "run: pip install --force-reinstall --no-deps nemo_emmett")
+    return ", ".join(requested) or f"none requested ({plugin.CALLBACKS_VARIABLE})"
 
 
 def _hydra_plugin() -> str:
@@ -184,7 +181,7 @@ def _extras() -> Iterator[Finding]:
 
 
 def _tried(part: str, what: str, look: Callable[[], str], remedy: str) -> Finding:
-    """Whatever goes wrong while looking is what the doctor is here to tell."""
+    """The finding of one check; any exception becomes a fatal one."""
     try:
         return Finding(part, what, look())
     except Exception as error:

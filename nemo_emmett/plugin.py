@@ -1,14 +1,13 @@
-"""All that installing the package makes others see.
+"""Registration with Lightning, Hydra and NeMo, and the short names of recipes.
 
 - **Lightning** calls :func:`requested_callbacks` at every ``Trainer()`` on the machine (entry point group
   ``lightning.pytorch.callbacks_factory``).
 - **Hydra** imports ``hydra_plugins/nemo_emmett_plugin.py`` when it starts, which calls :func:`register`.
-- **NeMo** knows no plugins. :func:`register` leaves word with Python's import system, so that as soon as somebody
-  imports NeMo, its allow-list is opened to our classes, its dataloader factory to ours, and our data types and prompt
-  formats are among its own.
+- **NeMo** has no plugins. :func:`register` registers post-import hooks: when NeMo is imported, they add our classes to
+  its allow-list, our dataloader to its factory, and our data types and prompt formats to its own.
 - **Recipes** name models, dataloaders and callbacks by short names or class paths: :func:`find`.
 
-Nothing here imports torch or NeMo; what does is imported when it is asked for.
+Nothing here imports torch or NeMo before it is needed.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ CALLBACKS_VARIABLE = "NEMO_EMMETT_CALLBACKS"
 """Environment variable: short names of callbacks, separated by commas, that every Lightning ``Trainer`` gets."""
 
 KINDS = ("models", "dataloaders", "callbacks")
-"""What has short names; each is an entry point group ``nemo_emmett.<kind>`` that any package may add to."""
+"""Kinds of objects with short names; each is an entry point group ``nemo_emmett.<kind>``, open to any package."""
 
 TARGET_PREFIX = "nemo_emmett."
-"""What NeMo's allow-list must hold for our classes to be named by ``_target_``."""
+"""Prefix in NeMo's allow-list that lets ``_target_`` name our classes."""
 
 DATA_TYPES = ("parallel_text",)
-"""Types of sources that recipes may name in an ``input_cfg`` beside NeMo's own."""
+"""Types of sources in an ``input_cfg`` in addition to NeMo's own."""
 
 USE_EMMETT = "use_emmett"
-"""Key of a dataset's config that asks NeMo's dataloader factory for our dataloader."""
+"""Key of a dataset's config with which NeMo's dataloader factory builds our dataloader."""
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def find(kind: str, name: str) -> Any:
 
 
 def find_model(target: str) -> Any:
-    """The model class that a recipe's ``model._target_`` names, judged by its name before anything is imported.
+    """The model class of a recipe's ``model._target_``; its name is checked before anything is imported.
 
     Raises:
         ConfigError: if it is not allowed, cannot be imported, or is no model.
@@ -93,7 +92,7 @@ def find_model(target: str) -> Any:
 
 def entry_points(kind: str) -> dict[str, Any]:
     """The entry points of a kind by short name, from every installed package (not loaded)."""
-    # Here, because it costs a tenth of a second where nobody asks for it.
+    # Imported here, because it takes a tenth of a second.
     from importlib.metadata import entry_points as installed_entry_points
 
     return {point.name: point for point in installed_entry_points(group=f"nemo_emmett.{kind}")}
@@ -120,7 +119,7 @@ def _find_by_path(kind: str, path: str) -> Any:
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
-        # A missing dependency inside an existing module is another matter: its own message tells it best.
+        # A missing dependency of an existing module keeps its own message.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ConfigError(
@@ -149,12 +148,12 @@ def _listed(names: Any) -> str:
 
 @dataclass
 class Registration:
-    """One thing that NeMo is told about us once somebody imports it.
+    """A change to NeMo that is made when it is imported.
 
     Args:
-        what: its name, for people.
-        trigger: the NeMo module whose import sets it off, complete by then.
-        action: what is then called, with that module.
+        what: its name, for messages.
+        trigger: the NeMo module after whose import it is made.
+        action: makes it; called with that module.
         state: ``new``, ``waiting`` for the trigger, ``done`` or ``failed``.
         error: why it failed.
     """
@@ -166,13 +165,13 @@ class Registration:
     error: str = ""
 
     def wait(self) -> None:
-        """Run as soon as the trigger has been imported, which may be now."""
+        """Run after the import of the trigger, or now if that is imported already."""
         if self.state == "new":
             self.state = "waiting"
             wrapt.register_post_import_hook(self.run, self.trigger)
 
     def run(self, module: ModuleType) -> None:
-        """Register now. A failure is logged, not raised: it must not take the user's import of NeMo down with it."""
+        """Run the action. A failure is logged, not raised, since it would make the user's import of NeMo fail."""
         try:
             self.action(module)
             self.state = "done"
@@ -182,12 +181,12 @@ class Registration:
 
 
 def register() -> tuple[Registration, ...]:
-    """See to it that NeMo knows us as soon as it is imported; at once, if it already is.
+    """Register with NeMo when it is imported, or now if it is imported already.
 
-    Importing ``nemo_emmett`` does this, and so does starting Hydra where it is installed. A second call does nothing.
+    Importing ``nemo_emmett`` calls this, and so does Hydra when it starts. A second call does nothing.
 
     Returns:
-        the registrations and how they stand.
+        the registrations, with their states.
     """
     for registration in REGISTRATIONS:
         registration.wait()
@@ -201,11 +200,10 @@ def open_allow_list(common: ModuleType) -> None:
 
 
 def open_dataloader_factory(dataloader: ModuleType) -> None:
-    """Give configs with ``use_emmett: true`` our dataloader, wherever NeMo builds one.
+    """Make NeMo build our dataloader for configs with ``use_emmett: true``.
 
-    This is the one seam in NeMo's dataloading. Its public factory ``get_lhotse_dataloader_from_config``, which every
-    recipe, ``DataModule`` and ASR model has imported by name, looks these two functions up in its module
-    ``nemo.collections.common.data.lhotse.dataloader`` at each call. The originals stay reachable as ``__wrapped__``.
+    NeMo's public factory ``get_lhotse_dataloader_from_config`` is imported by name in many places, so wrapping it would
+    miss some. It looks up the two functions wrapped here in its module at each call. The originals are ``__wrapped__``.
     """
     for name in ("get_lhotse_dataloader_from_single_config", "get_lhotse_dataloader_from_multi_config"):
         original = getattr(dataloader, name)
@@ -234,9 +232,9 @@ def _with_our_dataloader(original: Callable) -> Callable:
 
 
 def check_models_of_nemo(modules: ModuleType) -> None:
-    """Have NeMo's ASR models refuse keys of ours that do nothing: their older dataloader does not ask the factory.
+    """Make NeMo's ASR models refuse our keys where they have no effect: their older dataloader bypasses the factory.
 
-    Lightning calls ``setup`` of a model before it trains, when its loaders are there.
+    Lightning calls a model's ``setup`` before it trains, after its loaders are built.
     """
     original = modules.ModelPT.setup
     if getattr(original, "opened_by_nemo_emmett", False):
@@ -254,10 +252,9 @@ def check_models_of_nemo(modules: ModuleType) -> None:
 
 
 def register_data_types(cutset: ModuleType) -> None:
-    """Add our data types to those that NeMo's ``input_cfg`` knows.
+    """Add our data types to those of NeMo's ``input_cfg``.
 
-    Their readers are imported when a recipe first names one: this runs while NeMo is being imported, perhaps by those
-    very readers.
+    Their readers are imported when a recipe first names one, because this may run while those readers import NeMo.
     """
 
     def read(config: Any, name: str) -> Any:
@@ -271,7 +268,7 @@ def register_data_types(cutset: ModuleType) -> None:
 
 
 def register_prompt_formats(_: ModuleType) -> None:
-    """Add our prompt formats to those that NeMo's ``prompt_format`` knows."""
+    """Add our prompt formats to those of NeMo's ``prompt_format``."""
     from nemo_emmett.prompts.translation import register_prompt_formats
 
     register_prompt_formats()

@@ -1,58 +1,62 @@
-"""From a command line to a recipe: Hydra, with a user's mistakes told in one sentence.
+"""Composes recipes from the command line with Hydra; a user's mistake becomes one sentence.
 
-NeMo's ``hydra_runner`` needs NeMo, ten seconds before the first word; this needs Hydra alone, so a misspelt key is told
-at once.
+NeMo's ``hydra_runner`` imports NeMo, which takes ten seconds. This module imports Hydra alone, so a misspelt key is
+reported at once.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import shlex
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nemo_emmett.config import item_of, nearest
+from nemo_emmett.config import item_of, load_yaml, nearest
 from nemo_emmett.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, EmmettError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig, ListConfig
 
 CONFIG_PACKAGE = "pkg://nemo_emmett.conf"
-"""Where recipes are searched unless ``--config-path`` says otherwise."""
+"""The package's recipes and config groups; Hydra searches them after the folder of the recipe."""
 
 _QUIET_HYDRA = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout")
-"""No dated output folders, no copies of the config, no log files: a run writes where its recipe says."""
+"""Overrides for no dated output folders, copies of the config or log files: a run writes where its recipe says."""
 
 _RESOLVED = re.compile(r"(ext|cfg)://|\$\{[^{}]*:")
-"""How a logging config refers to Python objects, and how OmegaConf calls its resolvers."""
+"""A reference to a Python object in a logging config, or a call of an OmegaConf resolver."""
 
 _HARMLESS = ("ext://sys.stdout", "ext://sys.stderr", "colorlog.ColoredFormatter")
-"""What Hydra's logging configs refer to."""
+"""Objects that Hydra's own logging configs refer to."""
 
 _MISSING = "???"
-"""OmegaConf's mark of a mandatory value."""
+"""OmegaConf's mark of a mandatory value that is missing."""
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-"""Environment variable with which Hydra raises what went wrong instead of printing its own version of it."""
+"""Environment variable that makes Hydra raise errors instead of printing its own version of them."""
 
 
-def recipe_runner(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
+def recipe_runner(
+    config_name: str, config_path: str | None = None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
     """Make a function of a config the main function of a script, as NeMo's ``hydra_runner`` does.
 
-    ``--config-name`` picks another recipe of ``nemo_emmett/conf``, ``--config-path`` another folder, ``key=value``
-    overrides any key. A user's mistake (an :class:`EmmettError`, an unknown key or recipe, a mandatory value that is
-    missing) ends the program with exit code 2 and one sentence (another code where the error has its own, see
-    :mod:`nemo_emmett.errors`); any other exception keeps its traceback.
+    ``--config-name`` picks another recipe, ``--config-path`` another folder, ``key=value`` overrides any key. A user's
+    mistake (an :class:`EmmettError`, an unknown key or recipe, a mandatory value that is missing) ends the program with
+    exit code 2 and one sentence (another code where the error has its own, see :mod:`nemo_emmett.errors`); any other
+    exception keeps its traceback.
 
     Args:
         config_name: the recipe that is run if the command line names none.
+        config_path: folder of the script's recipes, relative to the file of the function. The recipes and config groups
+            of nemo_emmett are searched after it.
 
     Example:
         >>> @recipe_runner("salm_t5")
@@ -67,7 +71,7 @@ def recipe_runner(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
             if cfg is not None:
                 return task(cfg)
             with mistakes_as_sentences():
-                _run(task, config_name)
+                _run(task, config_name, config_path and str(Path(inspect.getfile(task)).resolve().parent / config_path))
             return None
 
         return main
@@ -79,14 +83,14 @@ def compose_recipe(config: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Read a recipe as a script with :func:`recipe_runner` would, Hydra's defaults lists and overrides included.
 
     Args:
-        config: path of a YAML file, or the name of a shipped recipe (``salm_t5_phrasebook``).
+        config: path of a YAML file, or the name of a recipe of nemo_emmett (``salm_t5``).
         overrides: ``key=value``, as on the command line of ``train.py``.
 
     Raises:
         ConfigError: if there is no such recipe, an override is refused, or a mandatory value is missing.
 
     Example:
-        >>> compose_recipe("salm_t5_phrasebook", ["trainer.max_steps=7"]).trainer.max_steps
+        >>> compose_recipe("salm_t5", ["trainer.max_steps=7"]).trainer.max_steps
         7
     """
     cfg = compose_incomplete(config, overrides)
@@ -104,21 +108,12 @@ def compose_data(config: str, overrides: Sequence[str] = ()) -> DictConfig | Lis
     Raises:
         ConfigError: if the file cannot be read, or an override is refused.
     """
-    from omegaconf import ListConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from omegaconf import ListConfig
 
-    if Path(config).is_file():
-        try:
-            content = OmegaConf.load(config)
-        except OSError as error:
-            raise ConfigError(f"The config '{config}' cannot be read: {error.strerror or error}.") from error
-        except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-            raise ConfigError(f"The config '{config}' is not YAML: {_one_line(str(error))}.") from error
-        if isinstance(content, ListConfig):
-            if overrides:
-                raise ConfigError(f"{overrides[0]}: '{config}' is a list of sources, which has no keys to override.")
-            return content
+    if Path(config).is_file() and isinstance(content := load_yaml(config), ListConfig):
+        if overrides:
+            raise ConfigError(f"{overrides[0]}: '{config}' is a list of sources, which has no keys to override.")
+        return content
     return compose_incomplete(config, overrides)
 
 
@@ -147,7 +142,7 @@ def compose_incomplete(config: str, overrides: Sequence[str] = ()) -> DictConfig
         with initialized:
             cfg = compose(path.name if is_file else config, list(overrides))
     except Exception as error:
-        sentence = _composition_mistake(error, Namespace(config_path=folder, config_dir=None))
+        sentence = _composition_mistake(error, [Path(folder)] if folder else [])
         if sentence is None:
             raise
         raise ConfigError(sentence) from error
@@ -156,9 +151,7 @@ def compose_incomplete(config: str, overrides: Sequence[str] = ()) -> DictConfig
 
 @contextmanager
 def mistakes_as_sentences() -> Iterator[None]:
-    """Turn an :class:`EmmettError` into one sentence on stderr and its exit code, 2 unless it has its own; Ctrl-C into
-    one word and 130.
-    """
+    """Turn an :class:`EmmettError` into one sentence on stderr and its exit code, and Ctrl-C into exit code 130."""
     try:
         yield
     except EmmettError as error:
@@ -169,14 +162,14 @@ def mistakes_as_sentences() -> Iterator[None]:
 
 
 def exit_with_sentence(error: EmmettError | str) -> NoReturn:
-    """Print what was wrong on stderr, without a traceback, and exit with the error's code."""
+    """Print an error's sentence on stderr, without a traceback, and exit with its code."""
     print(f"Error: {error}", file=sys.stderr)  # noqa: T201
     sys.exit(getattr(error, "exit_code", EXIT_USER_ERROR))
 
 
-def _run(task: Callable[[DictConfig], Any], config_name: str) -> None:
+def _run(task: Callable[[DictConfig], Any], config_name: str, config_path: str | None) -> None:
     """Compose the config and run the task; what Hydra refuses becomes a :class:`ConfigError`."""
-    # Private names, for want of public ones: NeMo's hydra_runner, which this stands in for, is built on the same two.
+    # Private functions of Hydra, which has no public ones for this; NeMo's hydra_runner is built on the same two.
     from hydra import version
     from hydra._internal.utils import _run_hydra, get_args_parser
 
@@ -186,7 +179,7 @@ def _run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     def start(cfg: DictConfig) -> Any:
         nonlocal started
         started = True
-        # Here already, because Hydra comments on exceptions that leave a task.
+        # Inside the task, because Hydra adds its own output to exceptions that leave it.
         with mistakes_as_sentences():
             _refuse_missing_values(cfg)
             return task(cfg)
@@ -195,20 +188,21 @@ def _run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     arguments = parser.parse_intermixed_args()
     arguments.overrides += _QUIET_HYDRA
     version.setbase(None)
-    recipe = f"{(arguments.config_name or config_name).removesuffix('.yaml')}.yaml"
-    _refuse_code_in_recipe(Path(sys.argv[0]).parent / (arguments.config_path or "") / recipe)
-    _refuse_code_in_recipe(Path(arguments.config_dir or "") / recipe)
+    named = (Path(sys.argv[0]).parent / arguments.config_path) if arguments.config_path else config_path
+    folders = [Path(folder) for folder in (named, arguments.config_dir) if folder]
+    for folder in folders:
+        _refuse_code_in_recipe(folder / f"{(arguments.config_name or config_name).removesuffix('.yaml')}.yaml")
     with _environment(_FULL_ERROR, "1"), _hydra_runs_nothing():
         try:
             _run_hydra(
                 args=arguments,
                 args_parser=parser,
                 task_function=start,
-                config_path=CONFIG_PACKAGE,
+                config_path=config_path or CONFIG_PACKAGE,
                 config_name=config_name,
             )
         except Exception as error:
-            if started or (sentence := _composition_mistake(error, arguments)) is None:
+            if started or (sentence := _composition_mistake(error, folders)) is None:
                 raise
             raise ConfigError(sentence) from error
 
@@ -216,7 +210,7 @@ def _run(task: Callable[[DictConfig], Any], config_name: str) -> None:
 def _refuse_code_in_recipe(path: Path) -> None:
     """Refuse a recipe that has Hydra import packages when it is read, as ``pkg://`` in ``hydra.searchpath`` does.
 
-    What Hydra itself cannot read is left for it to tell.
+    A file that cannot be read is left to Hydra, which reports it.
     """
     import yaml
 
@@ -229,13 +223,13 @@ def _refuse_code_in_recipe(path: Path) -> None:
         if str(place).startswith("pkg://") and place != CONFIG_PACKAGE:
             raise ConfigError(
                 f"hydra.searchpath: '{place}' would import a package, which runs it; give the configs as a folder "
-                f"(file://...), or as --config-dir. It stands in '{path}'."
+                f"(file://...), or as --config-dir. It is in '{path}'."
             )
 
 
 @contextmanager
 def _hydra_runs_nothing() -> Iterator[None]:
-    """Refuse what a recipe would have Hydra call before its task: callbacks, and what makes log handlers."""
+    """Refuse what a recipe would have Hydra call before its task: callbacks, and factories of log handlers."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
     load = ConfigLoaderImpl.load_configuration
@@ -259,7 +253,7 @@ def _hydra_runs_nothing() -> Iterator[None]:
 
 
 def _called(value: Any, path: str) -> str | None:
-    """The place of what would be called; logging's own handlers and formatters are harmless."""
+    """The place of what would be called, or None; logging's own handlers and formatters are harmless."""
     if isinstance(value, list):
         value = dict(enumerate(value))
     if not isinstance(value, dict):
@@ -285,15 +279,14 @@ def _refuse_missing_values(cfg: DictConfig) -> None:
             f"{', '.join(missing)}: the recipe leaves this to you; give {missing[0]}=... on the command line."
         )
     try:
-        OmegaConf.missing_keys(cfg)  # which resolves all
+        OmegaConf.missing_keys(cfg)  # this resolves every interpolation
     except OmegaConfBaseException as error:
-        said = str(error).splitlines()[0].rstrip(".")
-        place = _place(error.full_key)
-        raise ConfigError(f"{place}: {said}; correct what it refers to.") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"{_place(error.full_key)}: {reason}; correct what it refers to.") from error
 
 
 def _missing_keys(value: Any, path: str = "") -> Iterator[str]:
-    """Paths of the mandatory values that are missing, as they are written on the command line."""
+    """Paths of the mandatory values that are missing, as written on the command line."""
     if value == _MISSING:
         yield path
     elif isinstance(value, dict):
@@ -304,14 +297,19 @@ def _missing_keys(value: Any, path: str = "") -> Iterator[str]:
             yield from _missing_keys(child, item_of(path, index))
 
 
-def _composition_mistake(error: Exception, arguments: Namespace) -> str | None:
-    """What the user got wrong, if composing the config failed because of them."""
+def _composition_mistake(error: Exception, folders: Sequence[Path]) -> str | None:
+    """The user's mistake because of which composing the config failed; None for any other error.
+
+    Args:
+        error: what Hydra raised.
+        folders: those of the recipe, without the package's.
+    """
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     if isinstance(error, MissingConfigException):
-        return _missing_config(error, arguments)
+        return _missing_config(error, folders)
     if isinstance(error, OverrideParseException):
         fault = error.message.splitlines()[0]
         readable = _readable_override(error.override)
@@ -329,7 +327,7 @@ def _composition_mistake(error: Exception, arguments: Namespace) -> str | None:
 
 
 def _readable_override(override: str) -> str | None:
-    """What a user meant by an override that Hydra cannot read, as it is typed in a shell; None if that is unknown.
+    """A readable form, quoted for the shell, of an override that Hydra cannot read; None if there is none.
 
     Items of lists are written ``.0``, and a text with ``=``, brackets and the like in it is quoted, such as the name of
     a checkpoint in ``'path="step=7-last.ckpt"'``.
@@ -350,23 +348,30 @@ def _readable_override(override: str) -> str | None:
 
 
 def _place(full_key: str) -> str:
-    """A key as it is written on the command line, from the form in which OmegaConf names it (``input_cfg[0].type``)."""
+    """A key as written on the command line, from OmegaConf's name of it (``input_cfg[0].type``)."""
     return re.sub(r"\[(\d+)\]", r".\1", full_key)
 
 
-def _missing_config(error: Any, arguments: Namespace) -> str:
-    """``error`` is Hydra's ``MissingConfigException``: of the recipe itself, or of an option of a config group."""
+def _missing_config(error: Any, folders: Sequence[Path]) -> str:
+    """The sentence for Hydra's ``MissingConfigException``: of the recipe itself, or of an option of a config group."""
     if error.missing_cfg_file is None:
         return _one_line(str(error))
     group, _, option = error.missing_cfg_file.rpartition("/")
-    options = list(error.options or _recipes(group, arguments))
-    suggestion = nearest(option, options)
-    hint = f"did you mean '{suggestion}'?" if suggestion else f"there are {', '.join(options) or 'none'}."
+    options = error.options
+    if not options:
+        places = [folder / group for folder in (files("nemo_emmett.conf"), *folders)]
+        names = {file.name for place in places if place.is_dir() for file in place.iterdir()}
+        options = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    if suggestion := nearest(option, options):
+        hint = f"did you mean '{suggestion}'?"
+    else:
+        elsewhere = "" if group else "; name any other by the path of its file (a script: by --config-path)"
+        hint = f"there are {', '.join(options) or 'none'}{elsewhere}."
     return f"{f'{group}: ' if group else ''}there is no recipe '{option}'; {hint}"
 
 
 def _refused_override(error: Any) -> str:
-    """``error`` is OmegaConf's: an unknown key, or a value of the wrong kind."""
+    """The sentence for OmegaConf's error: an unknown key, or a value of the wrong type."""
     from omegaconf import DictConfig
     from omegaconf.errors import ConfigAttributeError, ConfigIndexError, ConfigKeyError
 
@@ -380,15 +385,6 @@ def _refused_override(error: Any) -> str:
     place = _place(error.full_key)
     hint = f"did you mean '{suggestion}'?" if suggestion else f"to add it, write +{place}=..."
     return f"{place}: there is no such key in the recipe; {hint}"
-
-
-def _recipes(group: str, arguments: Namespace) -> list[str]:
-    """Names of the recipes in a folder, of those shipped and those in the folders that the user named."""
-    script = Path(sys.argv[0]).parent
-    roots = [script / folder for folder in (arguments.config_path, arguments.config_dir) if folder]
-    folders = [folder / group for folder in (files("nemo_emmett.conf"), *roots)]
-    names = {file.name for folder in folders if folder.is_dir() for file in folder.iterdir()}
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def _one_line(message: str) -> str:

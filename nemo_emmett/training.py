@@ -1,7 +1,7 @@
-"""A recipe, trained: what ``examples/speechlm/train.py`` runs.
+"""Trains the model of a recipe: ``nemo-emmett train`` and ``examples/speechlm/train.py``.
 
-The order is that of NeMo's own speechlm2 scripts (trainer, experiment manager, model, data, fit), with the user's
-mistakes looked for first, while they cost nothing.
+The order is that of NeMo's speechlm2 scripts (trainer, experiment manager, model, data, fit). The recipe is checked
+before anything is built.
 """
 
 from __future__ import annotations
@@ -36,21 +36,19 @@ from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.checks import check_data_config
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.ending import (
+from nemo_emmett.errors import ConfigError, EmmettError
+from nemo_emmett.exporting import (
     BestCheckpoint,
-    RecipeBesideCheckpoints,
     check_export,
-    check_space,
-    claim_outputs,
+    export_after_failed_write,
     export_trained,
     is_failed_write,
-    keep_what_was_trained,
 )
-from nemo_emmett.errors import ConfigError, EmmettError
 from nemo_emmett.models.checkpoint import read_checkpoint
+from nemo_emmett.run_folders import SaveRecipe, check_space, lock_folders
 
 RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "export", "seed", "num_threads")
-"""The keys of a recipe that mean something here; a recipe may hold others for its own interpolations."""
+"""Keys of a recipe that are read; a recipe may hold others for its own interpolations."""
 
 DATASETS = ("train_ds", "validation_ds", "test_ds", "predict_ds")
 """The datasets of a recipe's ``data`` section."""
@@ -58,7 +56,7 @@ DATASETS = ("train_ds", "validation_ds", "test_ds", "predict_ds")
 
 @dataclass(frozen=True)
 class Training:
-    """All that a recipe names, ready to fit."""
+    """Trainer, model and data of a recipe, ready to fit."""
 
     trainer: Trainer
     model: LightningModule
@@ -97,12 +95,12 @@ def train(cfg: DictConfig) -> LightningModule:
             "that, and find its batch sizes with `nemo-emmett plan` or `oomptimize`."
         )
     check_data_section(cfg.data, _examples_of(cfg.model._target_))
-    recipe, best = RecipeBesideCheckpoints(cfg), BestCheckpoint()
-    with ExitStack() as claims:
-        claim_outputs(cfg, claims, existing_only=True)
+    recipe, best = SaveRecipe(cfg), BestCheckpoint()
+    with ExitStack() as locks:
+        lock_folders(cfg, locks, existing_only=True)
         training = build_training(cfg)
         trainer, model = training.trainer, training.model
-        claim_outputs(cfg, claims)
+        lock_folders(cfg, locks)
         check_space(trainer, model, cfg.get("export_dir"))
         _check_scores(cfg, training)
         trainer.callbacks[:0] = [recipe, best, ValidateAtEpochEnd()]
@@ -113,12 +111,14 @@ def train(cfg: DictConfig) -> LightningModule:
         except (OSError, RuntimeError) as error:
             if not is_failed_write(error):
                 raise
-            keep_what_was_trained(trainer, model, cfg, error)
+            export_after_failed_write(trainer, model, cfg, error)
         except (ValueError, MisconfigurationException) as error:
             if "val_check_interval" not in str(error):
                 raise
-            said = " ".join(str(error).split()).rstrip(".")
-            raise ConfigError(f"trainer.val_check_interval: {trainer.val_check_interval} cannot be: {said}.") from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(
+                f"trainer.val_check_interval: {trainer.val_check_interval} cannot be used: {reason}."
+            ) from error
         if any(isinstance(callback, OOMptimizer) and callback.ends_after_planning for callback in trainer.callbacks):
             return model
         export_trained(trainer, model, cfg, best)
@@ -126,10 +126,10 @@ def train(cfg: DictConfig) -> LightningModule:
 
 
 def _check_scores(cfg: DictConfig, training: Training) -> None:
-    """Look for a validation that will never come, and a score that will never be there.
+    """Warn of a validation that will never run, and refuse to monitor a score that will never be computed.
 
     Raises:
-        ConfigError: for a score.
+        ConfigError: for the monitored score.
     """
     manager = cfg.get("exp_manager") or {}
     makes_checkpoints = manager and manager.get("create_checkpoint_callback", True)
@@ -141,13 +141,13 @@ def _check_scores(cfg: DictConfig, training: Training) -> None:
         if sharded or not options.validation_bleu:
             why = "a sharded model does not translate in validation" if sharded else "model.validation_bleu is false"
             raise ConfigError(
-                f"exp_manager.checkpoint_callback_params.monitor: '{monitor}' will never be there, since {why}; "
+                f"exp_manager.checkpoint_callback_params.monitor: '{monitor}' is never computed, since {why}; "
                 "monitor val_loss with mode: min."
             )
 
 
 def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | None = None) -> Training:
-    """Build what a recipe names: trainer (with the experiment manager), model, data. No file of the data is opened.
+    """Build the trainer (with the experiment manager), model and data of a recipe. No file of the data is opened.
 
     Args:
         cfg: as for :func:`train`; without ``exp_manager``, nothing is logged and no checkpoint is written or read.
@@ -180,7 +180,7 @@ def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | 
 
 
 class UnreadData(LightningDataModule):
-    """The config of a training's data whose batches nobody asks for: that of NeMo's ASR models, for planning.
+    """A config of data that is never loaded: that of NeMo's ASR models, for planning.
 
     Args:
         cfg: the recipe's ``data`` section.
@@ -200,20 +200,20 @@ class UnreadData(LightningDataModule):
 
 
 class CheckpointsAsData(TorchCheckpointIO):
-    """Reads checkpoints without running anything: tensors and plain values alone, which is all that ours hold."""
+    """Reads checkpoints without running code: tensors and plain values, which is all that our checkpoints hold."""
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu") -> dict[str, Any]:
         """Read a ``.ckpt`` file.
 
         Raises:
-            ModelError: if it holds other objects; Python would run what the file says to make them.
+            ModelError: if it holds other objects, since unpickling them runs code.
         """
         with get_filesystem(path).open(str(path), "rb") as file:
             return read_checkpoint(file, map_location=map_location)
 
 
 def _datamodule(data: DictConfig, model: LightningModule) -> MultimodalDataModule | UnreadData:
-    """The data in the form that the model takes; NeMo's SALM has its own dataset, and recipes that say all keys."""
+    """The datamodule for the model; NeMo's SALM has its own dataset, and its recipes give all keys."""
     if isinstance(model, ModelPT):
         return UnreadData(data)
     if isinstance(model, SALM):
@@ -268,23 +268,23 @@ def check_recipe(cfg: DictConfig) -> None:
 
 
 def _examples_of(target: str) -> ExampleKind:
-    """What the dataset of a model's class takes."""
+    """What the dataset of a model's class collates."""
     return ExampleKind.CONVERSATION if issubclass(plugin.find_model(target), SALM) else ExampleKind.TRANSLATION
 
 
 def check_data_section(data: DictConfig, examples: ExampleKind = ExampleKind.TRANSLATION) -> None:
-    """Look for mistakes in every dataset of a recipe's ``data`` section before a model is built.
+    """Check every dataset of a recipe's ``data`` section before a model is built.
 
     Args:
         data: the section.
-        examples: what the model's dataset takes.
+        examples: what the model's dataset collates.
 
     Raises:
         ConfigError: for a misspelt key, or a value that cannot work.
         DataError: for a file that is missing or does not match its partner.
     """
-    for stranger in check_keys(data, DATASETS, "data"):
-        logging.warning(f"data.{stranger} is not a dataset that a training has; it is ignored.")
+    for unknown in check_keys(data, DATASETS, "data"):
+        logging.warning(f"data.{unknown} is not a dataset of a training; it is ignored.")
     for name in DATASETS:
         if data.get(name) is not None:
             check_data_config(data[name], place=f"data.{name}", examples=examples)

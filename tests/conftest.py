@@ -63,7 +63,7 @@ SLOWEST = (
     "models/test_memorising_salm_t5.py",
     "safety/test_models.py",
     "test_recipes.py",
-    "test_ending.py",
+    "test_exporting.py",
     "data/test_nemo_configs.py",
     "data/test_fuzzed_manifests.py",
     "callbacks/test_resumable_loop.py",
@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep what is imported by now out of garbage collections, which would look through all of NeMo each time."""
+    """Exclude what is imported by now from garbage collections, which would scan all of NeMo each time."""
     gc.collect()
     gc.freeze()
 

@@ -161,7 +161,7 @@ class TestBatchSizes:
         from nemo_emmett.training import build_training
 
         options = ["--memory-budget", "70GiB", "--modality-share", "auto", "--predict-epoch", "--output", "p.png"]
-        done = invoke("oomptimize", "salm_t5_phrasebook", "trainer.max_steps=7", *options)
+        done = invoke("oomptimize", "salm_t5", "trainer.max_steps=7", *options)
         assert done.exit_code == 0, done.output
         ((name, cfg, build, options),) = calls
         assert (name, cfg.trainer.max_steps, build) == ("oomptimize", 7, build_training)
@@ -178,7 +178,7 @@ class TestBatchSizes:
 
     def test_plan_does_so_too(self, invoke, calls) -> None:
         options = ["--memory", "H100", "--optimise-bins", "--num-buckets", 10, "--num-sub-buckets", 2]
-        done = invoke("plan", "salm_t5_phrasebook", *options, "--profile", "mine.yaml", "--limit", 1000)
+        done = invoke("plan", "salm_t5", *options, "--profile", "mine.yaml", "--limit", 1000)
         assert done.exit_code == 0, done.output
         ((name, _, _, options),) = calls
         assert name == "plan"
@@ -197,7 +197,7 @@ class TestBatchSizes:
 
     @pytest.mark.parametrize("share", ["0", "1.5", "half"])
     def test_a_share_that_is_none_is_refused(self, invoke, calls, share: str) -> None:
-        assert invoke("oomptimize", "salm_t5_phrasebook", "--modality-share", share).exit_code == 2
+        assert invoke("oomptimize", "salm_t5", "--modality-share", share).exit_code == 2
         assert calls == []
 
     @pytest.mark.parametrize("command", ["oomptimize", "plan"])
@@ -207,7 +207,7 @@ class TestBatchSizes:
         assert done.output == "Error: The recipe 'gone.yaml' cannot be read: there is no such file.\n"
 
     def test_a_plan_needs_the_memory(self, invoke) -> None:
-        done = invoke("plan", "salm_t5_phrasebook")
+        done = invoke("plan", "salm_t5")
         assert done.exit_code == 2
         assert (
             "Error: --memory: is missing; name the device to plan for (H100), or its memory (80GiB).\n" in done.output

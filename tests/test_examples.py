@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_emmett.training import check_recipe
 
-ROOT = Path(__file__).parents[1]
+EXAMPLES = Path(__file__).parents[1] / "examples" / "speechlm"
 
 
 def composed(name: str, *overrides: str):
-    with initialize_config_module("nemo_emmett.conf", version_base=None):
+    with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
         return compose(name, overrides=list(overrides))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts_importable():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples" / "speechlm"))
+        patch.syspath_prepend(str(EXAMPLES))
         yield
 
 
 @pytest.fixture(scope="module")
 def demo():
     return importlib.import_module("demo")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "line"),
+    [
+        ("train.py", [], "  pretrained_llm: exp/phrasebook/t5/t5"),
+        ("train.py", ["--config-name=salm_t5", "emmett_freezing=lora"], "    lora_alpha: 256"),
+        ("evaluate.py", ["--config-name=evaluate_fleurs_flores"], "corpus: data/public"),
+    ],
+)
+def test_a_script_runs_its_own_recipes_and_those_of_the_package_from_any_folder(script, arguments, line, tmp_path):
+    command = [sys.executable, EXAMPLES / script, *arguments, "--cfg", "job"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert line in done.stdout.splitlines()
+
+
+def test_a_misspelt_recipe_of_a_script_gets_its_name(tmp_path):
+    command = [sys.executable, EXAMPLES / "train.py", "--config-name=salm_t5_phrasebok"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr == "Error: there is no recipe 'salm_t5_phrasebok'; did you mean 'salm_t5_phrasebook'?\n"
 
 
 @pytest.mark.parametrize("name", ["salm_t5_phrasebook", "pretrain_t5_phrasebook"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "speechlm"
@@ -41,7 +41,7 @@ def recipe_of(command: list[str]):
     """The recipe that a training's command composes; Hydra refuses an override that is none."""
     name = next(word.partition("=")[2] for word in command if word.startswith("--config-name="))
     overrides = [word for word in command[2:] if not word.startswith("--")]
-    with initialize_config_module("nemo_emmett.conf", version_base=None):
+    with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
         return compose(name, overrides=overrides)
 
 

@@ -1,4 +1,4 @@
-"""A NeMo recipe that knows nothing of nemo_emmett takes it from its YAML alone, with only the built wheel installed."""
+"""A stock NeMo script uses nemo_emmett through its YAML alone, with only the built wheel installed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(cfg):
 
 
 def report(trainer):
-    # What a test wants to know; the names are looked up, not imported.
+    # For the test; the names are looked up, not imported.
     import json
 
     loader = trainer.train_dataloader._source  # of NeMo's BroadcastingDataLoader
@@ -63,9 +63,13 @@ def report(trainer):
 train()
 """
 
-# Runs the script for each line that it reads, with its arguments and in a new process; answers with the exit code.
+# Runs the script for each line that it reads, with its arguments and in a new process; answers with the exit code. The
+# script's first imports are NeMo's (which have Hydra find nemo_emmett): they are done here once for all processes.
 SERVER = """
 import json, os, runpy, sys
+
+from nemo.collections.speechlm2 import SALM, DataModule, SALMDataset
+from nemo.core.config import hydra_runner
 
 for line in sys.stdin:
     request = json.loads(line)

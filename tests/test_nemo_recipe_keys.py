@@ -1,4 +1,4 @@
-"""Every key of NeMo's recipes becomes what docs/nemo_recipes.md says: works, is ignored as by NeMo, or is refused."""
+"""Every key of NeMo's recipes has the status in docs/nemo_recipes.md: works, is ignored as by NeMo, or is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def keys(kind: str, status: str, *sections: str) -> list[str]:
 
 
 def section_with(key: str, value: Any, base: dict | None = None) -> dict:
-    """A section in which the value stands at the path, without the section's own name."""
+    """A section with the value at the path, which begins with the section's name."""
     cfg = OmegaConf.create(base or {})
     OmegaConf.update(cfg, key.split(".", 1)[1], value, force_add=True)
     return OmegaConf.to_container(cfg)

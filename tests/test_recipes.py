@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,22 +29,52 @@ SMALL = [
     f"{name}_{corpus}"
     for corpus in ("phrasebook", "captions")
     for name in ("salm_t5", "salm_gpt", "pretrain_t5", "pretrain_llm")
-]
+] + ["experiment_efficiency"]
 BACKBONES = {"salm_t5": "t5", "salm_gpt": "llama", "bestow_gpt": "llama"}
 LANGUAGES = ("en", "de", "es", "fr")
 CONF = Path(__file__).parents[1] / "nemo_emmett" / "conf"
+EXAMPLES = Path(__file__).parents[1] / "examples" / "speechlm" / "conf"
 FREEZING = sorted(path.stem for path in (CONF / "emmett_freezing").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", [*SMALL, *JOINT])
 def test_a_recipe_composes_and_all_its_keys_mean_something(name):
-    cfg = compose_recipe(name)
+    cfg = compose_recipe(name if name in JOINT else str(EXAMPLES / f"{name}.yaml"))
     OmegaConf.resolve(cfg)
     check_recipe(cfg)
     for place, settings in datasets_of(cfg.data):
         assert parse_dataset(settings, place).unknown_keys == ()
     known = {"_target_", *ModelConfig.__dataclass_fields__}
     assert set(cfg.model) <= known
+
+
+def test_the_package_holds_no_recipes_but_those_of_the_models():
+    """Every Hydra program on a user's machine searches them."""
+    assert {path.stem for path in CONF.glob("*.yaml")} == {*JOINT, "evaluate_fleurs_flores"}
+    assert all(path.name.startswith("emmett_") for path in CONF.iterdir() if path.is_dir() and path.name[0] != "_")
+
+
+TO_CORRECT = {"README.md", "docs/evaluation.md", "nemo_emmett/evaluation/run.py"}
+
+
+def test_every_recipe_that_is_named_by_its_path_exists():
+    """In the docs, in docstrings and in the comments of scripts and recipes."""
+    root = CONF.parents[1]
+    suffixes = ("*.md", "*.py", "*.sh", "*.yaml")
+    files = [root / "README.md"]
+    files += [
+        path
+        for folder in ("docs", "nemo_emmett", "examples")
+        for s in suffixes
+        for path in root.glob(f"{folder}/**/{s}")
+    ]
+    missing = {}
+    for file in files:
+        for named in re.findall(r"[\w/.]*\bconf/[\w/]+\.yaml", file.read_text()):
+            if not any((folder / named).exists() for folder in (root, file.parent)):
+                missing[named] = file.relative_to(root).as_posix()
+    assert set(missing.values()) - TO_CORRECT == set(), missing
+    assert len(files) > 100
 
 
 def datasets_of(data: DictConfig) -> Iterator[tuple[str, dict]]:

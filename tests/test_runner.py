@@ -167,7 +167,7 @@ def test_a_file_is_composed_with_its_defaults_and_overrides(recipes: Path, monke
 
 
 def test_a_shipped_recipe_goes_by_its_name() -> None:
-    assert compose_recipe("salm_t5_phrasebook", ["seed=9"]).seed == 9
+    assert compose_recipe("salm_t5", ["seed=9"]).seed == 9
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,13 @@ def test_a_shipped_recipe_goes_by_its_name() -> None:
     [
         ("gone.yaml", [], "The recipe 'gone.yaml' cannot be read: there is no such file."),
         ("folder/recipe", [], "The recipe 'folder/recipe' cannot be read: there is no such file."),
-        ("salm_t5_phrasebok", [], "there is no recipe 'salm_t5_phrasebok'; did you mean 'salm_t5_phrasebook'?"),
+        ("salm_gtp", [], "there is no recipe 'salm_gtp'; did you mean 'salm_gpt'?"),
+        (
+            "salm_t5_phrasebook",
+            [],
+            "there is no recipe 'salm_t5_phrasebook'; there are bestow_gpt, evaluate_fleurs_flores, salm_gpt, salm_t5; "
+            "name any other by the path of its file",
+        ),
         ("{}/own.yaml", ["trainer.max_step=7"], "trainer.max_step: there is no such key in the recipe; did you mean"),
         ("{}/own.yaml", ["trainer.max_steps=[1"], "trainer.max_steps=[1: cannot be read as key=value"),
         (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -15,23 +15,32 @@ from omegaconf import OmegaConf
 from nemo_emmett.cli import main
 from nemo_emmett.models import load
 
-ROOT = Path(__file__).parents[1]
+from .fork_server import call_in_new_process, print_to
 
 
 def test_it_trains_on_two_devices_and_exports(recipe, tmp_path: Path) -> None:
     OmegaConf.save(OmegaConf.create(recipe), tmp_path / "recipes.yaml")
-    command = [Path(sys.executable).parent / "nemo-emmett", "train", "recipes.yaml"]
     overrides = ["trainer.devices=2", "+trainer.strategy=ddp", "trainer.max_steps=2"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *overrides], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "MEMBER: 2/2" in done.stderr  # the second process was started by the first, with the same arguments
+    code, printed = call_in_new_process(run_command, tmp_path, "train", "recipes.yaml", *overrides)
+    assert code == 0, printed
+    assert "MEMBER: 2/2" in printed  # the second process was started by the first, with the same arguments
     assert load(recipe["export_dir"]).translate(["one red house"], "en", "de")
     (last,) = (tmp_path / "exp" / "checkpoints").glob("*-last.ckpt")
     assert torch.load(last, weights_only=False)["global_step"] == 2
+
+
+def run_command(folder: Path, *arguments: str) -> tuple[int | None, str]:
+    """Run the installed command in this process; Lightning starts the others by its path, in new interpreters."""
+    log = folder / "log"
+    print_to(log)
+    os.chdir(folder)
+    sys.argv = [str(Path(sys.executable).with_name("nemo-emmett")), *arguments]
+    (entry_point,) = entry_points(group="console_scripts", name="nemo-emmett")
+    try:
+        code = entry_point.load()()
+    except SystemExit as ended:
+        code = ended.code
+    return code, log.read_text()
 
 
 @pytest.mark.parametrize(

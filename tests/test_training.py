@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import OmegaConf
 
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
-from nemo_emmett.ending import export_checkpoint
+from nemo_emmett.exporting import export_checkpoint
 from nemo_emmett.models import SALMT5, load
 from nemo_emmett.training import train
 

@@ -1,10 +1,10 @@
-"""Lists the keys of NeMo's own recipes, and says what becomes of each with nemo_emmett.
+"""Lists the keys of NeMo's own recipes, and the status of each with nemo_emmett.
 
     python tools/nemo_recipe_keys.py NEMO/examples   # reads the recipes, writes tests/nemo_recipe_keys.json
     python tools/nemo_recipe_keys.py                 # writes docs/nemo_recipes.md from it
 
-``NEMO`` is a checkout of NeMo at the version that is installed. Only the names of keys are kept. What becomes of a key
-is looked up in the tables by which recipes are checked; ``tests/test_nemo_recipe_keys.py`` tries each of them out.
+``NEMO`` is a checkout of NeMo at the version that is installed. Only the names of keys are kept. The status of a
+key is looked up in the tables by which recipes are checked; ``tests/test_nemo_recipe_keys.py`` tries out each of them.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ NOTES = {
     "data.bucketing_batch_size": "lhotse's is `bucket_batch_size`",
     "data.bucketing_strategy": "lhotse's is `use_bucketing`",
 }
-"""What is to be said of a key beside its status; a section stands for all in it."""
+"""Notes on keys in addition to their status; a section's note is for all keys in it."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a key."""
+    """The status of a key, with a note."""
 
     status: str
     note: str = ""
@@ -118,7 +118,7 @@ def extract(examples: Path) -> dict[str, Any]:
 
 
 def verdict(kind: str, key: str) -> Verdict:
-    """What becomes of a key of a recipe.
+    """The status of a key of a recipe.
 
     Args:
         kind: ``speechlm2``: trained by ``examples/speechlm/train.py`` with a model of ours; ``asr``: by NeMo's own
@@ -126,7 +126,7 @@ def verdict(kind: str, key: str) -> Verdict:
         key: its path; with ``asr`` that of a dataset's key.
 
     Raises:
-        KeyError: if nothing is known of it.
+        KeyError: if it is in none of the tables.
     """
     section, _, rest = key.partition(".")
     top, _, inner = rest.partition(".")
@@ -158,7 +158,7 @@ def _of_dataset(key: str) -> Verdict:
 
 
 def page(listed: Mapping[str, Any]) -> str:
-    """The page of docs."""
+    """The text of docs/nemo_recipes.md."""
     datasets: dict[str, list[str]] = {}
     for key, recipes in listed["asr"].items():
         datasets.setdefault(key.split(".", 2)[2], []).extend(recipes)
@@ -170,8 +170,8 @@ def page(listed: Mapping[str, Any]) -> str:
             "",
             "- **works**: accepted, and has NeMo's effect or is passed on to NeMo, Lightning, transformers or peft.",
             "- **no effect**: NeMo's lhotse dataloader warns that it ignores the key, and so does ours.",
-            "- **refused**: one sentence before training names the key. Values that ask for nothing (`null`, `false`,",
-            "  0, `enabled: false`) are accepted.",
+            "- **refused**: one sentence before training names the key. Values that switch nothing on (`null`,",
+            "  `false`, 0, `enabled: false`) are accepted.",
             "",
             "## SALM: a model of ours in NeMo's recipe",
             "",
@@ -208,7 +208,7 @@ def _table(places: Mapping[str, list[str]], kind: str) -> list[str]:
 
 
 def main() -> None:
-    """See the module."""
+    """Write the list of keys, the page, or both."""
     if len(sys.argv) > 1:
         KEYS.write_text(json.dumps(extract(Path(sys.argv[1])), indent=1) + "\n")
     PAGE.write_text(page(json.loads(KEYS.read_text())))

@@ -25,12 +25,12 @@ from stages import KEEP_MEMORY, installed, script, tail
 
 @dataclass
 class Stage:
-    """A command, and what it leaves behind when it has finished."""
+    """A command, and the file that exists when it has finished."""
 
     title: str
     command: list[str]
     result: Path
-    shows: bool = False  # what it prints is what the demo is for; of the others only the progress shows
+    shows: bool = False  # whether its output is shown; of the others only the progress is
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
 
     print("\nTime of each stage")
     for title, duration in seconds.items():
-        print(f"  {title:<58} {'there already' if duration is None else f'{duration:6.0f} s'}")
+        print(f"  {title:<58} {'done before' if duration is None else f'{duration:6.0f} s'}")
     print(f"  {'together':<58} {time.monotonic() - started:6.0f} s")
     print(f"\nThe report, with recordings to listen to: {options.exp / 'evaluation' / 'report.html'}")
     translate = [installed("nemo-emmett"), "translate", "--model", str(options.exp / "salm_t5" / "model"), "--to", "de"]
@@ -62,9 +62,9 @@ def main() -> None:
 
 
 def run(stage: Stage, log: Path) -> float | None:
-    """Run a stage unless its result is there; its seconds, or None."""
+    """Run a stage unless its result exists; returns its seconds, or None."""
     if stage.result.exists():
-        print(f"{stage.result} is there already.")
+        print(f"{stage.result} exists already.")
         return None
     begun = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def run(stage: Stage, log: Path) -> float | None:
         process.wait()
     if process.returncode != 0:
         print(log.read_text(errors="replace")[-3000:])
-        sys.exit(f"'{stage.title}' failed (exit code {process.returncode}), see {log}. `make demo` goes on from it.")
+        sys.exit(f"'{stage.title}' failed (exit code {process.returncode}), see {log}. `make demo` continues from it.")
     return time.monotonic() - begun
 
 
@@ -95,7 +95,7 @@ def show_progress(process: subprocess.Popen, log: Path) -> None:
 
 
 def demo_stages(data: Path, exp: Path) -> list[Stage]:
-    """From nothing to the table."""
+    """The stages from the corpus to the table of scores."""
     t5, encoder, salm, scores = exp / "t5", exp / "encoder", exp / "salm_t5", exp / "evaluation"
     return [
         Stage(
@@ -115,7 +115,7 @@ def demo_stages(data: Path, exp: Path) -> list[Stage]:
             t5 / "t5" / "config.json",
         ),
         Stage(
-            "Score the T5 before it has heard anything",
+            "Score the T5 before the training with speech",
             script(
                 "evaluate.py",
                 f"model={t5 / 'model'}",
@@ -136,7 +136,7 @@ def demo_stages(data: Path, exp: Path) -> list[Stage]:
 
 
 def speech_alone_stages(data: Path, exp: Path) -> list[Stage]:
-    """The same training without text, and its table beside the same T5."""
+    """The same training without text, scored against the same T5."""
     salm, scores = exp / "speech_alone", exp / "evaluation"
     return [
         Stage(
@@ -144,12 +144,12 @@ def speech_alone_stages(data: Path, exp: Path) -> list[Stage]:
             script("train.py", f"corpus={data}", f"exp_dir={salm}", *pretrained(exp), "~data.train_ds.text"),
             salm / "model" / "config.json",
         ),
-        scoring_stage("Score what learned from speech alone", data, exp, salm, scores / "speech_alone"),
+        scoring_stage("Score the model trained on speech alone", data, exp, salm, scores / "speech_alone"),
     ]
 
 
 def scoring_stage(title: str, data: Path, exp: Path, trained: Path, output: Path) -> Stage:
-    """Both test sets, beside the T5 as it was before it heard anything."""
+    """The scores on both test sets, compared with those of the T5 before the training with speech."""
     command = script(
         "evaluate.py",
         f"model={trained / 'model'}",
@@ -162,14 +162,14 @@ def scoring_stage(title: str, data: Path, exp: Path, trained: Path, output: Path
 
 
 def pretrained(exp: Path) -> list[str]:
-    """Where the joint training finds its parts."""
+    """Overrides that name the pretrained parts of the joint training."""
     encoder = exp / "encoder" / "encoder.nemo"
     return [f"model.pretrained_llm={exp / 't5' / 't5'}", f"model.pretrained_asr={encoder}"]
 
 
 PHRASEBOOK = ["--types", "time,price", "--variants", "f1,m1,m3", "--no-accents"]
 PHRASEBOOK += ["--train-items", "2400", "--spoken-train-items", "1600", "--test-items", "120", "--dev-items", "40"]
-"""As much as two cores learn in a quarter of an hour: two of the four types, three of the eleven voices."""
+"""Options for a corpus that two cores train on in a quarter of an hour: two of four types, three of eleven voices."""
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ test set out. ``nemo-emmett evaluate MODEL CONFIG`` does the same.
 from nemo_emmett.runner import recipe_runner
 
 
-@recipe_runner(config_name="evaluate_phrasebook")
+@recipe_runner(config_path="conf", config_name="evaluate_phrasebook")
 def main(cfg) -> None:
-    """Score what the recipe names."""
+    """Evaluate the recipe's model on its test sets."""
     from nemo_emmett.evaluation import evaluate_recipe
 
     evaluate_recipe(cfg)

@@ -1,4 +1,4 @@
-"""EMMeTT's claims in miniature: joint training beside text alone and speech alone, and what makes it efficient.
+"""EMMeTT's claims in miniature: joint training against text alone and speech alone, and what makes it efficient.
 
 Usage:
     python examples/speechlm/experiment.py [--captions FOLDER] [--data data] [--exp exp/experiment]
@@ -8,8 +8,8 @@ SALM-T5 and SALM-GPT are trained from one pretrained start on text translation, 
 three seeds each; then, on a corpus with much English speech and little French, with other buckets, batch sizes and
 blends. It ends with the tables, and writes them with the curves and all numbers into the experiment's folder.
 
-Each run is a command of its own whose output is kept beside its results; one that has finished is not run again, so an
-interrupted experiment goes on where it stopped. docs/experiment.md has what came out, and what it shows.
+Each run is a command whose output is logged; a run that has finished is not run again, so an interrupted experiment
+continues where it stopped. docs/experiment.md has the results and what they show.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nemo_emmett.processes import available_cores
 
 
 def main() -> None:
-    """Run what has not been run, then print and write the results."""
+    """Run what has not finished yet, then print and write the results."""
     parser = argparse.ArgumentParser(description="EMMeTT's claims in miniature.")
     parser.add_argument("--captions", type=Path, help="folder with Multi30k's train.en, train.de, ..., val.fr")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder for the corpora")
@@ -52,14 +52,14 @@ def main() -> None:
     console = Console()
     run_all(runs, options.exp / "logs", options.jobs, console)
 
-    # What reads the results needs NeMo, ten seconds that a first glance at the bar should not wait for.
+    # Imported here: it imports NeMo, and the progress bar should not wait ten seconds for that.
     from experiment_results import collect, report
 
     report(collect(corpora, options.exp, options.seeds), options.exp, console)
 
 
 def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """End with one sentence now what would end an hour later."""
+    """Report mistakes now that would end the experiment an hour later."""
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: must be 1 or more")
     if len(set(options.seeds)) != len(options.seeds):
@@ -76,14 +76,14 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 class RunFailed(Exception):
-    """A command that failed; what depends on it is not run, everything else is."""
+    """A command failed; runs that depend on it are left out, all others are run."""
 
 
 def run_all(runs: Sequence[Run], logs: Path, jobs: int, console: Console) -> None:
-    """Run everything that is not there yet, each run after those it needs, up to ``jobs`` at a time.
+    """Run everything that has not finished, each run after those it needs, up to ``jobs`` at a time.
 
     Raises:
-        SystemExit: if runs failed, when there is nothing left that does not depend on them.
+        SystemExit: if runs failed, once all that do not depend on them have finished.
     """
     finished = {run.name for run in runs if run.result.exists()}
     waiting = [run for run in runs if run.name not in finished]
@@ -115,13 +115,13 @@ def run_all(runs: Sequence[Run], logs: Path, jobs: int, console: Console) -> Non
             stop.set()
     if failures:
         left_out = [f"{len(waiting)} runs that need it were left out."] if waiting else []
-        raise SystemExit("\n".join([*failures, *left_out, "Started again, the experiment goes on from here."]))
+        raise SystemExit("\n".join([*failures, *left_out, "Started again, the experiment continues from here."]))
 
 
 def start(run: Run, logs: Path, progress: Progress, stop: threading.Event) -> float:
-    """Run one command to its end; its seconds. The last bar that it writes is shown meanwhile."""
-    if run.anew is not None:
-        shutil.rmtree(run.anew, ignore_errors=True)
+    """Run one command to its end and return its seconds; its last progress bar is shown meanwhile."""
+    if run.unfinished is not None:
+        shutil.rmtree(run.unfinished, ignore_errors=True)
     log = logs / f"{run.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = run.command()
@@ -134,7 +134,7 @@ def start(run: Run, logs: Path, progress: Progress, stop: threading.Event) -> fl
         _watch(process, log, progress, task, stop)
     progress.remove_task(task)
     if process.returncode != 0 or not run.result.exists():
-        raise RunFailed(f"'{run.name}' failed (exit code {process.returncode}): {_last_words(log)} See {log}.")
+        raise RunFailed(f"'{run.name}' failed (exit code {process.returncode}): {_last_line(log)} See {log}.")
     return time.monotonic() - begun
 
 
@@ -148,7 +148,7 @@ def _watch(process: subprocess.Popen, log: Path, progress: Progress, task: TaskI
 
 
 def _steps(text: str) -> tuple[int, int] | None:
-    """How far the last of Lightning's bars in a log has come: ``Epoch 0:  42%|... | 42/100 [...``."""
+    """Steps done and in all, of the last Lightning bar in a log: ``Epoch 0:  42%|... | 42/100 [...``."""
     bars = [part for part in text.replace("\r", "\n").splitlines() if "/" in part and "it/s" in part]
     for bar in reversed(bars):
         for word in bar.split():
@@ -158,8 +158,8 @@ def _steps(text: str) -> tuple[int, int] | None:
     return None
 
 
-def _last_words(log: Path) -> str:
-    """The last line of a log: an error's sentence, as a rule."""
+def _last_line(log: Path) -> str:
+    """The last line of a log, as a rule an error's sentence."""
     lines = tail(log).replace("\r", "\n").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 

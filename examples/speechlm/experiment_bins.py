@@ -15,9 +15,9 @@ from experiment_runs import SPOKEN_SENTENCES
 from nemo_emmett.runner import recipe_runner
 
 
-@recipe_runner(config_name="experiment_efficiency")
+@recipe_runner(config_path="conf", config_name="experiment_efficiency")
 def main(cfg) -> None:
-    """Write the manifests, then measure what they hold."""
+    """Write the manifests, measure their lengths and find the bins."""
     for language, count in SPOKEN_SENTENCES.items():
         shorten(Path(cfg.corpus, "speech", f"train.{language}.jsonl"), Path(cfg.speech, f"{language}.jsonl"), count)
 
@@ -43,7 +43,7 @@ def main(cfg) -> None:
 
 
 def shorten(manifest: Path, out: Path, count: int) -> None:
-    """The first recordings of a manifest, their paths absolute."""
+    """Write the first recordings of a manifest to another one, with absolute paths."""
     records = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()[:count]]
     for record in records:
         record["audio_filepath"] = str((manifest.parent / record["audio_filepath"]).resolve())

@@ -1,4 +1,4 @@
-"""What the experiment found: read from its runs, as numbers, as tables, and as curves.
+"""The experiment's results, read from its runs: numbers, tables and curves.
 
 Scores are BLEU on the test sets, the mean over the directions between different languages. ``±`` is the standard
 deviation over seeds (of the sample, n - 1).
@@ -28,7 +28,7 @@ Results = Mapping[str, Any]
 
 
 def collect(corpora: Sequence[Corpus], exp: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Read all runs that have finished."""
+    """Read the results of all runs."""
     starts, trainings, efficiency = [], [], []
     for corpus in corpora:
         home = exp / corpus.name
@@ -62,7 +62,7 @@ def tables(results: Results) -> str:
 
 
 def differences(results: Results, corpus: str, model: str) -> dict[str, list[float]]:
-    """What joint training changes, seed by seed: text BLEU over NMT alone, speech BLEU over AST alone."""
+    """Differences by joint training, per seed: text BLEU over NMT alone, speech BLEU over AST alone."""
     runs = {
         (one["arm"], one["seed"]): one
         for one in results["trainings"]
@@ -185,7 +185,7 @@ def _training(folder: Path) -> dict[str, Any]:
 
 
 def _scores(folder: Path) -> dict[str, float | None]:
-    """Mean BLEU by modality, of what ``evaluate`` left in a run's folder, and of speech in French."""
+    """Mean BLEU by modality, from the evaluation in a run's folder, and of French speech."""
     evaluation = from_json(folder / "evaluation" / "evaluation.json")
     means = {found.modality: found.bleu for column in columns(evaluation.scores) if (found := average(column))}
     french = [

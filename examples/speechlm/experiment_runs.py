@@ -1,4 +1,4 @@
-"""The runs of the experiment: what is trained, on what, from which start, and what each run leaves behind."""
+"""The runs of the experiment: which model is trained on which data from which pretrained parts, and their results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 from demo import PHRASEBOOK
-from stages import installed, script
+from stages import RECIPES, installed, script
 
 SEEDS = (1, 2, 3)
 MODELS = {"salm_t5": "t5", "salm_gpt": "llm"}
@@ -18,7 +18,7 @@ ARMS = {
     "nmt": [
         "~data.train_ds.audio",
         "~data.validation_ds.datasets.dev_speech",
-        "+evaluation.without=[test_speech]",  # of which it has heard nothing
+        "+evaluation.without=[test_speech]",  # it was not trained on speech
     ],
     "ast": ["~data.train_ds.text"],
     "joint": [],
@@ -41,17 +41,17 @@ CAPTIONS = ["--max-words", "12", "--variants", "m3", "--speed", "200", "200", "-
 """Short captions in one voice: as much as these models learn in minutes."""
 
 CAPTION_FILES = [f"{split}.{language}" for split in ("train", "val") for language in ("en", "de", "fr")]
-"""What must be in the folder with the captions; German is read to choose those that are short in all languages."""
+"""Files of the folder with the captions; German serves to choose those that are short in all languages."""
 
 MEMORY_BUDGET, MODALITY_SHARE = "400MiB", "0.8"
-"""What a step of the second part may take, and speech's share of it: batches of some thirty recordings."""
+"""Memory of a step in the second part, and speech's share of it: batches of some thirty recordings."""
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A corpus, and how long the models are trained on it."""
 
-    name: str  # the recipes' suffix: salm_t5_phrasebook
+    name: str  # suffix of its recipes' names: salm_t5_phrasebook
     folder: Path
     prepare: list[str]
     summary: str  # the file that ``prepare`` writes last
@@ -63,10 +63,10 @@ class Run:
     """One command."""
 
     name: str  # such as phrasebook/salm_t5/joint/1
-    command: Callable[[], list[str]]  # made when it starts, from what earlier runs left
-    result: Path  # there when it has finished
+    command: Callable[[], list[str]]  # made when it starts, since it depends on results of earlier runs
+    result: Path  # exists when it has finished
     after: tuple[str, ...] = ()
-    anew: Path | None = None  # a folder that an interrupted attempt left, removed before the next
+    unfinished: Path | None = None  # folder of an interrupted attempt, removed before the next
 
 
 def phrasebook(data: Path) -> Corpus:
@@ -84,7 +84,7 @@ def captions(data: Path, source: Path) -> Corpus:
 
 
 def all_runs(corpora: Sequence[Corpus], exp: Path, seeds: Sequence[int] = SEEDS) -> list[Run]:
-    """Every run, in the order in which they are best started: what others wait for, then one seed after another."""
+    """Every run, in the order to start them in: first those that others need, then one seed after another."""
     starts = [run for corpus in corpora for run in start_runs(corpus, exp / corpus.name)]
     efficiency = efficiency_starts(corpora[0], exp)
     trainings = []
@@ -139,7 +139,7 @@ def training_run(corpus: Corpus, exp: Path, model: str, arm: str, seed: int) -> 
     command = _training(f"{model}_{corpus.name}", corpus, exp, model, folder, seed)
     command += [*steps, clock, *checkpoints, *ARMS[arm]]
     after = (f"{corpus.name}/encoder", f"{corpus.name}/{MODELS[model]}")
-    return Run(f"{corpus.name}/{model}/{arm}/{seed}", lambda: command, _report(folder), after, anew=folder)
+    return Run(f"{corpus.name}/{model}/{arm}/{seed}", lambda: command, _report(folder), after, unfinished=folder)
 
 
 def efficiency_starts(corpus: Corpus, exp: Path) -> list[Run]:
@@ -155,7 +155,7 @@ def efficiency_starts(corpus: Corpus, exp: Path) -> list[Run]:
         def calibrate(bins: str = bins, profile: Path = profile) -> list[str]:
             overrides = [*_of_efficiency(corpus, start, folder), *bins_overrides(bins_file, bins)]
             limits = ["--memory-budget", MEMORY_BUDGET, "--modality-share", MODALITY_SHARE]
-            command = [installed("nemo-emmett"), "oomptimize", "experiment_efficiency", *overrides]
+            command = [installed("nemo-emmett"), "oomptimize", str(RECIPES / "experiment_efficiency.yaml"), *overrides]
             return [*command, "--profile", str(profile), *limits]
 
         runs.append(Run(f"efficiency/{bins}", calibrate, profile, ("efficiency/bins",)))
@@ -178,7 +178,7 @@ def efficiency_run(corpus: Corpus, exp: Path, arm: str, seed: int) -> Run:
             *batch_size_overrides(home / f"{bins}.yaml", fixed=batch_sizes == "fixed"),
         ]
 
-    return Run(f"efficiency/{arm}/{seed}", command, _report(folder), (f"efficiency/{bins}",), anew=folder)
+    return Run(f"efficiency/{arm}/{seed}", command, _report(folder), (f"efficiency/{bins}",), unfinished=folder)
 
 
 def bins_overrides(bins_file: Path, name: str) -> list[str]:
@@ -203,7 +203,7 @@ def batch_size_overrides(profile: Path, fixed: bool) -> list[str]:
 
 
 def _training(recipe: str, corpus: Corpus, start: Path, model: str, folder: Path, seed: int) -> list[str]:
-    """The overrides of every training: where its start lies, where its results go, its seed."""
+    """The command of a training, with the overrides that all have: pretrained parts, folder of the results, seed."""
     return script(
         "train_and_evaluate.py",
         f"--config-name={recipe}",

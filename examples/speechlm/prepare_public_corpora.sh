@@ -4,8 +4,8 @@
 #
 #   bash prepare_public_corpora.sh SOURCES OUT [--jobs N]
 #
-# SOURCES holds those that are at hand, unpacked, each in a folder of the name below; docs/corpora.md says what to
-# download. What is not there is left out. What is finished is left alone, so run it again after an interruption.
+# SOURCES holds the downloaded corpora, unpacked, each in a folder of the name below; docs/corpora.md says what to
+# download. A corpus without a folder is left out. One that is finished is kept, so run it again after an interruption.
 #
 #   flores  fleurs                                      to validate and test on; kept out of all that is trained on
 #   covost2 (and common_voice)  europarl_st  must_c  mtedx                                   speech to train on
@@ -39,7 +39,7 @@ prepare() {
     fi
 }
 
-# Those of our languages that the names in a folder tell, for corpora of which one may have downloaded a few pairs.
+# Those of our languages that occur in the names of a folder's files, for corpora downloaded in part.
 languages_in() {
     ls "$SOURCES/$1" 2>/dev/null | tr -c 'a-z\n' '\n' | grep -xE "${LANGUAGES//,/|}" | sort -u | paste -sd,
 }
@@ -94,7 +94,7 @@ collect train_speech.yaml "$OUT"/{covost2,europarl_st,mtedx}/input_cfg/train.??.
     "$OUT"/must_c/input_cfg/train.*.yaml
 collect train_text.yaml "$OUT"/{opus,tatoeba,multi30k}/input_cfg/train*.yaml
 
-# What was held out is gone; this reads it all once more and says so, or exits with 1.
+# The test sentences have been left out; this reads everything once more to confirm it, or exits with 1.
 training=()
 for name in "${SPEECH[@]}" "${TEXT[@]}"; do
     if is_there "$name"; then training+=("$OUT/$name"); fi

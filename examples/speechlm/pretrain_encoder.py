@@ -11,7 +11,7 @@ from pathlib import Path
 from nemo_emmett.runner import recipe_runner
 
 
-@recipe_runner(config_name="pretrain_encoder_phrasebook")
+@recipe_runner(config_path="conf", config_name="pretrain_encoder_phrasebook")
 def main(cfg) -> None:
     """Train the speech encoder of the recipe."""
     import lightning
@@ -22,7 +22,7 @@ def main(cfg) -> None:
     from nemo_emmett.corpora.tokenizers import manifest_texts, train_sentencepiece
 
     if Path(cfg.output).exists():
-        print(f"{cfg.output} is there already; remove it to train it anew.")
+        print(f"{cfg.output} exists already; remove it to train it again.")
         return
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)

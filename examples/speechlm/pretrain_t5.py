@@ -11,7 +11,7 @@ from pathlib import Path
 from nemo_emmett.runner import recipe_runner
 
 
-@recipe_runner(config_name="pretrain_t5_phrasebook")
+@recipe_runner(config_path="conf", config_name="pretrain_t5_phrasebook")
 def main(cfg) -> None:
     """Make and train the language model of the recipe."""
     import lightning
@@ -22,7 +22,7 @@ def main(cfg) -> None:
     from nemo_emmett.training import train
 
     if Path(cfg.output, "config.json").exists():
-        print(f"{cfg.output} is there already; remove it to train it anew.")
+        print(f"{cfg.output} exists already; remove it to train it again.")
         return
     init_dir = Path(cfg.t5.init_dir)
     if not (init_dir / "config.json").exists():

@@ -12,8 +12,8 @@
 #
 #   sbatch --nodes=8 slurm_emmett.sh salm_t5 /data [key=value ...]
 #
-# The first argument names the recipe (salm_t5, salm_gpt, bestow_gpt), the second the prepared corpora; the others are
-# for the training. Results lie in exp/RECIPE, or EXP_DIR: checkpoints, model, and evaluation with the report.
+# The first argument names the recipe (salm_t5, salm_gpt, bestow_gpt), the second the folder of the prepared corpora; the
+# others are for the training. Results are in exp/RECIPE, or EXP_DIR: checkpoints, model, and evaluation with the report.
 #
 # slurm_train.sh does the training, and queues the job again where that is needed. A training that is longer than the
 # time limit goes on in jobs queued behind one another, as described there; one that finds the evaluation has nothing
@@ -28,7 +28,7 @@ CORPUS=$2
 EXP_DIR=${EXP_DIR:-exp/$RECIPE}
 
 if [[ -f $EXP_DIR/evaluation/evaluation.json ]]; then
-    echo "$EXP_DIR/evaluation is there already; delete it to evaluate anew."
+    echo "$EXP_DIR/evaluation exists already; delete it to evaluate again."
     exit 0
 fi
 

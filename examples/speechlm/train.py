@@ -10,7 +10,7 @@ the experiment's last checkpoint.
 from nemo_emmett.runner import recipe_runner
 
 
-@recipe_runner(config_name="salm_t5_phrasebook")
+@recipe_runner(config_path="conf", config_name="salm_t5_phrasebook")
 def main(cfg) -> None:
     """Train the model of the recipe."""
     from nemo_emmett.training import train

@@ -4,16 +4,16 @@ Usage:
     python examples/speechlm/train_and_evaluate.py --config-name=salm_t5_phrasebook \
         +evaluation.recipe=evaluate_phrasebook +evaluation.output=exp/run/evaluation [key=value ...]
 
-``evaluation.recipe`` names the shipped recipe of the test sets, those of the corpus that is trained on, and
+``evaluation.recipe`` names the recipe of the test sets in conf/, those of the corpus that is trained on, and
 ``evaluation.without`` a list of those to leave out; ``evaluation.output`` receives evaluation.json and report.html.
 """
 
-from importlib.resources import files
+from pathlib import Path
 
 from nemo_emmett.runner import recipe_runner
 
 
-@recipe_runner(config_name="salm_t5_phrasebook")
+@recipe_runner(config_path="conf", config_name="salm_t5_phrasebook")
 def main(cfg):
     """Train the recipe, then evaluate."""
     from omegaconf import OmegaConf
@@ -21,7 +21,7 @@ def main(cfg):
     from nemo_emmett.evaluation import evaluate
     from nemo_emmett.training import train
 
-    test_sets = OmegaConf.load(str(files("nemo_emmett.conf") / f"{cfg.evaluation.recipe}.yaml"))
+    test_sets = OmegaConf.load(Path(__file__).with_name("conf") / f"{cfg.evaluation.recipe}.yaml")
     test_sets.corpus = cfg.corpus
     for name in cfg.evaluation.get("without", []):
         del test_sets.test_ds.datasets[name]

@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from nemo_emmett.config import load_yaml
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.evaluation.comet import CometConfig
 from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, check_metrics
@@ -105,12 +105,7 @@ def read_yaml(path: Path) -> DictConfig:
     Raises:
         ConfigError: if the file does not exist or holds no keys.
     """
-    try:
-        config = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"The config '{path}' cannot be read: {error.strerror}.") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"The config '{path}' is not YAML: {' '.join(str(error).split())}.") from error
+    config = load_yaml(path)
     if not isinstance(config, DictConfig):
         raise ConfigError(f"The config '{path}' holds a list; it must hold keys, among them data.test_ds.")
     return config

@@ -16,8 +16,8 @@ from nemo.collections.speechlm2.models import SALM
 from omegaconf import OmegaConf
 from transformers import GenerationConfig
 
-from nemo_emmett.ending import export_checkpoint
 from nemo_emmett.errors import ConfigError, DataError, ModelError
+from nemo_emmett.exporting import export_checkpoint
 from nemo_emmett.models import SALMGPT, SALMT5, load
 from nemo_emmett.modules.batch import split_modalities
 from nemo_emmett.modules.loss import IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""What a training leaves behind: the best checkpoint as a folder, its recipe, and nothing lost where a disk is full."""
+"""Exports and the folders of a training: the best checkpoint, the recipe, locks, and full disks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from nemo_emmett import ending, training
+from nemo_emmett import exporting, training
 from nemo_emmett.cli import main
-from nemo_emmett.ending import BestCheckpoint, RecipeBesideCheckpoints, check_export, check_space, export_trained
 from nemo_emmett.errors import EXIT_NOT_FINITE, EXIT_NOT_WRITTEN, ConfigError, ModelError, NonFiniteError, OutputError
+from nemo_emmett.exporting import BestCheckpoint, check_export, export_trained
 from nemo_emmett.models import load
 from nemo_emmett.models.checkpoint import read_weights
+from nemo_emmett.run_folders import SaveRecipe, check_space
 from nemo_emmett.training import train
 
 from .conftest import fill
@@ -205,7 +206,7 @@ def test_a_checkpoint_becomes_a_folder(trained, tmp_path):
     assert same(exported(tmp_path / "a"), read_weights(trained.last))
     moved = tmp_path / "moved.ckpt"
     moved.write_bytes(trained.best.read_bytes())
-    assert f"Error: '{tmp_path / 'recipe.yaml'}' is not there" in run(moved, tmp_path / "b").stderr
+    assert f"Error: '{tmp_path / 'recipe.yaml'}' does not exist" in run(moved, tmp_path / "b").stderr
     assert run(moved, tmp_path / "b", "--config", trained.best.parent / "recipe.yaml").exit_code == 0
     assert same(load(tmp_path / "b").state_dict(), read_weights(trained.best))
 
@@ -255,7 +256,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
 # The recipe
 
 
-def test_the_resolved_recipe_lies_beside_the_checkpoints(trained):
+def test_the_resolved_recipe_is_next_to_the_checkpoints(trained):
     assert OmegaConf.to_container(OmegaConf.load(trained.best.parent / "recipe.yaml")) == trained.as_written
 
 
@@ -268,7 +269,7 @@ def test_another_recipe_does_not_replace_the_first(tmp_path, caplog):
         {"a": {"b": 3, "d": 0}},
     ]
     for recipe in recipes:
-        RecipeBesideCheckpoints(OmegaConf.create(recipe)).on_train_start(trainer, None)
+        SaveRecipe(OmegaConf.create(recipe)).on_train_start(trainer, None)
     found = {path.name: OmegaConf.load(path) for path in tmp_path.iterdir()}
     assert found == {"recipe.1.yaml": recipes[1], "recipe.2.yaml": recipes[2], "recipe.yaml": recipes[3]}
     said = [record.message for record in caplog.records]
@@ -344,7 +345,7 @@ def test_a_disk_without_room_is_refused_and_a_scarce_one_warned_of(trained, smal
         ({"exp_manager.checkpoint_callback_params.monitor": "val_bleu"}, "since model.validation_bleu is false"),
         (
             {"trainer.val_check_interval": 3},
-            r"trainer.val_check_interval: 3 cannot be: .* number of the training batch",
+            r"trainer.val_check_interval: 3 cannot be used: .* number of the training batch",
         ),
         ({"trainer.limit_train_batches": None, "trainer.val_check_interval": 0.5}, "val_check_interval: 0.5 cannot be"),
         ({"trainer.check_val_every_n_epoch": None, "trainer.val_check_interval": 1.0}, "trainer: .*val_check_interval"),
@@ -417,6 +418,6 @@ def test_a_checkpoint_that_finds_its_disk_full_does_not_cost_the_model(recipe, s
 
 def test_nowhere_to_write(trained, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(ending, "new_folder_elsewhere", lambda name, places: iter([tmp_path / "file"]))
+    monkeypatch.setattr(exporting, "new_folder_elsewhere", lambda name, places: iter([tmp_path / "file"]))
     with pytest.raises(OutputError, match=r"could not be written to \(Not a directory\), nor any other folder; make"):
         trained.export(export_dir=str(tmp_path / "file" / "model"))
