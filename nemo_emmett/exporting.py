@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from nemo_emmett import plugin
-from nemo_emmett.modules.tensors import refuse_nonfinite
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ConfigError, EmmettError, ModelError, NonFiniteError, OutputError
 from nemo_emmett.files import atomic_folder, check_writable, new_folder_elsewhere
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.checkpoint import check_fit, read_weights
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
+from nemo_emmett.modules.tensors import refuse_nonfinite
 from nemo_emmett.run_folders import RECIPE_FILE
 
 EXPORTS = ("best", "last")
