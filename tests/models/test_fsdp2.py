@@ -222,4 +222,4 @@ def test_tensor_parallelism_is_refused(backbones, tiny_asr):
     model = built(SALMGPT, "llama", backbones, tiny_asr)
     mesh = {"data_parallel": SimpleNamespace(size=lambda: 1), "tensor_parallel": SimpleNamespace(size=lambda: 2)}
     with pytest.raises(ConfigError, match=r"trainer\.strategy\.tensor_parallel_size: 2 is not possible for SALMGPT"):
-        shard(model, mesh)
+        shard(model, [], mesh)
