@@ -4,6 +4,16 @@
 - :class:`SALMGPT` (``salm_gpt``): decoder-only; speech among the prompt's tokens. NeMo's SALM made multimodal.
 - :class:`BestowGPT` (``bestow_gpt``): decoder-only; speech through cross-attention in front of the LLM.
 - :func:`load`: a model from the folder that ``save_pretrained`` wrote.
+
+Modules, in the order in which a model is built, trained and used:
+
+- ``config`` (keys of the ``model`` section), ``nemo_keys`` (those of NeMo's other models), ``targets`` (sections that
+  name a class), ``optimization`` (optimizer and schedule).
+- ``base``: the base class; ``building`` (tokenizer, language model, LoRA), ``perception`` (speech encoder),
+  ``transformer_blocks`` (compilation, activation checkpointing), ``initial_weights``, ``sharding`` (FSDP2).
+- ``causal`` (common parts of decoder-only models), ``head`` (losses in the output layer), ``microbatches``,
+  ``dummy_batch``, ``step_log``, ``validation``, ``oomptimizer_schema``.
+- ``generation``, ``inputs`` (texts and recordings to translate), ``export``, ``checkpoint``, ``load``.
 """
 
 import lazy_loader

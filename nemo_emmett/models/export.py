@@ -105,7 +105,7 @@ class Export:
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
-    ):
+    ) -> Export:
         """Load an exported model.
 
         Args:

@@ -76,8 +76,10 @@ def build_perception(
         parts["preprocessor"] = asr["preprocessor"]
         if "output_dim" in (parts["modality_adapter"] or {}):
             parts["modality_adapter"] = {**parts["modality_adapter"], "output_dim": llm.config.hidden_size}
-    _check_parts(config.perception, parts)
-    if asr:
+    # A trusted file may name what is not on NeMo's allow-list.
+    checked = {name: part for name, part in parts.items() if not trusted or name not in ("preprocessor", "encoder")}
+    _check_parts(config.perception, checked)
+    if asr and not trusted:
         _check_fit(parts["encoder"], asr["encoder"], config.pretrained_asr)
     # NeMo's function takes the half-built model; it reads these attributes, and sets `perception`.
     section = {"pretrained_asr": config.pretrained_asr, "perception": {**config.perception, "encoder": own}}

@@ -36,11 +36,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def class_of(section: Mapping[str, Any], place: str, base: type = object) -> type:
-    """The class that a section's ``_target_`` names.
+def class_of(section: Mapping[str, Any], place: str, base: type = object) -> Callable[..., Any]:
+    """The class, or function, that a section's ``_target_`` names.
 
     Raises:
-        ConfigError: if it is missing, not on NeMo's allow-list, does not exist, or is no subclass of ``base``.
+        ConfigError: if it is missing, not on NeMo's allow-list, does not exist, or is a class but none of ``base``.
     """
     target = section.get("_target_")
     if target is None:
@@ -58,7 +58,7 @@ def class_of(section: Mapping[str, Any], place: str, base: type = object) -> typ
         raise ConfigError(f"{place}._target_: there is no '{target}'; {hint}") from error
     while hasattr(found, "__wrapped__"):  # NeMo's @experimental and @deprecated
         found = found.__wrapped__
-    if not (isinstance(found, type) and issubclass(found, base)):
+    if not callable(found) or (isinstance(found, type) and not issubclass(found, base)):
         raise ConfigError(f"{place}._target_: '{target}' is no {base.__name__}; give the path of such a class.")
     return found
 

@@ -178,7 +178,7 @@ def write_mistral(folder: Path) -> Path:
 
 
 def write_qwen2(folder: Path) -> Path:
-    """Qwen2.5 Instruct of a small size: tied embeddings, biased projections; it samples unless told otherwise."""
+    """Qwen2.5 Instruct of a small size: tied embeddings, biased projections; it samples by default."""
     tokenizer = _byte_tokenizer(["<|im_start|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>")
     config = transformers.Qwen2Config(**_llama_size(tokenizer), tie_word_embeddings=True)
     generation = _qwen_generation(tokenizer, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1)
@@ -186,7 +186,7 @@ def write_qwen2(folder: Path) -> Path:
 
 
 def write_qwen3(folder: Path) -> Path:
-    """Qwen3 of a small size: tied embeddings, normalised heads; it samples unless told otherwise."""
+    """Qwen3 of a small size: tied embeddings, normalised heads; it samples by default."""
     markers = ["<|im_start|>", "<think>", "</think>"]
     tokenizer = _byte_tokenizer(markers, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     config = transformers.Qwen3Config(**_llama_size(tokenizer), head_dim=8, tie_word_embeddings=True)
@@ -253,7 +253,7 @@ def _byte_tokenizer(markers: list[str], **special: str) -> PreTrainedTokenizerBa
 
 
 def _piece_tokenizer(markers: list[str] | None = None, **special: str) -> transformers.LlamaTokenizer:
-    """Llama's own: pieces that know where a word begins, and bytes for what no piece can write."""
+    """Llama's own: pieces that mark the beginning of a word, and bytes for other characters."""
     trained = tiny_tokenizers.nllb_tokenizer(Path(), TEXTS, vocab_size=110)
     model = json.loads(trained.backend_tokenizer.to_str())["model"]
     pieces = [piece for piece in model["vocab"] if piece not in tiny_tokenizers.SPECIAL]

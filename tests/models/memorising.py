@@ -40,11 +40,11 @@ def items(model: SpeechTextModel, modalities: Sequence[str]) -> dict[str, dict]:
 
 
 def memorise(model: SpeechTextModel, batch: dict[str, dict], steps: int = 300, lr: float = 1e-2) -> None:
-    """Train until hardly anything is left to learn; fails where that does not happen."""
+    """Train until the loss is almost zero; fails if it does not become so."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     for step in range(steps):
-        said = model.training_step(batch, step)
-        loss = said["loss"] if isinstance(said, dict) else said
+        output = model.training_step(batch, step)
+        loss = output["loss"] if isinstance(output, dict) else output
         if loss < 0.005 * len(batch):  # so little that no other answer is likelier, however long it is
             return
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""BestowGPT beside the bare language model, and beside its own parts run in the plainest way."""
+"""BestowGPT compared with its language model, and with a plain computation by its own parts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ CROSS_ATTENTION = {"num_layers": 2, "num_heads": 4, "width": 24}
 # Of each kind of cache: full, sliding windows alone, both in turns with capped logits, both with scaled embeddings.
 FAMILIES = ("llama", "mistral", "gemma2", "gemma3")
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-LOC = -1  # stands for the locator below
+LOC = -1  # replaced by the locator below
 NEW_TOKENS = 8
 
 
 def build(name: str, folder, asr, **overrides) -> BestowGPT:
-    """In evaluation mode, with layers that have more to say than new ones."""
+    """In evaluation mode, with layers whose output is not zero."""
     torch.manual_seed(0)
     section = model_config(name, folder, asr, cross_attention=CROSS_ATTENTION, **overrides)
     model = BestowGPT(section).eval()
@@ -55,7 +55,7 @@ def of_family(request, folder, tiny_asr) -> BestowGPT:
 
 
 def batch_of(model, contexts: list[list[int]], answers: list[list[int]], seconds: list[float] = ()) -> dict:
-    """Contexts in which ``LOC`` stands for the locator, and a recording for each."""
+    """Contexts in which ``LOC`` marks the locator, and a recording for each."""
     contexts = [[model.audio_locator_id if token == LOC else token for token in row] for row in contexts]
     batch = dict(zip(("context_ids", "context_lens"), padded(contexts, model.pad_id), strict=True))
     batch |= dict(zip(("answer_ids", "answer_lens"), padded(answers, model.pad_id), strict=True))
@@ -151,7 +151,7 @@ def test_speech_is_listened_to_and_so_is_the_order_of_recordings(model, speech) 
     logits = model(speech)[0]
     louder = model(speech | {"audios": speech["audios"].flip(1)})[0]
     assert not torch.allclose(louder[:2], logits[:2], atol=1e-3)
-    assert torch.equal(louder[2, 0], logits[2, 0]), "an example without speech hears nothing"
+    assert torch.equal(louder[2, 0], logits[2, 0]), "an example without speech attends to none"
     swapped = speech | {"audios": speech["audios"][[1, 0, 2]], "audio_lens": speech["audio_lens"][[1, 0, 2]]}
     assert not torch.allclose(model(swapped)[0][0], logits[0], atol=1e-3)
 
@@ -164,7 +164,7 @@ def test_earlier_turns_are_trained_on_where_the_batch_says_so(model, speech) -> 
     assert inputs.positions_BA.tolist() == [[0, 0, 2, 3], [0, 1, 2, 0], [0, 2, 3, 0]]
 
 
-def test_a_new_model_says_what_the_bare_language_model_says(folder, tiny_asr) -> None:
+def test_a_new_model_has_the_outputs_of_its_language_model(folder, tiny_asr) -> None:
     model = BestowGPT(model_config("llama", folder, tiny_asr, cross_attention=CROSS_ATTENTION)).eval()
     with_speech = model(batch_of(model, CONTEXTS, ANSWERS, SECONDS))
     text_only = model(batch_of(model, TEXTS, ANSWERS))

@@ -1,4 +1,4 @@
-"""DDP: two ranks learn what one process learns from the joined batch, whatever modalities a rank has."""
+"""DDP: two ranks get the gradients of one process on the joined batch, whatever modalities a rank has."""
 
 from __future__ import annotations
 

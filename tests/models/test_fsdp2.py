@@ -1,4 +1,4 @@
-"""FSDP2: two ranks that share one model learn what one process learns, resume, and export what they have learnt."""
+"""FSDP2: two ranks that share one model get the weights of one process, resume, and export them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "SALMT5, tied": (SALMT5, "t5", {}),
     "SALMT5, untied": (SALMT5, "t5v1_1", {}),
 }
-"""Case -> model, backbone, and what else its config says."""
+"""Case -> model, backbone, and further keys of its config."""
 
 CLIPPED = {"SALMGPT, tied": 0.5}
 """Case -> the largest norm of a gradient that is applied."""
@@ -222,4 +222,4 @@ def test_tensor_parallelism_is_refused(backbones, tiny_asr):
     model = built(SALMGPT, "llama", backbones, tiny_asr)
     mesh = {"data_parallel": SimpleNamespace(size=lambda: 1), "tensor_parallel": SimpleNamespace(size=lambda: 2)}
     with pytest.raises(ConfigError, match=r"trainer\.strategy\.tensor_parallel_size: 2 is not possible for SALMGPT"):
-        shard(model, mesh)
+        shard(model, [], mesh)

@@ -1,4 +1,4 @@
-"""The output layer asked for losses: what it says must be what the language model's own logits say."""
+"""Losses of the output layer equal those computed from the language model's own logits."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""BestowGPT learns by heart, and says it, on every family of backbones."""
+"""BestowGPT memorises translations and generates them, on every family of backbones."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""SALMGPT learns by heart, and says it, on every family of backbones."""
+"""SALMGPT memorises translations and generates them, on every family of backbones."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""SALMT5 learns by heart, and says it, on every family of backbones."""
+"""SALMT5 memorises translations and generates them, on every family of backbones."""
 
 import pytest
 

@@ -31,27 +31,27 @@ def make(request, folder, tiny_asr):
 
 
 def step(model, batch) -> torch.Tensor:
-    said = model.training_step(batch, 0)
-    loss = said["loss"] if isinstance(said, dict) else said
+    output = model.training_step(batch, 0)
+    loss = output["loss"] if isinstance(output, dict) else output
     model.zero_grad()
     loss.backward()
     return loss.detach()
 
 
-def learning(model) -> set[str]:
+def trainable(model) -> set[str]:
     model.configure_optimizers()
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_a_frozen_language_model_leaves_what_hears_to_learn(make):
+def test_with_a_frozen_language_model_the_speech_encoder_is_trained(make):
     model = make(freeze=["llm"])
-    assert learning(model)
-    assert not [name for name in learning(model) if name.startswith(("llm", "embed_tokens"))]
-    # Text alone teaches nothing then, and must not stop the training.
+    assert trainable(model)
+    assert not [name for name in trainable(model) if name.startswith(("llm", "embed_tokens"))]
+    # Text alone trains nothing then, and must not stop the training.
     assert step(model, items(model, MODES["text"])) > 0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
     step(model, items(model, MODES["zip"]))
-    # BESTOW's layers begin by handing nothing on, so they learn before what they listen to.
+    # The output of BESTOW's layers starts at zero, so they are trained before the encoder is.
     assert any(
         p.grad.any()
         for name, p in model.named_parameters()
@@ -59,8 +59,8 @@ def test_a_frozen_language_model_leaves_what_hears_to_learn(make):
     )
 
 
-def test_a_frozen_encoder_leaves_adapter_and_language_model_to_learn(make):
-    names = learning(make(freeze=["encoder"]))
+def test_with_a_frozen_encoder_adapter_and_language_model_are_trained(make):
+    names = trainable(make(freeze=["encoder"]))
     assert not [name for name in names if name.startswith(("perception.encoder", "perception.preprocessor"))]
     assert "perception.proj.weight" in names
     assert [name for name in names if name.startswith("llm")]
@@ -68,7 +68,7 @@ def test_a_frozen_encoder_leaves_adapter_and_language_model_to_learn(make):
 
 def test_lora_trains_its_adapters_instead_of_the_language_model(make):
     model = make(lora=LORA)
-    names = learning(model)
+    names = trainable(model)
     of_llm = [name for name in names if name.startswith(("llm", "embed_tokens"))]
     assert of_llm
     assert all(".lora_" in name for name in of_llm)
@@ -77,7 +77,7 @@ def test_lora_trains_its_adapters_instead_of_the_language_model(make):
 
 
 def test_layers_that_peft_copies_are_trained_as_well(make):
-    names = learning(make(lora=LORA | {"modules_to_save": ["lm_head"]}))
+    names = trainable(make(lora=LORA | {"modules_to_save": ["lm_head"]}))
     assert [name for name in names if "lm_head.modules_to_save." in name]
     assert not [name for name in names if "lm_head.original_module." in name]
 
@@ -86,13 +86,13 @@ def test_layers_that_peft_copies_are_trained_as_well(make):
     "options",
     [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [5]}, {"target_modules": ["embed_tokens"]}],
 )
-def test_embeddings_that_peft_does_not_reach_are_told(folder, options):
+def test_embeddings_that_peft_does_not_reach_are_refused(folder, options):
     with pytest.raises(ConfigError, match="SALMGPT keeps its token embeddings outside of the language model"):
         SALMGPT(model_config("llama", folder, lora=LORA | options))
 
 
 @pytest.mark.parametrize("empty", ["answers of no width", "padding alone", "no column"])
-def test_a_batch_without_answers_is_a_step_in_which_nothing_is_learnt(make, empty):
+def test_a_batch_without_answers_is_a_step_in_which_nothing_is_trained(make, empty):
     model = make()
     batch = items(model, MODES["zip"])
     alone = step(model, {"audio": batch["audio"]})
@@ -108,7 +108,7 @@ def test_a_batch_without_answers_is_a_step_in_which_nothing_is_learnt(make, empt
 
 
 def test_what_the_recipe_wants_trained_beside_lora_is_trained(make):
-    names = learning(make(lora=LORA, prevent_freeze_params=[r"^llm\..+norm.+$"]))
+    names = trainable(make(lora=LORA, prevent_freeze_params=[r"^llm\..+norm.+$"]))
     of_llm = [name for name in names if name.startswith(("llm", "embed_tokens")) and ".lora_" not in name]
     assert of_llm
     assert all("norm" in name for name in of_llm)
@@ -201,7 +201,7 @@ def test_mistakes_get_one_sentence(make, change, sentence):
         {"_target_": "nemo_emmett.modules.modality_adapters.MLPConnector", "input_dim": 32, "depth": 3},
     ],
 )
-def test_a_modality_adapter_that_cannot_be_built_is_told_in_one_sentence(make, adapter):
+def test_a_modality_adapter_that_cannot_be_built_gets_one_sentence(make, adapter):
     with pytest.raises(ConfigError, match=r"model\.perception\.modality_adapter\.(_target_|depth): ") as refused:
         make(perception={"modality_adapter": adapter})
     assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""SALMGPT beside NeMo's SALM: one set of weights, one set of numbers."""
+"""SALMGPT compared with NeMo's SALM: the same weights give the same numbers."""
 
 import json
 import logging
@@ -168,7 +168,7 @@ def test_a_folder_as_nemos_export_script_writes_it_becomes_ours(pair, tmp_path):
 
 
 def write_as_to_hf(salm: SALM, folder) -> None:
-    """The layout of NeMo 3.0.0's examples/speechlm2/to_hf.py: the language model's config apart, the tokenizer beside
+    """The layout of NeMo 3.0.0's examples/speechlm2/to_hf.py: the language model's config apart, the tokenizer next to
     the weights, its special tokens as a dict."""
     salm.cfg.pretrained_weights = False
     salm.save_pretrained(folder)

@@ -71,7 +71,7 @@ def test_tokens_are_counted_exactly_under_any_default_type() -> None:
 
 
 class Recorder(Logger):
-    """A logger that keeps what it is told."""
+    """A logger that keeps its metrics."""
 
     name, version = "recorder", 0
 

@@ -1,4 +1,4 @@
-"""A tokenizer with more tokens than the embedding table has rows: told when the model is built, or resized."""
+"""A tokenizer with more tokens than the embedding table has rows: refused when the model is built, or resized."""
 
 from __future__ import annotations
 

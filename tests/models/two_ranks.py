@@ -165,7 +165,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 SGD = {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.01}}
-"""Of a model's config: plain gradient descent, which tells gradients of different size apart."""
+"""Of a model's config: plain gradient descent, which depends on the size of gradients."""
 
 
 def in_one_process(
@@ -183,8 +183,8 @@ def in_one_process(
     for step in steps:
         model.zero_grad()
         for batch in step:
-            said = model.training_step(batch, 0)
-            loss = said["loss"] if isinstance(said, dict) else said
+            output = model.training_step(batch, 0)
+            loss = output["loss"] if isinstance(output, dict) else output
             (loss / len(step)).backward()
             losses.append(loss.item())
         found.append(gradients(model))
@@ -199,22 +199,22 @@ def in_one_process(
 
 def quiet_trainer(**options: Any) -> Trainer:
     """A trainer of two ranks on the CPU that writes nothing by itself."""
-    silent = dict.fromkeys(
+    quiet = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"),
         False,
     )
-    return Trainer(accelerator="cpu", devices=RANKS, max_epochs=1, **{"num_sanity_val_steps": 0} | silent | options)
+    return Trainer(accelerator="cpu", devices=RANKS, max_epochs=1, **{"num_sanity_val_steps": 0} | quiet | options)
 
 
 def assert_equal_gradients(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """To a relative tolerance of 1e-5, elements that nearly cancel out to that of their parameter's largest.
 
-    What is zero but for rounding, such as the gradient of the keys' bias, is told by the model's largest element.
+    What is zero but for rounding, such as the gradient of the keys' bias, is recognised by the model's largest element.
     """
     assert found.keys() == expected.keys()
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in expected.items():
         atol = 1e-5 * gradient.abs().max().item() + 1e-8 * largest
         torch.testing.assert_close(
-            found[name], gradient, rtol=1e-5, atol=atol, msg=lambda said, name=name: f"{name}: {said}"
+            found[name], gradient, rtol=1e-5, atol=atol, msg=lambda message, name=name: f"{name}: {message}"
         )

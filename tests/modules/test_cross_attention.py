@@ -160,16 +160,16 @@ def test_padding_of_text_and_speech_changes_nothing(attend, side) -> None:
     torch.testing.assert_close(found[:, 3:] if side == "left" else found[:, :T], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pieces", [[T], [3, 1, 1, 1], [1] * T, [2, 3, 1]])
+@pytest.mark.parametrize("parts", [[T], [3, 1, 1, 1], [1] * T, [2, 3, 1]])
 @pytest.mark.parametrize("padded", [False, True])
-def test_reading_in_pieces_with_a_cache_equals_reading_at_once(attend, pieces, padded) -> None:
+def test_parts_with_a_cache_equal_the_whole(attend, parts, padded) -> None:
     memory = attend.memory(*speech())
     mask_BT = torch.arange(T) >= torch.tensor([0, 2, 1])[:, None] if padded else None
     expected = attend(text(), memory, mask_BT)
     cache, found, end = [DynamicLayer() for _ in range(LAYERS)], [], 0
-    for piece in text().split(pieces, 1):
-        end += piece.shape[1]
-        found.append(attend(piece, memory, mask_BT[:, :end] if padded else None, cache))
+    for part in text().split(parts, 1):
+        end += part.shape[1]
+        found.append(attend(part, memory, mask_BT[:, :end] if padded else None, cache))
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -157,7 +157,7 @@ def test_a_second_backward_pass_is_refused():
     *tensors, targets = problem(4, 9, 3)
     loss = chunked(targets)(*(t.requires_grad_() for t in tensors))
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="handed over in the first"):
+    with pytest.raises(RuntimeError, match="returned by the first"):
         loss.backward()
 
 
@@ -197,7 +197,7 @@ def test_autocast_computes_in_its_type_and_returns_gradients_in_the_parameters_o
 
 
 def test_the_weights_gradient_is_summed_in_float32(monkeypatch):
-    # 4,096 rows of one contribution each: in bfloat16 a sum stands still at 256 times what is added.
+    # 4,096 rows of one contribution each: in bfloat16 a sum stops growing at 256 times the summand.
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 1)
     N = 4096
@@ -317,7 +317,7 @@ def on_gpu(monkeypatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls of kernels, which are not installed unless the test says so."""
+    """The calls of kernels, which are not installed unless the test installs them."""
     module._kernel.cache_clear()
     for name in ("liger_kernel", "liger_kernel.transformers", "cut_cross_entropy"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -337,10 +337,10 @@ def liger(monkeypatch, calls) -> None:
             calls.append(("liger", hidden.requires_grad, hidden.dtype))
             return reference(hidden, weight, bias, targets, **self.options)
 
-    stand_in = ModuleType("liger_kernel.transformers")
-    stand_in.LigerFusedLinearCrossEntropyLoss = Loss
+    fake_module = ModuleType("liger_kernel.transformers")
+    fake_module.LigerFusedLinearCrossEntropyLoss = Loss
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake_module)
 
 
 @pytest.fixture
@@ -351,9 +351,9 @@ def cut_cross_entropy(monkeypatch, calls) -> None:
         assert {t.dtype for t in (e, c, bias) if t is not None} == {e.dtype}
         return reference(e, c, bias, targets, softcap)
 
-    stand_in = ModuleType("cut_cross_entropy")
-    stand_in.linear_cross_entropy = compute
-    monkeypatch.setitem(sys.modules, "cut_cross_entropy", stand_in)
+    fake_module = ModuleType("cut_cross_entropy")
+    fake_module.linear_cross_entropy = compute
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", fake_module)
 
 
 def kernels_called(calls: list, implementation: str, dtype: torch.dtype = torch.bfloat16, N: int = 6, **options):

@@ -33,7 +33,7 @@ INPUTS = {0: {"audio": [1.0, 2.0, 3.0], "text": [4.0]}, 1: {"audio": [], "text":
 
 
 def local_loss(weight: torch.Tensor, inputs: dict) -> torch.Tensor:
-    """Every token's loss is weight * its number, so the gradient can be told by hand."""
+    """Every token's loss is weight * its number, so the gradient is known by hand."""
     sums = torch.stack([(weight * torch.tensor(inputs[m])).sum() for m in ("audio", "text")])
     counts = torch.tensor([len(inputs[m]) for m in ("audio", "text")])
     return modality_loss(sums, sum_over_ranks(counts), torch.tensor([1.0, 0.5]))

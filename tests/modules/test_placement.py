@@ -89,7 +89,7 @@ def nemo(ids: Tensor, embeds: Tensor, is_target: Tensor, recordings: list[Tensor
 
 
 def targets_in_place(placed: Placed, row: int) -> Tensor:
-    """(S,) targets where the target tokens themselves stand, as NeMo has them."""
+    """(S,) targets at the positions of the target tokens, as NeMo has them."""
     own = torch.full((placed.mask_BS.shape[1],), IGNORE_INDEX)
     for target, position in zip(placed.targets_BA[row].tolist(), placed.positions_BA[row].tolist(), strict=True):
         if target != IGNORE_INDEX:
@@ -109,7 +109,7 @@ def test_rows_are_those_of_nemo(draw, our_padding, their_padding):
             part.flush(side, draw(0, 2)) for part, side in zip((contexts, answers), ("left", "right"), strict=True)
         ]
         ids, embeds, is_target, mask = (torch.cat(pair, 1) for pair in zip(*parts, strict=True))
-        ids[~mask] = LOCATOR  # stands for nothing where it is padding
+        ids[~mask] = LOCATOR  # ignored where it is padding
         ours = merge_audio_embeddings(
             embeds, ids, mask, *rows.audio(), LOCATOR, is_target_BT=is_target, pad_left=our_padding == "left"
         )
@@ -173,7 +173,7 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 
 
 def test_targets_are_in_order_and_each_has_the_position_before_it():
-    """Row 0: 5, three frames, 6, 7. Row 1: 3 is the first of its row; a recording without frames stands before 4."""
+    """Row 0: 5, three frames, 6, 7. Row 1: 3 is the first of its row; a recording without frames is before 4."""
     ids = torch.tensor([[5, LOCATOR, PAD, 6, 7], [PAD, 3, LOCATOR, 4, PAD]])
     args = (torch.zeros(2, 5, H), ids, ids != PAD, torch.zeros(2, 3, H), torch.tensor([3, 0]), LOCATOR)
     everything = torch.ones_like(ids, dtype=torch.bool)

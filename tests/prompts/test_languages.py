@@ -1,9 +1,10 @@
-"""Which codes are languages, and what is said of those that are not."""
+"""Valid language codes, messages for others, and English names."""
 
 from __future__ import annotations
 
 import pytest
 from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as MBART50_CODES
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts import languages
@@ -42,6 +43,11 @@ def test_the_nearest_language_is_named(code, meant) -> None:
     assert str(refused.value) == (
         f"data.train_ds.target_lang: '{code}' is not a known language; did you mean '{meant}'?"
     )
+
+
+def test_names_are_those_that_models_were_trained_with() -> None:
+    assert all(language_name(code) == name.title() for code, name in LANGUAGES.items())
+    assert [language_name(code) for code in ("ff", "ns", "om", "zu")] == ["Fulah", "Northern Sotho", "Oromo", "Zulu"]
 
 
 def test_names() -> None:
@@ -104,7 +110,7 @@ def test_codes_of_the_other_families(code, m2m100, mbart) -> None:
 
 
 def test_every_flores_code_in_the_table_is_one_and_stands_for_its_iso_code() -> None:
-    """CLDR, by way of Babel, is the independent witness; it knows no macrolanguages that it does not use itself."""
+    """CLDR, by way of Babel, is the independent witness; it has no macrolanguages that it does not use itself."""
     get_global = pytest.importorskip("babel.core", reason="Babel holds CLDR's aliases").get_global
     aliases = get_global("language_aliases")
     differs = {}

@@ -31,7 +31,7 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 def train_pieces(prefix: Path, texts: Sequence[str], vocab_size: int) -> list[str]:
-    """A SentencePiece model beside ``prefix``, and its pieces but for the special ones."""
+    """A SentencePiece model next to ``prefix``, and its pieces but for the special ones."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(list(texts) * 3),
         model_prefix=str(prefix),
