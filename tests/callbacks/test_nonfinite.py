@@ -105,7 +105,9 @@ def test_a_run_that_skipped_more_than_it_made_is_no_training() -> None:
     fit(batches, SkipNonFiniteSteps(max_steps=None))
 
 
-@pytest.mark.parametrize("arguments", [{"max_steps": 0}, {"window": 0}, {"max_steps": "3"}, {"window": None}])
+@pytest.mark.parametrize(
+    "arguments", [{"max_steps": 0}, {"window": 0}, {"max_steps": "three"}, {"max_steps": 2.5}, {"window": None}]
+)
 def test_counts_that_mean_nothing(arguments: dict) -> None:
     with pytest.raises(ConfigError, match=f"SkipNonFiniteSteps.{next(iter(arguments))}"):
         SkipNonFiniteSteps(**arguments)

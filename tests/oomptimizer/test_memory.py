@@ -54,9 +54,9 @@ def test_amounts(written: int | str, bytes_: int) -> None:
         (0.5, "0.5 is no amount of memory"),
         (None, "None is no amount of memory"),
         ("H1O0", "'H1O0' is neither a known device nor an amount of memory; use H100, or"),
-        ("A100-40G", "take A100-40GB, or write it like 80GiB"),
-        ("abacus", "take one of V100-16GB, .*B200, or write it like 80GiB"),
-        ("-80GiB", "plan.memory: '-80GiB' is no device"),
+        ("A100-40G", "use A100-40GB, or write it like 80GiB"),
+        ("abacus", "use one of V100-16GB, .*B200, or write it like 80GiB"),
+        ("-80GiB", "plan.memory: '-80GiB' is neither a known device"),
     ],
 )
 def test_what_is_no_amount_is_refused(written, message: str) -> None:
@@ -121,7 +121,7 @@ def test_a_cuda_device_has_what_others_do_not_hold(monkeypatch: pytest.MonkeyPat
 
 
 def test_other_devices_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.accelerator: OOMptimizer knows .* not 'mps'"):
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator: OOMptimizer can read .* not of 'mps'"):
         device_memory(torch.device("mps"))
 
 

@@ -37,7 +37,7 @@ def test_seconds_follow_from_the_rate() -> None:
 def test_the_rate_is_that_of_the_device_or_shown_to_be_assumed() -> None:
     assert Rate.of("H100").device == "H100"
     assert Rate.of(" 80GiB").device.startswith("A100")
-    with pytest.raises(ConfigError, match="--memory: 'H101' is no device"):
+    with pytest.raises(ConfigError, match="--memory: 'H101' is neither a known device"):
         Rate.of("H101")
 
 
