@@ -61,37 +61,27 @@ class AlignedText:
 
     def examples_of(self, index: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
         """The examples of one line of the shard ``index``, one per direction; ``number`` is from 1."""
-        shard = self.shards[index]
-        self.skipped_records.read(_first_file(shard))
-        texts = self._usable_texts(shard, number, lines)
-        for source, target in self.directions:
-            if source in texts and target in texts:
-                identity = f"{shard[source]}:{number}"
-                if len(self.directions) > 1:
-                    identity += f":{source}-{target}"
-                pair = _text_pair(
-                    identity, texts[source], texts[target], self.languages[source], self.languages[target]
-                )
-                mark_origin(pair, _first_file(shard), f"line {number}")
-                yield pair
-
-    def _usable_texts(self, shard: Mapping[str, str], number: int, lines: Sequence[bytes]) -> dict[str, str]:
+        shard, place = self.shards[index], f"line {number}"
+        first = next(iter(shard.values()))  # the lines of all sides are one record, counted under this file
+        self.skipped_records.read(first)
         texts = {}
         for (side, path), line in zip(shard.items(), lines, strict=True):
-            place = f"line {number}"
-            note = partial(self.skipped_records.add, path, place, record=(_first_file(shard), place))
+            note = partial(self.skipped_records.add, path, place, record=(first, place))
             if (text := decoded(line, note)) is None:
                 continue
             if text := text.strip():
                 texts[side] = text
             else:
                 note("empty text")
-        return texts
-
-
-def _first_file(shard: Mapping[str, str]) -> str:
-    """The file under which the lines of all sides are counted: together they are one record."""
-    return next(iter(shard.values()))
+        for source, target in self.directions:
+            if source in texts and target in texts:
+                identity = f"{shard[source]}:{number}"
+                if len(self.directions) > 1:
+                    identity += f":{source}-{target}"
+                languages = self.languages[source], self.languages[target]
+                pair = _text_pair(identity, texts[source], texts[target], *languages)
+                mark_origin(pair, first, place)
+                yield pair
 
 
 class _OneFileText(ABC):
