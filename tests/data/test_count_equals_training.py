@@ -473,6 +473,19 @@ def test_counted_of_manifests_as_conversations(tmp_path, tokenizer, make) -> Non
     assert counted(config, tokenizer, ExampleKind.CONVERSATION) == (examples, pytest.approx(seconds, abs=1e-3))
 
 
+def test_the_blend_of_a_config_alone_counts_for_the_dataset_that_it_suggests(tmp_path, tokenizer) -> None:
+    config, _ = instructed(tmp_path)
+    sources = {"input_cfg": config["input_cfg"]}
+
+    def examples(**keys) -> int:
+        return blend_of({**sources, **keys}, "data.train_ds", tokenizer=tokenizer, count_all=True).size.examples
+
+    assert examples() == 7, "nothing names a language: the records as NeMo reads them"
+    assert examples(prompt_format="emmett_t5") == 1, "translations need a target language"
+    assert examples(prompt_format="emmett_t5", target_lang="de") == 7
+    assert examples(prompt_format="plain") == 2, "instructions may replace it"
+
+
 @pytest.mark.parametrize("fault", ["a cause that is ignored", "a language that is ignored"])
 def test_a_reader_that_judges_otherwise_is_noticed(tmp_path, tokenizer, monkeypatch, fault) -> None:
     """Planted faults: counting that overlooks a cause gives another number."""

@@ -13,6 +13,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from itertools import islice
 
 from lhotse import AudioSource, Recording, SupervisionSegment
@@ -119,18 +120,10 @@ class NeMoTarredManifest:
         if len(self.manifests) == 1:
             return [self]
         numbers = _by_shard_number(self.manifests, _MANIFEST_SHARD, "manifest_filepath")
-        settings = {
-            "skipped_records": self.skipped_records,
-            "shard_seed": self.shard_seed,
-            "text_field": self.text_field,
-            "lang_field": self.lang_field,
-            "skip_missing_manifest_entries": self.skip_missing_manifest_entries,
-            "extra_fields": self.extra_fields,
-            "slice_length": self.slice_length,
-            "channel_selector": self.channel_selector,
-            "metadata_only": self.metadata_only,
-        }
-        return [NeMoTarredManifest(path, self.tars[number], **settings) for number, path in numbers.items()]
+        shards = [copy(self) for _ in numbers]
+        for shard, (number, path) in zip(shards, numbers.items(), strict=True):
+            shard.name, shard.manifests, shard.tars = path, [path], {number: self.tars[number]}
+        return shards
 
     def __iter__(self) -> Iterator[Cut]:
         seed = resolve_seed(self.shard_seed) + self._passes
