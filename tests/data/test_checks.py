@@ -234,6 +234,12 @@ def test_batch_sizes(good, tokenizer) -> None:
     assert "data.train_ds.pairs.batch_duration: measures seconds of speech" in refused(good)
 
 
+def test_sizes_of_buckets_need_bins(good, tokenizer) -> None:
+    good["pairs"] |= {"use_multimodal_sampling": True, "bucket_batch_size": [4, 2]}
+    sentence = "data.train_ds.pairs.bucket_duration_bins: missing; bucket_batch_size needs a bin for each of its sizes."
+    assert refused(good, tokenizer=tokenizer) == sentence
+
+
 @pytest.mark.parametrize("limit", [-1, 1.5, "many", True])
 def test_impossible_limits_of_bad_records(limit) -> None:
     message = refused({"manifest_filepath": "a.json", "max_bad_records": limit})

@@ -33,7 +33,7 @@ FUSIONS = ("zip", "round_robin", "randomized_round_robin", "mux")
 """How the groups of a ``multi_config`` may be combined."""
 
 
-Seed = Whole | Literal["trng", "randomized"]
+Seed = Count | Literal["trng", "randomized"]
 """A random seed, or one of lhotse's ways to choose one."""
 
 OUR_TYPES = {
