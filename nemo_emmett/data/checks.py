@@ -115,7 +115,7 @@ def check_dataset(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind) -> 
         if kind is not ExampleKind.AS_READ:
             for source in group.sources:
                 _check_languages(source)
-        check_files(group.sources)
+        check_files([*group.sources, *(group.noise.sources if group.noise else ())])
         for source in group.sources:
             _check_parallel(source)
         if tokenizer is not None or kind is ExampleKind.AS_READ:

@@ -78,6 +78,13 @@ def test_a_missing_classic_manifest() -> None:
     assert message.startswith("data.validation_ds.manifest_filepath: there is no file 'nowhere.json'; correct the path")
 
 
+@pytest.mark.parametrize("noise", ["nowhere.json", {"manifest_filepath": "nowhere.json"}])
+def test_a_missing_file_of_noise(good, noise) -> None:
+    good["speech"]["noise_path"] = noise
+    sentence = "data.train_ds.speech.noise_path.manifest_filepath: there is no file 'nowhere.json'; correct the path"
+    assert refused(good, DataError).startswith(sentence)
+
+
 def test_a_missing_input_cfg_file(good) -> None:
     good["pairs"]["input_cfg"] = "nowhere.yaml"
     assert "pairs.input_cfg: the file 'nowhere.yaml' cannot be read" in refused(good, DataError)

@@ -74,10 +74,14 @@ class Noise:
     keys: Mapping[str, Any]
 
     @property
+    def sources(self) -> list[Source]:
+        """All its sources."""
+        return [source for member in self.members for source in member.sources()]
+
+    @property
     def is_tarred(self) -> bool:
         """Whether some of it is in tar files."""
-        sources = [source for member in self.members for source in member.sources()]
-        return any(s.tarred_audio_filepaths is not None or s.shar_path is not None for s in sources)
+        return any(s.tarred_audio_filepaths is not None or s.shar_path is not None for s in self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)
