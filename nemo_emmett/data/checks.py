@@ -116,6 +116,9 @@ def check_dataset(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind) -> 
             for source in group.sources:
                 _check_languages(source)
         check_files([*group.sources, *(group.noise.sources if group.noise else ())])
+        rir_path = group.keys.get("rir_path")
+        if group.keys.get("rir_enabled") and rir_path and is_local(rir_path) and not Path(rir_path).exists():
+            raise DataError(f"{group.place}.rir_path: there is no file '{rir_path}'; correct the path.")
         for source in group.sources:
             _check_parallel(source)
         if tokenizer is not None or kind is ExampleKind.AS_READ:

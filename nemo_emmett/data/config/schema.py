@@ -52,7 +52,13 @@ OUR_TYPES = {
 _Pair = Annotated[list[Number], annotated_types.Len(2, 2)]
 _PositivePair = Annotated[list[Positive], annotated_types.Len(2, 2)]
 
+Files = Text | list[Any] | dict[str, Any] | None
+"""A path, a list of them (perhaps with weights), or a mapping of them."""
+
 _RANGES = {
+    "manifest_filepath": Files,
+    "tarred_audio_filepaths": Files,
+    "shar_path": Files,
     "batch_size": PositiveWhole | None,
     "batch_duration": Positive | None,
     "batch_tokens": PositiveWhole | None,
@@ -89,6 +95,7 @@ _RANGES = {
     "compression_prob": Share,
     "compression_level_interval": _Pair,
     "clipping_gain_db": _Pair,
+    "clipping_oversampling": PositiveWhole | None,
     "clipping_prob": Share,
     "clipping_prob_hard": Share,
     "sampler_weights": dict[str, Positive] | None,

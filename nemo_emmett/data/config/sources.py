@@ -22,6 +22,7 @@ from nemo_emmett.data.config.schema import (
     LEGACY_KEYS,
     LOADER_KEYS,
     TYPES,
+    Files,
     Seed,
 )
 from nemo_emmett.data.config.section import plain
@@ -62,7 +63,6 @@ INHERITED_IN_NEMO = (
 )
 """Keys that a source inherits in NeMo, too."""
 
-Files = Text | list[Any] | dict[str, Any] | None
 Column = Count | Text | None
 
 
