@@ -52,13 +52,20 @@ OUR_TYPES = {
 _Pair = Annotated[list[Number], annotated_types.Len(2, 2)]
 _PositivePair = Annotated[list[Positive], annotated_types.Len(2, 2)]
 
-Files = Text | list[Any] | dict[str, Any] | None
-"""A path, a list of them (perhaps with weights), or a mapping of them."""
+Paths = Text | Annotated[list[Text], annotated_types.MinLen(1)]
+"""One file or several, each of which may be a pattern."""
+
+_WeightedPath = Text | Annotated[list[Text | Number], annotated_types.MinLen(1)]
+WeightedPaths = Text | Annotated[list[_WeightedPath], annotated_types.MinLen(1)]
+"""One file or several; in a list, a file may be in a list of its own, with a weight."""
+
+PathsByName = dict[Text, Paths]
+"""Files by their language, or by their field of lhotse Shar."""
 
 _RANGES = {
-    "manifest_filepath": Files,
-    "tarred_audio_filepaths": Files,
-    "shar_path": Files,
+    "manifest_filepath": WeightedPaths | None,
+    "tarred_audio_filepaths": WeightedPaths | None,
+    "shar_path": WeightedPaths | PathsByName | None,
     "batch_size": PositiveWhole | None,
     "batch_duration": Positive | None,
     "batch_tokens": PositiveWhole | None,

@@ -22,14 +22,16 @@ from nemo_emmett.data.config.schema import (
     LEGACY_KEYS,
     LOADER_KEYS,
     TYPES,
-    Files,
+    Paths,
+    PathsByName,
     Seed,
+    WeightedPaths,
 )
 from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.io.commands import is_pipe, refuse_pipes
 from nemo_emmett.data.io.files import expand_paths, open_bytes
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.typed_config import Count, NonNegative, Positive, Switch, Text, parse_section, parse_value
+from nemo_emmett.typed_config import Count, NonNegative, Positive, Switch, Text, Whole, parse_section, parse_value
 
 SOURCE_TYPE, FEED_TYPE = "emmett_source", "emmett_feed"
 """NeMo data types that we make, users need not write them: a source of our loaders, and examples put in by hand."""
@@ -85,16 +87,16 @@ class Source:
     source_lang: Text | None = None
     target_lang: Text | list[Text] | None = None
     members: tuple[Source, ...] = ()
-    manifest_filepath: Files = None
-    tarred_audio_filepaths: Files = None
+    manifest_filepath: WeightedPaths | None = None
+    tarred_audio_filepaths: WeightedPaths | None = None
     cuts_path: Text | None = None
-    shar_path: Files = None
-    extra_fields: Any = None
-    channel_selector: Any = None
-    paths: Files = None
-    source_paths: Files = None
-    target_paths: Files = None
-    questions_path: Files = None
+    shar_path: WeightedPaths | PathsByName | None = None
+    extra_fields: list[dict[str, Any]] | None = None
+    channel_selector: Whole | Text | None = None
+    paths: Paths | PathsByName | None = None
+    source_paths: Paths | None = None
+    target_paths: Paths | None = None
+    questions_path: Paths | None = None
     data_dir: Text | None = None
     directions: list[Text] | None = None
     source_column: Column = None
