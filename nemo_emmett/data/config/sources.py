@@ -216,35 +216,24 @@ def source_of_files(sources: Sequence[Source]) -> dict[str, str]:
     return owners
 
 
-def languages_of(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``source_lang`` and ``target_lang`` of a source: by its tags, else by our keys, else by NeMo's."""
-    tags, found = keys.get("tags") or {}, {}
-    for key, in_nemo in LANGUAGE_KEYS.items():
-        given = (tags.get(key), keys.get(key), keys.get(in_nemo))
-        found[key] = next((value for value in given if value not in (None, "", [])), None)
-    return found
-
-
 def parse_source(entry: Mapping[str, Any], place: str) -> Source:
     """An entry of ``input_cfg``, with all that it inherits, as a source.
 
     Raises:
         ConfigError: naming the first key whose value is not of its type.
     """
-    members = ()
+    tags, languages, members = entry.get("tags") or {}, {}, []
+    for key, in_nemo in LANGUAGE_KEYS.items():
+        given = (tags.get(key), entry.get(key), entry.get(in_nemo))
+        languages[key] = next((value for value in given if value not in (None, "", [])), None)
     if str(entry.get("type")).endswith("_as_conversation") and entry.get("input_cfg") is not None:
-        members = tuple(_sources_inside(entry, place))
-    source = parse_section(
-        Source, {**entry, **languages_of(entry)}, place, keys=dict(entry), place=place, members=members
-    )
+        inherited = {key: entry[key] for key in INHERITED if entry.get(key) is not None}
+        inside = parse_entries(entry["input_cfg"], f"{place}.input_cfg", inherited, allow_commands=True)
+        members = [source for member in inside for source in member.sources()]
+    given = {"keys": dict(entry), "place": place, "members": tuple(members)}
+    source = parse_section(Source, {**entry, **languages}, place, **given)
     typed = {field.name: getattr(source, field.name) for field in fields(source) if field.name not in LANGUAGE_KEYS}
     return source.with_keys(**{k: typed[k] for k in entry.keys() & typed.keys() if typed[k] != entry[k]})  # 5 for '5'
-
-
-def _sources_inside(entry: Mapping[str, Any], place: str) -> Iterator[Source]:
-    inherited = {key: entry[key] for key in INHERITED if entry.get(key) is not None}
-    for member in parse_entries(entry["input_cfg"], f"{place}.input_cfg", inherited, allow_commands=True):
-        yield from member.sources()
 
 
 def parse_classic(
