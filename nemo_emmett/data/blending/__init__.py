@@ -1,6 +1,6 @@
 """Sampling weights and shares of sources.
 
-- ``counting``: examples and hours of a source.
-- ``source_stats``: these counts in a sidecar beside the files.
+- ``counting``: examples, seconds and tokens of what a reader yields.
+- ``source_stats``: the sizes of sources, in sidecars next to the files.
 - ``weights``: weights from sizes and temperatures.
 """

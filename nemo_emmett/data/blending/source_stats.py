@@ -51,13 +51,13 @@ SIDECAR_SUFFIX = ".sizes.json"
 _VERSION = 3
 """Raised when other records are usable or sizes are measured in another way: older counts are not used."""
 
-_RECORDS_OF_A_TASK = 20_000
+_RECORDS_OF_A_TASK = 10_000
 """Records that a process counts at a time. Sums do not depend on the number of processes, so that all ranks agree."""
 
 _RECORDS_READ_AHEAD = 1_000
 """Lines of a compressed file that are held in memory."""
 
-_PARALLEL_FROM = 100_000
+_PARALLEL_FROM = 30_000
 """Records. Fewer are counted faster than processes start."""
 
 _NOT_READ = frozenset(
@@ -164,20 +164,19 @@ def _parts_of(source: Source, reading: _Reading, index_dir: str | None) -> list[
     """
     if not _is_countable(source):
         return None
+    settings = _settings_of(source)
     if source.type in ("txt", "txt_jsonl"):
         paths = _named_files(source, "paths")
-        return [_Part(source.with_keys(paths=[path]), _settings_of(source), (path,), path) for path in paths]
-    settings = _settings_of(source)
+        return [_Part(source.with_keys(paths=[path]), settings, (path,), path) for path in paths]
     records = open_records(source, _NoReport(), reading.kind, index_dir, metadata_only=True)
     if records is None:
         files = tuple(_metadata_files(source))
         return [_Part(source, settings, files, files[0])]
     # All that lies in a folder of lhotse Shar is taken for one of its fields: the counts are kept next to the folder.
-    folders = source.shar_path is not None and not isinstance(source.shar_path, Mapping)
-    homes = [os.path.dirname(files[0]) if folders else files[0] for files in records.shard_files]
+    in_folders = isinstance(source.shar_path, (str, list))
     return [
-        _Part(source, settings, files, home, records, shard)
-        for shard, (files, home) in enumerate(zip(records.shard_files, homes, strict=True))
+        _Part(source, settings, files, os.path.dirname(files[0]) if in_folders else files[0], records, shard)
+        for shard, files in enumerate(records.shard_files)
     ]
 
 
@@ -191,8 +190,7 @@ def _is_countable(source: Source) -> bool:
     if source.type not in ("nemo", "nemo_tarred", "lhotse", "lhotse_shar") and not is_conversation:
         return False
     if source.shar_path is not None:
-        folders = [path for key, path in source.files() if key == "shar_path"]
-        return all(map(is_local, folders))
+        return all(map(is_local, _named_files(source, "shar_path")))
     if source.cuts_path is not None:
         return all(path.removesuffix(".gz").endswith(".jsonl") for path in _named_files(source, "cuts_path"))
     return bool(_named_files(source, "manifest_filepath"))
@@ -216,7 +214,7 @@ def _metadata_files(source: Source) -> list[str]:
 
 
 def _settings_of(source: Source) -> str:
-    """What a source's reader is told, apart from the place of its files."""
+    """The settings of a source's reader, apart from the place of its files."""
     settings: dict[str, Any] = {key: value for key, value in source.keys.items() if key not in _NOT_READ}
     settings["languages"] = list(source.paths) if isinstance(source.paths, Mapping) else None
     settings["tars"] = [os.path.basename(path) for key, path in source.files() if key == "tarred_audio_filepaths"]

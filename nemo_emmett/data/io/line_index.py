@@ -10,16 +10,15 @@ number of lines is kept, and it is read forward, some lines at a time.
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import zlib
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 from itertools import islice
-from typing import BinaryIO, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from lhotse.serialization import open_best
@@ -216,40 +215,20 @@ class LineCount(Lines):
         return DataError(f"{self.path}: no longer has {len(self)} lines, as its index says; {kept}start again.")
 
     def _find(self, state: FileState, progress: Progress) -> Contents:
-        lines, last, checksum = 0, b"\n", 0
-        with _opened_to_count(state, progress) as file:
+        lines, last, checksum, done = 0, b"\n", 0, 0
+        with ExitStack() as stack:
+            raw = stack.enter_context(open(state.path, "rb")) if is_local(state.path) else None
+            file = stack.enter_context(open_best(state.path, "rb") if raw is None else gzip.GzipFile(fileobj=raw))
             while block := file.read(_CHUNK):
                 lines += block.count(b"\n")
                 last = block[-1:]
                 checksum = zlib.crc32(block, checksum)
+                if raw is not None:  # progress in compressed bytes
+                    progress(raw.tell() - done)
+                    done = raw.tell()
+            if raw is not None:
+                progress(raw.tell() - done)
         return Contents({}, {"lines": lines + (last != b"\n"), "crc32": checksum})
-
-
-@contextmanager
-def _opened_to_count(state: FileState, progress: Progress) -> Iterator[BinaryIO]:
-    """Open text of any kind; progress is reported in bytes of the file, compressed as they are."""
-    if not is_local(state.path):
-        with open_best(state.path, "rb") as file:
-            yield file
-        return
-    with open(state.path, "rb") as raw, gzip.open(_Watched(raw, progress)) as file:
-        yield file
-
-
-class _Watched(io.RawIOBase):
-    """A file that reports how much is read of it."""
-
-    def __init__(self, file: BinaryIO, progress: Progress) -> None:
-        self.file = file
-        self.progress = progress
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.file.read(size)
-        self.progress(len(data))
-        return data
 
 
 def is_compressed(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a source yields becomes an example: a source and a target text (or a recording and a text), and their languages.
+"""Examples of what a source's reader yields: a source and a target text (or a recording and a text), and languages.
 
 Speech records follow one of two conventions:
 
@@ -34,7 +34,7 @@ from nemo_emmett.prompts.translation import translation_instruction
 
 
 class ExampleKind(str, Enum):
-    """What the dataset behind a loader takes."""
+    """The kind of examples that a dataset takes."""
 
     TRANSLATION = "translation"  # ours: cuts and text pairs with their languages
     CONVERSATION = "conversation"  # NeMo's SALMDataset
@@ -43,9 +43,9 @@ class ExampleKind(str, Enum):
 
 @dataclass(frozen=True)
 class SourceDefaults:
-    """What a source's config says for the records that do not say it themselves."""
+    """The values that a source's config has for records without their own."""
 
-    name: str  # for the report, where a record does not know its manifest
+    name: str  # for the report, where a record does not name its manifest
     source_lang: str | None = None
     target_lang: str | Sequence[str] | None = None
     audio_locator_tag: str | None = None
@@ -55,13 +55,13 @@ class SourceDefaults:
 
 
 class Examples:
-    """The examples of a source, made from what its reader yields; records that make none are noted.
+    """The examples of a source, made from what its reader yields; records that make none are skipped.
 
     Args:
         records: what the reader yields: cuts, text pairs, conversations.
         kind: what the dataset takes.
         defaults: the source's own languages and tags.
-        skipped_records: ledger for records that cannot be used.
+        skipped_records: receives the records that cannot be used.
         forbidden: what no text may hold (:func:`~nemo_emmett.prompts.families.forbidden_text`).
     """
 
@@ -93,7 +93,12 @@ class Examples:
             elif isinstance(record, SourceTargetTextExample):
                 yield from self._of_text(record)
             else:
-                yield self._with_languages(record)
+                try:
+                    _check_turns(record)
+                except InvalidRecord as cause:
+                    self._note(record, str(cause))
+                else:
+                    yield self._with_languages(record)
 
     def _of_speech(self, cut: Cut) -> Iterator[Cut | NeMoMultimodalConversation]:
         custom = _custom_of(cut)
@@ -134,7 +139,7 @@ class Examples:
 
     def _with_languages(self, example: Formattable) -> Formattable:
         if isinstance(example, TextExample):
-            example.text = Prompt([example.text])  # no locator in it stands for a recording
+            example.text = Prompt([example.text])  # a locator in it is text
         if isinstance(example, NeMoSFTExample):
             turns = [{**turn, "value": Prompt([turn["value"]])} for turn in example.data["conversations"]]
             example.data = {**example.data, "conversations": turns}
@@ -144,7 +149,7 @@ class Examples:
         return example
 
     def _has_instruction(self, custom: Mapping) -> bool:
-        """A conversation may be told what to do in words; a translation needs a language."""
+        """Whether an instruction in words replaces the target language, as conversations allow."""
         return self.kind is ExampleKind.CONVERSATION and bool(custom.get("context") or self.defaults.context)
 
     def _finished(self, example: Cut | SourceTargetTextExample) -> Cut | Formattable:
@@ -166,7 +171,7 @@ def origin_of(example: Cut | Formattable) -> tuple[str | None, str]:
 def note_example(
     skipped_records: SkippedRecords, example: Cut | Formattable, cause: str, source: str = "examples"
 ) -> None:
-    """Note that an example had to be skipped, under its own source or, where it does not know it, this one."""
+    """Note that an example had to be skipped, under its own source or, where it has none, this one."""
     origin, place = origin_of(example)
     skipped_records.add(origin or source, place, cause)
 
@@ -179,7 +184,7 @@ def mark_origin(example: Cut | Formattable, source: str, place: str) -> None:
 
 
 def _texts_of(example: Cut | Formattable) -> Iterator[str]:
-    """All that a record says to the model in words."""
+    """All texts of a record that the model is given."""
     custom = _custom_of(example)
     yield from (custom[field] for field in ("context", "system_prompt") if isinstance(custom.get(field), str))
     if isinstance(example, Cut):
@@ -256,6 +261,15 @@ def _check_example(text: str | None, target_lang: str | None, source_lang: str |
         raise InvalidRecord("text is not Unicode")
 
 
+def _check_turns(example: Formattable) -> None:
+    """Refuse a conversation that NeMo has made of a record whose text is none."""
+    for turn in example.turns if isinstance(example, NeMoMultimodalConversation) else ():
+        if isinstance(turn, TextTurn) and not isinstance(turn.value, str):
+            raise InvalidRecord("text is not a string")
+        if isinstance(turn, TextTurn) and not is_unicode(turn.value):
+            raise InvalidRecord("text is not Unicode")
+
+
 def _speech_example(
     cut: Cut, text: str, source_lang: str | None, target_lang: str | None, audio_locator_tag: str | None
 ) -> Cut:
@@ -299,7 +313,7 @@ def as_conversation(example: Cut | SourceTargetTextExample, defaults: SourceDefa
 
 
 def _words(custom: Mapping, field: str) -> str | None:
-    """What a record says to the model in words."""
+    """A field of a record that the model is given as text."""
     words = custom.get(field)
     if words is not None and not (isinstance(words, str) and is_unicode(words)):
         raise InvalidRecord(f"{field} is not a string")

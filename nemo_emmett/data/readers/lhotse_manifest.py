@@ -21,10 +21,18 @@ class LhotseManifest:
         path: the manifest; relative audio paths are relative to it.
         skipped_records: receives the records that cannot be used.
         channel_selector: see :func:`~nemo_emmett.data.io.channels.select_channel`.
+        metadata_only: do not look for the audio files.
     """
 
-    def __init__(self, path: str, skipped_records: SkippedRecords, channel_selector: int | str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        skipped_records: SkippedRecords,
+        channel_selector: int | str | None = None,
+        metadata_only: bool = False,
+    ) -> None:
         self.path = path
+        self.metadata_only = metadata_only
         self.skipped_records = skipped_records
         self.channel_selector = channel_selector
         self.shards = [JsonRecords(path, skipped_records)]
@@ -46,7 +54,8 @@ class LhotseManifest:
         except InvalidRecord as cause:
             self.skipped_records.add(record.path, record.place, str(cause))
             return None
-        cut = resolve_relative_paths(cut, manifest_path=self.path)
+        if not self.metadata_only:
+            cut = resolve_relative_paths(cut, manifest_path=self.path)
         mark_origin(cut, record.path, record.place)
         return cut
 

@@ -97,7 +97,9 @@ class NeMoManifest(LazyNeMoIterator):
         if not isinstance(data.get("audio_filepath"), str):
             raise InvalidRecord("no audio_filepath")
         check_times(data)
-        audio_path = get_full_path(data.pop("audio_filepath"), record.path, force_cache=False)
+        audio_path = data.pop("audio_filepath")
+        if not self.metadata_only:  # it looks for the file
+            audio_path = get_full_path(audio_path, record.path, force_cache=False)
         duration, offset = data.pop("duration"), data.pop("offset", None)
         if (sampling_rate := sampling_rate_of(data)) is not None:
             check_sampling_rate(sampling_rate)

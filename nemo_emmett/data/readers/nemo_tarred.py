@@ -13,6 +13,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from itertools import islice
 
 from lhotse import AudioSource, Recording, SupervisionSegment
@@ -119,18 +120,10 @@ class NeMoTarredManifest:
         if len(self.manifests) == 1:
             return [self]
         numbers = _by_shard_number(self.manifests, _MANIFEST_SHARD, "manifest_filepath")
-        settings = {
-            "skipped_records": self.skipped_records,
-            "shard_seed": self.shard_seed,
-            "text_field": self.text_field,
-            "lang_field": self.lang_field,
-            "skip_missing_manifest_entries": self.skip_missing_manifest_entries,
-            "extra_fields": self.extra_fields,
-            "slice_length": self.slice_length,
-            "channel_selector": self.channel_selector,
-            "metadata_only": self.metadata_only,
-        }
-        return [NeMoTarredManifest(path, self.tars[number], **settings) for number, path in numbers.items()]
+        shards = [copy(self) for _ in numbers]
+        for shard, (number, path) in zip(shards, numbers.items(), strict=True):
+            shard.name, shard.manifests, shard.tars = path, [path], {number: self.tars[number]}
+        return shards
 
     def __iter__(self) -> Iterator[Cut]:
         seed = resolve_seed(self.shard_seed) + self._passes
@@ -213,7 +206,7 @@ class NeMoTarredManifest:
                 self.skipped_records.add(tar_path, name, "not in the manifest")
 
     def note_no_member(self, tar_path: str, wanted: Sequence[tuple[str, Record]], there: Sequence[str]) -> None:
-        """Note once that none of the audio that a manifest names lies in its tar file.
+        """Report once that a tar file has none of the audio that its manifest names.
 
         Args:
             tar_path: the tar file.
@@ -231,7 +224,7 @@ class NeMoTarredManifest:
         )
 
     def _group_by_member(self, tar_path: str, records: Sequence[Record]) -> dict[str, list[tuple[str, Record]]]:
-        """By the normal name of each member the records whose audio it is, with its name as the record has it."""
+        """The records of each member, by its normal name, with its name as the record has it."""
         names = {}
         for record in records:
             try:
@@ -249,7 +242,7 @@ class NeMoTarredManifest:
     def _names_to_choose_by(
         self, tar_path: str, records: Sequence[Record], names: Mapping[int, Sequence[str]]
     ) -> set[str]:
-        """What a tar file holds, if that decides which member is a record's: one of its own name, or the recording of
+        """The names in a tar file, if they decide which member is a record's: one of its own name, or the recording of
         which it is a segment.
 
         To look costs a reading of a remote tar file; there, records with an offset are taken for segments.
@@ -389,7 +382,7 @@ class TarredRecords(Records):
         raise AudioFault("missing audio")
 
     def _look_for_any_member(self, tar: TarIndex, manifest: NeMoTarredManifest, record: Record) -> None:
-        """Where a record's audio is missing, report if that of the first other records is missing as well."""
+        """After a record whose audio is missing, report if that of the first other records is missing as well."""
         if tar.path in self._with_members:
             return
         self._with_members.add(tar.path)

@@ -61,37 +61,27 @@ class AlignedText:
 
     def examples_of(self, index: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
         """The examples of one line of the shard ``index``, one per direction; ``number`` is from 1."""
-        shard = self.shards[index]
-        self.skipped_records.read(_first_file(shard))
-        texts = self._usable_texts(shard, number, lines)
-        for source, target in self.directions:
-            if source in texts and target in texts:
-                identity = f"{shard[source]}:{number}"
-                if len(self.directions) > 1:
-                    identity += f":{source}-{target}"
-                pair = _text_pair(
-                    identity, texts[source], texts[target], self.languages[source], self.languages[target]
-                )
-                mark_origin(pair, _first_file(shard), f"line {number}")
-                yield pair
-
-    def _usable_texts(self, shard: Mapping[str, str], number: int, lines: Sequence[bytes]) -> dict[str, str]:
+        shard, place = self.shards[index], f"line {number}"
+        first = next(iter(shard.values()))  # the lines of all sides are one record, counted under this file
+        self.skipped_records.read(first)
         texts = {}
         for (side, path), line in zip(shard.items(), lines, strict=True):
-            place = f"line {number}"
-            note = partial(self.skipped_records.add, path, place, record=(_first_file(shard), place))
+            note = partial(self.skipped_records.add, path, place, record=(first, place))
             if (text := decoded(line, note)) is None:
                 continue
             if text := text.strip():
                 texts[side] = text
             else:
                 note("empty text")
-        return texts
-
-
-def _first_file(shard: Mapping[str, str]) -> str:
-    """The file under which the lines of all sides are counted: together they are one record."""
-    return next(iter(shard.values()))
+        for source, target in self.directions:
+            if source in texts and target in texts:
+                identity = f"{shard[source]}:{number}"
+                if len(self.directions) > 1:
+                    identity += f":{source}-{target}"
+                languages = self.languages[source], self.languages[target]
+                pair = _text_pair(identity, texts[source], texts[target], *languages)
+                mark_origin(pair, first, place)
+                yield pair
 
 
 class _OneFileText(ABC):
@@ -114,9 +104,6 @@ class _OneFileText(ABC):
         self.skipped_records = skipped_records
         self.order = order
 
-    def _lines(self, path: str) -> Iterator[tuple[int, bytes]]:
-        yield from enumerate(open_lines(path), start=1)
-
     @property
     def files(self) -> list[tuple[str, ...]]:
         """The file of each shard."""
@@ -128,7 +115,7 @@ class _OneFileText(ABC):
 
     def __iter__(self) -> Iterator[SourceTargetTextExample]:
         for index in self.order(range(len(self.paths))):
-            for number, line in self._lines(self.paths[index]):
+            for number, line in enumerate(open_lines(self.paths[index]), start=1):
                 yield from self.examples_of(index, number, (line,))
 
     def examples_of(self, index: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
@@ -185,14 +172,10 @@ class TsvText(_OneFileText):
 
     def examples_of(self, index: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
         """The example of one line of the file ``index``, if it has one, which the header has not."""
-        return iter(()) if self.has_header and number == 1 else super().examples_of(index, number, lines)
-
-    def _lines(self, path: str) -> Iterator[tuple[int, bytes]]:
-        lines = super()._lines(path)
-        if self.has_header:
-            _, header = next(lines, (0, b""))
-            self._read_header(path, header)
-        yield from lines
+        if self.has_header and number == 1:
+            self._read_header(self.paths[index], *lines)
+            return iter(())
+        return super().examples_of(index, number, lines)
 
     def _columns_of(self, path: str) -> Sequence[int]:
         if not self.has_header:
@@ -203,16 +186,14 @@ class TsvText(_OneFileText):
         return self._numbers[path]
 
     def _read_header(self, path: str, header: bytes) -> None:
-        self._numbers[path] = self._find_columns(path, strip_bom(header).decode("utf-8", errors="replace").split("\t"))
-
-    def _find_columns(self, path: str, header: list[str]) -> list[int]:
-        names = [name.strip() for name in header]
+        names = [name.strip() for name in strip_bom(header).decode("utf-8", errors="replace").split("\t")]
         for column in self.columns:
             if isinstance(column, str) and column not in names:
                 raise ConfigError(
                     f"source_column/target_column: {path} has no column '{column}'; its columns are {', '.join(names)}."
                 )
-        return [names.index(column) if isinstance(column, str) else column for column in self.columns]
+        numbers = [names.index(column) if isinstance(column, str) else column for column in self.columns]
+        self._numbers[path] = numbers
 
     def _fields(self, path: str, line: str) -> dict:
         cells = line.split("\t")

@@ -80,7 +80,7 @@ def open_records(
     if is_nemo(source):
         return _nemo_records(source, skipped_records, metadata_only, **how)
     if is_lhotse_jsonl(source):
-        manifest = LhotseManifest(source.cuts_path, skipped_records, source.channel_selector)
+        manifest = LhotseManifest(source.cuts_path, skipped_records, source.channel_selector, metadata_only)
         return ManifestRecords(source.name, [manifest], **how)
     if source.type in ("lhotse", "lhotse_shar") and source.shar_path is not None:
         return _shar_records(source, skipped_records, metadata_only, **how)

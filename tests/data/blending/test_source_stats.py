@@ -294,7 +294,7 @@ class TestIndex:
         assert size_of(config) == size_of(config) == Size(examples=1, seconds=2.0)
         assert counted == [(config["manifest_filepath"],)]
 
-    def test_it_lies_beside_the_data(self, nemo, tmp_path: Path) -> None:
+    def test_it_is_next_to_the_data(self, nemo, tmp_path: Path) -> None:
         size_of(nemo(record(2.0)), index_dir=str(tmp_path / "unused"))
         assert sorted(os.listdir(tmp_path)) == FILES
 
@@ -504,7 +504,7 @@ class TestProcesses:
         assert shown.delay == 5.0
 
     def test_several_at_once_leave_a_whole_index(self, nemo, monkeypatch) -> None:
-        """Ranks that start together: each counts or looks up, and none meets half an index."""
+        """Ranks that start together: each counts or looks up, and none finds half a file."""
         config = nemo(*[record(1.0)] * 50)
         start = threading.Barrier(8)
 

@@ -76,7 +76,7 @@ def messages(monkeypatch) -> list[str]:
 
 
 @pytest.fixture
-def no_place_beside(monkeypatch, tmp_path: Path) -> None:
+def read_only_folder(monkeypatch, tmp_path: Path) -> None:
     """Nothing can be written into the folder of the data, as on a read-only disk."""
     atomic_file = sidecar.atomic_file
 
@@ -124,7 +124,7 @@ def test_a_line_of_ten_megabytes(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
-def test_a_file_that_changed_is_indexed_anew(tmp_path, messages, name) -> None:
+def test_a_file_that_changed_is_indexed_again(tmp_path, messages, name) -> None:
     path = write(tmp_path / name, b"one\ntwo\n")
     assert len(open_numbered_lines(path)) == 2
     write(tmp_path / name, b"1\n2\n3\nx\n")
@@ -145,7 +145,7 @@ def test_a_change_of_the_same_size_is_seen_by_its_time(numbers) -> None:
 @pytest.mark.parametrize(
     "spoil", [lambda data: data[:-8], lambda data: b"junk", lambda data: b"", lambda data: b"[]\n"]
 )
-def test_a_spoilt_index_is_built_anew(numbers, spoil) -> None:
+def test_a_spoilt_index_is_built_again(numbers, spoil) -> None:
     assert len(LineIndex(numbers)) == 5000
     kept = Path(numbers + ".emmett-index")
     kept.write_bytes(spoil(kept.read_bytes()))
@@ -164,7 +164,7 @@ def test_data_that_changes_during_a_run_stops_it(numbers) -> None:
 # Where indexes are kept
 
 
-def test_index_dir_serves_where_nothing_can_be_written_beside(numbers, tmp_path, no_place_beside, monkeypatch) -> None:
+def test_index_dir_is_used_where_the_data_is_read_only(numbers, tmp_path, read_only_folder, monkeypatch) -> None:
     folder = tmp_path / "indexes"
     assert LineIndex(numbers, index_dir=str(folder)).read(7) == b"7"
     assert not Path(numbers + ".emmett-index").exists()
@@ -176,7 +176,7 @@ def test_index_dir_serves_where_nothing_can_be_written_beside(numbers, tmp_path,
         assert LineIndex(same, index_dir=str(folder)).read(8) == b"8"
 
 
-def test_files_of_the_same_name_have_different_indexes(tmp_path, no_place_beside) -> None:
+def test_files_of_the_same_name_have_different_indexes(tmp_path, read_only_folder) -> None:
     folder = str(tmp_path / "indexes")
     for language in ("de", "en"):
         (tmp_path / language).mkdir()
@@ -186,7 +186,7 @@ def test_files_of_the_same_name_have_different_indexes(tmp_path, no_place_beside
     assert len(os.listdir(folder)) == 2
 
 
-def test_without_any_place_the_index_is_kept_in_memory_and_pickled(numbers, messages, no_place_beside) -> None:
+def test_without_any_place_the_index_is_kept_in_memory_and_pickled(numbers, messages, read_only_folder) -> None:
     lines = LineIndex(numbers)
     assert lines.read(7) == b"7"
     assert len(messages) == 1
@@ -207,7 +207,7 @@ def test_an_index_that_cannot_be_put_in_place_leaves_nothing_behind(numbers, mes
     assert len(messages) == 1
 
 
-def test_an_index_dir_that_cannot_be_written_is_an_error(numbers, tmp_path, no_place_beside) -> None:
+def test_an_index_dir_that_cannot_be_written_is_an_error(numbers, tmp_path, read_only_folder) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"index_dir: cannot write to '.*file' \("):
         len(LineIndex(numbers, index_dir=str(tmp_path / "file")))
@@ -218,7 +218,7 @@ def test_a_missing_file_is_named(tmp_path) -> None:
         len(LineIndex(str(tmp_path / "none.txt")))
 
 
-def test_what_cannot_be_entered_is_told_by_its_name_and_its_content(tmp_path) -> None:
+def test_what_can_only_be_read_forward_is_known_by_its_name_and_its_content(tmp_path) -> None:
     kinds = {path: open_numbered_lines(path).is_sequential for path in ("a.txt", "a.gz", "s3://b/a.txt", "pipe:cat a")}
     assert kinds == {"a.txt": False, "a.gz": True, "s3://b/a.txt": True, "pipe:cat a": True}
     assert is_compressed(write(tmp_path / "a.gz", b"one"))
@@ -255,7 +255,7 @@ def test_a_forked_worker_does_not_disturb_its_parent(tmp_path, name) -> None:
     assert [lines.read(i) for i in (1999, 2000, 150_000)] == [b"1999", b"2000", b"150000"]
 
 
-def build_when_told(barrier, path: str) -> list[bytes]:
+def build_after(barrier, path: str) -> list[bytes]:
     lines = LineIndex(path)
     barrier.wait(20)
     return [lines.read(i) for i in (0, 4999)]
@@ -263,7 +263,7 @@ def build_when_told(barrier, path: str) -> list[bytes]:
 
 def test_processes_that_build_the_same_index_do_not_disturb_one_another(numbers) -> None:
     barrier, results = FORK.Barrier(2), FORK.Queue()
-    processes = [FORK.Process(target=lambda: results.put(build_when_told(barrier, numbers))) for _ in range(2)]
+    processes = [FORK.Process(target=lambda: results.put(build_after(barrier, numbers))) for _ in range(2)]
     for process in processes:
         process.start()
     assert [results.get(timeout=20) for _ in processes] == [[b"0", b"4999"]] * 2
@@ -276,7 +276,7 @@ def test_processes_that_build_the_same_index_do_not_disturb_one_another(numbers)
 @pytest.mark.parametrize("is_written", [True, False])
 def test_many_files_are_indexed_in_several_processes(tmp_path, monkeypatch, request, is_written) -> None:
     if not is_written:
-        request.getfixturevalue("no_place_beside")
+        request.getfixturevalue("read_only_folder")
     monkeypatch.setattr(index, "_PARALLEL_FROM", 0)
     monkeypatch.setattr(processes, "available_cores", lambda: 2)
     paths = [write(tmp_path / f"{i}.txt{'.gz' * (i % 2)}", b"%d\n" % i * (i + 1)) for i in range(5)]

@@ -1,7 +1,8 @@
-"""A file beside the data is believed as long as it is whole and the data is what it was made of."""
+"""A sidecar is used as long as it is whole and the data is what it was made of."""
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import random
 import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +51,7 @@ def messages(monkeypatch) -> list[str]:
 
 @pytest.fixture(params=[True, False], ids=["", "without change times"])
 def change_times(request, monkeypatch) -> bool:
-    """Whether the file system has change times; as if not, only the content tells."""
+    """Whether the file system has change times; without them only the content shows a change."""
     if not request.param:
         of = FileState.of.__func__
         monkeypatch.setattr(FileState, "of", classmethod(lambda cls, path: of(cls, path)._replace(ctime_ns=0)))
@@ -84,7 +86,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_rewritten_file_of_the_same_size_and_time_is_read_anew_at_the_next_start(tmp_path, change, name) -> None:
+def test_a_rewritten_file_of_the_same_size_and_time_is_read_again_at_the_next_start(tmp_path, change, name) -> None:
     path = tmp_path / name
     pack = (lambda data: gzip.compress(data, 0, mtime=0)) if name.endswith(".gz") else bytes
     path.write_bytes(pack(text(LINES)))
@@ -202,7 +204,7 @@ def test_members_that_change_places_are_found_at_the_next_start_and_refused_befo
     assert found[name].read() == content, "a member that is where it was"
 
 
-# Damaged files beside the data
+# Damaged sidecars
 
 
 def header_of(index: bytes) -> tuple[dict, bytes]:
@@ -308,6 +310,53 @@ def test_something_else_in_the_place_of_an_index_is_no_index(tmp_path, messages,
 
 def refuse(*_, **__):
     raise PermissionError(13, "Permission denied")
+
+
+# Files of earlier versions
+
+WRITTEN_BEFORE = {
+    "a.txt": (
+        "c-pI0DoZUY&dkqKvQjY8QBcax%u4|>m2xukQj3*<0>znCsXzfkV+%_IAUC%pGdDFpuNWj`ZfR<1Y-VC<Y-(m{WMXPzWDZo2Oh`d-"
+        "Vs1eW$Vf{wLsMfT0~2GAu8h>=?Bdc~kSi>Wjf{XY#vtnwi;5B}L1tAe<)@_;r<Q=&(MmR%7C^U|!~#{MWfm2e#6z5mCIvGTDp6_z"
+        "lrWC11!+o5E`gW|(`am9U{G7DKq}y3fC45c&8z^Soy-_e03(!kWrxr^xFNLAS+6>$ch>vn8GhIY01}*7KL"
+    ),
+    "a.gz": (
+        "c-oDQ!4AS85Jc~OMZ?)c7uap_XAD7%q=g!wCffAhUHSvMr<s@8$!y}~a|uflmrkBLF@<zvDcrKADj1aT@eGt=9czgGnhJXu3>rn+"
+        "C?ul+05u2PuRyW!Ik!GAl7^v2!1ng=ZYpa$c#i~H)5zTBY~QVH+u7Z%tA`PDNWQ7I$z`Wx8!r(R5UFwByT9-B1tN?-9s"
+    ),
+    "a.tar": (
+        "c-n<e!A`?43@u0?v@;)2<-`G@CTY6_apW)1G<j{xqO}=n+D&8h&PVYFh=0PS?STTqhuH5u`^7%8ovFRuI(8e1>yT}%%dun))C{4w"
+        "&julnL>wWk8e5sA^F+;cqGcLunWTEIl;9~gWdAjIsGdr)lqsqr7RlGx+GHEwRx~D48EdW-@le-rAhRRe7KJwr)er2>DqK!1h6R6+"
+        "YXdo6HKoU22BD2d!2vGq@#Js*lBCsPN$S*!xW4zL<w){q(IH(x*7WP<P{AXOxwb63F8m{A!D-OPMW5aVd=gCJyifN1<LZ8Y`8v{P"
+        "L!Je{&#i9uumgHN0fb&{Tm"
+    ),
+}
+"""Index files of the format's version 2, as they were written before sidecars had a module of their own; compressed."""
+
+
+@pytest.mark.parametrize("name", WRITTEN_BEFORE)
+def test_an_index_that_an_earlier_version_wrote_is_still_used(tmp_path, monkeypatch, messages, name) -> None:
+    path, index = tmp_path / name, zlib.decompress(base64.b85decode(WRITTEN_BEFORE[name]))
+    header, _ = header_of(index)
+    if name == "a.tar":
+        write_tar(path, [("b.wav", b"b" * 700), ("a.wav", b"a")], tarfile.USTAR_FORMAT)
+    else:
+        numbers = b"".join(b"%d\n" % i for i in range(3000))
+        path.write_bytes(numbers if name == "a.txt" else gzip.compress(b"one\ntwo\nthree", mtime=0))
+    Path(f"{path}.emmett-index").write_bytes(index)
+    os.utime(path, ns=(0, header["mtime_ns"]))
+    of = FileState.of.__func__  # nobody can set a change time
+    at_that_time = classmethod(lambda cls, path: of(cls, path)._replace(ctime_ns=header["ctime_ns"]))
+    monkeypatch.setattr(FileState, "of", at_that_time)
+    kind = TarIndex if name == "a.tar" else type(open_numbered_lines(str(path)))
+    monkeypatch.setattr(kind, "_find", None)
+    if name == "a.tar":
+        assert TarIndex(str(path)).find("b.wav").read() == b"b" * 700
+    else:
+        monkeypatch.setattr(LineCount, "_check_unchanged", lambda _: None)
+        lines = open_numbered_lines(str(path))
+        assert (len(lines), lines.read(2)) == ((3000, b"2") if name == "a.txt" else (3, b"three"))
+    assert not messages
 
 
 # Counts

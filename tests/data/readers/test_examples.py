@@ -18,9 +18,9 @@ def cut(text: str | None = "one two", lang: str | None = None, **custom) -> Mono
 
 
 def made(records, kind: ExampleKind = ExampleKind.TRANSLATION, **defaults) -> tuple[list, SkippedRecords]:
-    ledger = SkippedRecords()
-    examples = Examples(records, kind, SourceDefaults(name="m.json", **defaults), ledger)
-    return list(examples), ledger
+    skipped = SkippedRecords()
+    examples = Examples(records, kind, SourceDefaults(name="m.json", **defaults), skipped)
+    return list(examples), skipped
 
 
 def summary(examples) -> list[tuple]:
@@ -41,11 +41,11 @@ TRANSLATIONS = {"de": "eins zwei", "fr": "un deux"}
 )
 def test_a_transcript_with_translations(defaults, custom, expected) -> None:
     record = cut(lang="en", translations=TRANSLATIONS, **custom)
-    examples, ledger = made([record], **defaults)
+    examples, skipped = made([record], **defaults)
     assert summary(examples) == expected
     assert len({e.id for e in examples}) == len(examples)
     assert all(e.source_text == "one two" for e in examples)
-    assert ledger.count() == 0
+    assert skipped.count() == 0
     assert record.supervisions[0].text == "one two", "the record itself must not change: it is read again"
 
 
@@ -76,9 +76,9 @@ def test_the_locator_tag_goes_with_the_cut() -> None:
 )
 def test_records_that_make_no_example(record, cause) -> None:
     record.manifest_origin, record.manifest_place = "speech.json", "line 3"
-    examples, ledger = made([record])
+    examples, skipped = made([record])
     assert examples == []
-    assert [str(r) for r in ledger.first] == [f"speech.json, line 3: {cause}"]
+    assert [str(r) for r in skipped.first] == [f"speech.json, line 3: {cause}"]
 
 
 def test_a_mixed_cut_carries_the_languages_on_its_first_recording() -> None:

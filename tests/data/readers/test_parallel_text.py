@@ -103,7 +103,7 @@ def test_many_languages_give_each_ordered_pair(write_lines) -> None:
         "de": str(write_lines("a.de", ["eins", ""])),
         "pt-BR": str(write_lines("a.pt", ["um", "dois"])),
     }
-    examples, ledger = read({"paths": paths})
+    examples, skipped = read({"paths": paths})
     directions = Counter((p[2], p[3]) for p in examples)
     # The second line has no German: four of its six directions fall away, for one bad record.
     assert directions == {
@@ -114,8 +114,8 @@ def test_many_languages_give_each_ordered_pair(write_lines) -> None:
         ("de", "pt-BR"): 1,
         ("pt-BR", "de"): 1,
     }
-    assert ledger.count() == 1
-    assert ledger.read_count == 2
+    assert skipped.count() == 1
+    assert skipped.read_count == 2
     assert {p[2:] for p in read({"paths": paths, "directions": ["de-en", "en-pt-BR"]})[0]} == {
         ("de", "en"),
         ("en", "pt-BR"),
@@ -137,10 +137,10 @@ def test_bad_records_cost_one_record_each(tmp_path) -> None:
         b'{"source": "two", "target": "zwei"}',
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    examples, ledger = read({"paths": str(tmp_path / "a.jsonl"), **LANGUAGES})
+    examples, skipped = read({"paths": str(tmp_path / "a.jsonl"), **LANGUAGES})
     assert examples == EXPECTED
-    assert ledger.read_count == 9
-    assert [(r.place, r.cause) for r in ledger.first] == [
+    assert skipped.read_count == 9
+    assert [(r.place, r.cause) for r in skipped.first] == [
         ("line 2", "not JSON"),
         ("line 3", "no field 'target'"),
         ("line 4", "not a JSON object"),
@@ -161,13 +161,13 @@ def test_empty_sides_of_aligned_and_tab_separated_text(write_lines) -> None:
         "source_paths": str(write_lines("a.en", ["one", "", "two"])),
         "target_paths": str(write_lines("a.de", ["eins", "x", "zwei"])),
     }
-    examples, ledger = read({**aligned, **LANGUAGES})
+    examples, skipped = read({**aligned, **LANGUAGES})
     assert examples == EXPECTED
-    assert [str(r) for r in ledger.first] == [f"{aligned['source_paths']}, line 2: empty text"]
+    assert [str(r) for r in skipped.first] == [f"{aligned['source_paths']}, line 2: empty text"]
     tsv = write_lines("a.tsv", ["one\teins", "two", "two\t", "two\tzwei"])
-    examples, ledger = read({"paths": str(tsv), **LANGUAGES})
+    examples, skipped = read({"paths": str(tsv), **LANGUAGES})
     assert examples == EXPECTED
-    assert ledger.causes() == {"missing column": 1, "empty text": 1}
+    assert skipped.causes() == {"missing column": 1, "empty text": 1}
 
 
 def test_a_file_that_ends_early_is_an_error_not_a_short_corpus(write_lines) -> None:
@@ -194,10 +194,10 @@ def test_languages_may_stand_in_the_tags(write_lines, name, line) -> None:
     ],
 )
 def test_blank_lines_of_one_file_text_are_no_records(write_lines, name, lines) -> None:
-    examples, ledger = read({"paths": str(write_lines(name, lines)), **LANGUAGES})
+    examples, skipped = read({"paths": str(write_lines(name, lines)), **LANGUAGES})
     assert examples == EXPECTED
-    assert (ledger.read_count, ledger.count()) == (2, 0)
-    ledger.check(0, at_end=True)
+    assert (skipped.read_count, skipped.count()) == (2, 0)
+    skipped.check(0, at_end=True)
 
 
 def test_a_line_that_is_empty_on_both_sides_is_one_bad_record(write_lines) -> None:
@@ -205,11 +205,11 @@ def test_a_line_that_is_empty_on_both_sides_is_one_bad_record(write_lines) -> No
         "source_paths": str(write_lines("a.en", ["one", "", "two"])),
         "target_paths": str(write_lines("a.de", ["eins", "", ""])),
     }
-    examples, ledger = read({**config, **LANGUAGES})
+    examples, skipped = read({**config, **LANGUAGES})
     assert examples == EXPECTED[:1]
-    assert (ledger.read_count, ledger.count()) == (3, 2)
-    assert ledger.shares() == {config["source_paths"]: pytest.approx(2 / 3)}
-    assert [str(record).removeprefix(str(config["source_paths"])[:-4]) for record in ledger.first] == [
+    assert (skipped.read_count, skipped.count()) == (3, 2)
+    assert skipped.shares() == {config["source_paths"]: pytest.approx(2 / 3)}
+    assert [str(record).removeprefix(str(config["source_paths"])[:-4]) for record in skipped.first] == [
         "a.en, line 2: empty text",
         "a.de, line 2: empty text",
         "a.de, line 3: empty text",

@@ -38,8 +38,8 @@ def source_of(config: dict) -> Source:
     return parse_source({"force_finite": True, **config}, "train_ds.input_cfg.0")
 
 
-def opened(config: dict, ledger: SkippedRecords | None = None, **how) -> Records | None:
-    return open_records(source_of(config), ledger or SkippedRecords(), ExampleKind.TRANSLATION, **how)
+def opened(config: dict, skipped: SkippedRecords | None = None, **how) -> Records | None:
+    return open_records(source_of(config), skipped or SkippedRecords(), ExampleKind.TRANSLATION, **how)
 
 
 def positions(records: Records) -> list[tuple[int, int]]:
@@ -56,15 +56,15 @@ def place_of(cut: Cut) -> tuple[str, int]:
     return cut.manifest_origin, int(cut.manifest_place.removeprefix("line "))
 
 
-def faults(ledger: SkippedRecords) -> Counter:
-    return Counter((record.source, record.place, record.cause) for record in ledger.drain().skipped)
+def faults(skipped: SkippedRecords) -> Counter:
+    return Counter((record.source, record.place, record.cause) for record in skipped.drain().skipped)
 
 
 def compare_with_the_stream(config: dict, in_order: bool = True) -> tuple[list, Counter]:
     """Check that reading by number, in a random order, gives what the stream gives; returns that and its faults."""
-    streamed_ledger, ledger = SkippedRecords(), SkippedRecords()
-    streamed = list(open_source(source_of(config), streamed_ledger, ExampleKind.TRANSLATION)[0])
-    records = opened(config, ledger)
+    streamed_skipped, skipped = SkippedRecords(), SkippedRecords()
+    streamed = list(open_source(source_of(config), streamed_skipped, ExampleKind.TRANSLATION)[0])
+    records = opened(config, skipped)
     found = {}
     for position in random.Random(0).sample(positions(records), len(positions(records))):
         found[position] = records.read(*position)
@@ -72,9 +72,9 @@ def compare_with_the_stream(config: dict, in_order: bool = True) -> tuple[list, 
     if not in_order:
         ours, streamed = (sorted(examples, key=place_of) for examples in (ours, streamed))
     assert [plain(example) for example in ours] == [plain(example) for example in streamed]
-    assert ledger.read_count == streamed_ledger.read_count
-    noted = faults(ledger)
-    assert noted == faults(streamed_ledger)
+    assert skipped.read_count == streamed_skipped.read_count
+    noted = faults(skipped)
+    assert noted == faults(streamed_skipped)
     return streamed, noted
 
 
@@ -302,11 +302,11 @@ def test_lists_of_tarred_sets_are_shards_of_one(tarred, tmp_path) -> None:
 def test_a_tar_file_that_breaks_off_is_noted_with_what_is_missing(tarred, tmp_path) -> None:
     path = tmp_path / "audio_0.tar"
     path.write_bytes(path.read_bytes()[:70_000])  # in the middle of the second recording
-    ledger = SkippedRecords()
-    records = opened(tarred, ledger)
+    skipped = SkippedRecords()
+    records = opened(tarred, skipped)
     ids = [cut.id for number in range(records.shard_sizes[0]) for cut in records.read(0, number)]
     assert ids == ["0-stereo.wav", "0-0.wav"]
-    assert ledger.counts[str(path), "unreadable tar"] == 1
+    assert skipped.counts[str(path), "unreadable tar"] == 1
 
 
 def test_audio_in_tar_files_is_read_when_it_is_asked_for(tarred, tmp_path) -> None:
@@ -388,8 +388,8 @@ def test_shar_by_number_is_that_of_the_stream(shar, suffix, as_fields) -> None:
     streamed = sorted(
         open_source(source_of(config), SkippedRecords(), ExampleKind.TRANSLATION)[0], key=lambda cut: cut.id
     )
-    ledger = SkippedRecords()
-    records = opened(config, ledger)
+    skipped = SkippedRecords()
+    records = opened(config, skipped)
     assert (records.shard_sizes, records.is_sequential) == ([3, 3], [suffix == "jsonl.gz"] * 2)
     ours = [cut for position in positions(records) for cut in records.read(*position)]
     assert len(pickle.dumps(ours)) < 4000 * len(ours), "no audio travels with them"
@@ -398,7 +398,7 @@ def test_shar_by_number_is_that_of_the_stream(shar, suffix, as_fields) -> None:
         if our.id != "shar.4":
             assert np.array_equal(our.load_vector(), their.load_vector())
     assert [without_passes(cut) for cut in ours] == [without_passes(cut) for cut in streamed]
-    assert (ledger.read_count, ledger.count()) == (6, 0)
+    assert (skipped.read_count, skipped.count()) == (6, 0)
 
 
 def test_indexes_of_shar_do_not_stand_in_its_way(shar) -> None:
@@ -425,17 +425,17 @@ def test_bad_records_of_shar(shar) -> None:
     path = folder / "recording.000001.tar"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    ledger = SkippedRecords()
-    records = opened({"type": "lhotse_shar", "shar_path": str(folder)}, ledger)
+    skipped = SkippedRecords()
+    records = opened({"type": "lhotse_shar", "shar_path": str(folder)}, skipped)
     ids = [cut.id for position in positions(records) for cut in records.read(*position)]
     assert ids == ["shar.3"]
-    assert ledger.causes() == {
+    assert skipped.causes() == {
         "not JSON": 1,
         "audio of another cut": 1,
         "missing audio": 2 + 2,
         "unreadable tar": 1,
     }
-    assert ledger.shares() == {str(folder): pytest.approx(6 / 7)}
+    assert skipped.shares() == {str(folder): pytest.approx(6 / 7)}
 
 
 def test_a_folder_that_is_not_shar_is_named(shar, tmp_path) -> None:
