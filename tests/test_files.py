@@ -187,9 +187,8 @@ HOLDER = """
 import os, sys, time
 from nemo_emmett.files import hold_folder
 with hold_folder(sys.argv[1]):
-    worker = os.fork()  # as a data loader's, which outlives a killed process for seconds
-    if worker:
-        print(worker, flush=True)
+    if not os.fork():  # a worker, as a data loader's, which outlives a killed process for seconds
+        print(os.getpid(), flush=True)
     time.sleep(600)
 """
 

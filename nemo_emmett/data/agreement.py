@@ -1,4 +1,4 @@
-"""Ranks that agree on every batch, where a model cannot take an empty one and finite data must end in step."""
+"""Agreement of all ranks on each batch, for models that cannot take an empty batch of finite data."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import torch.distributed as dist
 
 
 class RanksInStep:
-    """Asks all ranks whether each of them has a batch.
+    """Finds out by a reduction whether all ranks have a batch.
 
-    The ranks have the same steps; but of a rank's batch nothing may be readable, which the others cannot know. If only
-    that rank left it out, its pass would be a step shorter, and the others would wait for it at the end.
+    The ranks have the same steps, but all examples of one rank's batch may have been skipped. If only that rank left
+    the batch out, its pass would be a step shorter, and the others would wait for it at the end.
 
-    The answer is a reduction over the CPU's network, so that no device has to be waited for.
+    The reduction runs on the CPU, so that it does not synchronise with the device.
     """
 
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None
 
     def all_have(self, has_batch: bool) -> bool:
-        """Whether every rank has one; all of them must ask for each batch."""
+        """Whether every rank has a batch; all ranks must call this for each batch."""
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
         flag = torch.tensor(int(has_batch))
@@ -28,5 +28,5 @@ class RanksInStep:
 
 
 def ranks_load_data(world_size: int) -> bool:
-    """Whether the processes of this training are the ``world_size`` that load its data, all of them."""
+    """Whether all ``world_size`` processes of this training load its data."""
     return world_size > 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() == world_size

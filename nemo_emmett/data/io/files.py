@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -218,6 +219,7 @@ def _count_lines(path: str, bar: tqdm) -> int:
     return count + (last != b"\n")  # the last line may lack its newline
 
 
+@dataclass
 class ShardOrder:
     """The order in which a reader reads its shards: as given, or shuffled in each pass.
 
@@ -226,10 +228,9 @@ class ShardOrder:
         seed: an integer, or lhotse's ``trng`` and ``randomized`` (another order in each worker).
     """
 
-    def __init__(self, shuffle: bool, seed: int | str) -> None:
-        self.shuffle = shuffle
-        self.seed = seed
-        self._passes = 0
+    shuffle: bool
+    seed: int | str
+    _passes: int = field(default=0, init=False)
 
     def __call__(self, shards: Sequence) -> list:
         """The shards in the order of the next pass."""

@@ -52,9 +52,6 @@ class RecordsDelta:
     read: Counter[str] = field(default_factory=Counter)  # number of records by source
     skipped: list[BadRecord] = field(default_factory=list)
 
-    def __bool__(self) -> bool:
-        return bool(self.read or self.skipped)
-
 
 @dataclass
 class SourceCounts:

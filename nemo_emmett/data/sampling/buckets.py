@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lhotse.dataset.sampling.base import SamplingConstraint, TimeConstraint
@@ -38,6 +39,7 @@ class _Bucket:
         return [*self.full, self.open] if self.open else list(self.full)
 
 
+@dataclass
 class Buckets:
     """Puts examples into buckets; as soon as one has a full batch for each rank, these batches are a step.
 
@@ -51,14 +53,11 @@ class Buckets:
         drop_last: leave out what does not fill a batch for every rank when the data ends.
     """
 
-    def __init__(
-        self, constraint: SamplingConstraint, duration_bins: Sequence | None, world_size: int, drop_last: bool
-    ) -> None:
-        self.constraint = constraint
-        self.duration_bins = duration_bins
-        self.world_size = world_size
-        self.drop_last = drop_last
-        self._buckets: dict[int, _Bucket] = {}
+    constraint: SamplingConstraint
+    duration_bins: Sequence | None
+    world_size: int
+    drop_last: bool
+    _buckets: dict[int, _Bucket] = field(default_factory=dict, init=False)
 
     def add(self, sampled: SampledExample) -> list[list[SampledExample]] | None:
         """Add an example; return the batches of a step, one for each rank, if it completes one."""
@@ -111,9 +110,5 @@ class Buckets:
 
     def waiting(self) -> list[SampledExample]:
         """All examples in the buckets, those of a bucket in the order in which they were added."""
-        return [
-            sampled
-            for number in sorted(self._buckets)
-            for batch in self._buckets[number].batches()
-            for sampled in batch
-        ]
+        batches = [batch for number in sorted(self._buckets) for batch in self._buckets[number].batches()]
+        return [sampled for batch in batches for sampled in batch]

@@ -43,6 +43,10 @@ class GroupPlan:
     shares: list[float]
     pipeline: TransformPipeline
 
+    def __post_init__(self) -> None:
+        for reader in self.readers:  # planning has read examples, without counting their records
+            reader.restart()
+
 
 @dataclass
 class SamplingPlan:

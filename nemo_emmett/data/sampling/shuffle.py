@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ class _Group:
     numbers: np.ndarray  # (N,)
 
 
+@dataclass
 class RecordOrder:
     """Maps positions to records: pass after pass over all shards, each pass in another order.
 
@@ -55,25 +56,17 @@ class RecordOrder:
         group_size: records that are shuffled together, at least.
     """
 
-    def __init__(
-        self,
-        shard_sizes: Sequence[int],
-        is_sequential: Sequence[bool],
-        shuffle: bool,
-        seed: Sequence[int],
-        group_size: int,
-    ) -> None:
-        self.shard_sizes = list(shard_sizes)
-        self.is_sequential = list(is_sequential)
-        self.shuffle = shuffle
-        self.seed = list(seed)
-        self.group_size = max(group_size, 1)
-        self._pass: tuple[int, _Pass] | None = None
-        self._group: tuple[int, _Group] | None = None
+    shard_sizes: Sequence[int]
+    is_sequential: Sequence[bool]
+    shuffle: bool
+    seed: Sequence[int]
+    group_size: int
+    _pass: tuple[int, _Pass] | None = field(default=None, init=False)
+    _group: tuple[int, _Group] | None = field(default=None, init=False)
 
     def reseed(self, seed: Sequence[int]) -> None:
         """Shuffle by another seed from now on."""
-        self.seed, self._pass, self._group = list(seed), None, None
+        self.seed, self._pass, self._group = seed, None, None
 
     def __len__(self) -> int:
         """Records in one pass."""

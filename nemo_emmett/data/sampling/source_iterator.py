@@ -20,7 +20,7 @@ from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.base import Records
 from nemo_emmett.data.readers.examples import ExampleKind, Examples
-from nemo_emmett.data.readers.registry import defaults_of, open_source
+from nemo_emmett.data.readers.registry import ReaderContext, defaults_of, open_source, reader_context
 from nemo_emmett.data.sampling.shuffle import RecordOrder
 from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.errors import DataError
@@ -60,7 +60,11 @@ class ChunkReader(ABC):
     def records_in_a_pass(self) -> int | None:
         """The number of records; None if it is unknown."""
 
+    def restart(self) -> None:  # noqa: B027
+        """Read, and count, the records again that were read so far."""
 
+
+@dataclass
 class RecordChunks(ChunkReader):
     """Chunks of a source whose records can be read by number.
 
@@ -74,24 +78,16 @@ class RecordChunks(ChunkReader):
         forbidden: what no text may contain.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        records: Records,
-        order: RecordOrder,
-        kind: ExampleKind,
-        skipped_records: SkippedRecords,
-        finite: bool,
-        forbidden: re.Pattern | None = None,
-    ) -> None:
-        self.source = source
-        self.forbidden = forbidden
-        self.records = records
-        self.order = order
-        self.kind = kind
-        self.skipped_records = skipped_records
-        self.finite = finite
-        self._defaults = defaults_of(source)
+    source: Source
+    records: Records
+    order: RecordOrder
+    kind: ExampleKind
+    skipped_records: SkippedRecords
+    finite: bool
+    forbidden: re.Pattern | None = None
+
+    def __post_init__(self) -> None:
+        self._defaults = defaults_of(self.source)
         self._prepared: list[tuple[int, int, int]] = []
 
     def reseed(self, seed: Sequence[int]) -> None:
@@ -128,6 +124,7 @@ class RecordChunks(ChunkReader):
             self._prepared = ranges
 
 
+@dataclass
 class StreamChunks(ChunkReader):
     """Chunks of a source that can only be read from its beginning; to go back, it is read again.
 
@@ -141,23 +138,15 @@ class StreamChunks(ChunkReader):
         forbidden: what no text may contain.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        kind: ExampleKind,
-        skipped_records: SkippedRecords,
-        finite: bool,
-        shuffle: bool,
-        seed: Sequence[int],
-        forbidden: re.Pattern | None = None,
-    ) -> None:
-        self.source = source
-        self.forbidden = forbidden
-        self.kind = kind
-        self.skipped_records = skipped_records
-        self.finite = finite
-        self.shuffle = shuffle
-        self.seed = list(seed)
+    source: Source
+    kind: ExampleKind
+    skipped_records: SkippedRecords
+    finite: bool
+    shuffle: bool
+    seed: Sequence[int]
+    forbidden: re.Pattern | None = None
+
+    def __post_init__(self) -> None:
         self._process = os.getpid()
         self._epoch: int | None = None
         self._stream: Iterator = iter(())
@@ -166,7 +155,11 @@ class StreamChunks(ChunkReader):
 
     def reseed(self, seed: Sequence[int]) -> None:
         """See :meth:`ChunkReader.reseed`."""
-        self.seed, self._epoch = list(seed), None
+        self.seed, self._epoch = seed, None
+
+    def restart(self) -> None:
+        """See :meth:`ChunkReader.restart`."""
+        self._epoch = None
 
     def records_in_a_pass(self) -> int | None:
         """Unknown."""
@@ -192,7 +185,8 @@ class StreamChunks(ChunkReader):
 
     def _open(self, epoch: int) -> None:
         source = self.source.with_keys(shard_seed=sum(self.seed) + epoch, force_finite=self.finite)
-        cuts, _ = open_source(source, self.skipped_records, self.kind)
+        with reader_context(ReaderContext(self.skipped_records, self.kind)):  # for our readers inside of NeMo's
+            cuts, _ = open_source(source, self.skipped_records, self.kind)
         if self.kind is not ExampleKind.AS_READ:
             cuts = Examples(cuts, self.kind, defaults_of(self.source), self.skipped_records, self.forbidden)
         self._stream = iter(cuts) if self.finite else _repeated(cuts)
@@ -213,6 +207,7 @@ def _repeated(cuts: Any) -> Iterator:
             return
 
 
+@dataclass
 class SourceIterator:
     """The examples of one source in the order in which one worker takes them.
 
@@ -229,23 +224,15 @@ class SourceIterator:
         num_open: chunks that are open at a time; with more than one, the examples of a chunk are shuffled.
     """
 
-    def __init__(
-        self,
-        reader: ChunkReader,
-        pipeline: TransformPipeline,
-        seed: Sequence[int],
-        worker: WorkerInfo,
-        epoch: int = 0,
-        name: str = "",
-        num_open: int = 1,
-    ) -> None:
-        self.reader = reader
-        self.pipeline = pipeline
-        self.seed = list(seed)
-        self.worker = worker
-        self.epoch = epoch
-        self.name = name
-        self.num_open = num_open
+    reader: ChunkReader
+    pipeline: TransformPipeline
+    seed: list[int]
+    worker: WorkerInfo
+    epoch: int = 0
+    name: str = ""
+    num_open: int = 1
+
+    def __post_init__(self) -> None:
         self._next_chunk = 0
         self._drawn = 0
         self._open: list[_OpenChunk] = []
@@ -302,10 +289,9 @@ class SourceIterator:
 
     def state_dict(self) -> dict[str, Any]:
         """The open chunks, with how many examples of each were taken, and the position in the source."""
-        opened = [[chunk.number, chunk.taken] for chunk in self._open]
         return {
             "seed": list(self.seed),
-            "open": opened,
+            "open": [[chunk.number, chunk.taken] for chunk in self._open],
             "next_chunk": self._next_chunk,
             "drawn": self._drawn,
             "at_end": self._at_end,

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from nemo.collections.speechlm2.data.salm_dataset import SALMDataset
 
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
 from nemo_emmett.errors import ConfigError
@@ -190,6 +191,21 @@ def test_streams_are_opened_by_each_worker_itself(load, tmp_path, keys):
     for _ in range(2):
         assert len([i for batch in loader for i in ids_of(batch)]) == 3000
     assert loader.skipped_records.count() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_records_inside_conversations_are_counted(load, tmp_path, tokenizer, workers):
+    """NeMo reads the conversions, our reader the manifest inside; planning has read from it before."""
+    manifest = Path(Corpus(tmp_path).source("speech_de", 10)["manifest_filepath"])
+    manifest.write_text("{not json\n" + manifest.read_text())
+    source = {"type": "lhotse_as_conversation", "manifest_filepath": str(manifest), "audio_locator_tag": LOCATOR}
+    config = {"input_cfg": [source], "batch_size": 2, "force_finite": True, "num_workers": workers}
+    loader = load(config, dataset=SALMDataset(tokenizer))
+    for passes in (1, 2):
+        assert len(list(loader)) == 5
+        assert loader.skipped_records.read_count == 11 * passes
+        assert loader.skipped_records.causes() == {"not JSON": 1}
+        assert list(loader.skipped_records.shares().values()) == [pytest.approx(1 / 11)]
 
 
 def test_fewer_ranks_lose_nothing_that_waited(load, groups):
