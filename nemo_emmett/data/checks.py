@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,10 @@ def check_dataset(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind) -> 
         if kind is not ExampleKind.AS_READ:
             for source in group.sources:
                 _check_languages(source)
-        check_files(group.sources)
+        check_files([*group.sources, *(group.noise.sources if group.noise else ())])
+        rir_path = group.keys.get("rir_path")
+        if group.keys.get("rir_enabled") and rir_path and is_local(rir_path) and not Path(rir_path).exists():
+            raise DataError(f"{group.place}.rir_path: there is no file '{rir_path}'; correct the path.")
         for source in group.sources:
             _check_parallel(source)
         if tokenizer is not None or kind is ExampleKind.AS_READ:
@@ -194,7 +198,14 @@ def _check_parallel(source: Source) -> None:
 
 def _check_batch_size(group: GroupConfig) -> None:
     size = group.batch_tokens if group.use_multimodal_sampling else group.batch_duration
-    has_sized_bins = group.bucket_duration_bins is not None and group.bucket_batch_size is not None
+    has_bins, has_sizes = group.bucket_duration_bins is not None, group.bucket_batch_size is not None
+    has_sized_bins = has_bins and has_sizes
+    # NeMo divides the durations up to max_duration where it is given no bins, but no numbers of tokens.
+    has_durations = not group.use_multimodal_sampling and (group.keys.get("max_duration") or math.inf) < math.inf
+    if has_sizes and not has_bins and not has_durations:
+        raise ConfigError(
+            f"{group.place}.bucket_duration_bins: missing; bucket_batch_size needs a bin for each of its sizes."
+        )
     if group.batch_size is None and size is None and not has_sized_bins:
         raise ConfigError(
             f"{group.place}.batch_size: missing; give batch_size, batch_duration (speech), batch_tokens (with "

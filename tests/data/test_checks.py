@@ -78,6 +78,13 @@ def test_a_missing_classic_manifest() -> None:
     assert message.startswith("data.validation_ds.manifest_filepath: there is no file 'nowhere.json'; correct the path")
 
 
+@pytest.mark.parametrize("noise", ["nowhere.json", {"manifest_filepath": "nowhere.json"}])
+def test_a_missing_file_of_noise(good, noise) -> None:
+    good["speech"]["noise_path"] = noise
+    sentence = "data.train_ds.speech.noise_path.manifest_filepath: there is no file 'nowhere.json'; correct the path"
+    assert refused(good, DataError).startswith(sentence)
+
+
 def test_a_missing_input_cfg_file(good) -> None:
     good["pairs"]["input_cfg"] = "nowhere.yaml"
     assert "pairs.input_cfg: the file 'nowhere.yaml' cannot be read" in refused(good, DataError)
@@ -232,6 +239,12 @@ def test_batch_sizes(good, tokenizer) -> None:
     assert "data.train_ds.pairs.batch_size: missing" in refused(good, tokenizer=tokenizer)
     good["pairs"]["batch_duration"] = 20
     assert "data.train_ds.pairs.batch_duration: measures seconds of speech" in refused(good)
+
+
+def test_sizes_of_buckets_need_bins(good, tokenizer) -> None:
+    good["pairs"] |= {"use_multimodal_sampling": True, "bucket_batch_size": [4, 2]}
+    sentence = "data.train_ds.pairs.bucket_duration_bins: missing; bucket_batch_size needs a bin for each of its sizes."
+    assert refused(good, tokenizer=tokenizer) == sentence
 
 
 @pytest.mark.parametrize("limit", [-1, 1.5, "many", True])

@@ -173,7 +173,7 @@ def _parts_of(source: Source, reading: _Reading, index_dir: str | None) -> list[
         files = tuple(_metadata_files(source))
         return [_Part(source, settings, files, files[0])]
     # All that lies in a folder of lhotse Shar is taken for one of its fields: the counts are kept next to the folder.
-    in_folders = source.shar_path is not None and not isinstance(source.shar_path, Mapping)
+    in_folders = isinstance(source.shar_path, (str, list))
     return [
         _Part(source, settings, files, os.path.dirname(files[0]) if in_folders else files[0], records, shard)
         for shard, files in enumerate(records.shard_files)
@@ -214,7 +214,7 @@ def _metadata_files(source: Source) -> list[str]:
 
 
 def _settings_of(source: Source) -> str:
-    """What a source's reader is told, apart from the place of its files."""
+    """The settings of a source's reader, apart from the place of its files."""
     settings: dict[str, Any] = {key: value for key, value in source.keys.items() if key not in _NOT_READ}
     settings["languages"] = list(source.paths) if isinstance(source.paths, Mapping) else None
     settings["tars"] = [os.path.basename(path) for key, path in source.files() if key == "tarred_audio_filepaths"]

@@ -74,10 +74,14 @@ class Noise:
     keys: Mapping[str, Any]
 
     @property
+    def sources(self) -> list[Source]:
+        """All its sources."""
+        return [source for member in self.members for source in member.sources()]
+
+    @property
     def is_tarred(self) -> bool:
         """Whether some of it is in tar files."""
-        sources = [source for member in self.members for source in member.sources()]
-        return any(s.tarred_audio_filepaths is not None or s.shar_path is not None for s in sources)
+        return any(s.tarred_audio_filepaths is not None or s.shar_path is not None for s in self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +207,8 @@ def parse_dataset(section: Mapping[str, Any] | DictConfig, place: str) -> Datase
     own = {key: value for key, value in section.items() if str(key) not in sections}
     unknown_keys = check_keys(own, LOADER_KEYS | OUR_TYPES.keys(), place, LEGACY_KEYS)
     own = parse_keys(own, place)
+    _check_fusion(own, list(sections) if is_multi_config else None, place)
     if is_multi_config:
-        _check_fusion(own, list(sections), place)
         unknown_keys += [key for key in own if key in LEGACY_KEYS - {"use_lhotse"} and key not in unknown_keys]
     if is_multi_config and own.get("sampler_fusion") == "mux":
         groups = (_merged_group(own, sections, place),)
@@ -336,18 +340,20 @@ def _temperatures(value: Any, root: SourceGroup, place: str) -> tuple[float, ...
     return tuple(map(float, value))
 
 
-def _check_fusion(keys: Mapping[str, Any], groups: Sequence[str], place: str) -> None:
+def _check_fusion(keys: Mapping[str, Any], groups: Sequence[str] | None, place: str) -> None:
     fusion, weights = keys.get("sampler_fusion", "round_robin"), keys.get("sampler_weights")
-    if not groups:
+    if groups is not None and not groups:
         raise ConfigError(f"{place}: multi_config is set, but there are no groups; give each kind of data a section.")
     if fusion not in FUSIONS:
         suggestion = nearest(str(fusion), FUSIONS)
         hint = f"did you mean '{suggestion}'?" if suggestion else f"it can be {', '.join(FUSIONS)}."
         raise ConfigError(f"{place}.sampler_fusion: '{fusion}' is unknown; {hint}")
-    for name in groups if weights is not None else ():
+    if groups is None or weights is None:
+        return
+    for name in groups:
         if name not in weights:
             raise ConfigError(f"{place}.sampler_weights: the group '{name}' has none; give each group a weight.")
-    for name in weights or ():
+    for name in weights:
         if name not in groups:
             raise ConfigError(
                 f"{place}.sampler_weights: there is no group '{name}'; the groups are {', '.join(groups)}."

@@ -33,7 +33,7 @@ FUSIONS = ("zip", "round_robin", "randomized_round_robin", "mux")
 """How the groups of a ``multi_config`` may be combined."""
 
 
-Seed = Whole | Literal["trng", "randomized"]
+Seed = Count | Literal["trng", "randomized"]
 """A random seed, or one of lhotse's ways to choose one."""
 
 OUR_TYPES = {
@@ -52,7 +52,20 @@ OUR_TYPES = {
 _Pair = Annotated[list[Number], annotated_types.Len(2, 2)]
 _PositivePair = Annotated[list[Positive], annotated_types.Len(2, 2)]
 
+Paths = Text | Annotated[list[Text], annotated_types.MinLen(1)]
+"""One file or several, each of which may be a pattern."""
+
+_WeightedPath = Text | Annotated[list[Text | Number], annotated_types.MinLen(1)]
+WeightedPaths = Text | Annotated[list[_WeightedPath], annotated_types.MinLen(1)]
+"""One file or several; in a list, a file may be in a list of its own, with a weight."""
+
+PathsByName = dict[Text, Paths]
+"""Files by their language, or by their field of lhotse Shar."""
+
 _RANGES = {
+    "manifest_filepath": WeightedPaths | None,
+    "tarred_audio_filepaths": WeightedPaths | None,
+    "shar_path": WeightedPaths | PathsByName | None,
     "batch_size": PositiveWhole | None,
     "batch_duration": Positive | None,
     "batch_tokens": PositiveWhole | None,
@@ -89,6 +102,7 @@ _RANGES = {
     "compression_prob": Share,
     "compression_level_interval": _Pair,
     "clipping_gain_db": _Pair,
+    "clipping_oversampling": PositiveWhole | None,
     "clipping_prob": Share,
     "clipping_prob_hard": Share,
     "sampler_weights": dict[str, Positive] | None,

@@ -22,13 +22,16 @@ from nemo_emmett.data.config.schema import (
     LEGACY_KEYS,
     LOADER_KEYS,
     TYPES,
+    Paths,
+    PathsByName,
     Seed,
+    WeightedPaths,
 )
 from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.io.commands import is_pipe, refuse_pipes
 from nemo_emmett.data.io.files import expand_paths, open_bytes
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.typed_config import Count, NonNegative, Positive, Switch, Text, parse_section, parse_value
+from nemo_emmett.typed_config import Count, NonNegative, Positive, Switch, Text, Whole, parse_section, parse_value
 
 SOURCE_TYPE, FEED_TYPE = "emmett_source", "emmett_feed"
 """NeMo data types that we make, users need not write them: a source of our loaders, and examples put in by hand."""
@@ -62,7 +65,6 @@ INHERITED_IN_NEMO = (
 )
 """Keys that a source inherits in NeMo, too."""
 
-Files = Text | list[Any] | dict[str, Any] | None
 Column = Count | Text | None
 
 
@@ -85,16 +87,16 @@ class Source:
     source_lang: Text | None = None
     target_lang: Text | list[Text] | None = None
     members: tuple[Source, ...] = ()
-    manifest_filepath: Files = None
-    tarred_audio_filepaths: Files = None
+    manifest_filepath: WeightedPaths | None = None
+    tarred_audio_filepaths: WeightedPaths | None = None
     cuts_path: Text | None = None
-    shar_path: Files = None
-    extra_fields: Any = None
-    channel_selector: Any = None
-    paths: Files = None
-    source_paths: Files = None
-    target_paths: Files = None
-    questions_path: Files = None
+    shar_path: WeightedPaths | PathsByName | None = None
+    extra_fields: list[dict[str, Any]] | None = None
+    channel_selector: Whole | Text | None = None
+    paths: Paths | PathsByName | None = None
+    source_paths: Paths | None = None
+    target_paths: Paths | None = None
+    questions_path: Paths | None = None
     data_dir: Text | None = None
     directions: list[Text] | None = None
     source_column: Column = None
@@ -214,35 +216,24 @@ def source_of_files(sources: Sequence[Source]) -> dict[str, str]:
     return owners
 
 
-def languages_of(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``source_lang`` and ``target_lang`` of a source: by its tags, else by our keys, else by NeMo's."""
-    tags, found = keys.get("tags") or {}, {}
-    for key, in_nemo in LANGUAGE_KEYS.items():
-        given = (tags.get(key), keys.get(key), keys.get(in_nemo))
-        found[key] = next((value for value in given if value not in (None, "", [])), None)
-    return found
-
-
 def parse_source(entry: Mapping[str, Any], place: str) -> Source:
     """An entry of ``input_cfg``, with all that it inherits, as a source.
 
     Raises:
         ConfigError: naming the first key whose value is not of its type.
     """
-    members = ()
+    tags, languages, members = entry.get("tags") or {}, {}, []
+    for key, in_nemo in LANGUAGE_KEYS.items():
+        given = (tags.get(key), entry.get(key), entry.get(in_nemo))
+        languages[key] = next((value for value in given if value not in (None, "", [])), None)
     if str(entry.get("type")).endswith("_as_conversation") and entry.get("input_cfg") is not None:
-        members = tuple(_sources_inside(entry, place))
-    source = parse_section(
-        Source, {**entry, **languages_of(entry)}, place, keys=dict(entry), place=place, members=members
-    )
+        inherited = {key: entry[key] for key in INHERITED if entry.get(key) is not None}
+        inside = parse_entries(entry["input_cfg"], f"{place}.input_cfg", inherited, allow_commands=True)
+        members = [source for member in inside for source in member.sources()]
+    given = {"keys": dict(entry), "place": place, "members": tuple(members)}
+    source = parse_section(Source, {**entry, **languages}, place, **given)
     typed = {field.name: getattr(source, field.name) for field in fields(source) if field.name not in LANGUAGE_KEYS}
     return source.with_keys(**{k: typed[k] for k in entry.keys() & typed.keys() if typed[k] != entry[k]})  # 5 for '5'
-
-
-def _sources_inside(entry: Mapping[str, Any], place: str) -> Iterator[Source]:
-    inherited = {key: entry[key] for key in INHERITED if entry.get(key) is not None}
-    for member in parse_entries(entry["input_cfg"], f"{place}.input_cfg", inherited, allow_commands=True):
-        yield from member.sources()
 
 
 def parse_classic(
