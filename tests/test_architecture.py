@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "nemo_emmett"
 # From the top to the bottom: a room may import itself and those below it, but none on its own floor. A callback is a
 # room of its own: OOMptimizer's rests on ``oomptimizer``, and ResumableData is a part of ``data``.
 FLOORS = (
-    ("plugin", "cli", "runner", "training", "checkpoints", "ending", "doctor", "callbacks"),
+    ("plugin", "cli", "runner", "training", "recipe_checks", "checkpoints", "ending", "doctor", "callbacks"),
     ("planning", "evaluation", "corpora"),
     ("callbacks.oomptimizer",),
     ("models", "data", "oomptimizer"),
