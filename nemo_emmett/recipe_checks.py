@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -29,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.nn.parallel import DistributedDataParallel
 
-from nemo_emmett.checkpoints import with_resume_point
+from nemo_emmett.checkpoints import checkpoint_fault, with_resume_point
 from nemo_emmett.config import OWN_PREFIX, check_keys, check_target, item_of
 from nemo_emmett.errors import ConfigError, EmmettError
 from nemo_emmett.typed_config import (
@@ -48,12 +49,12 @@ from nemo_emmett.typed_config import (
 T = TypeVar("T")
 
 _FromMinusOne = Annotated[Whole, annotated_types.Ge(-1)]
-_Path = Annotated[Text, annotated_types.MinLen(1)]
+_Name = Annotated[Text, annotated_types.MinLen(1)]
 
 TOP_LEVEL_TYPES: dict[str, Any] = {
     "seed": Annotated[Count, annotated_types.Lt(2**32)] | None,
     "num_threads": Annotated[PositiveWhole, annotated_types.Le(1024)] | None,
-    "export_dir": _Path | None,
+    "export_dir": _Name | None,
 }
 """Keys at the top of a recipe."""
 
@@ -61,7 +62,7 @@ TRAINER_TYPES: dict[str, Any] = {
     "accumulate_grad_batches": PositiveWhole,
     "callbacks": list[dict[str, Any]] | None,
     "check_val_every_n_epoch": PositiveWhole | None,
-    "default_root_dir": _Path | None,
+    "default_root_dir": _Name | None,
     "devices": list[Count] | Text | Annotated[_FromMinusOne, annotated_types.Le(1024)],
     "fast_dev_run": Switch | Count,
     "gradient_clip_val": NonNegative | None,
@@ -90,7 +91,7 @@ ARGUMENT_TYPES: dict[str, Any] = {
     "every_n_train_steps": Count | None,
     "mode": Literal["min", "max"],
     "model_parallel_size": PositiveWhole | None,
-    "monitor": Text,
+    "monitor": _Name,
     "patience": Count,
     "report_time_interval": Positive,
     "save_last_n_optim_states": _FromMinusOne | None,
@@ -192,9 +193,33 @@ def set_up_experiment(trainer: Trainer, section: DictConfig) -> None:
         ) from error
     except _LIBRARY_ERRORS as error:
         # NeMo names a logger by its own name, the key is create_wandb_logger.
-        named = [str(key) for key in section if re.sub("^create_|_logger$", "", str(key)) in str(error).lower()]
+        named = [key for key in map(str, section) if re.sub("^create_|_logger$", "", key) in str(error).lower()]
         place = ".".join(["exp_manager", *sorted(named, key=len)[-1:]])
         raise ConfigError(f"{place}: {first_sentence(error)}; correct or remove it.") from error
+
+
+@contextmanager
+def mistakes_in_fit(cfg: DictConfig) -> Iterator[None]:
+    """Turn what Lightning raises in a training because of a value of the recipe into one sentence.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    try:
+        yield
+    except EmmettError:
+        raise
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        is_known = isinstance(error, MisconfigurationException) or "val_check_interval" in str(error)
+        if "Early stopping conditioned on metric" in str(error):
+            raise ConfigError(f"monitor (of early stopping): {first_sentence(error)}.") from error
+        checkpoints = (cfg.get("exp_manager") or {}).get("checkpoint_callback_params") or {}
+        values = {f"trainer.{key}": value for key, value in cfg.trainer.items()}
+        values |= {f"exp_manager.checkpoint_callback_params.{key}": value for key, value in checkpoints.items()}
+        named = sorted((place for place in values if place.rpartition(".")[2] in str(error)), key=len)
+        if not (named and is_known):
+            raise
+        raise ConfigError(f"{named[-1]}: {values[named[-1]]!r} cannot be used: {first_sentence(error)}.") from error
 
 
 def instantiate(section: Mapping[str, Any], place: str, kind: type[T]) -> T:
@@ -257,6 +282,8 @@ def _check_experiment(section: DictConfig) -> None:
     checkpoint = section.get("resume_from_checkpoint")
     if checkpoint and "://" not in checkpoint and not Path(checkpoint).exists():
         raise ConfigError(f"exp_manager.resume_from_checkpoint: there is no checkpoint '{checkpoint}'.")
+    if checkpoint and Path(checkpoint).is_dir() and (fault := checkpoint_fault(checkpoint)):
+        raise ConfigError(f"exp_manager.resume_from_checkpoint: '{checkpoint}' is no checkpoint: {fault}.")
     if (limit := section.get("max_time_per_run")) is not None:
         try:
             Timer(limit)
@@ -265,10 +292,9 @@ def _check_experiment(section: DictConfig) -> None:
     if options := section.get("summary_writer_kwargs"):
         from torch.utils.tensorboard import SummaryWriter  # a second to import
 
-        for unknown in check_keys(
-            options, inspect.signature(SummaryWriter).parameters, place := "summary_writer_kwargs"
-        ):
-            raise ConfigError(f"exp_manager.{place}.{unknown}: SummaryWriter has no such argument; remove it.")
+        place = "exp_manager.summary_writer_kwargs"
+        for unknown in check_keys(options, inspect.signature(SummaryWriter).parameters, place):
+            raise ConfigError(f"{place}.{unknown}: SummaryWriter has no such argument; remove it.")
 
 
 def _check_by_dataclass(cls: type, section: Any, place: str) -> None:
@@ -304,7 +330,8 @@ def _check_arguments(cls: type, arguments: Mapping[str, Any], place: str) -> Non
     if not cls.__module__.startswith(OWN_PREFIX):
         known |= ARGUMENT_TYPES if cls.__module__.startswith(("lightning.", "nemo.")) else {}
         for key, value in arguments.items():
-            parse_value(known.get(key, Any), value, f"{place}.{key}")
+            if not (isinstance(value, Mapping) and "_target_" in value):
+                parse_value(known.get(key, Any), value, f"{place}.{key}")
 
 
 def _call(build: Callable[..., T], arguments: Mapping[str, Any], place: str) -> T:

@@ -16,7 +16,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nemo.collections.speechlm2.data import SALMDataset
 from nemo.collections.speechlm2.models import SALM
 from nemo.core.classes import ModelPT
@@ -43,7 +42,7 @@ from nemo_emmett.ending import (
 )
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models.checkpoint import read_checkpoint
-from nemo_emmett.recipe_checks import build_trainer, check_run_keys, set_up_experiment
+from nemo_emmett.recipe_checks import build_trainer, check_run_keys, mistakes_in_fit, set_up_experiment
 
 RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "export", "seed", "num_threads")
 """The keys of a recipe that mean something here; a recipe may hold others for its own interpolations."""
@@ -105,16 +104,12 @@ def train(cfg: DictConfig) -> LightningModule:
         if not any(isinstance(callback, StopOnSignal) for callback in trainer.callbacks):
             trainer.callbacks.append(StopOnSignal())
         try:
-            training.fit()
+            with mistakes_in_fit(cfg):
+                training.fit()
         except (OSError, RuntimeError) as error:
             if not is_failed_write(error):
                 raise
             keep_what_was_trained(trainer, model, cfg, error)
-        except (ValueError, MisconfigurationException) as error:
-            if "val_check_interval" not in str(error):
-                raise
-            said = " ".join(str(error).split()).rstrip(".")
-            raise ConfigError(f"trainer.val_check_interval: {trainer.val_check_interval} cannot be: {said}.") from error
         if any(isinstance(callback, OOMptimizer) and callback.ends_after_planning for callback in trainer.callbacks):
             return model
         export_trained(trainer, model, cfg, best)

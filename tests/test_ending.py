@@ -344,10 +344,13 @@ def test_a_disk_without_room_is_refused_and_a_scarce_one_warned_of(trained, smal
         ({"exp_manager.checkpoint_callback_params.monitor": "val_bleu"}, "since model.validation_bleu is false"),
         (
             {"trainer.val_check_interval": 3},
-            r"trainer.val_check_interval: 3 cannot be: .* number of the training batch",
+            r"trainer.val_check_interval: 3 cannot be used: .* number of the training batch",
         ),
         ({"trainer.limit_train_batches": None, "trainer.val_check_interval": 0.5}, "val_check_interval: 0.5 cannot be"),
-        ({"trainer.check_val_every_n_epoch": None, "trainer.val_check_interval": 1.0}, "trainer: .*val_check_interval"),
+        (
+            {"trainer.check_val_every_n_epoch": None, "trainer.val_check_interval": 1.0},
+            "trainer.check_val_every_n_epoch: None cannot be used: .*val_check_interval",
+        ),
     ],
 )
 def test_a_validation_that_cannot_come_is_refused(recipe, changes, said):

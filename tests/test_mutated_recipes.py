@@ -4,18 +4,17 @@ the value is sound."""
 from __future__ import annotations
 
 import inspect
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
 from omegaconf import OmegaConf
@@ -23,8 +22,6 @@ from omegaconf import OmegaConf
 from nemo_emmett import training
 from nemo_emmett.callbacks import OOMptimizer
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
-from nemo_emmett.data.config.schema import OUR_KEYS
-from nemo_emmett.data.config.sources import nemo_keys
 from nemo_emmett.evaluation import evaluate_recipe
 from nemo_emmett.evaluation import run as evaluation_run
 from nemo_emmett.models import SALMT5
@@ -32,29 +29,35 @@ from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.recipe_checks import build_trainer
 from nemo_emmett.training import check_data_section
 
+from .accepted_mutations import ACCEPTED, entries_of
 from .conftest import LANGUAGES, close_log_files, perception_config
-from .mutations import Mutation, Outcome, every_kind, misspelt, outcome_of, places_of
+from .mutations import Mutation, every_kind, misspelt, mutated, outcome_of, places_of
 
 SEED = 15
+PER_PLACE = 4
+"""Kinds of values that are tried at each place, of those in ``VALUES``."""
+
+LEAST = 600
+"""Mutations altogether."""
+
 LOCATOR = "<|audio|>"
-PER_PLACE = int(os.environ.get("PER_PLACE", 5))
+
+EXPECTED_TO_FAIL_FOR_NOW = ("data", "model", "oomptimizer", "evaluation")
+"""Sections whose recipes are not yet parsed by declared types."""
 
 
-def outcomes(recipe: dict, mutations: Iterable[Mutation], use: Callable[[dict], Any]) -> list[Outcome]:
-    found = []
-    for mutation in mutations:
-        if (outcome := outcome_of(mutation, recipe, use)) is not None:
-            found.append(outcome)
-            if log := os.environ.get("MUTATION_LOG"):
-                with open(log, "a") as file:
-                    file.write(f"{outcome.kind} | {outcome.mutation} | {outcome.said}\n")
-    return found
-
-
-def report(found: list[Outcome]) -> str:
-    counts = Counter(outcome.kind for outcome in found)
-    lines = [f"{one.kind} | {one.mutation} | {one.said}" for one in found]
-    return "\n".join([f"{len(found)}: {dict(counts)}", *lines])
+def check(section: str, recipe: dict, mutations: Iterable[Mutation], use: Callable[[dict], Any]) -> None:
+    """Use each mutated recipe: what is not refused with a sentence must be in the table, and all of the table occur."""
+    found = [outcome for one in mutations if (outcome := outcome_of(one, recipe, use)) is not None]
+    matches = [entries_of(section, one.mutation) if one.kind in ("accepted", "other sentence") else [] for one in found]
+    wrong = [one for one, entries in zip(found, matches, strict=True) if one.kind != "sentence" and not entries]
+    never = [one for one in ACCEPTED if one.section == section and not any(one in entries for entries in matches)]
+    counts = Counter(one.kind for one in found)
+    lines = [f"{one.kind}: {section}: {one.mutation}: {one.said}" for one in wrong]
+    lines += [f"never accepted, remove it from the table: {one}" for one in never]
+    if lines and section in EXPECTED_TO_FAIL_FOR_NOW:
+        pytest.xfail(f"{section}: {dict(counts)}")
+    assert not lines, "\n".join([f"{section}: {dict(counts)}", *lines])
 
 
 class Enough(BaseException):
@@ -136,17 +139,45 @@ def use_data(tokenizer: AutoTokenizer) -> Callable[[dict], None]:
     return use
 
 
+OUR_KEYS = ("allow_commands", "index_dir", "sampling", "source_lang", "target_lang", "use_emmett", "weights")
+
+
 def data_mutations(data: dict) -> list[Mutation]:
     there = [place for place in places_of(data["train_ds"], "train_ds") if ".tags." not in place]
-    absent = [f"train_ds.audio.{key}" for key in sorted(nemo_keys() | OUR_KEYS)]
+    absent = [f"train_ds.{key}" for key in OUR_KEYS]
+    absent += [f"train_ds.audio.{field.name}" for field in fields(LhotseDataLoadingConfig)]
     absent = [place for place in absent if place not in there]
-    return [*every_kind(there, PER_PLACE, SEED), *misspelt(there, SEED), *every_kind(absent, PER_PLACE, SEED)]
+    bins, sizes = "train_ds.audio.bucket_duration_bins", "train_ds.audio.bucket_batch_size"
+    speech, text = "train_ds.audio.input_cfg.0.input_cfg.0", "train_ds.text.input_cfg.0"
+    own = [
+        Mutation(bins, "not sorted", [0.8, 0.6, 1.2]),
+        Mutation(bins, "not a number in it", [0.6, float("nan"), 1.2]),
+        Mutation(bins, "more than sizes", [0.6, 0.8, 1.0, 1.2]),
+        Mutation(sizes, "fewer than bins", [4, 3]),
+        Mutation("train_ds.text.bucket_duration_bins", "not sorted", [[40, 40], [12, 8]]),
+        Mutation("train_ds.text.bucket_duration_bins", "three numbers in a bin", [[12, 8, 4], [40, 40, 40]]),
+        Mutation("train_ds.text.bucket_duration_bins", "pairs and numbers", [[12, 8], 40]),
+        Mutation("train_ds.text.bucket_batch_size", "more than bins", [3, 2, 1]),
+        Mutation("train_ds.sampler_fusion", "misspelt", "zipp"),
+        Mutation("train_ds.sampler_weights", "lacks a group", {"audio": 1.0}),
+        Mutation("train_ds.sampler_weights", "has another group", {"audio": 0.5, "text": 0.3, "video": 0.2}),
+        Mutation("train_ds.prompt_format", "misspelt", "emmett_t55"),
+        Mutation(f"{speech}.type", "another type", "parallel_text"),
+        Mutation(f"{speech}.type", "another type", "lhotse_shar"),
+        Mutation(f"{speech}.type", "misspelt", "nemmo"),
+        Mutation(f"{text}.type", "another type", "nemo"),
+        Mutation(f"{text}.type", "another type", "txt"),
+        Mutation(f"{text}.cuts_path", "key of another type", "cuts.jsonl.gz"),
+        Mutation(f"{speech}.source_paths", "key of another type", "train.en"),
+        Mutation(f"{speech}.target_lang", "no language", "dexx"),
+        Mutation(f"{speech}.manifest_filepath", "no file", "/no/such/manifest.jsonl"),
+    ]
+    return [*every_kind([*there, *absent], PER_PLACE, SEED), *misspelt(there, SEED), *own]
 
 
 def test_data(data, tokenizer):
     use_data(tokenizer)(data)
-    found = outcomes(data, data_mutations(data), use_data(tokenizer))
-    Path("/tmp/mut/data.txt").write_text(report(found))
+    check("data", data, data_mutations(data), use_data(tokenizer))
 
 
 # Trainer, experiment manager, keys at the top
@@ -243,13 +274,51 @@ def run_mutations(run: dict) -> list[Mutation]:
     absent += [f"exp_manager.{field.name}" for field in fields(ExpManagerConfig)]
     absent += [f"exp_manager.checkpoint_callback_params.{field.name}" for field in fields(CallbackParams)]
     absent = [place for place in absent if place not in there]
-    return [*every_kind(there, PER_PLACE, SEED), *misspelt(there, SEED), *every_kind(absent, PER_PLACE, SEED)]
+    strategy, callback = "trainer.strategy", "trainer.callbacks.0"
+    own = [
+        Mutation("trainer.accelerator", "misspelt", "gpuu"),
+        Mutation("trainer.precision", "misspelt", "bf15"),
+        Mutation("trainer.profiler", "misspelt", "simpl"),
+        Mutation("trainer.gradient_clip_algorithm", "misspelt", "normm"),
+        Mutation(strategy, "misspelt", "ddpp"),
+        Mutation(f"{strategy}._target_", "misspelt", "lightning.pytorch.strategies.DDPStrateg"),
+        Mutation(f"{strategy}._target_", "another kind of class", "lightning.pytorch.callbacks.Timer"),
+        Mutation(f"{strategy}._target_", "not allowed", "os.system"),
+        Mutation(f"{strategy}.static_graph", "text", "false"),
+        Mutation(f"{strategy}.no_such_argument", "unknown argument", 1),
+        Mutation("trainer.callbacks", "a name", ["EarlyStopping"]),
+        Mutation(f"{callback}._target_", "misspelt", "lightning.pytorch.callbacks.EarlyStoping"),
+        Mutation(f"{callback}._target_", "another kind of class", "torch.nn.Linear"),
+        Mutation(f"{callback}._target_", "not allowed", "os.system"),
+        Mutation(f"{callback}._target_", "no path", "EarlyStopping"),
+        Mutation(f"{callback}.mode", "misspelt", "mn"),
+        Mutation(f"{callback}.min_delta", "text", "small"),
+        Mutation(f"{callback}.no_such_argument", "unknown argument", 1),
+        Mutation("trainer.max_time", "mapping of no units", {"blue": 7}),
+        Mutation("exp_manager.max_time_per_run", "no duration", "4 hours"),
+        Mutation("exp_manager.create_wandb_logger", "without its arguments", True),
+        Mutation("exp_manager.summary_writer_kwargs", "unknown argument", {"flush": 3}),
+        Mutation("exp_manager.checkpoint_callback_params.mode", "misspelt", "maxx"),
+    ]
+    return [*every_kind([*there, *absent], PER_PLACE, SEED), *misspelt(there, SEED), *own]
 
 
 def test_run(run, use_run):
     use_run(run)
-    found = outcomes(run, run_mutations(run), use_run)
-    Path("/tmp/mut/run.txt").write_text(report(found))
+    check("run", run, run_mutations(run), use_run)
+
+
+class LearningModel(TinyModel):
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch).sum()
+
+
+@pytest.mark.parametrize("place", ["exp_manager.checkpoint_callback_params.monitor", "trainer.callbacks.0.monitor"])
+def test_a_score_that_the_first_validation_lacks_is_a_sentence(run, use_run, monkeypatch, place):
+    monkeypatch.setattr(training.plugin, "find_model", lambda target: LearningModel)
+    use_run(run)
+    outcome = outcome_of(Mutation(place, "no such score", "blue"), run, use_run)
+    assert outcome.kind == "sentence", outcome
 
 
 # Model
@@ -285,15 +354,36 @@ def model_mutations(model: dict) -> list[Mutation]:
     there = [place.removeprefix("model.") for place in places_of(model, "model")]
     absent = [field.name for field in fields(ModelConfig) if field.name not in model]
     absent += ["optimizer.eps", "optimizer.amsgrad", "lr_scheduler.last_epoch", "perception.output_dim"]
-    absent += ["perception.encoder.d_model", "perception.preprocessor.features", "perception.encoder._target_"]
-    absent += ["lora.r", "lora.target_modules", "lora.task_type", "lora.lora_dropout"]
-    return [*every_kind(there, PER_PLACE, SEED), *misspelt(there, SEED), *every_kind(absent, PER_PLACE, SEED)]
+    absent += ["lora.r", "lora.target_modules", "lora.lora_dropout"]
+    own = [
+        Mutation("pretrained_llm", "no folder", "/no/such/folder"),
+        Mutation("pretrained_asr", "no file", "/no/such/file.nemo"),
+        Mutation("tokenizer_path", "no folder", "/no/such/folder"),
+        Mutation("prompt_format", "misspelt", "emmett_t55"),
+        Mutation("prompt_format", "of another family", "emmett_llama3"),
+        Mutation("freeze", "no part", ["decoder"]),
+        Mutation("loss_implementation", "misspelt", "chunkd"),
+        Mutation(
+            "perception.modality_adapter._target_", "misspelt", "nemo_emmett.modules.modality_adapters.MLPConector"
+        ),
+        Mutation("perception.modality_adapter._target_", "not allowed", "os.system"),
+        Mutation("perception.encoder", "contradicts the .nemo", {"d_model": 64}),
+        Mutation("perception.preprocessor", "contradicts the .nemo", {"features": 80}),
+        Mutation("optimizer._target_", "misspelt", "torch.optim.AdamX"),
+        Mutation("optimizer._target_", "not allowed", "os.system"),
+        Mutation("optimizer.momentum", "argument of another class", 0.9),
+        Mutation("lr_scheduler._target_", "misspelt", "nemo.core.optim.lr_scheduler.CosineAnealing"),
+        Mutation("lr_scheduler.warmup", "unknown argument", 3),
+        Mutation("lr_scheduler.step_size", "argument of another class", 3),
+        Mutation("lora", "unknown argument", {"rank": 3}),
+        Mutation("lora", "no such modules", {"target_modules": ["blue"]}),
+    ]
+    return [*every_kind([*there, *absent], PER_PLACE, SEED), *misspelt(there, SEED), *own]
 
 
 def test_model(model):
     use_model(model)
-    found = outcomes(model, model_mutations(model), use_model)
-    Path("/tmp/mut/model.txt").write_text(report(found))
+    check("model", model, model_mutations(model), use_model)
 
 
 # OOMptimizer
@@ -304,14 +394,29 @@ def use_oomptimizer(arguments: dict) -> None:
     build_trainer(OmegaConf.create({"accelerator": "cpu", "logger": False, "callbacks": [callback]}))
 
 
-def test_oomptimizer(tmp_path):
-    places = list(inspect.signature(OOMptimizer).parameters)
-    arguments = {"mode": "calibrate", "memory_fraction": 0.8, "safety_margin": 0.05, "guard": True}
-    mutations = [*every_kind(places, PER_PLACE, SEED), *misspelt(arguments, SEED)]
-    found = outcomes(arguments, mutations, use_oomptimizer)
-    plan = {"mode": "plan", "memory_budget": "1GiB", "then_train": True}
-    found += outcomes(plan, [*every_kind(places, PER_PLACE, SEED), *misspelt(plan, SEED)], use_oomptimizer)
-    Path("/tmp/mut/oom.txt").write_text(report(found))
+CALIBRATE = {"mode": "calibrate", "memory_fraction": 0.8, "safety_margin": 0.05, "guard": True}
+PLAN = {"mode": "plan", "memory_budget": "1GiB", "then_train": True}
+
+
+def oomptimizer_mutations(arguments: dict) -> list[Mutation]:
+    places = inspect.signature(OOMptimizer).parameters
+    own = [
+        Mutation("mode", "misspelt", "guess"),
+        Mutation("memory_budget", "no unit", "80 gigs"),
+        Mutation("profile", "a folder", "/tmp"),
+        Mutation("modality_share", "misspelt", "automatic"),
+    ]
+    return [*every_kind(places, PER_PLACE, SEED), *misspelt(arguments, SEED), *own]
+
+
+def test_oomptimizer_calibrates():
+    use_oomptimizer(CALIBRATE)
+    check("oomptimizer", CALIBRATE, oomptimizer_mutations(CALIBRATE), use_oomptimizer)
+
+
+def test_oomptimizer_plans():
+    use_oomptimizer(PLAN)
+    check("plan", PLAN, oomptimizer_mutations(PLAN), use_oomptimizer)
 
 
 # Evaluation
@@ -361,10 +466,33 @@ def use_evaluation(monkeypatch, tokenizer, tmp_path) -> Callable[[dict], None]:
     return use
 
 
+def evaluation_mutations(evaluation: dict) -> list[Mutation]:
+    there = [place.removeprefix("evaluation.") for place in places_of(evaluation, "evaluation")]
+    absent = ["comet", "log_dir", "trust_remote_code", "baseline", "test_ds.shuffle", "test_ds.max_duration"]
+    own = [
+        Mutation("metrics", "misspelt", ["BLUE"]),
+        Mutation("baseline", "no folder", "/no/such/folder"),
+        Mutation("log_dir", "no folder", "/no/such/folder"),
+        Mutation("test_ds.datasets.test_text.input_cfg.0.type", "misspelt", "paralel_text"),
+    ]
+    return [*every_kind([*there, *absent], PER_PLACE, SEED), *misspelt(there, SEED), *own]
+
+
 def test_evaluation(evaluation, use_evaluation):
     use_evaluation(evaluation)
-    there = [place.removeprefix("evaluation.") for place in places_of(evaluation, "evaluation")]
-    absent = ["comet", "comet.model", "comet.batch_size", "log_dir", "trust_remote_code", "baseline"]
-    mutations = [*every_kind(there, PER_PLACE, SEED), *misspelt(there, SEED), *every_kind(absent, PER_PLACE, SEED)]
-    found = outcomes(evaluation, mutations, use_evaluation)
-    Path("/tmp/mut/evaluation.txt").write_text(report(found))
+    check("evaluation", evaluation, evaluation_mutations(evaluation), use_evaluation)
+
+
+# All
+
+
+def test_there_are_enough(data, run, model, evaluation):
+    recipes = [
+        (data, data_mutations(data)),
+        (run, run_mutations(run)),
+        (model, model_mutations(model)),
+        (CALIBRATE, oomptimizer_mutations(CALIBRATE)),
+        (PLAN, oomptimizer_mutations(PLAN)),
+        (evaluation, evaluation_mutations(evaluation)),
+    ]
+    assert sum(mutated(recipe, one) is not None for recipe, mutations in recipes for one in mutations) >= LEAST

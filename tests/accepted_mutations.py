@@ -1,0 +1,163 @@
+"""Mutations that recipes accept, and why each is sound."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+from .mutations import Mutation
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Kinds of values (separated by ``|``) that are sound at places (patterns, separated by spaces) of a section."""
+
+    section: str
+    places: str
+    kinds: str
+    reason: str
+
+
+_EXPERIMENT = "exp_manager"
+_CHECKPOINTS = f"{_EXPERIMENT}.checkpoint_callback_params"
+_TEXTS = "text|false as text"
+
+ACCEPTED = (
+    # Trainer, experiment manager, keys at the top
+    Accepted(
+        "run",
+        "seed num_threads export_dir export exp_manager trainer.limit_*_batches trainer.val_check_interval "
+        "trainer.num_sanity_val_steps trainer.gradient_clip_val trainer.enable_progress_bar "
+        "trainer.enable_model_summary trainer.callbacks exp_manager.explicit_log_dir exp_manager.resume_if_exists "
+        f"{_CHECKPOINTS}.save_last",
+        "null",
+        "the same as leaving the key out, by Lightning's and NeMo's annotations",
+    ),
+    Accepted(
+        "run",
+        "export_dir trainer.default_root_dir exp_manager.exp_dir exp_manager.explicit_log_dir exp_manager.name "
+        f"exp_manager.version {_CHECKPOINTS}.*path {_CHECKPOINTS}.filename {_CHECKPOINTS}.p*fix",
+        _TEXTS,
+        "any text is the name of a folder or a file",
+    ),
+    Accepted(
+        "run",
+        f"exp_manager.* {_CHECKPOINTS}.*path {_CHECKPOINTS}.filename {_CHECKPOINTS}.p*fix",
+        "empty text",
+        "NeMo takes its default for an empty name, and resumes from no empty path",
+    ),
+    Accepted(
+        "run",
+        f"{_CHECKPOINTS}.monitor {_EXPERIMENT}.early_stopping_callback_params.monitor trainer.callbacks.0.monitor",
+        _TEXTS,
+        "which scores there are is known after the first validation, which ends with a sentence",
+    ),
+    Accepted(
+        "run",
+        "trainer.max_* trainer.min_* trainer.limit_*_batches trainer.overfit_batches trainer.fast_dev_run "
+        "trainer.log_every_n_steps trainer.reload_dataloaders_every_n_epochs trainer.gradient_clip_val "
+        f"exp_manager.seconds_to_sleep {_CHECKPOINTS}.save_top_k {_CHECKPOINTS}.every_n_* *.patience",
+        "zero",
+        "Lightning's way to switch something off",
+    ),
+    Accepted(
+        "run",
+        "trainer.limit_*_batches trainer.overfit_batches trainer.val_check_interval trainer.gradient_clip_val "
+        "exp_manager.seconds_to_sleep",
+        "fraction",
+        "a share of the batches, or a number that need not be whole",
+    ),
+    Accepted(
+        "run",
+        "trainer.* exp_manager.*",
+        "huge",
+        "numbers of steps, epochs, batches, seconds and nodes have no upper limit; Lightning stops at the end of the data",
+    ),
+    Accepted(
+        "run",
+        "trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler "
+        "trainer.fast_dev_run trainer.deterministic trainer.benchmark trainer.inference_mode trainer.detect_anomaly "
+        "trainer.barebones trainer.sync_batchnorm exp_manager.use_* exp_manager.resume_past_end exp_manager.create_* "
+        f"exp_manager.log_* exp_manager.disable_validation_on_resume {_CHECKPOINTS}.verbose {_CHECKPOINTS}.*save* "
+        f"{_CHECKPOINTS}.auto_insert_metric_name",
+        "true",
+        "the key is true or false",
+    ),
+    Accepted("run", "trainer.callbacks trainer.plugins exp_manager.files_to_copy", "empty list", "there are none"),
+    Accepted(
+        "run",
+        "exp_manager.wandb_logger_kwargs exp_manager.neptune_logger_kwargs",
+        "mapping",
+        "no such logger is created, so that its arguments are not read",
+    ),
+    # Data
+    Accepted(
+        "data",
+        "train_ds.sampler_weights train_ds.max_bad_records train_ds.token_equivalent_duration "
+        "train_ds.audio.m*_duration *.weight *.tags",
+        "null",
+        "the same as leaving the key out",
+    ),
+    Accepted(
+        "data",
+        "train_ds.sampler_weights.* *.weight train_ds.max_bad_records train_ds.seed train_ds.shard_seed "
+        "train_ds.token_equivalent_duration train_ds.audio.max_duration *.bucket_buffer_size",
+        "huge",
+        "weights count in proportion; seeds, limits and buffers have no upper limit",
+    ),
+    Accepted("data", "train_ds.audio.max_*", "infinite", "no limit, as NeMo's default has it"),
+    Accepted(
+        "data",
+        "train_ds.sampler_weights.* *.weight train_ds.max_bad_records train_ds.token_equivalent_duration "
+        "train_ds.audio.min_duration *.bucket_duration_bins.0 *.bucket_duration_bins.0.0",
+        "fraction",
+        "a number in range; bins stay sorted",
+    ),
+    Accepted("data", "train_ds.audio.min_duration", "negative|zero", "no limit, as NeMo's default (-1) has it"),
+    Accepted("data", "train_ds.max_bad_records", "zero", "no bad record is allowed"),
+    Accepted("data", "*.tags", "mapping", "any tag may be given to a source"),
+    Accepted("data", "train_ds.index_dir", _TEXTS, "any text is the name of a folder"),
+    Accepted("data", "*.concurrent_bucketing train_ds.allow_commands train_ds.use_emmett", "true", "true or false"),
+    # Model
+    Accepted("model", "audio_locator_tag", _TEXTS, "any text can be added to the tokenizer"),
+    Accepted(
+        "model",
+        "audio_locator_tag prompt_format perception max_new_tokens label_smoothing freeze modality_loss_weights "
+        "lr_scheduler lr_scheduler.warmup_steps",
+        "null",
+        "the same as leaving the key out",
+    ),
+    Accepted(
+        "model",
+        "max_new_tokens modality_loss_weights.* optimizer.lr optimizer.weight_decay lr_scheduler.*_steps",
+        "huge",
+        "how much is too much depends on model and data",
+    ),
+    Accepted(
+        "model",
+        "label_smoothing modality_loss_weights.* optimizer.betas.0 optimizer.weight_decay lr_scheduler.warmup_steps "
+        "lr_scheduler.min_lr",
+        "zero",
+        "switches it off",
+    ),
+    Accepted("model", "optimizer.lr", "zero", "the sentence names lr_scheduler.min_lr, which must be lower"),
+    Accepted(
+        "model",
+        "label_smoothing modality_loss_weights.* optimizer.lr optimizer.betas.0 optimizer.weight_decay",
+        "fraction",
+        "a number in range",
+    ),
+    Accepted("model", "freeze", "empty list", "nothing is frozen"),
+)
+"""The table; an entry that no mutation matches fails its test."""
+
+
+def entries_of(section: str, mutation: Mutation) -> list[Accepted]:
+    """The entries of the table that a mutation matches."""
+    return [
+        entry
+        for entry in ACCEPTED
+        if entry.section == section
+        and mutation.kind in entry.kinds.split("|")
+        and any(fnmatch.fnmatchcase(mutation.place, pattern) for pattern in entry.places.split())
+    ]
