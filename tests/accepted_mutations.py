@@ -56,7 +56,7 @@ ACCEPTED = (
         "run",
         "trainer.max_* trainer.min_* trainer.limit_*_batches trainer.overfit_batches trainer.fast_dev_run "
         "trainer.log_every_n_steps trainer.reload_dataloaders_every_n_epochs trainer.gradient_clip_val "
-        f"exp_manager.seconds_to_sleep {_CHECKPOINTS}.save_top_k {_CHECKPOINTS}.every_n_* *.patience",
+        f"exp_manager.seconds_to_sleep {_CHECKPOINTS}.save_* {_CHECKPOINTS}.every_n_* *.patience",
         "zero",
         "Lightning's way to switch something off",
     ),
@@ -71,7 +71,7 @@ ACCEPTED = (
         "run",
         "trainer.* exp_manager.*",
         "huge",
-        "numbers of steps, epochs, batches, seconds and nodes have no upper limit; Lightning stops at the end of the data",
+        "numbers of steps, epochs, batches, seconds and nodes have no upper limit",
     ),
     Accepted(
         "run",
@@ -129,25 +129,40 @@ ACCEPTED = (
     ),
     Accepted(
         "model",
-        "max_new_tokens modality_loss_weights.* optimizer.lr optimizer.weight_decay lr_scheduler.*_steps",
+        "max_new_tokens encoder_chunk_size_seconds modality_loss_weights.* optimizer.lr optimizer.weight_decay "
+        "optimizer.eps lr_scheduler.*_steps",
         "huge",
         "how much is too much depends on model and data",
     ),
     Accepted(
         "model",
-        "label_smoothing modality_loss_weights.* optimizer.betas.0 optimizer.weight_decay lr_scheduler.warmup_steps "
-        "lr_scheduler.min_lr",
+        "label_smoothing modality_loss_weights.* optimizer.betas.0 optimizer.weight_decay optimizer.eps "
+        "lr_scheduler.warmup_steps lr_scheduler.min_lr",
         "zero",
         "switches it off",
     ),
     Accepted("model", "optimizer.lr", "zero", "the sentence names lr_scheduler.min_lr, which must be lower"),
     Accepted(
         "model",
-        "label_smoothing modality_loss_weights.* optimizer.lr optimizer.betas.0 optimizer.weight_decay",
+        "label_smoothing encoder_chunk_size_seconds modality_loss_weights.* optimizer.lr optimizer.betas.0 "
+        "optimizer.weight_decay optimizer.eps",
         "fraction",
         "a number in range",
     ),
-    Accepted("model", "freeze", "empty list", "nothing is frozen"),
+    Accepted("model", "freeze *freeze_params", "empty list", "nothing is frozen, or excepted from it"),
+    Accepted(
+        "model",
+        "pretrained_weights incremental_loading resize_token_embeddings activation_checkpointing compile "
+        "validation_bleu optimizer.amsgrad",
+        "true",
+        "the key is true or false",
+    ),
+    Accepted(
+        "model",
+        "perception.output_dim",
+        "*",
+        "set to the language model's width whatever it was, as by NeMo's setup_speech_encoder",
+    ),
 )
 """The table; an entry that no mutation matches fails its test."""
 
@@ -158,6 +173,6 @@ def entries_of(section: str, mutation: Mutation) -> list[Accepted]:
         entry
         for entry in ACCEPTED
         if entry.section == section
-        and mutation.kind in entry.kinds.split("|")
+        and (entry.kinds == "*" or mutation.kind in entry.kinds.split("|"))
         and any(fnmatch.fnmatchcase(mutation.place, pattern) for pattern in entry.places.split())
     ]
