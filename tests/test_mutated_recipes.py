@@ -517,7 +517,7 @@ def test_there_are_enough(data, run, model, evaluation):
         ("trainer=blue", "trainer: 'blue' is not a section"),
         (
             "+trainer.callbacks=[{_target_: torch.nn.Linear}]",
-            "trainer.callbacks.0._target_: 'torch.nn.Linear' is not a",
+            "trainer.callbacks.0._target_: 'torch.nn.Linear' is not",
         ),
         ("exp_manager.resume_if_exists='false'", "exp_manager.resume_if_exists: 'false' cannot be used; give true or "),
         ("+exp_manager.max_time_per_run=4h", "exp_manager.max_time_per_run: "),
