@@ -163,6 +163,45 @@ ACCEPTED = (
         "*",
         "set to the language model's width whatever it was, as by NeMo's setup_speech_encoder",
     ),
+    # OOMptimizer
+    Accepted(
+        "oomptimizer",
+        "memory_fraction safety_margin modality_share tokens_per_second precision",
+        "fraction",
+        "a number in range",
+    ),
+    Accepted(
+        "oomptimizer", "safety_margin precision", "zero", "nothing is left free; the search goes on to the last one"
+    ),
+    Accepted(
+        "oomptimizer",
+        "memory_budget tokens_per_second max_batch_size",
+        "huge",
+        "how much is too much depends on the device; more than it has is never used",
+    ),
+    Accepted("oomptimizer", "guard", "null", "by the mode, as without the key"),
+    Accepted("oomptimizer", "profile", _TEXTS, "any text is the name of a file, which is written"),
+    Accepted(
+        "plan", "memory_fraction safety_margin modality_share tokens_per_second precision", "fraction", "in range"
+    ),
+    Accepted("plan", "safety_margin precision", "zero", "nothing is left free; the search goes on to the last one"),
+    Accepted("plan", "memory_budget tokens_per_second max_batch_size", "huge", "a plan is for any device"),
+    Accepted("plan", "guard", "true", "the training after the plan is watched"),
+    Accepted("plan", "then_train", "null", "the same as leaving the key out"),
+    Accepted("plan", "profile", _TEXTS, "any text is the name of a file, which is written"),
+    # Evaluation
+    Accepted("evaluation", "name", f"{_TEXTS}|empty text|null", "any text is a name; none is taken from the folder"),
+    Accepted("evaluation", "model output log_dir", _TEXTS, "any text is the name of a folder"),
+    Accepted(
+        "evaluation",
+        "output num_beams max_new_tokens metrics examples baseline test_ds.*",
+        "null",
+        "the same as leaving the key out",
+    ),
+    Accepted("evaluation", "num_beams max_new_tokens examples test_ds.batch_size", "huge", "there is no upper limit"),
+    Accepted("evaluation", "examples", "zero", "the page shows none"),
+    Accepted("evaluation", "metrics baseline", "empty list", "BLEU alone, which is always computed; no baseline"),
+    Accepted("evaluation", "trust_remote_code test_ds.shuffle", "true", "the key is true or false"),
 )
 """The table; an entry that no mutation matches fails its test."""
 

@@ -509,12 +509,12 @@ def test_there_are_enough(data, run, model, evaluation):
     ("override", "said"),
     [
         ("seed=-1", "seed: -1 cannot be used; give a whole number from 0"),
-        ("num_threads=many", "num_threads: 'many' cannot be used; give a whole number from 1"),
+        ("+num_threads=many", "num_threads: 'many' cannot be used; give a whole number from 1"),
         ("trainer.max_steps=blue", "trainer.max_steps: 'blue' cannot be used; give a whole number from -1."),
         ("trainer.enable_progress_bar='no'", "trainer.enable_progress_bar: 'no' cannot be used; give true or false"),
         ("trainer.accelerator=gpuu", "trainer.accelerator: 'gpuu' cannot be used: "),
         ("+trainer.strategy=ddpp", "trainer.strategy: 'ddpp' cannot be used: "),
-        ("trainer=blue", "trainer: 'blue' is not a section"),
+        ("trainer.devices=-3", "trainer.devices: -3 cannot be used; give "),
         (
             "+trainer.callbacks=[{_target_: torch.nn.Linear}]",
             "trainer.callbacks.0._target_: 'torch.nn.Linear' is not",
