@@ -170,25 +170,11 @@ ACCEPTED = (
         "fraction",
         "a number in range",
     ),
-    Accepted(
-        "oomptimizer", "safety_margin precision", "zero", "nothing is left free; the search goes on to the last one"
-    ),
-    Accepted(
-        "oomptimizer",
-        "memory_budget tokens_per_second max_batch_size",
-        "huge",
-        "how much is too much depends on the device; more than it has is never used",
-    ),
-    Accepted("oomptimizer", "guard", "null", "by the mode, as without the key"),
+    Accepted("oomptimizer", "safety_margin precision", "zero", "nothing is left free; the search goes on to the end"),
+    Accepted("oomptimizer", "memory_budget tokens_per_second max_batch_size", "huge", "the device decides"),
+    Accepted("oomptimizer", "guard then_train", "null", "the same as leaving the key out"),
+    Accepted("oomptimizer", "guard", "true", "the key is true or false; a training after a plan is watched"),
     Accepted("oomptimizer", "profile", _TEXTS, "any text is the name of a file, which is written"),
-    Accepted(
-        "plan", "memory_fraction safety_margin modality_share tokens_per_second precision", "fraction", "in range"
-    ),
-    Accepted("plan", "safety_margin precision", "zero", "nothing is left free; the search goes on to the last one"),
-    Accepted("plan", "memory_budget tokens_per_second max_batch_size", "huge", "a plan is for any device"),
-    Accepted("plan", "guard", "true", "the training after the plan is watched"),
-    Accepted("plan", "then_train", "null", "the same as leaving the key out"),
-    Accepted("plan", "profile", _TEXTS, "any text is the name of a file, which is written"),
     # Evaluation
     Accepted("evaluation", "name", f"{_TEXTS}|empty text|null", "any text is a name; none is taken from the folder"),
     Accepted("evaluation", "model output log_dir", _TEXTS, "any text is the name of a folder"),
