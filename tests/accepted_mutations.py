@@ -93,31 +93,42 @@ ACCEPTED = (
     # Data
     Accepted(
         "data",
-        "train_ds.sampler_weights train_ds.max_bad_records train_ds.token_equivalent_duration "
-        "train_ds.audio.m*_duration *.weight *.tags",
+        "train_ds.sampler_weights train_ds.max_bad_records train_ds.token_equivalent_duration *.m*_duration *.weight "
+        "*.tags",
         "null",
         "the same as leaving the key out",
     ),
     Accepted(
         "data",
-        "train_ds.sampler_weights.* *.weight train_ds.max_bad_records train_ds.seed train_ds.shard_seed "
-        "train_ds.token_equivalent_duration train_ds.audio.max_duration *.bucket_buffer_size",
+        "train_ds.sampler_weights.* *.weight *.max_* *.seed *.shard_seed *.token_equivalent_duration *.quadratic_* "
+        "*.bucket_buffer_size *.shuffle_buffer_size *.num_cuts_for_bins_estimate *.reweight_temperature *.slice_length "
+        "*.channel_selector *.concatenate_* *.db_norm *.pad_min_duration *.truncate_duration *.cut_into_windows_*",
         "huge",
-        "weights count in proportion; seeds, limits and buffers have no upper limit",
+        "weights count in proportion; filters, seeds, buffers and lengths of audio have no upper limit",
     ),
-    Accepted("data", "train_ds.audio.max_*", "infinite", "no limit, as NeMo's default has it"),
+    Accepted("data", "*.max_*", "infinite", "no limit, as NeMo's default has it"),
     Accepted(
         "data",
-        "train_ds.sampler_weights.* *.weight train_ds.max_bad_records train_ds.token_equivalent_duration "
-        "train_ds.audio.min_duration *.bucket_duration_bins.0 *.bucket_duration_bins.0.0",
+        "train_ds.sampler_weights.* *.weight *.token_equivalent_duration *.batch_duration *.quadratic_* "
+        "*.bucket_duration_bins.0 *.bucket_duration_bins.0.0 *_prob *_prob_hard *.m*_* *.db_norm *.concatenate_* "
+        "*.cut_into_windows_* *.truncate_duration *.pad_min_duration *.reweight_temperature",
         "fraction",
-        "a number in range; bins stay sorted",
+        "a number that need not be whole, in range; bins stay sorted",
     ),
-    Accepted("data", "train_ds.audio.min_duration", "negative|zero", "no limit, as NeMo's default (-1) has it"),
-    Accepted("data", "train_ds.max_bad_records", "zero", "no bad record is allowed"),
+    Accepted("data", "*.min_* *.db_norm", "negative|zero", "no limit, as NeMo's default (-1) has it; decibels"),
+    Accepted("data", "*_prob *_prob_hard *.max_bad_records *.concatenate_gap_seconds", "zero", "never, none"),
     Accepted("data", "*.tags", "mapping", "any tag may be given to a source"),
-    Accepted("data", "train_ds.index_dir", _TEXTS, "any text is the name of a folder"),
-    Accepted("data", "*.concurrent_bucketing train_ds.allow_commands train_ds.use_emmett", "true", "true or false"),
+    Accepted("data", "*.index_dir *_field *.channel_selector", _TEXTS, "any text is the name of a folder or a field"),
+    Accepted(
+        "data",
+        "*.concurrent_bucketing *.allow_commands *.use_emmett *.tarred_random_access *.skip_missing_manifest_entries "
+        "*.bucketing_2d_strict_mode *.multi_config *.pretokenize *.measure_total_length *.shuffle *.pin_memory "
+        "*.perturb_speed *.keep_excessive_supervisions *_enabled *.metadata_only *_normalize *.force_* *.drop_last "
+        "*.cuda_expandable_segments *.compression_enable_for_custom_fields *.concatenate_merge_supervisions",
+        "true",
+        "the key is true or false",
+    ),
+    Accepted("data", "*.bucket_duration_bins", "more than sizes", "the sentence names bucket_batch_size"),
     # Model
     Accepted("model", "audio_locator_tag", _TEXTS, "any text can be added to the tokenizer"),
     Accepted(
