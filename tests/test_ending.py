@@ -349,7 +349,7 @@ def test_a_disk_without_room_is_refused_and_a_scarce_one_warned_of(trained, smal
         ({"trainer.limit_train_batches": None, "trainer.val_check_interval": 0.5}, "val_check_interval: 0.5 cannot be"),
         (
             {"trainer.check_val_every_n_epoch": None, "trainer.val_check_interval": 1.0},
-            "trainer.check_val_every_n_epoch: None cannot be used: .*val_check_interval",
+            "trainer.val_check_interval: 1.0 cannot be used: .*check_val_every_n_epoch",
         ),
     ],
 )
