@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .mutations import Mutation
@@ -203,11 +204,20 @@ ACCEPTED = (
 """The table; an entry that no mutation matches fails its test."""
 
 
-def entries_of(section: str, mutation: Mutation) -> list[Accepted]:
-    """The entries of the table that a mutation matches."""
+EXPECTED_TO_FAIL_FOR_NOW = (
+    Accepted("model", "tokenizer_path", "empty text", "an empty path is taken for none"),
+    Accepted("model", "perception.modality_adapter.d_model", "misspelt key", "NeMo's IdentityConnector takes anything"),
+    Accepted("model", "perception.modality_adapter.d_model", "huge|null", "the sentence does not name the key"),
+    Accepted("model", "perception.preprocessor*", "*", "replaced by the .nemo's without a word"),
+)
+"""What is still to be mended, with what comes of it."""
+
+
+def entries_of(section: str, mutation: Mutation, table: Sequence[Accepted] = ACCEPTED) -> list[Accepted]:
+    """The entries of a table that a mutation matches."""
     return [
         entry
-        for entry in ACCEPTED
+        for entry in table
         if entry.section == section
         and (entry.kinds == "*" or mutation.kind in entry.kinds.split("|"))
         and any(fnmatch.fnmatchcase(mutation.place, pattern) for pattern in entry.places.split())
