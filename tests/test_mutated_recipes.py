@@ -415,6 +415,8 @@ def oomptimizer_mutations(arguments: dict) -> list[Mutation]:
         Mutation("memory_budget", "no unit", "80 gigs"),
         Mutation("profile", "a folder", "/tmp"),
         Mutation("modality_share", "misspelt", "automatic"),
+        Mutation("safety_margin", "zero", 0),
+        Mutation("profile", "text", "no_such_profile.yaml"),
     ]
     return [*every_kind(places, PER_PLACE, SEED), *misspelt(arguments, SEED), *own]
 
@@ -477,6 +479,10 @@ def evaluation_mutations(evaluation: dict) -> list[Mutation]:
     absent = ["comet", "log_dir", "trust_remote_code", "baseline", "test_ds.shuffle", "test_ds.max_duration"]
     own = [
         Mutation("metrics", "misspelt", ["BLUE"]),
+        Mutation("metrics", "empty list", []),
+        Mutation("output", "null", None),
+        Mutation("num_beams", "huge", 10**15),
+        Mutation("examples", "zero", 0),
         Mutation("baseline", "no folder", "/no/such/folder"),
         Mutation("log_dir", "no folder", "/no/such/folder"),
         Mutation("test_ds.datasets.test_text.input_cfg.0.type", "misspelt", "paralel_text"),
