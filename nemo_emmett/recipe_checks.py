@@ -244,8 +244,14 @@ def instantiate(section: Mapping[str, Any], place: str, kind: type[T]) -> T:
     if not (isinstance(cls, type) and issubclass(cls, kind)):
         raise ConfigError(f"{place}._target_: '{target}' is not a {kind.__name__}; name a class that is one.")
     arguments = {key: value for key, value in section.items() if key != "_target_"}
-    _check_arguments(cls, arguments, place)
-    return _call(lambda **changed: safe_instantiate({"_target_": target, **changed}), arguments, place)
+    types = _argument_types(cls, arguments, place)
+    is_ours = cls.__module__.startswith(OWN_PREFIX)
+    if not is_ours:
+        _check_types(types, arguments, place)
+    built = _call(lambda **changed: safe_instantiate({"_target_": target, **changed}), arguments, place)
+    if is_ours:  # which check their arguments themselves, and whose sentences say more
+        _check_types(types, arguments, place)
+    return built
 
 
 def declared(annotation: Any) -> Any:
@@ -312,26 +318,35 @@ def _check_by_dataclass(cls: type, section: Any, place: str) -> None:
             parse_value(ARGUMENT_TYPES.get(key, declared(hints[key])), value, f"{place}.{key}")
 
 
-def _check_arguments(cls: type, arguments: Mapping[str, Any], place: str) -> None:
-    """Check the names of a class's arguments, and the types of those of other packages; ours check their own."""
-    known: dict[str, Any] = {}
-    for one in (cls, _PASSES_ARGUMENTS_TO.get(cls)):
-        if one is not None:
+def _argument_types(cls: type, arguments: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The declared types of a class's arguments.
+
+    Raises:
+        ConfigError: for an argument that it does not have.
+    """
+    types: dict[str, Any] = {}
+    for one in filter(None, (cls, _PASSES_ARGUMENTS_TO.get(cls))):
+        parameters = inspect.signature(one).parameters.values()
+        try:
             hints = get_type_hints(one.__init__)
-            parameters = inspect.signature(one).parameters.values()
-            # Where a library has no annotation, the default shows a boolean.
-            of_default = {p.name: Switch for p in parameters if isinstance(p.default, bool)}
-            hinted = {name: declared(hint) for name, hint in hints.items()}
-            known |= {p.name: Any for p in parameters if p.kind is not p.VAR_KEYWORD} | of_default | hinted
+        except NameError:  # annotations that hold for type checkers alone
+            hints = {}
+        # Where a library has no annotation, the default shows a boolean.
+        defaults = {p.name: Switch if isinstance(p.default, bool) else Any for p in parameters}
+        types |= {p.name: declared(hints.get(p.name, Any)) for p in parameters if p.kind is not p.VAR_KEYWORD}
+        types |= {name: kind for name, kind in defaults.items() if types.get(name) is Any}
     takes_any = cls not in _PASSES_ARGUMENTS_TO and any(p.kind is p.VAR_KEYWORD for p in parameters)
-    for unknown in check_keys(arguments, known, place):
+    for unknown in check_keys(arguments, types, place):
         if not takes_any:
             raise ConfigError(f"{place}.{unknown}: {cls.__name__} has no such argument; remove it.")
-    if not cls.__module__.startswith(OWN_PREFIX):
-        known |= ARGUMENT_TYPES if cls.__module__.startswith(("lightning.", "nemo.")) else {}
-        for key, value in arguments.items():
-            if not (isinstance(value, Mapping) and "_target_" in value):
-                parse_value(known.get(key, Any), value, f"{place}.{key}")
+    return types | (ARGUMENT_TYPES if cls.__module__.startswith(("lightning.", "nemo.")) else {})
+
+
+def _check_types(types: Mapping[str, Any], arguments: Mapping[str, Any], place: str) -> None:
+    """Check arguments by their declared types; sections with a ``_target_`` become objects later."""
+    for key, value in arguments.items():
+        if not (isinstance(value, Mapping) and "_target_" in value):
+            parse_value(types.get(key, Any), value, f"{place}.{key}")
 
 
 def _call(build: Callable[..., T], arguments: Mapping[str, Any], place: str) -> T:
