@@ -6,37 +6,31 @@ before anything is built.
 
 from __future__ import annotations
 
-import inspect
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
 import torch
-from hydra.errors import InstantiationException
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nemo.collections.speechlm2.data import SALMDataset
 from nemo.collections.speechlm2.models import SALM
 from nemo.core.classes import ModelPT
 from nemo.utils import logging
-from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
-from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett import plugin
 from nemo_emmett.callbacks.oomptimizer import OOMptimizer
 from nemo_emmett.callbacks.stop_on_signal import StopOnSignal
 from nemo_emmett.callbacks.validation_schedule import ValidateAtEpochEnd, check_validation
-from nemo_emmett.checkpoints import with_resume_point
 from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.checks import check_data_config
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.errors import ConfigError, EmmettError
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.exporting import (
     BestCheckpoint,
     check_export,
@@ -45,6 +39,7 @@ from nemo_emmett.exporting import (
     is_failed_write,
 )
 from nemo_emmett.models.checkpoint import read_checkpoint
+from nemo_emmett.recipe_checks import build_trainer, check_run_keys, mistakes_in_fit, set_up_experiment
 from nemo_emmett.run_folders import SaveRecipe, check_space, lock_folders
 
 RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "export", "seed", "num_threads")
@@ -107,18 +102,12 @@ def train(cfg: DictConfig) -> LightningModule:
         if not any(isinstance(callback, StopOnSignal) for callback in trainer.callbacks):
             trainer.callbacks.append(StopOnSignal())
         try:
-            training.fit()
+            with mistakes_in_fit(cfg):
+                training.fit()
         except (OSError, RuntimeError) as error:
             if not is_failed_write(error):
                 raise
             export_after_failed_write(trainer, model, cfg, error)
-        except (ValueError, MisconfigurationException) as error:
-            if "val_check_interval" not in str(error):
-                raise
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise ConfigError(
-                f"trainer.val_check_interval: {trainer.val_check_interval} cannot be used: {reason}."
-            ) from error
         if any(isinstance(callback, OOMptimizer) and callback.ends_after_planning for callback in trainer.callbacks):
             return model
         export_trained(trainer, model, cfg, best)
@@ -162,14 +151,11 @@ def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | 
     if cfg.get("num_threads"):
         torch.set_num_threads(cfg.num_threads)
     lightning.seed_everything(cfg.get("seed", 0), workers=True)
-    try:
-        trainer = Trainer(**_trainer_options(cfg.trainer))
-    except MisconfigurationException as error:
-        raise ConfigError(f"trainer: {' '.join(str(error).split()).rstrip('.')}.") from error
+    trainer = build_trainer(cfg.trainer)
     if not cfg.model.get("trust_remote_code", False) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = CheckpointsAsData()
     if cfg.get("exp_manager") is not None:
-        exp_manager(trainer, with_resume_point(cfg.exp_manager, trainer))
+        set_up_experiment(trainer, cfg.exp_manager)
     section = OmegaConf.to_container(cfg.model, resolve=True)
     with trainer.init_module(), construction or nullcontext():
         if issubclass(model_class, ModelPT):
@@ -221,37 +207,22 @@ def _datamodule(data: DictConfig, model: LightningModule) -> MultimodalDataModul
     return MultimodalDataModule(data, model.tokenizer, SpeechTextDataset(model.tokenizer), model.data_defaults)
 
 
-def _trainer_options(trainer: DictConfig) -> dict[str, Any]:
-    """The arguments of the trainer, its callbacks made.
-
-    Raises:
-        EmmettError: what a callback was given, and cannot use, in its own words; Hydra hides them in its own.
-    """
-    try:
-        return resolve_trainer_cfg(trainer)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, EmmettError):
-            raise error.__cause__ from error
-        if isinstance(error.__cause__, TypeError):
-            raise ConfigError(f"trainer: {error.__cause__}; correct or remove what it was given.") from error
-        raise
-
-
 def check_recipe(cfg: DictConfig) -> None:
     """Refuse a recipe that lacks a section or misspells a key of one.
 
     Raises:
         ConfigError: naming the key, and the nearest known one.
     """
+    check_keys(cfg, RECIPE_KEYS, "recipe")
     for section in ("model", "trainer", "data"):
         if section not in cfg:
             raise ConfigError(f"the recipe has no section '{section}'; the recipes in conf/ show what belongs there.")
+    check_run_keys(cfg)
     if not cfg.model.get("_target_"):
         raise ConfigError(
             "model._target_ is missing: add +model._target_=salm_t5 (salm_gpt, bestow_gpt, NeMo's salm), or the path "
             "of a class, such as nemo.collections.asr.models.EncDecCTCModelBPE for a plan."
         )
-    check_keys(cfg, RECIPE_KEYS, "recipe")
     strategy = cfg.trainer.get("strategy")
     if isinstance(strategy, DictConfig) and str(strategy.get("_target_")).endswith(".AutomodelParallelStrategy"):
         raise ConfigError(
@@ -259,12 +230,6 @@ def check_recipe(cfg: DictConfig) -> None:
             "no model here has; name lightning.pytorch.strategies.ModelParallelStrategy (FSDP2) or DDPStrategy, and "
             f"remove its other keys ({', '.join(str(key) for key in strategy if key != '_target_')})."
         )
-    for section, known in (
-        ("trainer", inspect.signature(Trainer).parameters),
-        ("exp_manager", [f.name for f in fields(ExpManagerConfig)]),
-    ):
-        for stranger in check_keys(cfg.get(section) or {}, known, section):
-            raise ConfigError(f"{section}.{stranger}: there is no such key; remove it.")
 
 
 def _examples_of(target: str) -> ExampleKind:

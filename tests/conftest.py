@@ -290,6 +290,10 @@ def recipe(corpus, salm_t5_config, tmp_path) -> dict:
 def no_log_files_left() -> Iterator[None]:
     """Trainings in this process leave log files open: each later line would be written to all of them."""
     yield
+    close_log_files()
+
+
+def close_log_files() -> None:
     for name in ("nemo_logger", "lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         for handler in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:

@@ -348,7 +348,10 @@ def test_a_disk_without_room_is_refused_and_a_scarce_one_warned_of(trained, smal
             r"trainer.val_check_interval: 3 cannot be used: .* number of the training batch",
         ),
         ({"trainer.limit_train_batches": None, "trainer.val_check_interval": 0.5}, "val_check_interval: 0.5 cannot be"),
-        ({"trainer.check_val_every_n_epoch": None, "trainer.val_check_interval": 1.0}, "trainer: .*val_check_interval"),
+        (
+            {"trainer.check_val_every_n_epoch": None, "trainer.val_check_interval": 1.0},
+            "trainer.val_check_interval: 1.0 cannot be used: .*check_val_every_n_epoch",
+        ),
     ],
 )
 def test_a_validation_that_cannot_come_is_refused(recipe, changes, said):

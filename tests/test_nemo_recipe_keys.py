@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,15 @@ def recipe(**sections: Any) -> Any:
 @pytest.mark.parametrize("key", keys("speechlm2", WORKS, "trainer", "exp_manager"))
 def test_a_key_of_trainer_or_experiment_manager_is_accepted(key):
     section = key.split(".")[0]
-    check_recipe(recipe(**{section: section_with(key, 1)}))
+    of_every_type = (1, True, False, "min", "00:01:00:00", "s3://bucket/name")
+
+    def is_accepted(value: Any) -> bool:
+        with suppress(ConfigError):
+            check_recipe(recipe(**{"trainer": {"enable_checkpointing": False}, section: section_with(key, value)}))
+            return True
+        return False
+
+    assert any(map(is_accepted, of_every_type))
 
 
 @pytest.mark.parametrize(
