@@ -9,7 +9,8 @@ In the order in which data flows:
 - ``bucketing``: optimal bins and their padding.
 - ``sampling``: shuffling, mixing, buckets; NeMo's samplers behind the same interface.
 - ``worker_batches``, ``loader_state``: what a worker sends with a batch, and the state of a loader.
-- ``dataset``, ``dataloader``, ``datamodule``: examples to a batch, and what trainings call.
+- ``dataset``, ``dataloader``, ``datamodule``: examples to a batch, and what trainings call; ``agreement`` of the ranks
+  on each batch.
 - ``checks``: mistakes that depend on files, the tokenizer or the model.
 - ``stock``: our keys in trainings of NeMo's own models.
 

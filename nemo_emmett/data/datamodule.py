@@ -126,15 +126,15 @@ class MultimodalDataModule(DataModule, Serialization):
         return self._evaluation_loaders("test_ds", mode="max_size")
 
     def test_sets(self, rank: int = 0, world_size: int = 1) -> dict[str, MultimodalDataLoader]:
-        """The loaders of ``test_ds.datasets`` by name, for an evaluation: dealt out to its processes by whole batches.
+        """The loaders of ``test_ds.datasets`` by name, for an evaluation, whose processes share whole batches.
 
         Unlike :meth:`test_dataloader`, which keeps the ranks of a trainer in step, this gives each example once.
         Without a ``shard_seed`` of its own a set comes in the same order each time, on every rank.
         """
-        common, datasets = self._evaluation_configs("test_ds")
+        _, datasets = self._evaluation_configs("test_ds")
         return {
             name: get_multimodal_dataloader(
-                _merged(common, config),
+                section,
                 rank,
                 world_size,
                 self.dataset,
@@ -142,7 +142,7 @@ class MultimodalDataModule(DataModule, Serialization):
                 place=f"data.test_ds.datasets.{name}",
                 shard_batches=True,
             )
-            for name, config in (datasets or {}).items()
+            for name, section in (datasets or {}).items()
         }
 
     def predict_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | list:
@@ -155,7 +155,7 @@ class MultimodalDataModule(DataModule, Serialization):
         common, datasets = self._evaluation_configs(name)
         if datasets is None:
             return self._loader(common, f"data.{name}")
-        loaders = {place: self._loader(config, f"data.{name}.datasets.{place}") for place, config in datasets.items()}
+        loaders = {key: self._loader(section, f"data.{name}.datasets.{key}") for key, section in datasets.items()}
         return CombinedLoader(loaders, mode=mode)
 
     def _evaluation_configs(self, name: str) -> tuple[DictConfig, dict[str, DictConfig] | None]:
@@ -169,14 +169,15 @@ class MultimodalDataModule(DataModule, Serialization):
             datasets = common.pop("datasets", None)
         if datasets is None:
             return common, None
-        return common, {dataset: _merged(common, config) for dataset, config in datasets.items()}
+        with open_dict(common):
+            return common, {name: OmegaConf.merge(common, section) for name, section in datasets.items()}
 
-    def _loader(self, config: DictConfig, place: str) -> BroadcastingDataLoader:
+    def _loader(self, section: DictConfig, place: str) -> BroadcastingDataLoader:
         mesh = self._get_device_mesh()
         loader = None
         if is_dp_source_rank(mesh):
             loader = get_multimodal_dataloader(
-                config, self._get_dp_rank(), self._get_world_size(), self.dataset, self.tokenizer, place=place
+                section, self._get_dp_rank(), self._get_world_size(), self.dataset, self.tokenizer, place=place
             )
         return _Loader(source=loader, device_mesh=mesh)
 
@@ -195,8 +196,3 @@ def _check_agreement(place: str, key: str, value: Any, defaults: Mapping[str, An
     if key in MODEL_DEFINED_KEYS and value is not None and key in defaults and value != defaults[key]:
         reason = MODEL_DEFINED_KEYS[key].format(model=repr(defaults[key]), data=repr(value))
         raise ConfigError(f"{place}.{key}: {reason}.")
-
-
-def _merged(common: DictConfig, config: DictConfig) -> DictConfig:
-    with open_dict(common):
-        return OmegaConf.merge(common, config)

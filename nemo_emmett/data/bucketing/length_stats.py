@@ -20,7 +20,6 @@ from nemo.collections.common.data.lhotse.sampling import (
     MultimodalFixedBucketBatchSizeConstraint2D,
 )
 from nemo.utils import logging
-from omegaconf import DictConfig
 from tqdm import tqdm
 
 from nemo_emmett.data.bucketing.bins import optimal_bins, optimal_bins_2d
@@ -119,7 +118,16 @@ def measure(
     register_prompt_formats()
     finite = limit is None or not _has_weights(group.root)
     config = sampler_config(group, **_PROBE, force_finite=finite)
-    constraint = _constraint(config, two_dimensional)
+    buckets = [(0.0, 0.0)] if two_dimensional else [0.0]  # only their dimension matters for measuring
+    if config.use_multimodal_sampling:
+        constraint = MultimodalFixedBucketBatchSizeConstraint2D(
+            buckets,
+            [1],
+            token_equivalent_duration=config.token_equivalent_duration,
+            measure_total_length=config.measure_total_length,
+        )
+    else:
+        constraint = FixedBucketBatchSizeConstraint2D(buckets, [1])
     lengths: list = []
     dropped: Counter[str] = Counter()
     fed = nullcontext(config.input_cfg) if sample is None else injected_examples(sample)
@@ -170,21 +178,6 @@ def _has_weights(group: SourceGroup) -> bool:
     return any(
         member.weight is not None or (isinstance(member, SourceGroup) and _has_weights(member))
         for member in group.members
-    )
-
-
-def _constraint(
-    config: DictConfig, two_dimensional: bool
-) -> FixedBucketBatchSizeConstraint2D | MultimodalFixedBucketBatchSizeConstraint2D:
-    """What NeMo will measure by; its bins are there to say in how many dimensions."""
-    buckets = [(0.0, 0.0)] if two_dimensional else [0.0]
-    if not config.use_multimodal_sampling:
-        return FixedBucketBatchSizeConstraint2D(buckets, [1])
-    return MultimodalFixedBucketBatchSizeConstraint2D(
-        buckets,
-        [1],
-        token_equivalent_duration=config.token_equivalent_duration,
-        measure_total_length=config.measure_total_length,
     )
 
 
