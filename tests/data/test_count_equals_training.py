@@ -22,6 +22,7 @@ import nemo_emmett.data.readers
 from nemo_emmett import audio_file
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
 from nemo_emmett.data.blending.weights import blend_of
+from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.io import channels, files
 from nemo_emmett.data.readers.examples import ExampleKind
 from tests.data.test_fuzzed_manifests import RATE, SECONDS, SOURCES, cut_record, write_tone
@@ -374,7 +375,9 @@ def trained(config: dict, tokenizer, dataset) -> tuple[int, float, Counter]:
 
 
 def counted(config: dict, tokenizer, kind: ExampleKind = ExampleKind.TRANSLATION) -> tuple[int, float]:
-    size = blend_of(config, "data.train_ds", tokenizer=tokenizer, count_all=True, kind=kind).size
+    size = blend_of(
+        parse_dataset(config, "data.train_ds").groups[0], tokenizer=tokenizer, count_all=True, kind=kind
+    ).size
     return size.examples, size.seconds
 
 
@@ -478,7 +481,8 @@ def test_the_blend_of_a_config_alone_counts_for_the_dataset_that_it_suggests(tmp
     sources = {"input_cfg": config["input_cfg"]}
 
     def examples(**keys) -> int:
-        return blend_of({**sources, **keys}, "data.train_ds", tokenizer=tokenizer, count_all=True).size.examples
+        (group,) = parse_dataset({**sources, **keys}, "data.train_ds").groups
+        return blend_of(group, tokenizer=tokenizer, count_all=True).size.examples
 
     assert examples() == 7, "nothing names a language: the records as NeMo reads them"
     assert examples(prompt_format="emmett_t5") == 1, "translations need a target language"
