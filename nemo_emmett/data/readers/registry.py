@@ -248,7 +248,9 @@ def _open_nemo(config: Mapping, skipped_records: SkippedRecords) -> tuple[CutSet
     from_tar = is_tarred and not metadata_only
     manifests = config["manifest_filepath"]
     if isinstance(manifests, str):
-        reader = nemo_reader(config, manifests, config.get("tarred_audio_filepaths"), skipped_records)
+        reader = nemo_reader(
+            config, manifests, config.get("tarred_audio_filepaths") if from_tar else None, skipped_records
+        )
         cuts = CutSet(reader)
         return (_repeated(cuts, config) if from_tar else cuts), is_tarred
 
@@ -257,7 +259,7 @@ def _open_nemo(config: Mapping, skipped_records: SkippedRecords) -> tuple[CutSet
         path, weight = manifest_and_weight(entry)
         if isinstance(tars, Sequence) and not isinstance(tars, str):
             (tars,) = tars
-        reader = nemo_reader(config, path, tars, skipped_records)
+        reader = nemo_reader(config, path, tars if from_tar else None, skipped_records)
         weight = len(reader) if weight is None else weight
         split = config.get("max_open_streams") is not None and from_tar
         for part in reader.to_shards() if split else [reader]:
