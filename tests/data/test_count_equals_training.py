@@ -466,7 +466,7 @@ def test_counted_for_a_conversation_dataset(tmp_path, tokenizer) -> None:
     assert counted(config, tokenizer, ExampleKind.CONVERSATION) == (2, pytest.approx(2 * SECONDS))
 
 
-@pytest.mark.parametrize("make", [nemo, nemo_tarred, lhotse])
+@pytest.mark.parametrize("make", [nemo, lhotse])
 def test_counted_of_manifests_as_conversations(tmp_path, tokenizer, make) -> None:
     config, _ = make(tmp_path)
     source = config["input_cfg"][0] | {"type": "lhotse_as_conversation", "tags": {"context": "translate"}}

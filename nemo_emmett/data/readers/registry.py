@@ -238,7 +238,8 @@ def _open_nemo(source: Source, skipped_records: SkippedRecords) -> tuple[CutSet,
     from_tar = is_tarred and not source.metadata_only
     manifests = source.manifest_filepath
     if isinstance(manifests, str):
-        cuts = CutSet(nemo_reader(source, manifests, source.tarred_audio_filepaths, skipped_records))
+        tars = source.tarred_audio_filepaths if from_tar else None
+        cuts = CutSet(nemo_reader(source, manifests, tars, skipped_records))
         return (_repeated(cuts, source) if from_tar else cuts), is_tarred
 
     cutsets, weights = [], []
@@ -246,7 +247,7 @@ def _open_nemo(source: Source, skipped_records: SkippedRecords) -> tuple[CutSet,
         path, weight = manifest_and_weight(entry)
         if isinstance(tars, Sequence) and not isinstance(tars, str):
             (tars,) = tars
-        reader = nemo_reader(source, path, tars, skipped_records)
+        reader = nemo_reader(source, path, tars if from_tar else None, skipped_records)
         weight = len(reader) if weight is None else weight
         split = source.max_open_streams is not None and from_tar
         for part in reader.to_shards() if split else [reader]:
