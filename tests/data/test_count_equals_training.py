@@ -375,9 +375,8 @@ def trained(config: dict, tokenizer, dataset) -> tuple[int, float, Counter]:
 
 
 def counted(config: dict, tokenizer, kind: ExampleKind = ExampleKind.TRANSLATION) -> tuple[int, float]:
-    size = blend_of(
-        parse_dataset(config, "data.train_ds").groups[0], tokenizer=tokenizer, count_all=True, kind=kind
-    ).size
+    (group,) = parse_dataset(config, "data.train_ds").groups
+    size = blend_of(group, tokenizer=tokenizer, count_all=True, kind=kind).size
     return size.examples, size.seconds
 
 

@@ -244,6 +244,8 @@ def _group_config(keys: Mapping[str, Any], place: str, name: str, root: SourceGr
         name: of the group.
         root: its sources; by default those that its keys name.
     """
+    for key in ("noise_path", "rir_path") if not keys.get("allow_commands") else ():
+        refuse_pipes(keys.get(key), f"{place}.{key}")
     root = root or _root(keys, place)
     values = {f.name: keys[f.name] for f in fields(GroupConfig) if f.name in keys and f.name != "name"}
     own = {key: value for key, value in keys.items() if key not in OUR_TYPES and key not in _OF_ALL_GROUPS[-3:]}
@@ -316,8 +318,6 @@ def _noise(keys: Mapping[str, Any], place: str) -> Noise | None:
         is_cuts = noise.endswith((".jsonl", ".jsonl.gz"))
         noise = {"input_cfg" if noise.endswith(".yaml") else "cuts_path" if is_cuts else "manifest_filepath": noise}
     how = {"allow_commands": keys.get("allow_commands", False)}
-    if not how["allow_commands"]:
-        refuse_pipes(keys["noise_path"], place)
     if noise.get("input_cfg") is not None:
         members = parse_entries(noise["input_cfg"], f"{place}.input_cfg", {}, **how)
     else:
