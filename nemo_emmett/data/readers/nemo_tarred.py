@@ -130,21 +130,8 @@ class NeMoTarredManifest:
         rng = random.Random(seed)
         extra_fields = ExtraFields(self.extra_fields, seed)
         for tar_path, records in self._shards(rng):
-            if self.metadata_only:
-                yield from self._cuts_without_audio(records, extra_fields)
-            else:
-                yield from self._cuts_of_shard(tar_path, records, rng, extra_fields)
+            yield from self._cuts_of_shard(tar_path, records, rng, extra_fields)
         self._passes += 1
-
-    def _cuts_without_audio(self, records: Sequence[Record], extra_fields: ExtraFields) -> Iterator[Cut]:
-        for record in records:
-            if record.is_left_out:
-                continue
-            try:
-                yield extra_fields.attach_to(self.cut_without_audio(record))
-            except InvalidRecord as cause:
-                self.skipped_records.add(record.path, record.place, str(cause))
-                extra_fields.skip()
 
     def _shards(self, rng: random.Random) -> Iterator[tuple[str, list[Record]]]:
         numbers = sorted(self.tars)
