@@ -85,12 +85,7 @@ def _edit_distance(a: str, b: str) -> int:
     return previous[-1]
 
 
-def check_keys(
-    config: Mapping,
-    known: Collection[str],
-    where: str,
-    tolerated: Collection[str] = (),
-) -> list[str]:
+def check_keys(config: Mapping, known: Collection[str], where: str, tolerated: Collection[str] = ()) -> list[str]:
     """Refuse the keys of ``config`` that look like misspellings of known ones.
 
     Args:

@@ -29,11 +29,7 @@ PACKAGES = (
 )
 """Required distributions, whose versions are printed."""
 
-EXTRAS = {
-    "demo": ("espeakng_loader", "num2words"),
-    "hygiene": ("py3langid",),
-    "report": ("matplotlib",),
-}
+EXTRAS = {"demo": ("espeakng_loader", "num2words"), "hygiene": ("py3langid",), "report": ("matplotlib",)}
 """Modules of each optional extra."""
 
 HYDRA_PLUGIN = "hydra_plugins.nemo_emmett_plugin"

@@ -261,10 +261,7 @@ def _evaluate(
     """Translate in all processes, and score in the first one; None in the others."""
     data_config = copy.deepcopy(settings.data)  # the datamodule adds the model's defaults to it
     datamodule = MultimodalDataModule(
-        data_config,
-        tokenizer=model.tokenizer,
-        dataset=SpeechTextDataset(model.tokenizer),
-        defaults=model.data_defaults,
+        data_config, tokenizer=model.tokenizer, dataset=SpeechTextDataset(model.tokenizer), defaults=model.data_defaults
     )
     test_sets = datamodule.test_sets(processes.rank, processes.world_size)
     translated = translate(

@@ -36,12 +36,7 @@ class Translated:
 
 
 def translate(
-    model: Any,
-    test_sets: TestSets,
-    *,
-    num_beams: int = 1,
-    max_new_tokens: int | None = None,
-    progress: bool = True,
+    model: Any, test_sets: TestSets, *, num_beams: int = 1, max_new_tokens: int | None = None, progress: bool = True
 ) -> Translated:
     """Translate every example of every test set, in the order in which the test sets give them.
 
