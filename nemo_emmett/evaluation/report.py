@@ -63,7 +63,8 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["breakable"] = _breakable
+    # a model's name with places where a narrow column may break it
+    environment.filters["breakable"] = lambda name: Markup("<wbr>").join(re.findall(r"[^/_-]*[/_-]|[^/_-]+", name))
     table = result_table(evaluation, baselines)
     names = [evaluation.name, *table.baselines]
     recordings = Recordings()
@@ -87,11 +88,6 @@ def write_report(
         recordings=recordings,
     )
     write_text(path, page)
-
-
-def _breakable(name: str) -> Markup:
-    """A model's name with places where a narrow column may break it."""
-    return Markup("<wbr>").join(re.findall(r"[^/_-]*[/_-]|[^/_-]+", name))
 
 
 def _galleries(
