@@ -174,11 +174,7 @@ class UnreadData(LightningDataModule):
         self.cfg = cfg
 
     def train_dataloader(self) -> None:
-        """Required by Lightning.
-
-        Raises:
-            RuntimeError: always.
-        """
+        """Required by Lightning; raises."""
         raise RuntimeError("this data is not read")
 
 

@@ -114,11 +114,9 @@ class SentenceFilter:
             leak = self._held_out.match(texts)
             if leak is not None and leak.is_certain:
                 return "occurs in held-out data"
-        return self._duplicate_cause(texts)  # last: a sentence that is filtered out makes no later one a duplicate
-
-    def _duplicate_cause(self, texts: Mapping[str, str]) -> str | None:
-        if not self._config.deduplicate:
+        if not config.deduplicate:
             return None
+        # Last: a sentence that is filtered out makes no later one a duplicate.
         hashed = hashlib.blake2b(digest_size=_HASH_BYTES)
         for language, text in sorted(texts.items()):
             same = " ".join(unicodedata.normalize("NFC", text).split())

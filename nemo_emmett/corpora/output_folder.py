@@ -155,11 +155,7 @@ class CorpusFolder:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file; None if it does not exist.
-
-    Raises:
-        DataError: if it is damaged.
-    """
+    """The content of a JSON file; None if it does not exist."""
     if not path.is_file():
         return None
     try:

@@ -153,11 +153,7 @@ def evaluate_recipe(config: DictConfig | StrPath, model: StrPath | None = None, 
 
 
 class _Writer:
-    """Writes an evaluation into its output folder, or into another one where that fails.
-
-    Args:
-        output: the folder; None writes nothing.
-    """
+    """Writes an evaluation into its output folder, if there is one, or into another one where that fails."""
 
     def __init__(self, output: Path | None) -> None:
         self.output = self.folder = output
@@ -295,14 +291,10 @@ class _RankOutput:
 
 
 def _merge(outputs: Sequence[_RankOutput]) -> tuple[Translated, dict[str, int]]:
-    """The translations of all processes, and the number of skipped records of each test set that has any.
-
-    Raises:
-        DataError: if the processes saw the data in different orders, and so translated sentences twice or never.
-    """
+    """The translations of all processes, and the number of skipped records of each test set that has any."""
     first = outputs[0]
     for test_set, order in first.batch_orders.items():
-        if any(output.batch_orders[test_set] != order for output in outputs):
+        if any(output.batch_orders[test_set] != order for output in outputs):  # then some are translated twice or never
             raise DataError(
                 f"The processes read test set '{test_set}' in different orders, so that they cannot share it; set "
                 "shuffle: false and a number for seed and shard_seed, and see that all read the same files."

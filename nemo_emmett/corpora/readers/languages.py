@@ -29,10 +29,8 @@ def iso_code(code: str) -> str:
     short = _shortest(language.lower())
     usual = flores_code(short)
     script = next((tag.title() for tag in subtags if len(tag) == 4 and tag.isalpha()), None)
-    if script is None and subtags and usual is not None:
-        script = (flores_code(f"{short}-{subtags[-1].upper()}") or usual)[
-            -4:
-        ]  # zh_TW: the region determines the script
+    if script is None and subtags and usual is not None:  # zh_TW: the region determines the script
+        script = (flores_code(f"{short}-{subtags[-1].upper()}") or usual)[-4:]
     found = short if script is None or usual is None or usual.endswith(script) else f"{short}-{script}"
     return found if is_known_language(found) else flores_code(code) or flores_code(found) or found
 
@@ -83,8 +81,7 @@ def _shortest(language: str) -> str:
     language = _SAME.get(language, language)
     if len(language) == 2:
         return language
-    standard = _two_letter_codes().get(language)
-    if standard is not None:
+    if (standard := _two_letter_codes().get(language)) is not None:
         return standard
     from babel.core import get_global
 

@@ -25,17 +25,11 @@ from nemo_emmett.errors import DataError
 
 @dataclass(frozen=True)
 class TalksOfPair:
-    """One split of one language pair.
+    """One split of one language pair."""
 
-    Args:
-        folder: ``en-de/data/train``.
-        spoken: the language of the talks.
-        target: of the translations; the same as ``spoken`` where there are transcripts alone.
-    """
-
-    folder: Path
-    spoken: str
-    target: str
+    folder: Path  # en-de/data/train
+    spoken: str  # the language of the talks
+    target: str  # of the translations; the same as ``spoken`` where there are transcripts alone
 
     def check(self, where_from: str) -> None:
         """Raise DataError, naming ``where_from``, if one of its files is missing."""
@@ -53,10 +47,9 @@ class TalksOfPair:
         for language in (self.spoken, self.target):
             path = self._text(language)
             texts[language] = [line.strip() for line in SourceFiles(path.parent).lines(path.name)]
-        for language, lines in texts.items():
-            if len(lines) != len(segments):
+            if len(texts[language]) != len(segments):
                 raise DataError(
-                    f"'{self._text(language)}' has {len(lines)} lines, but '{self._segments}' has {len(segments)} "
+                    f"'{path}' has {len(texts[language])} lines, but '{self._segments}' has {len(segments)} "
                     "segments; unpack the archive of the pair again."
                 )
         for number, segment in enumerate(segments):
