@@ -47,7 +47,7 @@ _PATH = click.Path(path_type=Path)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _COUNT = click.IntRange(min=1)
-_INSIDE = click.FloatRange(0, 1, min_open=True, max_open=True)
+_BETWEEN_0_AND_1 = click.FloatRange(0, 1, min_open=True, max_open=True)
 _SPEECH_SHARE = "Share of the memory for speech, where each step holds speech and text."
 
 _recipe = _together(click.argument("config"), click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1))
@@ -70,7 +70,7 @@ _jobs = click.option(
 _trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,
-    default=None,
+    default=None,  # not False, which would override the recipe's trust_remote_code
     help="Run code that came with the model, of a language model that transformers does not know (docs/security.md).",
 )
 
@@ -331,7 +331,7 @@ class Share(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
         """Parse the option's value."""
-        return value if value == "auto" else _INSIDE.convert(value, param, ctx)
+        return value if value == "auto" else _BETWEEN_0_AND_1.convert(value, param, ctx)
 
 
 _search_options = _together(
@@ -380,7 +380,7 @@ def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
 @main.command()
 @_search_options
 @click.option("--memory", help="The device to plan for, such as H100, or its memory, such as 80GiB.")
-@click.option("--modality-share", type=_INSIDE, default=0.5, help=_SPEECH_SHARE)
+@click.option("--modality-share", type=_BETWEEN_0_AND_1, default=0.5, help=_SPEECH_SHARE)
 @click.option("--optimise-bins", is_flag=True, help="Measure the data, and find the bins with the shortest epoch.")
 @_buckets
 def plan(config: str, overrides: Sequence[str], **options: Any) -> None:

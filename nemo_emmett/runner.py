@@ -264,8 +264,7 @@ def _refuse_missing_values(cfg: DictConfig) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     # Unresolved: a value that refers to a missing one is not itself missing.
-    missing = sorted(_missing_keys(OmegaConf.to_container(cfg)))
-    if missing:
+    if missing := sorted(_missing_keys(OmegaConf.to_container(cfg))):
         raise ConfigError(
             f"{', '.join(missing)}: the recipe leaves this to you; give {missing[0]}=... on the command line."
         )

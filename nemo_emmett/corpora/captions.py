@@ -146,8 +146,8 @@ def _contents(lines: Mapping[str, Mapping[str, Sequence[str]]], config: Captions
         for language in config.spoken_languages:
             for caption in spoken:
                 voice = draw_voice(f"{published}:{caption.line}", language, 0, config)
-                fields = {"line": caption.line}
-                recordings.append(Spoken(split, language, f"{caption.line:05d}", caption.texts, voice, fields))
+                name = f"{caption.line:05d}"
+                recordings.append(Spoken(split, language, name, caption.texts, voice, {"line": caption.line}))
     return Contents(config.languages, texts, config.spoken_languages, recordings)
 
 

@@ -124,8 +124,6 @@ def _test_sets(evaluation: Evaluation) -> list[str]:
     described = []
     for (test_set, modality), scores in grouped.items():
         directions = "1 direction" if len(scores) == 1 else f"{len(scores)} directions"
-        sentences = sum(score.sentences for score in scores)
-        described.append(
-            f"{test_set} ({MODALITY_NAMES.get(modality, modality)}, {directions}, {sentences:,} sentences)"
-        )
+        sentences, name = sum(score.sentences for score in scores), MODALITY_NAMES.get(modality, modality)
+        described.append(f"{test_set} ({name}, {directions}, {sentences:,} sentences)")
     return described

@@ -38,9 +38,6 @@ from nemo_emmett.typed_config import parse_value
 PACKAGES = ("nemo_emmett", "nemo_toolkit", "torch", "transformers", "lhotse", "sacrebleu")
 """Whose versions an evaluation records."""
 
-MIN_FREE_BYTES = 2**20
-"""Free bytes that the disk of an evaluation's output must have."""
-
 StrPath = str | os.PathLike[str]
 
 
@@ -159,7 +156,7 @@ class _Writer:
         self.output = self.folder = output
         self._failure = ""
         if output is not None:
-            check_writable(output, "output", needed=MIN_FREE_BYTES)
+            check_writable(output, "output", needed=2**20)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

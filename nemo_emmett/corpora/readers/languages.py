@@ -47,8 +47,7 @@ def chosen(asked: Sequence[str] | None, there: Iterable[str], what: str) -> tupl
         ConfigError: if a value is not there.
     """
     there = tuple(dict.fromkeys(there))
-    missing = [value for value in asked or () if value not in there]
-    if missing:
+    if missing := [value for value in asked or () if value not in there]:
         raise ConfigError(f"'{missing[0]}' is not among the {what} that are there: {', '.join(there)}.")
     return tuple(dict.fromkeys(asked)) if asked else there
 

@@ -46,8 +46,7 @@ def read(source: Path, selection: Selection) -> Sequence[Part]:
 
 def _parts(split: str, spoken: str, pairs: Sequence[TalksOfPair]) -> Iterator[Part]:
     """Separate parts for translation and transcription, which a recipe can weight differently."""
-    translated = [pair for pair in pairs if pair.target != spoken]
-    if translated:
+    if translated := [pair for pair in pairs if pair.target != spoken]:
         languages = (spoken, *(pair.target for pair in translated))
         yield Part(split, languages, partial(_sentences, spoken, translated), spoken=spoken)
     for pair in pairs:
