@@ -70,9 +70,12 @@ _jobs = click.option(
 _trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,
-    default=None,  # not False, which would override the recipe's trust_remote_code
     help="Run code that came with the model, of a language model that transformers does not know (docs/security.md).",
 )
+
+
+def _trust(trust_remote_code: bool) -> dict[str, bool]:
+    return {"trust_remote_code": True} if trust_remote_code else {}
 
 
 @main.group(cls=CorpusCommands)
@@ -159,14 +162,14 @@ def leaks(training: Sequence[Path], held_out: Sequence[Path], examples: int, nea
     "--model", required=True, envvar="NEMO_EMMETT_MODEL", show_envvar=True, type=_PATH, help="Folder of a saved model."
 )
 @_trust_option
-def translate(inputs: Sequence[str], model: Path, trust_remote_code: bool | None, **languages: str | None) -> None:
+def translate(inputs: Sequence[str], model: Path, trust_remote_code: bool, **languages: str | None) -> None:
     """Translate each INPUT, a text or an audio file, and print one translation per line."""
     from nemo_emmett.models.inputs import check_inputs
 
     check_inputs(inputs)
     from nemo_emmett.models import load
 
-    loaded = load(model, trust_remote_code=bool(trust_remote_code))
+    loaded = load(model, **_trust(trust_remote_code))
     for translation in loaded.translate(list(inputs), **languages):
         click.echo(translation)
 
@@ -193,14 +196,14 @@ def translate(inputs: Sequence[str], model: Path, trust_remote_code: bool | None
 )
 @click.option("--examples", type=click.IntRange(min=0), help="Translations in the report.  [default: 10]")
 @_trust_option
-def evaluate(model: Path, config: Path, **options: Any) -> None:
+def evaluate(model: Path, config: Path, trust_remote_code: bool, **options: Any) -> None:
     """Translate the test sets of the recipe CONFIG with the model in the folder MODEL, and score the translations.
 
     Options that are not given are the recipe's. Started by torchrun or srun, the processes share each test set.
     """
     from nemo_emmett.evaluation import evaluate_recipe
 
-    evaluate_recipe(config, model, **options)
+    evaluate_recipe(config, model, **options, **_trust(trust_remote_code))
 
 
 @main.command()
