@@ -26,8 +26,6 @@ UNREADABLE, OLDER = ".unreadable", ".older"
 _LAST = re.compile(r"last(-v\d+)?(\.ckpt)?$")
 """Lightning appends -v1 if a file of that name exists."""
 
-_ARGUMENTS_OF_LOG_DIR = ("exp_dir", "name", "version", "explicit_log_dir", "use_datetime_version")
-
 
 def with_resume_point(config: DictConfig, trainer: Trainer) -> DictConfig:
     """The ``exp_manager`` section of a recipe, changed so that NeMo resumes from the newest complete checkpoint.
@@ -61,8 +59,7 @@ def with_resume_point(config: DictConfig, trainer: Trainer) -> DictConfig:
         NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(chosen).unlink(missing_ok=True)
     if chosen is None or chosen.name.endswith(("last.ckpt", "last")):
         return config
-    changes = {"resume_from_checkpoint": str(chosen), "resume_ignore_no_checkpoint": True}
-    return OmegaConf.merge(config, changes)
+    return OmegaConf.merge(config, {"resume_from_checkpoint": str(chosen), "resume_ignore_no_checkpoint": True})
 
 
 def checkpoint_fault(path: str | os.PathLike[str]) -> str | None:
@@ -95,7 +92,7 @@ def _checkpoint_folder(config: DictConfig, trainer: Trainer) -> Path:
         return Path(params["dirpath"])
     if config.get("explicit_log_dir"):
         return Path(config.explicit_log_dir) / "checkpoints"
-    arguments = {key: config.get(key) for key in _ARGUMENTS_OF_LOG_DIR}
+    arguments = {key: config.get(key) for key in ("exp_dir", "name", "version", "explicit_log_dir")}
     arguments["use_datetime_version"] = config.get("use_datetime_version", True)
     log_dir, *_ = get_log_dir(trainer, **arguments, resume_if_exists=True)
     return Path(log_dir) / "checkpoints"

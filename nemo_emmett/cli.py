@@ -43,19 +43,24 @@ def _together(*parameters: Callable[[Callable], Callable]) -> Callable[[Callable
     return decorate
 
 
+_PATH = click.Path(path_type=Path)
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_COUNT = click.IntRange(min=1)
+_BETWEEN_0_AND_1 = click.FloatRange(0, 1, min_open=True, max_open=True)
+_SPEECH_SHARE = "Share of the memory for speech, where each step holds speech and text."
+
 _recipe = _together(click.argument("config"), click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1))
 _tokenizer = click.option(
     "--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: the model's; blend: or words]"
 )
 _section = click.option("--section", help="Place of the dataset in the recipe.  [default: data.train_ds]")
-_limit = click.option("--limit", type=click.IntRange(min=1), help="Examples to measure of each group.  [default: all]")
+_limit = click.option("--limit", type=_COUNT, help="Examples to measure of each group.  [default: all]")
 _buckets = _together(
-    click.option(
-        "--num-buckets", type=click.IntRange(min=1), help="Buckets of input lengths.  [default: the config's]"
-    ),
+    click.option("--num-buckets", type=_COUNT, help="Buckets of input lengths.  [default: the config's]"),
     click.option(
         "--num-sub-buckets",
-        type=click.IntRange(min=1),
+        type=_COUNT,
         help="Bins of output lengths in each of them.  [default: the config's, or none]",
     ),
 )
@@ -79,7 +84,7 @@ def prepare() -> None:
 
 
 @prepare.command()
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", type=_FOLDER)
 @click.option("--seed", type=int, default=0, help="The same seed gives the same bytes.")
 @click.option("--languages", type=Names(), help="ISO 639-1 codes.  [default: en,de,es,fr]")
 @click.option("--types", type=Names(), help="What is written and spoken.  [default: number,date,time,price]")
@@ -101,8 +106,8 @@ def phrasebook(out: Path, jobs: int | None, **options: Any) -> None:
 
 
 @prepare.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("source", type=_PATH)
+@click.argument("out", type=_PATH)
 @click.option("--languages", type=Names(), help="Of the text.  [default: en,de,fr]")
 @click.option("--spoken-languages", type=Names(), help="Among en, de, es and fr.  [default: en]")
 @click.option("--max-words", type=int, help="Leave out captions of more words in any language.  [default: none]")
@@ -132,10 +137,10 @@ def _print_spoken(summary: SpokenSummary, unit: str) -> None:
 
 
 @prepare.command()
-@click.argument("training", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("training", type=_PATH, nargs=-1, required=True)
 @click.option(
     "--held-out",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     multiple=True,
     required=True,
     help="Test data: text, a manifest or a prepared corpus; may be repeated.",
@@ -154,17 +159,10 @@ def leaks(training: Sequence[Path], held_out: Sequence[Path], examples: int, nea
 @click.option("--to", "target_lang", required=True, help="Language to translate to, such as de.")
 @click.option("--from", "source_lang", help="Language to translate from, if the model needs it.")
 @click.option(
-    "--model",
-    required=True,
-    envvar="NEMO_EMMETT_MODEL",
-    show_envvar=True,
-    type=click.Path(path_type=Path),
-    help="Folder of a saved model.",
+    "--model", required=True, envvar="NEMO_EMMETT_MODEL", show_envvar=True, type=_PATH, help="Folder of a saved model."
 )
 @_trust_option
-def translate(
-    inputs: Sequence[str], target_lang: str, source_lang: str | None, model: Path, trust_remote_code: bool
-) -> None:
+def translate(inputs: Sequence[str], model: Path, trust_remote_code: bool, **languages: str | None) -> None:
     """Translate each INPUT, a text or an audio file, and print one translation per line."""
     from nemo_emmett.models.inputs import check_inputs
 
@@ -172,19 +170,17 @@ def translate(
     from nemo_emmett.models import load
 
     loaded = load(model, **_trust(trust_remote_code))
-    for translation in loaded.translate(list(inputs), source_lang=source_lang, target_lang=target_lang):
+    for translation in loaded.translate(list(inputs), **languages):
         click.echo(translation)
 
 
 @main.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option(
-    "--output", type=click.Path(path_type=Path, file_okay=False), help="Folder for evaluation.json and report.html."
-)
-@click.option("--num-beams", type=click.IntRange(min=1), help="1 is greedy search.  [default: the recipe's, or 1]")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest translation.  [default: the model's]")
-@click.option("--log-dir", type=click.Path(path_type=Path), help="TensorBoard logs of the training, for its curves.")
+@click.argument("model", type=_PATH)
+@click.argument("config", type=_PATH)
+@click.option("--output", type=_FOLDER, help="Folder for evaluation.json and report.html.")
+@click.option("--num-beams", type=_COUNT, help="1 is greedy search.  [default: the recipe's, or 1]")
+@click.option("--max-new-tokens", type=_COUNT, help="Longest translation.  [default: the model's]")
+@click.option("--log-dir", type=_PATH, help="TensorBoard logs of the training, for its curves.")
 @click.option("--name", help="Name of the model in tables.  [default: the end of its folder's path]")
 @click.option(
     "--metrics",
@@ -195,7 +191,7 @@ def translate(
     "--baseline",
     "baselines",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="An earlier evaluation.json, its folder, or the folder of a model to compare with; may be repeated.",
 )
 @click.option("--examples", type=click.IntRange(min=0), help="Translations in the report.  [default: 10]")
@@ -227,8 +223,8 @@ def train(recipe: str, overrides: Sequence[str]) -> None:
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=_PATH)
+@click.argument("folder", type=_PATH)
 @click.option(
     "--config", help="Recipe of the training, by its path or name.  [default: recipe.yaml next to CHECKPOINT]"
 )
@@ -277,23 +273,14 @@ def _read_data(
 @main.command()
 @_recipe
 @_section
-@click.option(
-    "--steps", type=click.IntRange(min=1), help="How far to look ahead.  [default: trainer.max_steps, or 1000]"
-)
+@click.option("--steps", type=_COUNT, help="How far to look ahead.  [default: trainer.max_steps, or 1000]")
 @_tokenizer
 @click.option(
     "--index-dir",
     type=click.Path(file_okay=False),
     help="Folder for counts that cannot be written next to the data.  [default: the dataset's index_dir]",
 )
-def blend(
-    config: str,
-    overrides: Sequence[str],
-    section: str | None,
-    steps: int | None,
-    tokenizer: str | None,
-    index_dir: str | None,
-) -> None:
+def blend(config: str, overrides: Sequence[str], section: str | None, tokenizer: str | None, **options: Any) -> None:
     """Show the sizes of the data of CONFIG, the share of each part in the examples, and how often it is repeated.
 
     CONFIG is a recipe (a YAML file, or the name of one of nemo_emmett), the config of a dataset, or a list of sources
@@ -303,7 +290,7 @@ def blend(
     from nemo_emmett.planning.bins_report import tokenizer_of
     from nemo_emmett.planning.blend_report import print_blend
 
-    print_blend(recipe, steps=steps, tokenizer=tokenizer_of(recipe, tokenizer, of_model), index_dir=index_dir)
+    print_blend(recipe, tokenizer=tokenizer_of(recipe, tokenizer, of_model), **options)
 
 
 @main.command()
@@ -322,22 +309,15 @@ def blend(
     type=click.FloatRange(min=0, min_open=True),
     help="Seconds of speech that count as one token.  [default: the config's, or the model's]",
 )
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="PNG to draw the lengths and bins in.")
-def bins(
-    config: str,
-    overrides: Sequence[str],
-    section: str | None,
-    tokenizer: str | None,
-    token_equivalent_duration: float | None,
-    output: Path | None,
-    **options: Any,
-) -> None:
+@click.option("--output", type=_FILE, help="PNG to draw the lengths and bins in.")
+def bins(config: str, overrides: Sequence[str], section: str | None, tokenizer: str | None, **options: Any) -> None:
     """Find the bins of least padding for each group of the data of CONFIG, and show what they save.
 
     CONFIG is a recipe (a YAML file, or the name of one of nemo_emmett), the config of a dataset, or a list of sources
     (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read.
     """
-    given = {"token_equivalent_duration": token_equivalent_duration} if token_equivalent_duration else {}
+    output, seconds = options.pop("output"), options.pop("token_equivalent_duration")
+    given = {"token_equivalent_duration": seconds} if seconds else {}
     recipe, of_model = _read_data(config, overrides, section, given)
     from nemo_emmett.planning.bins_report import bins_of_dataset, draw_bins, print_bins, tokenizer_of
 
@@ -354,18 +334,13 @@ class Share(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
         """Parse the option's value."""
-        if value == "auto":
-            return value
-        return click.FloatRange(0, 1, min_open=True, max_open=True).convert(value, param, ctx)
+        return value if value == "auto" else _BETWEEN_0_AND_1.convert(value, param, ctx)
 
 
 _search_options = _together(
     _recipe,
     click.option(
-        "--profile",
-        type=click.Path(path_type=Path, dir_okay=False),
-        default="profile.yaml",
-        help="Profile to write, for the OOMptimizer callback to read.",
+        "--profile", type=_FILE, default="profile.yaml", help="Profile to write, for the OOMptimizer callback to read."
     ),
     click.option(
         "--memory-fraction",
@@ -380,21 +355,14 @@ _search_options = _together(
         help="Share of that which stays free.",
     ),
     _limit,
-    click.option(
-        "--output", type=click.Path(path_type=Path, dir_okay=False), help="PNG to draw batch sizes and memory in."
-    ),
+    click.option("--output", type=_FILE, help="PNG to draw batch sizes and memory in."),
 )
 
 
 @main.command()
 @_search_options
 @click.option("--memory-budget", help="Memory of a step, instead of the fraction, such as 72GiB.")
-@click.option(
-    "--modality-share",
-    type=Share(),
-    default=0.5,
-    help="Share of the memory for speech, where each step holds speech and text.",
-)
+@click.option("--modality-share", type=Share(), default=0.5, help=_SPEECH_SHARE)
 @click.option("--predict-epoch", is_flag=True, help="Measure the data, and predict the time of an epoch.")
 def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
     """Find the batch size of every bucket of the recipe CONFIG, on the device of this machine.
@@ -415,12 +383,7 @@ def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
 @main.command()
 @_search_options
 @click.option("--memory", help="The device to plan for, such as H100, or its memory, such as 80GiB.")
-@click.option(
-    "--modality-share",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.5,
-    help="Share of the memory for speech, where each step holds speech and text.",
-)
+@click.option("--modality-share", type=_BETWEEN_0_AND_1, default=0.5, help=_SPEECH_SHARE)
 @click.option("--optimise-bins", is_flag=True, help="Measure the data, and find the bins with the shortest epoch.")
 @_buckets
 def plan(config: str, overrides: Sequence[str], **options: Any) -> None:

@@ -48,12 +48,6 @@ PARTS_OF_MODELS = (
 TARGET_KEYS = ("_target_", "target", "cls")
 """Keys under which Hydra and NeMo name a target to call."""
 
-_CODE_KEYS = ("_args_", "megatron_config")
-"""Keys that pass arguments without their names, or make peft import a module (``megatron_core``)."""
-
-_COMPILE_KEYS = ("dynamic", "fullgraph", "mode")
-"""Arguments of ``torch.compile`` that name no code to run."""
-
 _RESOLVER = re.compile(r"\$\{[^{}]*:")
 """OmegaConf's ``${oc.env:...}`` and the like; ``${other.key}`` is harmless."""
 
@@ -85,12 +79,7 @@ def _edit_distance(a: str, b: str) -> int:
     return previous[-1]
 
 
-def check_keys(
-    config: Mapping,
-    known: Collection[str],
-    where: str,
-    tolerated: Collection[str] = (),
-) -> list[str]:
+def check_keys(config: Mapping, known: Collection[str], where: str, tolerated: Collection[str] = ()) -> list[str]:
     """Refuse the keys of ``config`` that look like misspellings of known ones.
 
     Args:
@@ -194,9 +183,11 @@ def check_model_file(config: Any, where: str) -> None:
                 raise _refused(place, value, "is not a part of a model")
             if key == "trust_remote_code" and value:
                 raise _refused(place, value, "asks for code to be run")
-            if key in _CODE_KEYS and value is not None:
+            # Arguments without their names, and a module that peft imports (megatron_core).
+            if key in ("_args_", "megatron_config") and value is not None:
                 raise _refused(place, value, "may have code run")
-            if key == "compile" and isinstance(value, Mapping) and not value.keys() <= set(_COMPILE_KEYS):
+            # Other arguments of torch.compile may name code to run.
+            if key == "compile" and isinstance(value, Mapping) and value.keys() - {"dynamic", "fullgraph", "mode"}:
                 raise _refused(place, dict(value), "may have code run")
             check_model_file(value, place)
     elif isinstance(config, Sequence) and not isinstance(config, str):

@@ -29,11 +29,7 @@ PACKAGES = (
 )
 """Required distributions, whose versions are printed."""
 
-EXTRAS = {
-    "demo": ("espeakng_loader", "num2words"),
-    "hygiene": ("py3langid",),
-    "report": ("matplotlib",),
-}
+EXTRAS = {"demo": ("espeakng_loader", "num2words"), "hygiene": ("py3langid",), "report": ("matplotlib",)}
 """Modules of each optional extra."""
 
 HYDRA_PLUGIN = "hydra_plugins.nemo_emmett_plugin"
@@ -43,27 +39,19 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
+    """The result of one check."""
 
-    Args:
-        part: its heading in the table.
-        what: its name.
-        value: what was found.
-        remedy: what to do; empty if nothing is wrong.
-        fatal: whether the package cannot be used as it is.
-    """
-
-    part: str
+    part: str  # its heading in the table
     what: str
-    value: str
-    remedy: str = ""
-    fatal: bool = False
+    value: str  # what was found
+    remedy: str = ""  # empty if nothing is wrong
+    fatal: bool = False  # whether the package cannot be used as it is
 
 
 def examine() -> list[Finding]:
     """Run all checks; imports NeMo, which takes about ten seconds."""
     # Registrations after the imports of NeMo and Hydra, which run them.
-    return [*_versions(), *_imports(), *_entry_points(), *_registrations(), *_device(), *_extras()]
+    return [*_libraries(), *_entry_points(), *_registrations(), *_device(), *_extras()]
 
 
 def report(console: Console) -> int:
@@ -74,7 +62,15 @@ def report(console: Console) -> int:
     """
     with console.status("Importing NeMo, about ten seconds"):
         findings = examine()
-    console.print(_table(findings))
+    table = Table("", "", "found", title="nemo-emmett doctor")
+    part = None
+    for finding in findings:
+        if finding.part != part:
+            part = finding.part
+            table.add_section()
+            table.add_row("", f"[bold]{part}[/bold]", "")
+        table.add_row(_mark(finding), finding.what, finding.value)
+    console.print(table)
     fatal = [finding for finding in findings if finding.fatal]
     for finding in findings:
         if finding.remedy:
@@ -83,17 +79,13 @@ def report(console: Console) -> int:
     return 1 if fatal else 0
 
 
-def _versions() -> Iterator[Finding]:
-    part = "versions"
-    yield Finding(part, "python", platform.python_version())
+def _libraries() -> Iterator[Finding]:
+    yield Finding("versions", "python", platform.python_version())
     for package in PACKAGES:
         try:
-            yield Finding(part, package, metadata.version(package))
+            yield Finding("versions", package, metadata.version(package))
         except metadata.PackageNotFoundError:
-            yield Finding(part, package, "not installed", "run: pip install nemo_emmett", fatal=True)
-
-
-def _imports() -> Iterator[Finding]:
+            yield Finding("versions", package, "not installed", "run: pip install nemo_emmett", fatal=True)
     for module in ("torch", "lightning.pytorch", "lhotse", "nemo.collections.asr", "nemo.collections.speechlm2"):
         yield _tried(
             "imports",
@@ -151,22 +143,17 @@ def _registrations() -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
-    part = "device"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding(part, "CPU", f"{available_cores()} cores, {memory / GIB:.1f} GiB")
-    yield from _cuda(part)
-
-
-def _cuda(part: str) -> Iterator[Finding]:
+    yield Finding("device", "CPU", f"{available_cores()} cores, {memory / GIB:.1f} GiB")
     if find_spec("torch") is None:
         return
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding(part, "CUDA", "no device: training runs on the CPU")
+        yield Finding("device", "CUDA", "no device: training runs on the CPU")
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        yield Finding(part, f"CUDA {index}", f"{device.name}, {device.total_memory / GIB:.1f} GiB")
+        yield Finding("device", f"CUDA {index}", f"{device.name}, {device.total_memory / GIB:.1f} GiB")
 
 
 def _extras() -> Iterator[Finding]:
@@ -186,18 +173,6 @@ def _tried(part: str, what: str, look: Callable[[], str], remedy: str) -> Findin
         return Finding(part, what, look())
     except Exception as error:
         return Finding(part, what, " ".join(f"{type(error).__name__}: {error}".split()), remedy, fatal=True)
-
-
-def _table(findings: list[Finding]) -> Table:
-    table = Table("", "", "found", title="nemo-emmett doctor")
-    part = None
-    for finding in findings:
-        if finding.part != part:
-            part = finding.part
-            table.add_section()
-            table.add_row("", f"[bold]{part}[/bold]", "")
-        table.add_row(_mark(finding), finding.what, finding.value)
-    return table
 
 
 def _mark(finding: Finding) -> str:

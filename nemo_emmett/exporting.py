@@ -144,10 +144,7 @@ def is_failed_write(error: BaseException) -> bool:
 
 
 def _best(trainer: Trainer, wanted: str | None, found: dict[str, Any] | None) -> tuple[dict[str, Tensor], str] | None:
-    """Weights of the best checkpoint (empty except on rank 0) with a description; None to export the last weights.
-
-    Every rank must call it.
-    """
+    """Weights of the best checkpoint (empty except on rank 0) with a description; None to export the last weights."""
     if wanted == "last":
         return None
     if found is None:
@@ -176,12 +173,7 @@ def _last(trainer: Trainer, model: LightningModule) -> tuple[dict[str, Tensor], 
 
 
 def _write_somewhere(folder: str | None, model: LightningModule, weights: dict[str, Tensor], trainer: Trainer) -> None:
-    """Write an export to its folder or, if that fails, to another one.
-
-    Raises:
-        NonFiniteError: if the weights are not finite.
-        OutputError: if it had to be another one, or none could be written to.
-    """
+    """Write an export to its folder or, if that fails, to another one, and raise OutputError with its place."""
     experiment = trainer.default_root_dir
     others = [Path(experiment)] if experiment and "://" not in str(experiment) else []
     failed = "no export_dir was given"

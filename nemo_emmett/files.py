@@ -24,9 +24,6 @@ LOCK_FOLDER = ".lock"
 _HELD: dict[Path, IO[str]] = {}
 """The lock files of this process, by the locked folder."""
 
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""Error numbers of file systems without locks."""
-
 _logger = logging.getLogger(__name__)
 
 
@@ -124,21 +121,25 @@ def check_writable(folder: str | os.PathLike[str], key: str, needed: int = 0) ->
         ConfigError: if it is a file, cannot be created or written to, or the disk is too full.
     """
     folder = Path(folder).absolute()
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    place = existing_folder(folder)
     probe = place / f".{uuid.uuid4().hex}"
     try:
-        try:
-            probe.mkdir()
-            (probe / "probe").write_bytes(bytes(4096))
-        finally:
-            shutil.rmtree(probe, ignore_errors=True)
+        probe.mkdir()
+        (probe / "probe").write_bytes(bytes(4096))
     except OSError as error:
         raise ConfigError(f"{key}: '{folder}' cannot be written to ({error.strerror}); give another folder.") from error
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
     if (free := shutil.disk_usage(place).free) < needed:
         raise ConfigError(
             f"{key}: '{folder}' has {shown(free)} free, and {shown(needed)} are needed; make room, or give a folder on "
             "another disk."
         )
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, or the nearest folder above it that exists."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 def shown(bytes_: float) -> str:
@@ -219,7 +220,7 @@ def _locked(path: Path, key: str) -> IO[str]:
             file.close()
             continue
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                 file.close()
                 raise
             _logger.warning("'%s' is on a file system without locks; use it in one process.", path.parents[1])

@@ -148,21 +148,13 @@ def _listed(names: Any) -> str:
 
 @dataclass
 class Registration:
-    """A change to NeMo that is made when it is imported.
+    """A change to NeMo that is made when it is imported."""
 
-    Args:
-        what: its name, for messages.
-        trigger: the NeMo module after whose import it is made.
-        action: makes it; called with that module.
-        state: ``new``, ``waiting`` for the trigger, ``done`` or ``failed``.
-        error: why it failed.
-    """
-
-    what: str
-    trigger: str
-    action: Callable[[ModuleType], None]
-    state: str = "new"
-    error: str = ""
+    what: str  # its name, for messages
+    trigger: str  # the NeMo module after whose import it is made
+    action: Callable[[ModuleType], None]  # makes it; called with that module
+    state: str = "new"  # "new", "waiting" for the trigger, "done" or "failed"
+    error: str = ""  # why it failed
 
     def wait(self) -> None:
         """Run after the import of the trigger, or now if that is imported already."""

@@ -13,8 +13,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-_SECONDS_BETWEEN_CHECKS = 0.5
-
 
 def available_cores() -> int:
     """Number of cores that this process may run on, which ``taskset`` or a container's cpuset may limit."""
@@ -32,7 +30,7 @@ def end_with_parent(parent: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            threading.Event().wait(_SECONDS_BETWEEN_CHECKS)
+            threading.Event().wait(0.5)
         os._exit(1)
 
     if threading.current_thread() is threading.main_thread():

@@ -319,11 +319,7 @@ def _check_by_dataclass(cls: type, section: Any, place: str) -> None:
 
 
 def _argument_types(cls: type, arguments: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The declared types of a class's arguments.
-
-    Raises:
-        ConfigError: for an argument that it does not have.
-    """
+    """The declared types of a class's arguments; one that it does not have is refused."""
     types: dict[str, Any] = {}
     for one in filter(None, (cls, _PASSES_ARGUMENTS_TO.get(cls))):
         parameters = inspect.signature(one).parameters.values()
@@ -350,11 +346,7 @@ def _check_types(types: Mapping[str, Any], arguments: Mapping[str, Any], place: 
 
 
 def _call(build: Callable[..., T], arguments: Mapping[str, Any], place: str) -> T:
-    """Build something of its arguments; the argument at fault is the one without which it can be built.
-
-    Raises:
-        EmmettError: naming the argument; an error of our own as it is.
-    """
+    """Build something of its arguments; the argument at fault is the one without which it can be built."""
     try:
         return build(**arguments)
     except EmmettError:

@@ -16,7 +16,7 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_emmett.files import check_writable, hold_folder, shown, write_text
+from nemo_emmett.files import check_writable, existing_folder, hold_folder, shown, write_text
 
 RECIPE_FILE = "recipe.yaml"
 """The resolved recipe, in the folder of the checkpoints."""
@@ -69,7 +69,7 @@ def check_space(trainer: Trainer, model: LightningModule, export_dir: str | None
     folders = {"export_dir": Path(export_dir)} if export_dir else {}
     if saves and checkpoint.dirpath and "://" not in str(checkpoint.dirpath):
         folders["exp_manager"] = Path(checkpoint.dirpath)
-    disks = {key: _existing(folder).stat().st_dev for key, folder in folders.items()}
+    disks = {key: existing_folder(folder).stat().st_dev for key, folder in folders.items()}
     for key, folder in folders.items():
         check_writable(folder, key, needed=weights * list(disks.values()).count(disks[key]))
     if "exp_manager" not in folders:
@@ -79,18 +79,13 @@ def check_space(trainer: Trainer, model: LightningModule, export_dir: str | None
     states = 2 * trained if "adam" in str(optimizer).lower() else 0
     present = sum(file.stat().st_size for file in folders["exp_manager"].rglob("*") if file.is_file())
     expected = (max(checkpoint.save_top_k, 1) + bool(checkpoint.save_last) + 1) * (weights + states) - present
-    free = shutil.disk_usage(_existing(folders["exp_manager"])).free
+    free = shutil.disk_usage(existing_folder(folders["exp_manager"])).free
     if free < expected:
         logging.warning(
             f"exp_manager: '{folders['exp_manager']}' has {shown(free)} free; with checkpoints of about "
             f"{shown(weights + states)} the training may take {shown(expected)}: make room, or lower "
             "exp_manager.checkpoint_callback_params.save_top_k."
         )
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest folder above it that exists."""
-    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 class SaveRecipe(Callback):

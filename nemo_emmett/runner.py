@@ -36,12 +36,6 @@ _RESOLVED = re.compile(r"(ext|cfg)://|\$\{[^{}]*:")
 _HARMLESS = ("ext://sys.stdout", "ext://sys.stderr", "colorlog.ColoredFormatter")
 """Objects that Hydra's own logging configs refer to."""
 
-_MISSING = "???"
-"""OmegaConf's mark of a mandatory value that is missing."""
-
-_FULL_ERROR = "HYDRA_FULL_ERROR"
-"""Environment variable that makes Hydra raise errors instead of printing its own version of them."""
-
 
 def recipe_runner(
     config_name: str, config_path: str | None = None
@@ -133,20 +127,16 @@ def compose_incomplete(config: str, overrides: Sequence[str] = ()) -> DictConfig
         raise ConfigError(f"The recipe '{config}' cannot be read: there is no such file.")
     if is_file:
         _refuse_code_in_recipe(path)
-    folder = str(path.resolve().parent) if is_file else None
-    if folder is not None:
-        initialized = initialize_config_dir(folder, version_base=None)
+        initialized = initialize_config_dir(str(path.resolve().parent), version_base=None)
     else:
         initialized = initialize_config_module(CONFIG_PACKAGE.removeprefix("pkg://"), version_base=None)
     try:
         with initialized:
-            cfg = compose(path.name if is_file else config, list(overrides))
+            return compose(path.name if is_file else config, list(overrides))
     except Exception as error:
-        sentence = _composition_mistake(error, [Path(folder)] if folder else [])
-        if sentence is None:
+        if (sentence := _composition_mistake(error, [path.resolve().parent] if is_file else [])) is None:
             raise
         raise ConfigError(sentence) from error
-    return cfg
 
 
 @contextmanager
@@ -192,7 +182,8 @@ def _run(task: Callable[[DictConfig], Any], config_name: str, config_path: str |
     folders = [Path(folder) for folder in (named, arguments.config_dir) if folder]
     for folder in folders:
         _refuse_code_in_recipe(folder / f"{(arguments.config_name or config_name).removesuffix('.yaml')}.yaml")
-    with _environment(_FULL_ERROR, "1"), _hydra_runs_nothing():
+    # With the variable Hydra raises errors instead of printing its own version of them.
+    with _environment("HYDRA_FULL_ERROR", "1"), _hydra_runs_nothing():
         try:
             _run_hydra(
                 args=arguments,
@@ -273,8 +264,7 @@ def _refuse_missing_values(cfg: DictConfig) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     # Unresolved: a value that refers to a missing one is not itself missing.
-    missing = sorted(_missing_keys(OmegaConf.to_container(cfg)))
-    if missing:
+    if missing := sorted(_missing_keys(OmegaConf.to_container(cfg))):
         raise ConfigError(
             f"{', '.join(missing)}: the recipe leaves this to you; give {missing[0]}=... on the command line."
         )
@@ -287,7 +277,7 @@ def _refuse_missing_values(cfg: DictConfig) -> None:
 
 def _missing_keys(value: Any, path: str = "") -> Iterator[str]:
     """Paths of the mandatory values that are missing, as written on the command line."""
-    if value == _MISSING:
+    if value == "???":
         yield path
     elif isinstance(value, dict):
         for key, child in value.items():
@@ -298,12 +288,7 @@ def _missing_keys(value: Any, path: str = "") -> Iterator[str]:
 
 
 def _composition_mistake(error: Exception, folders: Sequence[Path]) -> str | None:
-    """The user's mistake because of which composing the config failed; None for any other error.
-
-    Args:
-        error: what Hydra raised.
-        folders: those of the recipe, without the package's.
-    """
+    """The user's mistake because of which composing in the recipe's ``folders`` failed; None for any other error."""
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -311,10 +296,8 @@ def _composition_mistake(error: Exception, folders: Sequence[Path]) -> str | Non
     if isinstance(error, MissingConfigException):
         return _missing_config(error, folders)
     if isinstance(error, OverrideParseException):
-        fault = error.message.splitlines()[0]
-        readable = _readable_override(error.override)
-        hint = f"; write {readable} instead" if readable else ""
-        return f"{error.override}: cannot be read as key=value: {fault}{hint}."
+        hint = f"; write {readable} instead" if (readable := _readable_override(error.override)) else ""
+        return f"{error.override}: cannot be read as key=value: {error.message.splitlines()[0]}{hint}."
     if isinstance(error.__cause__, OmegaConfBaseException):
         return _refused_override(error.__cause__)
     if ambiguous := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", str(error)):

@@ -84,12 +84,13 @@ def train(cfg: DictConfig) -> LightningModule:
     plugin.register()
     check_recipe(cfg)
     check_export(cfg)
-    if issubclass(plugin.find_model(cfg.model._target_), ModelPT):
+    model_class = plugin.find_model(cfg.model._target_)
+    if issubclass(model_class, ModelPT):
         raise ConfigError(
             f"model._target_: '{cfg.model._target_}' is a NeMo model with a training script of its own; train it with "
             "that, and find its batch sizes with `nemo-emmett plan` or `oomptimize`."
         )
-    check_data_section(cfg.data, _examples_of(cfg.model._target_))
+    check_data_section(cfg.data, ExampleKind.CONVERSATION if issubclass(model_class, SALM) else ExampleKind.TRANSLATION)
     recipe, best = SaveRecipe(cfg), BestCheckpoint()
     with ExitStack() as locks:
         lock_folders(cfg, locks, existing_only=True)
@@ -115,11 +116,7 @@ def train(cfg: DictConfig) -> LightningModule:
 
 
 def _check_scores(cfg: DictConfig, training: Training) -> None:
-    """Warn of a validation that will never run, and refuse to monitor a score that will never be computed.
-
-    Raises:
-        ConfigError: for the monitored score.
-    """
+    """Warn of a validation that will never run, and refuse to monitor a score that will never be computed."""
     manager = cfg.get("exp_manager") or {}
     makes_checkpoints = manager and manager.get("create_checkpoint_callback", True)
     monitor = (manager.get("checkpoint_callback_params") or {}).get("monitor") if makes_checkpoints else None
@@ -177,11 +174,7 @@ class UnreadData(LightningDataModule):
         self.cfg = cfg
 
     def train_dataloader(self) -> None:
-        """Required by Lightning.
-
-        Raises:
-            RuntimeError: always.
-        """
+        """Required by Lightning; raises."""
         raise RuntimeError("this data is not read")
 
 
@@ -230,11 +223,6 @@ def check_recipe(cfg: DictConfig) -> None:
             "no model here has; name lightning.pytorch.strategies.ModelParallelStrategy (FSDP2) or DDPStrategy, and "
             f"remove its other keys ({', '.join(str(key) for key in strategy if key != '_target_')})."
         )
-
-
-def _examples_of(target: str) -> ExampleKind:
-    """What the dataset of a model's class collates."""
-    return ExampleKind.CONVERSATION if issubclass(plugin.find_model(target), SALM) else ExampleKind.TRANSLATION
 
 
 def check_data_section(data: DictConfig, examples: ExampleKind = ExampleKind.TRANSLATION) -> None:

@@ -140,6 +140,11 @@ class _Writer:
         self.chunk, self.spoken, self.out, self.staging = chunk, chunk.spoken, out, staging
         self.shards = out / "speech" / chunk.part
 
+    def flac_entry(self, sentence: Sentence, samples: np.ndarray, path: str, **more: Any) -> dict[str, Any]:
+        """The record of a FLAC file."""
+        audio = {"audio_filepath": path, "duration": len(samples) / SAMPLING_RATE, "sampling_rate": SAMPLING_RATE}
+        return manifest_entry(sentence, self.spoken, **audio, **more)
+
     def close(self) -> None:
         """Complete what was written."""
 
@@ -171,13 +176,7 @@ class _FlacFiles(_Writer):
         samples = read_samples(sentence.recording)
         with self.staging.atomic_file(path) as unfinished:
             unfinished.write_bytes(_flac(samples))
-        return manifest_entry(
-            sentence,
-            self.spoken,
-            audio_filepath=f"../audio/{self.chunk.part}/{path.name}",
-            duration=len(samples) / SAMPLING_RATE,
-            sampling_rate=SAMPLING_RATE,
-        )
+        return self.flac_entry(sentence, samples, f"../audio/{self.chunk.part}/{path.name}")
 
 
 class _NemoTar(_Writer):
@@ -195,16 +194,8 @@ class _NemoTar(_Writer):
         member = tarfile.TarInfo(f"{_file_name(sentence.id)}.flac")  # without owner and time: always the same bytes
         member.size = len(data)
         self.tar.addfile(member, io.BytesIO(data))
-        entry = manifest_entry(
-            sentence,
-            self.spoken,
-            audio_filepath=member.name,
-            duration=len(samples) / SAMPLING_RATE,
-            sampling_rate=SAMPLING_RATE,
-            shard_id=self.chunk.number,
-        )
-        self.entries.append(entry)
-        return entry
+        self.entries.append(self.flac_entry(sentence, samples, member.name, shard_id=self.chunk.number))
+        return self.entries[-1]
 
     def close(self) -> None:
         self.tar.close()

@@ -146,8 +146,8 @@ def _contents(lines: Mapping[str, Mapping[str, Sequence[str]]], config: Captions
         for language in config.spoken_languages:
             for caption in spoken:
                 voice = draw_voice(f"{published}:{caption.line}", language, 0, config)
-                fields = {"line": caption.line}
-                recordings.append(Spoken(split, language, f"{caption.line:05d}", caption.texts, voice, fields))
+                name = f"{caption.line:05d}"
+                recordings.append(Spoken(split, language, name, caption.texts, voice, {"line": caption.line}))
     return Contents(config.languages, texts, config.spoken_languages, recordings)
 
 
@@ -159,8 +159,11 @@ def _split(lines: Mapping[str, Mapping[str, Sequence[str]]], config: CaptionsCon
         for caption in _captions(lines["train"])
         if _fits(caption, config.max_words) and held_out.isdisjoint(caption.texts.items())
     ]
-    _check_count("dev_captions", config.dev_captions, len(validation) - 1)
-    _check_count("train_captions", config.train_captions, len(train))
+    for name, left in (("dev_captions", len(validation) - 1), ("train_captions", len(train))):
+        if (count := getattr(config, name)) is not None and count > left:
+            raise ConfigError(
+                f"captions.{name}: {count} are asked for and {left} can be had; lower it or raise max_words"
+            )
     return {
         "test": validation[config.dev_captions :],
         "dev": validation[: config.dev_captions],
@@ -177,8 +180,3 @@ def _captions(lines: Mapping[str, Sequence[str]]) -> Iterator[Caption]:
 
 def _fits(caption: Caption, max_words: int | None) -> bool:
     return max_words is None or all(len(text.split()) <= max_words for text in caption.texts.values())
-
-
-def _check_count(name: str, count: int | None, left: int) -> None:
-    if count is not None and count > left:
-        raise ConfigError(f"captions.{name}: {count} are asked for and {left} can be had; lower it or raise max_words")

@@ -76,11 +76,11 @@ def corpus_command(corpus: Corpus) -> click.Command:
 
 
 def _parameters(corpus: Corpus) -> list[click.Parameter]:
-    path = click.Path(path_type=Path)
+    path, count = click.Path(path_type=Path), click.IntRange(min=1)
     audio_help = "Recordings as they are, or in 16 kHz FLAC as files, in NeMo's tars or in Lhotse Shar."
     of_speech = [
         click.Option(["--audio"], type=click.Choice(AUDIO), default="keep", help=audio_help),
-        click.Option(["--shard-size"], type=click.IntRange(min=1), default=SHARD_SIZE, help="Recordings in a shard."),
+        click.Option(["--shard-size"], type=count, default=SHARD_SIZE, help="Recordings in a shard."),
     ]
     return [
         click.Argument(["source"], type=path),
@@ -94,8 +94,8 @@ def _parameters(corpus: Corpus) -> list[click.Parameter]:
             type=click.FloatRange(min=1),
             help="Leave out training sentences with a text this many times as long as another.",
         ),
-        click.Option(["--min-words"], type=click.IntRange(min=1), help="Leave out shorter training sentences."),
-        click.Option(["--max-words"], type=click.IntRange(min=1), help="Leave out longer training sentences."),
+        click.Option(["--min-words"], type=count, help="Leave out shorter training sentences."),
+        click.Option(["--max-words"], type=count, help="Leave out longer training sentences."),
         click.Option(["--language-id"], is_flag=True, help="Leave out training sentences in another language."),
         click.Option(["--deduplicate"], is_flag=True, help="Leave out training text that occurred before."),
         click.Option(
@@ -106,7 +106,7 @@ def _parameters(corpus: Corpus) -> list[click.Parameter]:
         ),
         click.Option(
             ["--jobs"],
-            type=click.IntRange(min=1),
+            type=count,
             help="Processes to work with; the result does not depend on it.  [default: all cores]",
         ),
     ]

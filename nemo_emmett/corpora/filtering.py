@@ -12,7 +12,6 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,11 +113,9 @@ class SentenceFilter:
             leak = self._held_out.match(texts)
             if leak is not None and leak.is_certain:
                 return "occurs in held-out data"
-        return self._duplicate_cause(texts)  # last: a sentence that is filtered out makes no later one a duplicate
-
-    def _duplicate_cause(self, texts: Mapping[str, str]) -> str | None:
-        if not self._config.deduplicate:
+        if not config.deduplicate:
             return None
+        # Last: a sentence that is filtered out makes no later one a duplicate.
         hashed = hashlib.blake2b(digest_size=_HASH_BYTES)
         for language, text in sorted(texts.items()):
             same = " ".join(unicodedata.normalize("NFC", text).split())
@@ -160,10 +157,11 @@ class LanguageIdentifier:
     def __init__(self, languages: Sequence[str]) -> None:
         langid = require("py3langid.langid", "hygiene", "Language identification")
         self._model = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+        labels = frozenset(self._model.labels)
         for language in languages:
-            if _label(language) not in self._labels:
+            if _label(language) not in labels:
                 raise ConfigError(
-                    f"filters.language_id: '{language}' is not among the {len(self._labels)} languages that py3langid "
+                    f"filters.language_id: '{language}' is not among the {len(labels)} languages that py3langid "
                     "identifies; leave it out of the languages, or turn language_id off."
                 )
 
@@ -173,10 +171,6 @@ class LanguageIdentifier:
             return True
         probabilities = dict(self._model.rank(text))
         return max(probabilities.values()) <= self.ODDS * probabilities[_label(language)]
-
-    @cached_property
-    def _labels(self) -> frozenset[str]:
-        return frozenset(self._model.labels)
 
 
 _LABELS = {"nb": "no", "gn": "gug", "ki": "kik", "ff": "fuv"}

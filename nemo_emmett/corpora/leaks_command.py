@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from nemo_emmett.corpora.leaks import LONG, SHORT, HeldOut, Leak, LeakKind, find_leaks
-from nemo_emmett.corpora.sentence_files import Opener, PlacedSentence, SentenceFile, find_sentence_files, read_sentences
+from nemo_emmett.corpora.sentence_files import PlacedSentence, find_sentence_files, read_sentences
 
 _IN_WORDS = {
     LeakKind.SAME: "the same",
@@ -50,27 +51,19 @@ def print_leaks(
     test = HeldOut.read(held_out, near)
     files = [file for source in training for file in find_sentence_files(source)]
     report = _Report(examples)
-    with _opener(files, console) as opener:
-        for leak in find_leaks(report.counted(_sentences(files, opener)), test):
-            report.add(leak)
-    report.show(console, len(test))
-    return report.leaks > 0
-
-
-def _sentences(files: Sequence[SentenceFile], opener: Opener) -> Iterator[PlacedSentence]:
-    for file in files:
-        yield from read_sentences(file, opener)
-
-
-@contextmanager
-def _opener(files: Sequence[SentenceFile], console: Console) -> Iterator[Opener]:
-    """Opens files; a bar shows how many of their bytes have been read."""
     # rich, not tqdm: it wraps files so that every way of reading counts, and shares the table's console.
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Reading training data", total=sum(file.path.stat().st_size for file in files))
-        # the reader closes the file
-        yield lambda path: progress.wrap_file(open(path, "rb"), task_id=task)  # noqa: SIM115
+
+        def opened(path: Path) -> BinaryIO:
+            return progress.wrap_file(open(path, "rb"), task_id=task)
+
+        sentences = chain.from_iterable(read_sentences(file, opened) for file in files)
+        for leak in find_leaks(report.counted(sentences), test):
+            report.add(leak)
+    report.show(console, len(test))
+    return report.leaks > 0
 
 
 class _Report:

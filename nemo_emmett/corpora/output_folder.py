@@ -145,8 +145,7 @@ class CorpusFolder:
                 f"'{self.path}' holds another program's {self.name}.json; give the {self.title} a folder of its own."
             ) from None
         now = identity(plan)
-        keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
-        if keys:
+        if keys := [key for key in {**now, **before} if before.get(key) != now.get(key)]:
             differences = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} asked)" for key in keys)
             raise DataError(
                 f"'{self.path}' holds a {self.title} that differs in {differences}; give another folder or delete "
@@ -155,11 +154,7 @@ class CorpusFolder:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file; None if it does not exist.
-
-    Raises:
-        DataError: if it is damaged.
-    """
+    """The content of a JSON file; None if it does not exist."""
     if not path.is_file():
         return None
     try:

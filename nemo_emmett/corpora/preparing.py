@@ -262,10 +262,7 @@ def _chunks(part: Part, job: _Job, skipped: Counter[str]) -> list[Chunk]:
 
 
 def _usable(
-    part: Part,
-    filters: FilterConfig | None,
-    skipped: Counter[str],
-    advance: Callable[[int], Any] = lambda _: None,
+    part: Part, filters: FilterConfig | None, skipped: Counter[str], advance: Callable[[int], Any] = lambda _: None
 ) -> Iterator[Sentence]:
     """The usable sentences of a part, their texts on one line each; the others are counted by cause."""
     filter_cause = _filter(part, filters)

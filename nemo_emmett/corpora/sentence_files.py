@@ -123,12 +123,17 @@ def _lines(path: Path, opener: Opener | None) -> Iterator[str]:
         raise DataError(f"'{path}' cannot be read to its end ({error}); download or write it again.") from error
 
 
-def _texts_of_record(line: str, path: Path, number: int) -> dict[str, str]:
-    """The texts of a line of a manifest; the language of ``text`` is as in docs/data.md."""
+def json_record(line: str, path: str | Path, number: int) -> Any:
+    """The JSON value of a line of a manifest, whose place is for the message of DataError."""
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"'{path}', line {number}: not JSON ({error.msg}); write the manifest again.") from error
+
+
+def _texts_of_record(line: str, path: Path, number: int) -> dict[str, str]:
+    """The texts of a line of a manifest; the language of ``text`` is as in docs/data.md."""
+    record = json_record(line, path, number)
     texts = _texts(record) if isinstance(record, dict) else {}
     if not texts or not all(isinstance(part, str) for pair in texts.items() for part in pair):
         raise DataError(

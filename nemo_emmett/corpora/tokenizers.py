@@ -3,11 +3,11 @@ for a decoder-only language model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, cycle, permutations
 from pathlib import Path
 
+from nemo_emmett.corpora.sentence_files import json_record
 from nemo_emmett.errors import DataError
 from nemo_emmett.prompts.instruction import translation_instruction
 
@@ -20,12 +20,7 @@ def manifest_texts(manifests: Iterable[str | Path]) -> Iterator[str]:
     """
     for manifest in manifests:
         for number, line in _lines(manifest):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"'{manifest}', line {number}: not JSON ({error.msg}); write the manifest again."
-                ) from error
+            record = json_record(line, manifest, number)
             text = record.get("text") if isinstance(record, Mapping) else None
             if not isinstance(text, str):
                 raise DataError(f"'{manifest}', line {number}: there is no 'text'; add it, or leave the line out.")

@@ -9,8 +9,9 @@ table's averages.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from sacrebleu.metrics import BLEU
@@ -125,11 +126,9 @@ def upper_bounds(lengths: np.ndarray) -> list[int]:
 
 def _tokenized(translations: Iterable[Translation]) -> Tokenized:
     """Hypothesis and reference of each translation, tokenised as its target language is scored."""
-    tokenizers: dict[str | None, Callable[[str], str]] = {}
+    tokenizer = cache(lambda language: BLEU(tokenize=tokenizer_of(language)).tokenizer)
     pairs = []
     for one in translations:
-        if one.target_lang not in tokenizers:
-            tokenizers[one.target_lang] = BLEU(tokenize=tokenizer_of(one.target_lang)).tokenizer
-        tokenize = tokenizers[one.target_lang]
+        tokenize = tokenizer(one.target_lang)
         pairs.append((tokenize(one.hypothesis.rstrip()), tokenize((one.reference or "").rstrip())))
     return pairs

@@ -49,14 +49,10 @@ class Changes:
     lost: list[RankedSentence]  # the largest loss first
 
 
+@lru_cache(maxsize=2**18)
 def sentence_chrf(translation: Translation) -> float:
     """The chrF of one sentence, from 0 to 100, as ``sacrebleu -m chrf --sentence-level`` computes it."""
-    return _chrf(translation.hypothesis, translation.reference or "")
-
-
-@lru_cache(maxsize=2**18)
-def _chrf(hypothesis: str, reference: str) -> float:
-    return _CHRF.sentence_score(hypothesis, [reference]).score
+    return _CHRF.sentence_score(translation.hypothesis, [translation.reference or ""]).score
 
 
 def worst(translations: Iterable[Translation], number: int) -> list[RankedSentence]:
@@ -65,7 +61,7 @@ def worst(translations: Iterable[Translation], number: int) -> list[RankedSenten
     No sentence and no translation is chosen twice: one that a model repeats, such as an empty one, is shown once in
     each modality.
     """
-    judged = [RankedSentence(translation) for translation in translations]
+    judged = map(RankedSentence, translations)
     return _choose(sorted(judged, key=lambda one: (one.chrf, *_place(one))), number)
 
 

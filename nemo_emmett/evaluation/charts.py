@@ -136,7 +136,9 @@ def _series(panel: Panel, curves: Mapping[str, Curve]) -> list[Series]:
             found[match.group(1)] = points
     if len(found) > 1:
         found.pop(None, None)
-    directions = {name: parent for name in found if (parent := _parent(name)) and parent in found}
+    # dev_text_en-de is a direction of the validation set dev_text
+    parts = {name: re.fullmatch(r"(.+)_[^_-]+-[^_-]+", name or "") for name in found}
+    directions = {name: match.group(1) for name, match in parts.items() if match and match.group(1) in found}
     taken: set[int] = set()
     series = []
     for name in sorted(found.keys() - directions.keys(), key=lambda name: (_preferred_colour(name), str(name))):
@@ -152,12 +154,6 @@ def _series(panel: Panel, curves: Mapping[str, Curve]) -> list[Series]:
         taken.add(colour)
         series.append(Series(title, colour, bold, thin))
     return series
-
-
-def _parent(name: str | None) -> str | None:
-    """``dev_text`` for ``dev_text_en-de``, a direction of that validation set; None for other names."""
-    match = re.fullmatch(r"(.+)_[^_-]+-[^_-]+", name or "")
-    return match.group(1) if match else None
 
 
 def _preferred_colour(name: str | None) -> int:

@@ -19,9 +19,6 @@ from nemo_emmett.errors import ConfigError, DataError, ModelError
 from nemo_emmett.evaluation.results import Translation
 from nemo_emmett.typed_config import PositiveWhole, Text, parse_section, parse_value
 
-PERCENT = 100.0
-"""COMET's scores are between about 0 and 1; tables show them times 100, as BLEU."""
-
 
 @dataclass(frozen=True)
 class CometConfig:
@@ -60,7 +57,7 @@ class CometConfig:
 
 
 def comet_scores(translations: Sequence[Translation], config: CometConfig) -> list[float]:
-    """The score of each translation, times 100.
+    """The score of each translation, which is between about 0 and 1, times 100, as BLEU.
 
     Raises:
         DataError: if a translation has no source text.
@@ -82,4 +79,4 @@ def comet_scores(translations: Sequence[Translation], config: CometConfig) -> li
     samples = [{"src": one.source_text, "mt": one.hypothesis, "ref": one.reference} for one in translations]
     gpus = int(torch.cuda.is_available())
     prediction = model.predict(samples, batch_size=config.batch_size, gpus=gpus, progress_bar=True)
-    return [PERCENT * score for score in prediction.scores]
+    return [100.0 * score for score in prediction.scores]

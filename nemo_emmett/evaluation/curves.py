@@ -10,8 +10,6 @@ from pathlib import Path
 from nemo_emmett.errors import DataError
 
 EVENT_FILES = "events.out.tfevents.*"
-ALL_EVENTS = {"scalars": 0}
-"""By default TensorBoard keeps a sample of 10,000 events; 0 means all."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,8 @@ def read_curves(log_dir: str | os.PathLike[str]) -> dict[str, Curve]:
 
     logged: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)  # tag -> step -> (wall time, value)
     for folder in folders:
-        events = EventAccumulator(str(folder), size_guidance=ALL_EVENTS).Reload()
+        # 0: all of them; by default TensorBoard keeps a sample of 10,000 events
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         for tag in events.Tags()["scalars"]:
             for event in events.Scalars(tag):
                 logged[tag][event.step] = max(logged[tag].get(event.step, (0.0, 0.0)), (event.wall_time, event.value))

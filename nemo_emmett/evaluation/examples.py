@@ -13,8 +13,6 @@ from nemo_emmett.evaluation.results import Translation
 from nemo_emmett.evaluation.table import MODALITY_NAMES, direction_title
 from nemo_emmett.evaluation.words import compare_words
 
-Admission = Callable[[Translation], bool]
-
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -111,22 +109,15 @@ def _spread(
     seen: set[tuple] = set()
     while len(chosen) < number and any(by_direction.values()):
         for direction in directions:
-            if len(chosen) < number and (drawn := _draw(by_direction[direction], seen, admits)):
+            if len(chosen) == number:
+                break
+            left = by_direction[direction]
+            left.sort(key=lambda translation: sentence_of(translation) in seen)
+            # one at a time, since `admits` opens a file
+            if drawn := next(filter(admits, (left.pop(0) for _ in range(len(left)))), None):
                 seen.add(sentence_of(drawn))
                 chosen.append(drawn)
     return chosen
-
-
-def _draw(stack: list[Translation], seen: set[tuple], admits: Admission) -> Translation | None:
-    """Remove and return the first translation that is admitted, those of unseen sentences before others.
-
-    ``admits`` is called for as few as possible: it opens a file.
-    """
-    stack.sort(key=lambda translation: sentence_of(translation) in seen)
-    while stack:
-        if admits(drawn := stack.pop(0)):
-            return drawn
-    return None
 
 
 def _language_tag(language: str | None) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sacrebleu.metrics.base import Metric
 from sacrebleu.tokenizers import tokenizer_spm
 
 from nemo_emmett.config import nearest
@@ -37,8 +36,13 @@ def check_metrics(names: Sequence[str], where: str = "metrics") -> tuple[str, ..
             hint = f"did you mean {meant}?" if meant else f"name some of {', '.join(METRICS)}."
             raise ConfigError(f"{where}: there is no metric {name!r}; {hint}")
     chosen = dict.fromkeys(["BLEU", *(known[name.lower()] for name in names)])
-    if "spBLEU" in chosen:
-        _check_sentencepiece_model(where)
+    # sacrebleu would fetch the model of spBLEU from the network, on every rank and after the translating.
+    path = Path(tokenizer_spm.SACREBLEU_DIR, "models", Path(tokenizer_spm.SPM_MODELS[SPM]["url"]).name)
+    if "spBLEU" in chosen and not path.is_file():
+        raise ConfigError(
+            f"{where}: spBLEU needs the SentencePiece model of FLORES-200 as '{path}', which is not there; run "
+            f"`sacrebleu --tokenize {SPM}` once where there is a network, or leave spBLEU out."
+        )
     return tuple(chosen)
 
 
@@ -56,21 +60,7 @@ def signatures(names: Iterable[str], target_langs: Iterable[str]) -> dict[str, s
             has_own = name == "BLEU" and tokenizer_of(language) != TOKENIZER
             title = f"{name} ({language})" if has_own else name
             if title not in found:
-                found[title] = _signature(sacrebleu_metric(name, language))
+                metric = sacrebleu_metric(name, language)
+                metric.num_refs = 1  # as after scoring
+                found[title] = str(metric.get_signature())
     return found
-
-
-def _signature(metric: Metric) -> str:
-    metric.num_refs = 1  # as after scoring
-    return str(metric.get_signature())
-
-
-def _check_sentencepiece_model(where: str) -> None:
-    """sacrebleu would fetch the model from the network, on every rank and after the translating."""
-    url = tokenizer_spm.SPM_MODELS[SPM]["url"]
-    path = Path(tokenizer_spm.SACREBLEU_DIR, "models", Path(url).name)
-    if not path.is_file():
-        raise ConfigError(
-            f"{where}: spBLEU needs the SentencePiece model of FLORES-200 as '{path}', which is not there; run "
-            f"`sacrebleu --tokenize {SPM}` once where there is a network, or leave spBLEU out."
-        )

@@ -33,8 +33,7 @@ class Recordings:
     """Embeds recordings in one page until its budget of bytes is used up."""
 
     def __init__(self, budget: int = PAGE_BYTES) -> None:
-        self._left = budget
-        self.budget = budget
+        self.budget = self._left = budget
         self.left_out = 0  # recordings that exceeded the budget
 
     def recording(self, translation: Translation) -> Recording | None:

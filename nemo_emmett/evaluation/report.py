@@ -63,7 +63,8 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["breakable"] = _breakable
+    # a model's name with places where a narrow column may break it
+    environment.filters["breakable"] = lambda name: Markup("<wbr>").join(re.findall(r"[^/_-]*[/_-]|[^/_-]+", name))
     table = result_table(evaluation, baselines)
     names = [evaluation.name, *table.baselines]
     recordings = Recordings()
@@ -87,11 +88,6 @@ def write_report(
         recordings=recordings,
     )
     write_text(path, page)
-
-
-def _breakable(name: str) -> Markup:
-    """A model's name with places where a narrow column may break it."""
-    return Markup("<wbr>").join(re.findall(r"[^/_-]*[/_-]|[^/_-]+", name))
 
 
 def _galleries(
@@ -128,8 +124,6 @@ def _test_sets(evaluation: Evaluation) -> list[str]:
     described = []
     for (test_set, modality), scores in grouped.items():
         directions = "1 direction" if len(scores) == 1 else f"{len(scores)} directions"
-        sentences = sum(score.sentences for score in scores)
-        described.append(
-            f"{test_set} ({MODALITY_NAMES.get(modality, modality)}, {directions}, {sentences:,} sentences)"
-        )
+        sentences, name = sum(score.sentences for score in scores), MODALITY_NAMES.get(modality, modality)
+        described.append(f"{test_set} ({name}, {directions}, {sentences:,} sentences)")
     return described

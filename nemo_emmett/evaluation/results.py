@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 from nemo_emmett.errors import DataError
@@ -25,8 +26,17 @@ Key = tuple[str, str, str, str]
 """Identifies a score: test set, modality, source language, target language."""
 
 
+class _Keyed:
+    """What counts towards a score."""
+
+    @property
+    def key(self) -> Key:
+        """Identifies the score."""
+        return self.test_set, self.modality, self.source_lang, self.target_lang
+
+
 @dataclass(frozen=True)
-class Translation:
+class Translation(_Keyed):
     """One sentence of a test set and its translation; None for what the test set does not give."""
 
     test_set: str
@@ -40,11 +50,6 @@ class Translation:
     audio_path: str | None = None
     audio_start: float | None = None  # seconds into the file at audio_path
     duration: float | None = None  # seconds of speech
-
-    @property
-    def key(self) -> Key:
-        """Of the score that it counts towards."""
-        return self.test_set, self.modality, self.source_lang, self.target_lang
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Throughput:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(_Keyed):
     """The scores of one direction of one test set in one modality."""
 
     test_set: str
@@ -106,14 +111,9 @@ class Score:
         """Source and target language."""
         return self.source_lang, self.target_lang
 
-    @property
-    def key(self) -> Key:
-        """Identifies what was scored."""
-        return self.test_set, self.modality, self.source_lang, self.target_lang
-
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(_Keyed):
     """One metric of one score, compared with a baseline's on the same sentences."""
 
     baseline: str  # its name
@@ -125,11 +125,6 @@ class Comparison:
     score: float
     baseline_score: float
     p_value: float | None  # of the difference, by paired bootstrap; None where the metric has no such test
-
-    @property
-    def key(self) -> Key:
-        """Identifies what was scored."""
-        return self.test_set, self.modality, self.source_lang, self.target_lang
 
     @property
     def difference(self) -> float:
@@ -195,15 +190,10 @@ def from_json(path: str | os.PathLike[str]) -> Evaluation:
     if found_format != FORMAT:
         raise DataError(f"{path} is not an evaluation of format {FORMAT}; give one of `nemo-emmett evaluate`.")
     try:
-        return Evaluation(
-            **record
-            | {
-                "scores": [Score(**score) for score in record["scores"]],
-                "comparisons": [Comparison(**comparison) for comparison in record["comparisons"]],
-                "translations": [Translation(**translation) for translation in record["translations"]],
-                "throughput": {name: Throughput(**speed) for name, speed in record["throughput"].items()},
-            }
-        )
+        for key, kind in {"scores": Score, "comparisons": Comparison, "translations": Translation}.items():
+            record[key] = [kind(**one) for one in record[key]]
+        record["throughput"] = {name: Throughput(**speed) for name, speed in record["throughput"].items()}
+        return Evaluation(**record)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is a damaged evaluation ({error}): run `nemo-emmett evaluate` again.") from error
 
@@ -237,10 +227,11 @@ def names_of_files(names: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        plain = unique = name.replace("/", "_")
-        number = 1
-        while unique in found.values():
-            number += 1
-            unique = f"{plain}-{number}"
-        found[name] = unique
+        found[name] = unused_name(name.replace("/", "_"), found.values())
     return found
+
+
+def unused_name(name: str, taken: Collection[str], numbered: str = "{}-{}") -> str:
+    """The name, or the first of ``name-2``, ``name-3``, ... that is not taken."""
+    candidates = chain([name], (numbered.format(name, number) for number in count(2)))
+    return next(candidate for candidate in candidates if candidate not in taken)

@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
@@ -27,7 +26,7 @@ from nemo_emmett.evaluation.distributed import ProcessGroup, is_global_zero, pro
 from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, signatures
 from nemo_emmett.evaluation.recipe import EvaluationConfig, read_yaml, resolved_value
 from nemo_emmett.evaluation.report import write_report
-from nemo_emmett.evaluation.results import FILE_NAME, Evaluation, from_json, to_json, write_hypotheses
+from nemo_emmett.evaluation.results import FILE_NAME, Evaluation, from_json, to_json, unused_name, write_hypotheses
 from nemo_emmett.evaluation.scoring import score
 from nemo_emmett.evaluation.significance import compare, resampling_signature
 from nemo_emmett.evaluation.table import print_table
@@ -38,9 +37,6 @@ from nemo_emmett.typed_config import parse_value
 
 PACKAGES = ("nemo_emmett", "nemo_toolkit", "torch", "transformers", "lhotse", "sacrebleu")
 """Whose versions an evaluation records."""
-
-MIN_FREE_BYTES = 2**20
-"""Free bytes that the disk of an evaluation's output must have."""
 
 StrPath = str | os.PathLike[str]
 
@@ -94,20 +90,8 @@ def evaluate(
     Example:
         >>> evaluate("exp/model", "conf/evaluate_phrasebook.yaml", output="exp/evaluation")  # doctest: +SKIP
     """
-    arguments = {
-        "name": name,
-        "output": output,
-        "num_beams": num_beams,
-        "max_new_tokens": max_new_tokens,
-        "metrics": metrics,
-        "comet": comet,
-        "baselines": baselines,
-        "log_dir": log_dir,
-        "examples": examples,
-        "trust_remote_code": trust_remote_code,
-    }
-    # All that can be wrong with the arguments is found before a model is loaded.
-    settings = EvaluationConfig.parse(config, arguments)
+    # All that can be wrong with the arguments, parsed by their names, is found before a model is loaded.
+    settings = EvaluationConfig.parse(config, locals())
     saved_or_folders = [_read_baseline(baseline) for baseline in settings.baselines]
     writer = _Writer(settings.output)
     curves = None if settings.log_dir is None else read_curves(settings.log_dir)
@@ -123,7 +107,10 @@ def evaluate(
         if evaluation is None:
             return None
         writer.write(evaluation)  # before the comparison, whose failure must not lose the translations
-        earlier = _with_unique_names(evaluation, earlier)
+        taken = [evaluation.name]
+        for baseline in earlier:  # comparisons and tables refer to them by name
+            taken.append(unused_name(baseline.name, taken, "{} ({})"))
+        earlier = [replace(baseline, name=unique) for baseline, unique in zip(earlier, taken[1:], strict=True)]
         comparisons = [one for baseline in earlier for one in compare(evaluation, baseline)]
         evaluation = replace(evaluation, comparisons=comparisons)
         print_table(evaluation, console, earlier)
@@ -163,17 +150,13 @@ def evaluate_recipe(config: DictConfig | StrPath, model: StrPath | None = None, 
 
 
 class _Writer:
-    """Writes an evaluation into its output folder, or into another one where that fails.
-
-    Args:
-        output: the folder; None writes nothing.
-    """
+    """Writes an evaluation into its output folder, if there is one, or into another one where that fails."""
 
     def __init__(self, output: Path | None) -> None:
         self.output = self.folder = output
         self._failure = ""
         if output is not None:
-            check_writable(output, "output", needed=MIN_FREE_BYTES)
+            check_writable(output, "output", needed=2**20)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -231,7 +214,7 @@ def _evaluate_baselines(
     baselines: Sequence[Evaluation | Path], settings: EvaluationConfig, writer: _Writer, processes: ProcessGroup
 ) -> list[Evaluation | None]:
     """Evaluate the baselines that are models, each with its own subfolder; None in all but the first process."""
-    names: Counter[str] = Counter()
+    file_names: list[str] = []
     evaluations: list[Evaluation | None] = []
     for baseline in baselines:
         if isinstance(baseline, Evaluation):
@@ -240,11 +223,9 @@ def _evaluate_baselines(
         short_name = _short_name(baseline)
         loaded = load(baseline, **settings.loading).to(processes.device)
         evaluation = _evaluate(loaded, os.fspath(baseline), short_name, settings, processes)
-        file_name = short_name.replace("/", "_")
-        names[file_name] += 1
+        file_names.append(unused_name(short_name.replace("/", "_"), file_names))
         if evaluation is not None:
-            number = names[file_name]  # different models may have the same name
-            writer.write(evaluation, Path("baselines", file_name if number == 1 else f"{file_name}-{number}"))
+            writer.write(evaluation, Path("baselines", file_names[-1]))
         evaluations.append(evaluation)
     return evaluations
 
@@ -261,10 +242,7 @@ def _evaluate(
     """Translate in all processes, and score in the first one; None in the others."""
     data_config = copy.deepcopy(settings.data)  # the datamodule adds the model's defaults to it
     datamodule = MultimodalDataModule(
-        data_config,
-        tokenizer=model.tokenizer,
-        dataset=SpeechTextDataset(model.tokenizer),
-        defaults=model.data_defaults,
+        data_config, tokenizer=model.tokenizer, dataset=SpeechTextDataset(model.tokenizer), defaults=model.data_defaults
     )
     test_sets = datamodule.test_sets(processes.rank, processes.world_size)
     translated = translate(
@@ -310,14 +288,10 @@ class _RankOutput:
 
 
 def _merge(outputs: Sequence[_RankOutput]) -> tuple[Translated, dict[str, int]]:
-    """The translations of all processes, and the number of skipped records of each test set that has any.
-
-    Raises:
-        DataError: if the processes saw the data in different orders, and so translated sentences twice or never.
-    """
+    """The translations of all processes, and the number of skipped records of each test set that has any."""
     first = outputs[0]
     for test_set, order in first.batch_orders.items():
-        if any(output.batch_orders[test_set] != order for output in outputs):
+        if any(output.batch_orders[test_set] != order for output in outputs):  # then some are translated twice or never
             raise DataError(
                 f"The processes read test set '{test_set}' in different orders, so that they cannot share it; set "
                 "shuffle: false and a number for seed and shard_seed, and see that all read the same files."
@@ -325,19 +299,6 @@ def _merge(outputs: Sequence[_RankOutput]) -> tuple[Translated, dict[str, int]]:
     # A record that several processes skipped counts once.
     counts = {name: len(frozenset().union(*(output.skipped[name] for output in outputs))) for name in first.skipped}
     return merge_ranks([output.translated for output in outputs]), {name: n for name, n in counts.items() if n}
-
-
-def _with_unique_names(evaluation: Evaluation, baselines: Sequence[Evaluation]) -> list[Evaluation]:
-    """The baselines, numbered where another has the same name: comparisons and tables refer to them by name."""
-    taken, renamed = {evaluation.name}, []
-    for baseline in baselines:
-        name, number = baseline.name, 1
-        while name in taken:
-            number += 1
-            name = f"{baseline.name} ({number})"
-        taken.add(name)
-        renamed.append(replace(baseline, name=name))
-    return renamed
 
 
 def _versions() -> dict[str, str]:

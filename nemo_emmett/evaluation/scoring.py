@@ -55,9 +55,7 @@ class Average:
 
 
 def score(
-    translations: Iterable[Translation],
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    comet: CometConfig | None = None,
+    translations: Iterable[Translation], metrics: Sequence[str] = DEFAULT_METRICS, comet: CometConfig | None = None
 ) -> list[Score]:
     """Score each direction of each test set and modality.
 

@@ -87,8 +87,8 @@ def comparable_scores(evaluation: Evaluation, baseline: Evaluation) -> dict[Key,
     Raises:
         DataError: if there are none, or if one was scored on other sentences or against other references.
     """
-    ours = {one.key for one in evaluation.scores}
-    shared = {one.key: one for one in baseline.scores if one.key in ours}
+    scored = {one.key for one in evaluation.scores}
+    shared = {one.key: one for one in baseline.scores if one.key in scored}
     if not shared:
         raise DataError(
             f"The baseline '{baseline.model}' was tested on {_names(baseline.scores)}, this model on "
@@ -96,7 +96,19 @@ def comparable_scores(evaluation: Evaluation, baseline: Evaluation) -> dict[Key,
         )
     of_ours, of_baseline = by_key(evaluation.translations), by_key(baseline.translations)
     for key in shared:
-        _check_same_sentences(key, of_ours[key], of_baseline[key], baseline)
+        ours, theirs = of_ours[key], of_baseline[key]
+        test_set, modality, source_lang, target_lang = key
+        where = f"{modality} {source_lang} → {target_lang} of test set '{test_set}'"
+        if [one.id for one in ours] != [one.id for one in theirs]:
+            raise DataError(
+                f"The baseline '{baseline.model}' was scored on other sentences than this model in {where} "
+                f"({len(theirs)}, not {len(ours)}, or of other ids): evaluate both on the same data."
+            )
+        if [one.reference for one in ours] != [one.reference for one in theirs]:
+            raise DataError(
+                f"The baseline '{baseline.model}' was scored against other references than this model in {where}: "
+                "evaluate both on the same data."
+            )
     return shared
 
 
@@ -109,26 +121,10 @@ def by_key(translations: Iterable[Translation]) -> dict[Key, list[Translation]]:
     groups: dict[Key, list[Translation]] = defaultdict(list)
     for one in translations:
         groups[one.key].append(one)
-    return {key: sorted(group, key=_place) for key, group in groups.items()}
-
-
-def _place(one: Translation) -> tuple[str, ...]:
-    return one.id, one.reference or "", one.source_text or "", one.audio_path or ""
-
-
-def _check_same_sentences(key: Key, ours: list[Translation], theirs: list[Translation], baseline: Evaluation) -> None:
-    test_set, modality, source_lang, target_lang = key
-    where = f"{modality} {source_lang} → {target_lang} of test set '{test_set}'"
-    if [one.id for one in ours] != [one.id for one in theirs]:
-        raise DataError(
-            f"The baseline '{baseline.model}' was scored on other sentences than this model in {where} "
-            f"({len(theirs)}, not {len(ours)}, or of other ids): evaluate both on the same data."
-        )
-    if [one.reference for one in ours] != [one.reference for one in theirs]:
-        raise DataError(
-            f"The baseline '{baseline.model}' was scored against other references than this model in {where}: "
-            "evaluate both on the same data."
-        )
+    return {
+        key: sorted(group, key=lambda one: (one.id, one.reference or "", one.source_text or "", one.audio_path or ""))
+        for key, group in groups.items()
+    }
 
 
 def _names(scores: Iterable[Score]) -> str:

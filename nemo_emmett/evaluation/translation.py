@@ -19,7 +19,6 @@ from nemo_emmett.prompts.encoding import encode_texts
 from nemo_emmett.prompts.markup import Prompt
 
 Batch = Mapping[str, Any]
-TestSets = Mapping[str, Iterable[Batch]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Translated:
 
 def translate(
     model: Any,
-    test_sets: TestSets,
+    test_sets: Mapping[str, Iterable[Batch]],
     *,
     num_beams: int = 1,
     max_new_tokens: int | None = None,

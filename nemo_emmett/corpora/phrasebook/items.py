@@ -32,22 +32,19 @@ class Phrase:
 
 def candidate_items(item_type: str, config: PhrasebookConfig) -> Iterator[Item]:
     """Every item of a type that ``config`` allows."""
-    return (Item(item_type, value) for value in _values(item_type, config))
-
-
-def _values(item_type: str, config: PhrasebookConfig) -> Iterator[str]:
     if item_type == "number":
-        yield from map(str, range(config.max_number + 1))
+        values = map(str, range(config.max_number + 1))
     elif item_type == "date":
         first, last = datetime.date(config.first_year, 1, 1), datetime.date(config.last_year, 12, 31)
-        yield from ((first + datetime.timedelta(days)).isoformat() for days in range((last - first).days + 1))
+        values = ((first + datetime.timedelta(days)).isoformat() for days in range((last - first).days + 1))
     elif item_type == "time":
-        yield from (f"{hour:02}:{minute:02}" for hour in range(24) for minute in range(60))
+        values = (f"{hour:02}:{minute:02}" for hour in range(24) for minute in range(60))
     else:
-        for currency in config.currencies:
-            # The yen has no hundredths.
-            parts = ("",) if currency == "JPY" else tuple(f".{hundredths:02}" for hundredths in range(100))
-            yield from (f"{currency}:{units}{part}" for units in range(1, config.max_price + 1) for part in parts)
+        hundredths = [f".{number:02}" for number in range(100)]
+        parts = {currency: [""] if currency == "JPY" else hundredths for currency in config.currencies}
+        units = range(1, config.max_price + 1)
+        values = (f"{currency}:{unit}{part}" for currency in parts for unit in units for part in parts[currency])
+    return (Item(item_type, value) for value in values)
 
 
 def split_phrases(

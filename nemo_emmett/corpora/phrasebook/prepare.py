@@ -12,11 +12,7 @@ from nemo_emmett.corpora.phrasebook.verbalization import write_item
 
 
 def prepare_phrasebook(
-    out: Path | str,
-    config: PhrasebookConfig | None = None,
-    *,
-    num_jobs: int | None = None,
-    show_progress: bool = True,
+    out: Path | str, config: PhrasebookConfig | None = None, *, num_jobs: int | None = None, show_progress: bool = True
 ) -> SpokenSummary:
     """Write and speak the phrasebook into ``out``. The same configuration gives the same bytes.
 

@@ -33,14 +33,10 @@ class SourceFiles:
 
     Names are relative, with slashes: ``dev/deu_Latn.dev``. An archive is read from its beginning for each file that is
     opened: quick for zip, and for tar while it is small. Recordings in tars are unpacked by ``preparing`` instead.
-
-    Args:
-        path: the folder or the archive.
-        below: the folder in it where names begin.
     """
 
-    path: Path
-    below: str = ""
+    path: Path  # the folder or the archive
+    below: str = ""  # the folder in it where names begin
 
     @cached_property
     def names(self) -> tuple[str, ...]:

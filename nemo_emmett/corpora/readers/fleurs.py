@@ -68,21 +68,13 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Speech:
-    """The recordings of one split in one language.
+    """The recordings of one split in one language."""
 
-    Args:
-        split: ``train``, ``dev`` or ``test``.
-        spoken: their language.
-        targets: languages to translate to.
-        folders: FLEURS' folder of each language that it has.
-        flores: folder or archive of FLORES, if translations are taken from it.
-    """
-
-    split: str
-    spoken: str
-    targets: tuple[str, ...]
-    folders: Mapping[str, Path]
-    flores: Path | None
+    split: str  # "train", "dev" or "test"
+    spoken: str  # their language
+    targets: tuple[str, ...]  # languages to translate to
+    folders: Mapping[str, Path]  # FLEURS' folder of each language that it has
+    flores: Path | None  # folder or archive of FLORES, if translations are taken from it
 
     def sentences(self) -> Iterator[Sentence | Skipped]:
         """One for each recording."""
@@ -102,11 +94,7 @@ class _Speech:
             yield Sentence(name, with_translations(texts, self.spoken), recording)
 
     def translations(self) -> Mapping[int, Mapping[str, str]]:
-        """The translations of each sentence, by language.
-
-        Raises:
-            DataError: if FLORES has other sentences, or a file is damaged.
-        """
+        """The translations of each sentence, by language; raises DataError if FLORES has other sentences."""
         if self.flores is not None:
             texts = {}
             for language in ("en", self.spoken, *self.targets):
@@ -241,8 +229,7 @@ def places_in_flores(
         times = Counter(normalised.values())
         of_text = {text: place for place, text in normalised.items() if times[text] == 1}
         for number, text in texts[language].items():
-            place = of_text.get(normalise(text))
-            if place is not None:
+            if (place := of_text.get(normalise(text))) is not None:
                 places.setdefault(number, place)
     return places
 

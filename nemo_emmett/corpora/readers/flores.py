@@ -65,9 +65,8 @@ def flores_sentences(path: Path | str, split: str, languages: Sequence[str] | No
 def read(path: Path, selection: Selection) -> list[Part]:
     """A part for each split, all languages side by side."""
     source, files = _files(path)
-    splits = chosen(selection.splits, files, "splits of FLORES")
     parts = []
-    for split in splits:
+    for split in chosen(selection.splits, files, "splits of FLORES"):
         languages = chosen(selection.languages, files[split], f"languages of FLORES' {split}")
         names = {language: files[split][language] for language in languages}
         parts.append(Part(split, languages, partial(_parallel, source, split, names)))
@@ -108,11 +107,7 @@ def _parallel(source: SourceFiles, split: str, names: Mapping[str, str]) -> Iter
 
 
 def _sentences(source: SourceFiles, split: str, name: str) -> tuple[dict[str, str], list[str]]:
-    """The texts by their ids, in the order of the ids, and the causes for which records were left out.
-
-    Raises:
-        DataError: if no record can be read.
-    """
+    """The texts by their ids, in the order of the ids, and the causes for which records were left out."""
     found: dict[int, str] = {}
     skipped = []
     for record in _records(source, name):

@@ -29,10 +29,8 @@ def iso_code(code: str) -> str:
     short = _shortest(language.lower())
     usual = flores_code(short)
     script = next((tag.title() for tag in subtags if len(tag) == 4 and tag.isalpha()), None)
-    if script is None and subtags and usual is not None:
-        script = (flores_code(f"{short}-{subtags[-1].upper()}") or usual)[
-            -4:
-        ]  # zh_TW: the region determines the script
+    if script is None and subtags and usual is not None:  # zh_TW: the region determines the script
+        script = (flores_code(f"{short}-{subtags[-1].upper()}") or usual)[-4:]
     found = short if script is None or usual is None or usual.endswith(script) else f"{short}-{script}"
     return found if is_known_language(found) else flores_code(code) or flores_code(found) or found
 
@@ -49,8 +47,7 @@ def chosen(asked: Sequence[str] | None, there: Iterable[str], what: str) -> tupl
         ConfigError: if a value is not there.
     """
     there = tuple(dict.fromkeys(there))
-    missing = [value for value in asked or () if value not in there]
-    if missing:
+    if missing := [value for value in asked or () if value not in there]:
         raise ConfigError(f"'{missing[0]}' is not among the {what} that are there: {', '.join(there)}.")
     return tuple(dict.fromkeys(asked)) if asked else there
 
@@ -83,8 +80,7 @@ def _shortest(language: str) -> str:
     language = _SAME.get(language, language)
     if len(language) == 2:
         return language
-    standard = _two_letter_codes().get(language)
-    if standard is not None:
+    if (standard := _two_letter_codes().get(language)) is not None:
         return standard
     from babel.core import get_global
 

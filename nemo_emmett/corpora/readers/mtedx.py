@@ -34,9 +34,8 @@ def read(source: Path, selection: Selection) -> Sequence[Part]:
     """
     folders = data_folders(source)
     there = [split for split in _SPLITS if any((folder / split).is_dir() for folder in folders.values())]
-    splits = chosen(selection.splits, there, f"splits of {CORPUS.title}")
     parts = []
-    for split in splits:
+    for split in chosen(selection.splits, there, f"splits of {CORPUS.title}"):
         for spoken, targets in wanted_pairs(folders, selection.languages, CORPUS.title).items():
             pairs = [TalksOfPair(folders[spoken, target] / split, spoken, target) for target in targets]
             for pair in pairs:
@@ -47,8 +46,7 @@ def read(source: Path, selection: Selection) -> Sequence[Part]:
 
 def _parts(split: str, spoken: str, pairs: Sequence[TalksOfPair]) -> Iterator[Part]:
     """Separate parts for translation and transcription, which a recipe can weight differently."""
-    translated = [pair for pair in pairs if pair.target != spoken]
-    if translated:
+    if translated := [pair for pair in pairs if pair.target != spoken]:
         languages = (spoken, *(pair.target for pair in translated))
         yield Part(split, languages, partial(_sentences, spoken, translated), spoken=spoken)
     for pair in pairs:

@@ -10,7 +10,7 @@ A sentence's id is the number of its line, from 1.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -49,8 +49,7 @@ def read(path: Path, selection: Selection) -> list[Part]:
 
 
 def _sentences(source: SourceFiles, names: dict[str, str]) -> Iterator[Sentence]:
-    files: Sequence[tuple[SourceFiles, str]] = [(source, name) for name in names.values()]
-    for number, lines in enumerate(zipped_lines(files), start=1):
+    for number, lines in enumerate(zipped_lines([(source, name) for name in names.values()]), start=1):
         yield Sentence(str(number), dict(zip(names, lines, strict=True)))
 
 

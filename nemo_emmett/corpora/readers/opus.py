@@ -65,7 +65,11 @@ class _Bitext:
 
 def read(path: Path, selection: Selection) -> list[Part]:
     """A part for each corpus and pair of the selected languages; some languages may be in no pair."""
-    bitexts = sorted(_bitexts(path), key=lambda bitext: bitext.name)
+    source = SourceFiles(path)
+    zips = [SourceFiles(path / name) for name in source.names if path.is_dir() and name.endswith(".zip")]
+    bitexts = sorted(
+        (bitext for files in (source, *zips) for bitext in _bitexts(files)), key=lambda bitext: bitext.name
+    )
     if not bitexts:
         raise DataError(f"There is no text of OPUS in '{path}'; what is needed: {CORPUS.files}")
     if set(selection.splits or [SPLIT]) != {SPLIT}:
@@ -90,16 +94,7 @@ def read(path: Path, selection: Selection) -> list[Part]:
     return [Part(SPLIT, bitext.languages, partial(_sentences, bitext), name=bitext.name) for bitext in wanted]
 
 
-def _bitexts(path: Path) -> Iterator[_Bitext]:
-    source = SourceFiles(path)
-    yield from _bitexts_in(source)
-    if path.is_dir():
-        for name in source.names:
-            if name.endswith(".zip"):
-                yield from _bitexts_in(SourceFiles(path / name))
-
-
-def _bitexts_in(source: SourceFiles) -> Iterator[_Bitext]:
+def _bitexts(source: SourceFiles) -> Iterator[_Bitext]:
     for name in source.names:
         file = PurePosixPath(name)
         if (found := _TMX.fullmatch(file.name)) is not None:

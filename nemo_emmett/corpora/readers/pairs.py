@@ -65,9 +65,7 @@ def wanted_pairs(
 
 
 def joined(
-    readings: Iterable[Iterable[tuple[Segment, Mapping[str, str]] | Skipped]],
-    spoken: str,
-    audio: Callable[[str], Path],
+    readings: Iterable[Iterable[tuple[Segment, Mapping[str, str]] | Skipped]], spoken: str, audio: Callable[[str], Path]
 ) -> Iterator[Sentence | Skipped]:
     """The segments of all pairs of one spoken language, each once with all of its translations, by talk and time.
 

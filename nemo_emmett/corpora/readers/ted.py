@@ -25,21 +25,15 @@ from nemo_emmett.errors import DataError
 
 @dataclass(frozen=True)
 class TalksOfPair:
-    """One split of one language pair.
+    """One split of one language pair."""
 
-    Args:
-        folder: ``en-de/data/train``.
-        spoken: the language of the talks.
-        target: of the translations; the same as ``spoken`` where there are transcripts alone.
-    """
-
-    folder: Path
-    spoken: str
-    target: str
+    folder: Path  # en-de/data/train
+    spoken: str  # the language of the talks
+    target: str  # of the translations; the same as ``spoken`` where there are transcripts alone
 
     def check(self, where_from: str) -> None:
         """Raise DataError, naming ``where_from``, if one of its files is missing."""
-        for path in (self._segments, self._text(self.spoken), self._text(self.target), self.folder / "wav"):
+        for path in (*map(self._file, ("yaml", self.spoken, self.target)), self.folder / "wav"):
             need(path, f"a part of {self.spoken}-{self.target}; get it from {where_from}")
 
     def rows(self) -> Iterator[tuple[Segment, dict[str, str]] | Skipped]:
@@ -51,12 +45,11 @@ class TalksOfPair:
         segments = self._read_segments()
         texts = {}
         for language in (self.spoken, self.target):
-            path = self._text(language)
+            path = self._file(language)
             texts[language] = [line.strip() for line in SourceFiles(path.parent).lines(path.name)]
-        for language, lines in texts.items():
-            if len(lines) != len(segments):
+            if len(texts[language]) != len(segments):
                 raise DataError(
-                    f"'{self._text(language)}' has {len(lines)} lines, but '{self._segments}' has {len(segments)} "
+                    f"'{path}' has {len(texts[language])} lines, but '{self._file('yaml')}' has {len(segments)} "
                     "segments; unpack the archive of the pair again."
                 )
         for number, segment in enumerate(segments):
@@ -65,15 +58,11 @@ class TalksOfPair:
             else:
                 yield segment, {language: lines[number] for language, lines in texts.items()}
 
-    @property
-    def _segments(self) -> Path:
-        return self.folder / "txt" / f"{self.folder.name}.yaml"
-
-    def _text(self, language: str) -> Path:
-        return self.folder / "txt" / f"{self.folder.name}.{language}"
+    def _file(self, ending: str) -> Path:
+        return self.folder / "txt" / f"{self.folder.name}.{ending}"
 
     def _read_segments(self) -> list[Segment | Skipped]:
-        path = self._segments
+        path = self._file("yaml")
         try:
             entries = _yaml(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):  # of a bad line; each entry is one line
