@@ -205,7 +205,7 @@ def _plain(name: str) -> str:
 
 
 def _unused_memory(total: int) -> int:
-    """Bytes of this machine that are unused or that the kernel can free; the total if that is not known."""
+    """Bytes that are unused or that the kernel can free; the total if that is not known."""
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMORY_INFO.read_text(), re.MULTILINE)
     except OSError:

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import annotated_types
 import yaml
@@ -42,7 +42,7 @@ from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.files import write_text
 from nemo_emmett.oomptimizer.profile_yaml import Line, as_yaml
-from nemo_emmett.typed_config import Count, Number, PositiveWhole, is_number, parse_value
+from nemo_emmett.typed_config import Count, Number, PositiveWhole, is_number, parse_section, parse_value
 
 ONLY_GROUP = ""
 """Name of the group of a ``train_ds`` that is not a ``multi_config``."""
@@ -380,6 +380,5 @@ def _event(entry: Any, place: str) -> Event:
 
 def _record(cls: type[_T], entry: Any, place: str, **given: Any) -> _T:
     """A mapping as a dataclass of numbers; those that are absent are None, as in a file that somebody edits."""
-    entry = parse_value(dict, entry, place)
-    hints = {name: hint for name, hint in get_type_hints(cls, include_extras=True).items() if name not in given}
-    return cls(**{name: parse_value(hint, entry.get(name), f"{place}.{name}") for name, hint in hints.items()}, **given)
+    absent = dict.fromkeys(cls.__dataclass_fields__)
+    return parse_section(cls, absent | parse_value(dict, entry, place), place, **given)

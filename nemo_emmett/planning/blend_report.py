@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from nemo.collections.common.tokenizers import AutoTokenizer, SentencePieceTokenizer
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +26,7 @@ from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import is_local
 from nemo_emmett.data.readers.registry import register_data_types
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.planning.needed import look_up
 
 SECTIONS = ("data.train_ds", "model.train_ds", "train_ds")
 """Where NeMo's recipes have the data that they train on."""
@@ -64,10 +64,7 @@ class Recipe:
 
 
 def read_recipe(
-    content: DictConfig | ListConfig,
-    name: str,
-    section: str | None = None,
-    defaults: Mapping[str, Any] | None = None,
+    content: DictConfig | ListConfig, name: str, section: str | None = None, defaults: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Find the dataset that a config describes.
 
@@ -91,18 +88,19 @@ def read_recipe(
     if "datasets" in keys:
         names = ", ".join(f"{section}.datasets.{name}".lstrip(".") for name in keys["datasets"])
         raise ConfigError(f"--section: '{section or path}' holds several datasets; choose one of {names}.")
+    folder = look_up(content, "model.pretrained_llm")
     return Recipe(
         parse_dataset(config_of({**defaults, **keys}), section or path.stem),
-        steps=_positive(_look_up(content, "trainer.max_steps")),
-        batches_per_step=_processes(content) * (_positive(_look_up(content, "trainer.accumulate_grad_batches")) or 1),
-        tokenizer=_tokenizer_folder(content),
+        steps=_positive(look_up(content, "trainer.max_steps")),
+        batches_per_step=_processes(content) * (_positive(look_up(content, "trainer.accumulate_grad_batches")) or 1),
+        tokenizer=folder if isinstance(folder, str) and os.path.isdir(folder) else None,
     )
 
 
 def _section(content: DictConfig, section: str | None, path: str | os.PathLike[str]) -> str:
     """The dataset's place; the empty one is the whole file."""
     if section is not None:
-        if not isinstance(_look_up(content, section), DictConfig):
+        if not isinstance(look_up(content, section), DictConfig):
             raise ConfigError(f"--section: '{path}' has no section '{section}'; its sections are {', '.join(content)}.")
         return section
     found = [place for place in SECTIONS if isinstance(OmegaConf.select(content, place), DictConfig)]
@@ -113,27 +111,14 @@ def _section(content: DictConfig, section: str | None, path: str | os.PathLike[s
     raise ConfigError(f"The config '{path}' has no {SECTIONS[0]}; name the dataset's place in it by --section.")
 
 
-def _look_up(content: DictConfig, key: str) -> Any:
-    """A value that the recipe may have; what cannot be resolved is not needed."""
-    try:
-        return OmegaConf.select(content, key)
-    except OmegaConfBaseException:
-        return None
-
-
 def _positive(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _processes(content: DictConfig) -> int:
-    devices = _look_up(content, "trainer.devices")
+    devices = look_up(content, "trainer.devices")
     devices = len(devices) if isinstance(devices, ListConfig) else _positive(devices) or 1
-    return devices * (_positive(_look_up(content, "trainer.num_nodes")) or 1)
-
-
-def _tokenizer_folder(content: DictConfig) -> str | None:
-    folder = _look_up(content, "model.pretrained_llm")
-    return folder if isinstance(folder, str) and os.path.isdir(folder) else None
+    return devices * (_positive(look_up(content, "trainer.num_nodes")) or 1)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -324,8 +309,9 @@ def _rows_below(node: Node, lead: str, share: float, draws: float | None, folder
             yield from _rows_below(child, lead + below, share, draws, folder)
             continue
         known = draws is not None and child.size is not None and child.size.examples
-        epochs = _epochs(draws * child.share / child.size.examples) if known else "?"
-        yield _row(lead + own + _short_name(child.source, folder), child.size, share * child.share, weight, epochs)
+        epochs = draws * child.share / child.size.examples if known else None
+        shown = "?" if epochs is None else f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2f}"
+        yield _row(lead + own + _short_name(child.source, folder), child.size, share * child.share, weight, shown)
 
 
 def _row(name: str, size: Size | None, share: float, weight: str = "", epochs: str = "") -> Row:
@@ -416,18 +402,13 @@ def _modalities(streams: Sequence[Stream]) -> str:
     shares: Counter[str] = Counter()
     for stream, of_stream in zip(streams, _shares_of_streams(streams), strict=True):
         for leaf in stream.blend.leaves():
-            shares[_modality(leaf.source)] += of_stream * leaf.share
+            source = leaf.source
+            is_speech = source.type.startswith(("nemo", "lhotse")) or source.type.endswith("_as_conversation")
+            shares[TEXT if source.is_text else SPEECH if is_speech else OTHER] += of_stream * leaf.share
     listed = ", ".join(f"{modality} {100 * share:.1f} %" for modality, share in shares.most_common())
     if any(stream.examples is None for stream in streams) and len(streams) > 1:
         listed += " (as if all batches were of one size)"
     return listed
-
-
-def _modality(source: Source) -> str:
-    if source.is_text:
-        return TEXT
-    is_speech = source.type.startswith(("nemo", "lhotse")) or source.type.endswith("_as_conversation")
-    return SPEECH if is_speech else OTHER
 
 
 def _batch_lines(recipe: Recipe, streams: Sequence[Stream]) -> Iterator[str]:
@@ -455,7 +436,3 @@ def _number(value: float) -> str:
         if value >= limit:
             return f"{value / (1e3 if suffix == ' k' else limit):.3g}{suffix}"
     return f"{value:,.0f}" if value == int(value) or value >= 1000 else f"{value:.3g}"
-
-
-def _epochs(epochs: float) -> str:
-    return f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2f}"

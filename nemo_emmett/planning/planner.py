@@ -26,14 +26,7 @@ from nemo_emmett.oomptimizer.profile import Measure, TimeLine
 from nemo_emmett.planning.bins_and_sizes import BinPlan, Probed, TimeModel, epoch_seconds, plan_bins
 from nemo_emmett.planning.fake_training import fake_training
 from nemo_emmett.planning.lengths import lengths_of_groups, numbers_of_buckets
-from nemo_emmett.planning.recipe import (
-    Build,
-    Training,
-    ddp_bucket_bytes,
-    with_bins,
-    with_groups,
-    without_device,
-)
+from nemo_emmett.planning.recipe import Build, Training, ddp_bucket_bytes, with_bins, with_groups, without_device
 from nemo_emmett.planning.report import LiveTable, comparison
 from nemo_emmett.planning.timing import Rate, operations_per_example
 
@@ -170,13 +163,15 @@ def with_fastest_bins(
     for name in bins:
         only = None if is_zip(train_ds) else name
         start = _probed(first, name)
+        # In steps that groups share, each may take as much as its largest batch.
+        peaks = (measure.confirmed_peak or measure.predicted_peak for measure in first.measures[name])
         best = plan_bins(
             lengths[name],
             *numbers[name],
             start,
             lambda others, name=name, only=only: _probed(planner.search({**bins, name: others}, only), name),
             times[name],
-            _budget_of(first, name) if is_zip(train_ds) else planner.search_budget,
+            max(peaks) if is_zip(train_ds) else planner.search_budget,
         )
         bins[name] = best.bins
         plans = {LEAST_PADDING: BinPlan.of(start.bins, start.sizes, lengths[name], times[name]), SHORTEST_EPOCH: best}
@@ -199,11 +194,6 @@ def _probed(profile: Profile, name: str) -> Probed:
     bins = [list(b) if isinstance(b, tuple) else b for b in profile.groups[name].bucket_duration_bins]
     lines = tuple(measure.memory for measure in profile.measures[name])
     return Probed(bins, profile.groups[name].bucket_batch_size, lines)
-
-
-def _budget_of(profile: Profile, name: str) -> float:
-    """Bytes that a group may take in steps that it shares with others: as much as its largest batch."""
-    return max(measure.confirmed_peak or measure.predicted_peak for measure in profile.measures[name])
 
 
 def _with_times(profile: Profile, times: Mapping[str, TimeModel], lengths: Mapping[str, Lengths]) -> Profile:

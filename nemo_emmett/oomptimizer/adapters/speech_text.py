@@ -14,13 +14,7 @@ from torch import Tensor
 
 from nemo_emmett.modules.batch import split_modalities
 from nemo_emmett.oomptimizer.adapters.base import Adapter, Extent
-from nemo_emmett.oomptimizer.adapters.draws import (
-    random_ids,
-    random_recordings,
-    samples_of,
-    sampling_rate,
-    special_ids,
-)
+from nemo_emmett.oomptimizer.adapters.draws import random_ids, random_recordings, samples_of, sampling_rate, special_ids
 from nemo_emmett.oomptimizer.adapters.fakes import fake_values
 from nemo_emmett.oomptimizer.adapters.lengths import (
     PROMPT_TOKENS,
