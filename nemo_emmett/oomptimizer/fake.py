@@ -150,24 +150,14 @@ def _refusal(operation: str, error: BaseException) -> ConfigError:
 
 @dataclass(frozen=True)
 class _New:
-    """The operation makes a tensor with a storage of its own."""
+    """The operation makes a tensor, with a storage of its own or as a view of one of its arguments."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-
-
-@dataclass(frozen=True)
-class _View:
-    """The operation returns a view of the storage of one of its arguments."""
-
-    argument: int
-    offset: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+    viewed: int | None = None  # the argument
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,7 +174,7 @@ class _Value:
     value: Any
 
 
-_Form = _New | _View | _Argument | _Value | tuple | list
+_Form = _New | _Argument | _Value | tuple | list
 
 _WEIGHT_OF_NORM = {
     torch.ops.aten.native_layer_norm.default: 2,
@@ -255,14 +245,13 @@ class _ResultCache(TorchDispatchMode):
     def _make(self, form: _Form, tensors: Sequence[FakeTensor]) -> Any:
         kind = type(form)
         if kind is _New:
+            storage = None if form.viewed is None else tensors[form.viewed].untyped_storage()
             with torch._C._DisableTorchDispatch():
-                made = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
-            return self._fake(made, form.device)
-        if kind is _View:
-            storage = tensors[form.argument].untyped_storage()
-            with torch._C._DisableTorchDispatch():
-                made = torch.empty(0, dtype=form.dtype, device="meta")
-                made.set_(storage, form.offset, form.shape, form.stride)
+                if storage is None:
+                    made = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
+                else:
+                    made = torch.empty(0, dtype=form.dtype, device="meta")
+                    made.set_(storage, form.offset, form.shape, form.stride)
             return self._fake(made, form.device)
         if kind is _Argument:
             return tensors[form.argument]
@@ -355,7 +344,7 @@ def _form_of(result: Any, tensors: Sequence[FakeTensor]) -> _Form:
     shares = [index for index, tensor in enumerate(tensors) if tensor.untyped_storage() is storage]
     if len(shares) > 1:
         raise _NotCacheable
-    return _View(shares[0], result.storage_offset(), *layout) if shares else _New(*layout)
+    return _New(*layout, shares[0], result.storage_offset()) if shares else _New(*layout)
 
 
 def _same(made: Any, result: Any) -> bool:

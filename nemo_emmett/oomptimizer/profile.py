@@ -304,7 +304,14 @@ def _buckets(group: Any, place: str) -> Buckets:
     if not isinstance(group, dict):
         raise ConfigError(f"{place}: a mapping with bucket_duration_bins and bucket_batch_size is needed.")
     if "batch_size" in group and "bucket_batch_size" not in group:
-        return _one_size(group, place)
+        keys = [key for key in LIMIT_KEYS if key in group]
+        if len(keys) != 1 or not is_number(group[keys[0]]) or group[keys[0]] <= 0:
+            raise ConfigError(
+                f"{place}.batch_size: is for examples of any length up to a bound; give one positive number as "
+                f"{' or '.join(LIMIT_KEYS)}."
+            )
+        size = parse_value(BatchSize, group["batch_size"], f"{place}.batch_size")
+        return Buckets((float(group[keys[0]]),), (size,), keys[0])
     for key in ("bucket_duration_bins", "bucket_batch_size"):
         if key not in group:
             raise ConfigError(f"{place}.{key}: is missing from the profile.")
@@ -313,17 +320,6 @@ def _buckets(group: Any, place: str) -> Buckets:
     if len(bins) != len(sizes):
         raise ConfigError(f"{place}: there are {len(bins)} bins, but {len(sizes)} batch sizes; each bin needs one.")
     return Buckets(bins, tuple(sizes))
-
-
-def _one_size(group: Mapping, place: str) -> Buckets:
-    keys = [key for key in LIMIT_KEYS if key in group]
-    if len(keys) != 1 or not is_number(group[keys[0]]) or group[keys[0]] <= 0:
-        raise ConfigError(
-            f"{place}.batch_size: is for examples of any length up to a bound; give one positive number as "
-            f"{' or '.join(LIMIT_KEYS)}."
-        )
-    size = parse_value(BatchSize, group["batch_size"], f"{place}.batch_size")
-    return Buckets((float(group[keys[0]]),), (size,), keys[0])
 
 
 def _measure_content(measure: Measure) -> dict[str, Any]:

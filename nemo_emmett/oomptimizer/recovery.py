@@ -118,15 +118,10 @@ class Recovery:
 
 @dataclass(frozen=True)
 class _Microbatch:
-    """A batch, or a part of it, that is to be run.
-
-    Args:
-        batch: the examples.
-        complete: parameters that have the gradient of these examples already.
-    """
+    """A batch, or a part of it, that is to be run."""
 
     batch: Any
-    complete: frozenset[Parameter] = frozenset()
+    complete: frozenset[Parameter] = frozenset()  # that have the gradient of these examples already
 
 
 @dataclass(frozen=True)
@@ -273,22 +268,18 @@ class _RecoveringClosure(Closure):
                 logs.write()
             loss = result.closure_loss
             if loss is not None:
-                loss = self._depending_on_all(loss * weight) if is_last else loss * weight
+                loss = loss * weight
+                model = self._strategy.model
+                if is_last and isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
+                    # DDP waits for the gradients of all parameters, whichever microbatches used them.
+                    used = (p for p in model.parameters() if p.requires_grad and p.grad is not None)
+                    loss = ZeroGradDependency.apply(loss, *used)
             return ClosureResult(loss, extra=recursive_detach(result.extra))
 
         # As Lightning does for all but the last batch of an accumulation.
         with _block_parallel_sync_behavior(self._strategy, block=not is_last):
             result = self._run(step_fn, closure._backward_fn)
         return _Output(weight, result.loss, result.extra)
-
-    def _depending_on_all(self, loss: Tensor) -> Tensor:
-        """DDP waits for the gradients of all parameters in the last microbatch, whichever ones used them."""
-        model = self._strategy.model
-        if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
-            return loss
-        return ZeroGradDependency.apply(
-            loss, *(p for p in model.parameters() if p.requires_grad and p.grad is not None)
-        )
 
 
 # Gradients.
@@ -356,15 +347,10 @@ class ZeroGradDependency(torch.autograd.Function):
 
 
 class _MicrobatchLogs:
-    """Logs once what a model logs in each microbatch of a step: means, weighted as the losses are.
-
-    Args:
-        module: the model.
-        logged: nothing is to be logged, since the whole batch's forward pass has logged it.
-    """
+    """Logs once what a model logs in each microbatch of a step: means, weighted as the losses are."""
 
     def __init__(self, module: LightningModule, logged: bool) -> None:
-        self._module, self._written = module, logged
+        self._module, self._written = module, logged  # by the whole batch's forward pass
         self._values: dict[str, list[tuple[float, Any]]] = {}
         self._options: dict[str, tuple[tuple, dict]] = {}
 

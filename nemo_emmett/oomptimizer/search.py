@@ -211,7 +211,21 @@ class Search:
                 known.predicted[size] = self._model.peak(bucket.shape, size) if self._model is not None else 0.0
             self._note(known, size, self._probe(bucket, size))
             probes += 1
-        return self._result(known, probes)
+        size, reading = known.fitting, known.last
+        for examples, of_size in known.of_size.items():
+            if of_size.peak > self._base + (self._budget - self._base) / 2:  # far above the floor
+                self._samples.append(Sample(bucket.shape, examples, of_size.peak))
+        if self._samples:
+            self._model = MemoryModel.fit(self._samples)
+        intercepts, own = self._intercepts(), known.intercept()
+        if own is None:
+            own = float(np.median(intercepts)) if intercepts else self._base
+        intercept = min(own, reading.peak)
+        line = MemoryLine(self._floor, intercept, (reading.peak - intercept) / size)
+        result = Result(bucket, size, known.predicted[size] or reading.peak, reading, line, probes)
+        self._found.append(result)
+        self._known.append(known)
+        return result
 
     def _next_size(self, known: _Readings) -> int:
         if not known.of_size and known.exceeded is None:
@@ -307,23 +321,6 @@ class Search:
     def _intercepts(self) -> list[float]:
         """The intercepts of the buckets with two readings."""
         return [found for known in self._known if (found := known.intercept()) is not None]
-
-    def _result(self, known: _Readings, probes: int) -> Result:
-        size, reading = known.fitting, known.last
-        for examples, of_size in known.of_size.items():
-            if of_size.peak > self._base + (self._budget - self._base) / 2:  # far above the floor
-                self._samples.append(Sample(known.bucket.shape, examples, of_size.peak))
-        if self._samples:
-            self._model = MemoryModel.fit(self._samples)
-        intercepts, own = self._intercepts(), known.intercept()
-        if own is None:
-            own = float(np.median(intercepts)) if intercepts else self._base
-        intercept = min(own, reading.peak)
-        line = MemoryLine(self._floor, intercept, (reading.peak - intercept) / size)
-        result = Result(known.bucket, size, known.predicted[size] or reading.peak, reading, line, probes)
-        self._found.append(result)
-        self._known.append(known)
-        return result
 
 
 def spread_out(count: int) -> list[int]:

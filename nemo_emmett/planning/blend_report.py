@@ -88,11 +88,13 @@ def read_recipe(
     if "datasets" in keys:
         names = ", ".join(f"{section}.datasets.{name}".lstrip(".") for name in keys["datasets"])
         raise ConfigError(f"--section: '{section or path}' holds several datasets; choose one of {names}.")
-    folder = look_up(content, "model.pretrained_llm")
+    devices, folder = look_up(content, "trainer.devices"), look_up(content, "model.pretrained_llm")
+    processes = len(devices) if isinstance(devices, ListConfig) else _positive(devices) or 1
+    processes *= _positive(look_up(content, "trainer.num_nodes")) or 1
     return Recipe(
         parse_dataset(config_of({**defaults, **keys}), section or path.stem),
         steps=_positive(look_up(content, "trainer.max_steps")),
-        batches_per_step=_processes(content) * (_positive(look_up(content, "trainer.accumulate_grad_batches")) or 1),
+        batches_per_step=processes * (_positive(look_up(content, "trainer.accumulate_grad_batches")) or 1),
         tokenizer=folder if isinstance(folder, str) and os.path.isdir(folder) else None,
     )
 
@@ -113,12 +115,6 @@ def _section(content: DictConfig, section: str | None, path: str | os.PathLike[s
 
 def _positive(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _processes(content: DictConfig) -> int:
-    devices = look_up(content, "trainer.devices")
-    devices = len(devices) if isinstance(devices, ListConfig) else _positive(devices) or 1
-    return devices * (_positive(look_up(content, "trainer.num_nodes")) or 1)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -172,21 +168,16 @@ def streams_of(recipe: Recipe, tokenizer: Any = None, index_dir: str | None = No
     """
     register_data_types()
     dataset = recipe.dataset
-    batches = _batches_per_step(dataset)
+    weights, total = {group.name: 1.0 for group in dataset.groups}, 1.0  # a batch of each
+    if len(weights) > 1 and dataset.sampler_fusion != "zip":
+        if dataset.sampler_fusion == "randomized_round_robin" and dataset.sampler_weights:
+            weights = {name: dataset.sampler_weights[name] for name in weights}
+        total = sum(weights.values())
     streams = []
     for group in dataset.groups:
         blend = blend_of(group, tokenizer=tokenizer, index_dir=index_dir, count_all=True)
-        streams.append(Stream(group.name, blend, batches[group.name], *_examples_per_batch(group, blend)))
+        streams.append(Stream(group.name, blend, weights[group.name] / total, *_examples_per_batch(group, blend)))
     return streams
-
-
-def _batches_per_step(dataset: DatasetConfig) -> dict[str, float]:
-    names = [group.name for group in dataset.groups]
-    if len(names) == 1 or dataset.sampler_fusion == "zip":
-        return dict.fromkeys(names, 1.0)
-    weights = dataset.sampler_weights if dataset.sampler_fusion == "randomized_round_robin" else None
-    weights = weights or dict.fromkeys(names, 1.0)
-    return {name: weights[name] / sum(weights[n] for n in names) for name in names}
 
 
 def _examples_per_batch(group: GroupConfig, blend: Node) -> tuple[float | None, str]:
@@ -256,11 +247,9 @@ def print_blend(
     console = console or Console()
     steps = steps or recipe.steps or DEFAULT_STEPS
     streams = streams_of(recipe, tokenizer, index_dir)
-    unit = TokenCounter(tokenizer).unit
     sources = [leaf.source for stream in streams for leaf in stream.blend.leaves()]
     folder = _common_folder(sources)
-    rows = list(_rows(recipe, streams, steps, folder))
-    console.print(_table(rows, unit, console.width))
+    console.print(_table(list(_rows(recipe, streams, steps, folder)), TokenCounter(tokenizer).unit, console.width))
     for line in _remarks(recipe, streams, steps):
         console.print(line, highlight=False)
     if folder not in ("", "."):
@@ -391,7 +380,16 @@ def _remarks(recipe: Recipe, streams: Sequence[Stream], steps: int) -> Iterator[
     """What the table does not say, one sentence a line."""
     yield ""
     yield f"Expected share of the examples: {_modalities(streams)}."
-    yield from _batch_lines(recipe, streams)
+    fusion = recipe.dataset.sampler_fusion
+    if len(streams) > 1 and fusion == "zip":
+        yield "A step takes one batch of each group (sampler_fusion: zip)."
+    elif len(streams) > 1:
+        listed = ", ".join(f"{stream.name} {100 * stream.batches:.1f} %" for stream in streams)
+        yield f"A step takes one batch of one group (sampler_fusion: {fusion}): {listed}."
+    else:
+        yield "A step takes one batch."
+    for stream in streams:
+        yield f"A batch{f' of {stream.name}' if stream.name else ''} holds {stream.batch}."
     if recipe.batches_per_step > 1:
         yield f"So does each process at each accumulated batch: {recipe.batches_per_step} times a step of the trainer."
     if any(stream.examples is not None for stream in streams):
@@ -409,19 +407,6 @@ def _modalities(streams: Sequence[Stream]) -> str:
     if any(stream.examples is None for stream in streams) and len(streams) > 1:
         listed += " (as if all batches were of one size)"
     return listed
-
-
-def _batch_lines(recipe: Recipe, streams: Sequence[Stream]) -> Iterator[str]:
-    fusion = recipe.dataset.sampler_fusion
-    if len(streams) > 1 and fusion == "zip":
-        yield "A step takes one batch of each group (sampler_fusion: zip)."
-    elif len(streams) > 1:
-        listed = ", ".join(f"{stream.name} {100 * stream.batches:.1f} %" for stream in streams)
-        yield f"A step takes one batch of one group (sampler_fusion: {fusion}): {listed}."
-    else:
-        yield "A step takes one batch."
-    for stream in streams:
-        yield f"A batch{f' of {stream.name}' if stream.name else ''} holds {stream.batch}."
 
 
 def _duration(seconds: float) -> str:

@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
@@ -118,27 +118,17 @@ class Planner:
                 safety_margin=self.safety_margin,
                 modality_share=self.modality_share,
             )
-            counting = [_CountOperations(self.operations)] if count_operations else []
+
+            def count(trainer: Trainer, module: LightningModule) -> None:
+                """At the start of the fit, when the bins are known."""
+                groups = read_groups(trainer.datamodule.cfg.train_ds)
+                with adapter_for(module).planning():
+                    self.operations.update(operations_per_example(trainer, module, groups))
+
+            counting = [LambdaCallback(on_fit_start=count)] if count_operations else []
             table = LiveTable(self.title, lambda: self.search_budget, self.console, is_timed=False)
             fit(training, optimizer, table, *counting)
             return Profile.read(path)
-
-
-class _CountOperations(Callback):
-    """Counts the operations of some steps at the start of the fit, when the bins are known.
-
-    Args:
-        counts: filled with them, by group.
-    """
-
-    def __init__(self, counts: dict[str, tuple[list, list[float]]]) -> None:
-        self.counts = counts
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count."""
-        groups = read_groups(trainer.datamodule.cfg.train_ds)
-        with adapter_for(pl_module).planning():
-            self.counts.update(operations_per_example(trainer, pl_module, groups))
 
 
 def with_fastest_bins(
@@ -206,6 +196,6 @@ def _with_times(profile: Profile, times: Mapping[str, TimeModel], lengths: Mappi
 
 
 def _timed(measure: Measure, time: TimeModel) -> Measure:
-    seconds: Any = time.of_step(measure.batch_size, measure.bin)
+    seconds = time.of_step(measure.batch_size, measure.bin)
     line = TimeLine(time.overhead, (seconds - time.overhead) / measure.batch_size)
     return replace(measure, seconds=float(f"{seconds:.6g}"), time=line)

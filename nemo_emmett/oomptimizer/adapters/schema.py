@@ -141,12 +141,11 @@ class Schema:
         )
 
     def _assemble(self, values: Sequence[Any]) -> Any:
-        names = [item.get("name") for item in self.inputs]
-        unnamed = [value for name, value in zip(names, values, strict=True) if name is None]
-        named = {name: value for name, value in zip(names, values, strict=True) if name is not None}
         if self.cls in (tuple, list):
             return self.cls(values)
-        return self.cls(*unnamed, **named)
+        entries = [(item.get("name"), value) for item, value in zip(self.inputs, values, strict=True)]
+        named = {name: value for name, value in entries if name is not None}
+        return self.cls(*(value for name, value in entries if name is None), **named)
 
 
 def _is_a(item: dict, kind: type) -> bool:
