@@ -117,10 +117,8 @@ def _bins_of_group(
     own = group.bucket_duration_bins
     if own and not group.has_auto_bins and np.ndim(own) == len(lengths.sides):
         others["as configured"] = own
-    max_ratio = None
-    if outliers is not None:
-        key = "max_tpt" if group.use_multimodal_sampling else "max_tps"
-        max_ratio = key, largest_ratios(bins, *lengths.sides)
+    key = "max_tpt" if group.use_multimodal_sampling else "max_tps"
+    max_ratio = None if outliers is None else (key, largest_ratios(bins, *lengths.sides))
     before = {name: padding_of(theirs, *lengths.sides) for name, theirs in others.items()}
     return BinsOfGroup(group.place, lengths, bins, padding_of(bins, *lengths.sides), before, max_ratio)
 

@@ -78,8 +78,7 @@ def look_up(content: DictConfig, key: str) -> Any:
 def _forget_missing_paths(config: Any, in_paths: bool = False) -> None:
     if not isinstance(config, (DictConfig, ListConfig)) or config._is_none() or config._is_missing():
         return
-    keys = list(config.keys()) if isinstance(config, DictConfig) else list(range(len(config)))
-    for key in keys:
+    for key in list(config) if isinstance(config, DictConfig) else range(len(config)):
         is_path = in_paths or key in PATHS
         node = config._get_node(key)
         if isinstance(node, (DictConfig, ListConfig)) and not node._is_missing() and not node._is_interpolation():
@@ -95,7 +94,7 @@ def _refers_to_missing(config: DictConfig | ListConfig, key: Any) -> bool:
         value = config[key]
         if OmegaConf.is_config(value):
             OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
-    except (InterpolationToMissingValueError, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         return "issing" in type(error).__name__
     return False
 

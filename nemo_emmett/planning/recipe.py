@@ -75,11 +75,8 @@ def without_device(cfg: DictConfig) -> DictConfig:
     """
     changed = cfg.copy()
     changed.trainer.update(_HERE)
-    if "pretrained_llm" not in cfg.model:  # an ASR model of NeMo, which is built from its config alone
-        return changed
-    target = changed.model.get("_target_")
-    changed.model = architecture_only(changed.model)
-    changed.model._target_ = target
+    if "pretrained_llm" in cfg.model:  # an ASR model of NeMo is built from its config alone
+        changed.model = {**architecture_only(changed.model), "_target_": changed.model.get("_target_")}
     return changed
 
 

@@ -76,13 +76,9 @@ class Schema:
                 f"holds {shape.modality}; leave that group out or train another model."
             )
         lengths = encoder_decoder_lengths(shape)
-        is_speech = shape.modality == "audio"
-        positions = {
-            "input": samples_of(self.model, lengths.seconds) if is_speech else lengths.context,
-            "output": lengths.answer,
-        }
-        values = [self._value(item, positions, size, device) for item in self.inputs]
-        return self._assemble(values)
+        inputs = samples_of(self.model, lengths.seconds) if shape.modality == "audio" else lengths.context
+        positions = {"input": inputs, "output": lengths.answer}
+        return self._assemble([self._value(item, positions, size, device) for item in self.inputs])
 
     def values(self, batch: Any) -> list[Any]:
         """What a batch holds for each of the schema's inputs, in their order."""
