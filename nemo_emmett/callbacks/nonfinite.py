@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ class SkipNonFiniteSteps(Callback, Serialization):
         self, trainer: Trainer, micro_steps: Sequence[_MicroStep], losses: Sequence[Tensor], norm: Tensor | None
     ) -> None:
         values = [float(loss) for loss in losses]
-        bad = [step for step, value in zip(micro_steps, values, strict=False) if not _is_finite(value)]
+        bad = [step for step, value in zip(micro_steps, values, strict=False) if not math.isfinite(value)]
         norm_text = "" if norm is None else f", gradient norm {float(norm):g}"
         text = f"loss {', '.join(f'{v * trainer.accumulate_grad_batches:g}' for v in values)}{norm_text}; "
         text += "; ".join(filter(None, (_named(step) for step in bad or micro_steps)))
@@ -231,10 +232,6 @@ def _has_scaler(trainer: Trainer) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0
-
-
 def _examples_of(batch: Any) -> dict[str, Sequence[Mapping] | None]:
     """Modality -> the examples of a batch; docs/architecture.md, "The batch"."""
     if not isinstance(batch, Mapping):
@@ -247,7 +244,7 @@ def _examples_of(batch: Any) -> dict[str, Sequence[Mapping] | None]:
 
 def _named(step: _MicroStep) -> str:
     """The modalities whose loss is not finite, or all if none is known, and their examples."""
-    bad = [name for name, loss in step.modality_losses.items() if not _is_finite(float(loss))]
+    bad = [name for name, loss in step.modality_losses.items() if not math.isfinite(loss)]
     return "; ".join(
         f"{modality}: {_listed(examples)}" for modality, examples in step.examples.items() if modality in bad or not bad
     )

@@ -151,22 +151,13 @@ class OOMptimizer(Callback, Serialization):
             return fingerprint_of(trainer, pl_module, groups_of(data), planned=planned) | {"zip": zipped}
 
         mode, settings = self.options.mode, self.options.settings
-        run = ProfiledRun(
-            train_ds,
-            place,
-            mode,
-            settings,
-            fingerprint,
-            trainer.default_root_dir,
-            trainer.is_global_zero,
-            trainer.strategy.broadcast,
-        )
+        process = trainer.default_root_dir, trainer.is_global_zero, trainer.strategy.broadcast
+        run = ProfiledRun(train_ds, place, mode, settings, fingerprint, *process)
         if self._store.find(run) is None:
             groups, identity = groups_of(train_ds), fingerprint(train_ds, mode == "plan")
             if mode == "guard":
-                self._store.profile = profile_of_recipe(
-                    groups, place, identity, {"mode": mode, "budget": None, **settings}
-                )
+                stored = {"mode": mode, "budget": None, **settings}
+                self._store.profile = profile_of_recipe(groups, place, identity, stored)
             else:
                 found = calibrate(
                     trainer,

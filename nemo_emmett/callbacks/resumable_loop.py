@@ -124,7 +124,13 @@ class ResumableEpochLoop(_TrainingEpochLoop):
             self.scheduler_progress.reset_on_run()
             self.automatic_optimization.optim_progress.reset_on_run()
             self.val_loop.batch_progress.total.reset()
-            _end_epoch_of_data(self.trainer)
+            # The loaders that are about to be restored continue with their next epoch, not with the rest of the last
+            # one: only the loops can decide that an epoch is over after `limit_train_batches`. A loader reads it from
+            # the key `epoch_ended` of its state; states without that key are not changed.
+            self.trainer.fit_loop._combined_loader_states_to_load = [
+                state | {"epoch_ended": True} if "epoch_ended" in state else state
+                for state in self.trainer.fit_loop._combined_loader_states_to_load
+            ]
         _settle(epochs, done, epochs.total.processed - (epochs.current.processed - done))
         # Without an epoch that is begun and unfinished, Lightning would not restore the position in the data.
         epochs.current.ready += 1
@@ -137,19 +143,6 @@ def _settle(progress: _Progress, current: int, total: int) -> None:
     """Set all of a progress's counters: so many events are over, and none is running."""
     for tracker, count in ((progress.current, current), (progress.total, total)):
         _BaseProgress.load_state_dict(tracker, dict.fromkeys(vars(tracker), count))
-
-
-def _end_epoch_of_data(trainer: Trainer) -> None:
-    """The loaders that are about to be restored continue with their next epoch, not with the rest of the last one.
-
-    Only the loops can decide that an epoch is over after ``limit_train_batches``. A loader reads it from the key
-    ``epoch_ended`` of its state; states without that key are not changed.
-    """
-    fit_loop = trainer.fit_loop
-    fit_loop._combined_loader_states_to_load = [
-        state | {"epoch_ended": True} if "epoch_ended" in state else state
-        for state in fit_loop._combined_loader_states_to_load
-    ]
 
 
 def install_resumable_loop(trainer: Trainer) -> ResumableEpochLoop | None:

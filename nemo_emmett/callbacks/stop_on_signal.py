@@ -61,9 +61,9 @@ class StopOnSignal(Callback, Serialization):
         """Install the signal handlers."""
         if stage != "fit":
             return
-        nemos = [callback for callback in trainer.callbacks if isinstance(callback, PreemptionCallback)]
-        trainer.callbacks[:] = [callback for callback in trainer.callbacks if callback not in nemos]
-        if nemos:
+        kept = [callback for callback in trainer.callbacks if not isinstance(callback, PreemptionCallback)]
+        if len(kept) < len(trainer.callbacks):
+            trainer.callbacks[:] = kept
             logging.info("NeMo's PreemptionCallback is replaced by StopOnSignal.")
         self._pid, self._active = os.getpid(), True
         self._previous = {number: signal.getsignal(number) for number in SIGNALS}

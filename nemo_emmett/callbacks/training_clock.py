@@ -58,11 +58,8 @@ class TrainingClock(Callback, Serialization):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log with the validation's scores."""
         if not trainer.sanity_checking:
-            pl_module.log_dict(
-                {"train_seconds": self._trained.wall, "train_cpu_seconds": self._trained.cpu},
-                reduce_fx="max",
-                sync_dist=True,
-            )
+            seconds = {"train_seconds": self._trained.wall, "train_cpu_seconds": self._trained.cpu}
+            pl_module.log_dict(seconds, reduce_fx="max", sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock again, unless training has not begun."""

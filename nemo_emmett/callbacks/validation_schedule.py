@@ -53,23 +53,21 @@ class ValidateAtEpochEnd(Callback):
         self._validates = trainer.validating = True
         try:
             loop.setup_data()
-            if not loop.skip:
-                self._warn_once(trainer)
-                loop.run()
+            if loop.skip:
+                return
+            if not self._warned:
+                batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+                logging.warning(
+                    f"No validation fell into epoch {trainer.current_epoch} of {batches} batches "
+                    f"(trainer.val_check_interval: {trainer.val_check_interval}, trainer.limit_train_batches: "
+                    f"{trainer.limit_train_batches}, trainer.check_val_every_n_epoch: "
+                    f"{trainer.check_val_every_n_epoch}), so it is validated at its end. To validate more often, set "
+                    f"trainer.val_check_interval to {batches} or less."
+                )
+                self._warned = True
+            loop.run()
         finally:
             self._validates, trainer.training = False, True
-
-    def _warn_once(self, trainer: Trainer) -> None:
-        if self._warned:
-            return
-        self._warned = True
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        logging.warning(
-            f"No validation fell into epoch {trainer.current_epoch} of {batches} batches (trainer.val_check_interval: "
-            f"{trainer.val_check_interval}, trainer.limit_train_batches: {trainer.limit_train_batches}, "
-            f"trainer.check_val_every_n_epoch: {trainer.check_val_every_n_epoch}), so it is validated at its end. To "
-            f"validate more often, set trainer.val_check_interval to {batches} or less."
-        )
 
 
 def check_validation(trainer: Trainer, monitor: str | None, has_validation: bool) -> None:

@@ -250,7 +250,14 @@ def _read_group(
         )
     if bins is None:
         limit_key = LIMIT_KEYS[in_tokens]
-        bins = (_longest_example(config.get(limit_key), limit_key, place),)
+        limit = config.get(limit_key)
+        if not is_number(limit) or not 0 < limit < math.inf:
+            fault = "is missing" if limit is None else f"{limit!r} is no bound"
+            raise ConfigError(
+                f"{place}.{limit_key}: {fault}; OOMptimizer finds this group's one batch_size for its longest example, "
+                f"so give the most {'tokens' if in_tokens else 'seconds'} that an example may have."
+            )
+        bins = (float(limit),)
     contents = replace(_contents(config, sources, place), seconds_per_token=float(frame or 0) if in_tokens else 0.0)
     is_total = in_tokens and keys.measure_total_length is not False
 
@@ -271,18 +278,6 @@ def _read_group(
         return Shape("audio", seconds, math.floor(longest) if total else 0, outputs, total, of_bin)
 
     return Group(name, config, tuple(Bucket(name, n, item, shape(item)) for n, item in enumerate(bins)), limit_key)
-
-
-def _longest_example(limit: Any, limit_key: str, place: str) -> float:
-    """The length of the longest example of a group without buckets, which it must bound itself."""
-    if not is_number(limit) or not 0 < limit < math.inf:
-        fault = "is missing" if limit is None else f"{limit!r} is no bound"
-        unit = "tokens" if limit_key == "max_tokens" else "seconds"
-        raise ConfigError(
-            f"{place}.{limit_key}: {fault}; OOMptimizer finds this group's one batch_size for its longest example, so "
-            f"give the most {unit} that an example may have."
-        )
-    return float(limit)
 
 
 def _contents(config: DictConfig, sources: Sequence[tuple[str, Mapping[str, Any]]], place: str) -> Contents:

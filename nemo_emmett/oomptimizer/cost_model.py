@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import nnls
 
 from nemo_emmett.oomptimizer.buckets import Bucket, Shape
@@ -29,8 +30,13 @@ class Sample:
 
 def features(shape: Shape) -> np.ndarray:
     """(6,) terms that the memory of one example may grow with: 1, x, y, x^2, x*y, y^2."""
-    x, y = lengths(shape)
-    return np.array([1.0, x, y, x * x, x * y, y * y])
+    return quadratic_terms(*lengths(shape))
+
+
+def quadratic_terms(x: ArrayLike, y: ArrayLike) -> np.ndarray:
+    """(..., 6) of 1, x, y, x^2, x*y, y^2; x and y broadcast."""
+    x, y = np.broadcast_arrays(np.asarray(x, dtype=float), np.asarray(y, dtype=float))
+    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
 
 
 def lengths(shape: Shape) -> tuple[float, float]:
@@ -53,7 +59,7 @@ class MemoryModel:
             samples: readings above the floor; a few of different shapes and sizes.
         """
         rows = np.array([np.concatenate([[1.0], s.examples * features(s.shape)]) for s in samples])
-        intercept, *coefficients = _fit(rows, np.array([s.peak for s in samples]))
+        intercept, *coefficients = relative_nnls(rows, np.array([s.peak for s in samples]))
         return cls(float(intercept), np.array(coefficients))
 
     def slope(self, shape: Shape) -> float:
@@ -86,13 +92,13 @@ def fit_times(steps: Sequence[TimedStep]) -> dict[Bucket, TimeLine]:
         for bucket, size in step.sizes.items():
             of_group[bucket.group] += size * features(bucket.shape)
         rows.append(np.concatenate([[1.0], *of_group.values()]))
-    overhead, *each = _fit(np.array(rows), np.array([step.seconds for step in steps]))
+    overhead, *each = relative_nnls(np.array(rows), np.array([step.seconds for step in steps]))
     coefficients = dict(zip(groups, np.reshape(each, (len(groups), 6)), strict=True))
     buckets = {bucket for step in steps for bucket in step.sizes}
     return {b: TimeLine(float(overhead), float(coefficients[b.group] @ features(b.shape))) for b in buckets}
 
 
-def _fit(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+def relative_nnls(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Least squares of the relative errors: the coefficients, none negative, with which rows give values."""
     rows = rows / values[:, None]
     # Scaled to columns of equal norm: bytes of all weights and an example's quadratic term differ by many orders.

@@ -61,13 +61,9 @@ def fake_construction() -> Iterator[None]:
     # _ResultCache precedes its cache, which would only cost time and memory.
     mode.cache_enabled = False
     # Its memo of converted tensors holds weak references, and `Module.to` refuses to move what is weakly referenced.
-    mode.fake_tensor_converter.set_tensor_memo = _ignore
+    mode.fake_tensor_converter.set_tensor_memo = lambda *_: None
     with _readable_errors(), mode, _ResultCache(mode):
         yield
-
-
-def _ignore(*_: Any) -> None:
-    """Replaces the method that fills the memo."""
 
 
 @contextmanager
@@ -94,9 +90,15 @@ def fake_model(module: Module, optimizers: Sequence[Optimizer] = ()) -> Iterator
         undo.enter_context(fake_construction())
         mode = active_fake_mode()
         for part in module.modules():
-            _make_fake(part, mode)
+            for name, tensor in [*part._parameters.items(), *part._buffers.items(), *vars(part).items()]:
+                if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):
+                    # Through the module's own __setattr__: recurrent layers keep a list of their parameters by it.
+                    setattr(part, name, mode.from_tensor(tensor))
         for optimizer in optimizers:
-            _reset_to_fake(optimizer, mode)
+            optimizer.state.clear()
+            for group in optimizer.param_groups:
+                # from_tensor returns the same fake tensor for the same real one.
+                group["params"] = [p if isinstance(p, FakeTensor) else mode.from_tensor(p) for p in group["params"]]
         yield
 
 
@@ -112,22 +114,6 @@ def _restored(owner: Module | Optimizer) -> Iterator[None]:
         for container, content in [(vars(owner), attributes), *contents, *groups]:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
-
-
-def _make_fake(module: Module, mode: FakeTensorMode) -> None:
-    """Replace a module's own tensors, not its children's, by fake ones."""
-    for name, tensor in [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]:
-        if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):
-            # Through the module's own __setattr__: recurrent layers keep a list of their parameters by it.
-            setattr(module, name, mode.from_tensor(tensor))
-
-
-def _reset_to_fake(optimizer: Optimizer, mode: FakeTensorMode) -> None:
-    """Let an optimizer step on the fake parameters, without a state."""
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
-        # from_tensor returns the same fake tensor for the same real one.
-        group["params"] = [p if isinstance(p, FakeTensor) else mode.from_tensor(p) for p in group["params"]]
 
 
 # Errors.
@@ -164,24 +150,14 @@ def _refusal(operation: str, error: BaseException) -> ConfigError:
 
 @dataclass(frozen=True)
 class _New:
-    """The operation makes a tensor with a storage of its own."""
+    """The operation makes a tensor, with a storage of its own or as a view of one of its arguments."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-
-
-@dataclass(frozen=True)
-class _View:
-    """The operation returns a view of the storage of one of its arguments."""
-
-    argument: int
-    offset: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+    viewed: int | None = None  # the argument
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -198,7 +174,7 @@ class _Value:
     value: Any
 
 
-_Form = _New | _View | _Argument | _Value | tuple | list
+_Form = _New | _Argument | _Value | tuple | list
 
 _WEIGHT_OF_NORM = {
     torch.ops.aten.native_layer_norm.default: 2,
@@ -208,9 +184,7 @@ _WEIGHT_OF_NORM = {
 """Index of the weight among the arguments of normalisations."""
 
 _READ = torch.ops.aten._local_scalar_dense.default
-_PLAIN = frozenset(
-    {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format},
-)
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 """Types of arguments that are a part of the cache's key by value."""
 
 _UNKNOWN = object()
@@ -262,19 +236,22 @@ class _ResultCache(TorchDispatchMode):
             if func is _READ and args[0].dtype in _ANY_VALUE and _is_optimizer(sys._getframe()):
                 return _ANY_VALUE[args[0].dtype]
             raise
-        return _with_statistics_of(args[_WEIGHT_OF_NORM[func]], result) if func in _WEIGHT_OF_NORM else result
+        if func in _WEIGHT_OF_NORM and (weight := args[_WEIGHT_OF_NORM[func]]) is not None:
+            # Under autocast the weight is float32 and the input is not: real kernels return mean and deviation in the
+            # weight's type, fake ones on the CPU in the input's.
+            return result[0], *(statistics.to(weight.dtype) for statistics in result[1:])
+        return result
 
     def _make(self, form: _Form, tensors: Sequence[FakeTensor]) -> Any:
         kind = type(form)
         if kind is _New:
+            storage = None if form.viewed is None else tensors[form.viewed].untyped_storage()
             with torch._C._DisableTorchDispatch():
-                made = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
-            return self._fake(made, form.device)
-        if kind is _View:
-            storage = tensors[form.argument].untyped_storage()
-            with torch._C._DisableTorchDispatch():
-                made = torch.empty(0, dtype=form.dtype, device="meta")
-                made.set_(storage, form.offset, form.shape, form.stride)
+                if storage is None:
+                    made = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
+                else:
+                    made = torch.empty(0, dtype=form.dtype, device="meta")
+                    made.set_(storage, form.offset, form.shape, form.stride)
             return self._fake(made, form.device)
         if kind is _Argument:
             return tensors[form.argument]
@@ -352,17 +329,6 @@ def _describe(arguments: Iterable[Any], key: list, tensors: list[FakeTensor] | N
     return known
 
 
-def _with_statistics_of(weight: Tensor | None, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A normalisation's results, with mean and deviation in the weight's type.
-
-    Real kernels do so under autocast, where the weight is float32 and the input is not; fake ones on the CPU return the
-    input's type.
-    """
-    if weight is None:
-        return result
-    return result[0], *(statistics.to(weight.dtype) for statistics in result[1:])
-
-
 def _form_of(result: Any, tensors: Sequence[FakeTensor]) -> _Form:
     if isinstance(result, (tuple, list)):
         return type(result)(_form_of(part, tensors) for part in result)
@@ -378,7 +344,7 @@ def _form_of(result: Any, tensors: Sequence[FakeTensor]) -> _Form:
     shares = [index for index, tensor in enumerate(tensors) if tensor.untyped_storage() is storage]
     if len(shares) > 1:
         raise _NotCacheable
-    return _View(shares[0], result.storage_offset(), *layout) if shares else _New(*layout)
+    return _New(*layout, shares[0], result.storage_offset()) if shares else _New(*layout)
 
 
 def _same(made: Any, result: Any) -> bool:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from nemo.utils import logging
+from torch.utils._pytree import tree_leaves
 
 from nemo_emmett.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, ConfigError
 from nemo_emmett.modules.loss import world_size
@@ -112,13 +113,8 @@ class Guard:
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the optimizer's state, once it exists."""
         if not self._optimizer_is_tracked:
-            state = [
-                value
-                for optimizer in trainer.optimizers
-                for of_parameter in optimizer.state.values()
-                for value in of_parameter.values()
-                if isinstance(value, torch.Tensor)
-            ]
+            leaves = tree_leaves([optimizer.state for optimizer in trainer.optimizers])
+            state = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             self._meter.track(state)
             self._optimizer_is_tracked = bool(state)
 

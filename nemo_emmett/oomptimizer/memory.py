@@ -19,7 +19,6 @@ from nemo_emmett.files import shown
 from nemo_emmett.typed_config import Number, parse_value
 
 _GIB = 2**30
-_TERA = 10**12
 
 _UNITS = {"b": 1} | {
     prefix + suffix: base**power
@@ -62,7 +61,7 @@ class Device:
 # says by what ECC and the driver reserve; it differs a little between drivers, and these are the least that were found.
 # TFLOP/s are those of NVIDIA's datasheets, halved where they are given with sparsity.
 DEVICES: tuple[Device, ...] = tuple(
-    Device(name, int(gib * _GIB), tflops * _TERA)
+    Device(name, int(gib * _GIB), tflops * 10**12)
     for name, gib, tflops in (
         ("V100-16GB", 15.7, 125.0),  # Tesla V100 SXM2 datasheet: 16 GB HBM2, 125 (float16)
         ("V100-32GB", 31.7, 125.0),  # the same: 32 GB
@@ -205,7 +204,7 @@ def _plain(name: str) -> str:
 
 
 def _unused_memory(total: int) -> int:
-    """Bytes of this machine that are unused or that the kernel can free; the total if that is not known."""
+    """Bytes that are unused or that the kernel can free; the total if that is not known."""
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMORY_INFO.read_text(), re.MULTILINE)
     except OSError:

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass_type,
 )
 
+from nemo_emmett.oomptimizer.snapshot import replaced
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -74,6 +76,8 @@ class Meter(ABC):
 class Unmetered(Meter):
     """Measures nothing, at no cost: every step takes 0 bytes."""
 
+    alive = peak = 0
+
     def track(self, tensors: Iterable[Tensor]) -> None:
         """Nothing is counted."""
 
@@ -81,16 +85,6 @@ class Unmetered(Meter):
     def measuring(self) -> Iterator[None]:
         """Nothing is measured."""
         yield
-
-    @property
-    def alive(self) -> int:
-        """0."""
-        return 0
-
-    @property
-    def peak(self) -> int:
-        """0."""
-        return 0
 
 
 class TensorMeter(Meter):
@@ -250,8 +244,5 @@ def _observed_resizes(listener: Callable[[UntypedStorage], None]) -> Iterator[No
         original(storage, nbytes)
         listener(storage)
 
-    UntypedStorage.resize_ = resize_
-    try:
+    with replaced(UntypedStorage, resize_=resize_):
         yield
-    finally:
-        UntypedStorage.resize_ = original

@@ -21,16 +21,8 @@ Margin = Annotated[Number, annotated_types.Ge(0), annotated_types.Lt(1)]
 ModalityShare = Annotated[Number, annotated_types.Ge(0.01), annotated_types.Lt(1)]
 """What one of two modalities may have of the memory."""
 
-_SETTINGS = (
-    "memory_fraction",
-    "memory_budget",
-    "safety_margin",
-    "modality_share",
-    "tokens_per_second",
-    "precision",
-    "max_batch_size",
-)
-"""Arguments that decide batch sizes."""
+_NO_SETTINGS = {"mode", "guard", "then_train", "settings"}
+"""Fields that do not decide batch sizes."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,7 @@ class Options:
         if options.then_train is not None and options.mode != "plan":
             raise ConfigError(f"OOMptimizer.then_train: means nothing in mode '{options.mode}'; remove it.")
         # As they are given: a hash of them is part of a profile's file name, and those of 1 and 1.0 differ.
-        parsed = {name: getattr(options, name) for name in _SETTINGS}
+        parsed = {name: value for name, value in vars(options).items() if name not in _NO_SETTINGS}
         options.settings.update(
             {name: arguments[name] if arguments[name] == value else value for name, value in parsed.items()}
         )

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import annotated_types
 import yaml
@@ -42,7 +42,7 @@ from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.files import write_text
 from nemo_emmett.oomptimizer.profile_yaml import Line, as_yaml
-from nemo_emmett.typed_config import Count, Number, PositiveWhole, is_number, parse_value
+from nemo_emmett.typed_config import Count, Number, PositiveWhole, is_number, parse_section, parse_value
 
 ONLY_GROUP = ""
 """Name of the group of a ``train_ds`` that is not a ``multi_config``."""
@@ -304,7 +304,14 @@ def _buckets(group: Any, place: str) -> Buckets:
     if not isinstance(group, dict):
         raise ConfigError(f"{place}: a mapping with bucket_duration_bins and bucket_batch_size is needed.")
     if "batch_size" in group and "bucket_batch_size" not in group:
-        return _one_size(group, place)
+        keys = [key for key in LIMIT_KEYS if key in group]
+        if len(keys) != 1 or not is_number(group[keys[0]]) or group[keys[0]] <= 0:
+            raise ConfigError(
+                f"{place}.batch_size: is for examples of any length up to a bound; give one positive number as "
+                f"{' or '.join(LIMIT_KEYS)}."
+            )
+        size = parse_value(BatchSize, group["batch_size"], f"{place}.batch_size")
+        return Buckets((float(group[keys[0]]),), (size,), keys[0])
     for key in ("bucket_duration_bins", "bucket_batch_size"):
         if key not in group:
             raise ConfigError(f"{place}.{key}: is missing from the profile.")
@@ -313,17 +320,6 @@ def _buckets(group: Any, place: str) -> Buckets:
     if len(bins) != len(sizes):
         raise ConfigError(f"{place}: there are {len(bins)} bins, but {len(sizes)} batch sizes; each bin needs one.")
     return Buckets(bins, tuple(sizes))
-
-
-def _one_size(group: Mapping, place: str) -> Buckets:
-    keys = [key for key in LIMIT_KEYS if key in group]
-    if len(keys) != 1 or not is_number(group[keys[0]]) or group[keys[0]] <= 0:
-        raise ConfigError(
-            f"{place}.batch_size: is for examples of any length up to a bound; give one positive number as "
-            f"{' or '.join(LIMIT_KEYS)}."
-        )
-    size = parse_value(BatchSize, group["batch_size"], f"{place}.batch_size")
-    return Buckets((float(group[keys[0]]),), (size,), keys[0])
 
 
 def _measure_content(measure: Measure) -> dict[str, Any]:
@@ -380,6 +376,5 @@ def _event(entry: Any, place: str) -> Event:
 
 def _record(cls: type[_T], entry: Any, place: str, **given: Any) -> _T:
     """A mapping as a dataclass of numbers; those that are absent are None, as in a file that somebody edits."""
-    entry = parse_value(dict, entry, place)
-    hints = {name: hint for name, hint in get_type_hints(cls, include_extras=True).items() if name not in given}
-    return cls(**{name: parse_value(hint, entry.get(name), f"{place}.{name}") for name, hint in hints.items()}, **given)
+    absent = dict.fromkeys(cls.__dataclass_fields__)
+    return parse_section(cls, absent | parse_value(dict, entry, place), place, **given)

@@ -9,9 +9,6 @@ import yaml
 
 from nemo_emmett.files import shown
 
-_UNBROKEN = 1_000_000
-"""Columns of a line: lists are not wrapped."""
-
 _BYTES = re.compile(r"^( *(?:- )?)(\w*(?:peak|reserved|budget|memory)): (\d+)$", re.MULTILINE)
 """Lines with a key whose value is in bytes."""
 
@@ -54,5 +51,6 @@ def as_yaml(content: dict[str, Any]) -> str:
         bins: [[4, 2.5], [8, 9]]
         peak: 3221225472  # 3.0 GiB
     """
-    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_UNBROKEN)
+    # So wide that lists are not wrapped.
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
     return _BYTES.sub(lambda line: f"{line.group()}  # {shown(int(line.group(3)))}", text)

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from numbers import Number
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -41,6 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemo_emmett.oomptimizer.adapters.base import Adapter
 from nemo_emmett.oomptimizer.memory import is_out_of_memory
+from nemo_emmett.oomptimizer.snapshot import replaced
 
 NOT_EVEN_ONE = "not even one example of it fits"
 """The reason to abort if a batch cannot be split further."""
@@ -117,15 +118,10 @@ class Recovery:
 
 @dataclass(frozen=True)
 class _Microbatch:
-    """A batch, or a part of it, that is to be run.
-
-    Args:
-        batch: the examples.
-        complete: parameters that have the gradient of these examples already.
-    """
+    """A batch, or a part of it, that is to be run."""
 
     batch: Any
-    complete: frozenset[Parameter] = frozenset()
+    complete: frozenset[Parameter] = frozenset()  # that have the gradient of these examples already
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,8 @@ class _RecoveringClosure(Closure):
         closure_of: Callable[[Any], Closure],
     ) -> None:
         whole = closure_of(batch)
-        super().__init__(whole._step_fn, whole._backward_fn, whole._zero_grad_fn and _Once(whole._zero_grad_fn))
+        # Cached, so that it runs once.
+        super().__init__(whole._step_fn, whole._backward_fn, whole._zero_grad_fn and cache(whole._zero_grad_fn))
         self._strategy, self._module = trainer.strategy, module
         self._adapter, self._listener = adapter, listener
         self._batch, self._closure_of = batch, closure_of
@@ -171,15 +168,9 @@ class _RecoveringClosure(Closure):
                 return result
             logged = self._gradients is not None
             queue = self._halved(whole, queue)
-        return self._run_all(queue, _MicrobatchLogs(self._module, logged))
-
-    def _with_targets(self, batches: list[Any]) -> list[Any]:
-        """Without batches of weight 0: the mean loss of no tokens is NaN, and so is 0 times NaN."""
-        return [batch for batch in batches if self._adapter.loss_weight(batch, self._batch)] or batches[:1]
-
-    def _run_all(self, queue: deque[_Microbatch], logs: _MicrobatchLogs) -> ClosureResult:
-        outputs: list[_Output] = []
-        with _in_hook(self._module, "training_step"), self._adapter.one_step(self._batch):
+        logs, outputs = _MicrobatchLogs(self._module, logged), []
+        # Lightning looks up the name of the hook in which a value is logged.
+        with replaced(self._module, _current_fx_name="training_step"), self._adapter.one_step(self._batch):
             while queue:
                 microbatch = queue.popleft()
                 output = self._attempt(microbatch, partial(self._run_one, microbatch.batch, logs, not queue))
@@ -188,6 +179,10 @@ class _RecoveringClosure(Closure):
                 else:
                     outputs.append(output)
         return _merged(outputs)
+
+    def _with_targets(self, batches: list[Any]) -> list[Any]:
+        """Without batches of weight 0: the mean loss of no tokens is NaN, and so is 0 times NaN."""
+        return [batch for batch in batches if self._adapter.loss_weight(batch, self._batch)] or batches[:1]
 
     def _attempt(self, microbatch: _Microbatch, run: Callable[[], _Result]) -> _Result | None:
         """Run a microbatch; None if it runs out of memory, and then all that it allocated is free again."""
@@ -273,7 +268,12 @@ class _RecoveringClosure(Closure):
                 logs.write()
             loss = result.closure_loss
             if loss is not None:
-                loss = self._depending_on_all(loss * weight) if is_last else loss * weight
+                loss = loss * weight
+                model = self._strategy.model
+                if is_last and isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
+                    # DDP waits for the gradients of all parameters, whichever microbatches used them.
+                    used = (p for p in model.parameters() if p.requires_grad and p.grad is not None)
+                    loss = ZeroGradDependency.apply(loss, *used)
             return ClosureResult(loss, extra=recursive_detach(result.extra))
 
         # As Lightning does for all but the last batch of an accumulation.
@@ -281,37 +281,12 @@ class _RecoveringClosure(Closure):
             result = self._run(step_fn, closure._backward_fn)
         return _Output(weight, result.loss, result.extra)
 
-    def _depending_on_all(self, loss: Tensor) -> Tensor:
-        """DDP waits for the gradients of all parameters in the last microbatch, whichever ones used them."""
-        model = self._strategy.model
-        if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
-            return loss
-        return ZeroGradDependency.apply(
-            loss, *(p for p in model.parameters() if p.requires_grad and p.grad is not None)
-        )
-
-
-class _Once:
-    """A function that does nothing when it is called again."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function: Callable[[], None] | None = function
-
-    def __call__(self) -> None:
-        function, self._function = self._function, None
-        if function is not None:
-            function()
-
 
 # Gradients.
 
 
 class _GradientVersions:
-    """The gradients as they are before a backward pass.
-
-    Args:
-        parameters: of the model.
-    """
+    """The gradients as they are before a backward pass."""
 
     def __init__(self, parameters: Iterable[Parameter]) -> None:
         self._before = [(p, p.grad, _version(p.grad)) for p in parameters if p.requires_grad]
@@ -372,15 +347,10 @@ class ZeroGradDependency(torch.autograd.Function):
 
 
 class _MicrobatchLogs:
-    """Logs once what a model logs in each microbatch of a step: means, weighted as the losses are.
-
-    Args:
-        module: the model.
-        logged: nothing is to be logged, since the whole batch's forward pass has logged it.
-    """
+    """Logs once what a model logs in each microbatch of a step: means, weighted as the losses are."""
 
     def __init__(self, module: LightningModule, logged: bool) -> None:
-        self._module, self._written = module, logged
+        self._module, self._written = module, logged  # by the whole batch's forward pass
         self._values: dict[str, list[tuple[float, Any]]] = {}
         self._options: dict[str, tuple[tuple, dict]] = {}
 
@@ -424,13 +394,3 @@ def _mean(values: list[tuple[float, Any]]) -> Any:
     if total == 0 or not all(isinstance(v, Number) or (isinstance(v, Tensor) and v.numel() == 1) for _, v in values):
         return values[-1][1]
     return sum(weight * value for weight, value in values) / total
-
-
-@contextmanager
-def _in_hook(module: LightningModule, name: str) -> Iterator[None]:
-    """Lightning looks up the name of the hook in which a value is logged."""
-    outer, module._current_fx_name = module._current_fx_name, name
-    try:
-        yield
-    finally:
-        module._current_fx_name = outer

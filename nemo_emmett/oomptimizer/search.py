@@ -113,10 +113,6 @@ class _Readings:
     def last(self) -> Reading:
         return self.of_size[self.fitting]
 
-    def rise_at_most(self) -> float:
-        """Bytes that one more example takes at most."""
-        return (self.last.peak - self.base) / self.fitting
-
     @property
     def smallest_peak(self) -> float:
         """Of all its steps."""
@@ -180,13 +176,8 @@ class Search:
         floor: float = 0.0,
         careful: bool = True,
     ) -> None:
-        self._probe = probe
-        self._budget = budget
-        self._base = base
-        self._precision = precision
-        self._max_batch_size = max_batch_size
-        self._floor = floor
-        self._careful = careful
+        self._probe, self._budget, self._base, self._floor = probe, budget, base, floor
+        self._precision, self._max_batch_size, self._careful = precision, max_batch_size, careful
         self._found: list[Result] = []
         self._known: list[_Readings] = []
         self._samples: list[Sample] = []
@@ -214,10 +205,27 @@ class Search:
         probes = 0
         while known.most - known.fitting > self._precision * known.fitting:
             size = self._next_size(known)
-            known.predicted[size] = self._predict(known, size)
+            if known.of_size:
+                known.predicted[size] = known.last.peak + (size - known.fitting) * self._rise(known)
+            else:
+                known.predicted[size] = self._model.peak(bucket.shape, size) if self._model is not None else 0.0
             self._note(known, size, self._probe(bucket, size))
             probes += 1
-        return self._result(known, probes)
+        size, reading = known.fitting, known.last
+        for examples, of_size in known.of_size.items():
+            if of_size.peak > self._base + (self._budget - self._base) / 2:  # far above the floor
+                self._samples.append(Sample(bucket.shape, examples, of_size.peak))
+        if self._samples:
+            self._model = MemoryModel.fit(self._samples)
+        intercepts, own = self._intercepts(), known.intercept()
+        if own is None:
+            own = float(np.median(intercepts)) if intercepts else self._base
+        intercept = min(own, reading.peak)
+        line = MemoryLine(self._floor, intercept, (reading.peak - intercept) / size)
+        result = Result(bucket, size, known.predicted[size] or reading.peak, reading, line, probes)
+        self._found.append(result)
+        self._known.append(known)
+        return result
 
     def _next_size(self, known: _Readings) -> int:
         if not known.of_size and known.exceeded is None:
@@ -253,7 +261,8 @@ class Search:
         far = FAR_KNOWN if len(self._intercepts()) >= _ENOUGH else far
         trusted = min(far * known.fitting, self._max_batch_size) // 1
         if farthest > trusted:
-            safe = known.fitting + _examples_in(room, known.rise_at_most())
+            rise_at_most = (known.last.peak - self._base) / known.fitting
+            safe = known.fitting + _examples_in(room, rise_at_most)
             farthest = max(safe, min(farthest, int(trusted)))
         return farthest
 
@@ -274,11 +283,6 @@ class Search:
         # Rather too steep than too flat: the next probe must not exceed the budget.
         intercept = min(self._intercepts(), default=self._base)
         return (known.last.peak - min(intercept, known.last.peak)) / known.fitting
-
-    def _predict(self, known: _Readings, size: int) -> float:
-        if known.of_size:
-            return known.last.peak + (size - known.fitting) * self._rise(known)
-        return 0.0 if self._model is None else self._model.peak(known.bucket.shape, size)
 
     def _note(self, known: _Readings, size: int, reading: Reading) -> None:
         if not known.of_size and known.predicted[size] and not reading.out_of_memory:
@@ -317,23 +321,6 @@ class Search:
     def _intercepts(self) -> list[float]:
         """The intercepts of the buckets with two readings."""
         return [found for known in self._known if (found := known.intercept()) is not None]
-
-    def _result(self, known: _Readings, probes: int) -> Result:
-        size, reading = known.fitting, known.last
-        for examples, of_size in known.of_size.items():
-            if of_size.peak > self._base + (self._budget - self._base) / 2:  # far above the floor
-                self._samples.append(Sample(known.bucket.shape, examples, of_size.peak))
-        if self._samples:
-            self._model = MemoryModel.fit(self._samples)
-        intercepts, own = self._intercepts(), known.intercept()
-        if own is None:
-            own = float(np.median(intercepts)) if intercepts else self._base
-        intercept = min(own, reading.peak)
-        line = MemoryLine(self._floor, intercept, (reading.peak - intercept) / size)
-        result = Result(known.bucket, size, known.predicted[size] or reading.peak, reading, line, probes)
-        self._found.append(result)
-        self._known.append(known)
-        return result
 
 
 def spread_out(count: int) -> list[int]:

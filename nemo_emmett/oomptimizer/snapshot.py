@@ -50,13 +50,35 @@ def without_side_effects(trainer: Trainer, module: LightningModule) -> Iterator[
     try:
         for parameter, _ in gradients:
             parameter.grad = None
-        with _without_logging(trainer, module):
+        for part in module.modules():
+            if isinstance(part, LightningModule):  # restored with its other attributes
+                part.log = part.log_dict = lambda *_, **__: None
+        with replaced(
+            trainer,
+            callbacks=[],
+            loggers=[DummyLogger() for _ in trainer.loggers],  # as many as before: a model may index them
+            profiler=PassThroughProfiler(),
+            log_every_n_steps=sys.maxsize,  # to NeMo's models an interval of batch indices, or of the global step
+        ):
             yield
     finally:
         before.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
         restore_random_state(random_states)
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Inside, an object has other attributes."""
+    before = {name: getattr(owner, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 class Snapshot:
@@ -144,34 +166,6 @@ def _state_of(generator: Any) -> Any:
     """The state of a random generator; None for anything else."""
     if isinstance(generator, random.Random):
         return generator.getstate()
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state()
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    return None
-
-
-@contextmanager
-def _without_logging(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """No logger, callback or profiler is called inside; a module's ``log`` is restored with its other attributes."""
-    for part in module.modules():
-        if isinstance(part, LightningModule):
-            part.log = part.log_dict = _nothing
-    original = trainer.callbacks, trainer.loggers, trainer.profiler
-    interval = trainer.log_every_n_steps
-    # A model may index its loggers, so there are as many as before.
-    trainer.callbacks, trainer.loggers = [], [DummyLogger() for _ in trainer.loggers]
-    trainer.profiler = PassThroughProfiler()
-    # In NeMo's models this is an interval of batch indices, or of the trainer's global step.
-    trainer.log_every_n_steps = sys.maxsize
-    try:
-        yield
-    finally:
-        trainer.callbacks, trainer.loggers, trainer.profiler = original
-        trainer.log_every_n_steps = interval
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Replaces ``log``."""
+    return generator.get_state() if isinstance(generator, (np.random.RandomState, torch.Generator)) else None

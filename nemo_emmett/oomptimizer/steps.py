@@ -68,9 +68,7 @@ class TrainingSteps:
 
     def __init__(self, trainer: Trainer, module: LightningModule, meter: Meter) -> None:
         _check_kind_of_steps(trainer, module)
-        self._trainer = trainer
-        self._module = module
-        self._meter = meter
+        self._trainer, self._module, self._meter = trainer, module, meter
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._restoring: AbstractContextManager = without_side_effects(trainer, module)
         self._device = trainer.strategy.root_device
@@ -146,8 +144,10 @@ class TrainingSteps:
         if not fits:
             self._discard(step)
         held = resident if step.held is None else step.held
-        reading = Reading(meter.peak, resident, held, seconds, meter.reserved, not fits)
-        return _most_of_any_rank(reading, self._device)
+        reserved = meter.reserved  # None on all ranks, or on none
+        *sizes, seconds = _most([meter.peak, resident, held, reserved or 0, seconds], self._device)
+        peak, resident, held, most_reserved = map(int, sizes)
+        return Reading(peak, resident, held, seconds, None if reserved is None else most_reserved, not fits)
 
     def _fits(self, step: _Step, part: Callable[[], None]) -> bool:
         """Run a part of a step. Whether it has enough memory; if not, what it took is free again."""
@@ -156,22 +156,19 @@ class TrainingSteps:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._check_can_go_on(error)
+            # FSDP2's state (what is gathered, what comes next) cannot be restored, and other ranks wait for this one's
+            # shards.
+            if any(isinstance(part, FSDPModule) for part in self._module.modules()):
+                raise ConfigError(
+                    "OOMptimizer: a step ran out of memory while it was measured, after which a model that is sharded "
+                    "by FSDP2 cannot go on; lower OOMptimizer.memory_fraction or memory_budget."
+                ) from error
             _clear_frames(error)
         else:
             return True
         # Only after the except clause nothing refers to the error, and so to what the failed functions held.
         self._discard(step)
         return False
-
-    def _check_can_go_on(self, error: Exception) -> None:
-        # FSDP2's state (what is gathered, what comes next) cannot be restored, and other ranks wait for this one's
-        # shards.
-        if any(isinstance(part, FSDPModule) for part in self._module.modules()):
-            raise ConfigError(
-                "OOMptimizer: a step ran out of memory while it was measured, after which a model that is sharded by "
-                "FSDP2 cannot go on; lower OOMptimizer.memory_fraction or memory_budget."
-            ) from error
 
     def _discard(self, step: _Step) -> None:
         step.release()
@@ -198,9 +195,7 @@ class _Step:
     """One step, in the parts that Lightning's closure and optimizer step have."""
 
     def __init__(self, trainer: Trainer, module: LightningModule, meter: Meter, batch: Any) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._meter = meter
+        self._trainer, self._module, self._meter = trainer, module, meter
         self._optimizer: Optimizer = trainer.optimizers[0]
         self._output: Any = None
         self._loss: Tensor | None = None
@@ -289,21 +284,6 @@ def _clear_frames(error: BaseException | None) -> None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
-
-
-def _most_of_any_rank(reading: Reading, device: torch.device) -> Reading:
-    peak, resident, held, seconds, reserved, out_of_memory = _most(
-        [reading.peak, reading.resident, reading.held, reading.seconds, reading.reserved or 0, reading.out_of_memory],
-        device,
-    )
-    return Reading(
-        int(peak),
-        int(resident),
-        int(held),
-        seconds,
-        None if reading.reserved is None else int(reserved),
-        bool(out_of_memory),
-    )
 
 
 def _most(values: Sequence[float], device: torch.device) -> list[float]:

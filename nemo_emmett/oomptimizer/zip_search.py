@@ -60,13 +60,9 @@ class ZipSearch:
     ) -> None:
         # Speech comes last: its examples are large, so its batch sizes are the coarser unit.
         self._groups = sorted(groups, key=lambda group: group.modality == "audio")
-        self._probe = probe
-        self._budget = budget
-        self._base = base
-        self._resident = resident
+        self._probe, self._budget, self._base, self._resident = probe, budget, base, resident
         self._shares = shares_of(self._groups, audio_share)
-        self._padded_together = padded_together
-        self._options = search_options
+        self._padded_together, self._options = padded_together, search_options
 
     def run(self) -> Iterator[Result]:
         """Find all batch sizes.
@@ -77,31 +73,24 @@ class ZipSearch:
         *others, last = self._groups
         found = {group.name: list(self._alone(group)) for group in others}
         companion = {result.bucket: result.batch_size for result in map(_highest, found.values())}
-        companions = [companion, *self._extremes(found)] if self._padded_together else [companion]
-        search = Search(
-            lambda bucket, size: self._worst([{**others, bucket: size} for others in companions]),
-            self._budget,
-            self._base,
-            **self._options,
-        )
+        companions = [companion]
+        if self._padded_together:  # also the most short examples, and the longest
+            most = [max(results, key=lambda result: result.batch_size) for results in found.values()]
+            longest = [max(results, key=lambda result: result.bucket.index) for results in found.values()]
+            companions += [{result.bucket: result.batch_size for result in results} for results in (most, longest)]
+
+        def probe(bucket: Bucket, size: int) -> Reading:
+            """The step with the highest peak; one that runs out of memory is the worst."""
+            steps = {frozenset(others.items()): {**others, bucket: size} for others in companions}
+            return max(map(self._probe, steps.values()), key=lambda reading: (reading.out_of_memory, reading.peak))
+
+        search = Search(probe, self._budget, self._base, **self._options)
         of_last = []
         for result in search.run(last.buckets):
             of_last.append(result)
             yield result
         for group in others:
             yield from self._checked(found[group.name], companion, of_last)
-
-    def _extremes(self, found: Mapping[str, Sequence[Result]]) -> list[dict[Bucket, int]]:
-        """The most short examples, and the longest."""
-        most = [max(results, key=lambda result: result.batch_size) for results in found.values()]
-        longest = [max(results, key=lambda result: result.bucket.index) for results in found.values()]
-        return [{result.bucket: result.batch_size for result in results} for results in (most, longest)]
-
-    def _worst(self, steps: Sequence[Mapping[Bucket, int]]) -> Reading:
-        """The reading of the step with the highest peak; one that runs out of memory is the worst."""
-        distinct = {frozenset(step.items()): step for step in steps}
-        readings = [self._probe(step) for step in distinct.values()]
-        return max(readings, key=lambda reading: (reading.out_of_memory, reading.peak))
 
     def _alone(self, group: Group) -> Iterator[Result]:
         budget = self._resident + self._shares[group.name] * (self._budget - self._resident)

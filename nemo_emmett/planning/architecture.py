@@ -51,11 +51,10 @@ def _perception(section: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in (perception.get("encoder") or {}).items() if value is not None}
     perception["preprocessor"] = asr["preprocessor"]
     perception["encoder"] = {**asr["encoder"], **own}
-    width = _width_of_llm(section)
-    perception["output_dim"] = width
+    perception["output_dim"] = _width_of_llm(section)
     adapter = perception.get("modality_adapter")
     if adapter is not None and "output_dim" in adapter:
-        perception["modality_adapter"] = {**adapter, "output_dim": width}
+        perception["modality_adapter"] = {**adapter, "output_dim": perception["output_dim"]}
     return perception
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import nnls
 
 from nemo_emmett.data.bucketing.bins import solve_bins, solve_bins_2d
 from nemo_emmett.data.bucketing.length_stats import Lengths
 from nemo_emmett.data.bucketing.padding import bucket_of, padding_of
+from nemo_emmett.oomptimizer.cost_model import quadratic_terms, relative_nnls
 from nemo_emmett.oomptimizer.profile import MemoryLine
 from nemo_emmett.oomptimizer.search import MAX_BATCH_SIZE
 
@@ -52,21 +52,12 @@ class Surface:
             caps: (N,) caps or (N, 2) pairs of caps.
             values: (N,) positive.
         """
-        values_N = np.asarray(values, dtype=float)
-        rows_N6 = _terms(*_sides(caps)) / values_N[:, None]
-        # Scaled to columns of equal norm: a quadratic term is millions of times its linear one.
-        scale_6 = np.maximum(np.linalg.norm(rows_N6, axis=0), np.finfo(float).tiny)
-        solution_6, _ = nnls(rows_N6 / scale_6, np.ones(len(values_N)), maxiter=1000)
-        return cls(tuple((solution_6 / scale_6).tolist()))
+        solution_6 = relative_nnls(quadratic_terms(*_sides(caps)), np.asarray(values, dtype=float))
+        return cls(tuple(solution_6.tolist()))
 
     def __call__(self, inputs: ArrayLike, outputs: ArrayLike = 0.0) -> np.ndarray:
         """The value at each pair of caps; inputs and outputs broadcast."""
-        return _terms(np.asarray(inputs, dtype=float), np.asarray(outputs, dtype=float)) @ np.array(self.coefficients)
-
-
-def _terms(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    x, y = np.broadcast_arrays(inputs, outputs)
-    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
+        return quadratic_terms(inputs, outputs) @ np.array(self.coefficients)
 
 
 def _sides(caps: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -18,8 +18,9 @@ from nemo_emmett.data.bucketing.length_stats import Lengths, as_nemo_writes, lis
 from nemo_emmett.data.bucketing.padding import Padding, equal_mass_bins, equal_mass_bins_2d, largest_ratios, padding_of
 from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.errors import ConfigError, DataError, EmmettError
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.planning.blend_report import Recipe, load_tokenizer
+from nemo_emmett.planning.picture import new_figure, save_figure
 
 
 def tokenizer_of(recipe: Recipe, tokenizer: str | None = None, of_model: Any = None) -> Any:
@@ -116,10 +117,8 @@ def _bins_of_group(
     own = group.bucket_duration_bins
     if own and not group.has_auto_bins and np.ndim(own) == len(lengths.sides):
         others["as configured"] = own
-    max_ratio = None
-    if outliers is not None:
-        key = "max_tpt" if group.use_multimodal_sampling else "max_tps"
-        max_ratio = key, largest_ratios(bins, *lengths.sides)
+    key = "max_tpt" if group.use_multimodal_sampling else "max_tps"
+    max_ratio = None if outliers is None else (key, largest_ratios(bins, *lengths.sides))
     before = {name: padding_of(theirs, *lengths.sides) for name, theirs in others.items()}
     return BinsOfGroup(group.place, lengths, bins, padding_of(bins, *lengths.sides), before, max_ratio)
 
@@ -128,7 +127,10 @@ def print_bins(groups: Sequence[BinsOfGroup], console: Console | None = None) ->
     """Print the bins to be pasted, what was left out, and the padding before and after."""
     console = console or Console()
     for group in groups:
-        console.print(_title(group), highlight=False, style="bold")
+        dropped = listed(group.lengths.dropped)
+        kept = f"{len(group.lengths.inputs):,} examples, {100 * group.lengths.share_kept:.2f} % of those measured"
+        title = f"{group.place}: {kept}{f' (left out: {dropped})' if dropped else ''}"
+        console.print(title, highlight=False, style="bold")
         console.print(_table(group))
         # Lines to be pasted must not be broken.
         console.print(f"bucket_duration_bins: {as_nemo_writes(group.bins)}", highlight=False, soft_wrap=True)
@@ -136,12 +138,6 @@ def print_bins(groups: Sequence[BinsOfGroup], console: Console | None = None) ->
             key, ratios = group.max_ratio
             console.print(f"{key}: {as_nemo_writes(ratios)}", highlight=False, soft_wrap=True)
         console.print()
-
-
-def _title(group: BinsOfGroup) -> str:
-    dropped = listed(group.lengths.dropped)
-    kept = f"{len(group.lengths.inputs):,} examples, {100 * group.lengths.share_kept:.2f} % of those measured"
-    return f"{group.place}: {kept}{f' (left out: {dropped})' if dropped else ''}"
 
 
 def _table(group: BinsOfGroup) -> Table:
@@ -169,36 +165,25 @@ def draw_bins(groups: Sequence[BinsOfGroup], path: str | Path) -> None:
         EmmettError: if matplotlib is not installed.
         DataError: if the picture cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise EmmettError("The picture needs 'matplotlib'; run: pip install 'nemo_emmett[report]'") from error
-    figure = Figure(figsize=(7.2 * len(groups), 6.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.2 * len(groups), 6.0)
     for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         if group.lengths.outputs is None:
-            _draw_1d(axes, group)
+            axes.hist(group.lengths.inputs, bins=_edges(group.lengths.inputs), color="#9ecae1")
+            for cap in group.bins:
+                axes.axvline(cap, color=_LINE, linewidth=0.9)
+            axes.set_ylabel("examples")
+            axes.set_xlim(0, None)
         else:
             _draw_2d(figure, axes, group)
-        axes.set_title(_caption(group), fontsize=10, loc="left")
+        name, before = next(iter(group.padding_before.items()))
+        title = (
+            f"{group.place}\n{len(group.lengths.inputs):,} examples in {len(group.bins)} buckets, padding "
+            f"{100 * group.padding.share:.1f} % of a batch\n({name}: {100 * before.share:.1f} %)"
+        )
+        axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel(f"input length ({group.lengths.unit})")
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"--output: '{path}' cannot be written ({error}); name a .png in a folder that exists."
-        ) from error
-
-
-def _caption(group: BinsOfGroup) -> str:
-    name, before = next(iter(group.padding_before.items()))
-    return (
-        f"{group.place}\n{len(group.lengths.inputs):,} examples in {len(group.bins)} buckets, padding "
-        f"{100 * group.padding.share:.1f} % of a batch\n({name}: {100 * before.share:.1f} %)"
-    )
+        axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
 
 
 _LINE = "#d1495b"  # differs from all shades of the histogram
@@ -225,14 +210,6 @@ def _draw_2d(figure: Any, axes: Any, group: BinsOfGroup) -> None:
     axes.set_ylabel("output length (tokens)")
     axes.set_xlim(0, _MARGIN * inputs.max())
     axes.set_ylim(0, _MARGIN * outputs.max())
-
-
-def _draw_1d(axes: Any, group: BinsOfGroup) -> None:
-    axes.hist(group.lengths.inputs, bins=_edges(group.lengths.inputs), color="#9ecae1")
-    for cap in group.bins:
-        axes.axvline(cap, color=_LINE, linewidth=0.9)
-    axes.set_ylabel("examples")
-    axes.set_xlim(0, None)
 
 
 _MOST_CELLS = 160

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from nemo.collections.common.tokenizers import AutoTokenizer, SentencePieceTokenizer
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +26,7 @@ from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import is_local
 from nemo_emmett.data.readers.registry import register_data_types
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.planning.needed import look_up
 
 SECTIONS = ("data.train_ds", "model.train_ds", "train_ds")
 """Where NeMo's recipes have the data that they train on."""
@@ -64,10 +64,7 @@ class Recipe:
 
 
 def read_recipe(
-    content: DictConfig | ListConfig,
-    name: str,
-    section: str | None = None,
-    defaults: Mapping[str, Any] | None = None,
+    content: DictConfig | ListConfig, name: str, section: str | None = None, defaults: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Find the dataset that a config describes.
 
@@ -91,18 +88,21 @@ def read_recipe(
     if "datasets" in keys:
         names = ", ".join(f"{section}.datasets.{name}".lstrip(".") for name in keys["datasets"])
         raise ConfigError(f"--section: '{section or path}' holds several datasets; choose one of {names}.")
+    devices, folder = look_up(content, "trainer.devices"), look_up(content, "model.pretrained_llm")
+    processes = len(devices) if isinstance(devices, ListConfig) else _positive(devices) or 1
+    processes *= _positive(look_up(content, "trainer.num_nodes")) or 1
     return Recipe(
         parse_dataset(config_of({**defaults, **keys}), section or path.stem),
-        steps=_positive(_look_up(content, "trainer.max_steps")),
-        batches_per_step=_processes(content) * (_positive(_look_up(content, "trainer.accumulate_grad_batches")) or 1),
-        tokenizer=_tokenizer_folder(content),
+        steps=_positive(look_up(content, "trainer.max_steps")),
+        batches_per_step=processes * (_positive(look_up(content, "trainer.accumulate_grad_batches")) or 1),
+        tokenizer=folder if isinstance(folder, str) and os.path.isdir(folder) else None,
     )
 
 
 def _section(content: DictConfig, section: str | None, path: str | os.PathLike[str]) -> str:
     """The dataset's place; the empty one is the whole file."""
     if section is not None:
-        if not isinstance(_look_up(content, section), DictConfig):
+        if not isinstance(look_up(content, section), DictConfig):
             raise ConfigError(f"--section: '{path}' has no section '{section}'; its sections are {', '.join(content)}.")
         return section
     found = [place for place in SECTIONS if isinstance(OmegaConf.select(content, place), DictConfig)]
@@ -113,27 +113,8 @@ def _section(content: DictConfig, section: str | None, path: str | os.PathLike[s
     raise ConfigError(f"The config '{path}' has no {SECTIONS[0]}; name the dataset's place in it by --section.")
 
 
-def _look_up(content: DictConfig, key: str) -> Any:
-    """A value that the recipe may have; what cannot be resolved is not needed."""
-    try:
-        return OmegaConf.select(content, key)
-    except OmegaConfBaseException:
-        return None
-
-
 def _positive(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _processes(content: DictConfig) -> int:
-    devices = _look_up(content, "trainer.devices")
-    devices = len(devices) if isinstance(devices, ListConfig) else _positive(devices) or 1
-    return devices * (_positive(_look_up(content, "trainer.num_nodes")) or 1)
-
-
-def _tokenizer_folder(content: DictConfig) -> str | None:
-    folder = _look_up(content, "model.pretrained_llm")
-    return folder if isinstance(folder, str) and os.path.isdir(folder) else None
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -187,21 +168,16 @@ def streams_of(recipe: Recipe, tokenizer: Any = None, index_dir: str | None = No
     """
     register_data_types()
     dataset = recipe.dataset
-    batches = _batches_per_step(dataset)
+    weights, total = {group.name: 1.0 for group in dataset.groups}, 1.0  # a batch of each
+    if len(weights) > 1 and dataset.sampler_fusion != "zip":
+        if dataset.sampler_fusion == "randomized_round_robin" and dataset.sampler_weights:
+            weights = {name: dataset.sampler_weights[name] for name in weights}
+        total = sum(weights.values())
     streams = []
     for group in dataset.groups:
         blend = blend_of(group, tokenizer=tokenizer, index_dir=index_dir, count_all=True)
-        streams.append(Stream(group.name, blend, batches[group.name], *_examples_per_batch(group, blend)))
+        streams.append(Stream(group.name, blend, weights[group.name] / total, *_examples_per_batch(group, blend)))
     return streams
-
-
-def _batches_per_step(dataset: DatasetConfig) -> dict[str, float]:
-    names = [group.name for group in dataset.groups]
-    if len(names) == 1 or dataset.sampler_fusion == "zip":
-        return dict.fromkeys(names, 1.0)
-    weights = dataset.sampler_weights if dataset.sampler_fusion == "randomized_round_robin" else None
-    weights = weights or dict.fromkeys(names, 1.0)
-    return {name: weights[name] / sum(weights[n] for n in names) for name in names}
 
 
 def _examples_per_batch(group: GroupConfig, blend: Node) -> tuple[float | None, str]:
@@ -271,11 +247,9 @@ def print_blend(
     console = console or Console()
     steps = steps or recipe.steps or DEFAULT_STEPS
     streams = streams_of(recipe, tokenizer, index_dir)
-    unit = TokenCounter(tokenizer).unit
     sources = [leaf.source for stream in streams for leaf in stream.blend.leaves()]
     folder = _common_folder(sources)
-    rows = list(_rows(recipe, streams, steps, folder))
-    console.print(_table(rows, unit, console.width))
+    console.print(_table(list(_rows(recipe, streams, steps, folder)), TokenCounter(tokenizer).unit, console.width))
     for line in _remarks(recipe, streams, steps):
         console.print(line, highlight=False)
     if folder not in ("", "."):
@@ -324,8 +298,9 @@ def _rows_below(node: Node, lead: str, share: float, draws: float | None, folder
             yield from _rows_below(child, lead + below, share, draws, folder)
             continue
         known = draws is not None and child.size is not None and child.size.examples
-        epochs = _epochs(draws * child.share / child.size.examples) if known else "?"
-        yield _row(lead + own + _short_name(child.source, folder), child.size, share * child.share, weight, epochs)
+        epochs = draws * child.share / child.size.examples if known else None
+        shown = "?" if epochs is None else f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2f}"
+        yield _row(lead + own + _short_name(child.source, folder), child.size, share * child.share, weight, shown)
 
 
 def _row(name: str, size: Size | None, share: float, weight: str = "", epochs: str = "") -> Row:
@@ -405,32 +380,6 @@ def _remarks(recipe: Recipe, streams: Sequence[Stream], steps: int) -> Iterator[
     """What the table does not say, one sentence a line."""
     yield ""
     yield f"Expected share of the examples: {_modalities(streams)}."
-    yield from _batch_lines(recipe, streams)
-    if recipe.batches_per_step > 1:
-        yield f"So does each process at each accumulated batch: {recipe.batches_per_step} times a step of the trainer."
-    if any(stream.examples is not None for stream in streams):
-        yield f"Epochs are passes over a source in {steps:,} steps."
-
-
-def _modalities(streams: Sequence[Stream]) -> str:
-    shares: Counter[str] = Counter()
-    for stream, of_stream in zip(streams, _shares_of_streams(streams), strict=True):
-        for leaf in stream.blend.leaves():
-            shares[_modality(leaf.source)] += of_stream * leaf.share
-    listed = ", ".join(f"{modality} {100 * share:.1f} %" for modality, share in shares.most_common())
-    if any(stream.examples is None for stream in streams) and len(streams) > 1:
-        listed += " (as if all batches were of one size)"
-    return listed
-
-
-def _modality(source: Source) -> str:
-    if source.is_text:
-        return TEXT
-    is_speech = source.type.startswith(("nemo", "lhotse")) or source.type.endswith("_as_conversation")
-    return SPEECH if is_speech else OTHER
-
-
-def _batch_lines(recipe: Recipe, streams: Sequence[Stream]) -> Iterator[str]:
     fusion = recipe.dataset.sampler_fusion
     if len(streams) > 1 and fusion == "zip":
         yield "A step takes one batch of each group (sampler_fusion: zip)."
@@ -441,6 +390,23 @@ def _batch_lines(recipe: Recipe, streams: Sequence[Stream]) -> Iterator[str]:
         yield "A step takes one batch."
     for stream in streams:
         yield f"A batch{f' of {stream.name}' if stream.name else ''} holds {stream.batch}."
+    if recipe.batches_per_step > 1:
+        yield f"So does each process at each accumulated batch: {recipe.batches_per_step} times a step of the trainer."
+    if any(stream.examples is not None for stream in streams):
+        yield f"Epochs are passes over a source in {steps:,} steps."
+
+
+def _modalities(streams: Sequence[Stream]) -> str:
+    shares: Counter[str] = Counter()
+    for stream, of_stream in zip(streams, _shares_of_streams(streams), strict=True):
+        for leaf in stream.blend.leaves():
+            source = leaf.source
+            is_speech = source.type.startswith(("nemo", "lhotse")) or source.type.endswith("_as_conversation")
+            shares[TEXT if source.is_text else SPEECH if is_speech else OTHER] += of_stream * leaf.share
+    listed = ", ".join(f"{modality} {100 * share:.1f} %" for modality, share in shares.most_common())
+    if any(stream.examples is None for stream in streams) and len(streams) > 1:
+        listed += " (as if all batches were of one size)"
+    return listed
 
 
 def _duration(seconds: float) -> str:
@@ -455,7 +421,3 @@ def _number(value: float) -> str:
         if value >= limit:
             return f"{value / (1e3 if suffix == ' k' else limit):.3g}{suffix}"
     return f"{value:,.0f}" if value == int(value) or value >= 1000 else f"{value:.3g}"
-
-
-def _epochs(epochs: float) -> str:
-    return f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2f}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nemo_emmett.oomptimizer.fake import fake_construction
+from nemo_emmett.oomptimizer.snapshot import replaced
 
 
 @contextmanager
@@ -20,44 +21,28 @@ def fake_training() -> Iterator[None]:
     Raises:
         ConfigError: if something needs values; it names the operation.
     """
-    with fake_construction(), _conversion_in_place(), _copies_by_clone():
-        yield
-
-
-@contextmanager
-def _conversion_in_place() -> Iterator[None]:
-    """Let ``Module.to`` work on fake parameters.
-
-    It replaces a fake parameter by its conversion with ``torch.utils.swap_tensors``, which refuses tensors with weak
-    references, and PyTorch keeps one to every fake parameter. Here the parameter gets the conversion's ``data``.
-    """
-    original = torch.utils.swap_tensors
-    torch.utils.swap_tensors = _take_data
-    try:
-        yield
-    finally:
-        torch.utils.swap_tensors = original
+    with fake_construction(), replaced(torch.utils, swap_tensors=_take_data):
+        FakeTensor.__deepcopy__ = _clone
+        try:
+            yield
+        finally:
+            del FakeTensor.__deepcopy__
 
 
 def _take_data(parameter: Tensor, converted: Tensor) -> None:
+    """Let ``Module.to`` work on fake parameters, which ``torch.utils.swap_tensors`` refuses.
+
+    It takes no tensors with weak references, and PyTorch keeps one to every fake parameter.
+    """
     if (parameter.dtype, parameter.device) != (converted.dtype, converted.device):
         parameter.data = converted.data
 
 
-@contextmanager
-def _copies_by_clone() -> Iterator[None]:
+def _clone(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
     """Let ``copy.deepcopy`` work on fake tensors, as torchmetrics copies its states.
 
     Tensors copy their attributes as well; one of a fake tensor's is its mode, which cannot be copied.
     """
-    FakeTensor.__deepcopy__ = _clone
-    try:
-        yield
-    finally:
-        del FakeTensor.__deepcopy__
-
-
-def _clone(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
     if id(tensor) not in memo:
         copied = tensor.detach().clone()
         if isinstance(tensor, torch.nn.Parameter):

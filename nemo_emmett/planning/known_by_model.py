@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_emmett.errors import ModelError
 from nemo_emmett.planning.architecture import architecture_only
 from nemo_emmett.planning.fake_training import fake_training
+from nemo_emmett.planning.needed import look_up
 
 WRITTEN = ("prompt_format", "audio_locator_tag")
 """Keys of the ``model`` section that its data needs as well."""
@@ -47,8 +48,8 @@ def known_by_model(content: DictConfig | ListConfig, find_model: Callable[[str],
     section = content._get_node("model") if isinstance(content, DictConfig) and "model" in content else None
     if not isinstance(section, DictConfig):
         return KnownByModel()
-    written = {key: value for key in WRITTEN if (value := _value(section, key)) is not None}
-    target = _value(section, "_target_")
+    written = {key: value for key in WRITTEN if (value := look_up(section, key)) is not None}
+    target = look_up(section, "_target_")
     if target is None or "pretrained_llm" not in section:
         return KnownByModel(written)
     model_class = find_model(target)
@@ -64,11 +65,3 @@ def known_by_model(content: DictConfig | ListConfig, find_model: Callable[[str],
         )
         return KnownByModel(written)
     return KnownByModel({**written, **getattr(model, "data_defaults", {})}, model.tokenizer)
-
-
-def _value(section: DictConfig, key: str) -> Any:
-    """A value that the section may have; what cannot be resolved is not needed."""
-    try:
-        return OmegaConf.select(section, key)
-    except OmegaConfBaseException:
-        return None

@@ -32,8 +32,7 @@ def lengths_of_groups(
             "model.train_ds: the lengths of an ASR model's data are not measured here; write the bins that "
             "`nemo-emmett bins` finds, and leave the option out."
         )
-    dataset = parse_dataset(datamodule.cfg.train_ds, "data.train_ds")
-    groups = {group.name: group for group in dataset.groups}
+    groups = {group.name: group for group in parse_dataset(datamodule.cfg.train_ds, "data.train_ds").groups}
     _, kind = prepare_dataset(datamodule.dataset)
     return {
         name: measure(groups[name], datamodule.tokenizer, kind, two_dimensional=is_two_dimensional, limit=limit)

@@ -5,7 +5,6 @@ Neither NeMo nor torch is imported here, so that a missing value is reported at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -50,7 +49,9 @@ def needed_for_planning(cfg: DictConfig, *, reads_data: bool) -> DictConfig:
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     train_ds = OmegaConf.select(cfg, place)
-    if not reads_data and not _has_auto_bins(train_ds):
+    groups = [train_ds, *(node for key in train_ds if isinstance(node := train_ds._get_node(key), DictConfig))]
+    has_auto_bins = any(group._get_node("bucket_duration_bins") == "auto" for group in groups)
+    if not reads_data and not has_auto_bins:
         _forget_missing_paths(train_ds)
     if isinstance(cfg.get("trainer"), DictConfig):
         cfg.trainer.pop("callbacks", None)
@@ -66,22 +67,18 @@ def needed_for_planning(cfg: DictConfig, *, reads_data: bool) -> DictConfig:
     return OmegaConf.create({**needed, "data": {"train_ds": of_data}})
 
 
-def _has_auto_bins(train_ds: DictConfig) -> bool:
-    groups = [train_ds, *(node for node in _nodes(train_ds) if isinstance(node, DictConfig))]
-    return any(group._get_node("bucket_duration_bins") == "auto" for group in groups)
-
-
-def _nodes(config: DictConfig | ListConfig) -> Iterator[Any]:
-    """The nodes inside a config, not resolved."""
-    keys = config.keys() if isinstance(config, DictConfig) else range(len(config))
-    return (config._get_node(key) for key in keys)
+def look_up(content: DictConfig, key: str) -> Any:
+    """A value that a config may have; what cannot be resolved is not needed."""
+    try:
+        return OmegaConf.select(content, key)
+    except OmegaConfBaseException:
+        return None
 
 
 def _forget_missing_paths(config: Any, in_paths: bool = False) -> None:
     if not isinstance(config, (DictConfig, ListConfig)) or config._is_none() or config._is_missing():
         return
-    keys = list(config.keys()) if isinstance(config, DictConfig) else list(range(len(config)))
-    for key in keys:
+    for key in list(config) if isinstance(config, DictConfig) else range(len(config)):
         is_path = in_paths or key in PATHS
         node = config._get_node(key)
         if isinstance(node, (DictConfig, ListConfig)) and not node._is_missing() and not node._is_interpolation():
@@ -97,7 +94,7 @@ def _refers_to_missing(config: DictConfig | ListConfig, key: Any) -> bool:
         value = config[key]
         if OmegaConf.is_config(value):
             OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
-    except (InterpolationToMissingValueError, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         return "issing" in type(error).__name__
     return False
 
@@ -113,10 +110,8 @@ def _resolved(node: Any, place: str) -> Any:
             return node._dereference_node()._value() if node._is_interpolation() else node._value()
         except OmegaConfBaseException as error:
             raise _mistake(error, place) from error
-    missing = sorted(OmegaConf.missing_keys(_unresolved(node)))
-    if missing:
-        names = [f"{place}.{key}" for key in missing]
-        raise _left_to_you(names)
+    if missing := sorted(OmegaConf.missing_keys(_unresolved(node))):
+        raise _left_to_you([f"{place}.{key}" for key in missing])
     try:
         return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

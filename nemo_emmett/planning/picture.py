@@ -1,4 +1,4 @@
-"""Draws a profile: batch size and memory of each bucket."""
+"""Draws a profile: batch size and memory of each bucket; and what all pictures of the commands have in common."""
 
 from __future__ import annotations
 
@@ -28,14 +28,8 @@ def draw_profile(profile: Profile, budget: float, path: str | Path) -> None:
         EmmettError: if matplotlib is not installed.
         DataError: if the picture cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise EmmettError("The picture needs 'matplotlib'; run: pip install 'nemo_emmett[report]'") from error
     widths = [max(4.0, 0.28 * len(measures)) for measures in profile.measures.values()]
-    figure = Figure(figsize=(sum(widths) + 1.5, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(sum(widths) + 1.5, 6.4)
     panels = figure.subplots(2, len(widths), squeeze=False, sharex="col", width_ratios=widths)
     for column, (name, measures) in enumerate(profile.measures.items()):
         sizes = profile.groups[name].bucket_batch_size
@@ -46,10 +40,34 @@ def draw_profile(profile: Profile, budget: float, path: str | Path) -> None:
         _draw_memory(panels[1, column], measures, budget)
         for axes in panels[:, column]:
             axes.margins(x=0.01)
-            for side in ("top", "right"):
-                axes.spines[side].set_visible(False)
+            axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("batch size (examples)")
     panels[1, 0].set_ylabel("memory of a step (GiB)")
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches.
+
+    Raises:
+        EmmettError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise EmmettError("The picture needs 'matplotlib'; run: pip install 'nemo_emmett[report]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure's PNG.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
@@ -26,14 +26,7 @@ from nemo_emmett.oomptimizer.profile import Measure, TimeLine
 from nemo_emmett.planning.bins_and_sizes import BinPlan, Probed, TimeModel, epoch_seconds, plan_bins
 from nemo_emmett.planning.fake_training import fake_training
 from nemo_emmett.planning.lengths import lengths_of_groups, numbers_of_buckets
-from nemo_emmett.planning.recipe import (
-    Build,
-    Training,
-    ddp_bucket_bytes,
-    with_bins,
-    with_groups,
-    without_device,
-)
+from nemo_emmett.planning.recipe import Build, Training, ddp_bucket_bytes, with_bins, with_groups, without_device
 from nemo_emmett.planning.report import LiveTable, comparison
 from nemo_emmett.planning.timing import Rate, operations_per_example
 
@@ -125,27 +118,17 @@ class Planner:
                 safety_margin=self.safety_margin,
                 modality_share=self.modality_share,
             )
-            counting = [_CountOperations(self.operations)] if count_operations else []
+
+            def count(trainer: Trainer, module: LightningModule) -> None:
+                """At the start of the fit, when the bins are known."""
+                groups = read_groups(trainer.datamodule.cfg.train_ds)
+                with adapter_for(module).planning():
+                    self.operations.update(operations_per_example(trainer, module, groups))
+
+            counting = [LambdaCallback(on_fit_start=count)] if count_operations else []
             table = LiveTable(self.title, lambda: self.search_budget, self.console, is_timed=False)
             fit(training, optimizer, table, *counting)
             return Profile.read(path)
-
-
-class _CountOperations(Callback):
-    """Counts the operations of some steps at the start of the fit, when the bins are known.
-
-    Args:
-        counts: filled with them, by group.
-    """
-
-    def __init__(self, counts: dict[str, tuple[list, list[float]]]) -> None:
-        self.counts = counts
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count."""
-        groups = read_groups(trainer.datamodule.cfg.train_ds)
-        with adapter_for(pl_module).planning():
-            self.counts.update(operations_per_example(trainer, pl_module, groups))
 
 
 def with_fastest_bins(
@@ -170,13 +153,15 @@ def with_fastest_bins(
     for name in bins:
         only = None if is_zip(train_ds) else name
         start = _probed(first, name)
+        # In steps that groups share, each may take as much as its largest batch.
+        peaks = (measure.confirmed_peak or measure.predicted_peak for measure in first.measures[name])
         best = plan_bins(
             lengths[name],
             *numbers[name],
             start,
             lambda others, name=name, only=only: _probed(planner.search({**bins, name: others}, only), name),
             times[name],
-            _budget_of(first, name) if is_zip(train_ds) else planner.search_budget,
+            max(peaks) if is_zip(train_ds) else planner.search_budget,
         )
         bins[name] = best.bins
         plans = {LEAST_PADDING: BinPlan.of(start.bins, start.sizes, lengths[name], times[name]), SHORTEST_EPOCH: best}
@@ -201,11 +186,6 @@ def _probed(profile: Profile, name: str) -> Probed:
     return Probed(bins, profile.groups[name].bucket_batch_size, lines)
 
 
-def _budget_of(profile: Profile, name: str) -> float:
-    """Bytes that a group may take in steps that it shares with others: as much as its largest batch."""
-    return max(measure.confirmed_peak or measure.predicted_peak for measure in profile.measures[name])
-
-
 def _with_times(profile: Profile, times: Mapping[str, TimeModel], lengths: Mapping[str, Lengths]) -> Profile:
     measures = {name: tuple(_timed(m, times[name]) for m in of_group) for name, of_group in profile.measures.items()}
     seconds = sum(
@@ -216,6 +196,6 @@ def _with_times(profile: Profile, times: Mapping[str, TimeModel], lengths: Mappi
 
 
 def _timed(measure: Measure, time: TimeModel) -> Measure:
-    seconds: Any = time.of_step(measure.batch_size, measure.bin)
+    seconds = time.of_step(measure.batch_size, measure.bin)
     line = TimeLine(time.overhead, (seconds - time.overhead) / measure.batch_size)
     return replace(measure, seconds=float(f"{seconds:.6g}"), time=line)

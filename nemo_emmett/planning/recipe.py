@@ -75,11 +75,8 @@ def without_device(cfg: DictConfig) -> DictConfig:
     """
     changed = cfg.copy()
     changed.trainer.update(_HERE)
-    if "pretrained_llm" not in cfg.model:  # an ASR model of NeMo, which is built from its config alone
-        return changed
-    target = changed.model.get("_target_")
-    changed.model = architecture_only(changed.model)
-    changed.model._target_ = target
+    if "pretrained_llm" in cfg.model:  # an ASR model of NeMo is built from its config alone
+        changed.model = {**architecture_only(changed.model), "_target_": changed.model.get("_target_")}
     return changed
 
 
@@ -112,15 +109,12 @@ def ddp_bucket_bytes(trainer: DictConfig, model: LightningModule) -> int:
     """
     strategy = trainer.get("strategy", "auto")
     in_buckets = isinstance(strategy, DictConfig) and strategy.get("gradient_as_bucket_view", False)
-    if in_buckets or not (_has_several_devices(trainer) or "ddp" in strategy_name(trainer).lower()):
-        return 0
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-
-
-def _has_several_devices(trainer: DictConfig) -> bool:
     devices = trainer.get("devices", "auto")
     count = len(devices) if isinstance(devices, ListConfig) else devices
-    return str(count) not in ("1", "auto") or int(trainer.get("num_nodes", 1)) > 1
+    has_several_devices = str(count) not in ("1", "auto") or int(trainer.get("num_nodes", 1)) > 1
+    if in_buckets or not (has_several_devices or "ddp" in strategy_name(trainer).lower()):
+        return 0
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def with_bins(cfg: DictConfig, bins: Mapping[str, Sequence]) -> DictConfig:

@@ -9,18 +9,17 @@ these.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_emmett.oomptimizer.adapters.registry import adapter_for
 from nemo_emmett.oomptimizer.buckets import Group
 from nemo_emmett.oomptimizer.memory import find_device
-from nemo_emmett.oomptimizer.meter import Meter
+from nemo_emmett.oomptimizer.meter import Unmetered
 from nemo_emmett.oomptimizer.search import spread_out
 from nemo_emmett.oomptimizer.steps import TrainingSteps
 from nemo_emmett.planning.bins_and_sizes import Surface, TimeModel
@@ -110,14 +109,11 @@ def operations_per_example(
     return counts
 
 
-class OperationCounter(Meter):
+class OperationCounter(Unmetered):
     """Counts the floating-point operations of a step instead of its memory."""
 
     def __init__(self) -> None:
         self.operations = 0
-
-    def track(self, tensors: Iterable[Tensor]) -> None:
-        """Do nothing: existing tensors take no operations."""
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -126,13 +122,3 @@ class OperationCounter(Meter):
         with counter:
             yield
         self.operations = counter.get_total_flops()
-
-    @property
-    def alive(self) -> int:
-        """0: memory is not measured."""
-        return 0
-
-    @property
-    def peak(self) -> int:
-        """0: memory is not measured."""
-        return 0

@@ -95,10 +95,8 @@ class MultiTaskAdapter(SchemaAdapter):
         size, length = batch.prompted_transcript.shape
         prompt = min(PROMPT_TOKENS, length // 2)
         batch.prompt, batch.transcript = batch.prompted_transcript.split([prompt, length - prompt], dim=1)
-        device = batch.audio.device
-        batch.prompt_lens, batch.transcript_lens = (
-            full_lengths(size, part.shape[1], device) for part in (batch.prompt, batch.transcript)
-        )
+        batch.prompt_lens = full_lengths(size, prompt, batch.audio.device)
+        batch.transcript_lens = full_lengths(size, length - prompt, batch.audio.device)
         batch.cuts = CutSet([MonoCut(str(row), start=0.0, duration=1.0, channel=0) for row in range(size)])
         return batch
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -73,8 +74,7 @@ def sampling_rate(model: Any) -> int:
         "cfg.sample_rate",
         "cfg.preprocessor.sample_rate",
     ):
-        value = _attribute(model, path)
-        if value:
+        if value := reduce(lambda holder, name: getattr(holder, name, None), path.split("."), model):
             return int(value)
     raise ConfigError(
         f"model: {type(model).__name__} does not define the samples per second of its speech; give it an attribute "
@@ -100,9 +100,3 @@ def samples_of(model: Any, seconds: float, seconds_per_token: float = 0.0) -> in
     elif samples / rate > seconds:
         samples -= 1
     return max(1, samples)
-
-
-def _attribute(holder: Any, path: str) -> Any:
-    for name in path.split("."):
-        holder = getattr(holder, name, None)
-    return holder

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_emmett.oomptimizer.snapshot import replaced
+
 LARGEST_KNOWN = 1 << 24
 """Elements of the largest tensor whose values are kept: the token ids of a batch, not its recordings' samples."""
 
@@ -32,12 +34,8 @@ def fake_values() -> Iterator[None]:
 def known_integers() -> Iterator[None]:
     """Keep the values of tensors that ``torch.tensor`` makes, and of results that depend on these alone."""
     # FakeTensorMode does so for one element (its constant propagation); the limit is a variable of its module.
-    limit = fake_tensor.CONSTANT_NUMEL_LIMIT
-    fake_tensor.CONSTANT_NUMEL_LIMIT = LARGEST_KNOWN
-    try:
+    with replaced(fake_tensor, CONSTANT_NUMEL_LIMIT=LARGEST_KNOWN):
         yield
-    finally:
-        fake_tensor.CONSTANT_NUMEL_LIMIT = limit
 
 
 @contextmanager
@@ -50,14 +48,8 @@ def single_rows_unpadded() -> Iterator[None]:
     from transformers import masking_utils
 
     names = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
-    originals = {name: getattr(masking_utils, name) for name in names}
-    try:
-        for name, original in originals.items():
-            setattr(masking_utils, name, _without_single_rows(original))
+    with replaced(masking_utils, **{name: _without_single_rows(getattr(masking_utils, name)) for name in names}):
         yield
-    finally:
-        for name, original in originals.items():
-            setattr(masking_utils, name, original)
 
 
 @contextmanager
@@ -69,12 +61,8 @@ def nothing_packed() -> Iterator[None]:
     """
     from transformers import masking_utils
 
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
+    with replaced(masking_utils, find_packed_sequence_indices=lambda position_ids: None):
         yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
 
 
 def _without_single_rows(original: Any) -> Any:

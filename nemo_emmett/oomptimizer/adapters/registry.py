@@ -49,19 +49,15 @@ def adapter_for(model: Any) -> Adapter:
             f"model: {type(model).__name__} has no `oomptimizer_schema`, so no batch of it can be made; give it one "
             "as NeMo's models have, or register an adapter (nemo_emmett.oomptimizer.adapters.register_adapter)."
         )
-    return _adapter_class(model)(model)
-
-
-def _adapter_class(model: Any) -> type[Adapter]:
     # By names and attributes: their classes are slow to import, and needed only by those who train one.
     names = {kind.__name__ for kind in type(model).__mro__}
     if callable(type(model).oomptimizer_schema) and hasattr(model, "audio_locator_id"):
-        return SpeechTextAdapter
+        return SpeechTextAdapter(model)
     if hasattr(type(model), "audio_locator_tag_id"):
-        return SALMAdapter
+        return SALMAdapter(model)
     if "EncDecMultiTaskModel" in names:
-        return MultiTaskAdapter
+        return MultiTaskAdapter(model)
     is_hybrid = any("Hybrid" in name for name in names)  # two losses in one
     if "EncDecCTCModel" in names or ("EncDecRNNTModel" in names and not is_hybrid):
-        return TranscriptAdapter
-    return SchemaAdapter
+        return TranscriptAdapter(model)
+    return SchemaAdapter(model)

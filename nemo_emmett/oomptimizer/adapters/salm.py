@@ -114,7 +114,9 @@ class SALMAdapter(Adapter):
 
     def extents(self, batch: Mapping) -> list[Extent]:
         """See :meth:`Adapter.extents`."""
-        counts, seconds = self._recordings_of_rows(batch), self._seconds_of_rows(batch)
+        counts = self._recordings_of_rows(batch)
+        rate, lens = sampling_rate(self.model), iter(batch["audio_lens"].tolist())
+        seconds = [sum(next(lens) for _ in range(count)) / rate for count in counts]
         answer = batch["loss_mask"].bool()
         context = (batch["input_ids"] != self.model.text_pad_id) & ~answer & ~self._locators(batch)
         contexts, answers = context.sum(1).tolist(), answer.sum(1).tolist()
@@ -152,22 +154,14 @@ class SALMAdapter(Adapter):
     def _take(self, batch: Mapping, rows: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
         starts = [sum(counts[:row]) for row in range(len(counts))]
         recordings = [index for row in rows for index in range(starts[row], starts[row] + counts[row])]
-        return {
-            key: take_rows(value, recordings, sum(counts))
-            if key in _OF_RECORDINGS
-            else take_rows(value, rows, len(counts))
-            for key, value in batch.items()
-        }
+        taken = {key: take_rows(value, rows, len(counts)) for key, value in batch.items() if key not in _OF_RECORDINGS}
+        return taken | {key: take_rows(batch[key], recordings, sum(counts)) for key in _OF_RECORDINGS}
 
     def _locators(self, batch: Mapping) -> Tensor:
         return batch["input_ids"] == self.model.audio_locator_tag_id
 
     def _recordings_of_rows(self, batch: Mapping) -> list[int]:
         return self._locators(batch).sum(1).tolist()
-
-    def _seconds_of_rows(self, batch: Mapping) -> list[float]:
-        rate, lens = sampling_rate(self.model), iter(batch["audio_lens"].tolist())
-        return [sum(next(lens) for _ in range(count)) / rate for count in self._recordings_of_rows(batch)]
 
     def _targets(self, batch: Mapping) -> int:
         # As SALM counts: padding and locators have no target, whatever the mask.

@@ -76,13 +76,9 @@ class Schema:
                 f"holds {shape.modality}; leave that group out or train another model."
             )
         lengths = encoder_decoder_lengths(shape)
-        is_speech = shape.modality == "audio"
-        positions = {
-            "input": samples_of(self.model, lengths.seconds) if is_speech else lengths.context,
-            "output": lengths.answer,
-        }
-        values = [self._value(item, positions, size, device) for item in self.inputs]
-        return self._assemble(values)
+        inputs = samples_of(self.model, lengths.seconds) if shape.modality == "audio" else lengths.context
+        positions = {"input": inputs, "output": lengths.answer}
+        return self._assemble([self._value(item, positions, size, device) for item in self.inputs])
 
     def values(self, batch: Any) -> list[Any]:
         """What a batch holds for each of the schema's inputs, in their order."""
@@ -141,12 +137,11 @@ class Schema:
         )
 
     def _assemble(self, values: Sequence[Any]) -> Any:
-        names = [item.get("name") for item in self.inputs]
-        unnamed = [value for name, value in zip(names, values, strict=True) if name is None]
-        named = {name: value for name, value in zip(names, values, strict=True) if name is not None}
         if self.cls in (tuple, list):
             return self.cls(values)
-        return self.cls(*unnamed, **named)
+        entries = [(item.get("name"), value) for item, value in zip(self.inputs, values, strict=True)]
+        named = {name: value for name, value in entries if name is not None}
+        return self.cls(*(value for name, value in entries if name is None), **named)
 
 
 def _is_a(item: dict, kind: type) -> bool:

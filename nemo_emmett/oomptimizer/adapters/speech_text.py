@@ -14,13 +14,7 @@ from torch import Tensor
 
 from nemo_emmett.modules.batch import split_modalities
 from nemo_emmett.oomptimizer.adapters.base import Adapter, Extent
-from nemo_emmett.oomptimizer.adapters.draws import (
-    random_ids,
-    random_recordings,
-    samples_of,
-    sampling_rate,
-    special_ids,
-)
+from nemo_emmett.oomptimizer.adapters.draws import random_ids, random_recordings, samples_of, sampling_rate, special_ids
 from nemo_emmett.oomptimizer.adapters.fakes import fake_values
 from nemo_emmett.oomptimizer.adapters.lengths import (
     PROMPT_TOKENS,
@@ -54,7 +48,6 @@ class SpeechTextAdapter(Adapter):
             text = replace(shape, modality="text", seconds=0.0)
             return self.synthetic_batch(text, size, device)
         is_speech = shape.modality == "audio"
-        recordings = self._recordings(shape, rows, device) if is_speech else {}
         width = widest(rows)
         context_lens = [row.context + is_speech for row in rows]
         context_ids = self._ids(shape.modality, size, width.context + is_speech, device)
@@ -70,7 +63,11 @@ class SpeechTextAdapter(Adapter):
             "answer_ids": self._padded(self._ids(shape.modality, size, width.answer, device), answer_lens),
             "answer_lens": torch.tensor(answer_lens, device=device),
         }
-        return {shape.modality: batch | recordings}
+        if is_speech:
+            samples = [samples_of(self.model, row.seconds, shape.contents.seconds_per_token) for row in rows]
+            batch["audios"] = random_recordings(size, max(samples), device)
+            batch["audio_lens"] = torch.tensor(samples, device=device)
+        return {shape.modality: batch}
 
     def _rows_of(self, shape: Shape, size: int) -> list[Lengths] | None:
         """The examples of a bucket's worst batch."""
@@ -93,10 +90,8 @@ class SpeechTextAdapter(Adapter):
 
     @cached_property
     def _prompts(self) -> ShortestPrompts:
-        options = self.model.options
-        return ShortestPrompts(
-            prompt_formatter(options.prompt_format, self.model.tokenizer), self.model.audio_locator_tag
-        )
+        formatter = prompt_formatter(self.model.options.prompt_format, self.model.tokenizer)
+        return ShortestPrompts(formatter, self.model.audio_locator_tag)
 
     @cached_property
     def _prompt_tokens(self) -> int:
@@ -104,14 +99,6 @@ class SpeechTextAdapter(Adapter):
         formatter = prompt_formatter(self.model.options.prompt_format, self.model.tokenizer)
         turns = translation_turns(formatter, self.model.audio_locator_tag, "de", "en")
         return max(PROMPT_TOKENS, len(formatter.encode_dialog(turns)["context_ids"]) - 1)
-
-    def _recordings(self, shape: Shape, rows: Sequence[Lengths], device: torch.device) -> dict[str, Tensor]:
-        per_token = shape.contents.seconds_per_token
-        samples = [samples_of(self.model, row.seconds, per_token) for row in rows]
-        return {
-            "audios": random_recordings(len(rows), max(samples), device),
-            "audio_lens": torch.tensor(samples, device=device),
-        }
 
     def _padded(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         columns_T = torch.tensor(range(ids.shape[1]), device=ids.device)
