@@ -82,10 +82,25 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
             )
 
     def _layout(self, batch: Mapping, read: Sequences) -> _Layout:
+        is_locator_BT = read.mask_BT & (read.ids_BT == self.audio_locator_id)
+        is_text_BT, recordings_B = read.mask_BT & ~is_locator_BT, is_locator_BT.sum(1)
         num_recordings = 0 if batch.get("audios") is None else len(batch["audio_lens"])
-        answer_ids = batch.get("answer_ids")
-        max_targets = 0 if answer_ids is None else answer_ids.shape[1]
-        return _layout(read, self.audio_locator_id, num_recordings, max_targets)
+        if isinstance(is_text_BT, FakeTensor):
+            # OOMptimizer plans on tensors without values, in batches whose longest row is full.
+            B, T = is_text_BT.shape
+            A = batch["answer_ids"].shape[1] if "answer_ids" in batch else 0
+            return _Layout(is_text_BT, recordings_B, T - num_recordings // B, A, -(-num_recordings // B))
+        target_lens_B = (read.is_target_BT & is_text_BT).sum(1)
+        sizes = [is_text_BT.sum(1).max(), target_lens_B.max(), recordings_B.max(), recordings_B.sum()]
+        # The only read of the device by the host, before anything large is computed there.
+        T, A, K, num_locators = torch.stack(sizes).tolist()
+        if num_locators != num_recordings:
+            raise DataError(
+                f"a batch has {num_recordings} recordings but {num_locators} audio locator tokens: "
+                "each recording needs exactly one locator in its context."
+            )
+        # A language model needs at least one position, even for a batch of padding.
+        return _Layout(is_text_BT, recordings_B, max(T, 1), A, K)
 
     def _memory(self, batch: Mapping, layout: _Layout) -> SpeechMemory | None:
         """The cross-attention's keys and values of a batch's speech; None for text."""
@@ -148,37 +163,6 @@ class _Layout:
         frame_F = torch.arange(audio_RFH.shape[1], device=device)
         mask_BKF = (frame_F < lens_R[recording_BK][..., None]) & is_there_BK[..., None]
         return audio_RFH.index_select(0, recording_BK.flatten()).unflatten(0, (B, self.K)), mask_BKF
-
-
-def _layout(read: Sequences, locator_id: int, num_recordings: int, max_targets: int) -> _Layout:
-    """The layout of a batch.
-
-    Args:
-        read: contexts, or contexts and answers.
-        locator_id: the locator token's id.
-        num_recordings: R.
-        max_targets: A of a batch whose tensors have no values.
-
-    Raises:
-        DataError: if the number of locators differs from the number of recordings.
-    """
-    is_locator_BT = read.mask_BT & (read.ids_BT == locator_id)
-    is_text_BT, recordings_B = read.mask_BT & ~is_locator_BT, is_locator_BT.sum(1)
-    if isinstance(is_text_BT, FakeTensor):
-        # OOMptimizer plans on tensors without values, in batches whose longest row is full.
-        B, T = is_text_BT.shape
-        return _Layout(is_text_BT, recordings_B, T - num_recordings // B, max_targets, -(-num_recordings // B))
-    target_lens_B = (read.is_target_BT & is_text_BT).sum(1)
-    sizes = [is_text_BT.sum(1).max(), target_lens_B.max(), recordings_B.max(), recordings_B.sum()]
-    # The only read of the device by the host, before anything large is computed there.
-    T, A, K, num_locators = torch.stack(sizes).tolist()
-    if num_locators != num_recordings:
-        raise DataError(
-            f"a batch has {num_recordings} recordings but {num_locators} audio locator tokens: "
-            "each recording needs exactly one locator in its context."
-        )
-    # A language model needs at least one position, even for a batch of padding.
-    return _Layout(is_text_BT, recordings_B, max(T, 1), A, K)
 
 
 class _LookUp:

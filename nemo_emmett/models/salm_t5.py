@@ -28,12 +28,6 @@ from nemo_emmett.modules.loss import mask_padding
 from nemo_emmett.modules.placement import Placed
 from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
 
-_BEGINS_WITH_LAST_LABEL = frozenset({"mbart"})
-"""Model types that have no start token: the decoder starts with the answer's last token."""
-
-_COUNTED_POSITIONS = frozenset({"mbart"})
-"""Model types with a learned embedding for each position, and so a greatest length."""
-
 
 class SALMT5(SpeechTextModel):
     """Speech and text translation by one encoder-decoder (T5, mT5, UMT5, UL2, M2M100, NLLB, mBART, mBART-50).
@@ -87,7 +81,8 @@ class SALMT5(SpeechTextModel):
         is_context_BT = length_mask(batch["context_lens"], context_ids_BT.shape[1])
         placed = self.place(batch, context_ids_BT, is_context_BT, locators_elsewhere=locators_elsewhere)
         config, S = self.llm.config, placed.embeds_BSH.shape[1]
-        if config.model_type in _COUNTED_POSITIONS and config.max_position_embeddings < S:
+        # mBART has a learned embedding for each position, and so a greatest length.
+        if config.model_type == "mbart" and config.max_position_embeddings < S:
             raise DataError(
                 f"an example is {S} tokens long, speech included, but the language model reads at most "
                 f"{config.max_position_embeddings}; lower the longest duration or number of tokens in the dataset's "
@@ -98,7 +93,7 @@ class SALMT5(SpeechTextModel):
     def decoder_inputs(self, answer_ids_BA: Tensor, answer_lens_B: Tensor) -> Tensor:
         """(B, A) ids that the decoder reads to predict the answers: these, one position later, as the Hugging Face
         model makes them of its ``labels``."""
-        if self.llm.config.model_type in _BEGINS_WITH_LAST_LABEL:
+        if self.llm.config.model_type == "mbart":  # no start token: the answer's last token is taken for it
             first_B1 = answer_ids_BA.gather(1, (answer_lens_B[:, None] - 1).clamp(min=0))
         else:
             first_B1 = torch.full_like(answer_ids_BA[:, :1], self.llm.config.decoder_start_token_id)
@@ -122,9 +117,7 @@ class SALMT5(SpeechTextModel):
         start_BD = self._decoder_start(batch, generate_options)
         own = {"decoder_input_ids": start_BD, "decoder_start_token_id": start_BD[:, 0].tolist()}
         ids = self.llm.generate(
-            inputs_embeds=placed.embeds_BSH,
-            attention_mask=placed.mask_BS.long(),
-            **generate_options | own,
+            inputs_embeds=placed.embeds_BSH, attention_mask=placed.mask_BS.long(), **generate_options | own
         )
         return ids[:, start_BD.shape[1] :]
 

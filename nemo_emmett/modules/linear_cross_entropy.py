@@ -235,11 +235,7 @@ def _naive(inputs: _Inputs) -> Tensor:
     if inputs.softcap is not None:
         logits_NV = inputs.softcap * torch.tanh(logits_NV / inputs.softcap)
     return F.cross_entropy(
-        logits_NV,
-        inputs.targets_N,
-        ignore_index=IGNORE_INDEX,
-        label_smoothing=inputs.label_smoothing,
-        reduction="sum",
+        logits_NV, inputs.targets_N, ignore_index=IGNORE_INDEX, label_smoothing=inputs.label_smoothing, reduction="sum"
     )
 
 
@@ -249,10 +245,7 @@ def _liger(inputs: _Inputs) -> Tensor:
         # Liger computes no gradient at all unless the hidden states require one.
         hidden_NH = hidden_NH.detach().requires_grad_()
     loss = _kernel("liger")(
-        ignore_index=IGNORE_INDEX,
-        label_smoothing=inputs.label_smoothing,
-        reduction="sum",
-        softcap=inputs.softcap,
+        ignore_index=IGNORE_INDEX, label_smoothing=inputs.label_smoothing, reduction="sum", softcap=inputs.softcap
     )
     return loss(weight_VH, hidden_NH, inputs.targets_N, bias_V).float()
 

@@ -62,12 +62,8 @@ def _fast_backend(tokenizer: Any) -> Any | None:
     """The ``tokenizers.Tokenizer`` behind a NeMo tokenizer, if nothing in between changes its result."""
     if type(tokenizer) is not AutoTokenizer or tokenizer.include_special_tokens:
         return None
-    fast = tokenizer.tokenizer
-    kind = type(fast)
-    if not isinstance(fast, PreTrainedTokenizerFast) or fast.split_special_tokens:
+    fast, base = tokenizer.tokenizer, PreTrainedTokenizerFast
+    if not isinstance(fast, base) or fast.split_special_tokens:
         return None
-    if kind.tokenize is not PreTrainedTokenizerFast.tokenize:
-        return None
-    if kind._encode_plus is not PreTrainedTokenizerFast._encode_plus:
-        return None
-    return fast.backend_tokenizer
+    is_changed = (type(fast).tokenize, type(fast)._encode_plus) != (base.tokenize, base._encode_plus)
+    return None if is_changed else fast.backend_tokenizer
