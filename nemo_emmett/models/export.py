@@ -61,7 +61,7 @@ class Export:
             kwargs: as of :meth:`save_pretrained`, which raises the same.
         """
         refuse_nonfinite(weights, {name for name, _ in self.named_buffers()})
-        again = {name for names in self.shared_weights() for name in names[1:]}
+        again = {name for names in shared_names(self) for name in names[1:]}
         kwargs.setdefault("repo_id", Path(folder).name)
         own_class = next(kind for kind in type(self).__mro__ if not issubclass(kind, FSDPModule))
         config = {
@@ -91,10 +91,6 @@ class Export:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             return get_model_state_dict(self, options=options)
         return {name: value.detach().cpu() for name, value in self.state_dict().items()}
-
-    def shared_weights(self) -> list[list[str]]:
-        """The names of each parameter that has several, such as an output layer tied to the embeddings."""
-        return shared_names(self)
 
     @classmethod
     def from_pretrained(
@@ -144,15 +140,11 @@ class Export:
 
     @classmethod
     def _load_as_safetensor(cls, model: Export, model_file: str, map_location: str, strict: bool) -> Export:
-        """How huggingface_hub's ``from_pretrained`` reads weights; it leaves those that it does not find at random.
-
-        Raises:
-            ModelError: if the file lacks weights, or holds more than the model's.
-        """
+        """huggingface_hub's, which alone would leave weights that it does not find at random."""
         loaded = super()._load_as_safetensor(model, model_file, map_location, strict)
         with safe_open(model_file, framework="pt") as file:
             found = set(file.keys())
-        for names in loaded.shared_weights():
+        for names in shared_names(loaded):
             if found.intersection(names):
                 found.update(names)
         expected = set(loaded.state_dict())

@@ -78,26 +78,15 @@ def answer_loss(llm: PreTrainedModel, inputs: LLMInputs, label_smoothing: float,
     """
     targets_N = inputs.targets_BA.flatten()
     if not has_linear_head(llm):
-        return F.cross_entropy(
-            _run(llm, inputs).float(),
-            targets_N,
-            ignore_index=IGNORE_INDEX,
-            label_smoothing=label_smoothing,
-            reduction="sum",
-        )
-    return _run(
-        llm,
-        inputs,
-        lambda hidden_NH, head: linear_cross_entropy(
-            hidden_NH,
-            head.weight_VH,
-            targets_N,
-            bias_V=head.bias_V,
-            softcap=head.softcap,
-            label_smoothing=label_smoothing,
-            implementation=implementation,
-        ),
-    )
+        options = {"ignore_index": IGNORE_INDEX, "label_smoothing": label_smoothing, "reduction": "sum"}
+        return F.cross_entropy(_run(llm, inputs).float(), targets_N, **options)
+
+    def loss(hidden_NH: Tensor, head: LinearHead) -> Tensor:
+        options = {"label_smoothing": label_smoothing, "implementation": implementation}
+        layer = {"bias_V": head.bias_V, "softcap": head.softcap}
+        return linear_cross_entropy(hidden_NH, head.weight_VH, targets_N, **layer, **options)
+
+    return _run(llm, inputs, loss)
 
 
 @torch.no_grad()
@@ -109,13 +98,12 @@ def answer_scores(llm: PreTrainedModel, inputs: LLMInputs) -> tuple[Tensor, Tens
         logits_NV, targets_N = _run(llm, inputs).float(), targets_BA.flatten()
         losses_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none")
         return losses_N.view_as(targets_BA), (logits_NV.argmax(-1) == targets_N).view_as(targets_BA)
-    scores_2N = _run(
-        llm,
-        inputs,
-        lambda hidden_NH, head: torch.stack(
-            token_scores(hidden_NH, head.weight_VH, targets_BA.flatten(), bias_V=head.bias_V, softcap=head.softcap)
-        ),
-    )
+
+    def scores(hidden_NH: Tensor, head: LinearHead) -> Tensor:
+        layer = {"bias_V": head.bias_V, "softcap": head.softcap}
+        return torch.stack(token_scores(hidden_NH, head.weight_VH, targets_BA.flatten(), **layer))
+
+    scores_2N = _run(llm, inputs, scores)
     return scores_2N[0].view_as(targets_BA), scores_2N[1].bool().view_as(targets_BA)
 
 

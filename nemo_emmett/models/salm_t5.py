@@ -22,6 +22,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from nemo_emmett.errors import DataError
 from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.models.checkpoint import shared_names
 from nemo_emmett.models.head import LLMInputs
 from nemo_emmett.modules.batch import length_mask
 from nemo_emmett.modules.loss import mask_padding
@@ -145,7 +146,7 @@ def _untie_output_layer(model: SALMT5, weights: Mapping[str, Tensor], *_: Any) -
     T5 1.1, mT5, UMT5 and UL2 have them, but transformers ties them until it loads the published weights, which it does
     not for a model that is built from its config alone.
     """
-    for names in model.shared_weights():
+    for names in shared_names(model):
         # peft puts the layer that it adapts, or copies, one level deeper.
         heads = [name for name in names if ".lm_head." in f".{name}" and name in weights]
         others = [weights[name] for name in names if name in weights and name not in heads]
