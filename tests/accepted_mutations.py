@@ -228,9 +228,6 @@ EXPECTED_TO_FAIL_FOR_NOW = (
     Accepted("evaluation", "baseline", "no folder", "the sentence does not name the key"),
     Accepted("evaluation", "test_ds.datasets test_ds.datasets.test_*", "*", "not a mapping: OmegaConf's error; paths"),
     Accepted("evaluation", "test_ds.num_workers", "huge", "no upper limit"),
-    Accepted("model", "tokenizer_path", "empty text", "an empty path is taken for none"),
-    Accepted("model", "perception.modality_adapter.d_model", "misspelt key", "NeMo's IdentityConnector takes anything"),
-    Accepted("model", "perception.modality_adapter.d_model", "huge|null", "the sentence does not name the key"),
     Accepted("model", "perception.preprocessor*", "*", "replaced by the .nemo's without a word"),
 )
 """What is still to be mended, with what comes of it."""

@@ -190,10 +190,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         known = {"prompt_format": self.options.prompt_format, "audio_locator_tag": self.options.audio_locator_tag}
         if self.perception is None:
             return known
-        return known | {
-            "sample_rate": self.sampling_rate,
-            "token_equivalent_duration": self.token_equivalent_duration,
-        }
+        return known | {"sample_rate": self.sampling_rate, "token_equivalent_duration": self.token_equivalent_duration}
 
     def _perception(self) -> torch.nn.Module:
         if self.perception is None:

@@ -9,7 +9,7 @@ Shapes: B examples, T tokens, A target tokens, H hidden size, R recordings, K re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,10 +82,25 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
             )
 
     def _layout(self, batch: Mapping, read: Sequences) -> _Layout:
+        is_locator_BT = read.mask_BT & (read.ids_BT == self.audio_locator_id)
+        is_text_BT, recordings_B = read.mask_BT & ~is_locator_BT, is_locator_BT.sum(1)
         num_recordings = 0 if batch.get("audios") is None else len(batch["audio_lens"])
-        answer_ids = batch.get("answer_ids")
-        max_targets = 0 if answer_ids is None else answer_ids.shape[1]
-        return _layout(read, self.audio_locator_id, num_recordings, max_targets)
+        if isinstance(is_text_BT, FakeTensor):
+            # OOMptimizer plans on tensors without values, in batches whose longest row is full.
+            B, T = is_text_BT.shape
+            A = batch["answer_ids"].shape[1] if "answer_ids" in batch else 0
+            return _Layout(is_text_BT, recordings_B, T - num_recordings // B, A, -(-num_recordings // B))
+        target_lens_B = (read.is_target_BT & is_text_BT).sum(1)
+        sizes = [is_text_BT.sum(1).max(), target_lens_B.max(), recordings_B.max(), recordings_B.sum()]
+        # The only read of the device by the host, before anything large is computed there.
+        T, A, K, num_locators = torch.stack(sizes).tolist()
+        if num_locators != num_recordings:
+            raise DataError(
+                f"a batch has {num_recordings} recordings but {num_locators} audio locator tokens: "
+                "each recording needs exactly one locator in its context."
+            )
+        # A language model needs at least one position, even for a batch of padding.
+        return _Layout(is_text_BT, recordings_B, max(T, 1), A, K)
 
     def _memory(self, batch: Mapping, layout: _Layout) -> SpeechMemory | None:
         """The cross-attention's keys and values of a batch's speech; None for text."""
@@ -100,7 +115,28 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
         if memory is None:
             yield
             return
-        look_up = _LookUp(self.embed, self.cross_attention, memory)
+        # The layers' own cache goes on top of the language model's, so that a beam search reorders both.
+        cache_layers = [DynamicLayer() for _ in self.cross_attention.layers]
+
+        def look_up(llm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            cache = kwargs.get("past_key_values")
+            past = cache_layers[0].get_seq_length()
+            if type(cache) is not DynamicCache or cache.get_seq_length() != past:
+                raise ModelError(
+                    "BestowGPT generates with a cache that grows and is its own: leave `past_key_values` and "
+                    "`cache_implementation` out of the options."
+                )
+            if past == 0:
+                cache.layers.extend(cache_layers)
+            text_BTH = kwargs.get("inputs_embeds")
+            if text_BTH is None:
+                text_BTH = self.embed(kwargs["input_ids"])
+            # `generate` omits it where there is no padding; then no mask is needed here either.
+            mask_BT = kwargs.get("attention_mask")
+            mask_BT = None if mask_BT is None else mask_BT.bool()
+            embeds_BTH = self.cross_attention(text_BTH, memory, mask_BT, cache_layers)
+            return args, kwargs | {"input_ids": None, "inputs_embeds": embeds_BTH}
+
         # peft's wrapper calls `generate` of the model inside.
         handle = unwrap_peft(self.llm).register_forward_pre_hook(look_up, with_kwargs=True)
         try:
@@ -148,71 +184,3 @@ class _Layout:
         frame_F = torch.arange(audio_RFH.shape[1], device=device)
         mask_BKF = (frame_F < lens_R[recording_BK][..., None]) & is_there_BK[..., None]
         return audio_RFH.index_select(0, recording_BK.flatten()).unflatten(0, (B, self.K)), mask_BKF
-
-
-def _layout(read: Sequences, locator_id: int, num_recordings: int, max_targets: int) -> _Layout:
-    """The layout of a batch.
-
-    Args:
-        read: contexts, or contexts and answers.
-        locator_id: the locator token's id.
-        num_recordings: R.
-        max_targets: A of a batch whose tensors have no values.
-
-    Raises:
-        DataError: if the number of locators differs from the number of recordings.
-    """
-    is_locator_BT = read.mask_BT & (read.ids_BT == locator_id)
-    is_text_BT, recordings_B = read.mask_BT & ~is_locator_BT, is_locator_BT.sum(1)
-    if isinstance(is_text_BT, FakeTensor):
-        # OOMptimizer plans on tensors without values, in batches whose longest row is full.
-        B, T = is_text_BT.shape
-        return _Layout(is_text_BT, recordings_B, T - num_recordings // B, max_targets, -(-num_recordings // B))
-    target_lens_B = (read.is_target_BT & is_text_BT).sum(1)
-    sizes = [is_text_BT.sum(1).max(), target_lens_B.max(), recordings_B.max(), recordings_B.sum()]
-    # The only read of the device by the host, before anything large is computed there.
-    T, A, K, num_locators = torch.stack(sizes).tolist()
-    if num_locators != num_recordings:
-        raise DataError(
-            f"a batch has {num_recordings} recordings but {num_locators} audio locator tokens: "
-            "each recording needs exactly one locator in its context."
-        )
-    # A language model needs at least one position, even for a batch of padding.
-    return _Layout(is_text_BT, recordings_B, max(T, 1), A, K)
-
-
-class _LookUp:
-    """A hook before each forward pass in generation, which passes the input through the cross-attention layers.
-
-    The keys and values of these layers' self-attention are appended to the language model's cache as further layers, so
-    that a beam search reorders them with it.
-    """
-
-    def __init__(
-        self, embed: Callable[[Tensor], Tensor], cross_attention: SpeechCrossAttention, memory: SpeechMemory
-    ) -> None:
-        self.embed = embed
-        self.cross_attention = cross_attention
-        self.memory = memory
-        self.cache_layers = [DynamicLayer() for _ in cross_attention.layers]
-
-    def __call__(self, llm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Replace ids or embeddings of text by embeddings that attended to the speech."""
-        cache = kwargs.get("past_key_values")
-        past = self.cache_layers[0].get_seq_length()
-        if type(cache) is not DynamicCache or cache.get_seq_length() != past:
-            raise ModelError(
-                "BestowGPT generates with a cache that grows and is its own: leave `past_key_values` and "
-                "`cache_implementation` out of the options."
-            )
-        if past == 0:
-            cache.layers.extend(self.cache_layers)
-        text_BTH = kwargs.get("inputs_embeds")
-        if text_BTH is None:
-            text_BTH = self.embed(kwargs["input_ids"])
-        # `generate` omits it where there is no padding; then no mask is needed here either.
-        mask_BT = kwargs.get("attention_mask")
-        embeds_BTH = self.cross_attention(
-            text_BTH, self.memory, None if mask_BT is None else mask_BT.bool(), self.cache_layers
-        )
-        return args, kwargs | {"input_ids": None, "inputs_embeds": embeds_BTH}

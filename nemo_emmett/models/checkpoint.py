@@ -96,25 +96,22 @@ class _DataOnlyReader(FileSystemReader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._metadata = self._read_safely()  # here, since PyTorch wraps errors of read_metadata in many lines
+        # Here, not in read_metadata, whose errors PyTorch wraps in many lines.
+        try:
+            with open(path / _METADATA, "rb") as file:
+                self._metadata = _MetadataUnpickler(file).load()
+            self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
+            self._metadata.storage_meta.load_id = self.load_id
+        except (UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
+            reason = str(error) or type(error).__name__
+            raise ModelError(
+                f"the checkpoint '{self.path}' is damaged or holds more than tensors and plain values ({reason}). "
+                "It is not unpickled, since that can run code. If you trust it, set model.trust_remote_code: true."
+            ) from error
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read already."""
         return self._metadata
-
-    def _read_safely(self) -> Metadata:
-        with open(Path(self.path) / _METADATA, "rb") as file:
-            try:
-                metadata = _MetadataUnpickler(file).load()
-                metadata.storage_meta = metadata.storage_meta or StorageMeta()
-                metadata.storage_meta.load_id = self.load_id
-            except (UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
-                reason = str(error) or type(error).__name__
-                raise ModelError(
-                    f"the checkpoint '{self.path}' is damaged or holds more than tensors and plain values ({reason}). "
-                    "It is not unpickled, since that can run code. If you trust it, set model.trust_remote_code: true."
-                ) from error
-        return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Tensors.
@@ -138,14 +135,8 @@ _METADATA_CLASSES = {
     "torch": ("Size", "device"),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
     "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata", "StorageMeta"),
+        *("Metadata", "MetadataIndex", "TensorProperties", "_MEM_FORMAT_ENCODING"),
     ),
     "torch.serialization": ("_get_layout",),
 }

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SECONDS = 0.2
-
 
 def dummy_batch(
     modality: str, device: torch.device, locator_id: int, sampling_rate: int | None = None
@@ -29,6 +27,6 @@ def dummy_batch(
         "answer_lens": length,
     }
     if is_speech:
-        samples = round(_SECONDS * sampling_rate)
+        samples = round(0.2 * sampling_rate)
         batch |= {"audios": torch.zeros(1, samples, device=device), "audio_lens": samples * length}
     return batch

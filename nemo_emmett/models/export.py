@@ -58,17 +58,19 @@ class Export:
         Args:
             folder: is made if need be.
             weights: on the CPU, by the names of the model's state; shared ones may be there once or several times.
-            kwargs: of huggingface_hub's ``save_pretrained``. To its ``config``, which NeMo's ``to_hf.py`` gives, the
-                model's own is added.
-
-        Raises:
-            NonFiniteError: if a weight is not finite; then nothing is written.
-            ConfigError: if another process is writing to the folder.
+            kwargs: as of :meth:`save_pretrained`, which raises the same.
         """
         refuse_nonfinite(weights, {name for name, _ in self.named_buffers()})
-        again = {name for names in self.shared_weights() for name in names[1:]}
+        again = {name for names in shared_names(self) for name in names[1:]}
         kwargs.setdefault("repo_id", Path(folder).name)
-        config = dict(kwargs.pop("config", None) or {}) | self._exported_config()
+        own_class = next(kind for kind in type(self).__mro__ if not issubclass(kind, FSDPModule))
+        config = {
+            **(kwargs.pop("config", None) or {}),
+            **OmegaConf.to_container(self.cfg, resolve=True),
+            "_target_": f"{own_class.__module__}.{own_class.__qualname__}",
+            "model_type": self.model_type,
+            "architectures": [self.architecture or own_class.__name__],
+        }
         config.pop("trust_remote_code", None)  # decided by who loads the folder
         self._weights_to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}
         try:
@@ -83,24 +85,12 @@ class Export:
         """Write the weights; called by huggingface_hub."""
         save_file(self._weights_to_save, Path(save_directory) / SAFETENSORS_SINGLE_FILE, metadata={"format": "pt"})
 
-    def _exported_config(self) -> dict[str, Any]:
-        own_class = next(kind for kind in type(self).__mro__ if not issubclass(kind, FSDPModule))
-        return OmegaConf.to_container(self.cfg, resolve=True) | {
-            "_target_": f"{own_class.__module__}.{own_class.__qualname__}",
-            "model_type": self.model_type,
-            "architectures": [self.architecture or own_class.__name__],
-        }
-
     def whole_weights(self) -> dict[str, Tensor]:
         """All weights on the CPU; of a sharded model, on rank 0. Every rank must call it."""
         if isinstance(self, FSDPModule):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             return get_model_state_dict(self, options=options)
         return {name: value.detach().cpu() for name, value in self.state_dict().items()}
-
-    def shared_weights(self) -> list[list[str]]:
-        """The names of each parameter that has several, such as an output layer tied to the embeddings."""
-        return shared_names(self)
 
     @classmethod
     def from_pretrained(
@@ -150,13 +140,20 @@ class Export:
 
     @classmethod
     def _load_as_safetensor(cls, model: Export, model_file: str, map_location: str, strict: bool) -> Export:
-        """How huggingface_hub's ``from_pretrained`` reads weights; it leaves those that it does not find at random.
-
-        Raises:
-            ModelError: if the file lacks weights, or holds more than the model's.
-        """
+        """huggingface_hub's, which alone would leave weights that it does not find at random."""
         loaded = super()._load_as_safetensor(model, model_file, map_location, strict)
-        _check_weights(loaded, Path(model_file))
+        with safe_open(model_file, framework="pt") as file:
+            found = set(file.keys())
+        for names in shared_names(loaded):
+            if found.intersection(names):
+                found.update(names)
+        expected = set(loaded.state_dict())
+        missing, surplus = sorted(expected - found), sorted(found - expected)
+        if missing or surplus:
+            what = f"lacks {listed(missing)}" if missing else f"holds the surplus {listed(surplus)}"
+            raise ModelError(
+                f"'{model_file}' {what}: it is not of the model that its config.json describes; export the model again."
+            )
         return loaded
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -194,19 +191,3 @@ def _check_config(model_id: str, **where: Any) -> None:
         )
     config.pop("_target_", None)  # the class is chosen already
     check_model_file(config, f"'{path}'")
-
-
-def _check_weights(model: Export, path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        found = set(file.keys())
-    expected = set(model.state_dict())
-    for names in model.shared_weights():
-        if found.intersection(names):
-            found.update(names)
-    missing = sorted(expected - found)
-    surplus = sorted(found - expected)
-    if missing or surplus:
-        what = f"lacks {listed(missing)}" if missing else f"holds the surplus {listed(surplus)}"
-        raise ModelError(
-            f"'{path}' {what}: it is not of the model that its config.json describes; export the model again."
-        )

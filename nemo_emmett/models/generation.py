@@ -33,26 +33,14 @@ BATCH_TOKENS = 4096
 """Positions of the language model's input in a batch to translate: about ten recordings of half a minute."""
 
 _PLAIN_SEARCH: dict[str, Any] = {
-    "do_sample": False,
+    **dict.fromkeys(("do_sample", "early_stopping"), False),
+    **dict.fromkeys(("length_penalty", "temperature", "top_p", "typical_p", "repetition_penalty"), 1.0),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length"), 0),
+    **dict.fromkeys(("min_p", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"), None),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), None),
+    **dict.fromkeys(("min_new_tokens", "max_new_tokens", "max_length"), None),
     "num_beams": 1,
-    "early_stopping": False,
-    "length_penalty": 1.0,
-    "temperature": 1.0,
     "top_k": 50,
-    "top_p": 1.0,
-    "min_p": None,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "max_length": None,
-    "max_new_tokens": None,
 }
 """Hugging Face's own defaults, passed in every call, since pretrained checkpoints configure others: Qwen's sample and
 punish repetition, NLLB's use beam search, mBART's force a last token."""

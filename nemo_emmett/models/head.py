@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,8 @@ LINEAR_HEADS = frozenset(
         *("m2m_100", "mbart", "mt5", "t5", "umt5"),
     }
 )
-"""Model types of transformers whose logits are those of a linear layer, except for a bias and a soft cap that
-:class:`LinearHead` has. Any other type computes its logits, at the answers' positions."""
+"""Model types of transformers whose logits are ``softcap * tanh((hidden @ weight.T + bias) / softcap)``, where bias and
+soft cap may be absent. Any other type computes its logits, at the answers' positions."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,6 @@ class LLMInputs:
     kwargs: Mapping[str, Tensor | None]
     targets_BA: Tensor
     positions_BA: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """How hidden states become logits: ``softcap * tanh((hidden @ weight.T + bias) / softcap)``.
-
-    Args:
-        weight_VH: (V, H).
-        bias_V: (V,) or None.
-        softcap: None for a head without (Gemma 2, arXiv 2408.00118, section 2).
-    """
-
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
 
 
 def answer_logits(llm: PreTrainedModel, inputs: LLMInputs) -> Tensor:
@@ -78,26 +64,11 @@ def answer_loss(llm: PreTrainedModel, inputs: LLMInputs, label_smoothing: float,
     """
     targets_N = inputs.targets_BA.flatten()
     if not has_linear_head(llm):
-        return F.cross_entropy(
-            _run(llm, inputs).float(),
-            targets_N,
-            ignore_index=IGNORE_INDEX,
-            label_smoothing=label_smoothing,
-            reduction="sum",
-        )
-    return _run(
-        llm,
-        inputs,
-        lambda hidden_NH, head: linear_cross_entropy(
-            hidden_NH,
-            head.weight_VH,
-            targets_N,
-            bias_V=head.bias_V,
-            softcap=head.softcap,
-            label_smoothing=label_smoothing,
-            implementation=implementation,
-        ),
-    )
+        options = {"ignore_index": IGNORE_INDEX, "label_smoothing": label_smoothing, "reduction": "sum"}
+        return F.cross_entropy(_run(llm, inputs).float(), targets_N, **options)
+
+    options = {"targets_N": targets_N, "label_smoothing": label_smoothing, "implementation": implementation}
+    return _run(llm, inputs, partial(linear_cross_entropy, **options))
 
 
 @torch.no_grad()
@@ -109,18 +80,13 @@ def answer_scores(llm: PreTrainedModel, inputs: LLMInputs) -> tuple[Tensor, Tens
         logits_NV, targets_N = _run(llm, inputs).float(), targets_BA.flatten()
         losses_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none")
         return losses_N.view_as(targets_BA), (logits_NV.argmax(-1) == targets_N).view_as(targets_BA)
-    scores_2N = _run(
-        llm,
-        inputs,
-        lambda hidden_NH, head: torch.stack(
-            token_scores(hidden_NH, head.weight_VH, targets_BA.flatten(), bias_V=head.bias_V, softcap=head.softcap)
-        ),
-    )
+    # As one tensor, since transformers hands on what its output layer returns as it does with logits.
+    scores_2N = _run(llm, inputs, lambda *args, **head: torch.stack(token_scores(*args, targets_BA.flatten(), **head)))
     return scores_2N[0].view_as(targets_BA), scores_2N[1].bool().view_as(targets_BA)
 
 
 def has_linear_head(llm: PreTrainedModel) -> bool:
-    """Whether the logits are those of a :class:`LinearHead`; with LoRA in the output layer they are not."""
+    """Whether the logits are those of a linear layer, bias and soft cap; with LoRA in the output layer they are not."""
     layer = output_layer(llm)
     # FSDP2 gives a module a subclass of its class, which inherits the forward.
     is_linear = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
@@ -133,11 +99,9 @@ def output_layer(llm: PreTrainedModel) -> nn.Module:
     return owner.lm_head if hasattr(owner, "lm_head") else owner.get_output_embeddings()
 
 
-def _run(
-    llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[[Tensor, LinearHead], Tensor] | None = None
-) -> Tensor:
+def _run(llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[..., Tensor] | None = None) -> Tensor:
     """The language model's forward pass, in which its output layer gets the answers' positions only, (N, H), and is
-    replaced by ``answer``, if given."""
+    replaced by ``answer(hidden_NH, weight_VH, bias_V=, softcap=)``, if given."""
     layer = output_layer(llm)
 
     def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -157,7 +121,8 @@ def _run(
             def forward(hidden_NH: Tensor) -> Tensor:
                 # The loss is computed within the layer's own call, not before or after it: FSDP2 gathers the weight in
                 # a hook of this call, and hooks of FSDP2 and DDP receive its gradient. So the weight is read only here.
-                return answer(hidden_NH, LinearHead(layer.weight, layer.bias if bias_V is None else bias_V, softcap))
+                bias = layer.bias if bias_V is None else bias_V
+                return answer(hidden_NH, layer.weight, bias_V=bias, softcap=softcap)
 
             layer.forward = forward
             stack.callback(delattr, layer, "forward")  # the class's own is used again

@@ -102,11 +102,7 @@ def _read(path: str, key: str, trusted: bool) -> dict[str, Tensor]:
 
 
 def _fitted(weights: Mapping[str, Tensor], model: nn.Module, place: str) -> dict[str, Tensor]:
-    """The weights under the names of the model's state, all of them.
-
-    Raises:
-        ModelError: for weights that are missing, surplus or of another shape.
-    """
+    """The weights by the names of the model's state: all of them, none surplus, none of another shape."""
     own = model.state_dict()
     adapts = not any(_LORA in name for name in weights)  # a checkpoint without LoRA may start a training with it
     sources = {name: _without_peft(name) if adapts and name not in weights else name for name in own}
@@ -152,11 +148,7 @@ def _other_shape(name: str, there: Tensor, here: Tensor) -> str:
 
 
 def _check_ties(model: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
-    """Refuse a checkpoint with two values for one parameter of the model, of which the last would be used.
-
-    Raises:
-        ModelError: naming both.
-    """
+    """Refuse a checkpoint with two values for one parameter of the model, of which the last would be used."""
     for first, *others in shared_names(model):
         for other in others:
             if weights[first] is not weights[other] and not torch.equal(weights[first], weights[other]):

@@ -7,7 +7,6 @@ import sys
 from contextlib import redirect_stdout
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.constants import CONFIG_NAME
 from hydra.errors import InstantiationException
@@ -18,7 +17,6 @@ from nemo_emmett.errors import ModelError
 from nemo_emmett.models.base import SpeechTextModel
 
 _OWN_MODELS = "nemo_emmett.models."
-_SALM_GPT = f"{_OWN_MODELS}salm_gpt.SALMGPT"
 
 
 def load(folder: str | Path, *, trust_remote_code: bool = False) -> SpeechTextModel:
@@ -55,8 +53,15 @@ def _class_of(config_path: Path) -> type[SpeechTextModel]:
         config = json.loads(config_path.read_text())
         # NeMo's folders do not name their class; the one with an audio locator is SALM.
         is_nemo_salm = "_target_" not in config and "audio_locator_tag" in config
-        name = _SALM_GPT if is_nemo_salm else config["_target_"]
-        model_class = _class_named(name)
+        name = f"{_OWN_MODELS}salm_gpt.SALMGPT" if is_nemo_salm else config["_target_"]
+        named = [point for point in entry_points(group="nemo_emmett.models") if point.value.replace(":", ".") == name]
+        if name.startswith(_OWN_MODELS):
+            model_class = get_class(name)
+        elif named:
+            model_class = named[0].load()
+        else:  # not imported: a module that only the folder names would be run
+            module, _, attribute = name.rpartition(".")
+            model_class = getattr(sys.modules[module], attribute)
     except (ValueError, KeyError, TypeError, ImportError, AttributeError, InstantiationException) as error:
         raise ModelError(
             f"'{config_path}' names no model class that is known (`_target_`); was it written by nemo_emmett? A model "
@@ -65,14 +70,3 @@ def _class_of(config_path: Path) -> type[SpeechTextModel]:
     if not (isinstance(model_class, type) and issubclass(model_class, SpeechTextModel)):
         raise ModelError(f"'{config_path}': `_target_` names {name}, which is not a model of ours.")
     return model_class
-
-
-def _class_named(name: str) -> Any:
-    """The object at a class path; a module that only the folder names is not imported, since that would run it."""
-    if name.startswith(_OWN_MODELS):
-        return get_class(name)
-    for point in entry_points(group="nemo_emmett.models"):
-        if point.value.replace(":", ".") == name:
-            return point.load()
-    module, _, attribute = name.rpartition(".")
-    return getattr(sys.modules[module], attribute)

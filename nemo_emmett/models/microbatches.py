@@ -40,20 +40,15 @@ def cut_batch(batch: Mapping, number: int, pad_id: int, locator_id: int) -> list
         B = len(part["context_lens"])
         number_of_part = min(max(1, number // len(parts)), B)
         starts = [B * i // number_of_part for i in range(number_of_part + 1)]
-        recordings = _recordings_before(part, locator_id)
+        recordings = [0] * (B + 1)  # of the examples before each one; the last number is R
+        if part.get("audios") is not None:
+            ids_BT = part["context_ids"]
+            locators_BT = (ids_BT == locator_id) & length_mask(part["context_lens"], ids_BT.shape[1])
+            recordings = [0, *locators_BT.sum(1).cumsum(0).tolist()]
         microbatches += [
             {modality: _examples(part, slice(a, b), slice(recordings[a], recordings[b]))} for a, b in pairwise(starts)
         ]
     return microbatches
-
-
-def _recordings_before(part: Mapping, locator_id: int) -> list[int]:
-    """How many recordings belong to the examples before each one; B + 1 numbers, the last is R."""
-    if part.get("audios") is None:
-        return [0] * (len(part["context_lens"]) + 1)
-    ids_BT = part["context_ids"]
-    locators_BT = (ids_BT == locator_id) & length_mask(part["context_lens"], ids_BT.shape[1])
-    return [0, *locators_BT.sum(1).cumsum(0).tolist()]
 
 
 def _examples(part: Mapping, rows: slice, recordings: slice) -> dict[str, Any]:
@@ -61,15 +56,12 @@ def _examples(part: Mapping, rows: slice, recordings: slice) -> dict[str, Any]:
     chosen = {key: value[rows] for key, value in part.items() if value is not None and not key.startswith("audio")}
     for name in ("context_ids", "context_targets", "answer_ids"):
         if name in chosen:
-            chosen[name] = _trimmed(chosen[name], chosen[f"{name.partition('_')[0]}_lens"])
+            lens = chosen[f"{name.partition('_')[0]}_lens"]
+            chosen[name] = chosen[name][:, : int(lens.max())]
     if part.get("audios") is not None and recordings.start < recordings.stop:
         chosen["audio_lens"] = part["audio_lens"][recordings]
-        chosen["audios"] = _trimmed(part["audios"][recordings], chosen["audio_lens"])
+        chosen["audios"] = part["audios"][recordings, : int(chosen["audio_lens"].max())]
     return chosen
-
-
-def _trimmed(padded: Tensor, lens: Tensor) -> Tensor:
-    return padded[:, : int(lens.max())]
 
 
 def target_counts(parts: Mapping[str, Mapping], device: torch.device) -> Tensor:

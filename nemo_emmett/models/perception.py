@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Le
 from nemo.collections.asr.models import ASRModel
-from nemo.collections.speechlm2.modules.perception import AudioPerceptionModule
+from nemo.collections.speechlm2.modules.perception import AudioPerceptionModule, IdentityConnector
 from nemo.collections.speechlm2.parts.pretrained import setup_speech_encoder
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -110,20 +111,19 @@ def _check_parts(perception: Mapping[str, Any], parts: Mapping[str, Any]) -> Non
             )
         if section is None:
             continue
-        if not {"target", "cls"} & set(section):  # NeMo's older keys for `_target_`
-            # Some numbers of the preprocessor may be words.
-            parse_arguments(
-                class_of(section, place, nn.Module), section, place, (), _TYPES.get(name, {}), name != "preprocessor"
-            )
+        if {"target", "cls"} & set(section):  # NeMo's older keys for `_target_`
+            continue
+        kind = class_of(section, place, nn.Module)
+        # Some numbers of the preprocessor may be words.
+        parse_arguments(kind, section, place, (), _TYPES.get(name, {}), name != "preprocessor")
+        if kind is IdentityConnector:  # takes any argument; NeMo reads its width
+            check_keys(section, ["d_model"], place)
+            parse_value(Annotated[PositiveWhole, Le(2**16)], section.get("d_model", 1), f"{place}.d_model")
 
 
 def _check_fit(encoder: Mapping[str, Any], asr_encoder: Mapping[str, Any], source: str) -> None:
     """Refuse keys by which an encoder has weights that its ``.nemo`` file does not hold. Of layers left out there are
-    too many in the file, which does no harm.
-
-    Raises:
-        ConfigError: naming the key and its value in the file.
-    """
+    too many in the file, which does no harm."""
     changed = [
         key for key, value in encoder.items() if asr_encoder.get(key) != value and key != "sync_max_audio_length"
     ]

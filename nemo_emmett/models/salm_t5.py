@@ -22,17 +22,12 @@ from transformers import AutoModelForSeq2SeqLM
 
 from nemo_emmett.errors import DataError
 from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.models.checkpoint import shared_names
 from nemo_emmett.models.head import LLMInputs
 from nemo_emmett.modules.batch import length_mask
 from nemo_emmett.modules.loss import mask_padding
 from nemo_emmett.modules.placement import Placed
 from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
-
-_BEGINS_WITH_LAST_LABEL = frozenset({"mbart"})
-"""Model types that have no start token: the decoder starts with the answer's last token."""
-
-_COUNTED_POSITIONS = frozenset({"mbart"})
-"""Model types with a learned embedding for each position, and so a greatest length."""
 
 
 class SALMT5(SpeechTextModel):
@@ -87,7 +82,8 @@ class SALMT5(SpeechTextModel):
         is_context_BT = length_mask(batch["context_lens"], context_ids_BT.shape[1])
         placed = self.place(batch, context_ids_BT, is_context_BT, locators_elsewhere=locators_elsewhere)
         config, S = self.llm.config, placed.embeds_BSH.shape[1]
-        if config.model_type in _COUNTED_POSITIONS and config.max_position_embeddings < S:
+        # mBART has a learned embedding for each position, and so a greatest length.
+        if config.model_type == "mbart" and config.max_position_embeddings < S:
             raise DataError(
                 f"an example is {S} tokens long, speech included, but the language model reads at most "
                 f"{config.max_position_embeddings}; lower the longest duration or number of tokens in the dataset's "
@@ -98,7 +94,7 @@ class SALMT5(SpeechTextModel):
     def decoder_inputs(self, answer_ids_BA: Tensor, answer_lens_B: Tensor) -> Tensor:
         """(B, A) ids that the decoder reads to predict the answers: these, one position later, as the Hugging Face
         model makes them of its ``labels``."""
-        if self.llm.config.model_type in _BEGINS_WITH_LAST_LABEL:
+        if self.llm.config.model_type == "mbart":  # no start token: the answer's last token is taken for it
             first_B1 = answer_ids_BA.gather(1, (answer_lens_B[:, None] - 1).clamp(min=0))
         else:
             first_B1 = torch.full_like(answer_ids_BA[:, :1], self.llm.config.decoder_start_token_id)
@@ -122,9 +118,7 @@ class SALMT5(SpeechTextModel):
         start_BD = self._decoder_start(batch, generate_options)
         own = {"decoder_input_ids": start_BD, "decoder_start_token_id": start_BD[:, 0].tolist()}
         ids = self.llm.generate(
-            inputs_embeds=placed.embeds_BSH,
-            attention_mask=placed.mask_BS.long(),
-            **generate_options | own,
+            inputs_embeds=placed.embeds_BSH, attention_mask=placed.mask_BS.long(), **generate_options | own
         )
         return ids[:, start_BD.shape[1] :]
 
@@ -152,7 +146,7 @@ def _untie_output_layer(model: SALMT5, weights: Mapping[str, Tensor], *_: Any) -
     T5 1.1, mT5, UMT5 and UL2 have them, but transformers ties them until it loads the published weights, which it does
     not for a model that is built from its config alone.
     """
-    for names in model.shared_weights():
+    for names in shared_names(model):
         # peft puts the layer that it adapts, or copies, one level deeper.
         heads = [name for name in names if ".lm_head." in f".{name}" and name in weights]
         others = [weights[name] for name in names if name in weights and name not in heads]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -121,21 +122,17 @@ def build(section: Mapping[str, Any], place: str, make: Callable[[Mapping[str, A
     if isinstance(fault, UnsafeTargetError):
         raise ConfigError(f"{place}._target_: NeMo does not build '{target}'; give the path of another class.")
     arguments = [key for key in section if not key.startswith("_")]
-    culprits = [key for key in arguments if _can_be_made({k: v for k, v in section.items() if k != key}, make)]
+    culprits = []
+    for key in arguments:
+        with suppress(*BUILD_FAULTS):
+            make({other: value for other, value in section.items() if other != key})
+            culprits.append(key)
     cause = fault.__cause__ if isinstance(fault, InstantiationException) and fault.__cause__ else fault
     if isinstance(cause, EmmettError):
         raise cause from fault
     value = repr(section[culprits[0]]) if len(culprits) == 1 else str({key: section[key] for key in arguments})
     place = f"{place}.{culprits[0]}" if len(culprits) == 1 else place
     raise ConfigError(f"{place}: {target} cannot be built with {value} ({first_line(cause)}); correct it.") from fault
-
-
-def _can_be_made(section: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Any]) -> bool:
-    try:
-        make(section)
-    except BUILD_FAULTS:
-        return False
-    return True
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[dict[str, tuple[Any, Any]], bool]:

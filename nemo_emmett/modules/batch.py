@@ -62,7 +62,8 @@ def from_salm_batch(batch: Mapping, pad_id: int) -> dict[str, Tensor | None]:
     """
     ids_BT, is_answer_BT = batch["input_ids"], batch["loss_mask"].bool()
     is_real_BT = _from_first_to_last((ids_BT != pad_id) | is_answer_BT)
-    is_last_BT = _last_run(is_answer_BT)
+    is_before_gap_BT = _from_here(~is_answer_BT & _from_here(is_answer_BT))
+    is_last_BT = is_answer_BT & ~is_before_gap_BT  # the last run of each row
     is_context_BT = is_real_BT & ~_so_far(is_last_BT)
 
     context_lens, answer_lens = is_context_BT.sum(1), is_last_BT.sum(1)
@@ -136,12 +137,6 @@ def length_mask(lens_B: Tensor, width: int) -> Tensor:
 
 def _from_first_to_last(marks_BT: Tensor) -> Tensor:
     return _so_far(marks_BT) & _from_here(marks_BT)
-
-
-def _last_run(marks_BT: Tensor) -> Tensor:
-    """The last contiguous marks of each row."""
-    gaps_BT = ~marks_BT & _from_here(marks_BT)
-    return marks_BT & ~_from_here(gaps_BT)
 
 
 def _so_far(marks_BT: Tensor) -> Tensor:

@@ -150,16 +150,10 @@ class SpeechCrossAttention(nn.Module):
         mask = _self_attention_mask(text_mask_BT, past, text_BTH.shape[1], text_BTH.device)
         hidden_BTW = self.project_in(text_BTH)
         is_recomputed = self.activation_checkpointing and self.training and not cache
-        for i, layer in enumerate(self.layers):
+        caches = cache or [None] * len(self.layers)
+        for layer, keys, values, own in zip(self.layers, memory.keys_BNSD, memory.values_BNSD, caches, strict=True):
             run = partial(checkpoint, layer, use_reentrant=False) if is_recomputed else layer
-            hidden_BTW = run(
-                hidden_BTW,
-                memory.keys_BNSD[i],
-                memory.values_BNSD[i],
-                memory.mask_BS,
-                mask,
-                cache[i] if cache else None,
-            )
+            hidden_BTW = run(hidden_BTW, keys, values, memory.mask_BS, mask, own)
         found_BTH = self.project_out(self.norm(hidden_BTW)).to(text_BTH.dtype)
         has_speech_B = memory.has_speech_B.repeat_interleave(len(text_BTH) // len(memory.has_speech_B))
         return text_BTH + torch.where(has_speech_B[:, None, None], found_BTH, 0.0)

@@ -184,9 +184,6 @@ class _Inputs:
         return self.hidden_NH.new_zeros(len(self.hidden_NH), dtype=_sum_dtype(self.hidden_NH.dtype))
 
 
-# Which implementation.
-
-
 def _chosen(implementation: str, inputs: _Inputs) -> str:
     if implementation in ("naive", "chunked"):
         return implementation
@@ -227,19 +224,12 @@ def _kernel(name: str) -> Callable[..., Any] | None:
         return None
 
 
-# The implementations.
-
-
 def _naive(inputs: _Inputs) -> Tensor:
     logits_NV = inputs.logits()
     if inputs.softcap is not None:
         logits_NV = inputs.softcap * torch.tanh(logits_NV / inputs.softcap)
     return F.cross_entropy(
-        logits_NV,
-        inputs.targets_N,
-        ignore_index=IGNORE_INDEX,
-        label_smoothing=inputs.label_smoothing,
-        reduction="sum",
+        logits_NV, inputs.targets_N, ignore_index=IGNORE_INDEX, label_smoothing=inputs.label_smoothing, reduction="sum"
     )
 
 
@@ -249,10 +239,7 @@ def _liger(inputs: _Inputs) -> Tensor:
         # Liger computes no gradient at all unless the hidden states require one.
         hidden_NH = hidden_NH.detach().requires_grad_()
     loss = _kernel("liger")(
-        ignore_index=IGNORE_INDEX,
-        label_smoothing=inputs.label_smoothing,
-        reduction="sum",
-        softcap=inputs.softcap,
+        ignore_index=IGNORE_INDEX, label_smoothing=inputs.label_smoothing, reduction="sum", softcap=inputs.softcap
     )
     return loss(weight_VH, hidden_NH, inputs.targets_N, bias_V).float()
 
@@ -260,15 +247,8 @@ def _liger(inputs: _Inputs) -> Tensor:
 def _cut_cross_entropy(inputs: _Inputs) -> Tensor:
     # Its kernels ignore autocast.
     hidden_NH, weight_VH, bias_V = inputs.cast().layer
-    return _kernel("cut_cross_entropy")(
-        hidden_NH,
-        weight_VH,
-        inputs.targets_N,
-        bias=bias_V,
-        ignore_index=IGNORE_INDEX,
-        softcap=inputs.softcap,
-        reduction="sum",
-    ).float()
+    options = {"bias": bias_V, "ignore_index": IGNORE_INDEX, "softcap": inputs.softcap, "reduction": "sum"}
+    return _kernel("cut_cross_entropy")(hidden_NH, weight_VH, inputs.targets_N, **options).float()
 
 
 def _chunked(inputs: _Inputs) -> Tensor:
@@ -278,9 +258,6 @@ def _chunked(inputs: _Inputs) -> Tensor:
 
 
 _COMPUTE = {"naive": _naive, "liger": _liger, "cut_cross_entropy": _cut_cross_entropy, "chunked": _chunked}
-
-
-# The chunked one.
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -316,8 +293,8 @@ class _Gradients:
     def __init__(self, layer: Sequence[Tensor | None], wanted: Sequence[bool]) -> None:
         hidden_NH, weight_VH, bias_V = layer
         self.hidden_NH = torch.empty_like(hidden_NH) if wanted[0] else None
-        self.weight_VH = _zero_sum(weight_VH) if wanted[1] else None
-        self.bias_V = _zero_sum(bias_V) if wanted[2] else None
+        self.weight_VH = torch.zeros_like(weight_VH, dtype=_sum_dtype(weight_VH.dtype)) if wanted[1] else None
+        self.bias_V = torch.zeros_like(bias_V, dtype=_sum_dtype(bias_V.dtype)) if wanted[2] else None
 
     def add(self, rows: slice, chunk: _Inputs, dlogits_CV: Tensor) -> None:
         """Backpropagate the gradient of a chunk's logits."""
@@ -407,10 +384,6 @@ def _add_product(sum_VH: Tensor, left_CV: Tensor, right_CH: Tensor) -> None:
     width = max(1, CHUNK_ELEMENTS // sum_VH.shape[1])
     for part_WH, left_CW in zip(sum_VH.split(width), left_CV.split(width, dim=1), strict=True):
         part_WH += left_CW.T @ right_CH
-
-
-def _zero_sum(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, dtype=_sum_dtype(tensor.dtype))
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

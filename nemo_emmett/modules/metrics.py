@@ -71,16 +71,6 @@ def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str], target_lan
         >>> round(corpus_bleu(["the cat sat on the mat"], ["the cat sat on the mat"]), 1)
         100.0
     """
-    check_parallel(hypotheses, references)
-    return sacrebleu_metric("BLEU", target_lang).corpus_score(list(hypotheses), [list(references)]).score
-
-
-def check_parallel(hypotheses: Sequence[str], references: Sequence[str]) -> None:
-    """Check that there are translations, and as many references.
-
-    Raises:
-        DataError: if not.
-    """
     if not hypotheses and not references:
         raise DataError("There is no translation to score: the test set gave no sentence; check its input_cfg.")
     if len(hypotheses) != len(references):
@@ -88,3 +78,4 @@ def check_parallel(hypotheses: Sequence[str], references: Sequence[str]) -> None
             f"{len(hypotheses)} translations cannot be scored against {len(references)} references: "
             "give one reference for each translation, in the same order."
         )
+    return sacrebleu_metric("BLEU", target_lang).corpus_score(list(hypotheses), [list(references)]).score

@@ -145,11 +145,7 @@ def _sizes(
     is_target_BT: Tensor | None,
     max_targets: int | None,
 ) -> tuple[int, int]:
-    """S, the longest row's length, and A, the most targets of a row.
-
-    Raises:
-        DataError: if the number of locators differs from that of the recordings.
-    """
+    """S, the longest row's length, and A, the most targets of a row; there must be a locator for each recording."""
     R = len(audio_lens_R)
     if isinstance(lens_B, FakeTensor):
         # OOMptimizer plans on tensors that have values only where these follow from lengths and ids; otherwise each row

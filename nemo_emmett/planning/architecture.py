@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from nemo_emmett.errors import ModelError
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
 from nemo_emmett.models.perception import read_asr_config
+from nemo_emmett.models.targets import first_line
 
 
 def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:
@@ -38,16 +39,8 @@ def architecture_only(model: Mapping | DictConfig) -> dict[str, Any]:
 def _perception(section: Mapping[str, Any]) -> dict[str, Any]:
     perception = dict(section["perception"])
     name, trusted = section.get("pretrained_asr"), section.get("trust_remote_code") is True
-    try:
-        with logging.temp_verbosity(logging.ERROR):
-            asr = read_asr_config(name or "", trusted)
-    except ModelError:
-        raise
-    except Exception as error:  # of NeMo, of Hugging Face and of the network
-        raise ModelError(
-            f"model.pretrained_asr: the config of '{name}' cannot be read ({_first_line(error)}); give a .nemo file or "
-            "the name of a NeMo ASR model."
-        ) from error
+    with logging.temp_verbosity(logging.ERROR):
+        asr = read_asr_config(name or "", trusted)
     own = {key: value for key, value in (perception.get("encoder") or {}).items() if value is not None}
     perception["preprocessor"] = asr["preprocessor"]
     perception["encoder"] = {**asr["encoder"], **own}
@@ -64,10 +57,6 @@ def _width_of_llm(section: Mapping[str, Any]) -> int:
         return AutoConfig.from_pretrained(name, trust_remote_code=section.get("trust_remote_code") is True).hidden_size
     except Exception as error:
         raise ModelError(
-            f"model.pretrained_llm: the config of '{name}' cannot be read ({_first_line(error)}); give a folder or a "
+            f"model.pretrained_llm: the config of '{name}' cannot be read ({first_line(error)}); give a folder or a "
             "Hugging Face name."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

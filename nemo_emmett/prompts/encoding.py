@@ -23,29 +23,25 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         texts: any number of texts, special tokens written out; or of
             :class:`~nemo_emmett.prompts.markup.Prompt`, in which ``</s>`` and the like of users are encoded as text.
     """
-    encoded = _as_the_tokenizer_does(tokenizer, texts)
+    backend = _fast_backend(tokenizer)
+    if backend is None:
+        encoded = [tokenizer.text_to_ids(text) for text in texts]
+    else:  # without offsets and strings of the tokens, which `text_to_ids` would look up one by one
+        # A call of the Hugging Face tokenizer leaves these as it needed them.
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        if len(texts) < _WORTH_A_BATCH:
+            encoded = [backend.encode(text, add_special_tokens=False).ids for text in texts]
+        else:
+            encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     if (control := control_tokens_of(tokenizer)) is None:
         return encoded
     return [
         ids if not isinstance(text, Prompt) or control.are_meant(text, ids) else control.encode(text)
         for text, ids in zip(texts, encoded, strict=True)
     ]
-
-
-def _as_the_tokenizer_does(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """A fast Hugging Face tokenizer encodes all texts in one call, and keeps neither offsets nor strings of the tokens,
-    which ``text_to_ids`` would look up one by one; any other encodes text by text."""
-    backend = _fast_backend(tokenizer)
-    if backend is None:
-        return [tokenizer.text_to_ids(text) for text in texts]
-    # A call of the Hugging Face tokenizer leaves these as it needed them.
-    if backend.truncation is not None:
-        backend.no_truncation()
-    if backend.padding is not None:
-        backend.no_padding()
-    if len(texts) < _WORTH_A_BATCH:
-        return [backend.encode(text, add_special_tokens=False).ids for text in texts]
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def token_id(tokenizer: Any, token: str) -> int | None:
@@ -62,12 +58,8 @@ def _fast_backend(tokenizer: Any) -> Any | None:
     """The ``tokenizers.Tokenizer`` behind a NeMo tokenizer, if nothing in between changes its result."""
     if type(tokenizer) is not AutoTokenizer or tokenizer.include_special_tokens:
         return None
-    fast = tokenizer.tokenizer
-    kind = type(fast)
-    if not isinstance(fast, PreTrainedTokenizerFast) or fast.split_special_tokens:
+    fast, base = tokenizer.tokenizer, PreTrainedTokenizerFast
+    if not isinstance(fast, base) or fast.split_special_tokens:
         return None
-    if kind.tokenize is not PreTrainedTokenizerFast.tokenize:
-        return None
-    if kind._encode_plus is not PreTrainedTokenizerFast._encode_plus:
-        return None
-    return fast.backend_tokenizer
+    is_changed = (type(fast).tokenize, type(fast)._encode_plus) != (base.tokenize, base._encode_plus)
+    return None if is_changed else fast.backend_tokenizer

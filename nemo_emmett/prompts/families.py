@@ -137,9 +137,7 @@ def forbidden_text(name: str | None, tokenizer: Any) -> re.Pattern | None:
     """
     register_prompt_formats()
     prompt = PromptFormatter._REGISTERED_FORMATTERS.get(name)
-    if prompt is None or (
-        issubclass(prompt, UserTextPrompt) and control_tokens_of(tokenizer, refresh=True) is not None
-    ):
+    if prompt is None or (issubclass(prompt, UserTextPrompt) and control_tokens_of(tokenizer, refresh=True)):
         return None
     inner = getattr(tokenizer, "tokenizer", None)
     if isinstance(inner, PreTrainedTokenizerBase):

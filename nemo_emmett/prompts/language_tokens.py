@@ -118,7 +118,6 @@ class EmmettM2M100PromptFormatter(LanguageTokenPrompt, PromptFormatter):
     """M2M100: ``__de__ text </s>``."""
 
     NAME = "emmett_m2m100"
-    OUTPUT_ROLE = "assistant"
     TEMPLATE: ClassVar[dict] = _template(f"__|lang|__ |message|{EOS_SLOT}")
 
     @staticmethod
@@ -132,39 +131,24 @@ class EmmettNLLBPromptFormatter(LanguageTokenPrompt, PromptFormatter):
     """NLLB: ``deu_Latn text </s>``, as its tokenizer does it without ``legacy_behaviour``."""
 
     NAME = "emmett_nllb"
-    OUTPUT_ROLE = "assistant"
     TEMPLATE: ClassVar[dict] = _template(f"|lang| |message|{EOS_SLOT}")
-
-    @staticmethod
-    def language_token(language: str) -> str | None:
-        """``deu_Latn``."""
-        return flores_code(language)
+    language_token = staticmethod(flores_code)
 
 
 class EmmettMBart50PromptFormatter(LanguageTokenPrompt, PromptFormatter):
     """mBART-50: ``de_DE text </s>``."""
 
     NAME = "emmett_mbart50"
-    OUTPUT_ROLE = "assistant"
     TEMPLATE: ClassVar[dict] = _template(f"|lang| |message|{EOS_SLOT}")
-
-    @staticmethod
-    def language_token(language: str) -> str | None:
-        """``de_DE``."""
-        return mbart_code(language)
+    language_token = staticmethod(mbart_code)
 
 
 class EmmettMBartPromptFormatter(LanguageTokenPrompt, PromptFormatter):
     """mBART of 25 languages: ``text </s> de_DE``; answers too end in their language."""
 
     NAME = "emmett_mbart"
-    OUTPUT_ROLE = "assistant"
     TEMPLATE: ClassVar[dict] = _template(f"|message|{EOS_SLOT} |lang|")
-
-    @staticmethod
-    def language_token(language: str) -> str | None:
-        """``de_DE``."""
-        return mbart_code(language)
+    language_token = staticmethod(mbart_code)
 
     def decoder_start(self, target_lang: str | None) -> list[int]:
         """``fr_XX``, which is where the labels' last token goes in training."""

@@ -62,13 +62,6 @@ def _names() -> dict[str, str]:
 
 
 @cache
-def _whisper_codes() -> frozenset[str]:
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
-    return frozenset(LANGUAGES)
-
-
-@cache
 def _m2m100_codes() -> frozenset[str]:
     from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES
 
@@ -93,7 +86,9 @@ def _mbart_codes() -> dict[str, str]:
 @cache
 def known_languages() -> frozenset[str]:
     """All language codes that a recipe may name: ``de``, ``ast``, ``deu_Latn``, ..."""
-    return _whisper_codes() | frozenset(_FLORES_OF_ISO) | _m2m100_codes() | _flores_codes()
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    return frozenset(LANGUAGES) | frozenset(_FLORES_OF_ISO) | _m2m100_codes() | _flores_codes()
 
 
 def is_known_language(code: str) -> bool:

@@ -39,6 +39,8 @@ class Seq2SeqPrompt(UserTextPrompt):
     out.
     """
 
+    OUTPUT_ROLE = "assistant"
+
     @cached_property
     def eos_id(self) -> int:
         """The tokenizer's EOS; NeMo's property looks it up at each access."""

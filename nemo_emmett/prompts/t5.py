@@ -25,13 +25,12 @@ class EmmettT5PromptFormatter(Seq2SeqPrompt, PromptFormatter):
     """``context_ids`` are ``<target_lang> message</s>`` and ``answer_ids`` ``answer</s>``; no source language."""
 
     NAME = "emmett_t5"
-    OUTPUT_ROLE = "assistant"
     TEMPLATE: ClassVar[dict] = {
         "user": {
             "template": f"<|target_lang|> |message|{EOS_SLOT}",
             "slots": {"target_lang": Modality.Text, "message": Modality.Text},
         },
-        OUTPUT_ROLE: {"template": f"|message|{EOS_SLOT}", "slots": {"message": Modality.Text}},
+        "assistant": {"template": f"|message|{EOS_SLOT}", "slots": {"message": Modality.Text}},
     }
 
     def context_segment(self, message: Prompt, target_lang: str | None, source_lang: str | None) -> Segment:
