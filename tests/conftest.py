@@ -41,6 +41,7 @@ def write_tone(path: Path, seconds: float, frequency: float = 440.0) -> Path:
 
 SLOWEST = (
     "models/test_fsdp2.py",
+    "test_mutated_recipes.py",
     "oomptimizer/test_calibration.py",
     "test_exact_resume.py",
     "oomptimizer/test_fake.py",
