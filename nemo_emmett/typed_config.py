@@ -171,7 +171,12 @@ def describe(annotation: Any) -> str:
 def _range(constraints: Sequence[Any]) -> str:
     words = {"ge": "from", "gt": "above", "le": "to", "lt": "to below"}
     bounds = {key: getattr(constraint, key) for constraint in constraints for key in words if hasattr(constraint, key)}
-    lengths = [constraint.max_length for constraint in constraints if hasattr(constraint, "max_length")]
+    lengths = [constraint.max_length for constraint in constraints if getattr(constraint, "max_length", None)]
+    not_empty = [" that is not empty" for one in constraints if getattr(one, "min_length", 0) == 1]
     return "".join(
-        [*(f" {words[key]} {bound:g}" for key, bound in bounds.items()), *(f" ({n} items)" for n in lengths)]
+        [
+            *(f" {words[key]} {bound:g}" for key, bound in bounds.items()),
+            *(f" ({n} items)" for n in lengths),
+            *not_empty,
+        ]
     )

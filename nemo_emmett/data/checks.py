@@ -28,6 +28,7 @@ from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.prompts.languages import check_language
 from nemo_emmett.prompts.translation import register_prompt_formats
+from nemo_emmett.typed_config import parse_value
 
 TRAIN_SALM_GPT = (
     "train nemo_emmett's SALMGPT instead, which takes text, speech and both, and whose checkpoints NeMo's SALM can "
@@ -80,6 +81,7 @@ def check_data_config(
     if (datasets := common.pop("datasets", None)) is None:
         check_dataset(parse_dataset(config_of(common), place), tokenizer, examples)
         return
+    datasets = parse_value(dict[str, dict[str, Any] | None], datasets, f"{place}.datasets")
     check_dataset_names(datasets, place)
     for name, dataset in datasets.items():
         merged = OmegaConf.merge(config_of(common), config_of(dataset or {}))

@@ -88,7 +88,8 @@ def evaluate(
         OutputError: if the output could not be written; translations and scores are where the message says.
 
     Example:
-        >>> evaluate("exp/model", "conf/evaluate_phrasebook.yaml", output="exp/evaluation")  # doctest: +SKIP
+        >>> recipe = "examples/speechlm/conf/evaluate_phrasebook.yaml"
+        >>> evaluate("exp/model", recipe, output="exp/evaluation")  # doctest: +SKIP
     """
     # All that can be wrong with the arguments, parsed by their names, is found before a model is loaded.
     settings = EvaluationConfig.parse(config, locals())

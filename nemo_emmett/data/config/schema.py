@@ -32,18 +32,22 @@ SAMPLINGS = ("auto", "emmett", "nemo")
 FUSIONS = ("zip", "round_robin", "randomized_round_robin", "mux")
 """How the groups of a ``multi_config`` may be combined."""
 
+# More than any machine can do: a slip of the keyboard would only run out of memory, or never fill a batch.
+MAX_BATCH_SIZE, MAX_BUCKETS, MAX_WORKERS = 10**6, 10**5, 10**4
 
 Seed = Count | Literal["trng", "randomized"]
 """A random seed, or one of lhotse's ways to choose one."""
 
+_Name = Annotated[Text, annotated_types.MinLen(1)]
+
 OUR_TYPES = {
     "use_emmett": Switch,  # a stock NeMo recipe takes our dataloader (ours is always taken by MultimodalDataModule)
     "max_bad_records": Count | Annotated[Number, annotated_types.Gt(0), annotated_types.Lt(1)] | None,
-    "source_lang": Text | None,  # language of the source side, for all sources that do not say it themselves
-    "target_lang": Text | list[Text] | None,  # language(s) to translate to, for all sources that do not say it
+    "source_lang": _Name | None,  # language of the source side, for all sources that do not say it themselves
+    "target_lang": _Name | list[_Name] | None,  # language(s) to translate to, for all sources that do not say it
     "sampling": Literal[SAMPLINGS],  # "emmett" (resumable, stationary), "nemo" (NeMo's samplers), or "auto"
     "weights": Literal[AUTO] | None,  # sources and groups weigh what they hold (hours, tokens)
-    "index_dir": Text | None,  # folder for indexes and counts where they cannot be written next to the data
+    "index_dir": _Name | None,  # folder for indexes and counts where they cannot be written next to the data
     "allow_commands": Switch,  # sources and recordings may be the output of commands, which a shell runs
     "num_sub_buckets": PositiveWhole | None,  # output-length buckets in each input-length bucket, for `auto` bins
 }
@@ -71,9 +75,9 @@ _RANGES = {
     "batch_tokens": PositiveWhole | None,
     "quadratic_duration": Positive | None,
     "quadratic_factor": Positive | None,
-    "bucket_batch_size": list[PositiveWhole] | None,
+    "bucket_batch_size": list[Annotated[PositiveWhole, annotated_types.Le(MAX_BATCH_SIZE)]] | None,
     "bucket_duration_bins": list[Positive] | list[_PositivePair] | Literal[AUTO] | None,
-    "num_buckets": PositiveWhole,
+    "num_buckets": Annotated[PositiveWhole, annotated_types.Le(MAX_BUCKETS)],
     "num_cuts_for_bins_estimate": PositiveWhole,
     "bucket_buffer_size": PositiveWhole,
     "shuffle_buffer_size": Count | None,
@@ -86,7 +90,7 @@ _RANGES = {
     "max_tps": Limit | list[Limit],
     "max_tpt": Limit | list[Limit],
     "sample_rate": PositiveWhole,
-    "num_workers": Count,
+    "num_workers": Annotated[Count, annotated_types.Le(MAX_WORKERS)],
     "noise_path": Text | dict[str, Any] | None,
     "noise_snr": _Pair,
     "noise_mix_prob": Share,

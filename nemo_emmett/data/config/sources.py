@@ -297,7 +297,7 @@ def _parse_entry(
     if not isinstance(entry, Mapping) or "type" not in entry:
         raise ConfigError(f"{place}.type: missing; name the kind of source (nemo, lhotse, parallel_text, ...).")
     _check_type_and_keys(entry, place)
-    own_tags = entry.get("tags") or {}
+    own_tags = {} if entry.get("tags") is None else entry["tags"]
     if not isinstance(own_tags, Mapping):
         raise ConfigError(f"{place}.tags: {own_tags!r} is not a mapping; write each tag as 'name: value'.")
     tags = {**own_tags, **tags}  # NeMo attaches a group's tags after those of its members: the outer ones win
