@@ -169,14 +169,17 @@ def describe(annotation: Any) -> str:
 
 
 def _range(constraints: Sequence[Any]) -> str:
-    words = {"ge": "from", "gt": "above", "le": "to", "lt": "to below"}
-    bounds = {key: getattr(constraint, key) for constraint in constraints for key in words if hasattr(constraint, key)}
-    lengths = [constraint.max_length for constraint in constraints if getattr(constraint, "max_length", None)]
-    not_empty = [" that is not empty" for one in constraints if getattr(one, "min_length", 0) == 1]
-    return "".join(
-        [
-            *(f" {words[key]} {bound:g}" for key, bound in bounds.items()),
-            *(f" ({n} items)" for n in lengths),
-            *not_empty,
-        ]
-    )
+    words = {
+        "ge": " from {:g}",
+        "gt": " above {:g}",
+        "le": " to {:g}",
+        "lt": " to below {:g}",
+        "max_length": " ({} items)",
+    }
+    said = [text.format(getattr(one, key)) for key, text in words.items() for one in constraints if _has(one, key)]
+    not_empty = any(_has(one, "min_length") and one.min_length == 1 for one in constraints)
+    return "".join([*said, *([" that is not empty"] if not_empty else [])])
+
+
+def _has(constraint: Any, bound: str) -> bool:
+    return getattr(constraint, bound, None) is not None
