@@ -260,7 +260,7 @@ def test_a_misspelt_key_on_the_command_line(recipe, tmp_path, monkeypatch, capfd
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"mode": "guess"}, "OOMptimizer.mode: 'guess' is unknown"),
+        ({"mode": "guess"}, "OOMptimizer.mode: 'guess' cannot be used; give 'calibrate' or 'plan' or 'guard'"),
         ({"memory_fracton": 0.9}, "memory_fracton"),
         ({"profile": "corrupt.yaml"}, "corrupt.yaml: the profile is corrupt"),
     ],
