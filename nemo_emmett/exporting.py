@@ -241,7 +241,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, recipe: DictConfig | None)
         if not path.is_file():
             raise ConfigError(f"'{path}' does not exist; give the recipe of the training by --config.")
         recipe = OmegaConf.load(path)
-        # The recipe came with the checkpoint, perhaps from somebody else: it must not run code.
+        # The recipe came with the checkpoint, perhaps from another person: it must not run code.
         plain = {key: value for key, value in OmegaConf.to_container(recipe.model).items() if key != "_target_"}
         check_model_file(plain, f"'{path}'")
     model_class = plugin.find_model(recipe.model.get("_target_") or "nemo.collections.speechlm2.models.SALM")

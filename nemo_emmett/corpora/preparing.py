@@ -81,7 +81,7 @@ class _Job:
         return CorpusFolder(self.out).staging
 
     def bar(self, title: str, total: int | None) -> tqdm:
-        """A progress bar, if it is asked for and there is a terminal."""
+        """A progress bar, if it is wanted and there is a terminal."""
         from tqdm import tqdm
 
         return tqdm(desc=title, total=total, disable=None if self.show_progress else True)
@@ -133,7 +133,7 @@ def prepare_corpus(
     if (finished := folder.finished(plan, _identity)) is not None:
         return _summary(out, finished, made_now=False)
     if out.resolve().is_relative_to(source.resolve()):  # some readers take all files below the source
-        raise DataError(f"'{out}' lies in the source, '{source}'; give the corpus a folder outside of it.")
+        raise DataError(f"'{out}' is inside the source, '{source}'; give the corpus a folder outside of it.")
     parts = corpus.read(source, selection)
     _check_parts(corpus, parts, filters)
     described = [{"name": part.name, "languages": part.languages} for part in parts]

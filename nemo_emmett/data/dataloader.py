@@ -173,7 +173,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self.filtered.clear()
 
     def _start_epoch(self) -> None:
-        """Give the sampler a new epoch, by which it shuffles, unless somebody (Lightning) has done so already."""
+        """Give the sampler a new epoch, by which it shuffles, unless Lightning has done so already."""
         if not isinstance(self.sampler, CutSampler):
             return  # it lives in the workers, and goes on where it was
         if self.sampler.epoch == self._epoch_of_last_pass:

@@ -22,7 +22,7 @@ DEFAULT_METRICS = ("BLEU", "chrF++")
 
 
 def check_metrics(names: Sequence[str], where: str = "metrics") -> tuple[str, ...]:
-    """The metrics asked for, BLEU first, which all tables and comparisons stand on.
+    """The metrics asked for, BLEU first, on which all tables and comparisons are based.
 
     Raises:
         ConfigError: if a name is unknown, or spBLEU's SentencePiece model is not at hand.

@@ -375,6 +375,6 @@ def _event(entry: Any, place: str) -> Event:
 
 
 def _record(cls: type[_T], entry: Any, place: str, **given: Any) -> _T:
-    """A mapping as a dataclass of numbers; those that are absent are None, as in a file that somebody edits."""
+    """A mapping as a dataclass of numbers; those that are absent are None, as in a file edited by hand."""
     absent = dict.fromkeys(cls.__dataclass_fields__)
     return parse_section(cls, absent | parse_value(dict, entry, place), place, **given)

@@ -6,7 +6,7 @@ bounds f for all n >= m:
 
 - from above: at no point less is alive without examples than throughout the whole step (``base``: weights and optimizer
   state), so f(n) <= p + (n - m) * (p - base) / m;
-- from below: a convex function lies above the line through two of its points, beyond them. With two readings, that line
+- from below: a convex function is above the line through two of its points, beyond them. With two readings, that line
   is the bound. With one, the second point is an upper bound ``nothing`` of f(0), the least that a bucket of longer
   examples took: f(n) >= p + (n - m) * (p - nothing) / m.
 

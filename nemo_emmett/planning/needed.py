@@ -27,7 +27,7 @@ PATHS = frozenset(
 """Keys of sources that name files, which a plan does not open."""
 
 NOT_GIVEN = "not_given"
-"""Stands for a missing path in the recipe that is planned."""
+"""Placeholder of a missing path in the recipe that is planned."""
 
 
 def needed_for_planning(cfg: DictConfig, *, reads_data: bool) -> DictConfig:

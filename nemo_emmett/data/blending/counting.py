@@ -114,7 +114,7 @@ def _cuts_of(example: Example) -> list[Cut]:
 
 
 def _texts_of(example: Example) -> list[str]:
-    """What is read and what is written, where nothing is heard; without instructions."""
+    """The source and target texts of a text example, without instructions."""
     if isinstance(example, SourceTargetTextExample):
         texts = [example.source.text, example.target.text]
     elif isinstance(example, TextExample):

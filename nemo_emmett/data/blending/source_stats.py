@@ -172,7 +172,7 @@ def _parts_of(source: Source, reading: _Reading, index_dir: str | None) -> list[
     if records is None:
         files = tuple(_metadata_files(source))
         return [_Part(source, settings, files, files[0])]
-    # All that lies in a folder of lhotse Shar is taken for one of its fields: the counts are kept next to the folder.
+    # lhotse takes every file in a folder of Shar for one of its fields: the counts are kept next to the folder.
     in_folders = isinstance(source.shar_path, (str, list))
     return [
         _Part(source, settings, files, os.path.dirname(files[0]) if in_folders else files[0], records, shard)

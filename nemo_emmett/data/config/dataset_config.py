@@ -142,7 +142,7 @@ class DatasetConfig:
         place: in the recipe, for messages.
         groups: that have a sampler each; one with the empty name unless it is a ``multi_config``.
         is_multi_config: whether its section has groups.
-        unknown_keys: its own keys that nobody reads.
+        unknown_keys: its own keys that nothing reads.
         max_bad_records: stop past so many (>= 1), or this share (< 1) of a source's.
     """
 

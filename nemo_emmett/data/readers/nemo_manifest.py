@@ -55,7 +55,7 @@ class ExtraFields:
 
 
 class NeMoManifest(LazyNeMoIterator):
-    """A NeMo manifest whose audio lies in separate files, as cuts.
+    """A NeMo manifest whose audio is in separate files, as cuts.
 
     Args:
         path: the manifest; may be sharded (``manifest__OP_0..7_CL_.json``).
@@ -130,7 +130,7 @@ class NeMoManifest(LazyNeMoIterator):
             missing = recording.sources[0].header.missing
             cut = recording.to_cut()
             cut.duration = fitted(recording.duration, start, duration, missing)
-            if sampling_rate is not None:  # NeMo's ids tell these apart
+            if sampling_rate is not None:  # NeMo's ids distinguish these
                 recording.id = cut.id = path
         else:
             # The length of the file is only known once it is read; a part is not the end of it.

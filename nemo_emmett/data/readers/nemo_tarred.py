@@ -57,7 +57,7 @@ _NAMES_IN_REPORTS = 3
 
 
 class NeMoTarredManifest:
-    """A NeMo manifest whose audio lies in tar files, as cuts with their audio in memory.
+    """A NeMo manifest whose audio is in tar files, as cuts with their audio in memory.
 
     Args:
         manifest_path: one manifest for all shards, or a sharded one (``manifest__OP_0..7_CL_.json``).
@@ -152,7 +152,7 @@ class NeMoTarredManifest:
             yield self.tars[number], of_shard[number]
 
     def shard_of(self, record: Record) -> int:
-        """Number of the tar file that a record's audio lies in.
+        """Number of the tar file that holds a record's audio.
 
         Raises:
             InvalidRecord: if the record names none that there is.
