@@ -380,7 +380,7 @@ class TestRefused:
         assert not (out / ".unfinished").exists()
 
     def test_a_folder_in_the_source(self, source: Path) -> None:
-        with pytest.raises(DataError, match="lies in the source"):
+        with pytest.raises(DataError, match="is inside the source"):
             prepare(source, source / "out")
         assert not (source / "out").exists()
 

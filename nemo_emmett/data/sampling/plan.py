@@ -124,7 +124,7 @@ class _Sample:
 
 
 def _numbers_of_sources(group: str, sources: Sequence[Source]) -> list[int]:
-    """A number for each source, to seed its shuffling: the same whatever its folder and whatever else is in the blend."""
+    """A number for each source, to seed its shuffling: independent of its folder and of what else is in the blend."""
     met: Counter[str] = Counter()
     numbers = []
     for source in sources:
