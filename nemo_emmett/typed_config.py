@@ -157,7 +157,8 @@ def describe(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(repr(argument) for argument in arguments)
     if origin is Annotated:
-        return describe(arguments[0]) + _range(arguments[1:])
+        what, comma, items = describe(arguments[0]).partition(", each")
+        return what + _range(arguments[1:]) + comma + items
     if origin in (list, tuple, Sequence):
         return f"a list, each item {describe(arguments[0])}"
     if origin in (dict, Mapping):

@@ -29,7 +29,7 @@ from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.recipe_checks import build_trainer
 from nemo_emmett.training import check_data_section
 
-from .accepted_mutations import ACCEPTED, EXPECTED_TO_FAIL_FOR_NOW, entries_of
+from .accepted_mutations import ACCEPTED, entries_of
 from .conftest import LANGUAGES, close_log_files, perception_config
 from .mutations import Mutation, every_kind, misspelt, mutated, outcome_of, places_of
 from .test_training import sentence_of_mistake
@@ -49,12 +49,7 @@ def check(section: str, cases: list[tuple[dict, Iterable[Mutation]]], use: Calla
     outcomes = [outcome_of(one, recipe, use) for recipe, mutations in cases for one in mutations]
     found = [outcome for outcome in outcomes if outcome is not None]
     entries = [entries_of(section, one.mutation) if one.kind in ("accepted", "other sentence") else [] for one in found]
-    to_be_mended = [entries_of(section, one.mutation, EXPECTED_TO_FAIL_FOR_NOW) for one in found]
-    wrong = [
-        one
-        for one, *known in zip(found, entries, to_be_mended, strict=True)
-        if one.kind != "sentence" and not any(known)
-    ]
+    wrong = [one for one, known in zip(found, entries, strict=True) if one.kind != "sentence" and not known]
     never = [one for one in ACCEPTED if one.section == section and not any(one in matched for matched in entries)]
     counts = Counter(one.kind for one in found)
     lines = [f"{one.kind}: {section}: {one.mutation}: {one.said}" for one in wrong]

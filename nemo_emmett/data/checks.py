@@ -50,6 +50,12 @@ REMEDIES = {
 }
 """What to do when all records of a source are bad for one cause."""
 
+_NEEDED = {
+    **dict.fromkeys(("nemo", "nemo_tarred"), ("manifest_filepath",)),
+    **dict.fromkeys(("txt", "txt_jsonl"), ("paths", "language")),
+}
+"""Keys that a source of a type must have; those of other types are checked where they are read."""
+
 
 def check_data_config(
     section: Mapping[str, Any] | DictConfig | None,
@@ -81,7 +87,6 @@ def check_data_config(
     if (datasets := common.pop("datasets", None)) is None:
         check_dataset(parse_dataset(config_of(common), place), tokenizer, examples)
         return
-    datasets = parse_value(dict[str, dict[str, Any] | None], datasets, f"{place}.datasets")
     check_dataset_names(datasets, place)
     for name, dataset in datasets.items():
         merged = OmegaConf.merge(config_of(common), config_of(dataset or {}))
@@ -94,6 +99,7 @@ def check_dataset_names(datasets: Mapping[str, Any], place: str) -> None:
     Raises:
         ConfigError: naming the dataset.
     """
+    parse_value(dict[str, dict[str, Any] | None], datasets, f"{place}.datasets")
     for name in MODALITIES:
         if name in datasets:
             raise ConfigError(
@@ -175,8 +181,9 @@ def check_files(sources: Iterable[Source]) -> None:
         DataError: naming the first file that is missing.
     """
     for source in sources:
-        if source.type in ("nemo", "nemo_tarred") and source.manifest_filepath is None:
-            raise ConfigError(f"{source.place}.manifest_filepath: missing; a source of type '{source.type}' needs it.")
+        for key in _NEEDED.get(source.type, ()):
+            if source.keys.get(key) is None:
+                raise ConfigError(f"{source.place}.{key}: missing; a source of type '{source.type}' needs it.")
         for key, path, written in source.files_as_written():
             if is_local(path) and not Path(path).exists():
                 of_pattern = f" (of '{written}')" if written != path else ""

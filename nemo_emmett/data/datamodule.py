@@ -75,7 +75,7 @@ class MultimodalDataModule(DataModule, Serialization):
                         cfg[name].setdefault(key, value)
         for name in EVALUATION_SETS:
             if cfg.get(name) is not None:
-                check_dataset_names(cfg[name].get("datasets") or {}, f"data.{name}")
+                check_dataset_names(plain(cfg[name]).get("datasets") or {}, f"data.{name}")
         super().__init__(cfg, tokenizer, dataset)
 
     def setup(self, stage: str) -> None:

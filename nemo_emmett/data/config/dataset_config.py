@@ -266,6 +266,10 @@ def _root(keys: Mapping[str, Any], place: str) -> SourceGroup:
     inherited = {key: keys[key] for key in _INHERITED_BY_SOURCES if keys.get(key) is not None}
     how = {"allow_commands": keys.get("allow_commands", False)}
     if keys.get("input_cfg") is not None:
+        for key in ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path"):
+            if keys.get(key) is not None:
+                message = f"{place}.{key}: has no effect next to input_cfg, which NeMo prefers; remove one of them."
+                logging.warning(message, mode=logging_mode.ONCE)
         own = {key: keys[key] for key in ("input_cfg", "weights") if key in keys}
         return parse_group(own, place, inherited, **how)
     source = parse_classic(keys, place, inherited, **how)
@@ -375,7 +379,7 @@ def _check_sizes(group: GroupConfig) -> None:
             if isinstance(ratios := group.keys.get(key), list) and sizes is not None and len(ratios) != len(bins):
                 raise ConfigError(f"{place}.{key}: has {len(ratios)} values for {len(bins)} bins; give one for each.")
     for low, high in LIMITS:
-        least, most = group.keys.get(low), group.keys.get(high)
+        least, most = (group.keys.get(key, getattr(LhotseDataLoadingConfig, key)) for key in (low, high))
         if is_number(least) and is_number(most) and least > most:
             raise ConfigError(f"{place}.{low}: {least} is above {high}, which is {most}, so nothing is left.")
     if group.force_map_dataset and group.force_iterable_dataset:
