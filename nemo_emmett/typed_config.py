@@ -171,10 +171,10 @@ def describe(annotation: Any) -> str:
 
 def _range(constraints: Sequence[Any]) -> str:
     words = {
-        "ge": " from {:g}",
-        "gt": " above {:g}",
-        "le": " to {:g}",
-        "lt": " to below {:g}",
+        "ge": " from {}",
+        "gt": " above {}",
+        "le": " to {}",
+        "lt": " to below {}",
         "max_length": " ({} items)",
     }
     said = [text.format(getattr(one, key)) for key, text in words.items() for one in constraints if _has(one, key)]

@@ -207,7 +207,8 @@ def test_nothing_is_wrong_with_it(good: dict) -> None:
 
 
 NUMBER = "a number above 0"
-BINS = f"a list, each item {NUMBER}, or a list, each item a list, each item {NUMBER} (2 items), or 'auto', or null"
+NAME = "a text that is not empty"
+BINS = f"a list, each item {NUMBER}, or a list, each item a list (2 items), each item {NUMBER}, or 'auto', or null"
 
 
 @pytest.mark.parametrize(
@@ -225,9 +226,9 @@ BINS = f"a list, each item {NUMBER}, or a list, each item a list, each item {NUM
         ("batch_tokens", -5, "a whole number from 1, or null"),
         ("quadratic_duration", float("inf"), f"{NUMBER}, or null"),
         ("token_equivalent_duration", 0, f"{NUMBER}, or null"),
-        ("num_workers", -1, "a whole number from 0"),
-        ("num_workers", None, "a whole number from 0"),
-        ("num_buckets", 0, "a whole number from 1"),
+        ("num_workers", -1, "a whole number from 0 to 10000"),
+        ("num_workers", None, "a whole number from 0 to 10000"),
+        ("num_buckets", 0, "a whole number from 1 to 100000"),
         ("num_sub_buckets", 0, "a whole number from 1, or null"),
         ("shuffle", "false", "true or false"),
         ("shuffle", 1, "true or false"),
@@ -251,16 +252,16 @@ BINS = f"a list, each item {NUMBER}, or a list, each item a list, each item {NUM
         ("bucket_duration_bins", [[5, 1], [6]], BINS),
         ("bucket_duration_bins", [[5, 1], 7], BINS),
         ("reweight_temperature", -1, "a number from 0, or a list, each item a number from 0, or null"),
-        ("noise_snr", [10], "a list, each item a number (2 items)"),
+        ("noise_snr", [10], "a list (2 items), each item a number"),
         ("noise_mix_prob", 1.5, "a number from 0 to 1"),
         ("pad_direction", "up", "'left' or 'right' or 'both' or 'random'"),
         ("prompt_format", 5, "a text, or null"),
         ("audio_locator_tag", ["<|audio|>"], "a text, or null"),
         ("sampling", "lhotse", "'auto' or 'emmett' or 'nemo'"),
         ("weights", "hours", "'auto', or null"),
-        ("index_dir", 5, "a text, or null"),
-        ("source_lang", False, "a text, or null"),
-        ("target_lang", False, "a text, or a list, each item a text, or null"),
+        ("index_dir", 5, "a text that is not empty, or null"),
+        ("source_lang", False, "a text that is not empty, or null"),
+        ("target_lang", [], f"{NAME}, or a list that is not empty, each item {NAME}, or null"),
     ],
 )
 def test_values_of_a_dataset(good: dict, key: str, value: Any, accepted: str) -> None:
@@ -271,7 +272,8 @@ def test_values_of_a_dataset(good: dict, key: str, value: Any, accepted: str) ->
 
 def test_the_item_at_fault_is_named(good: dict) -> None:
     bins = {"bucket_duration_bins": [5, 10], "bucket_batch_size": [4, 0]}
-    assert refused({**good, **bins}) == f"{PLACE}.bucket_batch_size.1: 0 cannot be used; give a whole number from 1."
+    said = refused({**good, **bins})
+    assert said == f"{PLACE}.bucket_batch_size.1: 0 cannot be used; give a whole number from 1 to 1000000."
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,11 @@ def test_values_that_do_not_fit_one_another(good: dict, keys: dict, sentence: st
         ("1", {"traget_paths": "a"}, "traget_paths: there is no such key; did you mean 'target_paths'?"),
         ("0.input_cfg.0", {"type": "nemoo"}, "type: there is no data type 'nemoo'; did you mean 'nemo'?"),
         ("0.input_cfg.0", {"type": 5}, "type: there is no data type '5'; known are "),
-        ("0.input_cfg.0", {"manifest_filepath": 5}, "manifest_filepath: 5 cannot be used; give a text, or a list"),
+        (
+            "0.input_cfg.0",
+            {"manifest_filepath": 5},
+            f"manifest_filepath: 5 cannot be used; give {NAME}, or a list",
+        ),
         ("0.input_cfg.0", {"tags": {"target_lang": False}}, "target_lang: False cannot be used; give a text"),
         ("0.input_cfg.0", {"shuffle": "false"}, "shuffle: 'false' cannot be used; give true or false, or null."),
         ("0.input_cfg.0", {"shard_seed": "any"}, "shard_seed: 'any' cannot be used; give a whole number"),
