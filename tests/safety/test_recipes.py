@@ -63,7 +63,7 @@ def test_neither_is_an_optimizer(payload: Payload, tiny_t5: Path, key: str) -> N
     section = {"pretrained_llm": str(tiny_t5), "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}}
     section[key] = {"_target_": payload.target}
     said = payload.refused(lambda: SALMT5(section).configure_optimizers())
-    assert "unsafe target" in said
+    assert "allow-list" in said
 
 
 READERS: dict[str, Callable[[Path], object]] = {
