@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,15 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path, capfd):
     assert "before the first step" in capfd.readouterr().err
 
 
-def test_after_training_signals_have_their_usual_effect(tmp_path):
+@pytest.fixture
+def python_handles_interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, which processes that share the tests may have changed."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_after_training_signals_have_their_usual_effect(tmp_path, python_handles_interrupts):
     before = [signal.getsignal(number) for number in SIGNALS]
     fit(Line(), [StopOnSignal()], tmp_path, enable_checkpointing=False)
     assert [signal.getsignal(number) for number in SIGNALS] == before
