@@ -15,7 +15,7 @@ from nemo_emmett.corpora.preparing import _each
 from nemo_emmett.processes import forked_pool
 
 WORKERS = 2
-SECONDS_TO_END = 10
+SECONDS_TO_END = 60
 
 
 def work(folder: Path) -> None:
