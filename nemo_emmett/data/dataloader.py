@@ -89,6 +89,11 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 self._ranks = RanksInStep()
 
     @property
+    def bad_records(self) -> SkippedRecords:
+        """The older name of ``skipped_records``, which scripts read."""
+        return self.skipped_records
+
+    @property
     def _delivering(self) -> WorkerBatchDataset:
         return self.dataset if isinstance(self.dataset, WorkerBatchDataset) else self.dataset.dataset
 
