@@ -35,6 +35,7 @@ from nemo_emmett.config import OWN_PREFIX, check_keys, check_target, item_of
 from nemo_emmett.errors import ConfigError, EmmettError
 from nemo_emmett.typed_config import (
     Count,
+    NonEmpty,
     NonNegative,
     Number,
     Positive,
@@ -49,12 +50,11 @@ from nemo_emmett.typed_config import (
 T = TypeVar("T")
 
 _FromMinusOne = Annotated[Whole, annotated_types.Ge(-1)]
-_Name = Annotated[Text, annotated_types.MinLen(1)]
 
 TOP_LEVEL_TYPES: dict[str, Any] = {
     "seed": Annotated[Count, annotated_types.Lt(2**32)] | None,
     "num_threads": Annotated[PositiveWhole, annotated_types.Le(1024)] | None,
-    "export_dir": _Name | None,
+    "export_dir": NonEmpty | None,
 }
 """Keys at the top of a recipe."""
 
@@ -62,7 +62,7 @@ TRAINER_TYPES: dict[str, Any] = {
     "accumulate_grad_batches": PositiveWhole,
     "callbacks": list[dict[str, Any]] | None,
     "check_val_every_n_epoch": PositiveWhole | None,
-    "default_root_dir": _Name | None,
+    "default_root_dir": NonEmpty | None,
     "devices": list[Count] | Text | Annotated[_FromMinusOne, annotated_types.Le(1024)],
     "fast_dev_run": Switch | Count,
     "gradient_clip_val": NonNegative | None,
@@ -91,7 +91,7 @@ ARGUMENT_TYPES: dict[str, Any] = {
     "every_n_train_steps": Count | None,
     "mode": Literal["min", "max"],
     "model_parallel_size": PositiveWhole | None,
-    "monitor": _Name,
+    "monitor": NonEmpty,
     "patience": Count,
     "report_time_interval": Positive,
     "save_last_n_optim_states": _FromMinusOne | None,

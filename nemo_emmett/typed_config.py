@@ -48,6 +48,9 @@ Limit = Annotated[float, BeforeValidator(_no_boolean), annotated_types.Predicate
 Text = Annotated[str, Strict()]
 """A text that is not made of a number."""
 
+NonEmpty = Annotated[Text, annotated_types.MinLen(1)]
+"""A text that is not empty."""
+
 Count = Annotated[Whole, annotated_types.Ge(0)]
 """0, 1, 2, ..."""
 

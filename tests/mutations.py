@@ -44,7 +44,7 @@ class Mutation:
     value: Any
 
     def is_named(self, sentence: str) -> bool:
-        """Whether a sentence names the key, or the one that its misspelling stands for."""
+        """Whether a sentence names the key, or the one that it misspells."""
         *parents, key = self.place.split(".")
         if len(key) < 3:  # items of lists, and languages
             key = parents[-1]

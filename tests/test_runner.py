@@ -1,4 +1,4 @@
-"""Recipes from the command line: what runs, and how mistakes are told."""
+"""Recipes from the command line: what runs, and how mistakes are reported."""
 
 from __future__ import annotations
 

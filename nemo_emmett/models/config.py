@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from annotated_types import MinLen
 from nemo.utils import logging
 
 from nemo_emmett.config import check_keys
@@ -17,7 +16,7 @@ from nemo_emmett.models.nemo_keys import NEMO_KEYS, is_off
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.modules.linear_cross_entropy import check_implementation
 from nemo_emmett.prompts.markup import AUDIO_LOCATOR
-from nemo_emmett.typed_config import NonNegative, Positive, PositiveWhole, Share, Switch, Text, parse_section
+from nemo_emmett.typed_config import NonEmpty, NonNegative, Positive, PositiveWhole, Share, Switch, Text, parse_section
 
 PARTS = {
     "llm": r"^(llm|embed_tokens)\..+$",
@@ -47,7 +46,7 @@ class ModelConfig:
     pretrained_s2s_model: Text | None = None  # the same by NeMo's older name
     pretrained_perception_from_s2s: Text | None = None  # checkpoint whose speech encoder and adapter it starts from
     incremental_loading: Switch = False  # accepted: weights are always read tensor by tensor
-    tokenizer_path: Annotated[Text, MinLen(1)] | None = None  # folder or name; default: that of pretrained_llm
+    tokenizer_path: NonEmpty | None = None  # folder or name; default: that of pretrained_llm
     resize_token_embeddings: Switch = False  # add rows for tokens that the embedding table does not have
     audio_locator_tag: Text = AUDIO_LOCATOR  # marks the place of a recording in the prompt
     prompt_format: Text | None = None  # name of a NeMo prompt format; default: the one of the language model's family

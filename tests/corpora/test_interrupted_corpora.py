@@ -52,7 +52,7 @@ SOURCES: dict[str, Callable[[Path], tuple[Path, dict[str, Path]]]] = {
 
 
 class Interrupted(BaseException):
-    """Whoever runs this has had enough; not an error that a program may handle."""
+    """The process is interrupted; not an error that a program may handle."""
 
 
 def tree(folder: Path) -> dict[str, bytes]:

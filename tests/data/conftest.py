@@ -40,7 +40,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> AutoTokenizer:
 
 @pytest.fixture
 def write_tone(tmp_path: Path) -> Callable[..., Path]:
-    """Write a tone whose pitch tells which recording it is."""
+    """Write a tone whose pitch identifies the recording."""
 
     def write(
         name: str, seconds: float = 1.0, channels: int = 1, rate: int = SAMPLING_RATE, hertz: float = 440
@@ -66,7 +66,7 @@ def write_lines(tmp_path: Path) -> Callable[[str, Sequence[str]], Path]:
 
 @pytest.fixture
 def write_manifest(write_lines) -> Callable[[str, Sequence[Mapping]], Path]:
-    """Write a NeMo manifest; a record that is a string already stands there as it is."""
+    """Write a NeMo manifest; a record that is a string is written as it is."""
 
     def write(name: str, records: Sequence[Mapping | str]) -> Path:
         return write_lines(name, [r if isinstance(r, str) else json.dumps(r) for r in records])

@@ -61,7 +61,7 @@ class Run:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def with_changes(self, folder: str, **changes) -> Run:
-        """Another run, whose folder lies beside this one's."""
+        """Another run, whose folder is next to this one's."""
         return replace(self, folder=self.folder.parent / folder, **changes)
 
     def records(self, rank: int = 0) -> list[dict]:

@@ -321,10 +321,11 @@ def test_a_bad_record_behind_the_last_batch_is_counted_too(load, speech, flavour
     )
     assert len(list(loader)) == (2 if workers and flavour == "force_iterable_dataset" else 1)
     assert loader.skipped_records.causes() == {"not JSON": 1}
+    assert loader.bad_records is loader.skipped_records, "the older name, which scripts read"
 
 
 def test_notes_survive_the_way_into_a_spawned_worker(load, speech) -> None:
-    """There, sources and dataset arrive as one pickle and must still share their ledger."""
+    """There, sources and dataset arrive as one pickle and must still share their skipped records."""
     manifest = speech(2)
     manifest.write_text("{not json\n" + manifest.read_text())
     loader = load({"manifest_filepath": str(manifest), "target_lang": "de", "force_iterable_dataset": True})

@@ -36,7 +36,7 @@ NAN, INFINITY = float("nan"), float("inf")
 DEEP = 100_000  # levels of nesting: Python's JSON parser gives up long before
 
 WITHOUT = object()
-"""A field's value that stands for its absence."""
+"""A field's value that means its absence."""
 
 
 @dataclass
@@ -183,7 +183,7 @@ def with_field(record: dict, name: str, value: Any) -> dict:
 def strewn(good: Sequence[bytes], bad: Sequence[bytes], rng: random.Random) -> tuple[bytes, dict[bytes, int]]:
     """A file of good lines with bad ones and blank ones among them, and the number of each good line, from 1.
 
-    The first line is good, so that what stands before it at the beginning of a file is put to the test as well.
+    The first line is good, so that what precedes it at the beginning of a file is tested as well.
     """
     lines = [*good[1:], *bad, *[b""] * 3]
     rng.shuffle(lines)
@@ -329,7 +329,7 @@ def lhotse(folder: Path, rng: random.Random) -> Fuzzed:
 
 
 def lhotse_shar(folder: Path, rng: random.Random) -> Fuzzed:
-    """A shard whose list of cuts is damaged; beside each line, the tar file still holds the audio of a cut."""
+    """A shard whose list of cuts is damaged; for each line, the tar file still holds the audio of a cut."""
     (folder / "shar").mkdir()
     tone, names = write_tone(folder / "tone.wav"), [f"cut{i}" for i in range(80)]
     with SharWriter(str(folder / "shar"), fields={"recording": "wav"}, shard_size=len(names)) as writer:
@@ -491,7 +491,7 @@ def build(
 
 
 def load(source: dict, tokenizer: Any, sampling: str, workers: int) -> tuple[list[str], SkippedRecords]:
-    """The ids of all examples of one pass, and the loader's ledger."""
+    """The ids of all examples of one pass, and the loader's skipped records."""
     loader = build(source, tokenizer, SpeechTextDataset(tokenizer), sampling, workers)
     ids = [example["id"] for batch in loader for part in batch.values() for example in part["examples"]]
     return ids, loader.skipped_records
@@ -518,7 +518,7 @@ def record(kind: str, folder: Path, name: str) -> dict:
 
 @pytest.mark.parametrize("sampling", ["nemo", "emmett"])
 def test_instructions_that_are_no_words_cost_their_record_alone(tmp_path, tokenizer, sampling) -> None:
-    """NeMo's SALM is told what to do in the records."""
+    """NeMo's SALM finds its instructions in the records."""
     good = record("nemo", tmp_path, "good")
     values = (3, ["one"], {"en": "one"}, "\ud800")
     bad = [{**good, field: value} for field in ("context", "system_prompt") for value in values]

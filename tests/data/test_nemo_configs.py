@@ -71,7 +71,7 @@ class Files:
         return str(path)
 
     def tone(self, index: int, prefix: str = "tone", seconds: float = 0.0, channels: int = 1, rate: int = RATE) -> str:
-        """A recording that no other equals, of 0.5 to 1.2 seconds unless told."""
+        """A recording that no other equals, of 0.5 to 1.2 seconds by default."""
         seconds = seconds or 0.5 + 0.1 * index
         time = np.arange(round(seconds * rate)) / rate
         samples = [0.2 * np.sin(2 * np.pi * (150 + 20 * index + 70 * channel) * time) for channel in range(channels)]
@@ -851,7 +851,7 @@ class Identity(torch.utils.data.Dataset):
 
 
 ONLY_OURS = ("manifest_origin", "manifest_place")
-"""Fields by which our readers say where a record stands; NeMo's tarred reader has the first as well."""
+"""Fields by which our readers say where a record is; NeMo's tarred reader has the first as well."""
 
 OF_SAMPLING = ("input_ids", "context_ids", "answer_ids", "mask", "num_tokens", "dataloading_info")
 """Fields that NeMo writes into an example; the cut of a conversation may share the fields of the conversation."""

@@ -1,4 +1,4 @@
-"""Files beside data and models are data: profiles, sidecars, summaries of corpora, evaluations, checkpoints."""
+"""Files next to data and models are data: profiles, sidecars, summaries of corpora, evaluations, checkpoints."""
 
 from __future__ import annotations
 

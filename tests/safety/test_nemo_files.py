@@ -46,9 +46,9 @@ def section(tiny_t5: Path, asr: Path) -> dict:
 def targets(payload: Payload, backbone: Path) -> dict[str, Callable[[dict], None]]:
     function = {"_target_": LOADER, "model_path_or_name": str(backbone), "trust_remote_code": True}
     return {
-        "stranger": lambda config: config["preprocessor"].update(_target_=payload.target),
-        "stranger as the model": lambda config: config.update(target=payload.target),
-        "stranger in the tokenizer": lambda config: config["tokenizer"].update(
+        "foreign class": lambda config: config["preprocessor"].update(_target_=payload.target),
+        "foreign class as the model": lambda config: config.update(target=payload.target),
+        "foreign class in the tokenizer": lambda config: config["tokenizer"].update(
             custom_tokenizer={"_target_": payload.target}
         ),
         "allowed prefix": lambda config: config["encoder"].update(_target_=f"megatron.{payload.target}"),

@@ -66,7 +66,7 @@ def unwrap(config: DictConfig) -> Source:
     """The source inside an ``emmett_source``, with the keys that NeMo has passed down to it."""
     keys = plain(config)
     inherited = {key: keys[key] for key in INHERITED_IN_NEMO if key in keys}
-    return parse_source({**inherited, **keys["source"]}, keys["place"])
+    return parse_source({**inherited, **keys["source"]}, keys["place"], allow_commands=True)  # checked with its dataset
 
 
 def with_keys_of_dataset(source: Source, structured: DictConfig) -> Source:

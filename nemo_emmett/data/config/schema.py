@@ -12,6 +12,7 @@ from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConf
 from nemo_emmett.typed_config import (
     Count,
     Limit,
+    NonEmpty,
     NonNegative,
     Number,
     Positive,
@@ -38,17 +39,16 @@ MAX_BATCH_SIZE, MAX_BUCKETS, MAX_WORKERS = 10**6, 10**5, 10**4
 Seed = Count | Literal["trng", "randomized"]
 """A random seed, or one of lhotse's ways to choose one."""
 
-_Name = Annotated[Text, annotated_types.MinLen(1)]
-_Names = Annotated[list[_Name], annotated_types.MinLen(1)]
+_NonEmptyList = Annotated[list[NonEmpty], annotated_types.MinLen(1)]
 
 OUR_TYPES = {
     "use_emmett": Switch,  # a stock NeMo recipe takes our dataloader (ours is always taken by MultimodalDataModule)
     "max_bad_records": Count | Annotated[Number, annotated_types.Gt(0), annotated_types.Lt(1)] | None,
-    "source_lang": _Name | None,  # language of the source side, for all sources that do not say it themselves
-    "target_lang": _Name | _Names | None,  # language(s) to translate to, for all sources that do not say it
+    "source_lang": NonEmpty | None,  # language of the source side, for all sources that do not say it themselves
+    "target_lang": NonEmpty | _NonEmptyList | None,  # language(s) to translate to, for all sources that do not say it
     "sampling": Literal[SAMPLINGS],  # "emmett" (resumable, stationary), "nemo" (NeMo's samplers), or "auto"
     "weights": Literal[AUTO] | None,  # sources and groups weigh what they hold (hours, tokens)
-    "index_dir": _Name | None,  # folder for indexes and counts where they cannot be written next to the data
+    "index_dir": NonEmpty | None,  # folder for indexes and counts where they cannot be written next to the data
     "allow_commands": Switch,  # sources and recordings may be the output of commands, which a shell runs
     "num_sub_buckets": PositiveWhole | None,  # output-length buckets in each input-length bucket, for `auto` bins
 }
@@ -57,11 +57,11 @@ OUR_TYPES = {
 _Pair = Annotated[list[Number], annotated_types.Len(2, 2)]
 _PositivePair = Annotated[list[Positive], annotated_types.Len(2, 2)]
 
-Paths = _Name | _Names
+Paths = NonEmpty | _NonEmptyList
 """One file or several, each of which may be a pattern."""
 
-_WeightedPath = _Name | Annotated[list[_Name | Number], annotated_types.MinLen(1)]
-WeightedPaths = _Name | Annotated[list[_WeightedPath], annotated_types.MinLen(1)]
+_WeightedPath = NonEmpty | Annotated[list[NonEmpty | Number], annotated_types.MinLen(1)]
+WeightedPaths = NonEmpty | Annotated[list[_WeightedPath], annotated_types.MinLen(1)]
 """One file or several; in a list, a file may be in a list of its own, with a weight."""
 
 PathsByName = dict[Text, Paths]
@@ -70,7 +70,7 @@ PathsByName = dict[Text, Paths]
 _RANGES = {
     "manifest_filepath": WeightedPaths | None,
     "tarred_audio_filepaths": WeightedPaths | None,
-    "cuts_path": _Name | None,
+    "cuts_path": NonEmpty | None,
     "shar_path": WeightedPaths | PathsByName | None,
     "batch_size": PositiveWhole | None,
     "batch_duration": Positive | None,
@@ -115,7 +115,7 @@ _RANGES = {
     "slice_length": PositiveWhole | None,
     "concatenate_gap_seconds": NonNegative,
     "concatenate_duration_factor": Positive,
-    "keep": _Name,
+    "keep": NonEmpty,
 }
 """Keys of NeMo's whose values have a range that its own annotations do not say."""
 

@@ -216,19 +216,22 @@ def source_of_files(sources: Sequence[Source]) -> dict[str, str]:
     return owners
 
 
-def parse_source(entry: Mapping[str, Any], place: str) -> Source:
+def parse_source(entry: Mapping[str, Any], place: str, *, allow_commands: bool = False) -> Source:
     """An entry of ``input_cfg``, with all that it inherits, as a source.
 
     Raises:
-        ConfigError: naming the first key whose value is not of its type.
+        ConfigError: naming the first key whose value is not of its type, or is a command, unless that is allowed.
     """
+    if not allow_commands:
+        refuse_pipes(entry, place)
     tags, languages, members = entry.get("tags") or {}, {}, []
     for key, in_nemo in LANGUAGE_KEYS.items():
         given = (tags.get(key), entry.get(key), entry.get(in_nemo))
         languages[key] = next((value for value in given if value not in (None, "", [])), None)
     if str(entry.get("type")).endswith("_as_conversation") and entry.get("input_cfg") is not None:
         inherited = {key: entry[key] for key in INHERITED if entry.get(key) is not None}
-        inside = parse_entries(entry["input_cfg"], f"{place}.input_cfg", inherited, allow_commands=True)
+        how = {"allow_commands": allow_commands}
+        inside = parse_entries(entry["input_cfg"], f"{place}.input_cfg", inherited, **how)
         members = [source for member in inside for source in member.sources()]
     given = {"keys": dict(entry), "place": place, "members": tuple(members)}
     source = parse_section(Source, {**entry, **languages}, place, **given)
@@ -249,9 +252,7 @@ def parse_classic(
         raise ConfigError(f"{place}: names no data; give input_cfg, manifest_filepath, cuts_path or shar_path.")
     files = {key: section[key] for key in _CLASSIC[kind] if section.get(key) is not None}
     entry = {**inherited, "type": kind, **files}
-    if not allow_commands:
-        refuse_pipes(entry, place)
-    return parse_source(entry, place)
+    return parse_source(entry, place, allow_commands=allow_commands)
 
 
 def parse_entries(
@@ -306,9 +307,7 @@ def _parse_entry(
     if entry["type"] == "group":
         return parse_group(entry, place, inherited, allow_commands=allow_commands, tags=tags, is_auto=is_auto)
     entry = {**inherited, **entry, **({"tags": tags} if tags else {})}
-    if not allow_commands:
-        refuse_pipes(entry, place)
-    return parse_source(entry, place)
+    return parse_source(entry, place, allow_commands=allow_commands)
 
 
 def parse_group(

@@ -89,7 +89,7 @@ class Sidecar:
         return next((found for place in self.places if (found := _read(place, header)) is not None), None)
 
     def write(self, identity: Mapping[str, Any], contents: Contents) -> bool:
-        """Write the file, whole or not at all, whoever else does so at the same time.
+        """Write the file, whole or not at all, also if other processes write it at the same time.
 
         Returns:
             Whether it is written; otherwise the contents last as long as the process (:func:`warn_uncached`).

@@ -105,7 +105,7 @@ def register_data_types() -> None:
 def read_parallel_text(config: DictConfig) -> tuple[CutSet, bool]:
     """NeMo parser of the type ``parallel_text``: examples, and that they are read in the workers (True)."""
     how = _reading.get() or ReaderContext()
-    source = parse_source(plain(config), "input_cfg")
+    source = parse_source(plain(config), "input_cfg", allow_commands=True)
     cuts = CutSet(open_parallel_text(source, how.skipped_records))
     return _repeated(cuts, source), True
 

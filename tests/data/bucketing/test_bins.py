@@ -1,4 +1,4 @@
-"""The solver against brute force, its bounds against exact optima, and its place beside NeMo's own selection."""
+"""The solver against brute force, its bounds against exact optima, and compared with NeMo's own selection."""
 
 from __future__ import annotations
 

@@ -385,3 +385,17 @@ def test_a_section_is_not_changed(good: dict, planted: Callable[[dict], dict]) -
     before = deepcopy(section)
     parse_dataset(section, PLACE)
     assert section == before
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_command_in_the_file_of_a_conversation_is_refused_with_its_place(tmp_path: Path, allowed: bool) -> None:
+    inner = tmp_path / "inner.yaml"
+    inner.write_text(yaml.safe_dump([nemo() | {"manifest_filepath": "pipe:cat a"}]))
+    section = {"input_cfg": [{"type": "lhotse_as_conversation", "input_cfg": str(inner)}], "allow_commands": allowed}
+    if allowed:
+        assert [s.manifest_filepath for s in parsed(**section).sources[0].members] == ["pipe:cat a"]
+        return
+    with pytest.raises(
+        ConfigError, match=r"^data\.train_ds\.input_cfg\.0\.input_cfg\.0\.manifest_filepath: 'pipe:cat a'"
+    ):
+        parsed(**section)

@@ -1,4 +1,4 @@
-"""Indexes: every line and member is found, whoever reads it, wherever the index is kept."""
+"""Indexes: every line and member is found, by any process, wherever the index is kept."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ from nemo_emmett.errors import ConfigError, DataError
 
 
 def read(config: dict) -> tuple[list[tuple], SkippedRecords]:
-    """What a source yields, as (source, target, source language, target language), and its ledger."""
-    ledger = SkippedRecords()
-    pairs = list(open_parallel_text(parse_source({"type": "parallel_text", **config}, "train_ds"), ledger))
-    return [(p.source.text, p.target.text, p.source.language, p.target.language) for p in pairs], ledger
+    """What a source yields, as (source, target, source language, target language), and its skipped records."""
+    skipped = SkippedRecords()
+    pairs = list(open_parallel_text(parse_source({"type": "parallel_text", **config}, "train_ds"), skipped))
+    return [(p.source.text, p.target.text, p.source.language, p.target.language) for p in pairs], skipped
 
 
 EXPECTED = [("one", "eins", "en", "de"), ("two", "zwei", "en", "de")]
