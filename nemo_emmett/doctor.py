@@ -10,6 +10,7 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nemo_emmett import plugin
@@ -74,7 +75,7 @@ def report(console: Console) -> int:
     fatal = [finding for finding in findings if finding.fatal]
     for finding in findings:
         if finding.remedy:
-            console.print(f"{_mark(finding)} {finding.what}: {finding.remedy}", highlight=False)
+            console.print(f"{_mark(finding)} {finding.what}: {escape(finding.remedy)}", highlight=False)
     console.print("nemo_emmett cannot be used as it is." if fatal else "nemo_emmett is ready for use.")
     return 1 if fatal else 0
 

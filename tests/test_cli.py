@@ -250,6 +250,9 @@ class TestDoctor:
         (finding,) = doctor._extras()
         assert (finding.value, finding.fatal) == ("missing: surely_not_installed", False)
         assert "nemo_emmett[demo]" in finding.remedy
+        console = Console(record=True, width=200)
+        doctor.report(console)
+        assert finding.remedy in console.export_text(), "brackets are text, not markup"
 
 
 def test_a_missing_recording_is_told_before_the_model_is_loaded(invoke, tmp_path: Path) -> None:

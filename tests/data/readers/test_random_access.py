@@ -35,7 +35,7 @@ ENGLISH_TO_GERMAN = {"source_lang": "en", "target_lang": "de"}
 
 
 def source_of(config: dict) -> Source:
-    return parse_source({"force_finite": True, **config}, "train_ds.input_cfg.0")
+    return parse_source({"force_finite": True, **config}, "train_ds.input_cfg.0", allow_commands=True)
 
 
 def opened(config: dict, skipped: SkippedRecords | None = None, **how) -> Records | None:
