@@ -26,12 +26,13 @@ from nemo_emmett.data.config.dataset_config import DatasetConfig, parse_dataset
 from nemo_emmett.data.config.section import place_of
 from nemo_emmett.data.config.sources import source_of_files
 from nemo_emmett.data.io.commands import commands_allowed
-from nemo_emmett.data.io.skipped_records import SkippedRecords
-from nemo_emmett.data.loader_state import LoaderState
+from nemo_emmett.data.io.skipped_records import RecordsDelta, SkippedRecords
+from nemo_emmett.data.loader_state import LoaderState, ScheduleState
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.sampling.nemo_sampler import nemo_sampler, nemo_sampler_reason
-from nemo_emmett.data.sampling.plan import plan_sampling
+from nemo_emmett.data.sampling.plan import plan_sampling, plan_schedule
 from nemo_emmett.data.sampling.shard_batches import ShardedBatches
+from nemo_emmett.data.scheduled_batches import ScheduledBatches, ScheduledSteps
 from nemo_emmett.data.worker_batches import (
     IterableWorkerBatches,
     ResumableWorkerBatches,
@@ -82,11 +83,16 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self._epoch_of_last_pass: int | None = None
         self.progress: LoaderState | None = None
         self._ranks: RanksInStep | None = None
+        self._reported: int | None = None  # number of the pass for which the sources' bad records were counted last
+        world_size, finite = 1, False
         if isinstance(dataset, ResumableWorkerBatches):
-            plan = dataset.plan
-            self.progress = LoaderState(self.num_workers, plan.world_size, plan.seed, plan.finite)
-            if plan.finite and not hands_out_empty and ranks_load_data(plan.world_size):
-                self._ranks = RanksInStep()
+            world_size, finite = dataset.plan.world_size, dataset.plan.finite
+            self.progress = LoaderState(self.num_workers, world_size, dataset.plan.seed, finite)
+        elif self._steps is not None:
+            world_size, finite = self._steps.world_size, self._steps.order.finite
+            self.progress = ScheduleState(self._steps, world_size, self._steps.order.seed, finite)
+        if finite and not hands_out_empty and ranks_load_data(world_size):
+            self._ranks = RanksInStep()
 
     @property
     def bad_records(self) -> SkippedRecords:
@@ -96,6 +102,19 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
     @property
     def _delivering(self) -> WorkerBatchDataset:
         return self.dataset if isinstance(self.dataset, WorkerBatchDataset) else self.dataset.dataset
+
+    @property
+    def _steps(self) -> ScheduledSteps | None:
+        """The sampler, if a schedule is followed."""
+        return self.sampler if isinstance(self.sampler, ScheduledSteps) else None
+
+    def __len__(self) -> int:
+        """The number of batches of a pass over finite data that is sampled by a schedule.
+
+        Raises:
+            TypeError: for any other data.
+        """
+        return super().__len__() if self._steps is None else self._steps.steps_of_epoch(self.progress.epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is in the data: behind the last batch trained on, as far as that is counted
@@ -130,14 +149,21 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self._start_epoch()
         seed = torch.initial_seed()
         if self.progress is not None:
-            self.dataset.start = self.progress.start()
+            start = self.progress.start()
             seed = self.progress.seed
+            if self._steps is None:
+                self.dataset.start = start
+            else:
+                self._steps.begin(start)
+                self._report_indexes()
         self.generator.manual_seed(seed)
         empty_in_a_row = 0
         deliveries = super().__iter__()
         at_exit = _end_workers_at_exit(deliveries)
         try:
             for delivery in deliveries:
+                if self._steps is not None:
+                    delivery = delivery._replace(state=self._steps.delivered(), filtered=self._steps.take_left_out())
                 self._account_for(delivery)
                 empty_in_a_row = empty_in_a_row + 1 if is_empty(delivery.batch) else 0
                 self._check_progress(empty_in_a_row)
@@ -148,6 +174,8 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                     self.progress.yielded(delivery, is_batch=hand_out)
                 if hand_out:
                     yield delivery.batch or {}
+            if self._steps is not None:
+                self._end_schedule()
             self._merge_notes_of_this_process()
             self.skipped_records.check(self.max_bad_records, at_end=True)
         finally:
@@ -156,6 +184,29 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             except TypeError:  # the interpreter closes this generator at its very end, when modules are gone
                 return
             self._report_epoch()
+
+    def _report_indexes(self) -> None:
+        """Count what cannot be used of the sources, once for each pass over finite data, else at the start.
+
+        Raises:
+            TooManyBadRecords: if it is more than ``max_bad_records`` allows.
+        """
+        if self._reported is not None and not self._steps.order.finite:
+            return
+        if self._reported != (epoch := self.progress.epoch):
+            self._reported = epoch
+            for index in self.dataset.indexes:
+                index.report(self.skipped_records)
+            self.skipped_records.drain()
+        self.skipped_records.check(self.max_bad_records)
+
+    def _end_schedule(self) -> None:
+        """Finite data has ended."""
+        records, state = RecordsDelta(), self._steps.snapshot()
+        message = self._steps.end_of_data_message
+        last = WorkerBatch(None, records, state=state, is_last=True, end_of_data_message=message)
+        self._account_for(last._replace(filtered=self._steps.take_left_out()))
+        self.progress.yielded(last, is_batch=False)
 
     def _all_ranks_hand_out(self, hand_out: bool) -> bool:
         agreed = self._ranks.all_have(hand_out)
@@ -295,7 +346,18 @@ def get_multimodal_dataloader(
     states, allowed = random_state(), ExitStack()
     allowed.enter_context(commands_allowed(data.allow_commands))
     try:  # the samplers are seeded with the dataset's own seed; the generators of the training must not move
-        if not shard_batches and _we_sample(data, kind):
+        # Only our models can take an empty batch.
+        allows_empty = world_size > 1 and kind is ExampleKind.TRANSLATION
+        we_sample = not shard_batches and _we_sample(data, kind)
+        schedule = (
+            plan_schedule(data, tokenizer, kind, skipped_records, world_size, allows_empty) if we_sample else None
+        )
+        if schedule is not None:
+            order = schedule.order
+            batches = ScheduledBatches(dataset, schedule.readers, schedule.indexes, order.seed, global_rank)
+            flavour = {"dataset": batches, "sampler": ScheduledSteps(order, global_rank, world_size)}
+            seed = order.seed
+        elif we_sample:
             plan = plan_sampling(data, tokenizer, kind, skipped_records, world_size)
             flavour = {"dataset": ResumableWorkerBatches(dataset, plan, global_rank)}
             seed = plan.seed
@@ -318,13 +380,8 @@ def get_multimodal_dataloader(
         **flavour,
         skipped_records=SkippedRecords(announce=True, source_of=source_of_files(data.sources)),
         max_bad_records=data.max_bad_records,
-        # Only our models can take an empty batch; and samplers of NeMo's that live in workers share nothing out.
-        hands_out_empty=shard_batches
-        or (
-            world_size > 1
-            and kind is ExampleKind.TRANSLATION
-            and not isinstance(flavour["dataset"], IterableWorkerBatches)
-        ),
+        # Samplers of NeMo's that live in workers share nothing out.
+        hands_out_empty=shard_batches or (allows_empty and not isinstance(flavour["dataset"], IterableWorkerBatches)),
         batch_size=None,
         # These batches are all tensors already, which torch's own conversion would take apart for nothing.
         collate_fn=None if kind is ExampleKind.AS_READ else _as_it_is,

@@ -9,11 +9,16 @@ from typing import Any, NamedTuple
 
 from nemo.utils import logging
 
+from nemo_emmett.data.scheduled_batches import ScheduledSteps
 from nemo_emmett.data.worker_batches import ResumePoint, WorkerBatch
 from nemo_emmett.errors import DataError
 
 VERSION = 1
-"""Of the layout of a state. Checkpoints hold states, so keys keep their names, here and in ``sampling``."""
+"""Of the layout of the state of streamed data. Checkpoints hold states, so keys keep their names, here and in
+``sampling``."""
+
+SCHEDULE_VERSION = 2
+"""Of the layout of the state of a schedule."""
 
 
 class _Item(NamedTuple):
@@ -143,11 +148,13 @@ class LoaderState:
         Raises:
             DataError: if the state has the layout of another version of nemo_emmett.
         """
-        if state.get("version") != VERSION:
+        if state.get("version") == SCHEDULE_VERSION:
             raise DataError(
-                f"the checkpoint's position in the data has the layout {state.get('version')!r}, this version reads "
-                f"{VERSION}; resume with the nemo_emmett that wrote it, or train on from the weights alone."
+                "the checkpoint has a position in data that was read by its length index, but a source of this run can "
+                "only be streamed; give the files that the checkpoint was trained on, or train on from its weights."
             )
+        if state.get("version") != VERSION:
+            raise _other_version(state, VERSION)
         if state["seed"] != self.seed:
             logging.warning(
                 f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: "
@@ -174,6 +181,100 @@ class LoaderState:
         self._completes_pass = True
         if state.get("epoch_ended"):
             self.end_epoch()
+
+
+class ScheduleState(LoaderState):
+    """The state of a schedule after the last batch trained on; the same for any number of workers.
+
+    Args:
+        steps: the sampler that computes the schedule.
+        world_size: number of ranks.
+        seed: by which the data is shuffled.
+        finite: a pass over the data has an end; then each iteration is a pass of its own.
+    """
+
+    def __init__(self, steps: ScheduledSteps, world_size: int, seed: int = 0, finite: bool = False) -> None:
+        super().__init__(1, world_size, seed, finite)
+        self.steps = steps
+
+    @property
+    def epoch(self) -> int:
+        """Number of the pass over finite data that the next iteration is, or is the rest of."""
+        has_begun = self._states[0] is not None and self.finite and not self._completes_pass
+        return self._epoch + (has_begun or all(self._ended))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as plain numbers, strings and lists."""
+        self._advance_if_yielding_counts()
+        return {
+            "version": SCHEDULE_VERSION,
+            "world_size": self.world_size,
+            "seed": self.seed,
+            "epoch": self._epoch,
+            "epoch_ended": False,  # the trainer's epoch loop changes it where a checkpoint resumes with the next epoch
+            "ended": self._ended[0],
+            "schedule": self.steps.state_dict(self._states[0]),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state: with the rest of its pass, or, if ``epoch_ended`` is set, with the next one.
+
+        Any number of workers continues in the same way, and any number of ranks, where global batches are the same.
+
+        Raises:
+            DataError: if the state has the layout of another version of nemo_emmett.
+        """
+        if state.get("version") == VERSION:
+            state = self._of_streamed_data(state)
+        if state.get("version") != SCHEDULE_VERSION:
+            raise _other_version(state, SCHEDULE_VERSION)
+        if state["seed"] != self.seed:
+            logging.warning(
+                f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: "
+                "sources continue in the checkpoint's order to the end of the epoch, but groups are mixed and batches "
+                f"augmented by the new seed; for the same batches set seed and shard_seed to {state['seed']}."
+            )
+        self._states, self._ended, self._epoch = [state["schedule"]], [state["ended"]], state["epoch"]
+        self._pending.clear()
+        self._completes_pass = True
+        if state.get("epoch_ended"):
+            self.end_epoch()
+
+    def _of_streamed_data(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a version that streamed all data: as many examples are taken as read, but not the same ones."""
+        logging.warning(
+            "The checkpoint was written by an earlier version, which sampled in another order: each source continues "
+            "after as many examples as were trained on, so some repeat, and others are left out, in this pass."
+        )
+        workers = [worker for worker in state["workers"] if worker is not None]
+        schedule = None
+        if workers:
+            drawn = {
+                name: [
+                    sum(worker["groups"][name]["leaves"][n]["drawn"] for worker in workers) for n in range(len(leaves))
+                ]
+                for name, leaves in ((name, group["leaves"]) for name, group in workers[0]["groups"].items())
+            }
+            schedule = self.steps.state_after(
+                state["epoch"],
+                sum(worker["steps"] for worker in workers),
+                {name: group["sources"] for name, group in workers[0]["groups"].items()},
+                drawn,
+            )
+        return {
+            **{key: state[key] for key in ("world_size", "seed", "epoch")},
+            "version": SCHEDULE_VERSION,
+            "epoch_ended": state.get("epoch_ended", False),
+            "ended": all(state["ended"]),
+            "schedule": schedule,
+        }
+
+
+def _other_version(state: Mapping[str, Any], version: int) -> DataError:
+    return DataError(
+        f"the checkpoint's position in the data has the layout {state.get('version')!r}, this version reads {version}; "
+        "resume with the nemo_emmett that wrote it, or train on from the weights alone."
+    )
 
 
 def _redistributed(workers: list[dict | None], num_workers: int) -> list[dict | None]:

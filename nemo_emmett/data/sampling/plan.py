@@ -4,37 +4,101 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from lhotse.dataset.dataloading import resolve_seed
+from nemo.utils import logging, logging_mode
+from omegaconf import DictConfig
 
 from nemo_emmett.data.blending.weights import blend_of
 from nemo_emmett.data.bucketing.length_stats import auto_bins
-from nemo_emmett.data.config.dataset_config import DatasetConfig
+from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig
 from nemo_emmett.data.config.nemo_config import sampler_config, with_keys_of_dataset
 from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.skipped_records import SkippedRecords
-from nemo_emmett.data.readers.base import build_indexes
+from nemo_emmett.data.lengths.index import LengthIndex, open_length_indexes
+from nemo_emmett.data.lengths.selection import Selection
+from nemo_emmett.data.readers.base import Records, build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.random_access import open_records
 from nemo_emmett.data.readers.registry import ReaderContext, reader_context
+from nemo_emmett.data.sampling.example_reader import ExampleReader, SourceReader
 from nemo_emmett.data.sampling.nemo_sampler import tarred_noise_reason
 from nemo_emmett.data.sampling.proportional_mixing import ProportionalMixer
 from nemo_emmett.data.sampling.sampler import GroupPlan, SamplingPlan
+from nemo_emmett.data.sampling.schedule import GroupOrder, ScheduleOrder
 from nemo_emmett.data.sampling.shuffle import SHUFFLE_BLOCK_SIZE
 from nemo_emmett.data.sampling.source_iterator import ChunkReader, WorkerInfo, chunks_to_open, make_reader
+from nemo_emmett.data.sampling.source_order import SourceOrder
 from nemo_emmett.data.sampling.transforms import TransformPipeline
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.families import forbidden_text
+
+
+@dataclass
+class _OpenGroup:
+    """A group with its sources opened.
+
+    Args:
+        group: of the dataset.
+        structured: NeMo's config of its sampler.
+        sources: with the keys that they inherit.
+        records: of each source, by number; None: it can only be streamed.
+        seeds: of each source.
+    """
+
+    group: GroupConfig
+    structured: DictConfig
+    sources: list[Source]
+    records: list[Records | None]
+    seeds: list[list[int]]
+
+    @property
+    def group_size(self) -> int:
+        """What is shuffled together, at least."""
+        return max(SHUFFLE_BLOCK_SIZE, self.structured.shuffle_buffer_size or 0)
+
+
+@dataclass
+class _Opened:
+    """A dataset with its groups opened."""
+
+    groups: list[_OpenGroup]
+    seed: int
+    finite: bool
+
+    @property
+    def records(self) -> list[Records]:
+        """Of all sources that have some."""
+        return [records for group in self.groups for records in group.records if records is not None]
+
+
+def _open(dataset: DatasetConfig, kind: ExampleKind, skipped_records: SkippedRecords) -> _Opened:
+    if (reason := tarred_noise_reason(dataset)) is not None:
+        raise ConfigError(
+            f"{dataset.place}.noise_path: {reason}; give a manifest of audio files, or set sampling: nemo."
+        )
+    seed = _agreed_seed(dataset.seed, dataset.shard_seed)
+    opened = []
+    for group in dataset.groups:
+        structured = sampler_config(group, shard_seed=seed, seed=seed)
+        sources = [with_keys_of_dataset(source, structured) for source in group.sources]
+        index_dir = group.index_dir or dataset.index_dir
+        records = [open_records(source, skipped_records, kind, index_dir) for source in sources]
+        seeds = [[seed, number] for number in _numbers_of_sources(group.name, sources)]
+        opened.append(_OpenGroup(group, structured, sources, records, seeds))
+    finite = dataset.force_finite or (not dataset.groups[0].name and _nemo_ends(dataset.sources))
+    return _Opened(opened, seed, finite)
 
 
 def plan_sampling(
     dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind, skipped_records: SkippedRecords, world_size: int
 ) -> SamplingPlan:
-    """Open the sources of a dataset, weigh them, and build NeMo's chains.
+    """Open the sources of a dataset, weigh them, and build NeMo's chains, for samplers that read records in a stream.
 
     Args:
         dataset: to sample from.
@@ -47,68 +111,174 @@ def plan_sampling(
         ConfigError: if a key has a value that cannot work.
         DataError: if a source holds nothing.
     """
-    if (reason := tarred_noise_reason(dataset)) is not None:
-        raise ConfigError(
-            f"{dataset.place}.noise_path: {reason}; give a manifest of audio files, or set sampling: nemo."
-        )
-    seed = _agreed_seed(dataset.seed, dataset.shard_seed)
-    finite = dataset.force_finite or (not dataset.groups[0].name and _nemo_ends(dataset.sources))
-    structured = [sampler_config(group, shard_seed=seed, seed=seed) for group in dataset.groups]
-    opened = []
-    for group, config in zip(dataset.groups, structured, strict=True):
-        sources = [with_keys_of_dataset(source, config) for source in group.sources]
-        index_dir = group.index_dir or dataset.index_dir
-        opened.append([(source, open_records(source, skipped_records, kind, index_dir)) for source in sources])
-    build_indexes([records for group in opened for _, records in group if records is not None])
+    opened = _open(dataset, kind, skipped_records)
+    build_indexes(opened.records)
     plans = []
-    for group, config, in_group in zip(dataset.groups, structured, opened, strict=True):
-        blend = blend_of(group, tokenizer=tokenizer, index_dir=group.index_dir or dataset.index_dir, kind=kind)
-        shares = [leaf.share for leaf in blend.leaves()]
-        seeds = [[seed, number] for number in _numbers_of_sources(group.name, [source for source, _ in in_group])]
-        group_size = max(SHUFFLE_BLOCK_SIZE, config.shuffle_buffer_size or 0)
-        forbidden = forbidden_text(config.prompt_format, tokenizer)
-        readers = [
-            make_reader(
-                source, records, kind, skipped_records, finite, config.shuffle, of_source, group_size, forbidden
-            )
-            for (source, records), of_source in zip(in_group, seeds, strict=True)
-        ]
-        config.reweight_temperature = None  # it is in the shares
-        sample = _Sample(readers, shares, config.num_cuts_for_bins_estimate)
-        if group.has_auto_bins:
-            config.bucket_duration_bins = auto_bins(group, tokenizer, kind, sample)
-        with reader_context(ReaderContext(skipped_records, kind)):
-            chain = TransformPipeline(config, tokenizer, sample, skipped_records)
-        num_open = [chunks_to_open(reader, chain, config.shuffle) for reader in readers]
+    for group in opened.groups:
+        shares = _shares(dataset, group, tokenizer, kind)
+        readers = _readers(group, tokenizer, kind, skipped_records, opened.finite)
+        chain = _chain(group, tokenizer, kind, skipped_records, _Sample(lambda r=readers: r, shares, group))
+        num_open = [chunks_to_open(reader, chain, group.structured.shuffle) for reader in readers]
         skipped_records.drain()  # what was read here is read again by the workers
-        names = [source.name for source, _ in in_group]
-        plans.append(GroupPlan(group.name, readers, names, seeds, num_open, shares, chain))
-    weights = dataset.sampler_weights or dict.fromkeys((plan.name for plan in plans), 1.0)
+        names = [source.name for source in group.sources]
+        plans.append(GroupPlan(group.group.name, readers, names, group.seeds, num_open, shares, chain))
     return SamplingPlan(
         groups=plans,
-        fusion="round_robin" if len(plans) == 1 else dataset.sampler_fusion,
-        weights=[float(weights[plan.name]) for plan in plans] if len(plans) > 1 else [1.0],
+        fusion=_fusion(dataset),
+        weights=_weights_of_groups(dataset),
         world_size=world_size,
         shuffle=dataset.shuffle,
-        finite=finite,
-        seed=seed,
+        finite=opened.finite,
+        seed=opened.seed,
     )
+
+
+@dataclass
+class SchedulePlan:
+    """What a schedule is computed from, and what reads its examples.
+
+    Args:
+        order: of the examples.
+        readers: of each group.
+        indexes: of all sources.
+    """
+
+    order: ScheduleOrder
+    readers: list[ExampleReader]
+    indexes: list[LengthIndex]
+
+
+def plan_schedule(
+    dataset: DatasetConfig,
+    tokenizer: Any,
+    kind: ExampleKind,
+    skipped_records: SkippedRecords,
+    world_size: int,
+    allows_empty: bool,
+) -> SchedulePlan | None:
+    """Open the sources of a dataset and their length indexes, weigh them, and build NeMo's chains, for a schedule.
+
+    Args:
+        dataset: to sample from.
+        tokenizer: NeMo tokenizer.
+        kind: what the dataset takes.
+        skipped_records: for records that cannot be used.
+        world_size: number of ranks.
+        allows_empty: a rank's batch may be empty at the end of the data.
+
+    Returns:
+        The plan; None if a source can only be streamed, which is logged.
+
+    Raises:
+        ConfigError: if a key has a value that cannot work.
+        DataError: if a source holds nothing.
+    """
+    opened = _open(dataset, kind, skipped_records)
+    streamed = [
+        source.name
+        for group in opened.groups
+        for source, records in zip(group.sources, group.records, strict=True)
+        if records is None or any(records.is_sequential)
+    ]
+    by_place = {} if streamed else open_length_indexes(dataset.groups, tokenizer, kind, dataset.index_dir)
+    streamed += [place for place, index in by_place.items() if index is None]
+    if streamed:
+        logging.info(
+            f"{dataset.place}: {streamed[0]} can only be read from its beginning, so all data is streamed: each rank "
+            "reads the records of all ranks, and batches depend on the numbers of ranks and workers.",
+            mode=logging_mode.ONCE,
+        )
+        return None
+    orders, readers, indexes = [], [], []
+    for group in opened.groups:
+        shares = _shares(dataset, group, tokenizer, kind)
+        of_group = [by_place[source.place] for source in group.sources]
+        sample = _Sample(lambda g=group: _readers(g, tokenizer, kind, skipped_records, opened.finite), shares, group)
+        chain = _chain(group, tokenizer, kind, skipped_records, sample)
+        skipped_records.drain()
+        selection = Selection(group.structured, chain.constraint, chain.duration_bins)
+        for source, index in zip(group.sources, of_group, strict=True):
+            if not index.shard_sizes.sum():
+                raise DataError(f"{source.place}: {source.name} is empty; correct the path, or drop the source.")
+        names = [source.name for source in group.sources]
+        sizes = selection.batch_sizes
+        orders.append(
+            GroupOrder(
+                name=group.group.name,
+                sources=[
+                    SourceOrder(index, selection, name, group.structured.shuffle, seed, group.group_size)
+                    for index, name, seed in zip(of_group, names, group.seeds, strict=True)
+                ],
+                names=names,
+                shares=shares,
+                global_batch_sizes=None if sizes is None else [size * world_size for size in sizes],
+                drop_last=chain.drop_last,
+                allows_empty=allows_empty,
+            )
+        )
+        forbidden = forbidden_text(group.structured.prompt_format, tokenizer)
+        of_sources = [
+            SourceReader(source, records, index, kind, skipped_records, seed, forbidden)
+            for source, records, index, seed in zip(group.sources, group.records, of_group, group.seeds, strict=True)
+        ]
+        readers.append(ExampleReader(of_sources, chain))
+        indexes += of_group
+    order = ScheduleOrder(orders, _fusion(dataset), _weights_of_groups(dataset), opened.seed, opened.finite)
+    return SchedulePlan(order, readers, indexes)
+
+
+def _shares(dataset: DatasetConfig, group: _OpenGroup, tokenizer: Any, kind: ExampleKind) -> list[float]:
+    index_dir = group.group.index_dir or dataset.index_dir
+    return [leaf.share for leaf in blend_of(group.group, tokenizer=tokenizer, index_dir=index_dir, kind=kind).leaves()]
+
+
+def _readers(
+    group: _OpenGroup, tokenizer: Any, kind: ExampleKind, skipped_records: SkippedRecords, finite: bool
+) -> list[ChunkReader]:
+    config, forbidden = group.structured, forbidden_text(group.structured.prompt_format, tokenizer)
+    return [
+        make_reader(source, records, kind, skipped_records, finite, config.shuffle, seed, group.group_size, forbidden)
+        for source, records, seed in zip(group.sources, group.records, group.seeds, strict=True)
+    ]
+
+
+def _chain(
+    group: _OpenGroup, tokenizer: Any, kind: ExampleKind, skipped_records: SkippedRecords, sample: _Sample
+) -> TransformPipeline:
+    """NeMo's maps and filters of a group, with its bins found if they are to be."""
+    config = group.structured
+    config.reweight_temperature = None  # it is in the shares
+    if group.group.has_auto_bins:
+        config.bucket_duration_bins = auto_bins(group.group, tokenizer, kind, sample)
+    with reader_context(ReaderContext(skipped_records, kind)):
+        return TransformPipeline(config, tokenizer, sample, skipped_records)
+
+
+def _fusion(dataset: DatasetConfig) -> str:
+    return "round_robin" if len(dataset.groups) == 1 else dataset.sampler_fusion
+
+
+def _weights_of_groups(dataset: DatasetConfig) -> list[float]:
+    weights = dataset.sampler_weights or dict.fromkeys((group.name for group in dataset.groups), 1.0)
+    return [float(weights[group.name]) for group in dataset.groups] if len(dataset.groups) > 1 else [1.0]
 
 
 class _Sample:
     """The first examples of the blend, by which bins are found where the config names none; not prompted yet."""
 
-    def __init__(self, readers: Sequence[ChunkReader], shares: Sequence[float], limit: int) -> None:
+    def __init__(
+        self, readers: Callable[[], Sequence[ChunkReader]], shares: Sequence[float], group: _OpenGroup
+    ) -> None:
         self.readers = readers
         self.shares = shares
-        self.limit = limit
+        self.limit = group.structured.num_cuts_for_bins_estimate
 
     def __iter__(self) -> Iterator:
         return islice(self._all(), self.limit)
 
     def _all(self) -> Iterator:
         draws = ProportionalMixer(self.shares)
-        streams = [self._examples_of(reader) for reader in self.readers]
+        streams = [self._examples_of(reader) for reader in self.readers()]
         while not draws.is_empty:
             number = draws.next()
             try:

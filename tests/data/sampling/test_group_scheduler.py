@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nemo_emmett.data.sampling.sampler import GroupScheduler
+from nemo_emmett.data.sampling.group_scheduler import GroupScheduler
 
 
 def test_groups_come_in_turns():

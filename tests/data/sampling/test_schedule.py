@@ -1,0 +1,275 @@
+"""The schedule against one that is computed example by example; ranks, resuming, and the end of the data."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import pytest
+
+from nemo_emmett.data.sampling.mixing_sequence import MixingSequence
+from nemo_emmett.data.sampling.schedule import GroupOrder, GroupSchedule, Schedule, ScheduleOrder
+from nemo_emmett.data.sampling.source_order import EXAMPLE, SourceOrder
+
+
+class FakeIndex:
+    """Records that make so many entries each, and a number for each entry, which decides on its bucket.
+
+    Args:
+        shards: for each shard, the entries of its records.
+        seed: of the numbers.
+    """
+
+    def __init__(self, *shards: list[int], seed: int = 0) -> None:
+        self.shard_sizes = np.array([len(shard) for shard in shards])
+        starts = [(shard, first) for shard, records in enumerate(shards) for first in range(0, len(records), 4)]
+        self.block_shards = np.array([shard for shard, _ in starts], np.int32)
+        sizes = [sum(shards[shard][first : first + 4]) for shard, first in starts]
+        self.block_entries = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self.num_entries = int(self.block_entries[-1])
+        self.numbers = np.random.default_rng(seed).integers(0, 100, self.num_entries)
+
+    def read_blocks(self, blocks):
+        entries = [np.arange(self.block_entries[block], self.block_entries[block + 1]) for block in blocks]
+        entries = np.concatenate([np.empty(0, np.int64), *entries])
+        return entries, self.numbers[entries]
+
+
+class FakeSelection:
+    """Buckets by the tens of the numbers, of which the last ones are left out."""
+
+    def __init__(self, batch_sizes: list[int] | None) -> None:
+        self.batch_sizes = batch_sizes
+
+    def buckets(self, numbers, left_out=None):
+        bucket = np.where(numbers < 90, numbers // 30, -1).astype(np.int16)
+        if left_out is not None:
+            left_out[""] += int((bucket >= 0).sum())
+            left_out["max_duration"] += int((bucket < 0).sum())
+        return bucket
+
+    def lengths(self, numbers):
+        return numbers.astype(float)
+
+    def batch_ends(self, lengths, bucket):
+        ends, total = [], 0.0
+        for place, length in enumerate(lengths):
+            total += length
+            if total >= 200:
+                ends.append(place + 1)
+                total = 0.0
+        return np.array(ends, dtype=int)
+
+
+SIZES = [6, 4, 2]
+
+
+def group_of(*indexes: FakeIndex, shares=(0.5, 0.3, 0.2), world_size=1, sizes=SIZES, name="", **keys) -> GroupOrder:
+    selection = FakeSelection(sizes)
+    names = [f"source{number}" for number in range(len(indexes))]
+    return GroupOrder(
+        name=name,
+        sources=[
+            SourceOrder(index, selection, name, True, [7, number], 50)
+            for number, (index, name) in enumerate(zip(indexes, names, strict=True))
+        ],
+        names=names,
+        shares=list(shares[: len(indexes)]),
+        global_batch_sizes=None if sizes is None else [size * world_size for size in sizes],
+        drop_last=False,
+        **keys,
+    )
+
+
+@pytest.fixture
+def indexes() -> list[FakeIndex]:
+    return [FakeIndex([1] * 200, [1] * 37, seed=1), FakeIndex([3, 0, 2] * 60, seed=2), FakeIndex([1] * 90, seed=3)]
+
+
+def addresses(examples: np.ndarray) -> list[tuple[int, int, int]]:
+    return [(int(e["source"]), int(e["entry"]), int(e["number_of_pass"])) for e in examples]
+
+
+def one_by_one(group: GroupOrder, number_of_steps: int, only_pass: int | None = None) -> list[list[tuple]]:
+    """Global batches computed by going through the blend example by example."""
+    streams = [replace(source, only_pass=only_pass) for source in group.sources]
+    alive, steps, waiting = list(range(len(streams))), [], defaultdict(list)
+    draws = iter(MixingSequence([group.shares[s] for s in alive]).next(100_000).tolist())
+    while alive and len(steps) < number_of_steps:
+        index = next(draws)
+        example = streams[alive[index]].take(1)
+        if not len(example):
+            del alive[index]
+            draws = iter(MixingSequence([group.shares[s] for s in alive]).next(100_000).tolist()) if alive else None
+            continue
+        example["source"] = alive[index]
+        bucket = waiting[int(example["bucket"][0])]
+        bucket += addresses(example)
+        if len(bucket) == group.global_batch_sizes[int(example["bucket"][0])]:
+            steps.append(list(bucket))
+            bucket.clear()
+    if not alive:
+        steps += [waiting[bucket] for bucket in sorted(waiting) if waiting[bucket]]
+    return steps
+
+
+def global_batches(schedule: GroupSchedule, number: int) -> list[list[tuple]]:
+    steps = []
+    for _ in range(number):
+        try:
+            steps.append(addresses(schedule.next_step().examples))
+        except StopIteration:
+            break
+    return steps
+
+
+@pytest.mark.parametrize("only_pass", [None, 0, 3])
+def test_global_batches_are_those_of_a_blend_taken_example_by_example(indexes, only_pass):
+    group = group_of(*indexes)
+    expected = one_by_one(group, 1000, only_pass)
+    assert global_batches(GroupSchedule(group, 1, only_pass), len(expected)) == expected
+    assert len(expected) > 100 if only_pass is None else len(expected) > 50
+
+
+def test_a_pass_over_finite_data_has_each_selected_example_once(indexes):
+    group = group_of(*indexes)
+    met = Counter(address for step in global_batches(GroupSchedule(group, 1, 2), 10_000) for address in step)
+    selected = {
+        (source, entry, 2)
+        for source, index in enumerate(indexes)
+        for entry in np.flatnonzero(index.numbers < 90).tolist()
+    }
+    assert met == Counter(selected)
+
+
+def test_shares_hold_in_every_window(indexes):
+    group = group_of(*indexes, sizes=[1, 1, 1])  # each example is a step, in the order of the blend
+    sources = [step[0][0] for step in global_batches(GroupSchedule(group, 1), 3000)]
+    counts = np.cumsum(np.array(sources)[:, None] == np.arange(3), axis=0)
+    assert np.abs(counts - np.outer(np.arange(1, 3001), group.shares)).max() < 1
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), [(1, [12, 8, 4]), (2, [6, 4, 2]), (4, [3, 2, 1])])
+@pytest.mark.parametrize("only_pass", [None, 1])
+def test_global_batches_do_not_depend_on_the_number_of_ranks(indexes, world_size, sizes, only_pass):
+    group = group_of(*indexes, world_size=world_size, sizes=sizes)
+    reference = GroupSchedule(group_of(*indexes, sizes=[12, 8, 4]), 1, only_pass)
+    schedule = GroupSchedule(group, world_size, only_pass)
+    for number in count():
+        try:
+            step = schedule.next_step()
+        except StopIteration:
+            break
+        assert addresses(step.examples) == global_batches(reference, 1)[0]
+        (bucket,) = set(step.examples["bucket"].tolist())
+        batches = [step.of_rank(rank, world_size) for rank in range(world_size)]
+        assert (np.concatenate(batches) == step.examples).all()
+        assert max(map(len, batches)) <= sizes[bucket]
+        assert max(map(len, batches)) - min(map(len, batches)) <= 1
+        if number == 300:
+            break
+    assert only_pass is None or global_batches(reference, 1) == []
+
+
+@pytest.mark.parametrize("trained", [0, 1, 7, 40, 41, 163])
+@pytest.mark.parametrize("only_pass", [None, 0])
+def test_it_resumes_with_the_next_step_on_any_number_of_ranks(indexes, trained, only_pass):
+    whole = GroupSchedule(group_of(*indexes, sizes=[12, 8, 4]), 1, only_pass)
+    steps = global_batches(whole, 200)
+    first = GroupSchedule(group_of(*indexes, world_size=2, sizes=[6, 4, 2]), 2, only_pass)
+    global_batches(first, trained)
+    state = first.state_dict(first.snapshot())
+    again = GroupSchedule(group_of(*indexes, world_size=4, sizes=[3, 2, 1]), 4, only_pass)
+    again.load_state_dict(state)
+    assert global_batches(again, len(steps) - trained if trained < len(steps) else 1) == steps[trained:]
+
+
+@pytest.mark.parametrize("trained", [3, 50])
+def test_other_batches_take_what_waits_and_repeat_nothing(indexes, trained):
+    first = GroupSchedule(group_of(*indexes), 1, 0)
+    seen = [address for step in global_batches(first, trained) for address in step]
+    again = GroupSchedule(group_of(*indexes, world_size=3, sizes=[5, 5, 5]), 3, 0)
+    again.load_state_dict(first.state_dict(first.snapshot()))
+    seen += [address for step in global_batches(again, 1000) for address in step]
+    assert len(seen) == len(set(seen)) == sum(int((index.numbers < 90).sum()) for index in indexes)
+
+
+def test_batches_that_close_by_a_measured_limit(indexes):
+    group = group_of(*indexes, sizes=None)
+    seen = Counter()
+    schedule = GroupSchedule(group, 2, 0)
+    for _ in range(1000):
+        try:
+            step = schedule.next_step()
+        except StopIteration:
+            break
+        for batch in (step.of_rank(rank, 2) for rank in range(2)):
+            seen.update(addresses(batch))
+            assert batch["length"][:-1].sum() < 200
+    assert set(seen.values()) == {1}
+    assert sum(seen.values()) == sum(int((index.numbers < 90).sum()) for index in indexes)
+
+
+def test_what_does_not_reach_all_ranks_is_left_out_where_batches_may_not_be_empty(indexes):
+    kept = sum(int((index.numbers < 90).sum()) for index in indexes)
+    schedule = GroupSchedule(group_of(*indexes, world_size=16, allows_empty=False), 16, 0)
+    steps = []
+    while True:
+        try:
+            steps.append(schedule.next_step())
+        except StopIteration:
+            break
+    assert all(len(step.of_rank(rank, 16)) for step in steps for rank in range(16))
+    assert sum(len(step.examples) for step in steps) + schedule.left_out == kept
+    dropping = replace(group_of(*indexes, world_size=16), drop_last=True)
+    schedule = GroupSchedule(dropping, 16, 0)
+    assert {len(step) for step in global_batches(schedule, 1000)} <= {96, 64, 32}
+    assert schedule.left_out > 0
+
+
+@pytest.mark.parametrize("fusion", ["zip", "round_robin", "randomized_round_robin"])
+def test_groups_are_fused_and_resumed(indexes, fusion):
+    groups = [group_of(*indexes[:2], name="a"), group_of(indexes[2], name="b", shares=(1.0,))]
+    order = ScheduleOrder(groups, fusion, [2.0, 1.0], seed=5, finite=False)
+
+    def steps(schedule: Schedule, number: int) -> list:
+        return [[(group, addresses(examples)) for group, examples in schedule.next()] for _ in range(number)]
+
+    first = Schedule(order, 0, 1)
+    expected = steps(first, 60)
+    names = Counter(group for step in expected for group, _ in step)
+    assert names == {"zip": {0: 60, 1: 60}, "round_robin": {0: 30, 1: 30}}.get(fusion, {0: 40, 1: 20})
+    second = Schedule(order, 0, 1)
+    steps(second, 23)
+    third = Schedule(order, 0, 1)
+    third.load_state_dict(second.state_dict(second.snapshot()))
+    assert steps(third, 37) == expected[23:]
+
+
+def test_zip_ends_with_the_first_group_and_says_what_was_not_used(indexes):
+    groups = [group_of(indexes[0], name="a", shares=(1.0,)), group_of(indexes[2], name="b", shares=(1.0,))]
+    schedule = Schedule(ScheduleOrder(groups, "zip", [1.0, 1.0], seed=5, finite=True), 0, 1)
+    steps = schedule.count_steps()
+    assert steps == len(global_batches(GroupSchedule(groups[1], 1, 0), 1000))
+    assert "zip ended with b, the first group to end; " in schedule.end_of_data_message
+
+
+def test_filters_count_each_example_once(indexes):
+    schedule = Schedule(ScheduleOrder([group_of(*indexes)], "zip", [1.0], seed=5, finite=True), 0, 1)
+    schedule.count_steps()
+    left_out = schedule.take_left_out()
+    assert left_out == {
+        "": sum(int((index.numbers < 90).sum()) for index in indexes),
+        "max_duration": sum(int((index.numbers >= 90).sum()) for index in indexes),
+    }
+
+
+def test_a_snapshot_costs_no_copy(indexes):
+    schedule = GroupSchedule(group_of(*indexes), 1)
+    schedule.next_step()
+    snapshot = schedule.snapshot()
+    waiting = [piece for pieces in schedule._waiting.values() for piece in pieces]
+    assert all(any(piece is own for own in waiting) for piece in snapshot.waiting[: len(waiting)])
+    assert np.concatenate(snapshot.waiting).dtype == EXAMPLE
