@@ -1,1 +1,0 @@
-"""The lengths of examples, as arrays."""
