@@ -97,8 +97,8 @@ class Selection:
         else:
             if duration_bins is not None and np.ndim(duration_bins) == 2:
                 raise ConfigError(
-                    "bucket_duration_bins: pairs need bucket_batch_size, a size for each bin; give it, or give one number "
-                    "for each bin."
+                    "bucket_duration_bins: pairs need bucket_batch_size, a size for each bin; give it, or one number for "
+                    "each bin."
                 )
             self.num_buckets = 1 if duration_bins is None else len(duration_bins) + 1
         self._table = None if duration_bins is None else _BucketTable(constraint, duration_bins)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from functools import partial
+from functools import cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,12 +29,11 @@ from nemo.collections.common.data.lhotse.text_adapters import (
 )
 from omegaconf import OmegaConf
 
-from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.measures import Measures
 from nemo_emmett.data.lengths.selection import Selection
 from nemo_emmett.data.readers.registry import register_data_types
 from nemo_emmett.data.sampling.buckets import SampledExample, _Bucket
-from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION, SKIPPED, cause_of
+from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION, cause_of
 from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.errors import ConfigError
 
@@ -106,10 +106,13 @@ class Examples:
         turns.append(TextTurn("answer", "assistant"))
         return self._prompted(NeMoMultimodalConversation("conversation", turns, token_equivalent_duration=FRAME))
 
-    def make(self, count: int, cuts: bool, texts: bool, speech_conversations: bool = False) -> list:
-        kinds = [self.cut] * (2 * cuts) + [self.text, partial(self.conversation, speech=False)] * texts
-        kinds += [partial(self.conversation, speech=True)] * speech_conversations
-        return [kinds[self.rng.integers(len(kinds))]() for _ in range(count)]
+
+@cache
+def make_examples(count: int, cuts: bool, texts: bool, speech_conversations: bool = False, seed: int = 0) -> list:
+    random = Examples(seed)
+    kinds = [random.cut] * (2 * cuts) + [random.text, partial(random.conversation, speech=False)] * texts
+    kinds += [partial(random.conversation, speech=True)] * speech_conversations
+    return [kinds[random.rng.integers(len(kinds))]() for _ in range(count)]
 
 
 def measures_of(examples) -> Measures:
@@ -208,7 +211,7 @@ def product_of(**axes) -> list[dict]:
     ids=lambda rule: "-".join(rule),
 )
 def test_speech_in_seconds(tokenizer, filters, bins, rule):
-    examples = Examples(1).make(600, cuts=True, texts=False)
+    examples = make_examples(600, cuts=True, texts=False)
     selection = check_equal_to_nemo({"bucket_duration_bins": bins, **rule, **filters}, tokenizer, examples)
     assert (selection.batch_sizes is None) == ("batch_duration" in rule)
 
@@ -218,7 +221,7 @@ def test_speech_in_seconds(tokenizer, filters, bins, rule):
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("has_ratios", [True, False])
 def test_speech_in_fixed_buckets(tokenizer, filters, bins, strict, has_ratios):
-    examples = Examples(2).make(1200, cuts=True, texts=False)
+    examples = make_examples(1200, cuts=True, texts=False)
     keys = {"bucket_duration_bins": bins, "bucket_batch_size": list(range(1, len(bins) + 1)), **filters}
     keys["bucketing_2d_strict_mode"] = strict
     if has_ratios:
@@ -240,7 +243,7 @@ def test_speech_in_fixed_buckets(tokenizer, filters, bins, strict, has_ratios):
     ids=lambda rule: "-".join(rule),
 )
 def test_speech_and_text_in_tokens(tokenizer, filters, bins, is_total, rule):
-    examples = Examples(3).make(600, cuts=True, texts=True, speech_conversations="min_tpt" not in filters)
+    examples = make_examples(600, cuts=True, texts=True, speech_conversations=not filters)
     keys = {"use_multimodal_sampling": True, "token_equivalent_duration": FRAME, "measure_total_length": is_total}
     selection = check_equal_to_nemo({**keys, "bucket_duration_bins": bins, **rule, **filters}, tokenizer, examples)
     assert (selection.batch_sizes is None) == ("batch_tokens" in rule)
@@ -252,7 +255,7 @@ def test_speech_and_text_in_tokens(tokenizer, filters, bins, is_total, rule):
 @pytest.mark.parametrize("is_total", [True, False])
 @pytest.mark.parametrize("has_ratios", [True, False])
 def test_speech_and_text_in_fixed_buckets(tokenizer, filters, bins, strict, is_total, has_ratios):
-    examples = Examples(4).make(600, cuts=True, texts=True, speech_conversations="min_tpt" not in filters)
+    examples = make_examples(600, cuts=True, texts=True, speech_conversations=not filters)
     keys = {
         "use_multimodal_sampling": True,
         "token_equivalent_duration": FRAME,
@@ -269,9 +272,121 @@ def test_speech_and_text_in_fixed_buckets(tokenizer, filters, bins, strict, is_t
 
 @pytest.mark.parametrize("keys", [{"pretokenize": False}, {"min_tps": -1, "max_tps": math.inf}], ids=str)
 def test_without_tokens_there_are_no_filters_on_rates(tokenizer, keys):
-    examples = Examples(5).make(300, cuts=True, texts=False)
+    examples = make_examples(300, cuts=True, texts=False)
     check_equal_to_nemo({**FILTERS, **keys}, tokenizer, examples)
 
 
 def test_without_a_tokenizer_there_are_no_filters_on_rates():
-    check_equal_to_nemo(FILTERS, None, Examples(5).make(300, cuts=True, texts=False))
+    check_equal_to_nemo(FILTERS, None, make_examples(300, cuts=True, texts=False))
+
+
+def measures(*, seconds=math.nan, inputs=0, outputs=0, totals=0, is_cut=False) -> Measures:
+    columns = np.broadcast_arrays(seconds, inputs, outputs, totals, is_cut)
+    dtypes = (float, np.int64, np.int64, np.int64, bool)
+    return Measures(*(np.atleast_1d(column).astype(dtype) for column, dtype in zip(columns, dtypes, strict=True)))
+
+
+def token_buckets(bins=TOKEN_PAIRS, **keys) -> Selection:
+    constraint = MultimodalFixedBucketBatchSizeConstraint2D(
+        [tuple(pair) for pair in bins], [2] * len(bins), token_equivalent_duration=FRAME
+    )
+    return Selection(structured(use_multimodal_sampling=True, **keys), constraint, constraint.max_seq_len_buckets)
+
+
+def test_a_place_holder_has_no_bucket_and_is_not_counted():
+    left_out: Counter = Counter()
+    buckets = token_buckets().buckets(measures(inputs=[4, -1, 4, -1], outputs=[3, 0, 99, 99]), left_out)
+    assert buckets.tolist() == [0, -1, -1, -1]
+    assert left_out == {"": 1, "bucket_duration_bins": 1}
+
+
+@pytest.mark.parametrize("constraint", ["time", "tokens", "seconds x tokens", "tokens x tokens"])
+def test_no_examples_have_no_buckets_and_no_batches(constraint):
+    selection = {
+        "time": Selection(structured(**FILTERS), TimeConstraint(max_duration=3.0), SECOND_EDGES),
+        "tokens": Selection(structured(**FILTERS), MultimodalSamplingConstraint(FRAME, batch_tokens=9), TOKEN_EDGES),
+        "seconds x tokens": Selection(
+            structured(**FILTERS), FixedBucketBatchSizeConstraint2D(SECOND_PAIRS, [1] * len(SECOND_PAIRS)), SECOND_PAIRS
+        ),
+        "tokens x tokens": token_buckets(**FILTERS),
+    }[constraint]
+    none = measures(inputs=[])
+    left_out: Counter = Counter()
+    assert selection.buckets(none, left_out).tolist() == []
+    assert left_out.total() == 0
+    assert len(selection.lengths(none)) == 0
+    assert selection.batch_ends(selection.lengths(none), 0).tolist() == []
+
+
+def test_what_nemo_cannot_divide_is_left_out_with_its_cause():
+    left_out: Counter = Counter()
+    examples = measures(seconds=[math.nan, 0.0, 1.0], inputs=[0, 0, 0], outputs=[3, 3, 3], is_cut=[False, True, True])
+    buckets = token_buckets(max_tps=9.0, max_tpt=9.0).buckets(examples, left_out)
+    assert buckets.tolist() == [-1, -1, 4]
+    assert left_out == {"": 1, "min_tps, max_tps: ZeroDivisionError": 1, "min_tpt, max_tpt: ZeroDivisionError": 1}
+
+
+def test_the_first_filter_counts_what_several_leave_out():
+    left_out: Counter = Counter()
+    examples = measures(seconds=[9.0, 1.0], outputs=[99, 99], is_cut=True)
+    token_buckets(max_duration=2.0, max_tps=5).buckets(examples, left_out)
+    assert left_out == {"min_duration, max_duration": 1, "min_tps, max_tps": 1, "": 0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cause"), [(math.inf, "bucket_duration_bins: OverflowError"), (math.nan, "min_duration, max_duration")]
+)
+def test_durations_that_are_no_numbers_are_left_out(tokenizer, seconds, cause):
+    cut = MonoCut("cut", start=0.0, duration=seconds, channel=0)
+    cut.input_ids = np.zeros(3)
+    keys = {"use_multimodal_sampling": True, "token_equivalent_duration": FRAME, "bucket_duration_bins": TOKEN_PAIRS}
+    config = structured(**keys, bucket_batch_size=[2] * len(TOKEN_PAIRS))
+    pipeline = TransformPipeline(config, tokenizer)
+    assert nemo_buckets(pipeline, [cut]) == ([-1], {cause: 1})
+    left_out: Counter = Counter()
+    selection = Selection(config, pipeline.constraint, pipeline.duration_bins)
+    assert selection.buckets(measures(seconds=seconds, outputs=3, is_cut=True), left_out).tolist() == [-1]
+    assert +left_out == {cause: 1}
+
+
+def test_text_has_no_bucket_of_seconds():
+    selection = Selection(structured(), FixedBucketBatchSizeConstraint2D([1.0], [2]), [1.0])
+    left_out: Counter = Counter()
+    assert selection.buckets(measures(inputs=5), left_out).tolist() == [-1]
+    assert +left_out == {"bucket_duration_bins: AttributeError": 1}
+
+
+def test_bins_of_more_tokens_than_the_table_has():
+    edges = [2**20, 2**21, 2**40]
+    selection = Selection(structured(), MultimodalSamplingConstraint(batch_size=1, measure_total_length=False), edges)
+    lengths = [0, *(edge + by for edge in edges for by in (-1, 0, 1))]
+    assert selection.buckets(measures(inputs=lengths)).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+
+
+def test_pairs_of_bins_need_batch_sizes():
+    with pytest.raises(ConfigError, match="bucket_duration_bins: pairs need bucket_batch_size"):
+        Selection(structured(), MultimodalSamplingConstraint(batch_tokens=9), [(4, 3), (9, 5)])
+
+
+def test_rates_of_conversations_with_speech_are_refused():
+    with pytest.raises(NotImplementedError, match="min_tpt, max_tpt"):
+        token_buckets(max_tpt=2.0).buckets(measures(seconds=[2.0, 1.0], inputs=9, is_cut=[False, True]))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_batches_end_where_rounding_decides(seed):
+    """Limits that are products of a length and a number in floating point, and their neighbours."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.uniform(0.1, 9.0, 3) if seed % 3 else rng.integers(1, 30, 3) / 10
+    limit = float(rng.integers(2, 40) * rng.choice(lengths))
+    limit = [np.nextafter(limit, 0), limit, np.nextafter(limit, 99)][seed % 4 % 3]
+    constraint = TimeConstraint(
+        max_duration=float(limit),
+        max_cuts=[None, 7][seed % 2],
+        quadratic_duration=[None, 3.7][seed // 2 % 2],
+    )
+    drawn = rng.choice(lengths, 400, p=[0.8, 0.15, 0.05])
+    drawn[rng.random(400) < 0.02] = 0.0
+    examples = [SimpleNamespace(duration=length) for length in drawn.tolist()]
+    ends = Selection(structured(), constraint, None).batch_ends(drawn, 0)
+    assert ends.tolist() == batch_ends_today(constraint, examples)
