@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -125,15 +126,19 @@ class Seq2SeqPrompt(UserTextPrompt):
 def _tensors(turns: Sequence[list[int]], is_answer: Sequence[bool]) -> dict[str, torch.Tensor]:
     """The result of NeMo's prompt formats; the context is all but the last turn, if that is an answer."""
     # By way of NumPy: torch.tensor takes three times as long for a list of forty integers.
-    input_ids = torch.from_numpy(np.array([token for turn in turns for token in turn], dtype=np.int64))
+    ids = np.array(list(chain.from_iterable(turns)), dtype=np.int64)
+    input_ids = torch.from_numpy(ids)
     if not is_answer[-1]:
         return {"input_ids": input_ids, "context_ids": input_ids}
-    context_len = len(input_ids) - len(turns[-1])
-    mask = np.repeat(np.array(is_answer), [len(turn) for turn in turns])
+    context_len = len(ids) - len(turns[-1])
+    mask, start = np.zeros(len(ids), bool), 0
+    for turn, answers in zip(turns, is_answer, strict=True):
+        mask[start : start + len(turn)] = answers
+        start += len(turn)
     return {
         "input_ids": input_ids,
-        "context_ids": input_ids[:context_len],
-        "answer_ids": input_ids[context_len:],
+        "context_ids": torch.from_numpy(ids[:context_len]),  # of the same memory
+        "answer_ids": torch.from_numpy(ids[context_len:]),
         "mask": torch.from_numpy(mask),
     }
 

@@ -80,13 +80,27 @@ class Records(ABC):
             IndexError: if there is no such record.
             DataError: if a file has changed since it was indexed.
         """
-        if self.is_sequential[shard]:
-            self._go_forward_in(shard)
-        lines = [lines.read(number) for lines in self._files[shard]]
-        examples = list(self._examples(shard, number + 1, lines))
+        examples = list(self._examples(shard, number + 1, self._lines(shard, number, self._files[shard])))
         for example in examples:
             attach_tags(example, self.tags)
         return examples
+
+    @property
+    def examples_of_complete(self) -> int | None:
+        """How many examples a record makes of which no part is missing, where :meth:`read_one` can make one of them."""
+        return None
+
+    def read_one(self, shard: int, number: int, k: int) -> Example | None:
+        """Example ``k`` of a complete record, made without the others; None if it cannot be made like this.
+
+        Nothing is counted as read or skipped. Raises as :meth:`read` does.
+        """
+        return None
+
+    def _lines(self, shard: int, number: int, files: Sequence[Lines]) -> list[bytes]:
+        if self.is_sequential[shard]:
+            self._go_forward_in(shard)
+        return [lines.read(number) for lines in files]
 
     def _go_forward_in(self, shard: int) -> None:
         if self._forward[-1:] == [shard]:

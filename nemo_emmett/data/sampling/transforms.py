@@ -30,6 +30,28 @@ from nemo_emmett.prompts.formatting import format_many
 Step = Callable[[list], list]
 """One stage of the pipeline: maps a list of examples to a list. Can be pickled, for workers that are spawned."""
 
+_DETERMINISTIC = {
+    f"{tokenize_with_prompt.__module__}.{name}"
+    for name in (
+        "_select_channel",
+        "resample",
+        "_flatten_alt_text",
+        "_cut_text_into_windows",
+        "tokenize_with_prompt",
+        "tokenize",
+    )
+}
+"""The functions that draw nothing. Any other counts as random: lhotse gives new cuts random ids, as truncation does."""
+
+_FILTERS_OF_LENGTHS = {
+    "DurationFilter",
+    "TokenCountFilter",
+    "TokenPerSecondFilter",
+    "TokenPerTokenFilter",
+    "BucketingFilter",
+}
+"""NeMo's filters that need nothing but the lengths of an example."""
+
 
 class _Input:
     """What NeMo's lazy chain reads from: the examples of the current call."""
@@ -46,7 +68,7 @@ class TransformPipeline:
 
     NeMo builds its lazy chain, and all that concerns batches, from the config, as for its own samplers; the sampler
     itself is not used. The chain is taken apart into functions of lists. Random stages draw from generators that are
-    seeded for each call.
+    seeded for each call, or each example (:meth:`transform_each`).
 
     Args:
         structured: NeMo's config of one sampler; its ``input_cfg`` is replaced.
@@ -75,19 +97,50 @@ class TransformPipeline:
         self.duration_bins: list | None = getattr(sampler, "duration_bins", None)
         self.drop_last: bool = sampler.drop_last
         self.filtered: Counter[str] = Counter()  # examples left out, by the keys of the filter; "" for those kept
+        self._is_random = False  # whether any stage draws
         self._lazy_stages, self._steps = self._take_apart(sampler.cuts[0])
 
     def run(self, examples: Sequence, seed: Sequence[int]) -> list:
         """The transformed examples; one may give none or several."""
+        kept = self._apply(self._steps, examples, seed)
+        self.filtered[""] += len(kept)
+        return kept
+
+    def transform_each(self, examples: Sequence, seeds: Sequence[Sequence[int]]) -> list[list]:
+        """What NeMo's maps, without its filters, make of each example, independently of the others.
+
+        Args:
+            examples: not transformed.
+            seeds: of the random stages, one for each example; of no effect if no stage is random.
+        """
+        maps = [step for step in self._steps if not self._is_filter(step)]
+        if self._is_random:
+            return [self._apply(maps, [example], seed) for example, seed in zip(examples, seeds, strict=True)]
+        made = [[example] for example in examples]
+        for step in maps:
+            if isinstance(step, partial) and step.func == self._apply_prompt:  # tokenises all texts at once
+                kept = set(map(id, step(list(chain.from_iterable(made)))))
+                made = [[one for one in of_example if id(one) in kept] for of_example in made]
+            else:
+                made = [step(of_example) for of_example in made]
+        return made
+
+    def filter_by_content(self, examples: list) -> list:
+        """Transformed examples without those that are left out by filters on anything but lengths."""
+        for step in self._steps:
+            if self._is_filter(step) and type(step.args[0]).__name__ not in _FILTERS_OF_LENGTHS:
+                examples = step(examples)
+        return examples
+
+    def _apply(self, steps: Sequence[Step], examples: Sequence, seed: Sequence[int]) -> list:
         self._rng.seed(repr(list(seed)))
         self._input.examples = examples
         with _lhotse_draws_from(self._rng):
-            kept = list(self._lazy_stages)
-            for step in self._steps:
-                kept = step(kept)
+            made = list(self._lazy_stages)
+            for step in steps:
+                made = step(made)
         self._input.examples = ()
-        self.filtered[""] += len(kept)
-        return kept
+        return made
 
     def transform_batch(self, batch: CutSet, seed: Sequence[int]) -> CutSet:
         """A batch after NeMo's transforms of whole batches (concatenation, reverberation, codecs, ...)."""
@@ -123,6 +176,7 @@ class TransformPipeline:
             else:
                 break
             stage = stage.iterator
+        self._is_random |= stage is not self._input
         # Each call iterates over the lazy stages from their start, which must neither repeat their random draws nor
         # their preparations.
         for lazy in stages_of(stage):
@@ -143,7 +197,13 @@ class TransformPipeline:
             self.filtered[KEYS_OF_FUNCTION.get(name, name)] += left_out
         return kept
 
+    def _is_filter(self, step: Step) -> bool:
+        return isinstance(step, partial) and step.func == self._apply_filter
+
     def _map_step(self, stage: LazyMapper) -> Step:
+        function = stage.fn.func if isinstance(stage.fn, partial) else stage.fn
+        name = f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}"
+        self._is_random |= name not in _DETERMINISTIC
         if _is_prompting(stage) and stage.apply_fn is None:
             return partial(self._apply_prompt, _formatter_of(stage))
         return partial(_apply_map, guarded(stage.fn, self.skipped_records), stage.apply_fn)
