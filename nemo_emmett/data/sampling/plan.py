@@ -19,13 +19,16 @@ from nemo_emmett.data.bucketing.length_stats import auto_bins
 from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig
 from nemo_emmett.data.config.nemo_config import sampler_config, with_keys_of_dataset
 from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.io.index import build_indexes as build
 from nemo_emmett.data.io.skipped_records import SkippedRecords
-from nemo_emmett.data.lengths.index import LengthIndex, open_length_indexes
+from nemo_emmett.data.lengths.building import open_length_indexes
+from nemo_emmett.data.lengths.index import LengthIndex
+from nemo_emmett.data.lengths.notes import Recorder
 from nemo_emmett.data.lengths.selection import Selection
 from nemo_emmett.data.readers.base import Records, build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.random_access import open_records
-from nemo_emmett.data.readers.registry import ReaderContext, reader_context
+from nemo_emmett.data.readers.registry import ReaderContext, defaults_of, reader_context
 from nemo_emmett.data.sampling.example_reader import ExampleReader, SourceReader
 from nemo_emmett.data.sampling.nemo_sampler import tarred_noise_reason
 from nemo_emmett.data.sampling.proportional_mixing import ProportionalMixer
@@ -48,6 +51,7 @@ class _OpenGroup:
         structured: NeMo's config of its sampler.
         sources: with the keys that they inherit.
         records: of each source, by number; None: it can only be streamed.
+        notes: what the records of each source report to.
         seeds: of each source.
     """
 
@@ -55,6 +59,7 @@ class _OpenGroup:
     structured: DictConfig
     sources: list[Source]
     records: list[Records | None]
+    notes: list[SkippedRecords]
     seeds: list[list[int]]
 
     @property
@@ -77,7 +82,8 @@ class _Opened:
         return [records for group in self.groups for records in group.records if records is not None]
 
 
-def _open(dataset: DatasetConfig, kind: ExampleKind, skipped_records: SkippedRecords) -> _Opened:
+def _open(dataset: DatasetConfig, kind: ExampleKind, notes: Callable[[], SkippedRecords]) -> _Opened:
+    """Open the sources of a dataset, each with what it reports to."""
     if (reason := tarred_noise_reason(dataset)) is not None:
         raise ConfigError(
             f"{dataset.place}.noise_path: {reason}; give a manifest of audio files, or set sampling: nemo."
@@ -88,9 +94,10 @@ def _open(dataset: DatasetConfig, kind: ExampleKind, skipped_records: SkippedRec
         structured = sampler_config(group, shard_seed=seed, seed=seed)
         sources = [with_keys_of_dataset(source, structured) for source in group.sources]
         index_dir = group.index_dir or dataset.index_dir
-        records = [open_records(source, skipped_records, kind, index_dir) for source in sources]
+        reports_to = [notes() for _ in sources]
+        records = [open_records(source, to, kind, index_dir) for source, to in zip(sources, reports_to, strict=True)]
         seeds = [[seed, number] for number in _numbers_of_sources(group.name, sources)]
-        opened.append(_OpenGroup(group, structured, sources, records, seeds))
+        opened.append(_OpenGroup(group, structured, sources, records, reports_to, seeds))
     finite = dataset.force_finite or (not dataset.groups[0].name and _nemo_ends(dataset.sources))
     return _Opened(opened, seed, finite)
 
@@ -111,7 +118,7 @@ def plan_sampling(
         ConfigError: if a key has a value that cannot work.
         DataError: if a source holds nothing.
     """
-    opened = _open(dataset, kind, skipped_records)
+    opened = _open(dataset, kind, lambda: skipped_records)
     build_indexes(opened.records)
     plans = []
     for group in opened.groups:
@@ -173,14 +180,14 @@ def plan_schedule(
         ConfigError: if a key has a value that cannot work.
         DataError: if a source holds nothing.
     """
-    opened = _open(dataset, kind, skipped_records)
+    opened = _open(dataset, kind, Recorder)
     streamed = [
         source.name
         for group in opened.groups
         for source, records in zip(group.sources, group.records, strict=True)
         if records is None or any(records.is_sequential)
     ]
-    by_place = {} if streamed else open_length_indexes(dataset.groups, tokenizer, kind, dataset.index_dir)
+    by_place = {} if streamed else open_length_indexes(dataset.groups, tokenizer, kind, dataset.index_dir, world_size)
     streamed += [place for place, index in by_place.items() if index is None]
     if streamed:
         logging.info(
@@ -189,6 +196,8 @@ def plan_schedule(
             mode=logging_mode.ONCE,
         )
         return None
+    # Those of lines are there, since the length index was built by them; those of tar files may not be.
+    build([index for records in opened.records for index in records.indexes if not index.sidecar.exists])
     orders, readers, indexes = [], [], []
     for group in opened.groups:
         shares = _shares(dataset, group, tokenizer, kind)
@@ -218,8 +227,10 @@ def plan_schedule(
         )
         forbidden = forbidden_text(group.structured.prompt_format, tokenizer)
         of_sources = [
-            SourceReader(source, records, index, kind, skipped_records, seed, forbidden)
-            for source, records, index, seed in zip(group.sources, group.records, of_group, group.seeds, strict=True)
+            SourceReader(records, notes, index, kind, defaults_of(source), skipped_records, seed, forbidden)
+            for source, records, notes, index, seed in zip(
+                group.sources, group.records, group.notes, of_group, group.seeds, strict=True
+            )
         ]
         readers.append(ExampleReader(of_sources, chain))
         indexes += of_group
