@@ -32,7 +32,7 @@ from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION, cause_of
 from nemo_emmett.errors import ConfigError
 
 _LARGEST_TABLE = 2**20
-"""Bin edges up to this many tokens are looked up in a table, which is some ten times faster than a binary search."""
+"""Bin edges up to this many tokens are looked up in a table, which is ten times faster than a binary search."""
 
 _NEVER = 2**30
 """A number of examples that no batch reaches."""
@@ -97,8 +97,8 @@ class Selection:
         else:
             if duration_bins is not None and np.ndim(duration_bins) == 2:
                 raise ConfigError(
-                    "bucket_duration_bins: pairs need bucket_batch_size, a size for each bin; give it, or one number for "
-                    "each bin."
+                    "bucket_duration_bins: pairs need bucket_batch_size, a size for each bin; give it, or one number "
+                    "for each bin."
                 )
             self.num_buckets = 1 if duration_bins is None else len(duration_bins) + 1
         self._table = None if duration_bins is None else _BucketTable(constraint, duration_bins)
@@ -146,7 +146,7 @@ class Selection:
         return np.where(kept, buckets, np.int16(-1))
 
     def _filter(self, measures: Measures, exists: np.ndarray) -> Iterator[_Verdict]:
-        """In the order in which NeMo applies its filters."""
+        """The decisions of NeMo's filters before the one of buckets, in its order."""
         seconds, is_cut = measures.seconds, measures.is_cut
         durations, counts, per_second, per_token = self._durations, self._counts, self._per_second, self._per_token
         within = (durations.d_min <= seconds) & (seconds <= durations.d_max)
@@ -256,9 +256,9 @@ class _BucketTable:
         if isinstance(constraint, FixedBucketBatchSizeConstraint2D):
             constraint.max_ratio = None  # depends on more than ranks
         edges = np.asarray(bins, dtype=float)
-        self._sides = [_Edges(np.unique(side)) for side in edges.reshape(len(edges), -1).T]
+        self._sides = [_Edges(np.unique(side)) for side in np.atleast_2d(edges.T)]
         # A length between two edges has the bucket of the upper one; above all edges is infinity.
-        sides = [[*side.edges.tolist(), math.inf] for side in self._sides] or [[math.inf]]
+        sides = [[*side.edges.tolist(), math.inf] for side in self._sides]
         lengths = itertools.product(*sides) if edges.ndim == 2 else sides[0]
         numbers = [constraint.select_bucket(bins, example_len=length) for length in lengths]
         self._buckets = np.array([-1 if number is None else number for number in numbers], dtype=np.int16)

@@ -59,6 +59,11 @@ def registered():
     register_data_types()
 
 
+@cache
+def plain():
+    return structured()
+
+
 def structured(**keys):
     return make_structured_with_schema_warnings(OmegaConf.create({"input_cfg": [], "batch_size": 4, **keys}))
 
@@ -373,20 +378,40 @@ def test_rates_of_conversations_with_speech_are_refused():
         token_buckets(max_tpt=2.0).buckets(measures(seconds=[2.0, 1.0], inputs=9, is_cut=[False, True]))
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_batches_end_where_rounding_decides(seed):
-    """Limits that are products of a length and a number in floating point, and their neighbours."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.uniform(0.1, 9.0, 3) if seed % 3 else rng.integers(1, 30, 3) / 10
-    limit = float(rng.integers(2, 40) * rng.choice(lengths))
-    limit = [np.nextafter(limit, 0), limit, np.nextafter(limit, 99)][seed % 4 % 3]
-    constraint = TimeConstraint(
-        max_duration=float(limit),
-        max_cuts=[None, 7][seed % 2],
-        quadratic_duration=[None, 3.7][seed // 2 % 2],
-    )
-    drawn = rng.choice(lengths, 400, p=[0.8, 0.15, 0.05])
-    drawn[rng.random(400) < 0.02] = 0.0
-    examples = [SimpleNamespace(duration=length) for length in drawn.tolist()]
-    ends = Selection(structured(), constraint, None).batch_ends(drawn, 0)
+def check_batches_of_seconds(seconds: np.ndarray, **limits) -> None:
+    constraint = TimeConstraint(**limits)
+    examples = [SimpleNamespace(duration=length) for length in seconds.tolist()]
+    ends = Selection(plain(), constraint, None).batch_ends(seconds, 0)
     assert ends.tolist() == batch_ends_today(constraint, examples)
+
+
+@pytest.mark.parametrize("quadratic", [None, 3.7])
+@pytest.mark.parametrize("count", [None, 7])
+def test_batches_end_where_rounding_decides(quadratic, count):
+    """Limits that are products of a length and a number in floating point, and their neighbours."""
+    rng = np.random.default_rng(0)
+    for trial in range(40):
+        lengths = rng.uniform(0.1, 9.0, 3) if trial % 3 else rng.integers(1, 30, 3) / 10
+        longest = lengths[0] if quadratic is None else lengths[0] + lengths[0] ** 2 / quadratic
+        limit = float(rng.choice([2, 3, 7, 15, 31]) * longest)
+        drawn = rng.choice(lengths, 200, p=[0.9, 0.07, 0.03])
+        drawn[rng.random(200) < 0.02] = 0.0
+        for exactly in (np.nextafter(limit, 0), limit, np.nextafter(limit, 99)):
+            check_batches_of_seconds(drawn, max_duration=float(exactly), max_cuts=count, quadratic_duration=quadratic)
+
+
+def test_squares_of_seconds_are_rounded_as_lhotse_rounds_them():
+    """``x**2`` of Python and of NumPy differ in the last bit where the C library's power does not round correctly."""
+    drawn = np.random.default_rng(0).uniform(0, 40, 50_000)
+    differ = [length for length in drawn.tolist() if length**2 != length * length]
+    for length in [1.5, *differ[:20]]:
+        limit = 3 * (length + length**2 / 0.01)
+        for exactly in (np.nextafter(limit, 0), limit):
+            check_batches_of_seconds(np.full(9, length), max_duration=float(exactly), quadratic_duration=0.01)
+
+
+def test_one_bin_of_nemos_own_division_is_one_bucket(tokenizer):
+    """NeMo divides the durations up to ``max_duration``; by one bucket, without an edge."""
+    keys = {"use_bucketing": True, "num_buckets": 1, "max_duration": 2.4}
+    selection = check_equal_to_nemo(keys, tokenizer, make_examples(100, cuts=True, texts=False))
+    assert selection.num_buckets == 1
