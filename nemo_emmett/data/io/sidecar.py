@@ -119,6 +119,11 @@ class Sidecar:
             places.append(os.path.join(self.index_dir, f"{stem}-{digest}{self.suffix}"))
         return places if self.parts is None else [os.path.join(f"{place}.parts", self.parts) for place in places]
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a file, which may be damaged or out of date."""
+        return (self.kind, self.path) in _in_memory or any(map(os.path.exists, self.places))
+
     def read(self, identity: Mapping[str, Any]) -> Contents | None:
         """The contents, if they are whole and of this identity."""
         kept, contents = _in_memory.get((self.kind, self.path), (None, None))

@@ -205,7 +205,9 @@ def plan_schedule(
         sample = _Sample(lambda g=group: _readers(g, tokenizer, kind, skipped_records, opened.finite), shares, group)
         chain = _chain(group, tokenizer, kind, skipped_records, sample)
         skipped_records.drain()
-        selection = Selection(group.structured, chain.constraint, chain.duration_bins)
+        selection = Selection(
+            group.structured, chain.constraint, chain.duration_bins, has_tokenizer=tokenizer is not None
+        )
         for source, index in zip(group.sources, of_group, strict=True):
             if not index.shard_sizes.sum():
                 raise DataError(f"{source.place}: {source.name} is empty; correct the path, or drop the source.")
