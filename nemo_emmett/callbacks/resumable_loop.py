@@ -8,7 +8,9 @@ on one batch more than the epoch has. The loop here stores where in the step it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,6 +162,20 @@ def install_resumable_loop(trainer: Trainer) -> ResumableEpochLoop | None:
             "more or validate once more than an uninterrupted one."
         )
         return None
+    trainer.fit_loop.setup_data = partial(_set_up_data, trainer, trainer.fit_loop.setup_data)
     trainer.fit_loop.epoch_loop = resumable = ResumableEpochLoop(trainer, loop.min_steps, loop.max_steps)
     resumable.val_loop = loop.val_loop  # which has its data already
     return resumable
+
+
+def _set_up_data(trainer: Trainer, set_up: Callable[[], None]) -> None:
+    """Let ``val_check_interval`` be longer than an epoch, as Lightning does for loaders without a length.
+
+    NeMo's recipes set it to ``limit_train_batches``, which may be more than the data has.
+    """
+    every = trainer.check_val_every_n_epoch
+    trainer.check_val_every_n_epoch = None  # what Lightning checks, and nothing else while the data is set up
+    try:
+        set_up()
+    finally:
+        trainer.check_val_every_n_epoch = every

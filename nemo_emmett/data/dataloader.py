@@ -27,6 +27,7 @@ from nemo_emmett.data.config.section import place_of
 from nemo_emmett.data.config.sources import source_of_files
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.skipped_records import RecordsDelta, SkippedRecords
+from nemo_emmett.data.loader_state import VERSION as STREAM_VERSION
 from nemo_emmett.data.loader_state import LoaderState, ScheduleState
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.sampling.nemo_sampler import nemo_sampler, nemo_sampler_reason
@@ -62,6 +63,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         skipped_records: counts everything skipped so far, by all workers.
         max_bad_records: stop past so many bad records, or past this share of those read of any source; None: never.
         hands_out_empty: an empty dict for a batch of which nothing is left, so that a rank stays in step.
+        stream: makes the dataset that streams what a schedule would sample, for checkpoints of versions that did.
         kwargs: of ``torch.utils.data.DataLoader``.
     """
 
@@ -71,8 +73,15 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         skipped_records: SkippedRecords | None = None,
         max_bad_records: int | float | None = None,
         hands_out_empty: bool = False,
+        stream: Callable[[], ResumableWorkerBatches] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._stream = None
+        if stream is not None:
+            how = {"max_bad_records": max_bad_records, "hands_out_empty": hands_out_empty}
+            how |= {key: value for key, value in kwargs.items() if key != "sampler"}
+            self._stream = lambda: MultimodalDataLoader(stream(), self.skipped_records, **how)
+        self._streamed: MultimodalDataLoader | None = None  # takes the place of this one
         kwargs["worker_init_fn"] = WorkerInit(kwargs.get("worker_init_fn"))
         # Iterators draw a seed for their workers; drawn from torch's global generator, it would move the training's.
         super().__init__(dataset, generator=torch.Generator(), **kwargs)
@@ -114,6 +123,8 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         Raises:
             TypeError: for any other data.
         """
+        if self._streamed is not None:
+            return len(self._streamed)
         return super().__len__() if self._steps is None else self._steps.steps_of_epoch(self.progress.epoch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,6 +148,13 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 "the checkpoint has the position of training in its data, but this run's dataset is sampled by NeMo, "
                 "which cannot go on there; set sampling: emmett, as it was."
             )
+        if self._streamed is None and self._stream is not None and state_dict.get("version") == STREAM_VERSION:
+            logging.warning(
+                "The checkpoint was written by a version that streamed all data. This run continues in the order of "
+                "that version, and more slowly; for the order and the speed of this one, train on from its weights."
+            )
+            self._streamed = self._stream()
+            self.progress = self._streamed.progress
         self.progress.load_state_dict(state_dict)
 
     def __iter__(self) -> Iterator[Any]:
@@ -146,6 +164,9 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             TooManyBadRecords: if more was skipped than ``max_bad_records`` allows.
             DataError: if nothing can be read any more.
         """
+        if self._streamed is not None:
+            yield from self._streamed
+            return
         self._start_epoch()
         seed = torch.initial_seed()
         if self.progress is not None:
@@ -346,21 +367,21 @@ def get_multimodal_dataloader(
     states, allowed = random_state(), ExitStack()
     allowed.enter_context(commands_allowed(data.allow_commands))
     try:  # the samplers are seeded with the dataset's own seed; the generators of the training must not move
-        # Only our models can take an empty batch.
-        allows_empty = world_size > 1 and kind is ExampleKind.TRANSLATION
         we_sample = not shard_batches and _we_sample(data, kind)
-        schedule = (
-            plan_schedule(data, tokenizer, kind, skipped_records, world_size, allows_empty) if we_sample else None
-        )
+        schedule = plan_schedule(data, tokenizer, kind, skipped_records, world_size) if we_sample else None
+
+        def stream() -> ResumableWorkerBatches:
+            plan = plan_sampling(data, tokenizer, kind, skipped_records, world_size)
+            return ResumableWorkerBatches(dataset, plan, global_rank)
+
         if schedule is not None:
             order = schedule.order
             batches = ScheduledBatches(dataset, schedule.readers, schedule.indexes, order.seed, global_rank)
-            flavour = {"dataset": batches, "sampler": ScheduledSteps(order, global_rank, world_size)}
+            flavour = {"dataset": batches, "sampler": ScheduledSteps(order, global_rank, world_size), "stream": stream}
             seed = order.seed
         elif we_sample:
-            plan = plan_sampling(data, tokenizer, kind, skipped_records, world_size)
-            flavour = {"dataset": ResumableWorkerBatches(dataset, plan, global_rank)}
-            seed = plan.seed
+            flavour = {"dataset": (streamed := stream())}
+            seed = streamed.plan.seed
         else:
             share = (0, 1) if shard_batches else (global_rank, world_size)
             sampler, is_iterable, seed = nemo_sampler(data, *share, tokenizer, kind, skipped_records)
@@ -380,8 +401,13 @@ def get_multimodal_dataloader(
         **flavour,
         skipped_records=SkippedRecords(announce=True, source_of=source_of_files(data.sources)),
         max_bad_records=data.max_bad_records,
-        # Samplers of NeMo's that live in workers share nothing out.
-        hands_out_empty=shard_batches or (allows_empty and not isinstance(flavour["dataset"], IterableWorkerBatches)),
+        # Only our models can take an empty batch; and samplers of NeMo's that live in workers share nothing out.
+        hands_out_empty=shard_batches
+        or (
+            world_size > 1
+            and kind is ExampleKind.TRANSLATION
+            and not isinstance(flavour["dataset"], IterableWorkerBatches)
+        ),
         batch_size=None,
         # These batches are all tensors already, which torch's own conversion would take apart for nothing.
         collate_fn=None if kind is ExampleKind.AS_READ else _as_it_is,

@@ -224,8 +224,6 @@ class ScheduleState(LoaderState):
         Raises:
             DataError: if the state has the layout of another version of nemo_emmett.
         """
-        if state.get("version") == VERSION:
-            state = self._of_streamed_data(state)
         if state.get("version") != SCHEDULE_VERSION:
             raise _other_version(state, SCHEDULE_VERSION)
         if state["seed"] != self.seed:
@@ -239,35 +237,6 @@ class ScheduleState(LoaderState):
         self._completes_pass = True
         if state.get("epoch_ended"):
             self.end_epoch()
-
-    def _of_streamed_data(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of a version that streamed all data: as many examples are taken as read, but not the same ones."""
-        logging.warning(
-            "The checkpoint was written by an earlier version, which sampled in another order: each source continues "
-            "after as many examples as were trained on, so some repeat, and others are left out, in this pass."
-        )
-        workers = [worker for worker in state["workers"] if worker is not None]
-        schedule = None
-        if workers:
-            drawn = {
-                name: [
-                    sum(worker["groups"][name]["leaves"][n]["drawn"] for worker in workers) for n in range(len(leaves))
-                ]
-                for name, leaves in ((name, group["leaves"]) for name, group in workers[0]["groups"].items())
-            }
-            schedule = self.steps.state_after(
-                state["epoch"],
-                sum(worker["steps"] for worker in workers),
-                {name: group["sources"] for name, group in workers[0]["groups"].items()},
-                drawn,
-            )
-        return {
-            **{key: state[key] for key in ("world_size", "seed", "epoch")},
-            "version": SCHEDULE_VERSION,
-            "epoch_ended": state.get("epoch_ended", False),
-            "ended": all(state["ended"]),
-            "schedule": schedule,
-        }
 
 
 def _other_version(state: Mapping[str, Any], version: int) -> DataError:

@@ -143,14 +143,3 @@ class ScheduledSteps:
         if epoch not in self._lengths:
             self._lengths = {epoch: self._new_schedule(epoch).count_steps()}
         return self._lengths[epoch]
-
-    def state_after(
-        self, epoch: int, steps: int, sources: Mapping[str, Sequence[str]], drawn: Mapping[str, Sequence[int]]
-    ) -> dict[str, Any]:
-        """The state of a schedule after so many examples of each source, which are given by group and name."""
-        schedule = self._new_schedule(epoch)
-        schedule.steps = steps
-        for group in schedule.groups:
-            if group.order.name in drawn:
-                group.skip(sources[group.order.name], drawn[group.order.name])
-        return schedule.state_dict(schedule.snapshot())

@@ -161,7 +161,6 @@ def plan_schedule(
     kind: ExampleKind,
     skipped_records: SkippedRecords,
     world_size: int,
-    allows_empty: bool,
 ) -> SchedulePlan | None:
     """Open the sources of a dataset and their length indexes, weigh them, and build NeMo's chains, for a schedule.
 
@@ -171,7 +170,6 @@ def plan_schedule(
         kind: what the dataset takes.
         skipped_records: for records that cannot be used.
         world_size: number of ranks.
-        allows_empty: a rank's batch may be empty at the end of the data.
 
     Returns:
         The plan; None if a source can only be streamed, which is logged.
@@ -224,7 +222,6 @@ def plan_schedule(
                 shares=shares,
                 global_batch_sizes=None if sizes is None else [size * world_size for size in sizes],
                 drop_last=chain.drop_last,
-                allows_empty=allows_empty,
             )
         )
         forbidden = forbidden_text(group.structured.prompt_format, tokenizer)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,10 +47,6 @@ class Step(NamedTuple):
         first = rank * size + min(rank, larger)
         return self.examples[first : first + size + (rank < larger)]
 
-    def sizes(self, world_size: int) -> list[int]:
-        """Of the ranks' batches."""
-        return [len(self.of_rank(rank, world_size)) for rank in range(world_size)]
-
 
 @dataclass
 class GroupOrder:
@@ -62,8 +59,6 @@ class GroupOrder:
         shares: of the examples, one for each source.
         global_batch_sizes: examples of a global batch by bucket; None: batches close by a measured limit.
         drop_last: leave out what does not fill a global batch when the data ends.
-        allows_empty: at the end of the data a rank's batch may be empty; otherwise a step that does not reach all ranks
-            is left out.
     """
 
     name: str
@@ -72,7 +67,6 @@ class GroupOrder:
     shares: list[float]
     global_batch_sizes: Sequence[int] | None
     drop_last: bool
-    allows_empty: bool = True
 
 
 class Snapshot(NamedTuple):
@@ -108,6 +102,9 @@ class GroupSchedule:
         self._waiting: dict[int, list[np.ndarray]] = {}  # by bucket, in the order in which they were mixed
         self._steps: list[Step] = []  # complete ones
         self._block = FIRST_BLOCK
+        # Until the data ends, a bucket keeps a full global batch of finite data: divided in two together with what
+        # remains then, it leaves examples for all ranks.
+        self._holds_back = only_pass is not None and not order.drop_last
         self._has_ended = False
         self.left_out = 0  # examples that fit into no step when the data ended
 
@@ -183,23 +180,24 @@ class GroupSchedule:
             pieces = self._waiting.setdefault(bucket, [])
             pieces.append(of_bucket)
             sizes = self.order.global_batch_sizes
-            if sizes is None or sum(map(len, pieces)) >= sizes[bucket]:
+            if sizes is None or sum(map(len, pieces)) >= sizes[bucket] * (1 + self._holds_back):
                 waiting = joined(pieces)
-                made, used = self._complete_steps(bucket, waiting)
+                made = self._complete_steps(bucket, waiting)
+                self._waiting[bucket] = [waiting[sum(len(step.examples) for step, _ in made) :]]
                 steps += made
-                self._waiting[bucket] = [waiting[used:]]
-        steps.sort(key=lambda step: step.examples["position"][-1])
-        self._steps += steps
+        steps.sort(key=itemgetter(1))
+        self._steps += [step for step, _ in steps]
 
-    def _complete_steps(self, bucket: int, waiting: np.ndarray) -> tuple[list[Step], int]:
-        """The complete steps among the examples of a bucket, and how many examples these use."""
+    def _complete_steps(self, bucket: int, waiting: np.ndarray) -> list[tuple[Step, int]]:
+        """The complete steps of a bucket, each with the position of the example that completes it."""
+        positions = waiting["position"]
         if self.order.global_batch_sizes is not None:
             size = self.order.global_batch_sizes[bucket]
-            used = len(waiting) // size * size
-            return [Step(waiting[first : first + size]) for first in range(0, used, size)], used
+            firsts = range(0, len(waiting) - (1 + self._holds_back) * size + 1, size)
+            return [(Step(waiting[n : n + size]), positions[n + (1 + self._holds_back) * size - 1]) for n in firsts]
         ends = self._selection.batch_ends(waiting["length"], bucket)
         ends = [0, *ends[: len(ends) // self.world_size * self.world_size].tolist()]
-        return self._steps_of(waiting, ends), ends[-1]
+        return [(step, step.examples["position"][-1]) for step in self._steps_of(waiting, ends)]
 
     def _steps_of(self, examples: np.ndarray, bounds: Sequence[int]) -> list[Step]:
         """Steps of batches that lie between these bounds."""
@@ -214,17 +212,15 @@ class GroupSchedule:
         return self.sources[0].selection
 
     def _last_steps(self) -> list[Step]:
-        """The steps of what waits in the buckets when the data ends; a rank's batch may be empty.
-
-        No batch is larger than before.
-        """
+        """The steps of what waits in the buckets when the data ends. No batch is larger than before, none is empty."""
         steps = []
         for bucket, pieces in sorted(self._waiting.items()):
             waiting = joined(pieces)
             if self.order.drop_last:
                 self.left_out += len(waiting)
             elif len(waiting) and self.order.global_batch_sizes is not None:
-                steps.append(Step(waiting))
+                parts = 1 + (len(waiting) > self.order.global_batch_sizes[bucket])
+                steps += [Step(part) for part in np.array_split(waiting, parts)]
             elif len(waiting):
                 # The longest first: a batch is full when one more example as long as its longest would not fit.
                 waiting = waiting.take(np.argsort(-waiting["length"], kind="stable"))
@@ -233,14 +229,12 @@ class GroupSchedule:
                 while len(batches) % self.world_size and len(largest := max(batches, key=len)) > 1:
                     batches = [batch for batch in batches if batch is not largest]
                     batches += [largest[::2], largest[1::2]]
-                batches += [waiting[:0]] * (-len(batches) % self.world_size)
-                steps += self._steps_of(joined(batches), [0, *accumulate(map(len, batches))])
+                complete = len(batches) // self.world_size * self.world_size
+                self.left_out += sum(map(len, batches[complete:]))
+                steps += self._steps_of(joined(batches), [0, *accumulate(map(len, batches[:complete]))])
         self._waiting = {}
-        if not self.order.allows_empty:
-            partial = [step for step in steps if not all(step.sizes(self.world_size))]
-            self.left_out += sum(len(step.examples) for step in partial)
-            steps = [step for step in steps if all(step.sizes(self.world_size))]
-        return steps
+        self.left_out += sum(len(step.examples) for step in steps if len(step.examples) < self.world_size)
+        return [step for step in steps if len(step.examples) >= self.world_size]
 
     def waiting(self) -> int:
         """Number of examples that are in no step yet."""
@@ -310,12 +304,6 @@ class GroupSchedule:
         self._put_into_buckets(self._read_again(state["waiting"], numbers))
         if self._has_ended:
             self._steps += self._last_steps()
-
-    def skip(self, names: Sequence[str], drawn: Sequence[int]) -> None:
-        """Continue after so many examples of each source; the mixing starts over."""
-        for old, number in self._numbers_of(names).items():
-            self.sources[number].skip(drawn[old])
-        self._position = sum(drawn)
 
     def _numbers_of(self, names: Sequence[str]) -> dict[int, int]:
         """Maps the numbers of a state's sources to their numbers here, by name."""

@@ -83,15 +83,6 @@ class SourceOrder:
         if list(seed) != list(self.seed):
             self.seed, self._blocks, self._group = list(seed), None, None
 
-    def skip(self, number: int) -> None:
-        """Go to the group that is so many examples ahead, taken to be that many entries of the index."""
-        passes, rest = divmod(number, max(self.index.num_entries, 1))
-        if self.only_pass is not None:
-            passes, rest = 0, min(number, self.index.num_entries)
-        number_of_pass = self.cursor.number_of_pass + passes
-        _, starts = self._blocks_of(number_of_pass)
-        self.go_to(Cursor(number_of_pass, min(rest // self.group_size, len(starts) - 1), 0), self.seed)
-
     def take(self, number: int) -> np.ndarray:
         """(M,) :data:`EXAMPLE`, the next examples, ``number`` of them unless a finite pass ends before.
 

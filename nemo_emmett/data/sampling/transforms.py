@@ -99,6 +99,7 @@ class TransformPipeline:
         self.filtered: Counter[str] = Counter()  # examples left out, by the keys of the filter; "" for those kept
         self._is_random = False  # whether any stage draws
         self._lazy_stages, self._steps = self._take_apart(sampler.cuts[0])
+        self._input.examples = ()
 
     def run(self, examples: Sequence, seed: Sequence[int]) -> list:
         """The transformed examples; one may give none or several."""
