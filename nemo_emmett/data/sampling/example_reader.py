@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from nemo_emmett.data.io.sidecar import Sidecar
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.measures import Measures, measure
 from nemo_emmett.data.lengths.notes import Recorder
@@ -29,9 +30,9 @@ _SECONDS_OFF, _SHARE_OFF = 0.1, 0.01
 class EntryIndex(Protocol):
     """What is needed of the length index of a source."""
 
-    path: str  # of its file
+    sidecar: Sidecar
     num_entries: int
-    is_one_to_one: bool  # entry k of a record is example k of its reader; maps make exactly one of each
+    is_one_to_one: bool  # entry k of a record is example k of its reader, of which the maps make one at most
 
     def locate(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each entry the shard, the number of its record there, and how many entries of the record come before."""
@@ -128,8 +129,7 @@ class ExampleReader:
         passes: np.ndarray,
         expected: Measures | None = None,
     ) -> list:
-        """The examples at these addresses, in this order, without those that cannot be read or that a filter on
-        anything but lengths leaves out.
+        """The examples at these addresses, in this order, without those that cannot be read.
 
         An example is determined by its address, whatever else is in the batch.
 
@@ -160,7 +160,7 @@ class ExampleReader:
                 examples.append(of_record[of_entry.k])
         if expected is not None:
             self._check(examples, [found[number] for number in numbers], expected[np.array(numbers, np.int64)])
-        return self.pipeline.filter_by_content(examples)
+        return examples
 
     def _read(self, sources: np.ndarray, entries: np.ndarray) -> list[_Found]:
         """What is read for each address, source after source, forward in its files."""
@@ -185,7 +185,7 @@ class ExampleReader:
             raise DataError(
                 f"{reader.records.shard_files[place.shard][0]}: line {place.record + 1} is not as long as its entry in "
                 f"the length index says ({_lengths(measured, n)}, not {_lengths(expected, n)}); the file has changed: "
-                f"delete {reader.index.path} and start again."
+                f"delete {' or '.join(reader.index.sidecar.places)} and start again."
             )
 
 

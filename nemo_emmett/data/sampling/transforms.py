@@ -108,30 +108,23 @@ class TransformPipeline:
         return kept
 
     def transform_each(self, examples: Sequence, seeds: Sequence[Sequence[int]]) -> list[list]:
-        """What NeMo's maps, without its filters, make of each example, independently of the others.
+        """What each example becomes, independently of the others and without the filters on lengths.
 
         Args:
             examples: not transformed.
             seeds: of the random stages, one for each example; of no effect if no stage is random.
         """
-        maps = [step for step in self._steps if not self._is_filter(step)]
+        steps = [step for step in self._steps if not self._filters_lengths(step)]
         if self._is_random:
-            return [self._apply(maps, [example], seed) for example, seed in zip(examples, seeds, strict=True)]
+            return [self._apply(steps, [example], seed) for example, seed in zip(examples, seeds, strict=True)]
         made = [[example] for example in examples]
-        for step in maps:
+        for step in steps:
             if isinstance(step, partial) and step.func == self._apply_prompt:  # tokenises all texts at once
                 kept = set(map(id, step(list(chain.from_iterable(made)))))
                 made = [[one for one in of_example if id(one) in kept] for of_example in made]
             else:
                 made = [step(of_example) for of_example in made]
         return made
-
-    def filter_by_content(self, examples: list) -> list:
-        """Transformed examples without those that are left out by filters on anything but lengths."""
-        for step in self._steps:
-            if self._is_filter(step) and type(step.args[0]).__name__ not in _FILTERS_OF_LENGTHS:
-                examples = step(examples)
-        return examples
 
     def _apply(self, steps: Sequence[Step], examples: Sequence, seed: Sequence[int]) -> list:
         self._rng.seed(repr(list(seed)))
@@ -218,8 +211,9 @@ class TransformPipeline:
             self.filtered[KEYS_OF_FUNCTION.get(name, name)] += left_out
         return kept
 
-    def _is_filter(self, step: Step) -> bool:
-        return isinstance(step, partial) and step.func == self._apply_filter
+    def _filters_lengths(self, step: Step) -> bool:
+        is_filter = isinstance(step, partial) and step.func == self._apply_filter
+        return is_filter and type(step.args[0]).__name__ in _FILTERS_OF_LENGTHS
 
     def _map_step(self, stage: LazyMapper) -> Step:
         function = stage.fn.func if isinstance(stage.fn, partial) else stage.fn
