@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -87,8 +88,13 @@ class Peak(TorchDispatchMode):
 def peak_of_step(adapter: Adapter, batch: Any) -> int:
     """Bytes of a step, the second of two: in the first one positional tables may grow with the audio."""
     for _ in range(2):
-        with Peak() as peak:
-            loss_of(adapter.model, batch).backward()
+        gc.collect()
+        gc.disable()  # tensors in cycles are alive until a collection, which would come in some steps and not in others
+        try:
+            with Peak() as peak:
+                loss_of(adapter.model, batch).backward()
+        finally:
+            gc.enable()
         adapter.model.zero_grad(set_to_none=True)
     return peak.bytes
 
