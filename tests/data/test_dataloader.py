@@ -227,7 +227,7 @@ def test_speech_in_tar_files_and_text(load, speech, pairs, tmp_path) -> None:
     tarred = nemo_tarred(speech, pairs, tmp_path)
     config = fused("", pairs(4), "zip")
     loader = load({**config, "speech": {"input_cfg": [tarred], "batch_size": 1}})
-    assert isinstance(loader.dataset, torch.utils.data.IterableDataset)
+    assert loader.progress is not None, "no sampler of NeMo's"
     assert [sorted(batch) for batch in islice(loader, 8)] == [["audio", "text"]] * 8
 
 
@@ -319,7 +319,7 @@ def test_a_bad_record_behind_the_last_batch_is_counted_too(load, speech, flavour
             "max_bad_records": 1,
         }
     )
-    assert len(list(loader)) == (2 if workers and flavour == "force_iterable_dataset" else 1)
+    assert len(list(loader)) == 1
     assert loader.skipped_records.causes() == {"not JSON": 1}
     assert loader.bad_records is loader.skipped_records, "the older name, which scripts read"
 
@@ -327,10 +327,13 @@ def test_a_bad_record_behind_the_last_batch_is_counted_too(load, speech, flavour
 def test_notes_survive_the_way_into_a_spawned_worker(load, speech) -> None:
     """There, sources and dataset arrive as one pickle and must still share their skipped records."""
     manifest = speech(2)
-    manifest.write_text("{not json\n" + manifest.read_text())
+    gone = json.loads(manifest.read_text().splitlines()[0]) | {"audio_filepath": "gone.wav"}
+    manifest.write_text(json.dumps(gone) + "\n" + manifest.read_text())
     loader = load({"manifest_filepath": str(manifest), "target_lang": "de", "force_iterable_dataset": True})
-    batch = next(iter(pickle.loads(pickle.dumps(loader.dataset))))
-    assert [record.cause for record in batch.records.skipped] == ["not JSON"]
+    (addresses,) = loader.sampler
+    delivered = pickle.loads(pickle.dumps(loader.dataset))[pickle.loads(pickle.dumps(addresses))]
+    assert len(ids_of([delivered.batch])) == 2
+    assert [record.cause for record in delivered.records.skipped] == ["missing audio"]
 
 
 def test_bad_records_are_named_by_line_and_reported(load, speech_with_faults, monkeypatch) -> None:
@@ -455,8 +458,11 @@ def test_what_raises_upon_an_example_costs_that_example(
     ids = ids_of(loader)
     # NeMo's samplers read noise in the loader, which counts what is left out; ours read it before, and log it.
     of_noise = {"missing audio": 1, "unreadable audio": 1} if make is faulty_noise and sampling == "nemo" else {}
+    # Our length index has noted the alternative text already, which lacks a locator, before the audio is looked for.
+    if make is alternatives_of_missing_audio and sampling == "emmett":
+        causes["there is no token to mark the place of its audio"] = 1
     assert loader.skipped_records.causes() == dict(causes) | of_noise
-    assert len(ids) == len(records) + len(more) - causes.total()
+    assert len(ids) == len(records) + len(more) - max(causes.values(), default=0) * bool(more)
 
 
 def test_noise_of_which_nothing_can_be_used_is_an_error(load, speech, tmp_path, write_manifest) -> None:

@@ -153,6 +153,11 @@ class LengthIndex:
         places = self._places("records", blocks)[records] - self.bounds["records"][of_entry]
         return self.block_shards[of_entry], self.block_records[of_entry] + places, numbers - first[records]
 
+    def digests(self, shard: int) -> list[int]:
+        """Checksums of the content of a shard's files."""
+        first = sum(map(len, self.files[:shard]))
+        return self.contents.arrays["file_digests"][first : first + len(self.files[shard])].tolist()
+
     def report(self, skipped_records: SkippedRecords) -> None:
         """Count what was read and skipped while the index was built, as reading all records would."""
         readers = self.contents.facts["readers"]

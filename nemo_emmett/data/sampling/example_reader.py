@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from nemo_emmett.data.io.index import FileChanged
 from nemo_emmett.data.io.sidecar import Sidecar
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.measures import Measures, measure
@@ -36,6 +37,9 @@ class EntryIndex(Protocol):
 
     def locate(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each entry the shard, the number of its record there, and how many entries of the record come before."""
+
+    def digests(self, shard: int) -> list[int]:
+        """Checksums of the content of a shard's text files when they were measured."""
 
 
 class Place(NamedTuple):
@@ -70,6 +74,7 @@ class SourceReader:
     skipped_records: SkippedRecords
     seed: Sequence[int] = (0,)
     forbidden: re.Pattern | None = None
+    _unchanged: set[int] = field(default_factory=set, init=False)  # shards whose files are those that were measured
 
     def locate(self, entries: np.ndarray) -> list[Place]:
         """The places of entries (N,)."""
@@ -85,6 +90,8 @@ class SourceReader:
     def read(self, place: Place) -> list:
         """What the maps of a pipeline make the entry of: its example alone if entries are the reader's examples, else
         all examples of the record; none if it cannot be read, which is counted."""
+        if place.shard not in self._unchanged:
+            self._check_unchanged(place.shard)
         self.notes.clear()
         if place.is_complete and (one := self.records.read_one(place.shard, place.record, place.k)) is not None:
             examples = list(self._examples([one]))
@@ -95,6 +102,17 @@ class SourceReader:
         if not examples:
             self._note(place)
         return examples
+
+    def _check_unchanged(self, shard: int) -> None:
+        """Compare the files as they are, by the indexes of their lines, with those that were measured.
+
+        Raises:
+            DataError: if a file has changed since.
+        """
+        for lines, digest in zip(self.records.shard_lines[shard], self.index.digests(shard), strict=True):
+            if lines.digest != digest:
+                raise FileChanged.of(lines.path)
+        self._unchanged.add(shard)
 
     def _note(self, place: Place) -> None:
         path, line = self.records.shard_files[place.shard][0], f"line {place.record + 1}"

@@ -22,8 +22,8 @@ from nemo_emmett.data.sampling.group_scheduler import GroupScheduler
 from nemo_emmett.data.sampling.mixing_sequence import MixingSequence
 from nemo_emmett.data.sampling.source_order import Cursor, SourceOrder, joined
 
-FIRST_BLOCK = 1024
-"""Examples that are mixed at a time at first: enough for a small overhead, few enough for an early first batch."""
+FIRST_BLOCK = 32
+"""Examples that are mixed at a time, at least: few, since what is mixed already does not follow a changed blend."""
 
 
 class RankBatch(NamedTuple):
@@ -119,6 +119,7 @@ class GroupSchedule:
                 raise StopIteration
             if self._alive:
                 self._mix()
+                self._block *= 2  # until there is a step
             else:
                 self._has_ended = True
                 self._steps = self._last_steps()

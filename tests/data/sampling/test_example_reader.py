@@ -27,6 +27,7 @@ from nemo_emmett.data.io.sidecar import Sidecar
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.measures import Measures, measure
 from nemo_emmett.data.lengths.notes import Recorder
+from nemo_emmett.data.readers.base import Records
 from nemo_emmett.data.readers.examples import ExampleKind, Examples
 from nemo_emmett.data.readers.random_access import open_records
 from nemo_emmett.data.readers.registry import (
@@ -157,13 +158,17 @@ SPEECH = (manifest, several_target_languages, tarred, lhotse_manifest, shar, alt
 class FakeIndex:
     """The length index of a source, by what the pipeline makes of each record alone."""
 
-    def __init__(self, counts: list[list[int]], is_one_to_one: bool, sidecar: Sidecar) -> None:
+    def __init__(self, counts: list[list[int]], is_one_to_one: bool, sidecar: Sidecar, records: Records) -> None:
         self.is_one_to_one = is_one_to_one
+        self.all_digests = [[lines.digest for lines in of_shard] for of_shard in records.shard_lines]
         self.sidecar = sidecar
         self.places = np.array(
             [(s, n, k) for s, of_shard in enumerate(counts) for n, count in enumerate(of_shard) for k in range(count)]
         ).reshape(-1, 3)
         self.num_entries = len(self.places)
+
+    def digests(self, shard: int) -> list[int]:
+        return self.all_digests[shard]
 
     def locate(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return tuple(self.places[entries].T)
@@ -189,7 +194,7 @@ class Opened:
         records = open_records(self.source, notes, KIND)
         self.pipeline = self.new_pipeline(self.skipped)
         counts, is_one_to_one = self._counts()
-        index = FakeIndex(counts, is_one_to_one, Sidecar(records.shard_files[0][0], ".lengths", "lengths"))
+        index = FakeIndex(counts, is_one_to_one, Sidecar(records.shard_files[0][0], ".lengths", "lengths"), records)
         source = SourceReader(
             records, notes, index, KIND, defaults_of(self.source), self.skipped, seed=(5, len(self.source.name))
         )

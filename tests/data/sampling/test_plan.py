@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
@@ -105,8 +105,8 @@ def test_noise_from_tar_files_is_left_to_nemo_and_refused_by_ours(load, groups, 
 def test_bins_are_found_where_they_are_asked_for(load, groups):
     text = {**groups["text"], "use_multimodal_sampling": True, "bucket_batch_size": [6, 5, 4], "num_buckets": 3}
     loader = load({**text, "bucket_duration_bins": "auto", "measure_total_length": False})
-    (group,) = loader.dataset.plan.groups
-    assert len(group.pipeline.constraint.max_seq_len_buckets) == 3
+    (reader,) = loader.dataset.readers
+    assert len(reader.pipeline.constraint.max_seq_len_buckets) == 3
     sizes = {len(batch["text"]["examples"]) for batch in islice(loader, 30)}
     assert sizes == {4, 5, 6}
 
@@ -121,17 +121,30 @@ def test_examples_that_fit_into_no_bucket_are_counted(load, groups, caplog):
     assert 0 < arrived < 320
 
 
-def test_resuming_with_other_workers_repeats_nothing(load, groups, caplog):
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (1, 3)])
+def test_resuming_with_other_workers_changes_nothing(load, groups, before, after):
     config = {**groups["text"], "use_multimodal_sampling": True, "batch_size": 5, "force_finite": True}
-    first = load({**config, "num_workers": 2})
-    iterator = iter(first)
-    seen = [i for _ in range(12) for i in ids_of(next(iterator))]
-    again = load({**config, "num_workers": 0})
+    whole = [ids_of(batch) for batch in load(config)]
+    first = load({**config, "num_workers": before})
+    seen = [ids_of(batch) for batch in islice(first, 12)]
+    again = load({**config, "num_workers": after})
     again.load_state_dict(first.state_dict())
-    rest = [i for batch in again for i in ids_of(batch)]
-    assert not set(seen) & set(rest)
-    assert len(seen) + len(rest) > 320 - 2 * 16 * 2 - 2 * 5
-    assert "2 data workers, this run has 1" in caplog.text
+    assert seen + [ids_of(batch) for batch in again] == whole
+    assert sorted(i for ids in whole for i in ids) == sorted(set(chain(*whole)))
+    assert len(set(chain(*whole))) == 320
+
+
+def test_a_loader_says_how_many_batches_a_pass_has(load, groups):
+    config = {**groups["text"], "use_multimodal_sampling": True, "batch_size": 5, "num_workers": 1}
+    loader = load({**config, "force_finite": True})
+    assert len(loader) == len(list(loader)) == 64
+    assert len(loader) == len(list(loader)), "of the next pass"
+    fused = load(
+        {**groups, "multi_config": True, "sampler_fusion": "round_robin", "batch_size": 5, "force_finite": True}
+    )
+    assert len(fused) == len(list(fused))
+    with pytest.raises(TypeError, match="the data has no end"):
+        len(load(config))
 
 
 def test_resuming_with_other_ranks_keeps_the_order_of_examples(load, groups):
@@ -161,7 +174,7 @@ def test_what_has_changed_since_the_checkpoint_is_told(load, tmp_path, groups, c
     changed.load_state_dict(state)
     assert len(ids_of(next(iter(changed)))) == 4
     assert "shuffled by the seed 0, this run's is by 5" in caplog.text
-    assert "has 21 records, 20 when the checkpoint was written" in caplog.text
+    assert "makes 21 examples, 20 when the checkpoint was written" in caplog.text
 
 
 def test_the_directions_of_a_line_do_not_share_a_batch(load, tmp_path):
