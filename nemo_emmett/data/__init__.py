@@ -5,6 +5,7 @@ In the order in which data flows:
 - ``io``: files, indexes of lines and tar members, audio, skipped records.
 - ``config``: a dataset's section of a recipe, parsed once into a tree of frozen dataclasses.
 - ``readers``: records and examples, one module for each format.
+- ``lengths``: what each record yields and how long it is, in an index.
 - ``blending``: sampling weights from sizes.
 - ``bucketing``: optimal bins and their padding.
 - ``sampling``: shuffling, mixing, buckets; NeMo's samplers behind the same interface.

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nemo_emmett.data.blending.counting import Size, TokenCounter
 from nemo_emmett.data.blending.weights import Node, blend_of
 from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig, parse_dataset
 from nemo_emmett.data.config.section import config_of, plain
 from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import is_local
+from nemo_emmett.data.lengths.counting import Size, TokenCounter
 from nemo_emmett.data.readers.registry import register_data_types
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.planning.needed import look_up

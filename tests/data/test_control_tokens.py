@@ -8,7 +8,7 @@ import pytest
 from nemo.collections.speechlm2.data.salm_dataset import SALMDataset
 
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
-from nemo_emmett.data.blending.counting import TokenCounter
+from nemo_emmett.data.lengths.counting import TokenCounter
 from nemo_emmett.errors import DataError
 
 from .conftest import LOCATOR

@@ -26,12 +26,12 @@ from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConf
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from nemo_emmett.data.blending.counting import Example, Size, TokenCounter, size_of
 from nemo_emmett.data.config.nemo_config import with_keys_of_dataset
 from nemo_emmett.data.config.sources import FILE_KEYS, TEXT_TYPES, Source
 from nemo_emmett.data.io.files import SECONDS_WITHOUT_A_BAR, FileState, content_checksum, is_local
 from nemo_emmett.data.io.sidecar import Contents, Sidecar, is_unchanged, warn_uncached
 from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.lengths.counting import Example, Size, TokenCounter, size_of
 from nemo_emmett.data.readers.base import Records, build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind, Examples
 from nemo_emmett.data.readers.random_access import open_records

@@ -14,10 +14,10 @@ from typing import Any
 from nemo.collections.common.data.lhotse.cutset import temperature_reweighting
 from nemo.utils import logging, logging_mode
 
-from nemo_emmett.data.blending.counting import Size
 from nemo_emmett.data.blending.source_stats import sizes_of
 from nemo_emmett.data.config.dataset_config import GroupConfig
 from nemo_emmett.data.config.sources import Source, SourceGroup
+from nemo_emmett.data.lengths.counting import Size
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.families import forbidden_text

@@ -1,7 +1,8 @@
 """Indexes of data files: what is found by reading a file once, kept in a sidecar.
 
-An index (``train.de.emmett-index``) is a few arrays. It is built again unless its own checksum is right and the data
-file has the size, times and sampled content that it had (:class:`~nemo_emmett.data.io.files.FileState`).
+An index (``.nemo_emmett/train.de.emmett-index``) is a few arrays. It is built again unless its own checksum is right
+and the data file has the size, times and sampled content that it had
+(:class:`~nemo_emmett.data.io.files.FileState`).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Index(ABC):
     Args:
         path: the data file, or a URL.
         index_dir: folder for the index where it cannot be written next to the data.
-        place: where the index is written first of all; by default the data file's name with ``.emmett-index``.
+        place: where the index is written first of all; by default the hidden folder next to the data file.
     """
 
     kind: ClassVar[str]

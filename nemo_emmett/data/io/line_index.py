@@ -60,6 +60,11 @@ class Lines(Index):
     def release(self) -> None:
         """Forget what :meth:`prepare` has read, and close the file."""
 
+    @property
+    @abstractmethod
+    def digest(self) -> int:
+        """Checksum of the content as it was when the index was built."""
+
     @abstractmethod
     def read(self, number: int) -> bytes:
         """One line, without its line end.
@@ -91,6 +96,11 @@ class LineIndex(Lines):
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_views": None}
+
+    @property
+    def digest(self) -> int:
+        """See :attr:`Lines.digest`."""
+        return zlib.crc32(self.contents.arrays["checksums"].data, self.state.size & 0xFFFFFFFF)
 
     def read(self, number: int) -> bytes:
         """See :meth:`Lines.read`."""
@@ -151,6 +161,11 @@ class LineCount(Lines):
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_reader": None, "_lines": [], "_start": 0}
+
+    @property
+    def digest(self) -> int:
+        """See :attr:`Lines.digest`."""
+        return self.contents.facts["crc32"]
 
     def release(self) -> None:
         """See :meth:`Lines.release`."""

@@ -1,8 +1,9 @@
-"""Sidecars: cache files next to the data, which hold what was found in it by reading it once.
+"""Sidecars: cache files in a hidden folder next to the data, which hold what was found in it by reading it once.
 
 A sidecar is one line of JSON, then arrays of numbers, mapped into memory so that all workers share one copy. The line
-identifies what the contents are of, such as the state of a data file, and has a checksum of all contents. A file that
-is damaged, of another version or of other data is ignored and written again.
+identifies what the contents are of, such as the state of a data file, and has a checksum of all contents but large
+arrays, whose reader verifies what it reads of them. A file that is damaged, of another version or of other data is
+ignored and written again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import mmap
 import os
 import stat
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,10 @@ from nemo_emmett.data.io.files import FileState, content_checksum, is_local
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.files import atomic_file
 
-_VERSION = 2
+HIDDEN_FOLDER = ".nemo_emmett"
+"""Name of the folder next to a data file that holds its sidecars."""
+
+_VERSION = 3
 """Of the format; files of another version are written again."""
 
 _LONGEST_HEADER = 1 << 26
@@ -35,32 +39,66 @@ _in_memory: dict[tuple[str, str], tuple[dict, Contents]] = {}
 """By kind and path of the data: contents that could not be written, and what they are of."""
 
 
+@dataclass(frozen=True)
+class LargeArray:
+    """An array that is written chunk by chunk, so that it need not be in memory."""
+
+    dtype: np.dtype
+    length: int
+    chunks: Callable[[], Iterator[np.ndarray]]
+
+    def __len__(self) -> int:
+        return self.length
+
+
 @dataclass
 class Contents:
-    """Arrays by name, and facts that fit into the header."""
+    """Arrays by name, and facts that fit into the header.
+
+    Args:
+        large: arrays that are not verified when the file is opened; of a file that was opened, they are NumPy arrays.
+        is_mapped: from a file, which any process can map.
+    """
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    is_mapped: bool = False  # from a file, which any process can map
+    large: dict[str, Any] = field(default_factory=dict)
+    is_mapped: bool = False
+
+    def layout(self) -> list[list]:
+        """Name, type and length of each array, in the order of the file."""
+        return [[name, array.dtype.str, len(array)] for name, array in (*self.arrays.items(), *self.large.items())]
 
     def checksum(self) -> int:
         """The same for the same contents."""
-        checksum = zlib.crc32(json.dumps(self.facts, sort_keys=True).encode())
-        for name, array in self.arrays.items():
-            checksum = zlib.crc32(np.ascontiguousarray(array).data, zlib.crc32(name.encode(), checksum))
+        checksum = zlib.crc32(json.dumps([self.facts, self.layout()], sort_keys=True).encode())
+        for array in self.arrays.values():
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
         return checksum
+
+    def in_memory(self) -> Contents:
+        """The same with all of its arrays in memory."""
+        large = {
+            name: np.concatenate([np.empty(0, array.dtype), *array.chunks()])
+            if isinstance(array, LargeArray)
+            else array
+            for name, array in self.large.items()
+        }
+        return Contents(self.arrays, self.facts, large)
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The cache file of some data: next to it, in ``index_dir`` where that cannot be written, else in memory.
+    """The cache file of some data: in the hidden folder next to it, in ``index_dir`` where that cannot be written, else
+    in memory.
 
     Args:
         path: the data file, or a URL.
         suffix: of the file's name.
         kind: what the file contains; a file of another kind is not used.
         index_dir: folder for the file where it cannot be written next to the data.
-        place: where the file is written first of all; by default the data file's name with the suffix.
+        place: where the file is written first of all; by default :func:`hidden_place`.
+        parts: name of the file in a folder for parts of the file that this would otherwise be.
     """
 
     path: str
@@ -68,17 +106,18 @@ class Sidecar:
     kind: str
     index_dir: str | None = None
     place: str | None = None
+    parts: str | None = None
 
     @property
     def places(self) -> list[str]:
         """Where the file may be, in the order of preference."""
-        places = [self.place or self.path + self.suffix] if is_local(self.path) else []
+        places = [self.place or hidden_place(self.path, self.suffix)] if is_local(self.path) else []
         if self.index_dir is not None:
             name = os.path.abspath(self.path) if is_local(self.path) else self.path
             stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in os.path.basename(name))[-80:]
             digest = hashlib.sha256(name.encode()).hexdigest()[:16]  # files of the same name in several folders
             places.append(os.path.join(self.index_dir, f"{stem}-{digest}{self.suffix}"))
-        return places
+        return places if self.parts is None else [os.path.join(f"{place}.parts", self.parts) for place in places]
 
     def read(self, identity: Mapping[str, Any]) -> Contents | None:
         """The contents, if they are whole and of this identity."""
@@ -97,13 +136,22 @@ class Sidecar:
         Raises:
             ConfigError: if ``index_dir`` is given, and the file cannot be written there either.
         """
+        is_written = self.write_file(identity, contents)
+        if is_written:
+            _in_memory.pop((self.kind, self.path), None)
+        else:
+            self.keep(identity, contents.in_memory())
+        return is_written
+
+    def write_file(self, identity: Mapping[str, Any], contents: Contents) -> bool:
+        """Write the file as :meth:`write` does, and keep nothing in memory where it cannot be written."""
         for place in self.places:
             try:
                 with atomic_file(place) as unfinished, open(unfinished, "wb") as file:
                     file.write(_first_line({"version": _VERSION, "kind": self.kind, **identity}, contents))
-                    for array in contents.arrays.values():
-                        file.write(np.ascontiguousarray(array).data)
-                _in_memory.pop((self.kind, self.path), None)
+                    for array in (*contents.arrays.values(), *contents.large.values()):
+                        for chunk in array.chunks() if isinstance(array, LargeArray) else (array,):
+                            file.write(np.ascontiguousarray(chunk).data)
                 return True
             except OSError as error:
                 if self.index_dir is not None and place == self.places[-1]:
@@ -111,7 +159,6 @@ class Sidecar:
                         f"index_dir: cannot write to '{self.index_dir}' ({error.strerror}); name a folder that can "
                         "be written."
                     ) from error
-        self.keep(identity, contents)
         return False
 
     def keep(self, identity: Mapping[str, Any], contents: Contents) -> None:
@@ -124,6 +171,11 @@ class Sidecar:
         for place in self.places:
             with suppress(OSError):
                 os.remove(place)
+
+
+def hidden_place(path: str, suffix: str) -> str:
+    """Where the sidecar of a data file is."""
+    return os.path.join(os.path.dirname(path), HIDDEN_FOLDER, os.path.basename(path) + suffix)
 
 
 def is_unchanged(stamp: Sequence[int], state: FileState) -> bool:
@@ -152,8 +204,8 @@ def warn_uncached(what: str, paths: Sequence[str]) -> None:
 
 def _first_line(header: Mapping[str, Any], contents: Contents) -> bytes:
     """One line of JSON, filled up with blanks so that the numbers after it are aligned."""
-    shapes = {name: [array.dtype.str, len(array)] for name, array in contents.arrays.items()}
-    line = json.dumps({**header, "checksum": contents.checksum(), "arrays": shapes, "facts": contents.facts}).encode()
+    layout = {"arrays": contents.layout(), "large": len(contents.large)}
+    line = json.dumps({**header, "checksum": contents.checksum(), **layout, "facts": contents.facts}).encode()
     return line.ljust(-(-(len(line) + 1) // 64) * 64 - 1) + b"\n"
 
 
@@ -171,10 +223,11 @@ def _read(place: str, wanted: Mapping[str, Any]) -> Contents | None:
                 raise ValueError("cut off")
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         arrays, offset = {}, len(line)
-        for name, (dtype, count) in header["arrays"].items():
+        for name, dtype, count in header["arrays"]:
             arrays[name] = np.frombuffer(view, dtype, count, offset)  # refuses objects, and what is not in the file
             offset += arrays[name].nbytes
-        contents = Contents(arrays, header["facts"], is_mapped=True)
+        large = {name: arrays.pop(name) for name in list(arrays)[len(arrays) - header["large"] :]}
+        contents = Contents(arrays, header["facts"], large, is_mapped=True)
         if offset != len(view) or contents.checksum() != header["checksum"]:
             raise ValueError("damaged")
         return contents

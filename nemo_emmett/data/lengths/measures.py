@@ -63,5 +63,10 @@ def _of_formattable(example: Formattable) -> tuple[float, int, int, int, bool]:
     seconds = np.nan
     if isinstance(example, NeMoMultimodalConversation) and not example.is_text_only:
         seconds = sum(cut.duration for cut in example.list_cuts())
-    lengths = (example.input_length or 0, example.output_length or 0, example.total_length or 0)
+    lengths = []
+    for name in ("input_length", "output_length", "total_length"):
+        try:
+            lengths.append(getattr(example, name, None) or 0)
+        except AssertionError:  # a conversation without token_equivalent_duration
+            lengths.append(0)
     return seconds, *lengths, False

@@ -19,9 +19,6 @@ class Recorder(SkippedRecords):
         super().__init__()
         self.clear()
 
-    def __reduce__(self) -> tuple:
-        return Recorder, ()
-
     def clear(self) -> None:
         """Forget all."""
         self.reads: Counter[str] = Counter()

@@ -38,6 +38,11 @@ class Records(ABC):
         self._forward: list[int] = []  # the shards that are being read forward, the latest last
 
     @property
+    def shard_lines(self) -> list[tuple[Lines, ...]]:
+        """The lines of the text files of each shard."""
+        return self._files
+
+    @property
     def shard_files(self) -> list[tuple[str, ...]]:
         """The text files of each shard."""
         return [tuple(lines.path for lines in files) for files in self._files]
@@ -51,7 +56,7 @@ class Records(ABC):
         """
         if self._sizes is None:
             build_all(self.indexes)
-            self._sizes = [_common_length(files) for files in self._files]
+            self._sizes = [common_length(files) for files in self._files]
         return self._sizes
 
     @property
@@ -115,7 +120,12 @@ class Records(ABC):
         """The examples that the lines of a record yield; its number is from 1 here, as in reports."""
 
 
-def _common_length(files: Sequence[Lines]) -> int:
+def common_length(files: Sequence[Lines]) -> int:
+    """Number of lines of files that belong together.
+
+    Raises:
+        DataError: if it differs.
+    """
     shortest = min(files, key=len)
     if len(max(files, key=len)) > len(shortest):
         raise DataError(

@@ -33,11 +33,21 @@ from nemo_emmett.data.readers.shar import SharRecords, shar_shards
 
 
 class ManifestRecords(Records):
-    """The lines of speech manifests, NeMo's or lhotse's, by number, with audio in separate files."""
+    """The lines of speech manifests, NeMo's or lhotse's, by number, with audio in separate files.
+
+    Args:
+        keeps_alternatives: cuts have their ``alt_text`` although their audio is not looked at.
+    """
 
     def __init__(
-        self, name: str, manifests: Sequence[NeMoManifest | LhotseManifest], index_dir: str | None, tags: Mapping | None
+        self,
+        name: str,
+        manifests: Sequence[NeMoManifest | LhotseManifest],
+        index_dir: str | None,
+        tags: Mapping | None,
+        keeps_alternatives: bool = False,
     ) -> None:
+        self.keeps_alternatives = keeps_alternatives
         self.shards = [(records, manifest) for manifest in manifests for records in manifest.shards]
         super().__init__(name, [[open_numbered_lines(records.path, index_dir)] for records, _ in self.shards], tags)
 
@@ -47,6 +57,8 @@ class ManifestRecords(Records):
         if record is None or (isinstance(manifest, NeMoManifest) and record.is_left_out):
             return
         if (cut := manifest.cut_of(record)) is not None:
+            if self.keeps_alternatives and "alt_text" in record.data:
+                cut.custom["alt_text"] = record.data["alt_text"]
             yield cut
 
 
@@ -102,7 +114,7 @@ def _nemo_records(source: Source, skipped_records: SkippedRecords, metadata_only
     as_read = source.with_keys(metadata_only=metadata_only or bool(source.metadata_only))
     readers = [nemo_reader(as_read, path, tar, skipped_records) for path, tar in zip(entries, tars, strict=True)]
     if not is_tarred:
-        return ManifestRecords(source.name, readers, **how)
+        return ManifestRecords(source.name, readers, **how, keeps_alternatives=metadata_only)
     if not metadata_only and not _can_be_entered([path for reader in readers for path in reader.tars.values()]):
         return None
     return TarredRecords(source.name, readers, **how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from nemo_emmett.data.io.channels import select_channel
 from nemo_emmett.data.io.files import expand_paths
 from nemo_emmett.data.io.index import INDEX_SUFFIX, Index
 from nemo_emmett.data.io.line_index import open_numbered_lines
+from nemo_emmett.data.io.sidecar import hidden_place
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.data.io.tar_index import TarIndex
 from nemo_emmett.data.readers.base import Records
@@ -95,8 +97,9 @@ def _spoken(field: str) -> str:
 
 
 def _index_place(path: str) -> str:
-    """Place of an index: next to the folder, since lhotse takes every file in it for data."""
-    return str(Path(f"{Path(path).absolute().parent}{INDEX_SUFFIX}", Path(path).name))
+    """Place of an index: in a hidden folder next to the folder, since lhotse takes all that is in it for data."""
+    folder = os.path.dirname(os.path.abspath(path))
+    return os.path.join(hidden_place(folder, ""), os.path.basename(path) + INDEX_SUFFIX)
 
 
 def _json(line: bytes) -> dict:

@@ -135,6 +135,26 @@ class TransformPipeline:
         self._input.examples = ()
         return made
 
+    def run_each(self, examples: Sequence, seed: Sequence[int]) -> list[list]:
+        """What each example becomes, as :meth:`run` makes it of this example alone; but texts are tokenised together.
+
+        ``filtered`` is not counted.
+        """
+        self._rng.seed(repr(list(seed)))
+        made = []
+        with _lhotse_draws_from(self._rng):
+            for example in examples:
+                self._input.examples = (example,)
+                made.append(list(self._lazy_stages))
+            for step in self._steps:
+                if isinstance(step, partial) and step.func == self._apply_prompt:
+                    kept = set(map(id, step(list(chain.from_iterable(made)))))
+                    made = [[one for one in of_example if id(one) in kept] for of_example in made]
+                else:
+                    made = [step(of_example) for of_example in made]
+        self._input.examples = ()
+        return made
+
     def transform_batch(self, batch: CutSet, seed: Sequence[int]) -> CutSet:
         """A batch after NeMo's transforms of whole batches (concatenation, reverberation, codecs, ...)."""
         transforms = self._sampler._transforms

@@ -18,15 +18,16 @@ from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 
 from nemo_emmett import processes
 from nemo_emmett.data.blending import source_stats as sizes
-from nemo_emmett.data.blending.counting import Size, TokenCounter
 from nemo_emmett.data.blending.source_stats import sizes_of
 from nemo_emmett.data.config.sources import parse_source
 from nemo_emmett.data.io import sidecar
 from nemo_emmett.data.io.line_index import LineCount
+from nemo_emmett.data.io.sidecar import HIDDEN_FOLDER
+from nemo_emmett.data.lengths.counting import Size, TokenCounter
 from nemo_emmett.errors import ConfigError, DataError
 
-FILES = ["speech.json", "speech.json.emmett-index", "speech.json.sizes.json"]
-"""In the folder of a manifest that has been counted."""
+FILES = ["speech.json.emmett-index", "speech.json.sizes.json"]
+"""In the hidden folder next to a manifest that has been counted."""
 
 
 def size_of(config: dict, tokenizer=None, index_dir=None) -> Size | None:
@@ -164,7 +165,7 @@ class TestSpeech:
         assert size == Size(examples=5, seconds=15.0)
         if form != "fields":  # lhotse takes each file in the folder for data
             assert sorted(folder.iterdir()) == before
-            assert (tmp_path / "shar.sizes.json").is_file()
+            assert (tmp_path / HIDDEN_FOLDER / "shar.sizes.json").is_file()
 
     def test_as_many_seconds_as_nemo_reads(self, speech) -> None:
         path = str(speech(count=5))
@@ -296,7 +297,8 @@ class TestIndex:
 
     def test_it_is_next_to_the_data(self, nemo, tmp_path: Path) -> None:
         size_of(nemo(record(2.0)), index_dir=str(tmp_path / "unused"))
-        assert sorted(os.listdir(tmp_path)) == FILES
+        assert sorted(os.listdir(tmp_path / HIDDEN_FOLDER)) == FILES
+        assert sorted(os.listdir(tmp_path)) == [HIDDEN_FOLDER, "speech.json"]
 
     def test_a_file_of_another_size_is_counted_again(self, nemo, counted) -> None:
         path = nemo(record(2.0))["manifest_filepath"]
@@ -337,7 +339,7 @@ class TestIndex:
 
     def test_an_index_is_replaced_at_once_or_not_at_all(self, nemo, tmp_path: Path, monkeypatch) -> None:
         size_of(nemo(record(2.0)))
-        before = (tmp_path / "speech.json.sizes.json").read_bytes()
+        before = (tmp_path / HIDDEN_FOLDER / "speech.json.sizes.json").read_bytes()
 
         def fail(*_) -> None:
             raise OSError(28, "No space left on device")
@@ -345,8 +347,9 @@ class TestIndex:
         monkeypatch.setattr(os, "replace", fail)
         monkeypatch.setattr(sidecar, "_in_memory", {})
         assert size_of(nemo(record(33.0))).seconds == 33.0
-        assert (tmp_path / "speech.json.sizes.json").read_bytes() == before
-        assert sorted(os.listdir(tmp_path)) == FILES
+        assert (tmp_path / HIDDEN_FOLDER / "speech.json.sizes.json").read_bytes() == before
+        assert sorted(os.listdir(tmp_path / HIDDEN_FOLDER)) == FILES
+        assert sorted(os.listdir(tmp_path)) == [HIDDEN_FOLDER, "speech.json"]
 
     def test_tokens_hold_for_their_tokenizer(self, write_lines, tokenizer, counted) -> None:
         class Letters:
@@ -385,8 +388,8 @@ class TestIndex:
         config = nemo(record(2.0))
         size_of(config)
         moved = tmp_path / "moved"
-        moved.mkdir()
-        for name in ("speech.json", "speech.json.sizes.json"):
+        (moved / HIDDEN_FOLDER).mkdir(parents=True)
+        for name in ("speech.json", f"{HIDDEN_FOLDER}/speech.json.sizes.json"):
             (tmp_path / name).rename(moved / name)
         assert size_of({**config, "manifest_filepath": str(moved / "speech.json")}).seconds == 2.0
         assert len(counted) == 1
@@ -394,7 +397,8 @@ class TestIndex:
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"version": 0, "counts": {}}', b"\xff", b"{}"])
     def test_a_broken_index_is_replaced(self, nemo, content, counted) -> None:
         config = nemo(record(2.0))
-        index = Path(config["manifest_filepath"] + ".sizes.json")
+        index = Path(sidecar.hidden_place(config["manifest_filepath"], ".sizes.json"))
+        index.parent.mkdir()
         index.write_bytes(content)
         for _ in range(2):
             assert size_of(config).seconds == 2.0
@@ -413,7 +417,7 @@ class TestWhereNothingCanBeWritten:
         real = sidecar.atomic_file
 
         def refuse(place: str):
-            if Path(place).parent == tmp_path and ".sizes.json" in place:
+            if Path(place).parent == tmp_path / HIDDEN_FOLDER and ".sizes.json" in place:
                 raise PermissionError(13, "Permission denied", place)
             return real(place)
 
@@ -516,8 +520,8 @@ class TestProcesses:
         with ThreadPoolExecutor(8) as ranks:
             assert set(ranks.map(rank, range(8))) == {Size(50, 50.0)}
         folder = Path(config["manifest_filepath"]).parent
-        assert sorted(os.listdir(folder)) == FILES
-        json.loads((folder / "speech.json.sizes.json").read_text())
+        assert sorted(os.listdir(folder / HIDDEN_FOLDER)) == FILES
+        json.loads((folder / HIDDEN_FOLDER / "speech.json.sizes.json").read_text())
 
     def test_ranks_of_a_machine_share_its_cores(self, monkeypatch) -> None:
         monkeypatch.setattr(processes, "available_cores", lambda: 16)

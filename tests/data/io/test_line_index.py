@@ -20,6 +20,7 @@ from nemo_emmett.data.io import index, line_index, sidecar, tar_index
 from nemo_emmett.data.io.files import open_lines
 from nemo_emmett.data.io.index import build_indexes
 from nemo_emmett.data.io.line_index import LineCount, LineIndex, is_compressed, open_numbered_lines
+from nemo_emmett.data.io.sidecar import HIDDEN_FOLDER, hidden_place
 from nemo_emmett.data.io.tar_index import TarIndex
 from nemo_emmett.errors import ConfigError, DataError
 
@@ -81,7 +82,7 @@ def read_only_folder(monkeypatch, tmp_path: Path) -> None:
     atomic_file = sidecar.atomic_file
 
     def refuse(place: str):
-        if Path(place).parent == tmp_path:
+        if tmp_path in (Path(place).parent, Path(place).parents[1]) and "indexes" not in place:
             raise PermissionError(13, "Permission denied", place)
         return atomic_file(place)
 
@@ -109,7 +110,7 @@ def test_an_index_is_small_and_is_read_not_built_the_second_time(numbers, monkey
     content = b"".join(b"%d: %s\n" % (i, b"word " * 30) for i in range(20_000))
     Path(numbers).write_bytes(content)
     assert len(LineIndex(numbers)) == 20_000
-    assert os.path.getsize(numbers + ".emmett-index") < 0.005 * len(content)
+    assert os.path.getsize(hidden_place(numbers, ".emmett-index")) < 0.005 * len(content)
     monkeypatch.setattr(LineIndex, "_find", None)
     again = LineIndex(numbers)
     assert again.read(19_999).startswith(b"19999: ")
@@ -147,7 +148,7 @@ def test_a_change_of_the_same_size_is_seen_by_its_time(numbers) -> None:
 )
 def test_a_spoilt_index_is_built_again(numbers, spoil) -> None:
     assert len(LineIndex(numbers)) == 5000
-    kept = Path(numbers + ".emmett-index")
+    kept = Path(hidden_place(numbers, ".emmett-index"))
     kept.write_bytes(spoil(kept.read_bytes()))
     assert LineIndex(numbers).read(4321) == b"4321"
     assert LineIndex(numbers).load()
@@ -167,7 +168,7 @@ def test_data_that_changes_during_a_run_stops_it(numbers) -> None:
 def test_index_dir_is_used_where_the_data_is_read_only(numbers, tmp_path, read_only_folder, monkeypatch) -> None:
     folder = tmp_path / "indexes"
     assert LineIndex(numbers, index_dir=str(folder)).read(7) == b"7"
-    assert not Path(numbers + ".emmett-index").exists()
+    assert not Path(hidden_place(numbers, ".emmett-index")).exists()
     (kept,) = folder.iterdir()
     assert kept.name.startswith("numbers.txt-")
     monkeypatch.setattr(LineIndex, "_find", None)
@@ -203,7 +204,8 @@ def test_an_index_that_cannot_be_put_in_place_leaves_nothing_behind(numbers, mes
 
     monkeypatch.setattr(os, "replace", refuse)
     assert LineIndex(numbers).read(4999) == b"4999"
-    assert os.listdir(os.path.dirname(numbers)) == ["numbers.txt"]
+    assert sorted(os.listdir(os.path.dirname(numbers))) == [HIDDEN_FOLDER, "numbers.txt"]
+    assert not os.listdir(os.path.join(os.path.dirname(numbers), HIDDEN_FOLDER))
     assert len(messages) == 1
 
 
@@ -269,7 +271,8 @@ def test_processes_that_build_the_same_index_do_not_disturb_one_another(numbers)
     assert [results.get(timeout=20) for _ in processes] == [[b"0", b"4999"]] * 2
     for process in processes:
         process.join()
-    assert sorted(os.listdir(os.path.dirname(numbers))) == ["numbers.txt", "numbers.txt.emmett-index"]
+    assert sorted(os.listdir(os.path.dirname(numbers))) == [HIDDEN_FOLDER, "numbers.txt"]
+    assert os.listdir(os.path.join(os.path.dirname(numbers), HIDDEN_FOLDER)) == ["numbers.txt.emmett-index"]
     assert LineIndex(numbers).load()
 
 
@@ -411,7 +414,7 @@ def test_a_header_is_read_without_the_audio_behind_it(tmp_path, write_tone, monk
 
 def test_the_header_of_an_index_can_be_read_by_people(numbers) -> None:
     assert len(LineIndex(numbers)) == 5000
-    line = Path(numbers + ".emmett-index").read_bytes().split(b"\n")[0]
+    line = Path(hidden_place(numbers, ".emmett-index")).read_bytes().split(b"\n")[0]
     header = json.loads(line)
     assert header["size"] == os.path.getsize(numbers)
     assert header["facts"] == {"lines": 5000}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 import io
 import json
@@ -10,7 +9,6 @@ import os
 import random
 import struct
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from nemo_emmett.data.io import sidecar
 from nemo_emmett.data.io.files import FileState, count_lines
 from nemo_emmett.data.io.index import FileChanged
 from nemo_emmett.data.io.line_index import LineCount, LineIndex, open_numbered_lines
+from nemo_emmett.data.io.sidecar import HIDDEN_FOLDER, hidden_place
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.io.tar_index import TarIndex
 from nemo_emmett.data.readers.examples import ExampleKind
@@ -114,7 +113,7 @@ def test_a_file_that_is_rewritten_while_it_is_read_gives_its_old_lines_or_an_err
 
     with pytest.raises(DataError, match=r"a\.txt: has changed since it was indexed; start again"):
         read_all()
-    assert not os.path.exists(f"{path}.emmett-index"), "the next start does not believe it"
+    assert not os.path.exists(hidden_place(str(path), ".emmett-index")), "the next start does not believe it"
     fresh = LineIndex(str(path))
     assert [fresh.read(number) for number in range(len(fresh))] == CHANGES[change]
 
@@ -249,12 +248,12 @@ DAMAGES = {
     "another kind": with_header(kind="other"),
     "other facts": with_header(facts={"lines": 7, "damage": None}),
     "no facts": with_header(facts=None),
-    "no arrays": with_header(arrays={}),
+    "no arrays": with_header(arrays=[]),
     "arrays that are none": with_header(arrays=[1, 2]),
-    "objects": with_header(arrays={"offsets": ["|O", 1]}),
-    "a huge array": with_header(arrays={"offsets": ["<i8", 10**15]}),
-    "a negative array": with_header(arrays={"offsets": ["<i8", -1]}),
-    "no number": with_header(arrays={"offsets": ["<i8", "many"]}),
+    "objects": with_header(arrays=[["offsets", "|O", 1]]),
+    "a huge array": with_header(arrays=[["offsets", "<i8", 10**15]]),
+    "a negative array": with_header(arrays=[["offsets", "<i8", -1]]),
+    "no number": with_header(arrays=[["offsets", "<i8", "many"]]),
     "an offset beyond the end": patched(8, FAR),
     "a negative offset": patched(8, struct.pack("<q", -1)),
     "numbers out of order": patched(16, struct.pack("<q", 3)),
@@ -278,7 +277,7 @@ def test_a_damaged_index_is_built_again(tmp_path, messages, damage, kind) -> Non
         return [index.read(i) for i in range(len(index))]
 
     expected = contents()
-    kept = Path(f"{path}.emmett-index")
+    kept = Path(hidden_place(str(path), ".emmett-index"))
     good = kept.read_bytes()
     kept.write_bytes(DAMAGES[damage](good))
     is_changed = kept.read_bytes() != good  # a count has no arrays to damage
@@ -290,7 +289,8 @@ def test_a_damaged_index_is_built_again(tmp_path, messages, damage, kind) -> Non
 
 @pytest.mark.parametrize("what", ["folder", "pipe", "broken link", "unreadable"])
 def test_something_else_in_the_place_of_an_index_is_no_index(tmp_path, messages, monkeypatch, what) -> None:
-    path, place = tmp_path / "a.txt", tmp_path / "a.txt.emmett-index"
+    path, place = tmp_path / "a.txt", tmp_path / HIDDEN_FOLDER / "a.txt.emmett-index"
+    place.parent.mkdir()
     path.write_bytes(text(LINES[:400]))
     make = {
         "folder": place.mkdir,
@@ -310,53 +310,6 @@ def test_something_else_in_the_place_of_an_index_is_no_index(tmp_path, messages,
 
 def refuse(*_, **__):
     raise PermissionError(13, "Permission denied")
-
-
-# Files of earlier versions
-
-WRITTEN_BEFORE = {
-    "a.txt": (
-        "c-pI0DoZUY&dkqKvQjY8QBcax%u4|>m2xukQj3*<0>znCsXzfkV+%_IAUC%pGdDFpuNWj`ZfR<1Y-VC<Y-(m{WMXPzWDZo2Oh`d-"
-        "Vs1eW$Vf{wLsMfT0~2GAu8h>=?Bdc~kSi>Wjf{XY#vtnwi;5B}L1tAe<)@_;r<Q=&(MmR%7C^U|!~#{MWfm2e#6z5mCIvGTDp6_z"
-        "lrWC11!+o5E`gW|(`am9U{G7DKq}y3fC45c&8z^Soy-_e03(!kWrxr^xFNLAS+6>$ch>vn8GhIY01}*7KL"
-    ),
-    "a.gz": (
-        "c-oDQ!4AS85Jc~OMZ?)c7uap_XAD7%q=g!wCffAhUHSvMr<s@8$!y}~a|uflmrkBLF@<zvDcrKADj1aT@eGt=9czgGnhJXu3>rn+"
-        "C?ul+05u2PuRyW!Ik!GAl7^v2!1ng=ZYpa$c#i~H)5zTBY~QVH+u7Z%tA`PDNWQ7I$z`Wx8!r(R5UFwByT9-B1tN?-9s"
-    ),
-    "a.tar": (
-        "c-n<e!A`?43@u0?v@;)2<-`G@CTY6_apW)1G<j{xqO}=n+D&8h&PVYFh=0PS?STTqhuH5u`^7%8ovFRuI(8e1>yT}%%dun))C{4w"
-        "&julnL>wWk8e5sA^F+;cqGcLunWTEIl;9~gWdAjIsGdr)lqsqr7RlGx+GHEwRx~D48EdW-@le-rAhRRe7KJwr)er2>DqK!1h6R6+"
-        "YXdo6HKoU22BD2d!2vGq@#Js*lBCsPN$S*!xW4zL<w){q(IH(x*7WP<P{AXOxwb63F8m{A!D-OPMW5aVd=gCJyifN1<LZ8Y`8v{P"
-        "L!Je{&#i9uumgHN0fb&{Tm"
-    ),
-}
-"""Index files of the format's version 2, as they were written before sidecars had a module of their own; compressed."""
-
-
-@pytest.mark.parametrize("name", WRITTEN_BEFORE)
-def test_an_index_that_an_earlier_version_wrote_is_still_used(tmp_path, monkeypatch, messages, name) -> None:
-    path, index = tmp_path / name, zlib.decompress(base64.b85decode(WRITTEN_BEFORE[name]))
-    header, _ = header_of(index)
-    if name == "a.tar":
-        write_tar(path, [("b.wav", b"b" * 700), ("a.wav", b"a")], tarfile.USTAR_FORMAT)
-    else:
-        numbers = b"".join(b"%d\n" % i for i in range(3000))
-        path.write_bytes(numbers if name == "a.txt" else gzip.compress(b"one\ntwo\nthree", mtime=0))
-    Path(f"{path}.emmett-index").write_bytes(index)
-    os.utime(path, ns=(0, header["mtime_ns"]))
-    of = FileState.of.__func__  # nobody can set a change time
-    at_that_time = classmethod(lambda cls, path: of(cls, path)._replace(ctime_ns=header["ctime_ns"]))
-    monkeypatch.setattr(FileState, "of", at_that_time)
-    kind = TarIndex if name == "a.tar" else type(open_numbered_lines(str(path)))
-    monkeypatch.setattr(kind, "_find", None)
-    if name == "a.tar":
-        assert TarIndex(str(path)).find("b.wav").read() == b"b" * 700
-    else:
-        monkeypatch.setattr(LineCount, "_check_unchanged", lambda _: None)
-        lines = open_numbered_lines(str(path))
-        assert (len(lines), lines.read(2)) == ((3000, b"2") if name == "a.txt" else (3, b"three"))
-    assert not messages
 
 
 # Counts
@@ -389,7 +342,8 @@ def test_counts_are_kept_when_a_file_is_copied_or_touched(tmp_path, monkeypatch)
     assert seconds_of(config) == 3
     monkeypatch.setattr(sizes._Part, "examples", None)
     (tmp_path / "copy").mkdir()
-    for name in ("a.json", "a.json.sizes.json"):
+    (tmp_path / "copy" / HIDDEN_FOLDER).mkdir()
+    for name in ("a.json", f"{HIDDEN_FOLDER}/a.json.sizes.json"):
         (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
     copied = {**config, "manifest_filepath": f"{tmp_path}/copy/a.json"}
     assert seconds_of(copied) == 3
@@ -406,7 +360,7 @@ def test_counts_are_kept_when_a_file_is_copied_or_touched(tmp_path, monkeypatch)
         lambda text: text.replace('"examples"', '"things"'),
         lambda text: text.replace('"size": {', '"size": {"more": 1,'),
         lambda text: text.replace('"stamps": [', '"stamps": [null,'),
-        lambda text: text.replace('"version": 2', '"version": 1'),
+        lambda text: text.replace('"version": 3', '"version": 1'),
         lambda text: text.replace('"counts": 3', '"counts": 2'),
         lambda text: text.rstrip()[:-20],
         lambda text: "[" * 100_000,
@@ -416,7 +370,7 @@ def test_counts_are_kept_when_a_file_is_copied_or_touched(tmp_path, monkeypatch)
 def test_damaged_counts_are_made_again(tmp_path, messages, spoil) -> None:
     config = speech(tmp_path / "a.json", [1.0, 2.0])
     assert seconds_of(config) == 3
-    kept = tmp_path / "a.json.sizes.json"
+    kept = tmp_path / HIDDEN_FOLDER / "a.json.sizes.json"
     good = kept.read_text()
     kept.write_text(spoil(good))
     assert kept.read_text() != good
@@ -428,7 +382,8 @@ def test_damaged_counts_are_made_again(tmp_path, messages, spoil) -> None:
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 def test_something_else_in_the_place_of_counts_is_none(tmp_path, make) -> None:
-    make(tmp_path / "a.json.sizes.json")
+    (tmp_path / HIDDEN_FOLDER).mkdir()
+    make(tmp_path / HIDDEN_FOLDER / "a.json.sizes.json")
     assert seconds_of(speech(tmp_path / "a.json", [1.0, 2.0])) == 3
 
 

@@ -23,6 +23,7 @@ from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 from nemo_emmett.data.config.sources import Source, parse_source
 from nemo_emmett.data.io import index as index_module
 from nemo_emmett.data.io.audio import AudioFault, load_waveform, with_checked_audio
+from nemo_emmett.data.io.sidecar import HIDDEN_FOLDER
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.base import Records, build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind
@@ -406,7 +407,7 @@ def test_indexes_of_shar_do_not_stand_in_its_way(shar) -> None:
     config = {"type": "lhotse_shar", "shar_path": str(folder)}
     assert opened(config).shard_sizes == [3, 3]
     assert len(list(open_source(source_of(config), SkippedRecords(), ExampleKind.TRANSLATION)[0])) == 6
-    assert len(list(Path(f"{folder}.emmett-index").iterdir())) == 6
+    assert len(list((folder.parent / HIDDEN_FOLDER / folder.name).iterdir())) == 6
 
 
 def test_folders_of_shar_are_shards_of_one(shar) -> None:
