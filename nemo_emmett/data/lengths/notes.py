@@ -19,6 +19,9 @@ class Recorder(SkippedRecords):
         super().__init__()
         self.clear()
 
+    def __reduce__(self) -> tuple:
+        return Recorder, ()
+
     def clear(self) -> None:
         """Forget all."""
         self.reads: Counter[str] = Counter()

@@ -21,11 +21,13 @@ from nemo.collections.common.data.lhotse.dataloader import make_structured_with_
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 from omegaconf import OmegaConf
 
+from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.config.sources import parse_source
 from nemo_emmett.data.io import line_index
 from nemo_emmett.data.io.line_index import LineIndex
 from nemo_emmett.data.io.sidecar import Sidecar
 from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.lengths.measures import Measures, measure
 from nemo_emmett.data.lengths.notes import Recorder
 from nemo_emmett.data.readers.examples import ExampleKind, Examples
@@ -270,6 +272,23 @@ def test_entries_in_any_order_are_the_examples_of_the_source_in_order(opened, ma
     assert [facts(*data.read([entry])) for entry in range(data.size)] == expected
     assert data.skipped.count() == 0, "what the index says is counted by the index"
     assert data.skipped.read_count == 0
+
+
+@pytest.mark.parametrize("make", [*TEXT, *SPEECH])
+def test_every_entry_of_the_length_index_is_an_example_as_long_as_it_says(opened, make) -> None:
+    data = opened(make)
+    expected = list(map(facts, data.expected()))
+    config = {key: data.structured[key] for key in ("batch_size", "prompt_format", "use_multimodal_sampling")}
+    sources = [{**data.structured.input_cfg[0], "audio_locator_tag": LOCATOR}]
+    groups = parse_dataset(OmegaConf.create({**config, "input_cfg": sources}), "data.train_ds").groups
+    (index,) = open_length_indexes(groups, data.tokenizer, KIND).values()
+    data.reader.readers[0].index = index
+    assert index.is_one_to_one is (make is not alternative_texts)
+    entries, measures = index.read_blocks(np.arange(len(index.block_shards)))
+    found = data.read(entries, expected=measures)
+    assert [facts(example) for example in found] == expected
+    gone = len(entries) - len(found)  # the index has not looked for the audio
+    assert data.skipped.count() == (gone > 0) == (make in (manifest, several_target_languages))
 
 
 def test_examples_of_several_sources_come_in_the_order_of_the_addresses(opened, tmp_path, speech, tokenizer) -> None:
