@@ -274,21 +274,45 @@ def test_entries_in_any_order_are_the_examples_of_the_source_in_order(opened, ma
     assert data.skipped.read_count == 0
 
 
+def with_length_index(data: Opened, **keys) -> tuple[list, np.ndarray]:
+    """The examples of all entries of the source's length index, which they fit; and these entries."""
+    config = {key: data.structured[key] for key in ("batch_size", "prompt_format", "use_multimodal_sampling")}
+    sources = [{**data.structured.input_cfg[0], "audio_locator_tag": LOCATOR}]
+    groups = parse_dataset(OmegaConf.create({**config, **keys, "input_cfg": sources}), "data.train_ds").groups
+    (index,) = open_length_indexes(groups, data.tokenizer, KIND).values()
+    data.reader.readers[0].index = index
+    entries, measures = index.read_blocks(np.arange(len(index.block_shards)))
+    return data.read(entries, expected=measures), entries
+
+
 @pytest.mark.parametrize("make", [*TEXT, *SPEECH])
 def test_every_entry_of_the_length_index_is_an_example_as_long_as_it_says(opened, make) -> None:
     data = opened(make)
     expected = list(map(facts, data.expected()))
-    config = {key: data.structured[key] for key in ("batch_size", "prompt_format", "use_multimodal_sampling")}
-    sources = [{**data.structured.input_cfg[0], "audio_locator_tag": LOCATOR}]
-    groups = parse_dataset(OmegaConf.create({**config, "input_cfg": sources}), "data.train_ds").groups
-    (index,) = open_length_indexes(groups, data.tokenizer, KIND).values()
-    data.reader.readers[0].index = index
-    assert index.is_one_to_one is (make is not alternative_texts)
-    entries, measures = index.read_blocks(np.arange(len(index.block_shards)))
-    found = data.read(entries, expected=measures)
+    found, entries = with_length_index(data)
+    assert data.reader.readers[0].index.is_one_to_one is (make is not alternative_texts)
     assert [facts(example) for example in found] == expected
     gone = len(entries) - len(found)  # the index has not looked for the audio
     assert data.skipped.count() == (gone > 0) == (make in (manifest, several_target_languages))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"perturb_speed": True},
+        {"cut_into_windows_duration": 0.4},
+        {"truncate_duration": 0.7, "pad_min_duration": 0.9},
+        {"perturb_speed": True, "cut_into_windows_duration": 0.4},
+    ],
+)
+def test_entries_of_changed_recordings_are_as_long_as_the_length_index_says(opened, keys) -> None:
+    data = opened(lhotse_manifest, **keys)
+    found, entries = with_length_index(data, **keys)
+    expected = data.expected()
+    assert len(found) == len(entries) == len(expected)
+    assert sorted((cut.duration, cut.supervisions[0].text) for cut in found) == sorted(
+        (cut.duration, cut.supervisions[0].text) for cut in expected
+    )
 
 
 def test_examples_of_several_sources_come_in_the_order_of_the_addresses(opened, tmp_path, speech, tokenizer) -> None:
