@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from nemo_emmett.data.io.index import FileChanged
-from nemo_emmett.data.io.sidecar import Sidecar
 from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.lengths.measures import Measures, measure
 from nemo_emmett.data.lengths.notes import Recorder
 from nemo_emmett.data.readers.base import Records
@@ -26,20 +26,6 @@ from nemo_emmett.errors import DataError
 
 _SECONDS_OFF, _SHARE_OFF = 0.1, 0.01
 """By how much the duration of an example may differ from its entry: headers of recordings are less exact than files."""
-
-
-class EntryIndex(Protocol):
-    """What is needed of the length index of a source."""
-
-    sidecar: Sidecar
-    num_entries: int
-    is_one_to_one: bool  # entry k of a record is example k of its reader, of which the maps make one at most
-
-    def locate(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each entry the shard, the number of its record there, and how many entries of the record come before."""
-
-    def digests(self, shard: int) -> list[int]:
-        """Checksums of the content of a shard's text files when they were measured."""
 
 
 class Place(NamedTuple):
@@ -68,7 +54,7 @@ class SourceReader:
 
     records: Records
     notes: Recorder
-    index: EntryIndex
+    index: LengthIndex
     kind: ExampleKind
     defaults: SourceDefaults
     skipped_records: SkippedRecords
@@ -79,8 +65,9 @@ class SourceReader:
     def locate(self, entries: np.ndarray) -> list[Place]:
         """The places of entries (N,)."""
         shards, records, ks = self.index.locate(entries)
-        is_complete = np.zeros(len(entries), bool)
-        if (most := self.records.examples_of_complete) is not None and self.index.is_one_to_one:
+        most = self.records.examples_of_complete if self.index.is_one_to_one else None
+        is_complete = np.full(len(entries), most == 1)  # then a record that has an entry is complete
+        if most is not None and most > 1:
             # A record is complete if the last example that it can make is an entry of it.
             last = np.minimum(entries - ks + most - 1, self.index.num_entries - 1)
             last_shards, last_records, last_ks = self.index.locate(last)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import pickle
 import random
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +21,13 @@ from nemo.collections.common.data.lhotse.dataloader import make_structured_with_
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 from omegaconf import OmegaConf
 
+from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.config.sources import parse_source
 from nemo_emmett.data.io import line_index
 from nemo_emmett.data.io.line_index import LineIndex
 from nemo_emmett.data.io.sidecar import Sidecar
 from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.lengths.measures import Measures, measure
 from nemo_emmett.data.lengths.notes import Recorder
 from nemo_emmett.data.readers.base import Records
@@ -224,7 +227,8 @@ class Opened:
         """What the pipeline makes of the stream, in the order of the records."""
         cuts, _ = open_source(self.source, SkippedRecords(), KIND)
         made = self.new_pipeline(SkippedRecords()).run(list(self._examples(cuts)), [0])
-        return sorted(made, key=place_of) if self.source.tarred_audio_filepaths else made
+        # Read in order, tar files come in the order of their members, and Shar's shards are shuffled.
+        return sorted(made, key=place_of) if self.source.tarred_audio_filepaths or self.source.shar_path else made
 
     def read(self, entries, **how) -> list:
         entries = np.array(entries)
@@ -232,7 +236,7 @@ class Opened:
 
 
 def place_of(cut: Cut) -> tuple[str, int]:
-    return cut.manifest_origin, int(cut.manifest_place.removeprefix("line "))
+    return cut.manifest_origin, int(re.search(r"\d+$", cut.manifest_place)[0])
 
 
 def facts(example) -> list:
@@ -273,6 +277,47 @@ def test_entries_in_any_order_are_the_examples_of_the_source_in_order(opened, ma
     assert [facts(*data.read([entry])) for entry in range(data.size)] == expected
     assert data.skipped.count() == 0, "what the index says is counted by the index"
     assert data.skipped.read_count == 0
+
+
+def with_length_index(data: Opened, **keys) -> tuple[list, np.ndarray]:
+    """The examples of all entries of the source's length index, which they fit; and these entries."""
+    config = {key: data.structured[key] for key in ("batch_size", "prompt_format", "use_multimodal_sampling")}
+    sources = [{**data.structured.input_cfg[0], "audio_locator_tag": LOCATOR}]
+    groups = parse_dataset(OmegaConf.create({**config, **keys, "input_cfg": sources}), "data.train_ds").groups
+    (index,) = open_length_indexes(groups, data.tokenizer, KIND).values()
+    data.reader.readers[0].index = index
+    entries, measures = index.read_blocks(np.arange(len(index.block_shards)))
+    return data.read(entries, expected=measures), entries
+
+
+@pytest.mark.parametrize("make", [*TEXT, *SPEECH])
+def test_every_entry_of_the_length_index_is_an_example_as_long_as_it_says(opened, make) -> None:
+    data = opened(make)
+    expected = list(map(facts, data.expected()))
+    found, entries = with_length_index(data)
+    assert data.reader.readers[0].index.is_one_to_one is (make is not alternative_texts)
+    assert [facts(example) for example in found] == expected
+    gone = len(entries) - len(found)  # the index has not looked for the audio
+    assert data.skipped.count() == (gone > 0) == (make in (manifest, several_target_languages))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"perturb_speed": True},
+        {"cut_into_windows_duration": 0.4},
+        {"truncate_duration": 0.7, "pad_min_duration": 0.9},
+        {"perturb_speed": True, "cut_into_windows_duration": 0.4},
+    ],
+)
+def test_entries_of_changed_recordings_are_as_long_as_the_length_index_says(opened, keys) -> None:
+    data = opened(lhotse_manifest, **keys)
+    found, entries = with_length_index(data, **keys)
+    expected = data.expected()
+    assert len(found) == len(entries) == len(expected)
+    assert sorted((cut.duration, cut.supervisions[0].text) for cut in found) == sorted(
+        (cut.duration, cut.supervisions[0].text) for cut in expected
+    )
 
 
 def test_examples_of_several_sources_come_in_the_order_of_the_addresses(opened, tmp_path, speech, tokenizer) -> None:
@@ -456,14 +501,16 @@ def test_an_example_of_another_length_than_its_entry_is_an_error(opened, make, n
 
 def test_a_file_that_is_rewritten_is_an_error(opened, tmp_path) -> None:
     data = opened(four_languages)
+    assert len(data.read(range(data.size))) == data.size
     text = (tmp_path / "a.es").read_bytes()
     (tmp_path / "a.es").write_bytes(text.replace(b"one", b"uno"))
-    line_index._cached_lines.cache_clear()
+    line_index._cached_lines.cache_clear()  # as in a worker that has not read this part yet
     with pytest.raises(DataError, match=r"a\.es: has changed since it was indexed"):
         data.read(range(data.size))
 
 
-def test_it_can_be_pickled_and_used_after_a_fork(opened) -> None:
+def test_it_can_be_pickled_and_used_after_a_fork(opened, monkeypatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as in workers
     data = opened(several_target_languages)
     expected = [facts(example) for example in data.read(range(data.size))]
     with FORK.Pool(2) as pool:
