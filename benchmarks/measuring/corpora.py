@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,27 @@ def make_text(folder: Path, lines: int) -> dict[str, str]:
     Returns:
         The path of each language's file.
     """
-    paths = {language: folder / f"text-{lines}.{language}" for language in LANGUAGES}
+    return make_aligned(folder, lines, LANGUAGES)
+
+
+def make_aligned(folder: Path, lines: int, languages: Sequence[str]) -> dict[str, str]:
+    """The same in these languages."""
+    paths = {language: folder / f"text-{lines}.{language}" for language in languages}
     for seed, path in enumerate(paths.values()):
         if not path.exists():
             _write(path, _sentences(lines, seed))
     return {language: str(path) for language, path in paths.items()}
+
+
+def repeated(paths: Mapping[str, str], folder: Path, lines: int, languages: Sequence[str]) -> dict[str, str]:
+    """The first lines of a corpus, or all of them again and again; the path of each language's file."""
+    folder.mkdir(exist_ok=True)
+    made = {language: folder / f"text-{lines}.{language}" for language in languages}
+    for language, path in made.items():
+        if not path.exists():
+            text = Path(paths[language]).read_text(encoding="utf-8").splitlines()
+            _write(path, islice(cycle(text), lines))
+    return {language: str(path) for language, path in made.items()}
 
 
 def make_speech(folder: Path, lines: int) -> str:
