@@ -63,6 +63,7 @@ def lines_of(language: str, count: int) -> bytes:
 def line_aligned(folder: Path, languages: str, count: int = 30) -> dict:
     for language in languages.split():
         lines = lines_of(language, count).splitlines()
+        lines[2] = b"  " + lines[2] + b" \r"
         if language == "de":
             lines[4], lines[9] = b"", b"\xff"
         if language == "fr":
