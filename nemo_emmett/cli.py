@@ -270,16 +270,40 @@ def _read_data(
     return read_recipe(content, config, section, {**known.defaults, **(given or {})}), known.tokenizer
 
 
+_index_dir = click.option(
+    "--index-dir",
+    type=click.Path(file_okay=False),
+    help="Folder for indexes that cannot be written next to the data.  [default: the dataset's index_dir]",
+)
+
+
+@main.command()
+@_recipe
+@_section
+@_tokenizer
+@_index_dir
+def index(
+    config: str, overrides: Sequence[str], section: str | None, tokenizer: str | None, index_dir: str | None
+) -> None:
+    """Build the length indexes of the data of CONFIG ahead of its training, and show their sizes and what was skipped.
+
+    CONFIG is a recipe (a YAML file, or the name of one of nemo_emmett), the config of a dataset, or a list of sources
+    (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read. Ended and started again, it goes on
+    where it was.
+    """
+    recipe, of_model = _read_data(config, overrides, section)
+    from nemo_emmett.planning.bins_report import tokenizer_of
+    from nemo_emmett.planning.index_report import print_index
+
+    print_index(recipe.dataset, tokenizer=tokenizer_of(recipe, tokenizer, of_model), index_dir=index_dir)
+
+
 @main.command()
 @_recipe
 @_section
 @click.option("--steps", type=_COUNT, help="How far to look ahead.  [default: trainer.max_steps, or 1000]")
 @_tokenizer
-@click.option(
-    "--index-dir",
-    type=click.Path(file_okay=False),
-    help="Folder for counts that cannot be written next to the data.  [default: the dataset's index_dir]",
-)
+@_index_dir
 def blend(config: str, overrides: Sequence[str], section: str | None, tokenizer: str | None, **options: Any) -> None:
     """Show the sizes of the data of CONFIG, the share of each part in the examples, and how often it is repeated.
 

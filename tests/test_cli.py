@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -24,8 +25,8 @@ def invoke():
 
 def test_version_and_commands(invoke) -> None:
     assert invoke("--version").output == f"nemo-emmett, version {__version__}\n"
-    commands = {"prepare", "train", "blend", "bins", "plan", "oomptimize", "export", "evaluate", "translate", "doctor"}
-    assert set(cli.main.commands) == commands
+    of_data = {"prepare", "index", "blend", "bins", "plan", "oomptimize"}
+    assert set(cli.main.commands) == of_data | {"train", "export", "evaluate", "translate", "doctor"}
 
 
 def test_the_version_is_the_one_that_the_changelog_describes() -> None:
@@ -261,7 +262,7 @@ def test_a_missing_recording_is_told_before_the_model_is_loaded(invoke, tmp_path
     assert "b.flac' does not exist" in done.output
 
 
-@pytest.mark.parametrize("command", ["blend", "bins"])
+@pytest.mark.parametrize("command", ["index", "blend", "bins"])
 def test_a_misspelt_key_of_the_data_is_told(invoke, tmp_path, command) -> None:
     (tmp_path / "data.json").write_text("{}\n")
     config = tmp_path / "data.yaml"
@@ -272,9 +273,9 @@ def test_a_misspelt_key_of_the_data_is_told(invoke, tmp_path, command) -> None:
 
 
 class TestReportsOnData:
-    """``blend`` and ``bins`` take what ``plan`` and ``train`` take."""
+    """``index``, ``blend`` and ``bins`` take what ``plan`` and ``train`` take."""
 
-    @pytest.mark.parametrize("command", ["blend", "bins"])
+    @pytest.mark.parametrize("command", ["index", "blend", "bins"])
     def test_shipped_recipes_and_overrides(self, invoke, command: str, tmp_path: Path) -> None:
         done = invoke(command, "salm_t5", f"corpus={tmp_path}")
         assert done.exit_code == 2
@@ -288,6 +289,34 @@ class TestReportsOnData:
         assert done.exit_code == 2
         assert "batch_size=4: '" in done.output
         assert "is a list of sources, which has no keys to override." in done.output
+
+    def test_an_index_is_built_once_and_described(self, invoke, tmp_path: Path) -> None:
+        from nemo_emmett.data.io.sidecar import HIDDEN_FOLDER
+
+        record = {"audio_filepath": "a.wav", "duration": 1800, "text": "one", "lang": "en", "target_lang": "de"}
+        lines = [json.dumps({**record, **more}) for more in ({}, {}, {"text": ""}, {"duration": -1}, {"text": " "})]
+        (tmp_path / "a.json").write_text("\n".join(lines))
+        (tmp_path / "a.en").write_text("one two\n\nthree\n")
+        (tmp_path / "a.de").write_text("eins\nzwei\ndrei vier fünf\n")
+        text = {"type": "parallel_text", "source_paths": "a.en", "target_paths": "a.de", "target_lang": "de"}
+        text = {key: f"{tmp_path}/{value}" if key.endswith("_paths") else value for key, value in text.items()}
+        tarred = {"type": "txt", "paths": f"{tmp_path}/a.en", "language": "en"}
+        speech = {"type": "nemo", "manifest_filepath": f"{tmp_path}/a.json"}
+        config = {"input_cfg": [speech, text, tarred], "batch_size": 2, "prompt_format": "emmett_t5"}
+        (tmp_path / "data.yaml").write_text(json.dumps(config))
+        outputs = []
+        for _ in range(2):
+            done = invoke("index", tmp_path / "data.yaml")
+            assert done.exit_code == 0, done.output
+            outputs.append(done.output.split())
+        words = " ".join(outputs[0])
+        assert f"Files are in {tmp_path}." in done.output.replace("\n", "")
+        assert re.search(r"a\.json 5 2 1\.00 [\d.]+ kB [\d,]+ records/s", words), words
+        assert "skipped: empty text 2 skipped: invalid duration 1" in words
+        assert re.search(r"a\.\{en,de\} 3 2 7 [\d.]+ kB [\d,]+ records/s skipped: empty text 1", words), words
+        assert "a.en none it is streamed" in words
+        assert outputs[1].count("already") == 2
+        assert len(list((tmp_path / HIDDEN_FOLDER).glob("*.lengths"))) == 2
 
     def test_the_models_defaults_are_filled_in(self, invoke, recipe, tmp_path: Path, monkeypatch) -> None:
         from omegaconf import OmegaConf

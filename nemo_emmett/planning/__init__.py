@@ -9,7 +9,7 @@ Modules, in the order in which a command uses them:
 - ``commands``, ``planner``, ``fake_training``: the two functions above, and the search without a device.
 - ``lengths``, ``bins_and_sizes``, ``timing``: lengths of the data, bins with the shortest epoch, predicted times.
 - ``report``, ``picture``: tables and drawings of the results.
-- ``blend_report``, ``bins_report``: the commands ``blend`` and ``bins``.
+- ``blend_report``, ``bins_report``, ``index_report``: the commands ``blend``, ``bins`` and ``index``.
 """
 
 import lazy_loader

@@ -248,7 +248,7 @@ def print_blend(
     steps = steps or recipe.steps or DEFAULT_STEPS
     streams = streams_of(recipe, tokenizer, index_dir)
     sources = [leaf.source for stream in streams for leaf in stream.blend.leaves()]
-    folder = _common_folder(sources)
+    folder = common_folder(sources)
     console.print(_table(list(_rows(recipe, streams, steps, folder)), TokenCounter(tokenizer).unit, console.width))
     for line in _remarks(recipe, streams, steps):
         console.print(line, highlight=False)
@@ -300,7 +300,7 @@ def _rows_below(node: Node, lead: str, share: float, draws: float | None, folder
         known = draws is not None and child.size is not None and child.size.examples
         epochs = draws * child.share / child.size.examples if known else None
         shown = "?" if epochs is None else f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2f}"
-        yield _row(lead + own + _short_name(child.source, folder), child.size, share * child.share, weight, shown)
+        yield _row(lead + own + short_name(child.source, folder), child.size, share * child.share, weight, shown)
 
 
 def _row(name: str, size: Size | None, share: float, weight: str = "", epochs: str = "") -> Row:
@@ -316,7 +316,7 @@ def _branches(is_last: bool) -> tuple[str, str]:
     return ("└─ ", "   ") if is_last else ("├─ ", "│  ")
 
 
-def _common_folder(sources: Sequence[Source]) -> str:
+def common_folder(sources: Sequence[Source]) -> str:
     """The folder that holds all files of all sources; empty if there is none."""
     folders = [os.path.dirname(path) for source in sources for _, path in source.files()]
     try:
@@ -325,7 +325,7 @@ def _common_folder(sources: Sequence[Source]) -> str:
         return ""
 
 
-def _short_name(source: Source, folder: str) -> str:
+def short_name(source: Source, folder: str) -> str:
     """The files of a source, relative to the folder of all; of parallel ones, what they share and where they differ."""
     keys = ("manifest_filepath", "cuts_path", "shar_path", "source_paths", "target_paths", "paths", "data_dir")
     paths = [path for key in keys for path in _paths(getattr(source, key))]

@@ -77,7 +77,7 @@ def blend_of(
     sources = group.sources if count_all else list(measured.values())
     sizes = {}
     forbidden = None if tokenizer is None else forbidden_text(group.prompt_format, tokenizer)
-    counted = sizes_of(sources, tokenizer, index_dir or group.index_dir, kind or _suggested_kind(group), forbidden)
+    counted = sizes_of(sources, tokenizer, index_dir or group.index_dir, kind or suggested_kind(group), forbidden)
     for source, size in zip(sources, counted, strict=True):
         if size is None and source.place in measured:
             raise ConfigError(
@@ -88,7 +88,7 @@ def blend_of(
     return _node(group.root, 1.0, 1.0, group.temperatures, frozenset(), _Sizes(sizes, tokenizer))
 
 
-def _suggested_kind(group: GroupConfig) -> ExampleKind:
+def suggested_kind(group: GroupConfig) -> ExampleKind:
     """What a dataset takes of which its section is all that is known."""
     if group.prompt_format is None:
         translates = any(source.target_lang or source.is_text for source in group.sources)

@@ -49,6 +49,9 @@ def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
 
 def _expanded(path: str, known: int) -> Iterator[str]:
     """The files of one pattern, whose first ``known`` characters are an existing folder."""
+    if _OPENING_BRACKET.search(path, known) is None:  # before the disk is asked, for thousands of files
+        yield path
+        return
     if is_local(path):
         if os.path.lexists(path):
             yield path

@@ -289,13 +289,13 @@ class _Build:
         for task in self.tasks():
             segments += [(stretch[0][:2], partial(self._measured, stretch)) for stretch in task]
         if self.older is not None:
-            is_kept = ~np.isin(self.older.block_shards, self.changed)
-            edges = np.flatnonzero(np.diff(is_kept, prepend=False, append=False))
-            for first, last in edges.reshape(-1, 2).tolist():
-                for block in range(first, last, _BLOCKS_COPIED):
-                    key = (int(self.older.block_shards[block]), int(self.older.block_records[block]))
-                    copy = partial(copied, self.older, block, min(block + _BLOCKS_COPIED, last) - 1)
-                    segments.append((key, copy))
+            kept = np.flatnonzero(~np.isin(self.older.block_shards, self.changed))
+            # A run of blocks ends where a changed shard comes next, which may have had no blocks before.
+            runs = np.searchsorted(self.changed, self.older.block_shards[kept])
+            for run in np.split(kept, np.flatnonzero(np.diff(runs)) + 1):
+                for blocks in np.split(run, range(_BLOCKS_COPIED, len(run), _BLOCKS_COPIED)) if len(run) else ():
+                    key = (int(self.older.block_shards[blocks[0]]), int(self.older.block_records[blocks[0]]))
+                    segments.append((key, partial(copied, self.older, int(blocks[0]), int(blocks[-1]))))
         segments.sort(key=lambda segment: segment[0])
         in_order = [segment for _, segment in segments]
         self.is_written = write_index(self.sidecar, self.identity, self.data, in_order)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,8 +69,15 @@ def settings_of(source: Source) -> dict[str, Any]:
     """The settings of a source's reader, apart from the place of its files."""
     settings: dict[str, Any] = {key: value for key, value in source.keys.items() if key not in _NOT_READ}
     settings["languages"] = list(source.paths) if isinstance(source.paths, Mapping) else None
-    settings["tars"] = [os.path.basename(path) for key, path in source.files() if key == "tarred_audio_filepaths"]
+    settings["tars"] = _base_names(source.tarred_audio_filepaths)
     return settings
+
+
+def _base_names(paths: Any) -> list[str]:
+    """The names of files, or of patterns of files, without their folders."""
+    if isinstance(paths, str):
+        return [os.path.basename(paths)]
+    return [name for path in paths or () for name in _base_names(path)] if isinstance(paths, Sequence) else []
 
 
 def identity_of(
@@ -98,14 +105,16 @@ def identity_of(
         maps["prompt"] = _fingerprint_of_prompts(structured.prompt_format, counter.tokenizer, source, kind)
     tokens = [source.audio_locator_tag, source.token_equivalent_duration if kind is ExampleKind.CONVERSATION else None]
     folder = os.path.dirname(files[0][0]) if files else ""
-    names = [[_relative(path, folder) for path in shard] for shard in files]
+    prefix = os.path.join(folder, "")
+    names = [[_relative(path, prefix) for path in shard] for shard in files]
     facts = [settings_of(source), names, kind.value, forbidden, counter.fingerprint, maps, tokens]
     return {"identity": hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()}
 
 
 def _relative(path: str, folder: str) -> str:
-    if os.path.dirname(path) == folder:  # most are; os.path.relpath is slow
-        return os.path.basename(path)
+    """A path as seen from a folder, whose name ends in a slash."""
+    if path.startswith(folder) and "/" not in (name := path[len(folder) :]):  # os.path.relpath is slow
+        return name
     return os.path.relpath(path, folder or ".") if is_local(path) else path
 
 

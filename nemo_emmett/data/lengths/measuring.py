@@ -107,7 +107,7 @@ class SourceMeasurer:
                 columns[name].append(getattr(measures, name))
             progress(behind - first)
         arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-        names = Names(self.records.shard_files[piece.shard], self.source.name)
+        names = Names([lines.path for lines in self.records.shard_lines[piece.shard]], self.source.name)
         arrays["skips"] = np.frombuffer(encode_skips(self.recorder.skips, names), np.uint8)
         row = {
             "skips": len(arrays["skips"]),
