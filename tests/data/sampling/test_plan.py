@@ -139,10 +139,10 @@ def test_a_loader_says_how_many_batches_a_pass_has(load, groups):
     loader = load({**config, "force_finite": True})
     assert len(loader) == len(list(loader)) == 64
     assert len(loader) == len(list(loader)), "of the next pass"
-    fused = load(
-        {**groups, "multi_config": True, "sampler_fusion": "round_robin", "batch_size": 5, "force_finite": True}
-    )
-    assert len(fused) == len(list(fused))
+    text = {key: value for key, value in groups["text"].items() if key != "batch_size"}
+    both = {name: {**text, "use_multimodal_sampling": True, "batch_size": size} for name, size in (("a", 5), ("b", 7))}
+    fused = {**both, "multi_config": True, "sampler_fusion": "round_robin", "force_finite": True}
+    assert len(load(fused)) == len(list(load(fused))) == 64 + 46
     with pytest.raises(TypeError, match="the data has no end"):
         len(load(config))
 
