@@ -220,8 +220,10 @@ class GroupSchedule:
             if self.order.drop_last:
                 self.left_out += len(waiting)
             elif len(waiting) and self.order.global_batch_sizes is not None:
-                parts = 1 + (len(waiting) > self.order.global_batch_sizes[bucket])
-                steps += [Step(part) for part in np.array_split(waiting, parts)]
+                size = self.order.global_batch_sizes[bucket]
+                if size < len(waiting) and len(waiting) >= 2 * self.world_size:
+                    size = -(-len(waiting) // 2)
+                steps += [Step(waiting[first : first + size]) for first in range(0, len(waiting), size)]
             elif len(waiting):
                 # The longest first: a batch is full when one more example as long as its longest would not fit.
                 waiting = waiting.take(np.argsort(-waiting["length"], kind="stable"))
