@@ -290,7 +290,7 @@ class TestReportsOnData:
         assert "batch_size=4: '" in done.output
         assert "is a list of sources, which has no keys to override." in done.output
 
-    def test_an_index_is_built_once_and_described(self, invoke, tmp_path: Path) -> None:
+    def test_an_index_is_built_once_and_described(self, invoke, tmp_path: Path, monkeypatch) -> None:
         from nemo_emmett.data.io.sidecar import HIDDEN_FOLDER
 
         record = {"audio_filepath": "a.wav", "duration": 1800, "text": "one", "lang": "en", "target_lang": "de"}
@@ -305,6 +305,7 @@ class TestReportsOnData:
         config = {"input_cfg": [speech, text, tarred], "batch_size": 2, "prompt_format": "emmett_t5"}
         (tmp_path / "data.yaml").write_text(json.dumps(config))
         outputs = []
+        monkeypatch.setenv("COLUMNS", "160")
         for _ in range(2):
             done = invoke("index", tmp_path / "data.yaml")
             assert done.exit_code == 0, done.output

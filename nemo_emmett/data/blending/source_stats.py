@@ -162,7 +162,7 @@ def _parts_of(source: Source, reading: _Reading, index_dir: str | None) -> list[
     Raises:
         ConfigError: if its keys do not fit together.
     """
-    if not _is_countable(source):
+    if not is_countable(source):
         return None
     settings = _settings_of(source)
     if source.type in ("txt", "txt_jsonl"):
@@ -180,11 +180,11 @@ def _parts_of(source: Source, reading: _Reading, index_dir: str | None) -> list[
     ]
 
 
-def _is_countable(source: Source) -> bool:
+def is_countable(source: Source) -> bool:
     """Whether we read what its type holds, or NeMo does in a way that is known to need no audio."""
     is_conversation = source.type.endswith("_as_conversation")
     if source.members:
-        return all(map(_is_countable, source.members))
+        return all(map(is_countable, source.members))
     if source.type in TEXT_TYPES:
         return source.type != "nemo_sft_jsonl"
     if source.type not in ("nemo", "nemo_tarred", "lhotse", "lhotse_shar") and not is_conversation:

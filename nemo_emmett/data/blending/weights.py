@@ -14,9 +14,10 @@ from typing import Any
 from nemo.collections.common.data.lhotse.cutset import temperature_reweighting
 from nemo.utils import logging, logging_mode
 
-from nemo_emmett.data.blending.source_stats import sizes_of
+from nemo_emmett.data.blending.source_stats import is_countable, sizes_of
 from nemo_emmett.data.config.dataset_config import GroupConfig
 from nemo_emmett.data.config.sources import Source, SourceGroup
+from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.lengths.counting import Size
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError, DataError
@@ -75,17 +76,27 @@ def blend_of(
     """
     measured = {source.place: source for source in _measured(group.root)}
     sources = group.sources if count_all else list(measured.values())
-    sizes = {}
-    forbidden = None if tokenizer is None else forbidden_text(group.prompt_format, tokenizer)
-    counted = sizes_of(sources, tokenizer, index_dir or group.index_dir, kind or suggested_kind(group), forbidden)
-    for source, size in zip(sources, counted, strict=True):
-        if size is None and source.place in measured:
+    sizes = _sizes_of(group, sources, tokenizer, index_dir or group.index_dir, kind or suggested_kind(group))
+    for source in sources:
+        if sizes[source.place] is None and source.place in measured:
             raise ConfigError(
                 f"{source.place}.weight: missing; what a source of type '{source.type}' holds cannot be counted, "
                 "so give it, and the others of its group, a weight."
             )
-        sizes[source.place] = size
     return _node(group.root, 1.0, 1.0, group.temperatures, frozenset(), _Sizes(sizes, tokenizer))
+
+
+def _sizes_of(
+    group: GroupConfig, sources: Sequence[Source], tokenizer: Any, index_dir: str | None, kind: ExampleKind
+) -> dict[str, Size | None]:
+    """What sources hold, by their places: by their length indexes or, if they have none, counted as streams."""
+    places = {source.place for source in sources if is_countable(source)}
+    indexes = open_length_indexes([group], tokenizer, kind, index_dir, places=places) if places else {}
+    sizes = {place: index.size for place, index in indexes.items() if index is not None}
+    streams = [source for source in sources if source.place not in sizes]
+    forbidden = None if tokenizer is None else forbidden_text(group.prompt_format, tokenizer)
+    counted = sizes_of(streams, tokenizer, index_dir, kind, forbidden)
+    return sizes | {source.place: size for source, size in zip(streams, counted, strict=True)}
 
 
 def suggested_kind(group: GroupConfig) -> ExampleKind:

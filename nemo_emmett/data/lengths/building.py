@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -65,6 +65,7 @@ def open_length_indexes(
     kind: ExampleKind,
     index_dir: str | None = None,
     world_size: int = 1,
+    places: Collection[str] | None = None,
 ) -> dict[str, LengthIndex | None]:
     """The length index of each source, by its place in the recipe; what is missing or out of date is built.
 
@@ -74,6 +75,7 @@ def open_length_indexes(
         kind: what the dataset takes.
         index_dir: folder for indexes that cannot be written next to the data; by default the group's own.
         world_size: number of ranks that call this together, and then share the work.
+        places: of the sources to open; by default all.
 
     Returns:
         None for a source whose records cannot be read by number.
@@ -91,6 +93,8 @@ def open_length_indexes(
         forbidden = None if tokenizer is None else forbidden_text(group.prompt_format, tokenizer)
         folder = index_dir or group.index_dir
         for source in group.sources:
+            if places is not None and source.place not in places:
+                continue
             in_dataset = with_keys_of_dataset(source, structured)
             measurer = SourceMeasurer(in_dataset, structured, counter, kind, forbidden, folder)
             opened[source.place] = None

@@ -140,7 +140,7 @@ class TransformPipeline:
     def run_each(self, examples: Sequence, seed: Sequence[int]) -> list[list]:
         """What each example becomes, as :meth:`run` makes it of this example alone; but texts are tokenised together.
 
-        ``filtered`` is not counted.
+        ``filtered`` counts only what is left out.
         """
         self._rng.seed(repr(list(seed)))
         made = []
@@ -149,9 +149,12 @@ class TransformPipeline:
                 self._input.examples = (example,)
                 made.append(list(self._lazy_stages))
             for step in self._steps:
-                if isinstance(step, partial) and step.func == self._apply_prompt:
-                    kept = set(map(id, step(list(chain.from_iterable(made)))))
-                    made = [[one for one in of_example if id(one) in kept] for of_example in made]
+                if isinstance(step, partial) and step.func in (self._apply_filter, self._apply_prompt):
+                    every = list(chain.from_iterable(made))
+                    passed = step(every)  # some of the examples themselves
+                    if len(passed) < len(every):
+                        kept = set(map(id, passed))
+                        made = [[one for one in of_example if id(one) in kept] for of_example in made]
                 else:
                     made = [step(of_example) for of_example in made]
         self._input.examples = ()

@@ -460,7 +460,7 @@ def test_a_damaged_index_is_built_again_or_refused(data, tokenizer, damage, tmp_
     monkeypatch.chdir(tmp_path)
     expected = everything(opened(data, tokenizer))
     good, rng, refused = files_of(data), random.Random(0), 0
-    for _ in range(60):
+    for _ in range(25):
         name = rng.choice(list(good))
         path = data / HIDDEN_FOLDER / name
         path.write_bytes(damage(rng, good[name]))
