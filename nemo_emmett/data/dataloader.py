@@ -183,8 +183,10 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         at_exit = _end_workers_at_exit(deliveries)
         try:
             for delivery in deliveries:
+                is_last = False
                 if self._steps is not None:
-                    delivery = delivery._replace(state=self._steps.delivered(), filtered=self._steps.take_left_out())
+                    state, is_last = self._steps.delivered()
+                    delivery = delivery._replace(state=state, filtered=self._steps.take_left_out())
                 self._account_for(delivery)
                 empty_in_a_row = empty_in_a_row + 1 if is_empty(delivery.batch) else 0
                 self._check_progress(empty_in_a_row)
@@ -193,10 +195,10 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                     hand_out = self._all_ranks_hand_out(hand_out)
                 if self.progress is not None:
                     self.progress.yielded(delivery, is_batch=hand_out)
+                if is_last:  # a trainer that counts the batches does not ask for another
+                    self._end_schedule()
                 if hand_out:
                     yield delivery.batch or {}
-            if self._steps is not None:
-                self._end_schedule()
             self._merge_notes_of_this_process()
             self.skipped_records.check(self.max_bad_records, at_end=True)
         finally:
@@ -222,12 +224,17 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self.skipped_records.check(self.max_bad_records)
 
     def _end_schedule(self) -> None:
-        """Finite data has ended."""
+        """Finite data has ended.
+
+        Raises:
+            TooManyBadRecords: if more was skipped than ``max_bad_records`` allows.
+        """
         records, state = RecordsDelta(), self._steps.snapshot()
         message = self._steps.end_of_data_message
         last = WorkerBatch(None, records, state=state, is_last=True, end_of_data_message=message)
         self._account_for(last._replace(filtered=self._steps.take_left_out()))
         self.progress.yielded(last, is_batch=False)
+        self.skipped_records.check(self.max_bad_records, at_end=True)
 
     def _all_ranks_hand_out(self, hand_out: bool) -> bool:
         agreed = self._ranks.all_have(hand_out)

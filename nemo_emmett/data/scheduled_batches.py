@@ -88,7 +88,8 @@ class ScheduledSteps:
         self.world_size = world_size
         self._start = ResumePoint()
         self._schedule = self._new_schedule(0)
-        self._snapshots: deque[ScheduleSnapshot] = deque()  # after the steps that were requested, but not yet delivered
+        # Of the steps that were requested, and are not delivered yet.
+        self._delivered: deque[tuple[ScheduleSnapshot, bool]] = deque()
         self._lengths: dict[int, int] = {}
 
     def _new_schedule(self, epoch: int) -> Schedule:
@@ -99,21 +100,28 @@ class ScheduledSteps:
         self._start = start
 
     def __iter__(self) -> Iterator[StepAddresses]:
-        self._snapshots.clear()
+        self._delivered.clear()
         schedule = self._schedule = self._new_schedule(self._start.epoch)
         if self._start.states and (state := self._start.states[0]) is not None:
             schedule.load_state_dict(state if isinstance(state, Mapping) else self.state_dict(state))
-        while True:
-            try:
-                batches = schedule.next()
-            except StopIteration:
-                return
-            self._snapshots.append(schedule.snapshot())
-            yield StepAddresses(schedule.steps, schedule.epoch, batches)
+        upcoming = self._next_step()
+        while upcoming is not None:
+            step, snapshot = upcoming
+            upcoming = self._next_step()
+            self._delivered.append((snapshot, upcoming is None))
+            yield step
 
-    def delivered(self) -> ScheduleSnapshot:
-        """Where the schedule was after the step that is delivered next."""
-        return self._snapshots.popleft()
+    def _next_step(self) -> tuple[StepAddresses, ScheduleSnapshot] | None:
+        schedule = self._schedule
+        try:
+            batches = schedule.next()
+        except StopIteration:
+            return None
+        return StepAddresses(schedule.steps, schedule.epoch, batches), schedule.snapshot()
+
+    def delivered(self) -> tuple[ScheduleSnapshot, bool]:
+        """Where the schedule was after the step that is delivered next, and whether this is the last one."""
+        return self._delivered.popleft()
 
     def snapshot(self) -> ScheduleSnapshot:
         """Where the schedule is."""

@@ -263,9 +263,14 @@ def test_steps_validations_and_checkpoints_are_stock_nemos(
     config, options = config_of(shape, num_workers=0), OPTIONS[options]
     reference = fit(stock(config), limit, tmp_path / "stock", **options)
     model = fit(ours(config), limit, tmp_path / "ours", **options)
+    assert list(map(len, model.examples)) == list(map(len, reference.examples))
+    if (shape, limit) == ("manifest", ABOVE) and "accumulate_grad_batches" in options:
+        # Our loader says how many batches a pass has: the last one of 7 is not lost, as in stock NeMo, by threes.
+        assert [step for kind, _, step in reference.events if kind == "end of epoch"] == [2, 4, 6]
+        assert [step for kind, _, step in model.events if kind == "end of epoch"] == [3, 6, 9]
+        return
     assert model.events == reference.events
     assert checkpoints_in(tmp_path / "ours") == checkpoints_in(tmp_path / "stock")
-    assert list(map(len, model.examples)) == list(map(len, reference.examples))
 
 
 @pytest.mark.parametrize("fusion", ["zip", "round_robin", "randomized_round_robin"])
