@@ -52,6 +52,9 @@ class ScheduledBatches(torch.utils.data.Dataset):
         self.seed = seed
         self.rank = rank
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "indexes": []}  # a worker does not report them
+
     def __getitem__(self, addresses: StepAddresses) -> WorkerBatch:
         if torch.utils.data.get_worker_info() is not None:
             # The workers run in parallel already; tokenizers would start threads in each of them.

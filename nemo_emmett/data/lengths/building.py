@@ -187,7 +187,7 @@ class _Build:
         if (contents := self.sidecar.read(self.identity)) is None:
             return None
         try:
-            return LengthIndex(contents, self.sidecar, self.files, self.measurer.source.name)
+            return LengthIndex(contents, self.sidecar, self.files, self.measurer.source.name, self.identity)
         except (ValueError, LookupError, TypeError, AttributeError):
             logging.info(f"{' or '.join(self.sidecar.places)} is damaged: it is written again.")
             return None

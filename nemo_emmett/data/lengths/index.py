@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class LengthIndex:
         sidecar: the file.
         files: of each shard.
         name: of the source, for reports.
+        identity: by which the file is found.
 
     Attributes:
         shard_sizes: (S,) records of each shard.
@@ -52,8 +53,15 @@ class LengthIndex:
         ValueError: if the arrays do not fit together.
     """
 
-    def __init__(self, contents: Contents, sidecar: Sidecar, files: Sequence[Sequence[str]], name: str) -> None:
-        self.contents, self.sidecar, self.files, self.name = contents, sidecar, files, name
+    def __init__(
+        self,
+        contents: Contents,
+        sidecar: Sidecar,
+        files: Sequence[Sequence[str]],
+        name: str,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.contents, self.sidecar, self.files, self.name, self.identity = contents, sidecar, files, name, identity
         arrays, facts = contents.arrays, contents.facts
         self.shard_sizes = arrays["shard_sizes"].astype(np.int64)
         self.is_one_to_one: bool = facts["one_to_one"]
@@ -77,6 +85,11 @@ class LengthIndex:
         of_key = arrays["shard_filtered"].reshape(len(blocks), len(facts["filters"])).sum(0).tolist()
         self.filtered: Counter[str] = Counter(dict(zip(facts["filters"], of_key, strict=True)))
         self._check_layout(len(starts))
+
+    def __reduce__(self) -> tuple:
+        """In a process that is spawned, the file is mapped again; contents that have no file are copied."""
+        contents = None if self.contents.is_mapped else self.contents
+        return _opened_again, (contents, self.sidecar, self.files, self.name, self.identity)
 
     def _check_layout(self, num_blocks: int) -> None:
         shards = len(self.shard_sizes)
@@ -230,6 +243,12 @@ class LengthIndex:
     def _places(self, level: str, blocks: np.ndarray) -> np.ndarray:
         bounds = self.bounds[level]
         return ranges(bounds[blocks], bounds[blocks + 1] - bounds[blocks])
+
+
+def _opened_again(contents: Contents | None, sidecar: Sidecar, *others: Any) -> LengthIndex:
+    if contents is None and (contents := sidecar.read(others[-1])) is None:
+        raise DataError(f"{others[1]}: its length index was removed or changed; start again.")
+    return LengthIndex(contents, sidecar, *others)
 
 
 def level_of(name: str) -> str:
