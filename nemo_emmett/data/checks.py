@@ -108,8 +108,15 @@ def check_dataset_names(datasets: Mapping[str, Any], place: str) -> None:
             )
 
 
-def check_dataset(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind) -> None:
-    """The checks of :func:`check_data_config` for one dataset."""
+def check_dataset(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind, *, reads: bool = True) -> None:
+    """The checks of :func:`check_data_config` for one dataset.
+
+    Args:
+        dataset: to be checked.
+        tokenizer: NeMo tokenizer.
+        kind: what the dataset takes.
+        reads: also read records of each source until one passes all filters.
+    """
     register_data_types()
     register_prompt_formats()
     if dataset.use_emmett is False:
@@ -133,8 +140,8 @@ def check_dataset(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind) -> 
             _check_batch_size(group)
         if kind is not ExampleKind.AS_READ:
             _check_prompted(group, tokenizer, kind)
-        for source in group.sources:
-            _check_something_is_left(source, group, tokenizer, kind)
+    if reads:
+        check_something_is_left(dataset, tokenizer, kind)
 
 
 def _check_for_nemo_salm(dataset: DatasetConfig) -> None:
@@ -275,10 +282,15 @@ def _check_speech(group: GroupConfig, tokenizer: Any) -> None:
             )
 
 
+def check_something_is_left(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind) -> None:
+    """Send each source's records through NeMo's own filters until one passes. Only manifests and text are read."""
+    for group in dataset.groups:
+        for source in group.sources:
+            if _can_be_probed(source, kind):
+                _check_something_is_left(source, group, tokenizer, kind)
+
+
 def _check_something_is_left(source: Source, group: GroupConfig, tokenizer: Any, kind: ExampleKind) -> None:
-    """Send a source's records through NeMo's own filters until one passes. Nothing but manifests and text is read."""
-    if not _can_be_probed(source, kind):
-        return
     skipped_records = SkippedRecords()
     how = ReaderContext(skipped_records, kind, forbidden=forbidden_text(group.prompt_format, tokenizer))
     allowed = commands_allowed(group.allow_commands)
@@ -287,19 +299,30 @@ def _check_something_is_left(source: Source, group: GroupConfig, tokenizer: Any,
         sampler, _ = build_tolerant_sampler(probe, 0, 1, tokenizer, skipped_records)
         if next(iter(sampler.cuts[0]), None) is not None:
             return
+    raise nothing_is_left(source, group, skipped_records)
+
+
+def nothing_is_left(source: Source, group: GroupConfig, skipped_records: SkippedRecords) -> DataError:
+    """The error for a source of which no example passes.
+
+    Args:
+        source: with its records read once.
+        group: with the filters.
+        skipped_records: what was read and skipped of the source.
+    """
     read, bad = skipped_records.read_count, skipped_records.count()
     causes = skipped_records.causes()
     listed = ", ".join(f"{count} x {cause}" for cause, count in causes.items())
     if read == 0:
-        raise DataError(f"{source.place}: {source.name} is empty; correct the path, or drop the source.")
+        return DataError(f"{source.place}: {source.name} is empty; correct the path, or drop the source.")
     if read <= bad:
         remedy = REMEDIES.get(next(iter(causes)), "mend it, or drop the source") if len(causes) == 1 else "mend it"
-        raise DataError(
+        return DataError(
             f"{source.place}: none of the {read} records of {source.name} can be used ({listed}); {remedy}."
         )
     filters = ", ".join(f"{key}: {group.keys[key]}" for key in FILTER_KEYS if group.keys.get(key) is not None)
     but = f" (bad: {listed})" if bad else ""
-    raise DataError(
+    return DataError(
         f"{source.place}: nothing of {source.name} is left of {read} records{but} after filtering by "
         f"{filters or 'NeMo defaults'}; relax these keys, or drop the source."
     )

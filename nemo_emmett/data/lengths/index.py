@@ -65,6 +65,7 @@ class LengthIndex:
         arrays, facts = contents.arrays, contents.facts
         self.shard_sizes = arrays["shard_sizes"].astype(np.int64)
         self.is_one_to_one: bool = facts["one_to_one"]
+        self._ends_of_shards = np.cumsum(self.shard_sizes)
         blocks = -(-self.shard_sizes // BLOCK)
         self.block_shards = np.repeat(np.arange(len(blocks), dtype=np.int32), blocks)
         first_blocks = np.cumsum(blocks) - blocks
@@ -137,14 +138,14 @@ class LengthIndex:
             filled[name][is_made] = values
         return entries, Measures(**filled)
 
-    def locate(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def locate(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The records of some entries.
 
         Args:
             entries: (M,) numbers of entries.
 
         Returns:
-            (M,) shard; number of the record in it, from 0; how many entries of the record come before.
+            (M,) shard; number of the record in it, from 0; how many entries of the record come before; how many it has.
 
         Raises:
             IndexError: if there is no such entry.
@@ -153,6 +154,12 @@ class LengthIndex:
         entries = np.asarray(entries, np.int64)
         if len(entries) and not (entries.min() >= 0 and entries.max() < self.num_entries):
             raise IndexError(f"{self.name} has {self.num_entries} entries, numbered from 0.")
+        each = self.contents.facts["constants"].get("examples")
+        if each and self.is_one_to_one:  # all records make as many
+            records = entries // each
+            shards = np.searchsorted(self._ends_of_shards, records, side="right")
+            first_records = self._ends_of_shards[shards] - self.shard_sizes[shards]
+            return shards, records - first_records, entries % each, np.full(len(entries), each)
         of_entry = np.searchsorted(self.block_entries, entries, side="right") - 1
         blocks, which = np.unique(of_entry, return_inverse=True)
         self.verify(blocks)
@@ -164,7 +171,8 @@ class LengthIndex:
         numbers = entries - self.block_entries[of_entry] + of_block[which]
         records = np.searchsorted(first, numbers, side="right") - 1
         places = self._places("records", blocks)[records] - self.bounds["records"][of_entry]
-        return self.block_shards[of_entry], self.block_records[of_entry] + places, numbers - first[records]
+        in_shard = self.block_records[of_entry] + places
+        return self.block_shards[of_entry], in_shard, numbers - first[records], counts[records]
 
     def digests(self, shard: int) -> list[int]:
         """Checksums of the content of a shard's files."""

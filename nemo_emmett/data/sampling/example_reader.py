@@ -64,14 +64,9 @@ class SourceReader:
 
     def locate(self, entries: np.ndarray) -> list[Place]:
         """The places of entries (N,)."""
-        shards, records, ks = self.index.locate(entries)
+        shards, records, ks, counts = self.index.locate(entries)
         most = self.records.examples_of_complete if self.index.is_one_to_one else None
-        is_complete = np.full(len(entries), most == 1)  # then a record that has an entry is complete
-        if most is not None and most > 1:
-            # A record is complete if the last example that it can make is an entry of it.
-            last = np.minimum(entries - ks + most - 1, self.index.num_entries - 1)
-            last_shards, last_records, last_ks = self.index.locate(last)
-            is_complete = (last_shards == shards) & (last_records == records) & (last_ks == most - 1)
+        is_complete = counts == most if most is not None else np.zeros(len(entries), bool)
         return list(map(Place, shards.tolist(), records.tolist(), ks.tolist(), is_complete.tolist()))
 
     def read(self, place: Place) -> list:

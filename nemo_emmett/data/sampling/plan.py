@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from lhotse.dataset.dataloading import resolve_seed
 from nemo.utils import logging, logging_mode
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 
 from nemo_emmett.data.blending.weights import blend_of
 from nemo_emmett.data.bucketing.length_stats import auto_bins
+from nemo_emmett.data.checks import nothing_is_left
 from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig
 from nemo_emmett.data.config.nemo_config import sampler_config, with_keys_of_dataset
 from nemo_emmett.data.config.sources import Source
@@ -38,7 +40,7 @@ from nemo_emmett.data.sampling.shuffle import SHUFFLE_BLOCK_SIZE
 from nemo_emmett.data.sampling.source_iterator import ChunkReader, WorkerInfo, chunks_to_open, make_reader
 from nemo_emmett.data.sampling.source_order import SourceOrder
 from nemo_emmett.data.sampling.transforms import TransformPipeline
-from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.families import forbidden_text
 
 
@@ -100,6 +102,10 @@ def _open(dataset: DatasetConfig, kind: ExampleKind, notes: Callable[[], Skipped
         opened.append(_OpenGroup(group, structured, sources, records, reports_to, seeds))
     finite = dataset.force_finite or (not dataset.groups[0].name and _nemo_ends(dataset.sources))
     return _Opened(opened, seed, finite)
+
+
+_BLOCKS_AT_A_TIME = 64
+"""Of a length index, while an example is looked for that is selected."""
 
 
 def plan_sampling(
@@ -207,8 +213,9 @@ def plan_schedule(
             group.structured, chain.constraint, chain.duration_bins, has_tokenizer=tokenizer is not None
         )
         for source, index in zip(group.sources, of_group, strict=True):
-            if not index.shard_sizes.sum():
-                raise DataError(f"{source.place}: {source.name} is empty; correct the path, or drop the source.")
+            if not _has_any(index, selection):
+                index.report(skipped := SkippedRecords())
+                raise nothing_is_left(source, group.group, skipped)
         names = [source.name for source in group.sources]
         sizes = selection.batch_sizes
         orders.append(
@@ -235,6 +242,15 @@ def plan_schedule(
         indexes += of_group
     order = ScheduleOrder(orders, _fusion(dataset), _weights_of_groups(dataset), opened.seed, opened.finite)
     return SchedulePlan(order, readers, indexes)
+
+
+def _has_any(index: LengthIndex, selection: Selection) -> bool:
+    """Whether any example of a source is selected."""
+    blocks = np.arange(len(index.block_shards))
+    return any(
+        (selection.buckets(index.read_blocks(blocks[first : first + _BLOCKS_AT_A_TIME])[1]) >= 0).any()
+        for first in range(0, len(blocks), _BLOCKS_AT_A_TIME)
+    )
 
 
 def _shares(dataset: DatasetConfig, group: _OpenGroup, tokenizer: Any, kind: ExampleKind) -> list[float]:

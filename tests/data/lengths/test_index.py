@@ -106,13 +106,14 @@ def all_entries(index: LengthIndex) -> tuple[np.ndarray, Measures]:
 
 def entries_of_records(index: LengthIndex) -> Iterator[list[int]]:
     """The entries of each record in turn, by ``locate``."""
-    shards, numbers, places = index.locate(np.arange(index.num_entries))
+    shards, numbers, places, counts = index.locate(np.arange(index.num_entries))
     found: dict[tuple[int, int], list[int]] = {}
     for entry, (shard, number, place) in enumerate(
         zip(shards.tolist(), numbers.tolist(), places.tolist(), strict=True)
     ):
         assert place == len(found.setdefault((shard, number), []))
         found[shard, number].append(entry)
+    assert counts.tolist() == [len(found[key]) for key in zip(shards.tolist(), numbers.tolist(), strict=True)]
     for shard, size in enumerate(index.shard_sizes.tolist()):
         yield from (found.get((shard, number), []) for number in range(size))
 
