@@ -28,7 +28,7 @@ from nemo_emmett.data.io.index import FileChanged, Index, Progress, read_at
 from nemo_emmett.data.io.sidecar import Contents
 from nemo_emmett.errors import DataError
 
-_PAGE = 8192
+_PAGE = 4096
 """Bytes. One block is looked up and read at once: the lines that begin in the same page of the file."""
 
 _CHUNK = 1 << 20
@@ -38,12 +38,29 @@ _CACHED_BLOCK = 1 << 16
 """Bytes. Longer blocks (of very long lines) are read again rather than kept."""
 
 
-@lru_cache(maxsize=1024)
-def _cached_lines(state: FileState, offset: int, size: int, checksum: int) -> list[bytes]:
+class _Block:
+    """The lines of a block that was read; it is split when a second one is asked for, since often none is."""
+
+    def __init__(self, block: bytes) -> None:
+        self._block = block
+        self._lines: list[bytes] | None = None
+        self._is_first = True
+
+    def __getitem__(self, number: int) -> bytes:
+        if self._lines is None:
+            if self._is_first:
+                self._is_first = False
+                return self._block.split(b"\n", number + 1)[number]
+            self._lines, self._block = self._block.split(b"\n"), b""
+        return self._lines[number]
+
+
+@lru_cache(maxsize=2048)
+def _cached_block(state: FileState, offset: int, size: int, checksum: int) -> _Block:
     block = read_at(state, offset, size)
     if zlib.crc32(block) != checksum:  # the size and the time of a file can be those of another content
         raise FileChanged.of(state.path)
-    return block.split(b"\n")
+    return _Block(block)
 
 
 class Lines(Index):
@@ -112,7 +129,7 @@ class LineIndex(Lines):
             raise self._none_with(number)
         block = bisect_right(first_lines, number) - 1
         offset, size = offsets[block], offsets[block + 1] - offsets[block]
-        read = _cached_lines if size <= _CACHED_BLOCK else _cached_lines.__wrapped__
+        read = _cached_block if size <= _CACHED_BLOCK else _cached_block.__wrapped__
         try:
             lines = read(self.state, offset, size, checksums[block])
         except FileChanged:

@@ -25,7 +25,7 @@ from nemo_emmett.data.io.tar_index import TarIndex
 from nemo_emmett.errors import ConfigError, DataError
 
 FORK = multiprocessing.get_context("fork")
-PAGE = 8192
+PAGE = 4096
 
 
 def random_text(seed: int) -> bytes:
@@ -119,9 +119,9 @@ def test_an_index_is_small_and_is_read_not_built_the_second_time(numbers, monkey
 def test_a_line_of_ten_megabytes(tmp_path) -> None:
     long = b"x" * 10_000_000
     lines = LineIndex(write(tmp_path / "a.txt", b"one\n" + long + b"\ntwo\n"))
-    line_index._cached_lines.cache_clear()
+    line_index._cached_block.cache_clear()
     assert (lines.read(0), lines.read(1), lines.read(2)) == (b"one", long, b"two")
-    assert line_index._cached_lines.cache_info().currsize == 2, "the long line is not kept"
+    assert line_index._cached_block.cache_info().currsize == 2, "the long line is not kept"
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])

@@ -510,7 +510,7 @@ def test_a_file_that_is_rewritten_is_an_error(opened, tmp_path) -> None:
     assert len(data.read(range(data.size))) == data.size
     text = (tmp_path / "a.es").read_bytes()
     (tmp_path / "a.es").write_bytes(text.replace(b"one", b"uno"))
-    line_index._cached_lines.cache_clear()  # as in a worker that has not read this part yet
+    line_index._cached_block.cache_clear()  # as in a worker that has not read this part yet
     with pytest.raises(DataError, match=r"a\.es: has changed since it was indexed"):
         data.read(range(data.size))
 
