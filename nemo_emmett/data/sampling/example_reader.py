@@ -93,6 +93,7 @@ class SourceReader:
         """
         for lines, digest in zip(self.records.shard_lines[shard], self.index.digests(shard), strict=True):
             if lines.digest != digest:
+                self.index.sidecar.remove()  # else the next start would take it for that of the file
                 raise FileChanged.of(lines.path)
         self._unchanged.add(shard)
 
