@@ -124,6 +124,10 @@ class LengthIndex:
             filled[name][is_made] = values
         return entries, Measures(**filled)
 
+    def blocks_of(self, entries: np.ndarray) -> np.ndarray:
+        """(M,) the block of each of these entries."""
+        return np.searchsorted(self.block_entries, entries, side="right") - 1
+
     def locate(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The records of some entries.
 
@@ -140,7 +144,7 @@ class LengthIndex:
         entries = np.asarray(entries, np.int64)
         if len(entries) and not (entries.min() >= 0 and entries.max() < self.num_entries):
             raise IndexError(f"{self.name} has {self.num_entries} entries, numbered from 0.")
-        of_entry = np.searchsorted(self.block_entries, entries, side="right") - 1
+        of_entry = self.blocks_of(entries)
         blocks, which = np.unique(of_entry, return_inverse=True)
         self.verify(blocks)
         counts = self._entries_of_records(blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -201,7 +201,7 @@ def plan_schedule(
         shares = _shares(dataset, group, tokenizer, kind)
         of_group = [by_place[source.place] for source in group.sources]
         sample = _Sample(lambda g=group: _readers(g, tokenizer, kind, skipped_records, opened.finite), shares, group)
-        chain = _chain(group, tokenizer, kind, skipped_records, sample)
+        chain = _chain(group, tokenizer, kind, skipped_records, sample, by_place)
         skipped_records.drain()
         selection = Selection(
             group.structured, chain.constraint, chain.duration_bins, has_tokenizer=tokenizer is not None
@@ -253,13 +253,19 @@ def _readers(
 
 
 def _chain(
-    group: _OpenGroup, tokenizer: Any, kind: ExampleKind, skipped_records: SkippedRecords, sample: _Sample
+    group: _OpenGroup,
+    tokenizer: Any,
+    kind: ExampleKind,
+    skipped_records: SkippedRecords,
+    sample: _Sample,
+    indexes: Mapping[str, LengthIndex] | None = None,
 ) -> TransformPipeline:
-    """NeMo's maps and filters of a group, with its bins found if they are to be."""
+    """NeMo's maps and filters of a group, with its bins found if they are to be: by length indexes, or by a sample."""
     config = group.structured
     config.reweight_temperature = None  # it is in the shares
     if group.group.has_auto_bins:
-        config.bucket_duration_bins = auto_bins(group.group, tokenizer, kind, sample)
+        of_sample = None if indexes is not None else sample
+        config.bucket_duration_bins = auto_bins(group.group, tokenizer, kind, indexes=indexes, sample=of_sample)
     with reader_context(ReaderContext(skipped_records, kind)):
         return TransformPipeline(config, tokenizer, sample, skipped_records)
 

@@ -167,8 +167,7 @@ class SourceOrder:
             (M,) which of the entries they are, and (M,) :data:`EXAMPLE`, the examples, in this order.
         """
         found = np.flatnonzero(entries < self.index.num_entries)
-        blocks = np.searchsorted(self.index.block_entries, entries[found], side="right") - 1
-        numbers, measures = self.index.read_blocks(np.unique(blocks))  # ascending
+        numbers, measures = self.index.read_blocks(np.unique(self.index.blocks_of(entries[found])))  # ascending
         places = np.searchsorted(numbers, entries[found])
         bucket = self.selection.buckets(measures[places])
         kept = bucket >= 0
