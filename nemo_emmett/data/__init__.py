@@ -9,7 +9,8 @@ In the order in which data flows:
 - ``blending``: sampling weights from sizes.
 - ``bucketing``: optimal bins and their padding.
 - ``sampling``: shuffling, mixing, buckets; NeMo's samplers behind the same interface.
-- ``worker_batches``, ``loader_state``: what a worker sends with a batch, and the state of a loader.
+- ``worker_batches``, ``scheduled_batches``: what a worker sends with a batch, of streamed data and of a schedule.
+- ``loader_state``: the position of training in its data.
 - ``dataset``, ``dataloader``, ``datamodule``: examples to a batch, and what trainings call; ``agreement`` of the ranks
   on each batch.
 - ``checks``: mistakes that depend on files, the tokenizer or the model.
