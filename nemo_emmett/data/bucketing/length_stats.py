@@ -54,7 +54,7 @@ OUTLIERS = "outliers"
 _PROBE = {
     "metadata_only": True,
     "force_map_dataset": False,
-    "force_iterable_dataset": False,
+    "force_iterable_dataset": True,  # speech and text may be mixed
     "max_open_streams": None,
     "noise_path": None,
     "rir_enabled": False,
