@@ -123,6 +123,15 @@ def test_a_text_with_a_control_token_is_not_measured(tmp_path, tokenizer) -> Non
         assert len(function(group, tokenizer, ExampleKind.CONVERSATION, two_dimensional=False).inputs) == 2
 
 
+def test_a_filter_that_needs_more_than_lengths_is_applied_by_reading(tmp_path, tokenizer) -> None:
+    config, _ = instructed(tmp_path)
+    group = group_of({**config, "prompt_format": "plain", "use_multimodal_sampling": True, "min_tpt": 1})
+    given = {"two_dimensional": True}
+    by_reading = found(measure_stream, group, tokenizer, ExampleKind.CONVERSATION, **given)
+    assert found(measure, group, tokenizer, ExampleKind.CONVERSATION, **given) == by_reading
+    assert "TokenPerTokenFilter" in str(by_reading)
+
+
 def test_what_two_filters_leave_out_counts_for_quality(tmp_path, tokenizer) -> None:
     config, _ = CASES["nemo_with_other_fields"](tmp_path)
     manifest = tmp_path / "m.json"
