@@ -19,6 +19,7 @@ from nemo_emmett.data.bucketing.length_stats import Lengths, measure, measure_st
 from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.io.line_index import LineIndex
 from nemo_emmett.data.io.sidecar import HIDDEN_FOLDER
+from nemo_emmett.data.lengths import building
 from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.readers.base import Records
 from nemo_emmett.data.readers.examples import ExampleKind
@@ -190,6 +191,7 @@ def test_a_sample_has_the_shares_of_the_blend(tmp_path, tokenizer) -> None:
     assert len(seen({**config, "input_cfg": [text]}, 1000, shuffle=True)) == 40
     shuffled = seen({**config, "input_cfg": [text]}, 20, shuffle=True)
     assert len(set(shuffled)) == 20
+    assert len(seen({**config, "input_cfg": [text]}, 25, shuffle=True)) == 25
     assert shuffled != seen({**config, "input_cfg": [text]}, 20), "the first lines are the shortest"
     # What filters leave out is of the sample.
     filtered = measure(group_of({**weighted, "max_tokens": 20}), tokenizer, KIND, two_dimensional=True, limit=100)
@@ -204,6 +206,19 @@ def test_a_limit_builds_no_index(tmp_path, tokenizer, monkeypatch) -> None:
     measure(group, tokenizer, KIND, two_dimensional=True)
     with nothing_read(tmp_path, monkeypatch):
         assert len(measure(group, tokenizer, KIND, two_dimensional=True, limit=7).inputs) == 7
+
+
+def test_an_index_that_another_rank_does_not_see_is_not_used(tmp_path, tokenizer, monkeypatch) -> None:
+    """Otherwise ranks would measure by index and by reading, and differ in their bins."""
+    group = group_of(mixed(tmp_path))
+    open_length_indexes([group], tokenizer, KIND)
+    assert None not in open_length_indexes([group], tokenizer, KIND, build=False).values()
+
+    def gather(_, value: object) -> list:
+        return [value, [False] * len(value)] if isinstance(value, list) else [value]
+
+    monkeypatch.setattr(building._Ranks, "gather", gather)
+    assert set(open_length_indexes([group], tokenizer, KIND, build=False).values()) == {None}
 
 
 def test_what_leaves_nothing_is_the_same_sentence(tmp_path, tokenizer) -> None:
