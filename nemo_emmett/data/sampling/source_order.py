@@ -167,7 +167,8 @@ class SourceOrder:
             (M,) which of the entries they are, and (M,) :data:`EXAMPLE`, the examples, in this order.
         """
         found = np.flatnonzero(entries < self.index.num_entries)
-        numbers, measures = self.index.read_blocks(np.unique(self.index.blocks_of(entries[found])))  # ascending
+        blocks = np.searchsorted(self.index.block_entries, entries[found], side="right") - 1
+        numbers, measures = self.index.read_blocks(np.unique(blocks))  # ascending
         places = np.searchsorted(numbers, entries[found])
         bucket = self.selection.buckets(measures[places])
         kept = bucket >= 0
