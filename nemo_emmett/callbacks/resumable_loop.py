@@ -169,12 +169,13 @@ def install_resumable_loop(trainer: Trainer) -> ResumableEpochLoop | None:
 
 
 def _set_up_data(trainer: Trainer, set_up: Callable[[], None]) -> None:
-    """Let ``val_check_interval`` be longer than an epoch, as Lightning does for loaders without a length.
+    """Let ``val_check_interval`` be longer than the data, as Lightning does for loaders without a length.
 
     NeMo's recipes set it to ``limit_train_batches``, which may be more than the data has.
     """
-    every = trainer.check_val_every_n_epoch
-    trainer.check_val_every_n_epoch = None  # what Lightning checks, and nothing else while the data is set up
+    every, interval, limit = trainer.check_val_every_n_epoch, trainer.val_check_interval, trainer.limit_train_batches
+    if isinstance(interval, int) and not (isinstance(limit, int) and interval > limit):
+        trainer.check_val_every_n_epoch = None  # what Lightning checks, and nothing else while the data is set up
     try:
         set_up()
     finally:

@@ -178,12 +178,11 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 self._steps.begin(start)
                 self._report_indexes()
         self.generator.manual_seed(seed)
-        empty_in_a_row = 0
+        empty_in_a_row, is_last = 0, False
         deliveries = super().__iter__()
         at_exit = _end_workers_at_exit(deliveries)
         try:
             for delivery in deliveries:
-                is_last = False
                 if self._steps is not None:
                     state, is_last = self._steps.delivered()
                     delivery = delivery._replace(state=state, filtered=self._steps.take_left_out())
@@ -199,6 +198,12 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                     self._end_schedule()
                 if hand_out:
                     yield delivery.batch or {}
+            if self._steps is not None:
+                if not is_last:  # there was no step
+                    self._end_schedule()
+                self.progress.yielded(
+                    WorkerBatch(None, RecordsDelta(), state=self._steps.snapshot(), is_last=True), False
+                )
             self._merge_notes_of_this_process()
             self.skipped_records.check(self.max_bad_records, at_end=True)
         finally:
@@ -220,6 +225,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             self._reported = epoch
             for index in self.dataset.indexes:
                 index.report(self.skipped_records)
+                self.filtered.update(index.filtered)
             self.skipped_records.drain()
         self.skipped_records.check(self.max_bad_records)
 
@@ -229,11 +235,8 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         Raises:
             TooManyBadRecords: if more was skipped than ``max_bad_records`` allows.
         """
-        records, state = RecordsDelta(), self._steps.snapshot()
-        message = self._steps.end_of_data_message
-        last = WorkerBatch(None, records, state=state, is_last=True, end_of_data_message=message)
-        self._account_for(last._replace(filtered=self._steps.take_left_out()))
-        self.progress.yielded(last, is_batch=False)
+        if message := self._steps.end_of_data_message:
+            logging.info(f"The data has ended: {message}.")
         self.skipped_records.check(self.max_bad_records, at_end=True)
 
     def _all_ranks_hand_out(self, hand_out: bool) -> bool:

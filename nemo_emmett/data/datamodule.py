@@ -18,6 +18,9 @@ from nemo_emmett.data.checks import check_dataset_names
 from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.config.section import keys_within, plain
 from nemo_emmett.data.dataloader import MultimodalDataLoader, get_multimodal_dataloader
+from nemo_emmett.data.io.commands import commands_allowed
+from nemo_emmett.data.lengths.building import open_length_indexes
+from nemo_emmett.data.sampling.nemo_sampler import nemo_sampler_reason
 from nemo_emmett.data.worker_batches import prepare_dataset
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.modules.random_state import random_state, restore_random_state
@@ -105,17 +108,25 @@ class MultimodalDataModule(DataModule, Serialization):
         if train_ds is None:
             return
         _, kind = prepare_dataset(self.dataset)
-        for group in parse_dataset(train_ds, "data.train_ds").groups:
-            if not group.has_auto_bins:
-                continue
-            states = random_state()  # measuring is no part of the training
-            try:
-                bins = bins_awaiting_sizes(group, self.tokenizer, kind)
-            finally:
-                restore_random_state(states)
+        dataset = parse_dataset(train_ds, "data.train_ds")
+        if not (groups := [group for group in dataset.groups if group.has_auto_bins]):
+            return
+        samples_ours = dataset.sampling == "emmett"
+        samples_ours |= dataset.sampling == "auto" and nemo_sampler_reason(dataset, kind) is None
+        states = random_state()  # measuring is no part of the training
+        try:
+            indexes = None
+            if samples_ours:  # the loader will need them
+                with commands_allowed(dataset.allow_commands):
+                    of_ranks = dataset.index_dir, self._get_world_size()
+                    indexes = open_length_indexes(groups, self.tokenizer, kind, *of_ranks)
+            bins = [bins_awaiting_sizes(group, self.tokenizer, kind, indexes) for group in groups]
+        finally:
+            restore_random_state(states)
+        for group, of_group in zip(groups, bins, strict=True):
             config = train_ds[group.name] if group.name else train_ds
             with open_dict(config):
-                config.bucket_duration_bins = bins
+                config.bucket_duration_bins = of_group
 
     def val_dataloader(self) -> CombinedLoader | BroadcastingDataLoader | list:
         """The loaders of ``validation_ds``, side by side: a batch is ``{dataset: batch or None}``."""

@@ -95,7 +95,9 @@ def sentences(number: int) -> list[str]:
 def test_ordinary_text_has_the_ids_that_the_tokenizer_gives(tokenizer_of, family) -> None:
     tokenizer = tokenizer_of(family)
     control = control_tokens_of(tokenizer)
-    marker = next(token for token in control.ids if token != tokenizer.tokenizer.unk_token)
+    # Not the first of the vocabulary, whose order is random in each process. No prompt has a mask, which NeMo's
+    # encoding loses where a blank comes before it.
+    marker = min(control.ids.keys() - {tokenizer.tokenizer.unk_token, tokenizer.tokenizer.mask_token})
     for text in sentences(len(family)):
         for parts in (
             [text],

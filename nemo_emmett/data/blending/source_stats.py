@@ -1,10 +1,10 @@
-"""The size of the sources of a blend: counted once by the readers that training uses, then looked up in sidecars.
+"""The size of sources that have no length index: counted once by streaming them, then looked up in sidecars.
 
 What is counted is what is trained on: an example counts if the source's reader yields it for the dataset. Manifests and
 text are read, never audio. So the causes that only the audio can show (missing, truncated or unreadable files, members
 that a tar file lacks, a channel that a recording lacks) are not known here, and seconds are those of the manifest.
 
-The counts of a shard are in ``train.de.sizes.json``, next to its first file, one entry for each set of reader's
+The counts of some files are in ``train.de.sizes.json``, next to the first of them, one entry for each set of reader's
 settings and tokenizer. They are used while the files have the same content: by size, times and sampled content, or
 where these differ, as after a move or a copy, by all of it.
 """
@@ -15,8 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -27,14 +26,13 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_emmett.data.config.nemo_config import with_keys_of_dataset
-from nemo_emmett.data.config.sources import FILE_KEYS, TEXT_TYPES, Source
+from nemo_emmett.data.config.sources import TEXT_TYPES, Source
 from nemo_emmett.data.io.files import SECONDS_WITHOUT_A_BAR, FileState, content_checksum, is_local
 from nemo_emmett.data.io.sidecar import Contents, Sidecar, is_unchanged, warn_uncached
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.counting import Example, Size, TokenCounter, size_of
-from nemo_emmett.data.readers.base import Records, build_indexes
+from nemo_emmett.data.lengths.identity import NOT_READ
 from nemo_emmett.data.readers.examples import ExampleKind, Examples
-from nemo_emmett.data.readers.random_access import open_records
 from nemo_emmett.data.readers.registry import (
     ReaderContext,
     defaults_of,
@@ -44,29 +42,11 @@ from nemo_emmett.data.readers.registry import (
 )
 from nemo_emmett.data.readers.shar import cuts_of_shar
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.processes import map_in_processes, workers_for
 
 SIDECAR_SUFFIX = ".sizes.json"
 
 _VERSION = 3
 """Raised when other records are usable or sizes are measured in another way: older counts are not used."""
-
-_RECORDS_OF_A_TASK = 10_000
-"""Records that a process counts at a time. Sums do not depend on the number of processes, so that all ranks agree."""
-
-_RECORDS_READ_AHEAD = 1_000
-"""Lines of a compressed file that are held in memory."""
-
-_PARALLEL_FROM = 30_000
-"""Records. Fewer are counted faster than processes start."""
-
-_NOT_READ = frozenset(
-    (
-        *("weight", "shuffle", "shard_seed", "force_finite", "metadata_only", "max_open_streams", "slice_length"),
-        *("audio_locator_tag", "token_equivalent_duration", "force_map_dataset", "force_iterable_dataset", *FILE_KEYS),
-    )
-)
-"""Keys of a source that do not change what its reader yields in a pass, or whose files are identified by content."""
 
 
 class _NoReport(SkippedRecords):
@@ -89,23 +69,19 @@ class _Reading:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Files of a source that are counted together: a shard, or what can only be streamed.
+    """Files of a source that are counted together.
 
     Args:
         source: that they belong to.
         settings: of the source's reader, as JSON.
         files: whose content decides what is counted.
         home: path next to which the counts are kept.
-        records: of the source; None: it can only be streamed.
-        shard: number of the shard in the records.
     """
 
     source: Source
     settings: str
     files: tuple[str, ...]
     home: str
-    records: Records | None = None
-    shard: int = 0
 
     def key(self, reading: _Reading, counter: TokenCounter) -> str:
         """Identifies a count, apart from the content of the files; it stays the same when a folder is moved."""
@@ -119,27 +95,12 @@ class _Part:
         folder = os.path.dirname(self.home) or "."
         return [os.path.relpath(path, folder) if is_local(path) else path for path in self.files]
 
-    def tasks(self) -> list[tuple[int, int]]:
-        """The ranges of records, each counted by one process; a compressed file is one, a stream an empty one."""
-        size = 0 if self.records is None else self.records.shard_sizes[self.shard]
-        is_whole = self.records is None or self.records.is_sequential[self.shard]
-        step = max(size, 1) if is_whole else _RECORDS_OF_A_TASK
-        return [(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
-
-    def examples(self, reading: _Reading, start: int, stop: int, progress: Callable[[int], Any]) -> Iterator[Example]:
-        """The examples of the records from ``start`` to before ``stop``, or of the whole stream."""
-        examples = self._streamed(reading) if self.records is None else self._read(start, stop, progress)
+    def examples(self, reading: _Reading) -> Iterator[Example]:
+        """The examples that a dataset gets of the files."""
+        examples = self._streamed(reading)
         if reading.kind is ExampleKind.AS_READ:
             return examples
         return iter(Examples(examples, reading.kind, defaults_of(self.source), _NoReport(), reading.forbidden))
-
-    def _read(self, start: int, stop: int, progress: Callable[[int], Any]) -> Iterator[Example]:
-        for first in range(start, stop, _RECORDS_READ_AHEAD):
-            behind = min(first + _RECORDS_READ_AHEAD, stop)
-            self.records.prepare(self.shard, first, behind)
-            for number in range(first, behind):
-                yield from self.records.read(self.shard, number)
-            progress(behind - first)
 
     def _streamed(self, reading: _Reading) -> Iterator[Example]:
         register_data_types()
@@ -156,7 +117,7 @@ class _Part:
             raise DataError(f"{source.place}: {self.home} cannot be read to its end ({reason}).") from error
 
 
-def _parts_of(source: Source, reading: _Reading, index_dir: str | None) -> list[_Part] | None:
+def _parts_of(source: Source) -> list[_Part] | None:
     """The parts of a source; None if it cannot be counted.
 
     Raises:
@@ -168,16 +129,11 @@ def _parts_of(source: Source, reading: _Reading, index_dir: str | None) -> list[
     if source.type in ("txt", "txt_jsonl"):
         paths = _named_files(source, "paths")
         return [_Part(source.with_keys(paths=[path]), settings, (path,), path) for path in paths]
-    records = open_records(source, _NoReport(), reading.kind, index_dir, metadata_only=True)
-    if records is None:
-        files = tuple(_metadata_files(source))
-        return [_Part(source, settings, files, files[0])]
+    if not (files := tuple(_metadata_files(source))):
+        return []
     # lhotse takes every file in a folder of Shar for one of its fields: the counts are kept next to the folder.
     in_folders = isinstance(source.shar_path, (str, list))
-    return [
-        _Part(source, settings, files, os.path.dirname(files[0]) if in_folders else files[0], records, shard)
-        for shard, files in enumerate(records.shard_files)
-    ]
+    return [_Part(source, settings, files, os.path.dirname(files[0]) if in_folders else files[0])]
 
 
 def is_countable(source: Source) -> bool:
@@ -215,7 +171,7 @@ def _metadata_files(source: Source) -> list[str]:
 
 def _settings_of(source: Source) -> str:
     """The settings of a source's reader, apart from the place of its files."""
-    settings: dict[str, Any] = {key: value for key, value in source.keys.items() if key not in _NOT_READ}
+    settings: dict[str, Any] = {key: value for key, value in source.keys.items() if key not in NOT_READ}
     settings["languages"] = list(source.paths) if isinstance(source.paths, Mapping) else None
     settings["tars"] = [os.path.basename(path) for key, path in source.files() if key == "tarred_audio_filepaths"]
     return json.dumps(settings, sort_keys=True, default=str)
@@ -281,7 +237,7 @@ def sizes_of(
 ) -> list[Size | None]:
     """The size of each source; None for those that cannot be counted.
 
-    What has not been counted yet is read once, by all cores; more than five seconds of it show a bar.
+    What has not been counted yet is read once; more than five seconds of it show a bar.
 
     Args:
         sources: that are counted.
@@ -295,7 +251,7 @@ def sizes_of(
         DataError: if a file cannot be read, or parallel files have different lengths.
     """
     counter, reading = TokenCounter(tokenizer), _Reading(kind, forbidden)
-    of_source = [_parts_of(source, reading, index_dir) for source in sources]
+    of_source = [_parts_of(source) for source in sources]
     keys = {part: (part.home, part.key(reading, counter)) for parts in of_source for part in parts or ()}
     distinct = {key: part for part, key in keys.items()}
     states = {path: FileState.of(path) for part in distinct.values() for path in part.files}
@@ -309,34 +265,18 @@ def sizes_of(
     for path in {path for part in missing for path in part.files}:
         content_checksum(states[path])  # before the counting: a file that is written to meanwhile is counted again
     uncached = []
-    with closing(_count(missing, reading, counter)) as counted:
-        for home, members in groupby(missing, attrgetter("home")):
-            new = {}
-            for part in members:
-                size = sizes[keys[part]] = next(counted)
-                new[keys[part][1]] = part.names, [states[path] for path in part.files], size
-            if not counts[home].put(new):
-                uncached.append(home)
+    for home, members in groupby(missing, attrgetter("home")):
+        new = {}
+        for part in members:
+            size = sizes[keys[part]] = _count(part, reading, counter)
+            new[keys[part][1]] = part.names, [states[path] for path in part.files], size
+        if not counts[home].put(new):
+            uncached.append(home)
     warn_uncached("counts", uncached)
     return [None if parts is None else sum((sizes[keys[part]] for part in parts), Size()) for parts in of_source]
 
 
-def _count(parts: Sequence[_Part], reading: _Reading, counter: TokenCounter) -> Iterator[Size]:
-    """The size of each part in turn."""
-    build_indexes(list({id(part.records): part.records for part in parts if part.records is not None}.values()))
-    tasks = [(number, *bounds) for number, part in enumerate(parts) for bounds in part.tasks()]
-
-    def count(task: tuple[int, int, int], progress: Callable[[int], Any]) -> Size:
-        number, start, stop = task
-        return size_of(parts[number].examples(reading, start, stop, progress), counter)
-
-    total = sum(stop - start for _, start, stop in tasks)
-    workers = workers_for(len(tasks)) if total >= _PARALLEL_FROM else 1
-    shown = {"desc": "Counting the data", "unit": " records", "unit_scale": True, "delay": SECONDS_WITHOUT_A_BAR}
+def _count(part: _Part, reading: _Reading, counter: TokenCounter) -> Size:
     is_quiet = os.environ.get("LOCAL_RANK", "0") != "0"  # the processes of a training count alike
-    with (
-        tqdm(total=total, disable=is_quiet, **shown) as bar,
-        closing(map_in_processes(count, tasks, workers, bar)) as results,
-    ):
-        for _, of_part in groupby(tasks, lambda task: task[0]):
-            yield sum((next(results) for _ in of_part), Size())
+    shown = {"desc": f"Counting {part.source.name}", "unit": " examples", "unit_scale": True}
+    return size_of(tqdm(part.examples(reading), delay=SECONDS_WITHOUT_A_BAR, disable=is_quiet, **shown), counter)

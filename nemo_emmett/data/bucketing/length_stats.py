@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +21,10 @@ from nemo.collections.common.data.lhotse.sampling import (
     MultimodalFixedBucketBatchSizeConstraint2D,
 )
 from nemo.utils import logging
+from omegaconf import DictConfig
 from tqdm import tqdm
 
+from nemo_emmett.data.blending.weights import blend_of
 from nemo_emmett.data.bucketing.bins import optimal_bins, optimal_bins_2d
 from nemo_emmett.data.bucketing.padding import within_deviations
 from nemo_emmett.data.config.dataset_config import GroupConfig
@@ -29,10 +32,20 @@ from nemo_emmett.data.config.nemo_config import sampler_config
 from nemo_emmett.data.config.sources import SourceGroup
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.lengths.building import open_length_indexes
+from nemo_emmett.data.lengths.identity import maps_config
+from nemo_emmett.data.lengths.index import LengthIndex
+from nemo_emmett.data.lengths.measures import Measures
+from nemo_emmett.data.lengths.selection import Selection
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.registry import ReaderContext, injected_examples, reader_context, register_data_types
-from nemo_emmett.data.sampling.tolerance import SKIPPED, build_tolerant_sampler, guarded
+from nemo_emmett.data.sampling.schedule import GroupOrder, GroupSchedule
+from nemo_emmett.data.sampling.shuffle import SHUFFLE_BLOCK_SIZE
+from nemo_emmett.data.sampling.source_order import SourceOrder, joined
+from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION, SKIPPED, build_tolerant_sampler, guarded
+from nemo_emmett.data.sampling.transforms import FILTERS_OF_LENGTHS
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.prompts.translation import register_prompt_formats
 
 OUTLIERS = "outliers"
@@ -41,7 +54,7 @@ OUTLIERS = "outliers"
 _PROBE = {
     "metadata_only": True,
     "force_map_dataset": False,
-    "force_iterable_dataset": False,
+    "force_iterable_dataset": True,  # speech and text may be mixed
     "max_open_streams": None,
     "noise_path": None,
     "rir_enabled": False,
@@ -54,6 +67,12 @@ _PROBE = {
     "batch_size": 1,
 }
 """Keys of a config that is only measured: no audio is read, no batch is made."""
+
+_SEED = 0
+"""Of the order in which examples are measured if not all are."""
+
+_BLOCKS_AT_A_TIME = 4096
+"""Of a length index, some million records."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +115,115 @@ def measure(
     *,
     two_dimensional: bool,
     limit: int | None = None,
+    indexes: Mapping[str, LengthIndex | None] | None = None,
+) -> Lengths:
+    """Measure the examples of a group: by length indexes or, if a source has none, by reading it without its audio.
+
+    NeMo's own maps and filters are applied, apart from the filter of examples that fit into no bucket.
+
+    Args:
+        group: with the sources.
+        tokenizer: NeMo tokenizer; None measures seconds only.
+        kind: what the dataset takes.
+        two_dimensional: measure outputs, too.
+        limit: measure so many examples, in the order of training; by default each example once.
+        indexes: of the sources, by place. By default they are opened, and built if there is no ``limit``: reading all
+            records takes as long.
+
+    Raises:
+        ConfigError: if the group lacks what measuring needs.
+        DataError: if no example is left to measure.
+    """
+    _check_measurable(group, tokenizer, two_dimensional)
+    if indexes is None:
+        with commands_allowed(group.allow_commands):
+            indexes = open_length_indexes([group], tokenizer, kind, group.index_dir, build=limit is None)
+    of_group = [indexes.get(source.place) for source in group.sources]
+    if None not in of_group:
+        with suppress(NotImplementedError):  # a filter that needs more than lengths
+            return _measure_by_indexes(group, of_group, tokenizer, kind, two_dimensional, limit)
+    return measure_stream(group, tokenizer, kind, two_dimensional=two_dimensional, limit=limit)
+
+
+def _measure_by_indexes(
+    group: GroupConfig,
+    indexes: Sequence[LengthIndex],
+    tokenizer: Any,
+    kind: ExampleKind,
+    two_dimensional: bool,
+    limit: int | None,
+) -> Lengths:
+    config = sampler_config(group, **_PROBE)
+    constraint = _constraint(config, two_dimensional)
+    has_tokenizer = tokenizer is not None
+    selection = Selection(config, constraint, None, has_tokenizer=has_tokenizer)
+    left_out: Counter[str] = Counter()
+    if limit is None:
+        parts = _all_measures(indexes)
+        for index in indexes:
+            left_out += index.filtered
+    else:
+        every = Selection(maps_config(group, tokenizer), constraint, None, has_tokenizer=has_tokenizer)
+        shares = [leaf.share for leaf in blend_of(group, tokenizer=tokenizer, kind=kind).leaves()]
+        parts = _first_measures(group, indexes, every, shares, limit)
+    kept = [selection.lengths(part[selection.buckets(part, left_out) >= 0]) for part in parts]
+    sides = np.concatenate([np.empty((0, 2) if two_dimensional else 0), *kept])
+    dropped = {name: left_out.pop(key) for name, key in KEYS_OF_FUNCTION.items() if left_out[key]}
+    if len(sides):
+        return _lengths_of(sides, dropped, group)
+    skipped_records = SkippedRecords()
+    for index in indexes:
+        index.report(skipped_records)
+    raise _nothing_left(group, skipped_records.read_count, {**skipped_records.causes(), **left_out, **dropped})
+
+
+def _all_measures(indexes: Sequence[LengthIndex]) -> Iterator[Measures]:
+    """Each example once."""
+    for index in indexes:
+        blocks = np.arange(len(index.block_shards))
+        for first in range(0, len(blocks), _BLOCKS_AT_A_TIME):
+            yield index.read_blocks(blocks[first : first + _BLOCKS_AT_A_TIME])[1]
+
+
+def _first_measures(
+    group: GroupConfig, indexes: Sequence[LengthIndex], selection: Selection, shares: Sequence[float], limit: int
+) -> Iterator[Measures]:
+    """The first examples in the order of training, by the shares of the blend, before the filters on lengths.
+
+    Sources start over when they end, so that the shares hold, unless training reads each example once or there is only
+    one source. The seed is not that of training: bins do not depend on it, and are the same on all ranks.
+    """
+    config = sampler_config(group)
+    group_size = max(SHUFFLE_BLOCK_SIZE, config.shuffle_buffer_size or 0)
+    sources = [
+        SourceOrder(index, selection, source.name, config.shuffle, [_SEED, number], group_size)
+        for number, (source, index) in enumerate(zip(group.sources, indexes, strict=True))
+    ]
+    names = [source.name for source in group.sources]
+    order = GroupOrder(group.name, sources, names, list(shares), [limit], drop_last=False)
+    is_once = config.force_finite or (len(sources) == 1 and not _has_weights(group.root))
+    schedule = GroupSchedule(order, world_size=1, only_pass=0 if is_once else None)
+    steps: list[np.ndarray] = []
+    with suppress(StopIteration):
+        while sum(map(len, steps)) < limit:
+            steps.append(schedule.next_step().examples)
+    examples = joined(steps)[:limit]
+    for number, index in enumerate(indexes):
+        entries = examples["entry"][examples["source"] == number]
+        numbers, measures = index.read_blocks(np.unique(index.blocks_of(entries)))
+        yield measures[np.searchsorted(numbers, entries)]
+
+
+def measure_stream(
+    group: GroupConfig,
+    tokenizer: Any,
+    kind: ExampleKind,
+    *,
+    two_dimensional: bool,
+    limit: int | None = None,
     sample: Iterable | None = None,
 ) -> Lengths:
-    """Read the examples of a group, without their audio, through NeMo's own maps and filters, and measure them.
+    """The same as :func:`measure`, by reading examples through NeMo's own maps and filters, without their audio.
 
     Args:
         group: with the sources.
@@ -118,23 +243,15 @@ def measure(
     register_prompt_formats()
     finite = limit is None or not _has_weights(group.root)
     config = sampler_config(group, **_PROBE, force_finite=finite)
-    buckets = [(0.0, 0.0)] if two_dimensional else [0.0]  # only their dimension matters for measuring
-    if config.use_multimodal_sampling:
-        constraint = MultimodalFixedBucketBatchSizeConstraint2D(
-            buckets,
-            [1],
-            token_equivalent_duration=config.token_equivalent_duration,
-            measure_total_length=config.measure_total_length,
-        )
-    else:
-        constraint = FixedBucketBatchSizeConstraint2D(buckets, [1])
+    constraint = _constraint(config, two_dimensional)
     lengths: list = []
     dropped: Counter[str] = Counter()
     fed = nullcontext(config.input_cfg) if sample is None else injected_examples(sample)
     skipped_records = SkippedRecords()
+    forbidden = None if tokenizer is None else forbidden_text(group.prompt_format, tokenizer)
     with (
         logging.temp_verbosity(logging.ERROR),
-        reader_context(ReaderContext(skipped_records, kind)),
+        reader_context(ReaderContext(skipped_records, kind, forbidden=forbidden)),
         commands_allowed(group.allow_commands),
         fed as input_cfg,
     ):
@@ -150,16 +267,35 @@ def measure(
             elif verdict is not SKIPPED:
                 dropped[type(out_by).__name__] += 1
     if not lengths:
-        raise DataError(
-            f"{group.place}: no example is left to make bins of, of {skipped_records.read_count} records "
-            f"({listed({**skipped_records.causes(), **dropped}) or 'there are none'}); mend the data or relax "
-            "its filters."
-        )
-    sides = np.asarray(lengths, dtype=float)
-    unit = "tokens" if group.use_multimodal_sampling else "seconds"
-    if two_dimensional:
-        return Lengths(sides[:, 0], sides[:, 1], dropped, unit)
-    return Lengths(sides, None, dropped, unit)
+        raise _nothing_left(group, skipped_records.read_count, {**skipped_records.causes(), **dropped})
+    return _lengths_of(np.asarray(lengths, dtype=float), dropped, group)
+
+
+def _constraint(structured: DictConfig, two_dimensional: bool) -> FixedBucketBatchSizeConstraint2D:
+    """NeMo's measure of examples, with one bucket that all fit into."""
+    buckets = [(math.inf, math.inf)] if two_dimensional else [math.inf]
+    if not structured.use_multimodal_sampling:
+        return FixedBucketBatchSizeConstraint2D(buckets, [1])
+    return MultimodalFixedBucketBatchSizeConstraint2D(
+        buckets,
+        [1],
+        token_equivalent_duration=structured.token_equivalent_duration,
+        measure_total_length=structured.measure_total_length,
+    )
+
+
+def _lengths_of(sides: np.ndarray, dropped: Mapping[str, int], group: GroupConfig) -> Lengths:
+    inputs, outputs = (sides, None) if sides.ndim == 1 else (sides[:, 0], sides[:, 1])
+    most_first = dict(sorted(dropped.items(), key=lambda item: (-item[1], item[0])))
+    return Lengths(inputs, outputs, most_first, "tokens" if group.use_multimodal_sampling else "seconds")
+
+
+def _nothing_left(group: GroupConfig, num_records: int, causes: Mapping[str, int]) -> DataError:
+    return DataError(
+        f"{group.place}: no example is left to make bins of, of {num_records} records "
+        f"({listed({cause: count for cause, count in causes.items() if cause}) or 'there are none'}); mend the data or "
+        "relax its filters."
+    )
 
 
 def _check_measurable(group: GroupConfig, tokenizer: Any, two_dimensional: bool) -> None:
@@ -182,15 +318,16 @@ def _has_weights(group: SourceGroup) -> bool:
 
 
 def _without_filters(cuts: CutSet) -> tuple[Iterable, list]:
-    """NeMo's chain before its closing filters, and those, in their order; so what they drop can be counted."""
+    """NeMo's chain before its closing filters, and those; so what they drop can be counted."""
     filters = []
     stage = cuts
     while True:
         if isinstance(stage, CutSet):
             stage = stage.data
         if not isinstance(stage, LazyFilter):
-            return stage, filters[::-1]
-        filters.append(stage.predicate)
+            # A length index has no example that a filter of quality leaves out: those come first here as well.
+            return stage, sorted(filters, key=lambda keeps: type(keeps).__name__ in FILTERS_OF_LENGTHS)
+        filters.insert(0, stage.predicate)
         stage = stage.iterator
 
 
@@ -206,7 +343,14 @@ def solve(lengths: Lengths, num_buckets: int, num_sub_buckets: int | None = None
     return optimal_bins_2d(*lengths.sides, num_buckets, num_sub_buckets)
 
 
-def auto_bins(group: GroupConfig, tokenizer: Any, kind: ExampleKind, sample: Iterable | None = None) -> list:
+def auto_bins(
+    group: GroupConfig,
+    tokenizer: Any,
+    kind: ExampleKind,
+    *,
+    indexes: Mapping[str, LengthIndex | None] | None = None,
+    sample: Iterable | None = None,
+) -> list:
     """What ``bucket_duration_bins: auto`` is replaced by; it is logged, to be pasted into the recipe.
 
     Args:
@@ -214,6 +358,7 @@ def auto_bins(group: GroupConfig, tokenizer: Any, kind: ExampleKind, sample: Ite
             many examples are measured).
         tokenizer: NeMo tokenizer.
         kind: what the dataset takes.
+        indexes: of the sources, by place; None: examples are read.
         sample: examples to measure, such as a shuffled stream of them; by default the first of each source.
 
     Returns:
@@ -230,7 +375,7 @@ def auto_bins(group: GroupConfig, tokenizer: Any, kind: ExampleKind, sample: Ite
             f"{group.place}.bucket_batch_size: missing; with num_sub_buckets each of the {group.num_buckets} x "
             f"{group.num_sub_buckets} buckets needs its batch size."
         )
-    bins, num_examples = _solved(group, tokenizer, kind, sample)
+    bins, num_examples = _solved(group, tokenizer, kind, indexes, sample)
     if sizes is None:
         bins = bins[:-1]
     elif len(sizes) != len(bins):
@@ -242,21 +387,32 @@ def auto_bins(group: GroupConfig, tokenizer: Any, kind: ExampleKind, sample: Ite
     return bins
 
 
-def bins_awaiting_sizes(group: GroupConfig, tokenizer: Any, kind: ExampleKind) -> list:
+def bins_awaiting_sizes(
+    group: GroupConfig, tokenizer: Any, kind: ExampleKind, indexes: Mapping[str, LengthIndex | None] | None = None
+) -> list:
     """What ``bucket_duration_bins: auto`` is replaced by where the batch sizes are still to be found.
 
     Every bin has a cap, as batch sizes need it, in one dimension too; ``bucket_batch_size`` is not looked at.
     Arguments and errors are those of :func:`auto_bins`.
     """
-    bins, num_examples = _solved(group, tokenizer, kind)
+    bins, num_examples = _solved(group, tokenizer, kind, indexes)
     _announce(bins, num_examples, group.place)
     return bins
 
 
-def _solved(group: GroupConfig, tokenizer: Any, kind: ExampleKind, sample: Iterable | None = None) -> tuple[list, int]:
+def _solved(
+    group: GroupConfig,
+    tokenizer: Any,
+    kind: ExampleKind,
+    indexes: Mapping[str, LengthIndex | None] | None,
+    sample: Iterable | None = None,
+) -> tuple[list, int]:
     """The bins of a group, each with a cap, and the number of examples that they were found by."""
-    two_dimensional, limit = group.num_sub_buckets is not None, group.num_cuts_for_bins_estimate
-    lengths = measure(group, tokenizer, kind, two_dimensional=two_dimensional, limit=limit, sample=sample)
+    keys = {"two_dimensional": group.num_sub_buckets is not None, "limit": group.num_cuts_for_bins_estimate}
+    if indexes is None:
+        lengths = measure_stream(group, tokenizer, kind, sample=sample, **keys)
+    else:
+        lengths = measure(group, tokenizer, kind, indexes=indexes, **keys)
     return solve(lengths, group.num_buckets, group.num_sub_buckets), len(lengths.inputs)
 
 

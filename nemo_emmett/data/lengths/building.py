@@ -66,6 +66,7 @@ def open_length_indexes(
     index_dir: str | None = None,
     world_size: int = 1,
     places: Collection[str] | None = None,
+    build: bool = True,
 ) -> dict[str, LengthIndex | None]:
     """The length index of each source, by its place in the recipe; what is missing or out of date is built.
 
@@ -76,9 +77,10 @@ def open_length_indexes(
         index_dir: folder for indexes that cannot be written next to the data; by default the group's own.
         world_size: number of ranks that call this together, and then share the work.
         places: of the sources to open; by default all.
+        build: False: open only what is there and up to date.
 
     Returns:
-        None for a source whose records cannot be read by number.
+        None for a source whose records cannot be read by number, or that has no index yet and none is to be built.
 
     Raises:
         ConfigError: if keys do not fit together, or ``index_dir`` cannot be written.
@@ -99,10 +101,10 @@ def open_length_indexes(
             measurer = SourceMeasurer(in_dataset, structured, counter, kind, forbidden, folder)
             opened[source.place] = None
             if measurer.records is not None and measurer.records.shard_files:
-                build = _Build(measurer, forbidden and forbidden.pattern, folder)
-                opened[source.place] = builds.setdefault((build.sidecar, build.identity["identity"]), build)
-    _complete(list(builds.values()), ranks)
-    return {place: None if build is None else build.index for place, build in opened.items()}
+                found = _Build(measurer, forbidden and forbidden.pattern, folder)
+                opened[source.place] = builds.setdefault((found.sidecar, found.identity["identity"]), found)
+    _complete(list(builds.values()), ranks, build)
+    return {place: None if found is None else found.index for place, found in opened.items()}
 
 
 class _Ranks:
@@ -319,12 +321,15 @@ class _Build:
         return contents
 
 
-def _complete(builds: Sequence[_Build], ranks: _Ranks) -> None:
+def _complete(builds: Sequence[_Build], ranks: _Ranks, may_build: bool) -> None:
     """Open indexes, and build those that are missing or out of date."""
     is_open = ranks.together(lambda: [build.open() for build in builds])
     # Another training may be writing them: what one rank has not found, all look at.
     missing = [build for build, *found in zip(builds, *ranks.gather(is_open), strict=True) if not all(found)]
-    if not missing:
+    if not may_build:
+        for build in missing:
+            build.index = None
+    if not missing or not may_build:
         return
     lines = [of_file for build in missing for of_file in build.doubtful_lines()]
     ranks.together(lambda: build_indexes(ranks.share(lines)))

@@ -24,7 +24,7 @@ from nemo_emmett.data.lengths.counting import PROBE, TokenCounter
 from nemo_emmett.data.readers.examples import ExampleKind, as_conversation
 from nemo_emmett.data.readers.registry import defaults_of
 
-_NOT_READ = frozenset(
+NOT_READ = frozenset(
     (
         *("weight", "shuffle", "shard_seed", "force_finite", "metadata_only", "max_open_streams", "slice_length"),
         *("audio_locator_tag", "token_equivalent_duration", "force_map_dataset", "force_iterable_dataset", *FILE_KEYS),
@@ -33,6 +33,7 @@ _NOT_READ = frozenset(
 """Keys of a source that do not change what its reader yields in a pass, or whose files are identified by content."""
 
 _UNFILTERED = {
+    "reweight_temperature": None,
     **{key: getattr(LhotseDataLoadingConfig, key) for key in ("min_duration", "max_duration", "min_tps", "max_tps")},
     **{key: getattr(LhotseDataLoadingConfig, key) for key in ("min_tokens", "max_tokens", "min_tpt", "max_tpt")},
     "noise_path": None,
@@ -67,7 +68,7 @@ def maps_config(group: GroupConfig, tokenizer: Any) -> DictConfig:
 
 def settings_of(source: Source) -> dict[str, Any]:
     """The settings of a source's reader, apart from the place of its files."""
-    settings: dict[str, Any] = {key: value for key, value in source.keys.items() if key not in _NOT_READ}
+    settings: dict[str, Any] = {key: value for key, value in source.keys.items() if key not in NOT_READ}
     settings["languages"] = list(source.paths) if isinstance(source.paths, Mapping) else None
     settings["tars"] = _base_names(source.tarred_audio_filepaths)
     return settings

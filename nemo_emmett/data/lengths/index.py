@@ -138,6 +138,10 @@ class LengthIndex:
             filled[name][is_made] = values
         return entries, Measures(**filled)
 
+    def blocks_of(self, entries: np.ndarray) -> np.ndarray:
+        """(M,) the block of each of these entries."""
+        return np.searchsorted(self.block_entries, entries, side="right") - 1
+
     def locate(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The records of some entries.
 
@@ -160,7 +164,7 @@ class LengthIndex:
             shards = np.searchsorted(self._ends_of_shards, records, side="right")
             first_records = self._ends_of_shards[shards] - self.shard_sizes[shards]
             return shards, records - first_records, entries % each, np.full(len(entries), each)
-        of_entry = np.searchsorted(self.block_entries, entries, side="right") - 1
+        of_entry = self.blocks_of(entries)
         blocks, which = np.unique(of_entry, return_inverse=True)
         self.verify(blocks)
         counts = self._entries_of_records(blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -42,6 +42,7 @@ from nemo_emmett.data.sampling.source_order import SourceOrder
 from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.families import forbidden_text
+from nemo_emmett.typed_config import is_number
 
 
 @dataclass
@@ -185,18 +186,14 @@ def plan_schedule(
         DataError: if a source holds nothing.
     """
     opened = _open(dataset, kind, Recorder)
-    streamed = [
-        source.name
-        for group in opened.groups
-        for source, records in zip(group.sources, group.records, strict=True)
-        if records is None or any(records.is_sequential)
-    ]
-    by_place = {} if streamed else open_length_indexes(dataset.groups, tokenizer, kind, dataset.index_dir, world_size)
-    streamed += [place for place, index in by_place.items() if index is None]
-    if streamed:
+    by_place = {}
+    if (reason := _reason_to_stream(opened, kind)) is None:
+        by_place = open_length_indexes(dataset.groups, tokenizer, kind, dataset.index_dir, world_size)
+        reason = next((f"{place} has no length index" for place, index in by_place.items() if index is None), None)
+    if reason is not None:
         logging.info(
-            f"{dataset.place}: {streamed[0]} can only be read from its beginning, so all data is streamed: each rank "
-            "reads the records of all ranks, and batches depend on the numbers of ranks and workers.",
+            f"{dataset.place}: {reason}, so all data is streamed: each rank reads the records of all ranks, and batches "
+            "depend on the numbers of ranks and workers.",
             mode=logging_mode.ONCE,
         )
         return None
@@ -207,7 +204,7 @@ def plan_schedule(
         shares = _shares(dataset, group, tokenizer, kind)
         of_group = [by_place[source.place] for source in group.sources]
         sample = _Sample(lambda g=group: _readers(g, tokenizer, kind, skipped_records, opened.finite), shares, group)
-        chain = _chain(group, tokenizer, kind, skipped_records, sample)
+        chain = _chain(group, tokenizer, kind, skipped_records, sample, by_place)
         skipped_records.drain()
         selection = Selection(
             group.structured, chain.constraint, chain.duration_bins, has_tokenizer=tokenizer is not None
@@ -244,6 +241,18 @@ def plan_schedule(
     return SchedulePlan(order, readers, indexes)
 
 
+def _reason_to_stream(opened: _Opened, kind: ExampleKind) -> str | None:
+    """Why a dataset cannot have a schedule; None if it can."""
+    for group in opened.groups:
+        rates = [key for key in ("min_tpt", "max_tpt") if is_number(group.group.keys.get(key))]
+        if kind is ExampleKind.CONVERSATION and rates and not all(source.is_text for source in group.sources):
+            return f"{rates[0]} compares tokens of text alone, which the length index of conversations does not have"
+        for source, records in zip(group.sources, group.records, strict=True):
+            if records is None or any(records.is_sequential):
+                return f"{source.name} can only be read from its beginning"
+    return None
+
+
 def _has_any(index: LengthIndex, selection: Selection) -> bool:
     """Whether any example of a source is selected."""
     blocks = np.arange(len(index.block_shards))
@@ -269,13 +278,19 @@ def _readers(
 
 
 def _chain(
-    group: _OpenGroup, tokenizer: Any, kind: ExampleKind, skipped_records: SkippedRecords, sample: _Sample
+    group: _OpenGroup,
+    tokenizer: Any,
+    kind: ExampleKind,
+    skipped_records: SkippedRecords,
+    sample: _Sample,
+    indexes: Mapping[str, LengthIndex] | None = None,
 ) -> TransformPipeline:
-    """NeMo's maps and filters of a group, with its bins found if they are to be."""
+    """NeMo's maps and filters of a group, with its bins found if they are to be: by length indexes, or by a sample."""
     config = group.structured
     config.reweight_temperature = None  # it is in the shares
     if group.group.has_auto_bins:
-        config.bucket_duration_bins = auto_bins(group.group, tokenizer, kind, sample)
+        of_sample = None if indexes is not None else sample
+        config.bucket_duration_bins = auto_bins(group.group, tokenizer, kind, indexes=indexes, sample=of_sample)
     with reader_context(ReaderContext(skipped_records, kind)):
         return TransformPipeline(config, tokenizer, sample, skipped_records)
 

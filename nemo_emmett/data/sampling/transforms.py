@@ -43,7 +43,7 @@ _DETERMINISTIC = {
 }
 """The functions that draw nothing. Any other counts as random: lhotse gives new cuts random ids, as truncation does."""
 
-_FILTERS_OF_LENGTHS = {
+FILTERS_OF_LENGTHS = {
     "DurationFilter",
     "TokenCountFilter",
     "TokenPerSecondFilter",
@@ -217,7 +217,7 @@ class TransformPipeline:
 
     def _filters_lengths(self, step: Step) -> bool:
         is_filter = isinstance(step, partial) and step.func == self._apply_filter
-        return is_filter and type(step.args[0]).__name__ in _FILTERS_OF_LENGTHS
+        return is_filter and type(step.args[0]).__name__ in FILTERS_OF_LENGTHS
 
     def _map_step(self, stage: LazyMapper) -> Step:
         function = stage.fn.func if isinstance(stage.fn, partial) else stage.fn

@@ -126,7 +126,7 @@ def test_a_limit_and_examples_from_elsewhere(text, tokenizer) -> None:
     from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample, TextExample
 
     pair = SourceTargetTextExample(TextExample("one two", "en"), TextExample("eins", "de"), custom={"id": "given"})
-    given = measure(text, tokenizer, two_dimensional=True, sample=[pair])
+    given = length_stats.measure_stream(group_of(text), tokenizer, TRANSLATION, two_dimensional=True, sample=[pair])
     assert (given.inputs.tolist(), given.outputs.tolist()) == ([4], [2])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from itertools import chain, islice
 from pathlib import Path
@@ -310,3 +311,16 @@ def test_a_source_goes_on_by_the_seed_of_its_checkpoint(load, tmp_path):
     assert sorted(i for batch in before + after for i in batch) == sorted(
         f"text_de.en:{number}" for number in range(1, 301)
     )
+
+
+def test_data_that_can_only_be_read_from_its_beginning_is_streamed_and_the_log_says_so(load, groups, tmp_path, caplog):
+    (tmp_path / "more.en.gz").write_bytes(gzip.compress(b"one\n" * 9))
+    (tmp_path / "more.fr.gz").write_bytes(gzip.compress(b"un\n" * 9))
+    languages = {"source_lang": "en", "target_lang": "fr"}
+    paths = {"source_paths": f"{tmp_path}/more.en.gz", "target_paths": f"{tmp_path}/more.fr.gz"}
+    source = {"type": "parallel_text", **paths, **languages}
+    loader = load({"input_cfg": [source], "use_multimodal_sampling": True, "batch_size": 3, "force_finite": True})
+    assert sum(len(ids_of(batch)) for batch in loader) == 9
+    assert "more.{en,fr}.gz can only be read from its beginning, so all data is streamed" in caplog.text
+    with pytest.raises(TypeError):
+        len(loader)
