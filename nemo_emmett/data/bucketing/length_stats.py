@@ -256,6 +256,8 @@ def measure_stream(
         fed as input_cfg,
     ):
         config.input_cfg = input_cfg
+        if sample is not None:
+            config.reweight_temperature = None  # of the sources, which are not opened
         sampler, _ = build_tolerant_sampler(config, 0, 1, tokenizer, skipped_records)
         examples, filters = _without_filters(sampler.cuts[0])
         title = f"Measuring {group.place}"

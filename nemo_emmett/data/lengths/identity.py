@@ -45,6 +45,7 @@ _UNFILTERED = {
     "batch_tokens": None,
     "batch_size": 1,
     "max_open_streams": None,
+    "reweight_temperature": None,  # in the shares of the blend
     "force_map_dataset": False,
     "force_iterable_dataset": False,
 }

@@ -126,8 +126,16 @@ def test_a_limit_and_examples_from_elsewhere(text, tokenizer) -> None:
     from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample, TextExample
 
     pair = SourceTargetTextExample(TextExample("one two", "en"), TextExample("eins", "de"), custom={"id": "given"})
-    given = length_stats.measure_stream(group_of(text), tokenizer, TRANSLATION, two_dimensional=True, sample=[pair])
-    assert (given.inputs.tolist(), given.outputs.tolist()) == ([4], [2])
+    nested = {
+        **text,
+        "input_cfg": [{"type": "group", "input_cfg": text["input_cfg"]}],
+        "reweight_temperature": [1.0, 0.5],
+    }
+    for section in (text, nested):
+        group = group_of(section)
+        given = length_stats.measure_stream(group, tokenizer, TRANSLATION, two_dimensional=True, sample=[pair])
+        assert (given.inputs.tolist(), given.outputs.tolist()) == ([4], [2])
+    assert len(measure(nested, tokenizer, two_dimensional=True).inputs) == 8
 
 
 def test_what_cannot_be_measured(text, spoken, tokenizer) -> None:
