@@ -44,7 +44,7 @@ LARGE = 2_000_000
 """Lines of text in one direction, for memory and the time to the first batch."""
 
 SHARDS = 10_000
-"""Files of two hundred lines each, for the time to the first batch."""
+"""Files of twenty lines each, for the time to the first batch."""
 
 WARM_UP = 10
 BUCKETS = {
@@ -237,14 +237,14 @@ def main() -> None:
 
 
 def make_shards(data: Path, task: dict[str, Any]) -> None:
-    """Many files of two hundred lines of the two languages."""
+    """Many files of twenty lines of the two languages."""
     folder = data / f"shards-{SHARDS}"
     if folder.exists():
         return
     paths = aligned_text(task)
     folder.mkdir()
     for language in ("en", "de"):
-        lines = Path(paths[language]).read_text().splitlines(keepends=True)[:200]
+        lines = Path(paths[language]).read_text().splitlines(keepends=True)[:20]
         for number in range(SHARDS):
             (folder / f"part_{number}.{language}").write_text("".join(lines))
 

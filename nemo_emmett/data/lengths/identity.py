@@ -33,7 +33,6 @@ NOT_READ = frozenset(
 """Keys of a source that do not change what its reader yields in a pass, or whose files are identified by content."""
 
 _UNFILTERED = {
-    "reweight_temperature": None,
     **{key: getattr(LhotseDataLoadingConfig, key) for key in ("min_duration", "max_duration", "min_tps", "max_tps")},
     **{key: getattr(LhotseDataLoadingConfig, key) for key in ("min_tokens", "max_tokens", "min_tpt", "max_tpt")},
     "noise_path": None,

@@ -192,8 +192,8 @@ def plan_schedule(
         reason = next((f"{place} has no length index" for place, index in by_place.items() if index is None), None)
     if reason is not None:
         logging.info(
-            f"{dataset.place}: {reason}, so all data is streamed: each rank reads the records of all ranks, and batches "
-            "depend on the numbers of ranks and workers.",
+            f"{dataset.place}: {reason}, so all data is streamed: each rank reads the records of all ranks, and "
+            "batches depend on the numbers of ranks and workers.",
             mode=logging_mode.ONCE,
         )
         return None

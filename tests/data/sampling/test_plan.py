@@ -321,6 +321,6 @@ def test_data_that_can_only_be_read_from_its_beginning_is_streamed_and_the_log_s
     source = {"type": "parallel_text", **paths, **languages}
     loader = load({"input_cfg": [source], "use_multimodal_sampling": True, "batch_size": 3, "force_finite": True})
     assert sum(len(ids_of(batch)) for batch in loader) == 9
-    assert "more.{en,fr}.gz can only be read from its beginning, so all data is streamed" in caplog.text
+    assert "more.fr.gz can only be read from its beginning, so all data is streamed" in caplog.text
     with pytest.raises(TypeError):
         len(loader)
