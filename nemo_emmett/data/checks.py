@@ -115,7 +115,7 @@ def check_dataset(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind, *, 
         dataset: to be checked.
         tokenizer: NeMo tokenizer.
         kind: what the dataset takes.
-        reads: also read records of each source until one passes all filters.
+        reads: also :func:`check_records`.
     """
     register_data_types()
     register_prompt_formats()
@@ -134,14 +134,12 @@ def check_dataset(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind, *, 
         rir_path = group.keys.get("rir_path")
         if group.keys.get("rir_enabled") and rir_path and is_local(rir_path) and not Path(rir_path).exists():
             raise DataError(f"{group.place}.rir_path: there is no file '{rir_path}'; correct the path.")
-        for source in group.sources:
-            _check_parallel(source)
         if tokenizer is not None or kind is ExampleKind.AS_READ:
             _check_batch_size(group)
         if kind is not ExampleKind.AS_READ:
             _check_prompted(group, tokenizer, kind)
     if reads:
-        check_something_is_left(dataset, tokenizer, kind)
+        check_records(dataset, tokenizer, kind)
 
 
 def _check_for_nemo_salm(dataset: DatasetConfig) -> None:
@@ -282,10 +280,14 @@ def _check_speech(group: GroupConfig, tokenizer: Any) -> None:
             )
 
 
-def check_something_is_left(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind) -> None:
-    """Send each source's records through NeMo's own filters until one passes. Only manifests and text are read."""
+def check_records(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind) -> None:
+    """Count the lines of parallel text, and send each source's records through NeMo's own filters until one passes.
+
+    Only manifests and text are read.
+    """
     for group in dataset.groups:
         for source in group.sources:
+            _check_parallel(source)
             if _can_be_probed(source, kind):
                 _check_something_is_left(source, group, tokenizer, kind)
 

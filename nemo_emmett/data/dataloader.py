@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from torch.utils.data._utils import signal_handling
 
 from nemo_emmett.data.agreement import RanksInStep, ranks_load_data
-from nemo_emmett.data.checks import check_dataset, check_something_is_left
+from nemo_emmett.data.checks import check_dataset, check_records
 from nemo_emmett.data.config.dataset_config import DatasetConfig, parse_dataset
 from nemo_emmett.data.config.section import place_of
 from nemo_emmett.data.config.sources import source_of_files
@@ -368,7 +368,7 @@ def get_multimodal_dataloader(
     dataset, kind = prepare_dataset(dataset)
     data = parse_dataset(config, place or place_of(config, "model" if kind is ExampleKind.AS_READ else "data"))
     we_sample = not shard_batches and _we_sample(data, kind)
-    check_dataset(data, tokenizer, kind, reads=not we_sample)  # a length index shows what is left of a source
+    check_dataset(data, tokenizer, kind, reads=not we_sample)  # length indexes show the same
     if shard_batches and data.sampling == "emmett":
         raise ConfigError(f"{data.place}.sampling: batches are dealt out from NeMo's samplers only; leave the key out.")
     maybe_set_cuda_expandable_segments(enabled=data.cuda_expandable_segments)
@@ -390,7 +390,7 @@ def get_multimodal_dataloader(
             flavour = {"dataset": batches, "sampler": ScheduledSteps(order, global_rank, world_size), "stream": stream}
             seed = order.seed
         elif we_sample:
-            check_something_is_left(data, tokenizer, kind)
+            check_records(data, tokenizer, kind)
             flavour = {"dataset": (streamed := stream())}
             seed = streamed.plan.seed
         else:
