@@ -108,7 +108,7 @@ def test_lengths_are_those_of_reading(tmp_path, tokenizer, name, filters) -> Non
         assert found(measure, group, tokenizer, KIND, **given) == found(measure_stream, group, tokenizer, KIND, **given)
 
 
-@pytest.mark.parametrize("name", STREAMED_OTHERWISE)
+@pytest.mark.parametrize("name", sorted(STREAMED_OTHERWISE))
 def test_lengths_are_those_of_training(tmp_path, tokenizer, name) -> None:
     config, _ = CASES[name](tmp_path)
     config["prompt_format"] = "emmett_t5"
