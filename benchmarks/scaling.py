@@ -45,8 +45,10 @@ TEXT = [[tokens, outputs] for tokens, outputs in product((32, 96, 256), (32, 200
 GPUS = (8, 64, 512)
 WAV_BYTES_PER_SECOND = 32_000
 """16 kHz, 16 bit, mono; FLAC takes about half."""
-RECORDS_PER_WORKER_SECOND = 7_000
-"""Lines of text and records of manifests that a data worker reads (docs/data.md, "How our own samplers work")."""
+SECONDS_A_TEXT, SECONDS_A_SECOND_OF_SPEECH = 0.3e-3, 0.3e-3
+"""What a data worker takes to read and tokenise an example of text, and to read speech (results/dataloading.json)."""
+SCHEDULE_SECONDS_AN_EXAMPLE = 0.1e-6
+"""What the main process of a rank takes for each example of the global batch (results/ranks.json)."""
 RUNS = ("salm_gpt", "salm_t5", "bestow_gpt", "salm_gpt+model.activation_checkpointing=true")
 
 
@@ -185,7 +187,9 @@ def at_scale(planned: dict[str, Any], gpus: int) -> dict[str, float]:
         "examples a step, all GPUs": examples * gpus,
         "audio read, MB a second and GPU": audio_per_second * WAV_BYTES_PER_SECOND / 1e6,
         "audio read, GB a second, all GPUs": audio_per_second * WAV_BYTES_PER_SECOND * gpus / 1e9,
-        "data workers a GPU, at least": steps_per_second * examples * gpus / RECORDS_PER_WORKER_SECOND,
+        "data workers a GPU, at least": planned["text"]["mean_batch_size"] * steps_per_second * SECONDS_A_TEXT
+        + audio_per_second * SECONDS_A_SECOND_OF_SPEECH,
+        "schedule, ms a step": examples * gpus * SCHEDULE_SECONDS_AN_EXAMPLE * 1000,
         "hours for 10,000 hours of speech": 10_000 * 3600 / audio_per_second / gpus / 3600,
     }
 

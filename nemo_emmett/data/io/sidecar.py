@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import stat
 import zlib
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from nemo.utils import logging
 
 from nemo_emmett.data.io.files import FileState, content_checksum, is_local
@@ -226,7 +226,10 @@ def _read(place: str, wanted: Mapping[str, Any]) -> Contents | None:
                 raise ValueError("out of date")
             if len(line) % 64:
                 raise ValueError("cut off")
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            size = os.fstat(file.fileno()).st_size
+        # Python's mmap would keep a descriptor open; ten thousand shards are more files than a process may have open.
+        view = torch.from_file(place, shared=False, size=size, dtype=torch.uint8).numpy()
+        view.flags.writeable = False
         arrays, offset = {}, len(line)
         for name, dtype, count in header["arrays"]:
             arrays[name] = np.frombuffer(view, dtype, count, offset)  # refuses objects, and what is not in the file
@@ -238,6 +241,6 @@ def _read(place: str, wanted: Mapping[str, Any]) -> Contents | None:
         return contents
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError):
         logging.info(f"{place} is damaged, or does not fit the data as it is now: it is written again.")
         return None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nemo_emmett.data.blending import source_stats as sizes
 from nemo_emmett.data.blending.source_stats import sizes_of
@@ -300,9 +301,8 @@ def test_something_else_in_the_place_of_an_index_is_no_index(tmp_path, messages,
     }
     make[what]()
     if what == "unreadable":  # permissions would not hold back a root user
-        real = sidecar.mmap.mmap
-        maps = iter([refuse, real])
-        monkeypatch.setattr(sidecar.mmap, "mmap", lambda *args, **keys: next(maps)(*args, **keys))
+        maps = iter([refuse, torch.from_file])
+        monkeypatch.setattr(sidecar.torch, "from_file", lambda *args, **keys: next(maps)(*args, **keys))
     lines = LineIndex(str(path))
     assert [lines.read(i) for i in range(400)] == LINES[:400]
     assert sum("does not fit" in message for message in messages) == (what != "broken link")
