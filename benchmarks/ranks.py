@@ -60,7 +60,7 @@ def config_of(task: dict[str, Any]) -> dict[str, Any]:
     if task["kind"] == "speech":
         source = {"type": "nemo", "manifest_filepath": make_speech(data, LINES["speech"])}
         buckets = {"bucket_duration_bins": [2.5, 4.0, 5.5, 7.0, 8.5], "bucket_batch_size": [24, 20, 16, 12, 8]}
-        return {**COMMON, "input_cfg": [source], **buckets}
+        return {**COMMON, "input_cfg": [source, source], **buckets}  # data of a single manifest would end
     if task["kind"] == "shards":
         folder = data / f"shards-{SHARDS}"
         paths = {lang: f"{folder}/part__OP_0..{SHARDS - 1}_CL_.{lang}" for lang in ("en", "de")}
