@@ -318,6 +318,10 @@ class TestReportsOnData:
         assert "a.en none it is streamed" in words
         assert outputs[1].count("already") == 2
         assert len(list((tmp_path / HIDDEN_FOLDER).glob("*.lengths"))) == 2
+        (tmp_path / "a.json").unlink()
+        done = invoke("index", tmp_path / "data.yaml")
+        assert done.exit_code == 2
+        assert f"input_cfg.0.manifest_filepath: there is no file '{tmp_path}/a.json'" in done.output.replace("\n", "")
 
     def test_the_models_defaults_are_filled_in(self, invoke, recipe, tmp_path: Path, monkeypatch) -> None:
         from omegaconf import OmegaConf

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import contextmanager
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -92,7 +92,8 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self._epoch_of_last_pass: int | None = None
         self.progress: LoaderState | None = None
         self._ranks: RanksInStep | None = None
-        self._reported: int | None = None  # number of the pass for which the sources' bad records were counted last
+        self._pass: int | None = None  # number of the pass over finite data that is under way
+        self._reports_indexes = True  # what cannot be used of the sources is still to be counted
         world_size, finite = 1, False
         if isinstance(dataset, ResumableWorkerBatches):
             world_size, finite = dataset.plan.world_size, dataset.plan.finite
@@ -125,7 +126,9 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         """
         if self._streamed is not None:
             return len(self._streamed)
-        return super().__len__() if self._steps is None else self._steps.steps_of_epoch(self.progress.epoch)
+        if self._steps is None:
+            return super().__len__()
+        return self._steps.steps_of_epoch(self.progress.next_pass if self._pass is None else self._pass)
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is in the data: behind the last batch trained on, as far as that is counted
@@ -176,6 +179,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 self.dataset.start = start
             else:
                 self._steps.begin(start)
+                self._pass = start.epoch
                 self._report_indexes()
         self.generator.manual_seed(seed)
         empty_in_a_row, is_last = 0, False
@@ -211,6 +215,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 at_exit.cancel()
             except TypeError:  # the interpreter closes this generator at its very end, when modules are gone
                 return
+            self._pass = None
             self._report_epoch()
 
     def _report_indexes(self) -> None:
@@ -219,10 +224,8 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         Raises:
             TooManyBadRecords: if it is more than ``max_bad_records`` allows.
         """
-        if self._reported is not None and not self._steps.order.finite:
-            return
-        if self._reported != (epoch := self.progress.epoch):
-            self._reported = epoch
+        if self._reports_indexes:
+            self._reports_indexes = self._steps.order.finite
             for index in self.dataset.indexes:
                 index.report(self.skipped_records)
                 self.filtered.update(index.filtered)
@@ -375,14 +378,14 @@ def get_multimodal_dataloader(
 
     skipped_records = SkippedRecords()
     dataset = WorkerBatchDataset(dataset, skipped_records, data.allow_commands)
-    states, allowed = random_state(), ExitStack()
-    allowed.enter_context(commands_allowed(data.allow_commands))
-    try:  # the samplers are seeded with the dataset's own seed; the generators of the training must not move
-        schedule = plan_schedule(data, tokenizer, kind, skipped_records, world_size) if we_sample else None
 
-        def stream() -> ResumableWorkerBatches:
+    def stream() -> ResumableWorkerBatches:
+        with _building_samplers(data.allow_commands):
             plan = plan_sampling(data, tokenizer, kind, skipped_records, world_size)
-            return ResumableWorkerBatches(dataset, plan, global_rank)
+        return ResumableWorkerBatches(dataset, plan, global_rank)
+
+    with _building_samplers(data.allow_commands):
+        schedule = plan_schedule(data, tokenizer, kind, skipped_records, world_size) if we_sample else None
 
         if schedule is not None:
             order = schedule.order
@@ -402,9 +405,6 @@ def get_multimodal_dataloader(
             if is_iterable:
                 of_workers = IterableWorkerBatches(dataset, sampler)
                 flavour = {"dataset": of_workers, "persistent_workers": data.num_workers > 0}
-    finally:
-        restore_random_state(states)
-        allowed.close()
     if flavour["dataset"] is not dataset:
         # Seeds each worker of each rank differently: NeMo's samplers all read all data, each in its own order.
         flavour["worker_init_fn"] = make_worker_init_fn(rank=global_rank, world_size=world_size, seed=seed)
@@ -425,6 +425,17 @@ def get_multimodal_dataloader(
         num_workers=data.num_workers,
         pin_memory=data.pin_memory,
     )
+
+
+@contextmanager
+def _building_samplers(allow_commands: bool) -> Iterator[None]:
+    """Samplers are seeded with the dataset's own seed: the generators of the training must not move."""
+    states = random_state()
+    try:
+        with commands_allowed(allow_commands):
+            yield
+    finally:
+        restore_random_state(states)
 
 
 def _we_sample(data: DatasetConfig, kind: ExampleKind) -> bool:

@@ -155,12 +155,7 @@ class LoaderState:
             )
         if state.get("version") != VERSION:
             raise _other_version(state, VERSION)
-        if state["seed"] != self.seed:
-            logging.warning(
-                f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: "
-                "sources continue in the checkpoint's order to the end of the epoch, but groups are mixed and batches "
-                f"augmented by the new seed; for the same batches set seed and shard_seed to {state['seed']}."
-            )
+        self._compare_seed(state)
         workers, ended, next_worker = list(state["workers"]), list(state["ended"]), state["next_worker"]
         if state["num_workers"] != self.num_workers:
             logging.warning(
@@ -182,6 +177,14 @@ class LoaderState:
         if state.get("epoch_ended"):
             self.end_epoch()
 
+    def _compare_seed(self, state: Mapping[str, Any]) -> None:
+        if state["seed"] != self.seed:
+            logging.warning(
+                f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: "
+                "sources continue in the checkpoint's order to the end of the epoch, but groups are mixed and batches "
+                f"augmented by the new seed; for the same batches set seed and shard_seed to {state['seed']}."
+            )
+
 
 class ScheduleState(LoaderState):
     """The state of a schedule after the last batch trained on; the same for any number of workers.
@@ -198,7 +201,7 @@ class ScheduleState(LoaderState):
         self.steps = steps
 
     @property
-    def epoch(self) -> int:
+    def next_pass(self) -> int:
         """Number of the pass over finite data that the next iteration is, or is the rest of."""
         has_begun = self._states[0] is not None and self.finite and not self._completes_pass
         return self._epoch + (has_begun or all(self._ended))
@@ -226,12 +229,7 @@ class ScheduleState(LoaderState):
         """
         if state.get("version") != SCHEDULE_VERSION:
             raise _other_version(state, SCHEDULE_VERSION)
-        if state["seed"] != self.seed:
-            logging.warning(
-                f"The checkpoint's data was shuffled by the seed {state['seed']}, this run's is by {self.seed}: "
-                "sources continue in the checkpoint's order to the end of the epoch, but groups are mixed and batches "
-                f"augmented by the new seed; for the same batches set seed and shard_seed to {state['seed']}."
-            )
+        self._compare_seed(state)
         self._states, self._ended, self._epoch = [state["schedule"]], [state["ended"]], state["epoch"]
         self._pending.clear()
         self._completes_pass = True

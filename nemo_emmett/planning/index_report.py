@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_emmett.data.blending.weights import suggested_kind
+from nemo_emmett.data.checks import check_files
 from nemo_emmett.data.config.dataset_config import DatasetConfig
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.skipped_records import SkippedRecords
@@ -35,8 +36,9 @@ def print_index(
 
     Raises:
         ConfigError: if a key has a value that cannot work.
-        DataError: if a file cannot be read.
+        DataError: if a file is missing or cannot be read.
     """
+    check_files(dataset.sources)
     console = console or Console()
     indexes: dict[str, LengthIndex | None] = {}
     with commands_allowed(dataset.allow_commands):

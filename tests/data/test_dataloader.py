@@ -324,6 +324,20 @@ def test_a_bad_record_behind_the_last_batch_is_counted_too(load, speech, flavour
     assert loader.bad_records is loader.skipped_records, "the older name, which scripts read"
 
 
+def test_a_pass_after_one_that_was_resumed_counts_its_bad_records_too(load, speech) -> None:
+    manifest = speech(4)
+    with manifest.open("a") as file:
+        file.write("{not json\n")
+    config = {"manifest_filepath": str(manifest), "target_lang": "de", "batch_size": 1, "max_bad_records": None}
+    first = load({**config, "sampling": "emmett"})
+    next(iter(first))
+    resumed = load({**config, "sampling": "emmett"})
+    resumed.load_state_dict(first.state_dict())
+    for passes in (1, 2, 3):
+        assert len(list(resumed)) == (3 if passes == 1 else 4) == len(resumed) - (passes == 1)
+        assert resumed.skipped_records.read_count == 5 * passes
+
+
 def test_notes_survive_the_way_into_a_spawned_worker(load, speech) -> None:
     """There, sources and dataset arrive as one pickle and must still share their skipped records."""
     manifest = speech(2)

@@ -28,7 +28,7 @@ from nemo_emmett.data.blending.weights import blend_of
 from nemo_emmett.data.bucketing.bins import optimal_bins, optimal_bins_2d
 from nemo_emmett.data.bucketing.padding import within_deviations
 from nemo_emmett.data.config.dataset_config import GroupConfig
-from nemo_emmett.data.config.nemo_config import sampler_config
+from nemo_emmett.data.config.nemo_config import WITHOUT_BATCHES, sampler_config
 from nemo_emmett.data.config.sources import SourceGroup
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.skipped_records import SkippedRecords
@@ -36,7 +36,7 @@ from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.lengths.identity import maps_config
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.lengths.measures import Measures
-from nemo_emmett.data.lengths.selection import Selection
+from nemo_emmett.data.lengths.selection import Selection, filter_of_text
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.registry import ReaderContext, injected_examples, reader_context, register_data_types
 from nemo_emmett.data.sampling.schedule import GroupOrder, GroupSchedule
@@ -55,16 +55,7 @@ _PROBE = {
     "metadata_only": True,
     "force_map_dataset": False,
     "force_iterable_dataset": True,  # speech and text may be mixed
-    "max_open_streams": None,
-    "noise_path": None,
-    "rir_enabled": False,
-    # The chain of maps and filters is wanted, no batches.
-    "use_bucketing": False,
-    "bucket_duration_bins": None,
-    "bucket_batch_size": None,
-    "batch_duration": None,
-    "batch_tokens": None,
-    "batch_size": 1,
+    **WITHOUT_BATCHES,
 }
 """Keys of a config that is only measured: no audio is read, no batch is made."""
 
@@ -139,9 +130,8 @@ def measure(
         with commands_allowed(group.allow_commands):
             indexes = open_length_indexes([group], tokenizer, kind, group.index_dir, build=limit is None)
     of_group = [indexes.get(source.place) for source in group.sources]
-    if None not in of_group:
-        with suppress(NotImplementedError):  # a filter that needs more than lengths
-            return _measure_by_indexes(group, of_group, tokenizer, kind, two_dimensional, limit)
+    if None not in of_group and filter_of_text(group, kind) is None:
+        return _measure_by_indexes(group, of_group, tokenizer, kind, two_dimensional, limit)
     return measure_stream(group, tokenizer, kind, two_dimensional=two_dimensional, limit=limit)
 
 

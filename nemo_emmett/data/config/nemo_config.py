@@ -24,6 +24,19 @@ from nemo_emmett.errors import ConfigError
 
 _READ_BY_US = CLASSIC_KEYS | {"input_cfg", "noise_path", "channel_selector"}
 
+WITHOUT_BATCHES = {
+    "max_open_streams": None,
+    "noise_path": None,
+    "rir_enabled": False,
+    "use_bucketing": False,
+    "bucket_duration_bins": None,
+    "bucket_batch_size": None,
+    "batch_duration": None,
+    "batch_tokens": None,
+    "batch_size": 1,
+}
+"""Overrides of a config of which only the chain of maps and filters is wanted, without augmentation."""
+
 
 def sampler_config(group: GroupConfig, **overrides: Any) -> DictConfig:
     """NeMo's config of the sampler of a group.

@@ -17,7 +17,7 @@ from nemo.collections.common.prompts import PromptFormatter
 from omegaconf import DictConfig
 
 from nemo_emmett.data.config.dataset_config import GroupConfig
-from nemo_emmett.data.config.nemo_config import sampler_config
+from nemo_emmett.data.config.nemo_config import WITHOUT_BATCHES, sampler_config
 from nemo_emmett.data.config.sources import FILE_KEYS, Source
 from nemo_emmett.data.io.files import is_local
 from nemo_emmett.data.lengths.counting import PROBE, TokenCounter
@@ -35,15 +35,7 @@ NOT_READ = frozenset(
 _UNFILTERED = {
     **{key: getattr(LhotseDataLoadingConfig, key) for key in ("min_duration", "max_duration", "min_tps", "max_tps")},
     **{key: getattr(LhotseDataLoadingConfig, key) for key in ("min_tokens", "max_tokens", "min_tpt", "max_tpt")},
-    "noise_path": None,
-    "rir_enabled": False,
-    "use_bucketing": False,
-    "bucket_duration_bins": None,
-    "bucket_batch_size": None,
-    "batch_duration": None,
-    "batch_tokens": None,
-    "batch_size": 1,
-    "max_open_streams": None,
+    **WITHOUT_BATCHES,
     "reweight_temperature": None,  # in the shares of the blend
     "force_map_dataset": False,
     "force_iterable_dataset": False,

@@ -27,9 +27,12 @@ from nemo.collections.common.data.lhotse.sampling import (
 )
 from omegaconf import DictConfig
 
+from nemo_emmett.data.config.dataset_config import GroupConfig
 from nemo_emmett.data.lengths.measures import Measures
+from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION, cause_of
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.typed_config import is_number
 
 _LARGEST_TABLE = 2**20
 """Bin edges up to this many tokens are looked up in a table, which is ten times faster than a binary search."""
@@ -243,6 +246,13 @@ class Selection:
             for _ in range(2):  # the quotient and the product may both be rounded up
                 sizes += (sizes + 1) * lengths <= self._limit
         return np.minimum(sizes, self._largest[bucket]).astype(np.int64)
+
+
+def filter_of_text(group: GroupConfig, kind: ExampleKind) -> str | None:
+    """The key of a filter that needs more than lengths: NeMo's rates of tokens count the text of conversations."""
+    if kind is not ExampleKind.CONVERSATION or all(source.is_text for source in group.sources):
+        return None
+    return next((key for key in ("min_tpt", "max_tpt") if is_number(group.keys.get(key))), None)
 
 
 class _BucketTable:

@@ -1,4 +1,4 @@
-"""Which group gives the next step."""
+"""Which group gives the next step, and what is said when finite data ends."""
 
 from __future__ import annotations
 
@@ -58,3 +58,23 @@ class GroupScheduler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""
         self.step, self.ended, self.credit = state["step"], list(state["ended"]), list(state["credit"])
+
+
+def what_was_left_out(left_out: Mapping[str, int], ended: str | None, unused: int) -> str:
+    """The message, for the log, on examples that no step has held when finite data ended; empty if there are none.
+
+    Args:
+        left_out: for each group, the examples that did not fill a batch for each rank.
+        ended: the group with which ``zip`` ended; None with other fusions.
+        unused: examples that were taken from the other groups by then.
+    """
+    parts = []
+    if ended is not None and len(left_out) > 1:
+        parts.append(
+            f"zip ended with {ended}, the first group to end; {unused} examples drawn from the others were not used"
+        )
+    for group, number in left_out.items():
+        if number:
+            what = f"of {group} " if group else ""
+            parts.append(f"{number} examples {what}did not fill a batch for each rank and were left out")
+    return "; ".join(parts)

@@ -26,7 +26,7 @@ from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.lengths.notes import Recorder
-from nemo_emmett.data.lengths.selection import Selection
+from nemo_emmett.data.lengths.selection import Selection, filter_of_text
 from nemo_emmett.data.readers.base import Records, build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.random_access import open_records
@@ -42,7 +42,6 @@ from nemo_emmett.data.sampling.source_order import SourceOrder
 from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.families import forbidden_text
-from nemo_emmett.typed_config import is_number
 
 
 @dataclass
@@ -244,9 +243,8 @@ def plan_schedule(
 def _reason_to_stream(opened: _Opened, kind: ExampleKind) -> str | None:
     """Why a dataset cannot have a schedule; None if it can."""
     for group in opened.groups:
-        rates = [key for key in ("min_tpt", "max_tpt") if is_number(group.group.keys.get(key))]
-        if kind is ExampleKind.CONVERSATION and rates and not all(source.is_text for source in group.sources):
-            return f"{rates[0]} compares tokens of text alone, which the length index of conversations does not have"
+        if (key := filter_of_text(group.group, kind)) is not None:
+            return f"{key} compares tokens of text alone, which the length index of conversations does not have"
         for source, records in zip(group.sources, group.records, strict=True):
             if records is None or any(records.is_sequential):
                 return f"{source.name} can only be read from its beginning"

@@ -15,7 +15,7 @@ from lhotse import CutSet
 from nemo.utils import logging
 
 from nemo_emmett.data.sampling.buckets import Buckets, SampledExample
-from nemo_emmett.data.sampling.group_scheduler import GroupScheduler
+from nemo_emmett.data.sampling.group_scheduler import GroupScheduler, what_was_left_out
 from nemo_emmett.data.sampling.proportional_mixing import ProportionalMixer
 from nemo_emmett.data.sampling.source_iterator import ChunkReader, SourceIterator, WorkerInfo
 from nemo_emmett.data.sampling.transforms import TransformPipeline
@@ -248,19 +248,9 @@ class WorkerSampler:
         return self.groups[number].plan.pipeline.transform_batch(CutSet(step[self.rank]), seed)
 
     def _end_of_data(self, ended: GroupSampler | None = None, unused: int = 0) -> None:
-        """Compose the message on examples that were left out; ``unused`` ones were taken for a step of ``zip``."""
-        parts = []
-        if ended is not None and len(self.groups) > 1:
-            unused += sum(len(group.buckets.waiting()) for group in self.groups if group is not ended)
-            parts.append(
-                f"zip ended with {ended.plan.name}, the first group to end; {unused} examples drawn from the others "
-                "were not used"
-            )
-        for group in self.groups:
-            if group.left_out:
-                what = f"of {group.plan.name} " if group.plan.name else ""
-                parts.append(f"{group.left_out} examples {what}did not fill a batch for each rank and were left out")
-        self.end_of_data_message = "; ".join(parts)
+        unused += sum(len(group.buckets.waiting()) for group in self.groups if group is not ended)
+        left_out = {group.plan.name: group.left_out for group in self.groups}
+        self.end_of_data_message = what_was_left_out(left_out, ended and ended.plan.name, unused)
 
     def take_filtered(self) -> Counter[str]:
         """The examples left out by filters since the last call, by the keys of the filter; "" for those kept."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from operator import itemgetter
@@ -18,7 +19,7 @@ import numpy as np
 from nemo.utils import logging
 
 from nemo_emmett.data.lengths.selection import Selection
-from nemo_emmett.data.sampling.group_scheduler import GroupScheduler
+from nemo_emmett.data.sampling.group_scheduler import GroupScheduler, what_was_left_out
 from nemo_emmett.data.sampling.mixing_sequence import MixingSequence
 from nemo_emmett.data.sampling.source_order import Cursor, SourceOrder, joined
 
@@ -305,7 +306,7 @@ class GroupSchedule:
             )
         self._waiting, self._steps = {}, []
         self._put_into_buckets(self._read_again(state["waiting"], numbers))
-        if self._has_ended:
+        if self._has_ended:  # what is left makes the steps that it was to make
             self._steps += self._last_steps()
 
     def _numbers_of(self, names: Sequence[str]) -> dict[int, int]:
@@ -402,19 +403,9 @@ class Schedule:
         raise StopIteration
 
     def _end_of_data(self, ended: GroupSchedule | None = None, unused: int = 0) -> None:
-        """Compose the message on examples that were left out; ``unused`` ones were taken for a step of ``zip``."""
-        parts = []
-        if ended is not None and len(self.groups) > 1:
-            unused += sum(group.waiting() for group in self.groups if group is not ended)
-            parts.append(
-                f"zip ended with {ended.order.name}, the first group to end; {unused} examples drawn from the others "
-                "were not used"
-            )
-        for group in self.groups:
-            if group.left_out:
-                what = f"of {group.order.name} " if group.order.name else ""
-                parts.append(f"{group.left_out} examples {what}did not fill a batch for each rank and were left out")
-        self.end_of_data_message = "; ".join(parts)
+        unused += sum(group.waiting() for group in self.groups if group is not ended)
+        left_out = {group.order.name: group.left_out for group in self.groups}
+        self.end_of_data_message = what_was_left_out(left_out, ended and ended.order.name, unused)
 
     def take_left_out(self) -> Counter[str]:
         """The examples left out by filters since the last call, by the keys of the filter; "" for those kept."""
@@ -457,13 +448,11 @@ class Schedule:
 
     def count_steps(self) -> int:
         """The number of steps that are left; computes all of them, and ends this schedule."""
-        steps = 0
-        try:
-            while self.next():
-                steps += 1
-        except StopIteration:
-            return steps
-        return steps
+        before = self.steps
+        with suppress(StopIteration):
+            while True:
+                self.next()
+        return self.steps - before
 
 
 class ScheduleSnapshot(NamedTuple):

@@ -30,7 +30,9 @@ EXAMPLE = np.dtype(
 
 def joined(pieces: Iterable[np.ndarray]) -> np.ndarray:
     """Arrays of :data:`EXAMPLE` one after another; as bytes, since NumPy would copy field by field."""
-    return np.concatenate([np.empty(0, np.uint8), *(piece.view(np.uint8) for piece in pieces)]).view(EXAMPLE)
+    return np.concatenate(
+        [np.empty(0, np.uint8), *(np.ascontiguousarray(piece).view(np.uint8) for piece in pieces)]
+    ).view(EXAMPLE)
 
 
 class Cursor(NamedTuple):
@@ -167,8 +169,7 @@ class SourceOrder:
             (M,) which of the entries they are, and (M,) :data:`EXAMPLE`, the examples, in this order.
         """
         found = np.flatnonzero(entries < self.index.num_entries)
-        blocks = np.searchsorted(self.index.block_entries, entries[found], side="right") - 1
-        numbers, measures = self.index.read_blocks(np.unique(blocks))  # ascending
+        numbers, measures = self.index.read_blocks(np.unique(self.index.blocks_of(entries[found])))  # ascending
         places = np.searchsorted(numbers, entries[found])
         bucket = self.selection.buckets(measures[places])
         kept = bucket >= 0

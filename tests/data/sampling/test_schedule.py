@@ -31,6 +31,9 @@ class FakeIndex:
         self.num_entries = int(self.block_entries[-1])
         self.numbers = np.random.default_rng(seed).integers(0, 100, self.num_entries)
 
+    def blocks_of(self, entries):
+        return np.searchsorted(self.block_entries, entries, side="right") - 1
+
     def read_blocks(self, blocks):
         entries = [np.arange(self.block_entries[block], self.block_entries[block + 1]) for block in blocks]
         entries = np.concatenate([np.empty(0, np.int64), *entries])
@@ -197,20 +200,36 @@ def test_other_batches_take_what_waits_and_repeat_nothing(indexes, trained):
     assert len(seen) == len(set(seen)) == sum(int((index.numbers < 90).sum()) for index in indexes)
 
 
-def test_batches_that_close_by_a_measured_limit(indexes):
-    group = group_of(*indexes, sizes=None)
-    seen = Counter()
-    schedule = GroupSchedule(group, 2, 0)
-    for _ in range(1000):
+def rank_batches(schedule: GroupSchedule) -> list[list[list[tuple]]]:
+    """The batches of all ranks in each step, to the end."""
+    steps = []
+    while True:
         try:
             step = schedule.next_step()
         except StopIteration:
-            break
-        for batch in (step.of_rank(rank, 2) for rank in range(2)):
-            seen.update(addresses(batch))
-            assert batch["length"][:-1].sum() < 200
+            return steps
+        steps.append([addresses(step.of_rank(rank, schedule.world_size)) for rank in range(schedule.world_size)])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
+def test_batches_that_close_by_a_measured_limit(indexes, world_size):
+    group = group_of(*indexes, sizes=None)
+    schedule = GroupSchedule(group, world_size, 0)
+    steps = rank_batches(schedule)
+    numbers = [index.numbers for index in indexes]
+    for batch in (batch for step in steps for batch in step):
+        assert sum(numbers[source][entry] for source, entry, _ in batch[:-1]) < 200
+        assert batch
+    seen = Counter(address for step in steps for batch in step for address in batch)
     assert set(seen.values()) == {1}
-    assert sum(seen.values()) == sum(int((index.numbers < 90).sum()) for index in indexes)
+    assert sum(seen.values()) + schedule.left_out == sum(int((n < 90).sum()) for n in numbers)
+    for trained in (len(steps) // 2, *range(len(steps) - 4, len(steps) + 1)):
+        interrupted, resumed = (GroupSchedule(group, world_size, 0) for _ in range(2))
+        for _ in range(trained):
+            interrupted.next_step()
+        resumed.load_state_dict(interrupted.state_dict(interrupted.snapshot()))
+        assert rank_batches(resumed) == steps[trained:]
+        assert resumed.left_out == schedule.left_out
 
 
 def test_at_the_end_every_rank_has_examples_or_none_has(indexes):
