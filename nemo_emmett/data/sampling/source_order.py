@@ -86,7 +86,7 @@ class SourceOrder:
             self.seed, self._blocks, self._group = list(seed), None, None
 
     def take(self, number: int) -> np.ndarray:
-        """(M,) :data:`EXAMPLE`, the next examples, ``number`` of them unless a finite pass ends before.
+        """(M,) :data:`EXAMPLE`, not to be changed: the next examples, ``number`` of them unless a finite pass ends.
 
         Raises:
             DataError: if a whole pass over endless data has no example that can be used.
@@ -97,7 +97,7 @@ class SourceOrder:
             taken.append(piece)
             number -= len(piece)
             self.cursor = self.cursor._replace(offset=self.cursor.offset + len(piece))
-        return joined(taken)
+        return taken[0] if len(taken) == 1 else joined(taken)
 
     def _current_group(self) -> np.ndarray | None:
         """The group that the next example is in; None at the end of the last pass."""
@@ -138,7 +138,7 @@ class SourceOrder:
         examples = np.empty(len(kept), EXAMPLE)
         examples["entry"], examples["bucket"] = entries[kept], bucket[kept]
         examples["number_of_pass"] = number_of_pass
-        examples["length"] = self._lengths(measures[kept])
+        examples["length"] = self._lengths(measures, kept)
         self._group = (number_of_pass, group, examples)
         self._kept_in_pass += len(examples)
         return examples
@@ -159,8 +159,8 @@ class SourceOrder:
         self._blocks = (number_of_pass, order, starts)
         return order, starts
 
-    def _lengths(self, measures: Measures) -> np.ndarray | float:
-        return self.selection.lengths(measures) if self.selection.batch_sizes is None else 0.0
+    def _lengths(self, measures: Measures, kept: np.ndarray) -> np.ndarray | float:
+        return self.selection.lengths(measures[kept]) if self.selection.batch_sizes is None else 0.0
 
     def examples_at(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The examples of these entries, as far as they exist and are selected.
@@ -175,5 +175,5 @@ class SourceOrder:
         kept = bucket >= 0
         examples = np.empty(int(kept.sum()), EXAMPLE)
         examples["entry"], examples["bucket"] = entries[found][kept], bucket[kept]
-        examples["length"] = self._lengths(measures[places[kept]])
+        examples["length"] = self._lengths(measures, places[kept])
         return found[kept], examples
