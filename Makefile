@@ -32,10 +32,11 @@ test: $(INSTALLED) ## Run the tests
 	@echo "==> Testing with $(TEST_PROCESSES) processes"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## Check style and formatting
+lint: $(INSTALLED) ## Check style, formatting and the types of the public functions
 	@echo "==> Linting"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(INSTALLED) ## Run every benchmark and write benchmarks/results
 	@set -e; for benchmark in benchmarks/*.py; do \
@@ -45,5 +46,5 @@ bench: $(INSTALLED) ## Run every benchmark and write benchmarks/results
 
 clean: ## Remove what building and testing left behind, but not .venv, data or experiments
 	@echo "==> Cleaning"
-	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
