@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemo_emmett.cli.parameters import BETWEEN_0_AND_1, FILE, bucket_options, limit_option, recipe_arguments, together
+from nemo_emmett.cli.parameters import (
+    BETWEEN_0_AND_1,
+    FILE,
+    announce_loading,
+    bucket_options,
+    limit_option,
+    recipe_arguments,
+    together,
+)
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _SPEECH_SHARE = "Share of the memory for speech, where each step holds speech and text."
 
@@ -55,10 +66,11 @@ def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
     CONFIG is a YAML file, or the name of a recipe of nemo_emmett; KEY=VALUE overrides a key of it, as for train. A few
     steps of the training are run on made-up batches, none on the data.
     """
-    from nemo_emmett.planning.needed import needed_for_planning
-    from nemo_emmett.runner import compose_incomplete
+    from nemo_emmett.planning.needed import check_new_profile
 
-    recipe = needed_for_planning(compose_incomplete(config, overrides), reads_data=options["predict_epoch"])
+    recipe = _needed(config, overrides, reads_data=options["predict_epoch"])
+    check_new_profile(options["profile"])
+    announce_loading("the model")
     from nemo_emmett.planning import oomptimize
     from nemo_emmett.training import build_training
 
@@ -77,11 +89,24 @@ def plan(config: str, overrides: Sequence[str], **options: Any) -> None:
     CONFIG is a YAML file, or the name of a recipe of nemo_emmett; KEY=VALUE overrides a key of it, as for train. Steps
     are run without computing anything; no weights are read, and no data unless bins are to be found.
     """
-    from nemo_emmett.planning.needed import needed_for_planning
-    from nemo_emmett.runner import compose_incomplete
+    from nemo_emmett.planning.needed import check_memory_is_given, check_new_profile
 
-    recipe = needed_for_planning(compose_incomplete(config, overrides), reads_data=options["optimise_bins"])
+    recipe = _needed(config, overrides, reads_data=options["optimise_bins"])
+    check_memory_is_given(options["memory"])
+    check_new_profile(options["profile"])
+    announce_loading("the model's architecture")
     from nemo_emmett.planning import plan
     from nemo_emmett.training import build_training
 
     plan(recipe, build_training, **options)
+
+
+def _needed(config: str, overrides: Sequence[str], reads_data: bool) -> DictConfig:
+    """What planning needs of the recipe."""
+    from nemo_emmett.early_checks import refuse_empty_paths
+    from nemo_emmett.planning.needed import needed_for_planning
+    from nemo_emmett.runner import compose_incomplete
+
+    recipe = needed_for_planning(compose_incomplete(config, overrides), reads_data=reads_data)
+    refuse_empty_paths(recipe)
+    return recipe

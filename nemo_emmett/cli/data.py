@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +11,7 @@ import click
 from nemo_emmett.cli.parameters import (
     COUNT,
     FILE,
+    announce_loading,
     bucket_options,
     index_dir_option,
     limit_option,
@@ -19,7 +21,26 @@ from nemo_emmett.cli.parameters import (
 )
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig, ListConfig
+
     from nemo_emmett.planning.blend_report import Recipe
+
+
+def _check_early(content: DictConfig | ListConfig, config: str, section: str | None) -> None:
+    """Check what can be checked of the dataset without importing NeMo."""
+    from omegaconf import ListConfig, OmegaConf
+
+    from nemo_emmett.early_checks import check_dataset_files, refuse_empty_paths
+    from nemo_emmett.planning.needed import place_of_dataset
+
+    if isinstance(content, ListConfig):
+        dataset, place = content, f"{Path(config).stem}.input_cfg"
+    elif found := place_of_dataset(content, section, config):
+        dataset, place = OmegaConf.select(content, found), found
+    else:
+        dataset, place = content, Path(config).stem
+    refuse_empty_paths(dataset, place)
+    check_dataset_files(dataset, place, in_dataset=True)
 
 
 def _read_data(
@@ -29,6 +50,8 @@ def _read_data(
     from nemo_emmett.runner import compose_data
 
     content = compose_data(config, overrides)
+    _check_early(content, config, section)
+    announce_loading("the data's readers" if "model" not in content else "the model's tokenizer")
     from nemo_emmett.data.checks import check_files
     from nemo_emmett.planning.blend_report import read_recipe
     from nemo_emmett.planning.known_by_model import known_by_model

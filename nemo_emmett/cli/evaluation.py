@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from nemo_emmett.cli.parameters import COUNT, FOLDER, PATH, trust_argument, trust_option
+from nemo_emmett.cli.parameters import COUNT, FOLDER, MODEL, PATH, announce_loading, trust_argument, trust_option
 from nemo_emmett.corpora.commands import Names
 
 
 @click.command()
-@click.argument("model", type=PATH)
+@click.argument("model", type=MODEL)
 @click.argument("config", type=PATH)
 @click.option("--output", type=FOLDER, help="Folder for evaluation.json and report.html.")
 @click.option("--num-beams", type=COUNT, help="1 is greedy search.  [default: the recipe's, or 1]")
@@ -38,6 +38,10 @@ def evaluate(model: Path, config: Path, trust_remote_code: bool, **options: Any)
 
     Options that are not given are the recipe's. Started by torchrun or srun, the processes share each test set.
     """
+    from nemo_emmett.evaluation.recipe import check_evaluation
+
+    check_evaluation(config, model, options)
+    announce_loading("the model")
     from nemo_emmett.evaluation import evaluate_recipe
 
     evaluate_recipe(config, model, **options, **trust_argument(trust_remote_code))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,10 +21,26 @@ def together(*parameters: Callable[[Callable], Callable]) -> Callable[[Callable]
     return decorate
 
 
-PATH = click.Path(path_type=Path)
-FOLDER = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
+class NamedPath(click.Path):
+    """A path; an empty one, which pathlib would take for the current folder, is refused."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(**{"path_type": Path, **options})
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the path."""
+        if value == "":
+            self.fail("is empty; name a path, or leave it out.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = NamedPath("path")
+FOLDER = NamedPath("folder", file_okay=False)
+FILE = NamedPath("file", dir_okay=False)
+MODEL = NamedPath("folder")  # whether it is one is checked with what is in it
 COUNT = click.IntRange(min=1)
+COUNT.name = "number"
 BETWEEN_0_AND_1 = click.FloatRange(0, 1, min_open=True, max_open=True)
 
 recipe_arguments = together(click.argument("config"), click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1))
@@ -41,7 +59,7 @@ bucket_options = together(
 )
 index_dir_option = click.option(
     "--index-dir",
-    type=click.Path(file_okay=False),
+    type=NamedPath("folder", file_okay=False, path_type=str),
     help="Folder for indexes that cannot be written next to the data.  [default: the dataset's index_dir]",
 )
 jobs_option = click.option(
@@ -52,6 +70,18 @@ trust_option = click.option(
     is_flag=True,
     help="Run code that came with the model, of a language model that transformers does not know (docs/security.md).",
 )
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+
+
+def announce_loading(what: str) -> None:
+    """Print what a command waits for, from the first of its processes, before it imports NeMo."""
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        click.echo(f"Loading NeMo and {what}, which takes about 15 seconds ...", err=True)
+
+
+def warn(sentence: str) -> None:
+    """Print a warning on stderr."""
+    click.echo(f"Warning: {sentence}", err=True)
 
 
 def trust_argument(trust_remote_code: bool) -> dict[str, bool]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from nemo_emmett.cli.parameters import PATH
+from nemo_emmett.cli.parameters import PATH, announce_loading
 
 
 @click.command()
@@ -21,6 +21,12 @@ def train(recipe: str, overrides: Sequence[str]) -> None:
     from nemo_emmett.runner import compose_recipe
 
     cfg = compose_recipe(recipe, overrides)
+    from nemo_emmett.early_checks import check_dataset_files, check_sections, refuse_empty_paths
+
+    check_sections(cfg)
+    refuse_empty_paths(cfg)
+    check_dataset_files(cfg.data, "data")
+    announce_loading("the data and the model")
     from nemo_emmett.training import train
 
     train(cfg)
@@ -35,9 +41,14 @@ def train(recipe: str, overrides: Sequence[str]) -> None:
 def export(checkpoint: Path, folder: Path, config: str | None) -> None:
     """Write the model of CHECKPOINT, a .ckpt file or the folder of a sharded one, into FOLDER, for translate and
     evaluate."""
+    from nemo_emmett.early_checks import check_checkpoint
+    from nemo_emmett.files import check_writable
     from nemo_emmett.runner import compose_recipe
 
+    check_checkpoint(checkpoint, has_recipe=config is not None)
     recipe = None if config is None else compose_recipe(config)
+    check_writable(folder, "FOLDER")
+    announce_loading("the checkpoint")
     from nemo_emmett.exporting import export_checkpoint
 
     export_checkpoint(checkpoint, folder, recipe)
