@@ -8,13 +8,14 @@ Rooms, from those that users call down to those that everything uses (docs/archi
 - ``plugin``: registration with Lightning, Hydra and NeMo when the package is installed.
 - ``callbacks``: Lightning callbacks (``OOMptimizer``, ``ResumableData``, ``RandomState``, ``TrainingClock``).
 - ``planning``: bins, batch sizes and blend before a training.
-- ``evaluation``: translate test sets, score and report.
+- ``evaluation``: translate test sets, score and report. ``translation``: translate texts and recordings.
 - ``corpora``: public corpora to manifests, text and shards.
 - ``models``: the models (``SALMT5``, ``SALMGPT``, ``BestowGPT``), and ``load`` for a saved one.
 - ``data``: files to batches (``MultimodalDataModule``, ``get_multimodal_dataloader``).
 - ``oomptimizer``: batch sizes that fit the memory.
 - ``modules``, ``prompts``: parts of models; translation prompts and languages.
-- ``errors``, ``config``, ``typed_config``, ``files``, ``processes``, ``audio_file``: what all rooms use.
+- ``errors``, ``config``, ``typed_config``, ``early_checks``, ``files``, ``processes``, ``audio_file``: what all rooms
+  use.
 
 Importing the package imports neither torch nor NeMo: these modules load when they are first used. It registers
 post-import hooks, which add our data types, prompt formats and dataloader to NeMo as soon as NeMo is imported.

@@ -19,13 +19,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from nemo_emmett import plugin
 from nemo_emmett.config import check_model_file
+from nemo_emmett.early_checks import RECIPE_FILE, check_checkpoint
 from nemo_emmett.errors import ConfigError, EmmettError, ModelError, NonFiniteError, OutputError
 from nemo_emmett.files import atomic_folder, check_writable, new_folder_elsewhere
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.checkpoint import check_fit, read_weights
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
 from nemo_emmett.modules.tensors import refuse_nonfinite
-from nemo_emmett.run_folders import RECIPE_FILE
 
 EXPORTS = ("best", "last")
 """Values of the key ``export``."""
@@ -233,13 +233,10 @@ def export_checkpoint(checkpoint: Path, folder: Path, recipe: DictConfig | None)
         ModelError: if the checkpoint cannot be read, or is not of the recipe's model.
         NonFiniteError: if its weights are not finite.
     """
-    if not checkpoint.exists():
-        raise ModelError(f"'{checkpoint}': there is no such checkpoint.")
+    check_checkpoint(checkpoint, has_recipe=recipe is not None)
     check_replaceable(folder, "FOLDER")
     if recipe is None:
         path = checkpoint.absolute().parent / RECIPE_FILE
-        if not path.is_file():
-            raise ConfigError(f"'{path}' does not exist; give the recipe of the training by --config.")
         recipe = OmegaConf.load(path)
         # The recipe came with the checkpoint, perhaps from another person: it must not run code.
         plain = {key: value for key, value in OmegaConf.to_container(recipe.model).items() if key != "_target_"}

@@ -16,10 +16,8 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_emmett.early_checks import RECIPE_FILE
 from nemo_emmett.files import check_writable, existing_folder, hold_folder, shown, write_text
-
-RECIPE_FILE = "recipe.yaml"
-"""The resolved recipe, in the folder of the checkpoints."""
 
 
 def lock_folders(cfg: DictConfig, locks: ExitStack, existing_only: bool = False) -> None:

@@ -30,6 +30,7 @@ from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.checks import check_data_config
 from nemo_emmett.data.readers.examples import ExampleKind
+from nemo_emmett.early_checks import check_sections, refuse_empty_paths
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.exporting import (
     BestCheckpoint,
@@ -41,9 +42,6 @@ from nemo_emmett.exporting import (
 from nemo_emmett.models.checkpoint import read_checkpoint
 from nemo_emmett.recipe_checks import build_trainer, check_run_keys, mistakes_in_fit, set_up_experiment
 from nemo_emmett.run_folders import SaveRecipe, check_space, lock_folders
-
-RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "export", "seed", "num_threads")
-"""Keys of a recipe that are read; a recipe may hold others for its own interpolations."""
 
 DATASETS = ("train_ds", "validation_ds", "test_ds", "predict_ds")
 """The datasets of a recipe's ``data`` section."""
@@ -206,11 +204,9 @@ def check_recipe(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the key, and the nearest known one.
     """
-    check_keys(cfg, RECIPE_KEYS, "recipe")
-    for section in ("model", "trainer", "data"):
-        if section not in cfg:
-            raise ConfigError(f"the recipe has no section '{section}'; the recipes in conf/ show what belongs there.")
+    check_sections(cfg)
     check_run_keys(cfg)
+    refuse_empty_paths(cfg)
     if not cfg.model.get("_target_"):
         raise ConfigError(
             "model._target_ is missing: add +model._target_=salm_t5 (salm_gpt, bestow_gpt, NeMo's salm), or the path "

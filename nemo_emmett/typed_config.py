@@ -48,6 +48,17 @@ Limit = Annotated[float, BeforeValidator(_no_boolean), annotated_types.Predicate
 Text = Annotated[str, Strict()]
 """A text that is not made of a number."""
 
+
+def _no_empty_text(value: Any) -> Any:
+    """pathlib takes an empty text for the current folder."""
+    if isinstance(value, str) and not value.strip():
+        raise ValueError
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(_no_empty_text)]
+"""The path of a file or folder."""
+
 NonEmpty = Annotated[Text, annotated_types.MinLen(1)]
 """A text that is not empty."""
 

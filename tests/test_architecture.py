@@ -27,12 +27,12 @@ FLOORS = (
         "doctor",
         "callbacks",
     ),
-    ("planning", "evaluation", "corpora"),
+    ("planning", "evaluation", "translation", "corpora"),
     ("callbacks.oomptimizer",),
     ("models", "data", "oomptimizer"),
     ("callbacks.*",),
     ("modules", "prompts"),
-    ("errors", "config", "typed_config", "files", "processes", "audio_file"),
+    ("errors", "config", "typed_config", "early_checks", "files", "processes", "audio_file"),
 )
 # What others see and start is one floor of equals, and so is what all of them rest on.
 SHARED_FLOORS = (0, len(FLOORS) - 1)

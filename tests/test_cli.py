@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from nemo_emmett import __version__, cli, doctor, plugin
-from nemo_emmett.errors import ModelError
+from nemo_emmett.errors import DataError, ModelError
 
 
 @pytest.fixture
@@ -43,33 +43,50 @@ def test_the_installed_command_starts_without_heavy_imports() -> None:
 
 class TestTranslate:
     @pytest.fixture
+    def model(self, tmp_path: Path) -> Path:
+        """A folder that looks like that of a model that was trained to translate to German and French."""
+        folder = tmp_path / "model"
+        folder.mkdir()
+        directions = {"text": [["en", "de"]], "audio": [["en", "fr"]]}
+        (folder / "config.json").write_text(json.dumps({"training": {"directions": directions}}))
+        (folder / "model.safetensors").touch()
+        return folder
+
+    @pytest.fixture
     def calls(self, monkeypatch: pytest.MonkeyPatch) -> list:
         """A model that translates into upper case and keeps what it was asked."""
         import nemo_emmett.models
 
         calls = []
 
-        def load(folder: Path) -> SimpleNamespace:
-            def translate(inputs: list, target_lang: str, source_lang: str | None = None) -> list[str]:
-                calls.append((folder, inputs, target_lang, source_lang))
+        class Upper:
+            def __init__(self, folder: Path) -> None:
+                self.folder = folder
+
+            def to(self, device: str) -> Upper:
+                self.device = device
+                return self
+
+            def translate(self, inputs, target_lang: str, source_lang: str | None = None, **options) -> list[str]:
+                calls.append((self.folder, inputs, target_lang, source_lang, *([options] if options else [])))
+                if "bad" in inputs:
+                    raise DataError("the text cannot be translated.")
                 return [str(Path(item).name).upper() for item in inputs]
 
-            return SimpleNamespace(translate=translate)
-
-        monkeypatch.setitem(vars(nemo_emmett.models), "load", load)
+        monkeypatch.setitem(vars(nemo_emmett.models), "load", Upper)
         return calls
 
-    def test_texts_and_recordings_one_per_line(self, invoke, calls, tmp_path: Path) -> None:
+    def test_texts_and_recordings_one_per_line(self, invoke, calls, model: Path, tmp_path: Path) -> None:
         recording = tmp_path / "a.WAV"
         recording.touch()
-        done = invoke("translate", "good day", recording, "--to", "de", "--from", "en", "--model", "exp/model")
-        assert (done.exit_code, done.output) == (0, "GOOD DAY\nA.WAV\n")
-        assert calls == [(Path("exp/model"), ["good day", str(recording)], "de", "en")]
+        done = invoke("translate", "good day", recording, "--to", "de", "--from", "en", "--model", model)
+        assert (done.exit_code, done.stdout) == (0, "GOOD DAY\nA.WAV\n")
+        assert calls == [(model, ["good day", str(recording)], "de", "en")]
 
-    def test_the_model_may_come_from_the_environment(self, invoke, calls, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("NEMO_EMMETT_MODEL", "from/environment")
+    def test_the_model_may_come_from_the_environment(self, invoke, calls, model, monkeypatch) -> None:
+        monkeypatch.setenv("NEMO_EMMETT_MODEL", str(model))
         assert invoke("translate", "good day", "--to", "de").exit_code == 0
-        assert calls == [(Path("from/environment"), ["good day"], "de", None)]
+        assert calls == [(model, ["good day"], "de", None)]
 
     def test_a_missing_recording_is_one_sentence(self, invoke, calls) -> None:
         done = invoke("translate", "gone.wav", "--to", "de", "--model", "m")
@@ -77,15 +94,59 @@ class TestTranslate:
         assert done.output == "Error: audio file 'gone.wav' does not exist.\n"
         assert calls == []
 
-    def test_a_model_that_cannot_be_loaded_is_one_sentence(self, invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_model_that_cannot_be_loaded_is_one_sentence(self, invoke, model, monkeypatch) -> None:
         import nemo_emmett.models
 
         def load(folder: Path) -> None:
             raise ModelError(f"{folder}: is no saved model.")
 
         monkeypatch.setitem(vars(nemo_emmett.models), "load", load)
-        done = invoke("translate", "good day", "--to", "de", "--model", "nowhere")
-        assert (done.exit_code, done.output) == (2, "Error: nowhere: is no saved model.\n")
+        done = invoke("translate", "good day", "--to", "de", "--model", model)
+        assert (done.exit_code, done.stderr.splitlines()[1:]) == (2, [f"Error: {model}: is no saved model."])
+        assert "Loading NeMo" in done.stderr
+
+    def test_lines_of_standard_input_and_options(self, model, calls) -> None:
+        options = ["--num-beams", "4", "--batch-size", "2", "--max-new-tokens", "9", "--device", "cpu"]
+        command = ["translate", "--to", "de", "--model", str(model), *options]
+        done = CliRunner().invoke(cli.main, command, input="one\ntwo\n\nthree\n")
+        assert (done.exit_code, done.stdout) == (0, "ONE\nTWO\n\nTHREE\n")
+        given = {"num_beams": 4, "batch_size": 2, "max_new_tokens": 9}
+        assert calls == [(model, ["one", "two"], "de", None, given), (model, ["three"], "de", None, given)]
+
+    def test_a_record_at_fault_is_reported_and_the_rest_is_translated(self, invoke, model, calls, tmp_path) -> None:
+        table, output = tmp_path / "t.tsv", tmp_path / "out.jsonl"
+        table.write_text("id\tsource\ttarget_lang\na\tone\tde\nb\tbad\tde\nc\tthree\tfr\nd\t\tfr\n")
+        command = ["translate", "--model", model, "--tsv", table, "--output", output]
+        done = invoke(*command)
+        assert done.exit_code == 1
+        assert done.stdout == ""
+        assert "Not translated: b: the text cannot be translated.\n" in done.stderr
+        assert f"Not translated: d: '{table}', line 5: the column 'source' is empty.\n" in done.stderr
+        assert done.stderr.endswith(f"2 of 4 could not be translated.\nTranslations: {output}\n")
+        records = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [(one["id"], one["translation"], one["target_lang"]) for one in records] == [
+            ("a", "ONE", "de"),
+            ("b", None, "de"),
+            ("c", "THREE", "fr"),
+            ("d", None, "fr"),
+        ]
+        assert [one.get("error") for one in records][:2] == [None, "the text cannot be translated"]
+        again = invoke(*command)
+        assert again.exit_code == 2
+        assert f"--output: '{output}' exists already; name another file, or add --overwrite." in again.output
+        assert invoke(*command, "--overwrite", "--format", "lines").exit_code == 1
+        assert output.read_text() == "ONE\n\nTHREE\n\n"
+
+    def test_a_language_that_the_model_never_saw_is_named(self, invoke, model, calls) -> None:
+        said = "Warning: --to: the model was not trained to translate to es, but to de, fr; expect translations"
+        assert said in invoke("translate", "good day", "--to", "es", "--model", model).stderr
+        assert "Warning" not in invoke("translate", "good day", "--to", "fr", "--model", model).stderr
+
+    @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:99"])
+    def test_a_device_that_is_not_there_is_one_sentence(self, invoke, model, calls, device: str) -> None:
+        done = invoke("translate", "good day", "--to", "de", "--model", model, "--device", device)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr.splitlines()[-1].startswith("Error: --device: ")
 
 
 class TestPrepare:
@@ -120,10 +181,12 @@ class TestPrepare:
 
 def test_evaluate_hands_its_options_on(invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import nemo_emmett.evaluation
+    from nemo_emmett.evaluation import recipe
 
-    calls = []
+    checked, calls = [], []
     record = lambda *args, **kwargs: calls.append((args, kwargs))  # noqa: E731
     monkeypatch.setitem(vars(nemo_emmett.evaluation), "evaluate_recipe", record)
+    monkeypatch.setattr(recipe, "check_evaluation", lambda *args: checked.append(args))
     done = invoke(
         "evaluate",
         "model",
@@ -144,6 +207,7 @@ def test_evaluate_hands_its_options_on(invoke, monkeypatch: pytest.MonkeyPatch, 
     options["baselines"] = (Path("b.json"), Path("c"))
     others = {"name": None, "max_new_tokens": None, "log_dir": None, "examples": None}  # left to the recipe
     assert calls == [((Path("recipe.yaml"), Path("model")), options | others)]
+    assert checked == [(Path("recipe.yaml"), Path("model"), options | others)]
 
 
 class TestBatchSizes:
@@ -280,8 +344,9 @@ class TestReportsOnData:
         done = invoke(command, "salm_t5", f"corpus={tmp_path}")
         assert done.exit_code == 2
         (line,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
-        assert line.startswith("Error: data.train_ds.audio.input_cfg.0.manifest_filepath: there is no file '")
-        assert f"{tmp_path}/speech/en/manifest_0.json" in line
+        # The first file that is no pattern of shards, before the model's tokenizer is read.
+        assert line.startswith("Error: data.train_ds.text.input_cfg.0.paths.en: there is no file '")
+        assert f"{tmp_path}/text/train.en-de.en" in line
 
     def test_a_list_of_sources_takes_no_overrides(self, invoke, tmp_path: Path) -> None:
         (tmp_path / "list.yaml").write_text("- {type: nemo, manifest_filepath: a.json}\n")

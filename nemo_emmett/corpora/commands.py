@@ -47,7 +47,7 @@ class CorpusCommands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a line on each command, without importing the readers."""
-        own = {name: command.get_short_help_str(formatter.width) for name, command in self.commands.items()}
+        own = {name: command.get_short_help_str(limit=1000) for name, command in self.commands.items()}
         lines = own | {name.replace("_", "-"): line for name, line in CORPORA.items()}
         with formatter.section("Commands"):
             formatter.write_dl(sorted(lines.items()))

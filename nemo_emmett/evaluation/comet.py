@@ -12,8 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError, DataError, ModelError
 from nemo_emmett.evaluation.results import Translation
@@ -69,6 +67,7 @@ def comet_scores(translations: Sequence[Translation], config: CometConfig) -> li
                 f"'{one.id}' of test set '{one.test_set}' has no source text, which COMET compares with; add it to the "
                 "test set, or leave COMET out."
             )
+    import torch
     from comet import download_model, load_from_checkpoint
 
     try:

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,22 +18,20 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
-from nemo_emmett.errors import ConfigError, DataError, OutputError
+from nemo_emmett.errors import DataError, OutputError
 from nemo_emmett.evaluation.curves import read_curves
 from nemo_emmett.evaluation.distributed import ProcessGroup, is_global_zero, process_group
 from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, signatures
-from nemo_emmett.evaluation.recipe import EvaluationConfig, read_yaml, resolved_value
+from nemo_emmett.evaluation.recipe import EvaluationConfig, evaluation_arguments, read_baseline
 from nemo_emmett.evaluation.report import write_report
-from nemo_emmett.evaluation.results import FILE_NAME, Evaluation, from_json, to_json, unused_name, write_hypotheses
+from nemo_emmett.evaluation.results import FILE_NAME, Evaluation, to_json, unused_name, write_hypotheses
 from nemo_emmett.evaluation.scoring import score
 from nemo_emmett.evaluation.significance import compare, resampling_signature
 from nemo_emmett.evaluation.table import print_table
 from nemo_emmett.evaluation.translation import Translated, merge_ranks, translate
 from nemo_emmett.files import check_writable, hold_folder, new_folder_elsewhere
 from nemo_emmett.models import load
-from nemo_emmett.typed_config import parse_value
 
 PACKAGES = ("nemo_emmett", "nemo_toolkit", "torch", "transformers", "lhotse", "sacrebleu")
 """Whose versions an evaluation records."""
@@ -93,7 +91,7 @@ def evaluate(
     """
     # All that can be wrong with the arguments, parsed by their names, is found before a model is loaded.
     settings = EvaluationConfig.parse(config, locals())
-    saved_or_folders = [_read_baseline(baseline) for baseline in settings.baselines]
+    saved_or_folders = [read_baseline(baseline) for baseline in settings.baselines]
     writer = _Writer(settings.output)
     curves = None if settings.log_dir is None else read_curves(settings.log_dir)
     with writer.locked(), process_group() as processes:
@@ -135,19 +133,8 @@ def evaluate_recipe(config: DictConfig | StrPath, model: StrPath | None = None, 
     Raises:
         ConfigError: if neither names a model, and as :func:`evaluate` does.
     """
-    recipe = config if isinstance(config, DictConfig) else read_yaml(Path(config))
-    keys = {field.name for field in fields(EvaluationConfig)} - {"data", "baselines"}
-    if "test_ds" in recipe:  # otherwise it is the recipe of a training, which has more keys
-        check_keys(recipe, (*sorted(keys), "model", "baseline", "test_ds"), "recipe")
-    model = resolved_value(recipe, "model") if model is None else model
-    if not isinstance(model, (str, os.PathLike)):
-        raise ConfigError("model: the recipe names no exported model; give the folder that train.py exported to.")
-    arguments = {key: value for key, value in options.items() if value not in (None, ())}
-    if "baselines" not in arguments:
-        baseline = parse_value(Path | list[Path] | None, resolved_value(recipe, "baseline"), "baseline")
-        arguments["baselines"] = baseline if isinstance(baseline, list) else [baseline] if baseline else []
-    arguments |= {key: resolved_value(recipe, key) for key in keys - arguments.keys()}
-    return evaluate(model, recipe, **{key: value for key, value in arguments.items() if value is not None})
+    model, recipe, arguments = evaluation_arguments(config, model, options)
+    return evaluate(model, recipe, **arguments)
 
 
 class _Writer:
@@ -196,19 +183,6 @@ class _Writer:
         if self._failure:
             kept = "nor any other folder" if self.folder is None else f"translations and scores are in '{self.folder}'"
             raise OutputError(f"output: '{self.output}' could not be written to ({self._failure}); {kept}.")
-
-
-def _read_baseline(path: Path) -> Evaluation | Path:
-    """A saved evaluation, or the folder of a model that is still to be evaluated."""
-    if (path / FILE_NAME).is_file():
-        return from_json(path / FILE_NAME)
-    if not path.is_dir():
-        return from_json(path)
-    if not (path / "config.json").is_file():
-        raise DataError(
-            f"The baseline '{path}' holds neither an {FILE_NAME} nor an exported model; give the folder of one of them."
-        )
-    return path
 
 
 def _evaluate_baselines(

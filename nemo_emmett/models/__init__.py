@@ -13,7 +13,8 @@ Modules, in the order in which a model is built, trained and used:
   ``transformer_blocks`` (compilation, activation checkpointing), ``initial_weights``, ``sharding`` (FSDP2).
 - ``causal`` (common parts of decoder-only models), ``head`` (losses in the output layer), ``microbatches``,
   ``dummy_batch``, ``step_log``, ``validation``, ``oomptimizer_schema``.
-- ``generation``, ``inputs`` (texts and recordings to translate), ``export``, ``checkpoint``, ``load``.
+- ``generation``, ``inputs`` (texts and recordings to translate), ``export``, ``exported`` (what its folder
+  says, without torch), ``card`` (its README), ``checkpoint``, ``load``.
 """
 
 import lazy_loader

@@ -20,7 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.models.inputs import check_inputs, fill_batches, is_audio_path, load_recordings, recording_seconds
+from nemo_emmett.models.inputs import (
+    Input,
+    check_inputs,
+    fill_batches,
+    is_audio_path,
+    load_recordings,
+    recording_seconds,
+)
 from nemo_emmett.modules.batch import pack_left, padding_mask
 from nemo_emmett.modules.evaluation_mode import evaluation_mode
 from nemo_emmett.prompts.families import forbidden_text, prompt_formatter, stop_ids
@@ -129,23 +136,26 @@ class Generation:
     @torch.no_grad()
     def translate(
         self,
-        inputs: Sequence[str | Path],
+        inputs: Sequence[Input],
         source_lang: str | None,
         target_lang: str,
         *,
         num_beams: int = 1,
         max_new_tokens: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
+        batch_size: int | None = None,
     ) -> list[str]:
         """Translate texts and recordings.
 
         Args:
-            inputs: sentences, and paths of audio files (a ``Path``, or a string that ends like one).
+            inputs: sentences, paths of audio files (a ``Path``, or a string that ends like one), and segments of them
+                (:class:`~nemo_emmett.models.inputs.Segment`).
             source_lang: language code of the inputs, for prompts that name it; None if it is not known.
             target_lang: language code of the translations.
             num_beams: beams of the search; 1 is greedy.
             max_new_tokens: longest translation; default: the model's.
             batch_tokens: most positions of the language model's input in a batch, padding included.
+            batch_size: most inputs of a batch; default: as many as ``batch_tokens`` allows.
 
         Returns:
             One translation per input, in their order.
@@ -163,6 +173,7 @@ class Generation:
             check_language(source_lang, "source_lang")
         parse_value(PositiveWhole, num_beams, "num_beams")
         parse_value(PositiveWhole | None, max_new_tokens, "max_new_tokens")
+        parse_value(PositiveWhole | None, batch_size, "batch_size")
         check_inputs(inputs)
         recordings = {i: item for i, item in enumerate(inputs) if is_audio_path(item)}
         locator = Markup(self.options.audio_locator_tag)
@@ -172,7 +183,7 @@ class Generation:
             [translation_turns(formatter, message, target_lang, source_lang) for message in messages]
         )
         translations: dict[int, str] = {}
-        for chosen in self._batches(contexts, recordings, batch_tokens):
+        for chosen in self._batches(contexts, recordings, batch_tokens, batch_size):
             context_ids, context_lens = self._collate_contexts([contexts[i] for i in chosen])
             examples = [{"target_lang": target_lang}] * len(chosen)
             batch = {"context_ids": context_ids, "context_lens": context_lens, "examples": examples}
@@ -220,7 +231,11 @@ class Generation:
                     )
 
     def _batches(
-        self, contexts: Sequence[Tensor], recordings: Mapping[int, str | Path], batch_tokens: int
+        self,
+        contexts: Sequence[Tensor],
+        recordings: Mapping[int, Input],
+        batch_tokens: int,
+        batch_size: int | None,
     ) -> Iterator[list[int]]:
         """Batches of one modality, speech first."""
         tokens = {i: float(len(context)) for i, context in enumerate(contexts)}
@@ -228,7 +243,7 @@ class Generation:
             tokens[i] += ceil(recording_seconds(path) / self.token_equivalent_duration) - 1
         for is_speech in (True, False):
             sizes = {i: size for i, size in tokens.items() if (i in recordings) == is_speech}
-            yield from fill_batches(sizes, batch_tokens)
+            yield from fill_batches(sizes, batch_tokens, batch_size)
 
     def _collate_contexts(self, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         lens = torch.tensor([len(ids) for ids in contexts])

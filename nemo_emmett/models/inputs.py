@@ -6,6 +6,7 @@ Cheap to import, so that a command can check its arguments before it loads a mod
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,13 +31,32 @@ _SENTENCES = {
 """Messages for files that cannot be translated, by the cause under which training counts skipped records."""
 
 
-def is_audio_path(item: str | Path) -> bool:
-    """Whether an input is a recording: a ``Path``, or a string with an audio file's suffix."""
-    return isinstance(item, Path) or Path(item).suffix.lower() in AUDIO_SUFFIXES
+@dataclass(frozen=True)
+class Segment:
+    """A part of a recording."""
+
+    path: Path
+    start: float = 0.0  # seconds
+    duration: float | None = None  # seconds; None: to the end of the file
 
 
-def check_inputs(inputs: Sequence[str | Path]) -> None:
-    """Check that inputs are texts or paths, and that recordings exist.
+class PlainText(str):
+    """A text, whatever it ends in."""
+
+
+Input = str | Path | Segment
+"""What is translated: a text, or a recording by the path of its file, or a part of it."""
+
+
+def is_audio_path(item: Input) -> bool:
+    """Whether an input is a recording: a ``Path``, a :class:`Segment`, or a string with an audio file's suffix."""
+    if isinstance(item, PlainText):
+        return False
+    return not isinstance(item, str) or Path(item).suffix.lower() in AUDIO_SUFFIXES
+
+
+def check_inputs(inputs: Sequence[Input]) -> None:
+    """Check that inputs are texts, paths or segments, and that recordings exist.
 
     Raises:
         DataError: naming the first one.
@@ -44,19 +64,20 @@ def check_inputs(inputs: Sequence[str | Path]) -> None:
     if isinstance(inputs, (str, Path)):
         raise DataError(f"inputs: '{inputs}' is one input, not a list of them; write ['{inputs}'].")
     for item in inputs:
-        if not isinstance(item, (str, Path)):
+        if not isinstance(item, (str, Path, Segment)):
             raise DataError(f"inputs: {item!r} is neither a text nor the path of an audio file; leave it out.")
-        if is_audio_path(item) and not Path(item).is_file():
-            raise DataError(f"audio file '{item}' does not exist.")
+        if is_audio_path(item) and not _path_of(item).is_file():
+            raise DataError(f"audio file '{_path_of(item)}' does not exist.")
 
 
-def fill_batches(sizes: Mapping[int, float], batch_tokens: float) -> Iterator[list[int]]:
+def fill_batches(sizes: Mapping[int, float], batch_tokens: float, batch_size: int | None = None) -> Iterator[list[int]]:
     """Put items of similar size together, the smallest first.
 
     Args:
         sizes: item -> tokens.
         batch_tokens: most tokens of a batch, counted as it is padded: items times the longest of them. An item that is
             longer than that makes a batch of its own.
+        batch_size: most items of a batch; None: as many as the tokens allow.
 
     Yields:
         The items of each batch, at least one.
@@ -67,7 +88,7 @@ def fill_batches(sizes: Mapping[int, float], batch_tokens: float) -> Iterator[li
     """
     batch: list[int] = []
     for item in sorted(sizes, key=sizes.__getitem__):
-        if batch and (len(batch) + 1) * sizes[item] > batch_tokens:
+        if batch and ((len(batch) + 1) * sizes[item] > batch_tokens or len(batch) == batch_size):
             yield batch
             batch = []
         batch.append(item)
@@ -75,8 +96,8 @@ def fill_batches(sizes: Mapping[int, float], batch_tokens: float) -> Iterator[li
         yield batch
 
 
-def recording_seconds(path: str | Path) -> float:
-    """How long a recording is.
+def recording_seconds(item: Input) -> float:
+    """How long a recording, or a segment of one, is.
 
     Raises:
         DataError: if the file is missing, breaks off, or cannot be read.
@@ -84,16 +105,16 @@ def recording_seconds(path: str | Path) -> float:
     from nemo_emmett.audio_file import AudioFault, read_header
 
     try:
-        return _whole(read_header(str(path))).duration
+        return _window(item, read_header(str(_path_of(item))))[1]
     except AudioFault as fault:
-        raise _unusable(path, fault) from fault
+        raise _unusable(item, fault) from fault
 
 
-def load_recordings(paths: Sequence[str | Path], sampling_rate: int) -> tuple[Tensor, Tensor]:
+def load_recordings(items: Sequence[Input], sampling_rate: int) -> tuple[Tensor, Tensor]:
     """Read recordings, mixed down to one channel and resampled.
 
     Args:
-        paths: audio files.
+        items: audio files, and segments of them.
         sampling_rate: samples per second of the result.
 
     Returns:
@@ -105,30 +126,44 @@ def load_recordings(paths: Sequence[str | Path], sampling_rate: int) -> tuple[Te
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    signals = [_load_recording(path, sampling_rate) for path in paths]
+    signals = [_load_recording(item, sampling_rate) for item in items]
     lens = torch.tensor([len(signal) for signal in signals])
     return pad_sequence(signals, batch_first=True), lens
 
 
-def _load_recording(path: str | Path, sampling_rate: int) -> Tensor:
+def _load_recording(item: Input, sampling_rate: int) -> Tensor:
     import torch
 
     from nemo_emmett.audio_file import AudioFault, load_samples, open_recording, read_header
 
+    path = _path_of(item)
     try:
-        recording = open_recording(path, _whole(read_header(str(path))))
-        return torch.from_numpy(load_samples(recording.resample(sampling_rate))).mean(0)
+        header = read_header(str(path))
+        start, seconds = _window(item, header)
+        window = {"offset": start, "duration": seconds} if isinstance(item, Segment) else {}
+        recording = open_recording(path, header).resample(sampling_rate)
+        return torch.from_numpy(load_samples(recording, **window)).mean(0)
     except AudioFault as fault:
-        raise _unusable(path, fault) from fault
+        raise _unusable(item, fault) from fault
 
 
-def _whole(header: Header) -> Header:
-    """A header, unless its recording breaks off."""
+def _path_of(item: Input) -> Path:
+    return item.path if isinstance(item, Segment) else Path(item)
+
+
+def _window(item: Input, header: Header) -> tuple[float, float]:
+    """Start and duration of a recording or segment, unless it breaks off."""
     from nemo_emmett.audio_file import fitted
 
-    fitted(header.duration, 0.0, header.duration, header.missing)
-    return header
+    start = item.start if isinstance(item, Segment) else 0.0
+    duration = item.duration if isinstance(item, Segment) else None
+    return start, fitted(
+        header.duration, start, header.duration - start if duration is None else duration, header.missing
+    )
 
 
-def _unusable(path: str | Path, fault: AudioFault) -> DataError:
-    return DataError(f"audio file '{path}' {_SENTENCES.get(str(fault), f'cannot be used ({fault})')}.")
+def _unusable(item: Input, fault: AudioFault) -> DataError:
+    place = f"audio file '{_path_of(item)}'"
+    if isinstance(item, Segment) and item.duration is not None and str(fault) == "truncated audio":
+        return DataError(f"{place} ends before {item.start + item.duration:g} s, where the segment ends; correct it.")
+    return DataError(f"{place} {_SENTENCES.get(str(fault), f'cannot be used ({fault})')}.")

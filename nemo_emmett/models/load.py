@@ -8,13 +8,12 @@ from contextlib import redirect_stdout
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from huggingface_hub.constants import CONFIG_NAME
 from hydra.errors import InstantiationException
 from hydra.utils import get_class
-from nemo.collections.speechlm2.parts.hf_hub import SAFETENSORS_SINGLE_FILE
 
 from nemo_emmett.errors import ModelError
 from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.models.exported import check_weights, find_config
 
 _OWN_MODELS = "nemo_emmett.models."
 
@@ -35,14 +34,8 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> SpeechTextMo
         ModelError: if the folder is not such an export, or its weights are not those of the model that it names.
     """
     folder = Path(folder)
-    config_path = folder / CONFIG_NAME
-    if not config_path.is_file():
-        raise ModelError(
-            f"'{folder}' is not an exported model: it has no config.json; train.py exports to `export_dir`."
-        )
-    model_class = _class_of(config_path)
-    if not (folder / SAFETENSORS_SINGLE_FILE).is_file():
-        raise ModelError(f"'{folder}' has no {SAFETENSORS_SINGLE_FILE}, so it is no complete export; export it again.")
+    model_class = _class_of(find_config(folder))
+    check_weights(folder)
     # huggingface_hub prints where it reads from; standard output belongs to the translations.
     with redirect_stdout(sys.stderr):
         return model_class.from_pretrained(str(folder), trust_remote_code=trust_remote_code).eval()

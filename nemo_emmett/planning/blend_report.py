@@ -26,13 +26,7 @@ from nemo_emmett.data.io.files import is_local
 from nemo_emmett.data.lengths.counting import Size, TokenCounter
 from nemo_emmett.data.readers.registry import register_data_types
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.planning.needed import look_up
-
-SECTIONS = ("data.train_ds", "model.train_ds", "train_ds")
-"""Where NeMo's recipes have the data that they train on."""
-
-DATA_KEYS = frozenset({"input_cfg", "multi_config", "manifest_filepath", "cuts_path", "shar_path", "datasets"})
-"""A config with one of these is that of a dataset."""
+from nemo_emmett.planning.needed import look_up, place_of_dataset
 
 DEFAULT_STEPS = 1_000
 """Looked ahead where neither the user nor the recipe says how long the training is."""
@@ -82,7 +76,7 @@ def read_recipe(
     if isinstance(content, ListConfig):
         entries = plain(content, str(path), throw_on_missing=True)
         return Recipe(parse_dataset(config_of({**defaults, "input_cfg": entries}), path.stem))
-    section = _section(content, section, path)
+    section = place_of_dataset(content, section, path)
     found = OmegaConf.select(content, section) if section else content
     keys = plain(found, section or str(path), throw_on_missing=True)
     if "datasets" in keys:
@@ -97,20 +91,6 @@ def read_recipe(
         batches_per_step=processes * (_positive(look_up(content, "trainer.accumulate_grad_batches")) or 1),
         tokenizer=folder if isinstance(folder, str) and os.path.isdir(folder) else None,
     )
-
-
-def _section(content: DictConfig, section: str | None, path: str | os.PathLike[str]) -> str:
-    """The dataset's place; the empty one is the whole file."""
-    if section is not None:
-        if not isinstance(look_up(content, section), DictConfig):
-            raise ConfigError(f"--section: '{path}' has no section '{section}'; its sections are {', '.join(content)}.")
-        return section
-    found = [place for place in SECTIONS if isinstance(OmegaConf.select(content, place), DictConfig)]
-    if found:
-        return found[0]
-    if DATA_KEYS & set(content):
-        return ""
-    raise ConfigError(f"The config '{path}' has no {SECTIONS[0]}; name the dataset's place in it by --section.")
 
 
 def _positive(value: Any) -> int | None:

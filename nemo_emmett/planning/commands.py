@@ -16,11 +16,11 @@ from rich.console import Console
 
 from nemo_emmett.callbacks.oomptimizer import OOMptimizer
 from nemo_emmett.data.bucketing.length_stats import Lengths
-from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer import Profile
 from nemo_emmett.oomptimizer.memory import MemoryFraction, budget_of, parse_memory, shown
 from nemo_emmett.planning.bins_and_sizes import examples_per_bucket
 from nemo_emmett.planning.lengths import lengths_of_groups
+from nemo_emmett.planning.needed import check_memory_is_given, check_new_profile
 from nemo_emmett.planning.picture import draw_profile
 from nemo_emmett.planning.planner import Planner, fit, with_fastest_bins
 from nemo_emmett.planning.recipe import Build, refuse_sharding, without_training
@@ -64,7 +64,7 @@ def oomptimize(
     Raises:
         EmmettError: for a mistake in the recipe, or if a bucket does not fit.
     """
-    _check_is_new(profile)
+    check_new_profile(profile)
     console = console or Console(quiet=bool(rank_zero_only.rank))
     training = build(without_training(cfg))
     optimizer = OOMptimizer(
@@ -126,14 +126,13 @@ def plan(
     Raises:
         EmmettError: for a mistake in the recipe, if a bucket does not fit, or if an operation cannot be planned.
     """
-    if memory is None:
-        raise ConfigError("--memory: is missing; name the device to plan for (H100), or its memory (80GiB).")
+    check_memory_is_given(memory)
     memory_fraction = parse_value(MemoryFraction, memory_fraction, "--memory-fraction")
     numbers = {"--num-buckets": num_buckets, "--num-sub-buckets": num_sub_buckets, "--limit": limit}
     num_buckets, num_sub_buckets, limit = (parse_value(PositiveWhole | None, *item[::-1]) for item in numbers.items())
     budget = int(parse_memory(memory, "--memory") * memory_fraction)
     refuse_sharding(cfg.trainer)
-    _check_is_new(profile)
+    check_new_profile(profile)
     planner = Planner(
         without_training(cfg),
         build,
@@ -153,11 +152,6 @@ def plan(
     found = replace(found, settings={**found.settings, "memory": memory, "memory_fraction": memory_fraction})
     _finish(found, profile, planner.search_budget, output, planner.console)
     return found
-
-
-def _check_is_new(profile: str | Path) -> None:
-    if Path(profile).exists():
-        raise ConfigError(f"--profile: '{profile}' exists already; delete it, or name another file.")
 
 
 def _with_epoch(profile: Profile, lengths: Mapping[str, Lengths]) -> Profile:

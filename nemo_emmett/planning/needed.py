@@ -5,11 +5,14 @@ Neither NeMo nor torch is imported here, so that a missing value is reported at 
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from nemo_emmett.early_checks import SOURCE_PATHS
 from nemo_emmett.errors import ConfigError
 
 SECTIONS = ("model", "trainer", "seed", "num_threads")
@@ -21,10 +24,11 @@ PLACES_OF_DATA = ("data.train_ds", "model.train_ds")
 DATASETS_OF_MODEL = ("train_ds", "validation_ds", "test_ds")
 """Keys of an ASR recipe's ``model`` section that are datasets."""
 
-PATHS = frozenset(
-    {"manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "source_paths", "target_paths", "paths"}
-)
-"""Keys of sources that name files, which a plan does not open."""
+TRAINING_DATA = ("data.train_ds", "model.train_ds", "train_ds")
+"""Where NeMo's recipes have the data that they train on."""
+
+DATA_KEYS = frozenset({"input_cfg", "multi_config", "manifest_filepath", "cuts_path", "shar_path", "datasets"})
+"""A config with one of these is that of a dataset."""
 
 NOT_GIVEN = "not_given"
 """Placeholder of a missing path in the recipe that is planned."""
@@ -67,6 +71,26 @@ def needed_for_planning(cfg: DictConfig, *, reads_data: bool) -> DictConfig:
     return OmegaConf.create({**needed, "data": {"train_ds": of_data}})
 
 
+def check_new_profile(profile: str | Path) -> None:
+    """Refuse to overwrite a profile.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    if Path(profile).exists():
+        raise ConfigError(f"--profile: '{profile}' exists already; delete it, or name another file.")
+
+
+def check_memory_is_given(memory: object) -> None:
+    """Refuse a plan for no device.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if memory is None:
+        raise ConfigError("--memory: is missing; name the device to plan for (H100), or its memory (80GiB).")
+
+
 def look_up(content: DictConfig, key: str) -> Any:
     """A value that a config may have; what cannot be resolved is not needed."""
     try:
@@ -75,11 +99,34 @@ def look_up(content: DictConfig, key: str) -> Any:
         return None
 
 
+def place_of_dataset(content: DictConfig, section: str | None, path: str | os.PathLike[str]) -> str:
+    """The place of the dataset that a config describes; the empty one is the whole file.
+
+    Args:
+        content: a recipe, or the config of a dataset.
+        section: the place that the user gives; None: that of the training data.
+        path: of the config, for messages.
+
+    Raises:
+        ConfigError: if there is no such section.
+    """
+    if section is not None:
+        if not isinstance(look_up(content, section), DictConfig):
+            raise ConfigError(f"--section: '{path}' has no section '{section}'; its sections are {', '.join(content)}.")
+        return section
+    found = [place for place in TRAINING_DATA if isinstance(OmegaConf.select(content, place), DictConfig)]
+    if found:
+        return found[0]
+    if DATA_KEYS & set(content):
+        return ""
+    raise ConfigError(f"The config '{path}' has no {TRAINING_DATA[0]}; name the dataset's place in it by --section.")
+
+
 def _forget_missing_paths(config: Any, in_paths: bool = False) -> None:
     if not isinstance(config, (DictConfig, ListConfig)) or config._is_none() or config._is_missing():
         return
     for key in list(config) if isinstance(config, DictConfig) else range(len(config)):
-        is_path = in_paths or key in PATHS
+        is_path = in_paths or key in SOURCE_PATHS
         node = config._get_node(key)
         if isinstance(node, (DictConfig, ListConfig)) and not node._is_missing() and not node._is_interpolation():
             _forget_missing_paths(node, is_path)

@@ -98,7 +98,7 @@ def is_known_language(code: str) -> bool:
         >>> is_known_language("pt-BR"), is_known_language("en-de")
         (True, False)
     """
-    if code in known_languages():
+    if code in _FLORES_OF_ISO or code in known_languages():  # the latter imports transformers
         return True
     tagged = _WITH_SUBTAGS.fullmatch(code)
     return tagged is not None and tagged["code"] in known_languages()

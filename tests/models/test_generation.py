@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models import SALMGPT, SALMT5
-from nemo_emmett.models.inputs import fill_batches, load_recordings
+from nemo_emmett.models.inputs import PlainText, Segment, fill_batches, load_recordings, recording_seconds
 from nemo_emmett.prompts.encoding import encode_texts
 from nemo_emmett.prompts.markup import Prompt
 
@@ -346,3 +346,33 @@ def test_a_recording_that_was_written_to_a_pipe_is_heard(salm_t5, tmp_path) -> N
     assert torch.equal(audios[0], audios[1])
     whole, piped = salm_t5.translate(paths, "en", "de")
     assert whole == piped
+
+
+def test_a_segment_is_a_part_of_its_file(salm_t5, tmp_path) -> None:
+    samples = np.random.default_rng(0).normal(0, 0.1, 48000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "part.wav", samples[8000:24000], 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "rest.wav", samples[40000:], 16000, subtype="FLOAT")
+    segments = [Segment(tmp_path / "a.wav", 0.5, 1.0), Segment(tmp_path / "a.wav", 2.5)]
+    assert [recording_seconds(one) for one in segments] == [1.0, 0.5]
+    audios, lens = load_recordings(segments, 16000)
+    assert lens.tolist() == [16000, 8000]
+    assert np.array_equal(audios[0].numpy(), samples[8000:24000])
+    assert np.array_equal(audios[1, :8000].numpy(), samples[40000:])
+    files = [tmp_path / "part.wav", tmp_path / "rest.wav"]
+    assert salm_t5.translate(segments, "en", "de") == salm_t5.translate(files, "en", "de")
+    with pytest.raises(DataError, match=r"a\.wav' ends before 3\.5 s, where the segment ends; correct it"):
+        salm_t5.translate([Segment(tmp_path / "a.wav", 2.5, 1.0)], "en", "de")
+
+
+def test_batches_of_a_given_size(salm_t5, monkeypatch) -> None:
+    assert list(fill_batches(dict.fromkeys(range(5), 1.0), batch_tokens=100, batch_size=2)) == [[0, 1], [2, 3], [4]]
+    seen = batches_of(salm_t5, monkeypatch)
+    salm_t5.translate(TEXTS[:3], "en", "de", batch_size=2)
+    assert [len(batch["context_ids"]) for batch in seen] == [2, 1]
+
+
+def test_a_plain_text_is_a_text_whatever_it_ends_in(salm_t5) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        salm_t5.translate(["six.wav"], "en", "de")
+    assert len(salm_t5.translate([PlainText("six.wav")], "en", "de")) == 1

@@ -1,0 +1,139 @@
+"""``nemo-emmett index``, ``blend`` and ``bins``: reports on the data of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nemo_emmett.cli.parameters import (
+    COUNT,
+    FILE,
+    announce_loading,
+    bucket_options,
+    index_dir_option,
+    limit_option,
+    recipe_arguments,
+    section_option,
+    tokenizer_option,
+)
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig, ListConfig
+
+    from nemo_emmett.planning.blend_report import Recipe
+
+
+def _check_early(content: DictConfig | ListConfig, config: str, section: str | None) -> None:
+    """Check what can be checked of the dataset without importing NeMo."""
+    from omegaconf import ListConfig, OmegaConf
+
+    from nemo_emmett.early_checks import check_dataset_files, refuse_empty_paths
+    from nemo_emmett.planning.needed import place_of_dataset
+
+    if isinstance(content, ListConfig):
+        dataset, place = content, f"{Path(config).stem}.input_cfg"
+    elif found := place_of_dataset(content, section, config):
+        dataset, place = OmegaConf.select(content, found), found
+    else:
+        dataset, place = content, Path(config).stem
+    refuse_empty_paths(dataset, place)
+    check_dataset_files(dataset, place, in_dataset=True)
+
+
+def _read_data(
+    config: str, overrides: Sequence[str], section: str | None, given: Mapping[str, Any] | None = None
+) -> tuple[Recipe, Any]:
+    """The dataset of a command, with its model's defaults, and the model's tokenizer."""
+    from nemo_emmett.runner import compose_data
+
+    content = compose_data(config, overrides)
+    _check_early(content, config, section)
+    announce_loading("the data's readers" if "model" not in content else "the model's tokenizer")
+    from nemo_emmett.data.checks import check_files
+    from nemo_emmett.planning.blend_report import read_recipe
+    from nemo_emmett.planning.known_by_model import known_by_model
+    from nemo_emmett.plugin import find_model
+
+    recipe = read_recipe(content, config, section)
+    if "model" not in content:
+        return read_recipe(content, config, section, given), None
+    check_files(recipe.dataset.sources)  # before the model is built, which takes seconds
+    known = known_by_model(content, find_model)
+    return read_recipe(content, config, section, {**known.defaults, **(given or {})}), known.tokenizer
+
+
+@click.command()
+@recipe_arguments
+@section_option
+@tokenizer_option
+@index_dir_option
+def index(
+    config: str, overrides: Sequence[str], section: str | None, tokenizer: str | None, index_dir: str | None
+) -> None:
+    """Build the length indexes of the data of CONFIG ahead of its training, and show their sizes and what was skipped.
+
+    CONFIG is a recipe (a YAML file, or the name of one of nemo_emmett), the config of a dataset, or a list of sources
+    (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read. Ended and started again, it goes on
+    where it was.
+    """
+    recipe, of_model = _read_data(config, overrides, section)
+    from nemo_emmett.planning.bins_report import tokenizer_of
+    from nemo_emmett.planning.index_report import print_index
+
+    print_index(recipe.dataset, tokenizer=tokenizer_of(recipe, tokenizer, of_model), index_dir=index_dir)
+
+
+@click.command()
+@recipe_arguments
+@section_option
+@click.option("--steps", type=COUNT, help="How far to look ahead.  [default: trainer.max_steps, or 1000]")
+@tokenizer_option
+@index_dir_option
+def blend(config: str, overrides: Sequence[str], section: str | None, tokenizer: str | None, **options: Any) -> None:
+    """Show the sizes of the data of CONFIG, the share of each part in the examples, and how often it is repeated.
+
+    CONFIG is a recipe (a YAML file, or the name of one of nemo_emmett), the config of a dataset, or a list of sources
+    (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read.
+    """
+    recipe, of_model = _read_data(config, overrides, section)
+    from nemo_emmett.planning.bins_report import tokenizer_of
+    from nemo_emmett.planning.blend_report import print_blend
+
+    print_blend(recipe, tokenizer=tokenizer_of(recipe, tokenizer, of_model), **options)
+
+
+@click.command()
+@recipe_arguments
+@section_option
+@bucket_options
+@limit_option
+@click.option(
+    "--outliers",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Leave out outputs so many standard deviations too long for their inputs.  [default: none]",
+)
+@tokenizer_option
+@click.option(
+    "--token-equivalent-duration",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds of speech that count as one token.  [default: the config's, or the model's]",
+)
+@click.option("--output", type=FILE, help="PNG to draw the lengths and bins in.")
+def bins(config: str, overrides: Sequence[str], section: str | None, tokenizer: str | None, **options: Any) -> None:
+    """Find the bins of least padding for each group of the data of CONFIG, and show what they save.
+
+    CONFIG is a recipe (a YAML file, or the name of one of nemo_emmett), the config of a dataset, or a list of sources
+    (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read.
+    """
+    output, seconds = options.pop("output"), options.pop("token_equivalent_duration")
+    given = {"token_equivalent_duration": seconds} if seconds else {}
+    recipe, of_model = _read_data(config, overrides, section, given)
+    from nemo_emmett.planning.bins_report import bins_of_dataset, draw_bins, print_bins, tokenizer_of
+
+    groups = bins_of_dataset(recipe.dataset, tokenizer_of(recipe, tokenizer, of_model), **options)
+    print_bins(groups)
+    if output is not None:
+        draw_bins(groups, output)

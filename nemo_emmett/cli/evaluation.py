@@ -1,0 +1,47 @@
+"""``nemo-emmett evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nemo_emmett.cli.parameters import COUNT, FOLDER, MODEL, PATH, announce_loading, trust_argument, trust_option
+from nemo_emmett.corpora.commands import Names
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.argument("config", type=PATH)
+@click.option("--output", type=FOLDER, help="Folder for evaluation.json and report.html.")
+@click.option("--num-beams", type=COUNT, help="1 is greedy search.  [default: the recipe's, or 1]")
+@click.option("--max-new-tokens", type=COUNT, help="Longest translation.  [default: the model's]")
+@click.option("--log-dir", type=PATH, help="TensorBoard logs of the training, for its curves.")
+@click.option("--name", help="Name of the model in tables.  [default: the end of its folder's path]")
+@click.option(
+    "--metrics",
+    type=Names(),
+    help="Of BLEU, chrF++, chrF, TER, spBLEU and COMET; BLEU is always computed.  [default: BLEU,chrF++]",
+)
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    type=PATH,
+    help="An earlier evaluation.json, its folder, or the folder of a model to compare with; may be repeated.",
+)
+@click.option("--examples", type=click.IntRange(min=0), help="Translations in the report.  [default: 10]")
+@trust_option
+def evaluate(model: Path, config: Path, trust_remote_code: bool, **options: Any) -> None:
+    """Translate the test sets of the recipe CONFIG with the model in the folder MODEL, and score the translations.
+
+    Options that are not given are the recipe's. Started by torchrun or srun, the processes share each test set.
+    """
+    from nemo_emmett.evaluation.recipe import check_evaluation
+
+    check_evaluation(config, model, options)
+    announce_loading("the model")
+    from nemo_emmett.evaluation import evaluate_recipe
+
+    evaluate_recipe(config, model, **options, **trust_argument(trust_remote_code))

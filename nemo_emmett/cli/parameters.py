@@ -1,0 +1,89 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def together(*parameters: Callable[[Callable], Callable]) -> Callable[[Callable], Callable]:
+    """One decorator for several of click's arguments and options, in their order."""
+
+    def decorate(command: Callable) -> Callable:
+        for parameter in reversed(parameters):
+            command = parameter(command)
+        return command
+
+    return decorate
+
+
+class NamedPath(click.Path):
+    """A path; an empty one, which pathlib would take for the current folder, is refused."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(**{"path_type": Path, **options})
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the path."""
+        if value == "":
+            self.fail("is empty; name a path, or leave it out.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = NamedPath("path")
+FOLDER = NamedPath("folder", file_okay=False)
+FILE = NamedPath("file", dir_okay=False)
+MODEL = NamedPath("folder")  # whether it is one is checked with what is in it
+COUNT = click.IntRange(min=1)
+COUNT.name = "number"
+BETWEEN_0_AND_1 = click.FloatRange(0, 1, min_open=True, max_open=True)
+
+recipe_arguments = together(click.argument("config"), click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1))
+tokenizer_option = click.option(
+    "--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: the model's; blend: or words]"
+)
+section_option = click.option("--section", help="Place of the dataset in the recipe.  [default: data.train_ds]")
+limit_option = click.option("--limit", type=COUNT, help="Examples to measure of each group.  [default: all]")
+bucket_options = together(
+    click.option("--num-buckets", type=COUNT, help="Buckets of input lengths.  [default: the config's]"),
+    click.option(
+        "--num-sub-buckets",
+        type=COUNT,
+        help="Bins of output lengths in each of them.  [default: the config's, or none]",
+    ),
+)
+index_dir_option = click.option(
+    "--index-dir",
+    type=NamedPath("folder", file_okay=False, path_type=str),
+    help="Folder for indexes that cannot be written next to the data.  [default: the dataset's index_dir]",
+)
+jobs_option = click.option(
+    "--jobs", type=int, help="Processes to speak with; the result does not depend on it.  [default: all cores]"
+)
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run code that came with the model, of a language model that transformers does not know (docs/security.md).",
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+
+
+def announce_loading(what: str) -> None:
+    """Print what a command waits for, from the first of its processes, before it imports NeMo."""
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        click.echo(f"Loading NeMo and {what}, which takes about 15 seconds ...", err=True)
+
+
+def warn(sentence: str) -> None:
+    """Print a warning on stderr."""
+    click.echo(f"Warning: {sentence}", err=True)
+
+
+def trust_argument(trust_remote_code: bool) -> dict[str, bool]:
+    """The argument as functions take it that load a model; absent where it is not set."""
+    return {"trust_remote_code": True} if trust_remote_code else {}

@@ -1,0 +1,55 @@
+"""``nemo-emmett train`` and ``nemo-emmett export``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from nemo_emmett.cli.parameters import PATH, announce_loading
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+def train(recipe: str, overrides: Sequence[str]) -> None:
+    """Train the model of RECIPE, a YAML file or the name of a recipe of nemo_emmett; KEY=VALUE overrides a key of it.
+
+    Started again, it resumes from its newest complete checkpoint. torchrun and srun may start it on several devices.
+    """
+    from nemo_emmett.runner import compose_recipe
+
+    cfg = compose_recipe(recipe, overrides)
+    from nemo_emmett.early_checks import check_dataset_files, check_sections, refuse_empty_paths
+
+    check_sections(cfg)
+    refuse_empty_paths(cfg)
+    check_dataset_files(cfg.data, "data")
+    announce_loading("the data and the model")
+    from nemo_emmett.training import train
+
+    train(cfg)
+
+
+@click.command()
+@click.argument("checkpoint", type=PATH)
+@click.argument("folder", type=PATH)
+@click.option(
+    "--config", help="Recipe of the training, by its path or name.  [default: recipe.yaml next to CHECKPOINT]"
+)
+def export(checkpoint: Path, folder: Path, config: str | None) -> None:
+    """Write the model of CHECKPOINT, a .ckpt file or the folder of a sharded one, into FOLDER, for translate and
+    evaluate."""
+    from nemo_emmett.early_checks import check_checkpoint
+    from nemo_emmett.files import check_writable
+    from nemo_emmett.runner import compose_recipe
+
+    check_checkpoint(checkpoint, has_recipe=config is not None)
+    recipe = None if config is None else compose_recipe(config)
+    check_writable(folder, "FOLDER")
+    announce_loading("the checkpoint")
+    from nemo_emmett.exporting import export_checkpoint
+
+    export_checkpoint(checkpoint, folder, recipe)
+    click.echo(f"The model of {checkpoint} is in {folder}")

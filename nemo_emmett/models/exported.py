@@ -1,0 +1,90 @@
+"""What the folder of an exported model says about it, read without importing torch.
+
+Commands check a folder with it before they load the model, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_emmett.errors import ModelError
+
+CONFIG_FILE = "config.json"
+"""Hugging Face's name of the config."""
+
+WEIGHTS_FILE = "model.safetensors"
+"""Hugging Face's name of the weights."""
+
+TRAINING_KEY = "training"
+"""Key of the config for what is known of the training: see ``nemo_emmett.training_record``."""
+
+
+def check_exported(folder: str | Path) -> dict[str, Any]:
+    """Check that a folder holds an exported model.
+
+    Returns:
+        Its config; empty where ``config.json`` is no JSON object, which :func:`~nemo_emmett.models.load` refuses.
+
+    Raises:
+        ModelError: if its config or weights are missing.
+    """
+    path = find_config(folder)
+    check_weights(folder)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    return config if isinstance(config, dict) else {}
+
+
+def find_config(folder: str | Path) -> Path:
+    """The config of an exported model.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    path = Path(folder, CONFIG_FILE)
+    if not path.is_file():
+        raise ModelError(
+            f"'{folder}' is not an exported model: it has no {CONFIG_FILE}; train.py exports to `export_dir`."
+        )
+    return path
+
+
+def check_weights(folder: str | Path) -> None:
+    """Check that an export has its weights.
+
+    Raises:
+        ModelError: if it has none.
+    """
+    if not Path(folder, WEIGHTS_FILE).is_file():
+        raise ModelError(f"'{folder}' has no {WEIGHTS_FILE}, so it is no complete export; export it again.")
+
+
+def trained_targets(config: Mapping[str, Any]) -> set[str]:
+    """The languages that a model was trained to translate to; empty if its config does not say."""
+    training = config.get(TRAINING_KEY)
+    directions = training.get("directions") if isinstance(training, Mapping) else None
+    if not isinstance(directions, Mapping):
+        return set()
+    return {str(target) for pairs in directions.values() for _, target in pairs}
+
+
+def untrained_warning(config: Mapping[str, Any], target_langs: Collection[str]) -> str | None:
+    """A sentence on the target languages that a model never saw in training; None if there are none, or none is known.
+
+    Example:
+        >>> untrained_warning({"training": {"directions": {"text": [["en", "de"]]}}}, ["fr"])
+        'the model was not trained to translate to fr, but to de; expect translations in another language.'
+    """
+    trained = trained_targets(config)
+    unseen = sorted(set(target_langs) - trained)
+    if not trained or not unseen:
+        return None
+    return (
+        f"the model was not trained to translate to {', '.join(unseen)}, but to {', '.join(sorted(trained))}; expect "
+        "translations in another language."
+    )

@@ -1,0 +1,109 @@
+"""A model on requests: their order, windows, and records that cannot be translated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.translation.requests import Request
+from nemo_emmett.translation.results import as_line, opened
+from nemo_emmett.translation.run import Result, translate_requests
+
+
+class Upper:
+    """Translates into upper case, but not what begins with ``bad``, and knows no French."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def translate(self, inputs, source_lang, target_lang, **options):
+        self.calls.append((list(inputs), source_lang, target_lang))
+        if target_lang == "fr":
+            raise ConfigError("target_lang: the model has no token for 'fr'.")
+        if bad := [one for one in inputs if one.startswith("bad")]:
+            raise DataError(f"'{bad[0]}' cannot be read.")
+        return [one.upper() for one in inputs]
+
+
+def requests(*texts: str, **languages: str) -> list[Request]:
+    return [Request(str(n), text, text, "en", languages.get(text, "de")) for n, text in enumerate(texts)]
+
+
+def results(model, wanted, window=8, **options) -> list[Result]:
+    return [one for window_ in translate_requests(model, wanted, window, {}, **options) for one in window_]
+
+
+def test_order_is_kept_over_windows_and_languages() -> None:
+    model, texts = Upper(), [f"text {number}" for number in range(7)]
+    found = results(model, requests(*texts, **{"text 1": "es", "text 4": "es"}), window=3)
+    assert [one.translation for one in found] == [text.upper() for text in texts]
+    assert [(inputs, target) for inputs, _, target in model.calls] == [
+        (["text 0", "text 2"], "de"),
+        (["text 1"], "es"),
+        (["text 3", "text 5"], "de"),
+        (["text 4"], "es"),
+        (["text 6"], "de"),
+    ]
+
+
+@pytest.mark.parametrize("bad", [[0], [6], [2, 3], list(range(7))])
+def test_records_at_fault_do_not_cost_the_others(bad: list[int]) -> None:
+    texts = [f"bad {n}" if n in bad else f"good {n}" for n in range(7)]
+    found = results(Upper(), requests(*texts))
+    assert [one.translation for one in found] == [None if n in bad else f"GOOD {n}" for n in range(7)]
+    assert [one.fault for one in found] == [f"'bad {n}' cannot be read" if n in bad else "" for n in range(7)]
+
+
+def test_a_window_is_read_when_the_one_before_is_done() -> None:
+    taken = []
+    stream = (taken.append(one.id) or one for one in requests("a", "b", "c", "d"))
+    windows = translate_requests(Upper(), stream, 2, {})
+    assert [one.translation for one in next(windows)] == ["A", "B"]
+    assert taken == ["0", "1"]
+
+
+def test_empty_lines_are_not_for_the_model() -> None:
+    model = Upper()
+    assert [one.translation for one in results(model, requests("a", " ", "b"))] == ["A", "", "B"]
+    assert model.calls == [(["a", "b"], "en", "de")]
+
+
+def test_a_language_that_the_model_lacks_is_a_fault_only_where_records_name_it() -> None:
+    wanted = requests("a", "b", b="fr")
+    found = results(Upper(), wanted, languages_vary=True)
+    assert [(one.translation, one.fault) for one in found] == [
+        ("A", ""),
+        (None, "target_lang: the model has no token for 'fr'"),
+    ]
+    with pytest.raises(ConfigError, match="has no token for 'fr'"):
+        results(Upper(), wanted)
+
+
+def test_lines_and_json() -> None:
+    done, failed = Result(*requests("ä b"), "zwei\nZeilen"), Result(*requests("c"), None, "cannot be read")
+    assert [as_line(one, "lines") for one in (done, failed)] == ["zwei Zeilen", ""]
+    record = {"id": "0", "input": "ä b", "translation": "zwei\nZeilen", "source_lang": "en", "target_lang": "de"}
+    assert json.loads(as_line(done, "jsonl")) == record
+    assert "ä b" in as_line(done, "jsonl")
+    assert json.loads(as_line(failed, "jsonl"))["error"] == "cannot be read"
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out.txt"
+
+    def interrupted() -> None:
+        with opened(path) as file:
+            file.write("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    with opened(path) as file:
+        file.write("whole")
+        file.flush()
+        assert not path.exists()
+    assert path.read_text() == "whole"
