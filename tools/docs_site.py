@@ -36,9 +36,7 @@ ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(?P<short>~)?(?P<name>[\
 
 def public_names() -> dict[str, list[str]]:
     """The public names of each package of nemo_emmett, in alphabetical order, by the package's name."""
-    stubs = {
-        ".".join(path.parent.relative_to(ROOT).parts): path for path in ROOT.glob("nemo_emmett/**/__init__.pyi")
-    }
+    stubs = {".".join(path.parent.relative_to(ROOT).parts): path for path in ROOT.glob("nemo_emmett/**/__init__.pyi")}
     return {package: sorted(_all_of(stubs[package]), key=str.lower) for package in sorted(stubs)}
 
 

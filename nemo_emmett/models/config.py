@@ -55,8 +55,8 @@ class ModelConfig:
     lora: dict | None = None  # arguments of peft's LoraConfig; the language model's own weights are frozen
     freeze_params: list[Text] = field(default_factory=list)  # regular expressions of parameters that are frozen
     prevent_freeze_params: list[Text] = field(default_factory=list)  # exceptions to freeze_params
-    optimizer: dict | None = None
-    lr_scheduler: dict | None = None
+    optimizer: dict | None = None  # _target_ and arguments of an optimizer, such as torch.optim.AdamW
+    lr_scheduler: dict | None = None  # _target_ and arguments of a schedule of PyTorch or NeMo
     freeze: list[Literal["llm", "encoder"]] = field(default_factory=list)  # parts that are frozen
     cross_attention: dict | None = None  # BestowGPT's layers between text and speech
     modality_loss_weights: dict[str, NonNegative] = field(default_factory=dict)  # by default 1.0 each
