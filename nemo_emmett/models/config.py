@@ -10,7 +10,7 @@ from typing import Any, Literal
 from nemo.utils import logging
 
 from nemo_emmett.config import check_keys
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, Help
 from nemo_emmett.models.initial_weights import PERCEPTION_KEY, WHOLE_MODEL_KEYS
 from nemo_emmett.models.nemo_keys import NEMO_KEYS, is_off
 from nemo_emmett.modules.batch import MODALITIES
@@ -108,7 +108,7 @@ class ModelConfig:
             if key in NEMO_KEYS and not is_off(value):
                 sentence = f"model.{key}: {model_name} does not have this key of NeMo's; {NEMO_KEYS[key]}."
                 if not for_loading:
-                    raise ConfigError(sentence)
+                    raise ConfigError(sentence, page=Help.NEMO_KEY)
                 logging.warning(sentence)
         if not section.get("pretrained_llm"):
             raise ConfigError("model.pretrained_llm is missing: give a folder or a Hugging Face name.")
