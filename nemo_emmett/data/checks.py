@@ -23,7 +23,7 @@ from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.parallel_text import aligned_shards, directions_of, text_layout
 from nemo_emmett.data.readers.registry import ReaderContext, reader_context, register_data_types
 from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
-from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.errors import ConfigError, DataError, Help
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.prompts.languages import check_language
@@ -175,7 +175,9 @@ def _check_languages(source: Source) -> None:
     elif isinstance(source.target_lang, list):
         raise ConfigError(f"{source.place}.target_lang: a text has one target language, not {source.target_lang}.")
     elif source.target_lang is None and layout != "jsonl":
-        raise ConfigError(f"{source.place}.target_lang: missing; name the language of the target texts.")
+        raise ConfigError(
+            f"{source.place}.target_lang: missing; name the language of the target texts.", page=Help.LANGUAGE
+        )
 
 
 def check_files(sources: Iterable[Source]) -> None:
@@ -194,7 +196,8 @@ def check_files(sources: Iterable[Source]) -> None:
                 of_pattern = f" (of '{written}')" if written != path else ""
                 raise DataError(
                     f"{source.place}.{key}: there is no file '{path}'{of_pattern}; correct the path, or prepare the "
-                    "data first."
+                    "data first.",
+                    page=Help.MISSING_FILE,
                 )
 
 
@@ -218,12 +221,14 @@ def _check_batch_size(group: GroupConfig) -> None:
     has_durations = not group.use_multimodal_sampling and (group.keys.get("max_duration") or math.inf) < math.inf
     if has_sizes and not has_bins and not has_durations:
         raise ConfigError(
-            f"{group.place}.bucket_duration_bins: missing; bucket_batch_size needs a bin for each of its sizes."
+            f"{group.place}.bucket_duration_bins: missing; bucket_batch_size needs a bin for each of its sizes.",
+            page=Help.BATCH_SIZE,
         )
     if group.batch_size is None and size is None and not has_sized_bins:
         raise ConfigError(
             f"{group.place}.batch_size: missing; give batch_size, batch_duration (speech), batch_tokens (with "
-            "use_multimodal_sampling: true), or bucket_duration_bins with bucket_batch_size."
+            "use_multimodal_sampling: true), or bucket_duration_bins with bucket_batch_size.",
+            page=Help.BATCH_SIZE,
         )
 
 

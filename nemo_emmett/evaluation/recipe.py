@@ -28,16 +28,16 @@ class EvaluationConfig:
     """How models are evaluated, the same for all that are compared: the arguments of ``evaluate``."""
 
     data: DictConfig  # holds test_ds
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...]  # of BLEU, chrF++, chrF, TER, spBLEU and COMET; BLEU is always computed
     comet: CometConfig | None
-    name: Text | None = None
-    output: FilePath | None = None
-    num_beams: PositiveWhole = 1
-    max_new_tokens: PositiveWhole | None = None
+    name: Text | None = None  # of the model in tables; by default the end of its folder's path
+    output: FilePath | None = None  # folder for evaluation.json and report.html
+    num_beams: PositiveWhole = 1  # 1 is greedy search
+    max_new_tokens: PositiveWhole | None = None  # longest translation, in tokens; by default the model's
     baselines: tuple[FilePath, ...] = ()
-    log_dir: FilePath | None = None
-    examples: Count = 10
-    trust_remote_code: Switch = False
+    log_dir: FilePath | None = None  # TensorBoard logs of the training, for its curves
+    examples: Count = 10  # translations in the report
+    trust_remote_code: Switch = False  # run code that came with a model (docs/security.md)
 
     @classmethod
     def parse(

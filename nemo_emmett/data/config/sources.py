@@ -75,8 +75,23 @@ class Source:
     Args:
         keys: all of its keys, as NeMo's own reader of its type takes them.
         place: in the recipe, for messages (``data.train_ds.input_cfg.0``).
-        source_lang: by its tags, else by our key, else by NeMo's; ``target_lang`` in the same way.
+        type: of the source, such as ``nemo_tarred`` or ``parallel_text``; ``group`` for a list of sources.
+        weight: sampling weight among the members of its group.
+        tags: added to each example, such as ``context`` (the prompt), ``source_lang``, ``target_lang``.
+        source_lang: language of the input; by its tags, else by our key, else by NeMo's.
+        target_lang: language, or languages, to translate to; in the same way.
         members: the sources that a conversation type of NeMo's reads, if they are listed.
+        extra_fields: fields that NeMo adds to each example of a manifest.
+        paths: text files, or TSV and JSONL files with both sides in a line.
+        source_paths: text files of the input, a line for each example.
+        target_paths: text files of the output, aligned with them.
+        questions_path: text files of instructions, one of which is put before each example.
+        data_dir: folder of the data, for types that only NeMo reads.
+        directions: directions that are trained on, such as ``en-de``; by default the source's to the target language.
+        source_column: column of the input in a TSV file, by its number from 0 or its name in the first line.
+        target_column: column of the output.
+        source_field: field of the input in a JSONL file.
+        target_field: field of the output.
     """
 
     keys: Mapping[str, Any]
