@@ -10,6 +10,7 @@ import click
 
 from nemo_emmett import __version__
 from nemo_emmett.corpora.commands import CorpusCommands, Names
+from nemo_emmett.init.command import init
 from nemo_emmett.runner import mistakes_as_sentences
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="nemo-emmett")
 def main() -> None:
     """Train one model on text and speech translation, with NeMo."""
+
+
+main.add_command(init)
 
 
 def _together(*parameters: Callable[[Callable], Callable]) -> Callable[[Callable], Callable]:
