@@ -23,6 +23,7 @@ FLOORS = (
         "recipe_checks",
         "checkpoints",
         "exporting",
+        "init",
         "run_folders",
         "doctor",
         "callbacks",
@@ -228,6 +229,7 @@ ENTRY_POINTS = {
     "nemo_emmett.data.datamodule.MultimodalDataModule.__init__",
     "nemo_emmett.data.readers.registry.read_parallel_text",
     "nemo_emmett.data.readers.registry.read_source",
+    "nemo_emmett.data.readers.registry.read_speech_tsv",
     "nemo_emmett.data.stock.check_nemo_dataset",
 }
 """Functions of ``data/`` that trainings and NeMo call with an unparsed config."""

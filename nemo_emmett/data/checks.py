@@ -53,6 +53,7 @@ REMEDIES = {
 _NEEDED = {
     **dict.fromkeys(("nemo", "nemo_tarred"), ("manifest_filepath",)),
     **dict.fromkeys(("txt", "txt_jsonl"), ("paths", "language")),
+    "speech_tsv": ("paths",),
 }
 """Keys that a source of a type must have; those of other types are checked where they are read."""
 
@@ -165,6 +166,11 @@ def _check_languages(source: Source) -> None:
         codes = getattr(source, key)
         for code in [codes] if isinstance(codes, str) else codes or ():
             check_language(code, f"{source.place}.{key}")
+    if source.type == "speech_tsv" and isinstance(source.target_lang, list):
+        raise ConfigError(
+            f"{source.place}.target_lang: a row has one translation, not one to each of {source.target_lang}; list the "
+            "file once for each of them, with its target_column."
+        )
     if source.type not in ("parallel_text", "txt_pair"):
         return
     layout = text_layout(source)
@@ -174,7 +180,7 @@ def _check_languages(source: Source) -> None:
             check_language(code, f"{source.place}.paths")
     elif isinstance(source.target_lang, list):
         raise ConfigError(f"{source.place}.target_lang: a text has one target language, not {source.target_lang}.")
-    elif source.target_lang is None and layout != "jsonl":
+    elif source.target_lang is None and layout != "jsonl" and source.target_lang_column is None:
         raise ConfigError(
             f"{source.place}.target_lang: missing; name the language of the target texts.", page=Help.LANGUAGE
         )
@@ -191,6 +197,8 @@ def check_files(sources: Iterable[Source]) -> None:
         for key in _NEEDED.get(source.type, ()):
             if source.keys.get(key) is None:
                 raise ConfigError(f"{source.place}.{key}: missing; a source of type '{source.type}' needs it.")
+        if source.audio_dir is not None and is_local(source.audio_dir) and not Path(source.audio_dir).is_dir():
+            raise DataError(f"{source.place}.audio_dir: there is no folder '{source.audio_dir}'; correct the path.")
         for key, path, written in source.files_as_written():
             if is_local(path) and not Path(path).exists():
                 of_pattern = f" (of '{written}')" if written != path else ""
@@ -341,7 +349,7 @@ def _can_be_probed(source: Source, kind: ExampleKind) -> bool:
         return source.shar_path is None
     if source.type == "txt_pair":
         return kind is not ExampleKind.AS_READ and source.questions_path is None
-    return source.type == "parallel_text"
+    return source.type in ("parallel_text", "speech_tsv")
 
 
 def _probe(source: Source, group: GroupConfig, tokenizer: Any) -> DictConfig:

@@ -31,10 +31,23 @@ from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.io.commands import is_pipe, refuse_pipes
 from nemo_emmett.data.io.files import expand_paths, open_bytes
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.typed_config import Count, NonNegative, Positive, Switch, Text, Whole, parse_section, parse_value
+from nemo_emmett.typed_config import (
+    Count,
+    NonEmpty,
+    NonNegative,
+    Positive,
+    Switch,
+    Text,
+    Whole,
+    parse_section,
+    parse_value,
+)
 
 SOURCE_TYPE, FEED_TYPE = "emmett_source", "emmett_feed"
 """NeMo data types that we make, users need not write them: a source of our loaders, and examples put in by hand."""
+
+SPEECH_TSV = "speech_tsv"
+"""Source type of tab-separated files of speech."""
 
 TEXT_TYPES = frozenset({"txt", "txt_jsonl", "txt_pair", "nemo_sft_jsonl", "parallel_text"})
 """Source types without speech."""
@@ -114,8 +127,15 @@ class Source:
     questions_path: Paths | None = None
     data_dir: Text | None = None
     directions: list[Text] | None = None
+    audio_dir: NonEmpty | None = None
+    id_column: Column = None
+    audio_column: Column = None
     source_column: Column = None
     target_column: Column = None
+    duration_column: Column = None
+    offset_column: Column = None
+    source_lang_column: Column = None
+    target_lang_column: Column = None
     source_field: Text | None = None
     target_field: Text | None = None
     shuffle: Switch | None = None
@@ -144,7 +164,7 @@ class Source:
             return self.shar_path is not None
         if self.type.endswith("_as_conversation"):
             return self.tarred_audio_filepaths is not None or self.shar_path is not None
-        return self.type != "parquet"
+        return self.type not in ("parquet", SPEECH_TSV)
 
     @property
     def name(self) -> str:
@@ -368,7 +388,7 @@ def check_weights(members: Sequence[SourceGroup | Source], is_auto: bool) -> Non
 
 def known_types() -> list[str]:
     """The source types that a recipe may name."""
-    return sorted({*get_known_config_data_types(), "parallel_text"} - {SOURCE_TYPE, FEED_TYPE})
+    return sorted({*get_known_config_data_types(), "parallel_text", SPEECH_TSV} - {SOURCE_TYPE, FEED_TYPE})
 
 
 _KEYS_OF_SOME_TYPE = frozenset().union(*KEYS_OF_TYPE.values()) - (LOADER_KEYS - CLASSIC_KEYS)

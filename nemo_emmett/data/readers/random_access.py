@@ -12,7 +12,7 @@ from itertools import repeat
 
 from lhotse.cut import Cut
 
-from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.config.sources import SPEECH_TSV, Source
 from nemo_emmett.data.io.files import expand_paths, is_local
 from nemo_emmett.data.io.line_index import is_compressed, open_numbered_lines
 from nemo_emmett.data.io.skipped_records import SkippedRecords
@@ -30,10 +30,11 @@ from nemo_emmett.data.readers.registry import (
     reads_text_ourselves,
 )
 from nemo_emmett.data.readers.shar import SharRecords, shar_shards
+from nemo_emmett.data.readers.speech_tsv import SpeechTsv
 
 
 class ManifestRecords(Records):
-    """The lines of speech manifests, NeMo's or lhotse's, by number, with audio in separate files.
+    """The lines of speech manifests (NeMo's, lhotse's, TSV) by number, with audio in separate files.
 
     Args:
         keeps_alternatives: cuts have their ``alt_text`` although their audio is not looked at.
@@ -91,6 +92,8 @@ def open_records(
     how = {"index_dir": index_dir, "tags": source.tags}
     if is_nemo(source):
         return _nemo_records(source, skipped_records, metadata_only, **how)
+    if source.type == SPEECH_TSV:
+        return ManifestRecords(source.name, [SpeechTsv(source, skipped_records, metadata_only)], **how)
     if is_lhotse_jsonl(source):
         manifest = LhotseManifest(source.cuts_path, skipped_records, source.channel_selector, metadata_only)
         return ManifestRecords(source.name, [manifest], **how)
