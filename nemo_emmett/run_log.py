@@ -46,6 +46,7 @@ TO_LOG_FILE = (
     Routed("nemo_logger", "Checkpoint directory .* exists and is not empty", "so it is whenever a run resumes"),
     Routed("nemo_logger", "resuming from a checkpoint that ended before the epoch", "ResumableData goes on within it"),
     Routed("nemo_logger", "nn.Module.*already in eval mode", "frozen parts are in evaluation mode on purpose"),
+    Routed("nemo_logger", r"does not implement save_to\(\)", "our models are exported as folders, not as .nemo files"),
     Routed("nemo_logger", r"self\.log\('val_.*sync_dist=True", "our models add up the counts of all ranks themselves"),
     Routed("nemo_logger", "PreemptionCallback is replaced", "StopOnSignal does more than NeMo's callback"),
     Routed("nemo_logger", "The trained model is in ", "the summary at the end names the folder"),

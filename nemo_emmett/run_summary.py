@@ -51,16 +51,12 @@ class RunSummary(Callback):
         cfg: the recipe.
         progress: another callback of the trainer, which has the time.
         log_file: of the run; None if there is none.
-        console: where to print; the terminal, or 80 columns, unless given.
     """
 
-    def __init__(
-        self, cfg: DictConfig, progress: RunProgress, log_file: Path | None = None, console: Console | None = None
-    ) -> None:
+    def __init__(self, cfg: DictConfig, progress: RunProgress, log_file: Path | None = None) -> None:
         self.cfg = cfg
         self.progress = progress
         self.log_file = log_file
-        self.console = console
         self._loader: MultimodalDataLoader | None = None
         self._totals: Tensor | None = None  # (M, 2) target tokens and examples, of all ranks
         self._has_started = False
@@ -199,8 +195,10 @@ class RunSummary(Callback):
                 yield "watch", f"wandb sync {shlex.quote(_shown(Path(run.dir).parent))}" if run.offline else run.url
 
     def _print(self, title: str, *parts: Any) -> None:
-        console = self.console or Console(file=sys.stdout)
-        console.print(Group(f"[bold]{title}[/bold]", *parts), highlight=False)
+        console = Console(file=sys.stdout)  # 80 columns where there is no terminal
+        with console.capture() as printed:
+            console.print(Group(f"[bold]{title}[/bold]", *parts), highlight=False)
+        print("\n".join(line.rstrip() for line in printed.get().splitlines()), flush=True)  # noqa: T201
 
 
 @dataclass
