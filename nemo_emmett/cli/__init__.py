@@ -1,9 +1,9 @@
 """``nemo-emmett <command>``. A command imports what it needs when it runs, so that ``--help`` is fast.
 
 - ``group``: what all commands have in common. ``parameters``: arguments and options that several have.
-- ``init`` is in ``nemo_emmett.init``. ``corpora``: ``prepare``. ``data``: ``index``, ``blend``, ``bins``. ``batch_sizes``: ``plan``, ``oomptimize``.
+- ``corpora``: ``prepare``. ``data``: ``index``, ``blend``, ``bins``. ``batch_sizes``: ``plan``, ``oomptimize``.
 - ``training``: ``train``, ``export``. ``translation``: ``translate``. ``evaluation``: ``evaluate``.
-- ``installation``: ``doctor``.
+- ``installation``: ``doctor``. ``init`` has a room of its own.
 """
 
 from __future__ import annotations
