@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def check_files(sources: Iterable[Source]) -> None:
             if source.keys.get(key) is None:
                 raise ConfigError(f"{source.place}.{key}: missing; a source of type '{source.type}' needs it.")
         for key, path, written in source.files_as_written():
-            if is_local(path) and not Path(path).exists():
+            if is_local(path) and not os.path.exists(path):
                 of_pattern = f" (of '{written}')" if written != path else ""
                 raise DataError(
                     f"{source.place}.{key}: there is no file '{path}'{of_pattern}; correct the path, or prepare the "
