@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def check_files(sources: Iterable[Source]) -> None:
         if source.audio_dir is not None and is_local(source.audio_dir) and not Path(source.audio_dir).is_dir():
             raise DataError(f"{source.place}.audio_dir: there is no folder '{source.audio_dir}'; correct the path.")
         for key, path, written in source.files_as_written():
-            if is_local(path) and not Path(path).exists():
+            if is_local(path) and not os.path.exists(path):
                 of_pattern = f" (of '{written}')" if written != path else ""
                 raise DataError(
                     f"{source.place}.{key}: there is no file '{path}'{of_pattern}; correct the path, or prepare the "

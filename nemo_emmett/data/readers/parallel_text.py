@@ -221,7 +221,7 @@ class TextRecords(Records):
     def __init__(
         self, name: str, text: AlignedText | TsvText | JsonlText, index_dir: str | None, tags: Mapping | None
     ) -> None:
-        super().__init__(name, [[open_numbered_lines(path, index_dir) for path in files] for files in text.files], tags)
+        super().__init__(name, text.files, partial(open_numbered_lines, index_dir=index_dir), tags)
         self.text = text
 
     @property
@@ -237,7 +237,7 @@ class TextRecords(Records):
         if not isinstance(self.text, AlignedText):
             return None
         sides = list(self.text.shards[shard])
-        files = [self._files[shard][sides.index(side)] for side in self.text.directions[k]]
+        files = [self.shard_lines[shard][sides.index(side)] for side in self.text.directions[k]]
         pair = self.text.example_of(shard, number + 1, k, self._lines(shard, number, files))
         return None if pair is None else attach_tags(pair, self.tags)
 

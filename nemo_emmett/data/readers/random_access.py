@@ -8,6 +8,7 @@ header is read before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import repeat
 
 from lhotse.cut import Cut
@@ -50,7 +51,8 @@ class ManifestRecords(Records):
     ) -> None:
         self.keeps_alternatives = keeps_alternatives
         self.shards = [(records, manifest) for manifest in manifests for records in manifest.shards]
-        super().__init__(name, [[open_numbered_lines(records.path, index_dir)] for records, _ in self.shards], tags)
+        files = [[records.path] for records, _ in self.shards]
+        super().__init__(name, files, partial(open_numbered_lines, index_dir=index_dir), tags)
 
     def _examples(self, shard: int, number: int, lines: Sequence[bytes]) -> Iterator[Cut]:
         records, manifest = self.shards[shard]

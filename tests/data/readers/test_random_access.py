@@ -516,6 +516,6 @@ def test_only_a_few_forward_shards_are_held(tmp_path) -> None:
         records.prepare(shard, 10, 20)
         assert records.read(shard, 10)[0].custom["id"] == f"{paths[shard]}:11"
         assert size == 50
-    held = [lines for (lines,) in records._files if lines._lines]
+    held = [lines for (lines,) in records.shard_lines if lines._lines]
     assert len(held) == 4
     assert [lines.path for lines in held] == [str(path) for path in paths[-4:]]
