@@ -23,6 +23,7 @@ FLOORS = (
         "recipe_checks",
         "checkpoints",
         "exporting",
+        "training_record",
         "run_folders",
         "doctor",
         "callbacks",
