@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub.constants import CONFIG_NAME
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -239,6 +240,9 @@ def write_export(
     with atomic_folder(folder, last=CONFIG_NAME) as unfinished:
         (unfinished / CARD_FILE).write_text(model_card(config), encoding="utf-8")
         model.save_pretrained(unfinished, config=config)
+        # As NeMo's to_hf.py does it: then nothing of the folder refers to the files that the training began with.
+        model.tokenizer.tokenizer.save_pretrained(unfinished)
+        model.llm.config.save_pretrained(unfinished / LLM_BACKBONE_DIR)
         clean_folder(unfinished)
 
 
