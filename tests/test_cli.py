@@ -205,7 +205,13 @@ def test_evaluate_hands_its_options_on(invoke, monkeypatch: pytest.MonkeyPatch, 
     assert done.exit_code == 0, done.output
     options = {"output": tmp_path, "num_beams": 4, "metrics": ("TER", "chrF++")}
     options["baselines"] = (Path("b.json"), Path("c"))
-    others = {"name": None, "max_new_tokens": None, "log_dir": None, "examples": None}  # left to the recipe
+    others = dict.fromkeys(("name", "max_new_tokens", "log_dir", "examples", "update_card"))  # left to the recipe
+        "name": None,
+        "max_new_tokens": None,
+        "log_dir": None,
+        "examples": None,
+        "update_card": None,
+    }  # left to the recipe
     assert calls == [((Path("recipe.yaml"), Path("model")), options | others)]
     assert checked == [(Path("recipe.yaml"), Path("model"), options | others)]
 

@@ -32,6 +32,7 @@ from nemo_emmett.corpora.commands import Names
     help="An earlier evaluation.json, its folder, or the folder of a model to compare with; may be repeated.",
 )
 @click.option("--examples", type=click.IntRange(min=0), help="Translations in the report.  [default: 10]")
+@click.option("--update-card", is_flag=True, default=None, help="Write the scores into the model's card, README.md.")
 @trust_option
 def evaluate(model: Path, config: Path, trust_remote_code: bool, **options: Any) -> None:
     """Translate the test sets of the recipe CONFIG with the model in the folder MODEL, and score the translations.

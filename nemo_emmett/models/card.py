@@ -70,6 +70,19 @@ def _in_words(pairs: Sequence[Sequence[str | None]]) -> str:
     return ", ".join(f"{source or 'unnamed'} → {target}" for source, target in pairs)
 
 
+def check_card(folder: str | Path) -> None:
+    """Check that the card of an export has a place for scores.
+
+    Raises:
+        ModelError: if it is missing, or has none.
+    """
+    path = Path(folder, CARD_FILE)
+    if not (path.is_file() and _SCORES.search(path.read_text(encoding="utf-8"))):
+        raise ModelError(
+            f"'{path}' has no place for scores (<!-- scores --> ... <!-- end of scores -->); export the model again."
+        )
+
+
 def write_scores(folder: str | Path, scores: str) -> None:
     """Put the scores of an evaluation into the card of an export, in the place of earlier ones.
 
@@ -80,11 +93,7 @@ def write_scores(folder: str | Path, scores: str) -> None:
     Raises:
         ModelError: if the card is missing, or has no place for scores.
     """
+    check_card(folder)
     path = Path(folder, CARD_FILE)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    changed, number = _SCORES.subn(lambda found: f"{found[1]}{scores.strip()}{found[2]}", text)
-    if not number:
-        raise ModelError(
-            f"'{path}' has no place for scores (<!-- scores --> ... <!-- end of scores -->); export again."
-        )
-    write_text(path, changed)
+    text = path.read_text(encoding="utf-8")
+    write_text(path, _SCORES.sub(lambda found: f"{found[1]}{scores.strip()}{found[2]}", text))
