@@ -206,12 +206,6 @@ def test_evaluate_hands_its_options_on(invoke, monkeypatch: pytest.MonkeyPatch, 
     options = {"output": tmp_path, "num_beams": 4, "metrics": ("TER", "chrF++")}
     options["baselines"] = (Path("b.json"), Path("c"))
     others = dict.fromkeys(("name", "max_new_tokens", "log_dir", "examples", "update_card"))  # left to the recipe
-        "name": None,
-        "max_new_tokens": None,
-        "log_dir": None,
-        "examples": None,
-        "update_card": None,
-    }  # left to the recipe
     assert calls == [((Path("recipe.yaml"), Path("model")), options | others)]
     assert checked == [(Path("recipe.yaml"), Path("model"), options | others)]
 
@@ -324,6 +318,65 @@ class TestDoctor:
         console = Console(record=True, width=200)
         doctor.report(console)
         assert finding.remedy in console.export_text(), "brackets are text, not markup"
+
+    def test_every_missing_piece_says_what_it_is_for(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        import torch
+
+        from nemo_emmett.modules import linear_cross_entropy
+
+        monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+        monkeypatch.setattr(doctor, "find_spec", lambda name: None if name != "torch" else True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(linear_cross_entropy, "kernel_is_installed", lambda name: False)
+        findings = [*doctor._audio(), *doctor._loss_kernels(), *doctor._extras(), *doctor._others()]
+        missing = {one.what: one for one in findings if one.value.startswith("missing")}
+        assert {*missing} == {
+            "FFmpeg",
+            "liger",
+            "cut_cross_entropy",
+            *doctor.EXTRAS,
+            "unbabel-comet",
+            "tensorboard",
+            "wandb",
+        }
+        assert all(one.enables and one.remedy and not one.fatal for one in missing.values())
+        assert missing["liger"].remedy == "run: pip install liger-kernel"
+        assert ".m4a" in missing["FFmpeg"].enables
+
+    def test_ffmpeg_is_run(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        program = tmp_path / "ffmpeg"
+        monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+        for code, found, remedy in ((0, "7.1", ""), (3, "broken", f"repair it: {program} -version fails")):
+            program.write_text(f"#!/bin/sh\necho ffmpeg version 7.1 Copyright\nexit {code}\n")
+            program.chmod(0o755)
+            (_, finding) = doctor._audio()
+            assert (finding.value, finding.remedy) == (found, remedy)
+
+    def test_the_disk_of_the_output(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for free, said in (
+            (2**40, ""),
+            (2**30, "make room, or write elsewhere: a checkpoint of 1 B trained parameters"),
+        ):
+            usage = SimpleNamespace(free=free)
+            monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder, usage=usage: usage)
+            (finding,) = doctor._disk(tmp_path / "new")
+            assert finding.remedy.startswith(said)
+            assert bool(finding.remedy) == bool(said)
+        assert not (tmp_path / "new").exists()
+        (tmp_path / "file").touch()
+        (finding,) = doctor._disk(tmp_path / "file" / "folder")
+        assert finding.value == "cannot be written to"
+
+    def test_findings_as_json(self, monkeypatch: pytest.MonkeyPatch, invoke) -> None:
+        findings = [doctor.Finding("a", "b", "[c]"), doctor.Finding("a", "d", "missing", "run it", "e")]
+        for fatal in (False, True):
+            more = [doctor.Finding("f", "g", "h", "i", fatal=True)] * fatal
+            monkeypatch.setattr(doctor, "examine", lambda output, more=more: [*findings, *more])
+            done = invoke("doctor", "--json")
+            assert done.exit_code == int(fatal)
+            found = json.loads(done.stdout)
+            assert found["ready"] is not fatal
+            assert [one["value"] for one in found["findings"]][:2] == ["[c]", "missing"]
 
 
 def test_a_missing_recording_is_told_before_the_model_is_loaded(invoke, tmp_path: Path) -> None:
