@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from huggingface_hub.constants import CONFIG_NAME
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -23,9 +25,14 @@ from nemo_emmett.early_checks import RECIPE_FILE, check_checkpoint
 from nemo_emmett.errors import ConfigError, EmmettError, ModelError, NonFiniteError, OutputError
 from nemo_emmett.files import atomic_folder, check_writable, new_folder_elsewhere
 from nemo_emmett.models.base import SpeechTextModel
-from nemo_emmett.models.checkpoint import check_fit, read_weights
+from nemo_emmett.models.card import CARD_FILE, model_card
+from nemo_emmett.models.checkpoint import check_fit, read_rest, read_weights
+from nemo_emmett.models.export import public_config
+from nemo_emmett.models.exported import TRAINING_KEY
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
+from nemo_emmett.models.public_names import clean_folder
 from nemo_emmett.modules.tensors import refuse_nonfinite
+from nemo_emmett.training_record import record_of_checkpoint, record_of_trainer
 
 EXPORTS = ("best", "last")
 """Values of the key ``export``."""
@@ -109,10 +116,13 @@ def export_trained(trainer: Trainer, model: LightningModule, cfg: DictConfig, be
     """
     if not cfg.get("export_dir"):
         return
-    weights, description = _best(trainer, cfg.get("export"), best.find()) or _last(trainer, model)
+    found = best.find()
+    chosen = _best(trainer, cfg.get("export"), found)
+    weights, description = chosen or _last(trainer, model)
     if not trainer.is_global_zero:
         return
-    _write_somewhere(cfg.export_dir, model, weights, trainer)
+    record = record_of_trainer(trainer, cfg, found if chosen else None)
+    _write_somewhere(cfg.export_dir, model, weights, trainer, record)
     logging.info(f"The trained model is in {cfg.export_dir}: {description}")
 
 
@@ -128,7 +138,7 @@ def export_after_failed_write(trainer: Trainer, model: LightningModule, cfg: Dic
         raise OutputError(f"{cause}. {remedy}") from error
     try:
         weights, _ = _last(trainer, model)
-        _write_somewhere(cfg.get("export_dir"), model, weights, trainer)
+        _write_somewhere(cfg.get("export_dir"), model, weights, trainer, record_of_trainer(trainer, cfg))
     except EmmettError as outcome:
         raise OutputError(f"{cause}; {outcome} {remedy}") from error
     raise OutputError(f"{cause}; the weights of that step are exported to '{cfg.export_dir}'. {remedy}") from error
@@ -172,21 +182,27 @@ def _last(trainer: Trainer, model: LightningModule) -> tuple[dict[str, Tensor], 
     return {name: value.detach().cpu() for name, value in model.state_dict().items()}, description
 
 
-def _write_somewhere(folder: str | None, model: LightningModule, weights: dict[str, Tensor], trainer: Trainer) -> None:
+def _write_somewhere(
+    folder: str | None,
+    model: LightningModule,
+    weights: dict[str, Tensor],
+    trainer: Trainer,
+    record: Mapping[str, Any],
+) -> None:
     """Write an export to its folder or, if that fails, to another one, and raise OutputError with its place."""
     experiment = trainer.default_root_dir
     others = [Path(experiment)] if experiment and "://" not in str(experiment) else []
     failed = "no export_dir was given"
     if folder:
         try:
-            return write_export(folder, model, weights)
+            return write_export(folder, model, weights, record)
         except NonFiniteError:
             raise
         except Exception as error:  # safetensors and others have exceptions of their own for a full disk
             failed = f"export_dir: '{folder}' could not be written to ({_reason(error)})"
     for place in new_folder_elsewhere("export", others):
         try:
-            write_export(place, model, weights)
+            write_export(place, model, weights, record)
         except Exception:
             shutil.rmtree(place, ignore_errors=True)
         else:
@@ -198,26 +214,36 @@ def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def write_export(folder: str | Path, model: LightningModule, weights: dict[str, Tensor]) -> None:
+def write_export(
+    folder: str | Path, model: LightningModule, weights: dict[str, Tensor], record: Mapping[str, Any] | None = None
+) -> None:
     """Write an exported model; ``config.json`` appears last, so that a folder with it is complete.
 
     Args:
         folder: is made if it does not exist.
         model: one of ours, or NeMo's SALM.
         weights: of its state.
+        record: of its training, for its config and card.
 
     Raises:
         NonFiniteError: if a weight is not finite; then nothing is written.
     """
+    of_training = {TRAINING_KEY: dict(record)} if record else {}
     if isinstance(model, SpeechTextModel):
-        model.write_folder(folder, weights)
+        model.write_folder(folder, weights, config=of_training)
         return
     refuse_nonfinite(weights, {name for name, _ in model.named_buffers()})
     model.load_state_dict(weights)
     # NeMo writes no `_target_`; `load` takes a folder without one for NeMo's SALM.
     config = {key: value for key, value in OmegaConf.to_container(model.cfg).items() if key != "_target_"}
+    config = public_config(config | of_training)
     with atomic_folder(folder, last=CONFIG_NAME) as unfinished:
+        (unfinished / CARD_FILE).write_text(model_card(config), encoding="utf-8")
         model.save_pretrained(unfinished, config=config)
+        # As NeMo's to_hf.py does it: then nothing of the folder refers to the files that the training began with.
+        model.tokenizer.tokenizer.save_pretrained(unfinished)
+        model.llm.config.save_pretrained(unfinished / LLM_BACKBONE_DIR)
+        clean_folder(unfinished)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, recipe: DictConfig | None) -> None:
@@ -249,4 +275,4 @@ def export_checkpoint(checkpoint: Path, folder: Path, recipe: DictConfig | None)
     model = model_class(section)
     check_fit(weights, model, checkpoint)
     check_writable(folder, "FOLDER", needed=sum(t.numel() * t.element_size() for t in weights.values()))
-    write_export(folder, model, weights)
+    write_export(folder, model, weights, record_of_checkpoint(read_rest(checkpoint), recipe))

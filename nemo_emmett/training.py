@@ -27,6 +27,7 @@ from nemo_emmett import plugin
 from nemo_emmett.callbacks.oomptimizer import OOMptimizer
 from nemo_emmett.callbacks.run_progress import RunProgress
 from nemo_emmett.callbacks.stop_on_signal import StopOnSignal
+from nemo_emmett.callbacks.trained_examples import TrainedExamples
 from nemo_emmett.callbacks.validation_schedule import ValidateAtEpochEnd, check_validation
 from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
@@ -119,7 +120,7 @@ def train(cfg: DictConfig) -> LightningModule:
         check_space(trainer, model, cfg.get("export_dir"))
         _check_scores(cfg, training)
         summary = _report_run(cfg, trainer)
-        trainer.callbacks[:0] = [recipe, best, ValidateAtEpochEnd()]
+        trainer.callbacks[:0] = [recipe, best, TrainedExamples(), ValidateAtEpochEnd()]
         if not any(isinstance(callback, StopOnSignal) for callback in trainer.callbacks):
             trainer.callbacks.append(StopOnSignal())
         with summary.around(trainer, model, best):

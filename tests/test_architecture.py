@@ -24,6 +24,7 @@ FLOORS = (
         "checkpoints",
         "exporting",
         "init",
+        "training_record",
         "run_folders",
         "run_summary",
         "doctor",

@@ -6,15 +6,18 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
 from nemo_emmett import __version__, cli, doctor, plugin
+from nemo_emmett.corpora.registry import CORPORA
 from nemo_emmett.errors import DataError, ModelError
 
 
@@ -39,6 +42,81 @@ def test_the_installed_command_starts_without_heavy_imports() -> None:
     code = "import sys; from nemo_emmett.cli import main; main(['--help'], standalone_mode=False); "
     code += "sys.exit('torch' in sys.modules or 'nemo' in sys.modules or 'hydra' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def commands_below(command: click.Command, context: click.Context) -> Iterator[tuple[click.Context, click.Command]]:
+    """A command, and those of its groups."""
+    yield context, command
+    for name in command.list_commands(context) if isinstance(command, click.Group) else ():
+        below = command.get_command(context, name)
+        yield from commands_below(below, click.Context(below, info_name=name, parent=context))
+
+
+COMMANDS = [*commands_below(cli.main, click.Context(cli.main, info_name="nemo-emmett"))]
+
+
+@pytest.mark.parametrize(("context", "command"), COMMANDS, ids=[context.command_path for context, _ in COMMANDS])
+class TestHelp:
+    def test_lists_of_commands_are_whole(self, context: click.Context, command: click.Command) -> None:
+        text = " ".join(command.get_help(context).split())
+        assert "..." not in re.sub(r"\[?[A-Z=,\]]+\.\.\.|, \.\.\.|/\.\.\.", "", text)
+        for name in command.list_commands(context) if isinstance(command, click.Group) else ():
+            line = command.get_command(context, name).get_short_help_str(1000)
+            if name.replace("-", "_") not in CORPORA:
+                assert re.search(rf" {name} {re.escape(line)}", text), name
+
+    def test_options_have_help_and_say_their_default(self, context: click.Context, command: click.Command) -> None:
+        for option in command.params:
+            if not isinstance(option, click.Option):
+                continue
+            assert option.help, option.opts
+            default = option.to_info_dict()["default"]
+            is_optional = not (option.required or option.multiple or option.is_flag or "required" in option.help)
+            if is_optional and default in (None, ()):
+                assert "[default: " in option.help, option.opts
+
+
+def test_defaults_of_the_phrasebook_are_those_of_its_config() -> None:
+    from nemo_emmett.corpora.phrasebook import PhrasebookConfig
+
+    config = PhrasebookConfig()
+    options = {option.name: option.help for option in cli.main.commands["prepare"].commands["phrasebook"].params[1:]}
+    for name in ("languages", "types", "train_items", "dev_items", "test_items", "renditions", "max_number"):
+        value = getattr(config, name)
+        assert f"[default: {','.join(value) if isinstance(value, tuple) else value}]" in options[name]
+    assert (config.accents, config.spoken_train_items, len(config.variants)) == (True, None, 11)
+
+
+EMPTY_PATHS = [
+    ["export", "", "out"],
+    ["export", "a.ckpt", ""],
+    ["export", "a.ckpt", "out", "--config", ""],
+    ["evaluate", "", "recipe.yaml"],
+    ["evaluate", "model", ""],
+    *(["evaluate", "model", "r.yaml", option, ""] for option in ("--output", "--log-dir", "--baseline")),
+    *(["translate", "a", "--to", "de", "--model", "m", option, ""] for option in ("--output", "--tsv", "--manifest")),
+    ["translate", "a", "--to", "de", "--model", ""],
+    *([command, ""] for command in ("train", "index", "blend", "bins", "plan", "oomptimize")),
+    *(["bins", "salm_t5", option, ""] for option in ("--output", "--tokenizer")),
+    ["index", "salm_t5", "--index-dir", ""],
+    *(["plan", "salm_t5", "--memory", "H100", option, ""] for option in ("--output", "--profile")),
+    ["prepare", "phrasebook", ""],
+    ["prepare", "captions", "", "out"],
+    ["prepare", "captions", "source", ""],
+    ["prepare", "fleurs", "", "out"],
+    ["prepare", "fleurs", "source", "out", "--flores", ""],
+    ["prepare", "leaks", "a", "--held-out", ""],
+    ["doctor", "--output", ""],
+]
+
+
+@pytest.mark.parametrize("arguments", EMPTY_PATHS, ids=" ".join)
+def test_an_empty_path_is_refused(invoke, arguments: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert "is empty; name a " in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
 
 
 class TestTranslate:
@@ -205,7 +283,7 @@ def test_evaluate_hands_its_options_on(invoke, monkeypatch: pytest.MonkeyPatch, 
     assert done.exit_code == 0, done.output
     options = {"output": tmp_path, "num_beams": 4, "metrics": ("TER", "chrF++")}
     options["baselines"] = (Path("b.json"), Path("c"))
-    others = {"name": None, "max_new_tokens": None, "log_dir": None, "examples": None}  # left to the recipe
+    others = dict.fromkeys(("name", "max_new_tokens", "log_dir", "examples", "update_card"))  # left to the recipe
     assert calls == [((Path("recipe.yaml"), Path("model")), options | others)]
     assert checked == [(Path("recipe.yaml"), Path("model"), options | others)]
 
@@ -318,6 +396,65 @@ class TestDoctor:
         console = Console(record=True, width=200)
         doctor.report(console)
         assert finding.remedy in console.export_text(), "brackets are text, not markup"
+
+    def test_every_missing_piece_says_what_it_is_for(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        import torch
+
+        from nemo_emmett.modules import linear_cross_entropy
+
+        monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+        monkeypatch.setattr(doctor, "find_spec", lambda name: None if name != "torch" else True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(linear_cross_entropy, "kernel_is_installed", lambda name: False)
+        findings = [*doctor._audio(), *doctor._loss_kernels(), *doctor._extras(), *doctor._others()]
+        missing = {one.what: one for one in findings if one.value.startswith("missing")}
+        assert {*missing} == {
+            "FFmpeg",
+            "liger",
+            "cut_cross_entropy",
+            *doctor.EXTRAS,
+            "unbabel-comet",
+            "tensorboard",
+            "wandb",
+        }
+        assert all(one.enables and one.remedy and not one.fatal for one in missing.values())
+        assert missing["liger"].remedy == "run: pip install liger-kernel"
+        assert ".m4a" in missing["FFmpeg"].enables
+
+    def test_ffmpeg_is_run(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        program = tmp_path / "ffmpeg"
+        monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+        for code, found, remedy in ((0, "7.1", ""), (3, "broken", f"repair it: {program} -version fails")):
+            program.write_text(f"#!/bin/sh\necho ffmpeg version 7.1 Copyright\nexit {code}\n")
+            program.chmod(0o755)
+            (_, finding) = doctor._audio()
+            assert (finding.value, finding.remedy) == (found, remedy)
+
+    def test_the_disk_of_the_output(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for free, said in (
+            (2**40, ""),
+            (2**30, "make room, or write elsewhere: a checkpoint of 1 B trained parameters"),
+        ):
+            usage = SimpleNamespace(free=free)
+            monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder, usage=usage: usage)
+            (finding,) = doctor._disk(tmp_path / "new")
+            assert finding.remedy.startswith(said)
+            assert bool(finding.remedy) == bool(said)
+        assert not (tmp_path / "new").exists()
+        (tmp_path / "file").touch()
+        (finding,) = doctor._disk(tmp_path / "file" / "folder")
+        assert finding.value == "cannot be written to"
+
+    def test_findings_as_json(self, monkeypatch: pytest.MonkeyPatch, invoke) -> None:
+        findings = [doctor.Finding("a", "b", "[c]"), doctor.Finding("a", "d", "missing", "run it", "e")]
+        for fatal in (False, True):
+            more = [doctor.Finding("f", "g", "h", "i", fatal=True)] * fatal
+            monkeypatch.setattr(doctor, "examine", lambda output, more=more: [*findings, *more])
+            done = invoke("doctor", "--json")
+            assert done.exit_code == int(fatal)
+            found = json.loads(done.stdout)
+            assert found["ready"] is not fatal
+            assert [one["value"] for one in found["findings"]][:2] == ["[c]", "missing"]
 
 
 def test_a_missing_recording_is_told_before_the_model_is_loaded(invoke, tmp_path: Path) -> None:

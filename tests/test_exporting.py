@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
+import json
 import math
 import os
 import re
+import shlex
+import socket
 import stat
 import subprocess
 import sys
@@ -14,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -22,8 +27,11 @@ from nemo_emmett import exporting, training
 from nemo_emmett.cli import main
 from nemo_emmett.errors import EXIT_NOT_FINITE, EXIT_NOT_WRITTEN, ConfigError, ModelError, NonFiniteError, OutputError
 from nemo_emmett.exporting import BestCheckpoint, check_export, export_trained
-from nemo_emmett.models import load
+from nemo_emmett.models import SALMT5, load
+from nemo_emmett.models.card import model_card
 from nemo_emmett.models.checkpoint import read_weights
+from nemo_emmett.models.exported import trained_targets
+from nemo_emmett.models.public_names import without_paths
 from nemo_emmett.run_folders import SaveRecipe, check_space
 from nemo_emmett.training import train
 
@@ -191,6 +199,107 @@ def test_the_best_of_the_runs_before_is_remembered():
     assert best("max", "", None, first) == best("max", "b", 3.0, first) == best("max", "b", math.inf, first) == first
     assert best("min", "b", 3.0, first)["path"] == best("max", "b", 5.0, first)["path"] == "b"
     assert best("max", "", None, first | {"monitor": "val_loss"}) == {}
+
+
+# The card, and what an export does not say
+
+
+def private_texts(folder: Path, *private: str) -> list[tuple[str, str]]:
+    """The files of a folder that hold one of some texts."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            text = path.read_text(encoding="utf-8", errors="replace")
+            found += [(path.name, one) for one in private if one in text]
+    return found
+
+
+def privacies(*paths: Path) -> list[str]:
+    """Paths, the home folder, the user and the host, as they must not occur."""
+    user = getpass.getuser()
+    return [*map(str, paths), str(Path.home()), f"/{user}", f"{user}@", socket.gethostname(), "/tmp/"]
+
+
+def test_no_exported_file_holds_a_path_a_user_or_a_host(trained, tiny_t5, salm_t5_config, tmp_path):
+    private = privacies(trained.folder, tiny_t5, tmp_path, Path(salm_t5_config["pretrained_asr"]).parent)
+    assert private_texts(trained.folder / "exp", *private), "the recipe next to the checkpoints has them"
+    assert private_texts(Path(trained.cfg.export_dir), *private) == []
+    run(trained.last, tmp_path / "from_checkpoint")
+    assert private_texts(tmp_path / "from_checkpoint", *private) == []
+    speech = SALMT5(salm_t5_config)
+    speech.save_pretrained(tmp_path / "speech")
+    assert private_texts(tmp_path / "speech", *private) == []
+    again = load(tmp_path / "speech")
+    again.save_pretrained(tmp_path / "again")
+    assert private_texts(tmp_path / "again", *private) == []
+    names = {"language_model": tiny_t5.name, "speech_encoder": "encoder.nemo"}
+    for folder in ("speech", "again"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["base_models"] == names
+        assert (config["pretrained_llm"], config["pretrained_asr"]) == tuple(names.values())
+    assert same(load(tmp_path / "again").state_dict(), speech.state_dict())
+
+
+def test_an_export_says_how_it_was_trained(trained, tmp_path):
+    config = json.loads(Path(trained.cfg.export_dir, "config.json").read_text())
+    record = config["training"]
+    assert record["steps"] == 4
+    # Two batches an epoch, of 4 of the 12 pairs: six sentences in both directions.
+    assert record["examples"] == {"text": 16}
+    assert record["directions"] == {"text": [["de", "en"], ["en", "de"]]}
+    assert record["data"] == {"train": ["train.en", "train.de"]}
+    assert list(record["validation"]) == ["val_loss"]
+    assert trained_targets(config) == {"de", "en"}
+    run(trained.last, tmp_path / "last")
+    of_checkpoint = json.loads((tmp_path / "last" / "config.json").read_text())["training"]
+    assert of_checkpoint == {key: record[key] for key in record if key not in ("validation", "processes")}
+
+
+def test_the_card_is_read_by_the_hub_and_its_code_runs(trained, tmp_path, capsys):
+    folder = Path(trained.cfg.export_dir)
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "unknown"
+    assert (data["language"], data["pipeline_tag"]) == (["de", "en"], "translation")
+    assert "base_model" not in data, "a local folder is no model of the Hub"
+    for said in (
+        "German (de), English (en)",
+        "- text: de → en, en → de",
+        "- steps: 4\n",
+        "16 examples, 4.0 a step over 1 p",
+    ):
+        assert said in card.text, card.text
+    assert re.search(r"`val_loss` on the validation data: \d\.\d+, the checkpoint that was exported", card.text)
+    (code,) = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
+    exec(code.replace("FOLDER", str(folder)), {})
+    assert capsys.readouterr().out.startswith("['")
+    (command,) = re.findall("```bash\nnemo-emmett (.*?)\n```", card.text, re.DOTALL)
+    done = CliRunner().invoke(main, shlex.split(command.replace("FOLDER", str(folder))))
+    assert done.exit_code == 0, done.output
+
+
+def test_a_card_without_a_record_says_so():
+    text = model_card(
+        {"_target_": "nemo_emmett.models.salm_gpt.SALMGPT", "base_models": {"language_model": "Qwen/Qwen3-1.7B"}}
+    )
+    assert "The languages that this model was trained on are not recorded." in text
+    assert text.count("Not recorded.") == 2
+    assert "base_model:\n- Qwen/Qwen3-1.7B\n" in text
+    assert "the language model `Qwen/Qwen3-1.7B`." in text
+    assert "\n\n\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("written", "public"),
+    [
+        ({"a": ["/x/y.json", {"b": "~/z"}], "c": "/"}, {"a": ["y.json", {"b": "z"}], "c": "/"}),
+        ({"pretrained_llm": "google/t5-small", "n": 3}, {"pretrained_llm": "google/t5-small", "n": 3}),
+        ({"pretrained_asr": "exp/encoder.nemo", "freeze_params": ["^llm/x"]}, {"pretrained_asr": "encoder.nemo"}),
+        ({"pretrained_llm": "tests"}, {"pretrained_llm": "tests"}),
+    ],
+)
+def test_names_in_the_place_of_paths(written, public):
+    assert without_paths(written) == written | public
 
 
 # From a checkpoint to a folder

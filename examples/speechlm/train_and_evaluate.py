@@ -5,7 +5,8 @@ Usage:
         +evaluation.recipe=evaluate_phrasebook +evaluation.output=exp/run/evaluation [key=value ...]
 
 ``evaluation.recipe`` names the recipe of the test sets in conf/, those of the corpus that is trained on, and
-``evaluation.without`` a list of those to leave out; ``evaluation.output`` receives evaluation.json and report.html.
+``evaluation.without`` a list of those to leave out; ``evaluation.output`` receives evaluation.json and report.html, and
+the card of the exported model its scores.
 """
 
 from pathlib import Path
@@ -19,6 +20,8 @@ def main(cfg):
     from omegaconf import OmegaConf
 
     from nemo_emmett.evaluation import evaluate
+    from nemo_emmett.evaluation.table import scores_in_markdown
+    from nemo_emmett.models.card import write_scores
     from nemo_emmett.training import train
 
     test_sets = OmegaConf.load(Path(__file__).with_name("conf") / f"{cfg.evaluation.recipe}.yaml")
@@ -26,7 +29,9 @@ def main(cfg):
     for name in cfg.evaluation.get("without", []):
         del test_sets.test_ds.datasets[name]
     model = train(cfg).eval()
-    evaluate(model, test_sets, output=cfg.evaluation.output)
+    evaluation = evaluate(model, test_sets, output=cfg.evaluation.output)
+    if evaluation is not None and cfg.get("export_dir"):
+        write_scores(cfg.export_dir, scores_in_markdown(evaluation))
 
 
 if __name__ == "__main__":

@@ -51,13 +51,13 @@ _search_options = together(
         help="Share of that which stays free.",
     ),
     limit_option,
-    click.option("--output", type=FILE, help="PNG to draw batch sizes and memory in."),
+    click.option("--output", type=FILE, help="PNG to draw batch sizes and memory in.  [default: none]"),
 )
 
 
-@click.command()
+@click.command(short_help="Find the batch size of every bucket on the device of this machine.")
 @_search_options
-@click.option("--memory-budget", help="Memory of a step, instead of the fraction, such as 72GiB.")
+@click.option("--memory-budget", help="Memory of a step, instead of the fraction, such as 72GiB.  [default: none]")
 @click.option("--modality-share", type=Share(), default=0.5, help=_SPEECH_SHARE)
 @click.option("--predict-epoch", is_flag=True, help="Measure the data, and predict the time of an epoch.")
 def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
@@ -77,9 +77,9 @@ def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
     oomptimize(recipe, build_training, **options)
 
 
-@click.command()
+@click.command(short_help="Find the batch size of every bucket for a device that need not be here.")
 @_search_options
-@click.option("--memory", help="The device to plan for, such as H100, or its memory, such as 80GiB.")
+@click.option("--memory", help="The device to plan for, such as H100, or its memory, such as 80GiB; required.")
 @click.option("--modality-share", type=BETWEEN_0_AND_1, default=0.5, help=_SPEECH_SHARE)
 @click.option("--optimise-bins", is_flag=True, help="Measure the data, and find the bins with the shortest epoch.")
 @bucket_options

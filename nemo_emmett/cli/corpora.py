@@ -15,24 +15,26 @@ if TYPE_CHECKING:
     from nemo_emmett.corpora.phrasebook.speaking import SpokenSummary
 
 
-@click.group(cls=CorpusCommands)
+@click.group(cls=CorpusCommands, short_help="Turn a corpus into manifests and text to train on.")
 def prepare() -> None:
     """Turn a corpus into manifests to train on: one of those below, from the files that its publisher distributes."""
 
 
-@prepare.command()
+@prepare.command(short_help="Write and speak numbers, dates, times and prices in four languages.")
 @click.argument("out", type=FOLDER)
 @click.option("--seed", type=int, default=0, help="The same seed gives the same bytes.")
 @click.option("--languages", type=Names(), help="ISO 639-1 codes.  [default: en,de,es,fr]")
 @click.option("--types", type=Names(), help="What is written and spoken.  [default: number,date,time,price]")
-@click.option("--train-items", type=int, help="Items to train on, over all types.")
-@click.option("--dev-items", type=int, help="Items to validate on.")
-@click.option("--test-items", type=int, help="Items to test on.")
-@click.option("--spoken-train-items", type=int, help="How many of the train items are spoken as well as written.")
-@click.option("--renditions", type=int, help="Recordings of each spoken train item in each language.")
-@click.option("--max-number", type=int, help="The largest number.")
+@click.option("--train-items", type=int, help="Items to train on, over all types.  [default: 1600]")
+@click.option("--dev-items", type=int, help="Items to validate on.  [default: 80]")
+@click.option("--test-items", type=int, help="Items to test on.  [default: 120]")
+@click.option("--spoken-train-items", type=int, help="Train items that are spoken as well.  [default: all]")
+@click.option("--renditions", type=int, help="Recordings of each spoken train item in each language.  [default: 1]")
+@click.option("--max-number", type=int, help="The largest number.  [default: 9999]")
 @click.option("--variants", type=Names(), help="eSpeak NG's voice variants, such as f1,m1,m3.  [default: 11 of them]")
-@click.option("--accents/--no-accents", default=None, help="Speak English and Spanish in two accents each.")
+@click.option(
+    "--accents/--no-accents", default=None, help="Speak English and Spanish in two accents.  [default: accents]"
+)
 @jobs_option
 def phrasebook(out: Path, jobs: int | None, **options: Any) -> None:
     """Write and speak numbers, dates, times and prices in four languages into the folder OUT."""
@@ -42,7 +44,7 @@ def phrasebook(out: Path, jobs: int | None, **options: Any) -> None:
     _print_spoken(prepare_phrasebook(out, config, num_jobs=jobs), "items")
 
 
-@prepare.command()
+@prepare.command(short_help="Speak captions that are line-aligned in several languages (Multi30k).")
 @click.argument("source", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--languages", type=Names(), help="Of the text.  [default: en,de,fr]")
@@ -53,8 +55,12 @@ def phrasebook(out: Path, jobs: int | None, **options: Any) -> None:
 @click.option("--dev-captions", type=int, help="Of the validation set; the others are the test split.  [default: 100]")
 @click.option("--accents/--no-accents", default=None, help="Speak English and Spanish in two accents.  [default: no]")
 @click.option("--variants", type=Names(), help="eSpeak NG's voice variants.  [default: f1,m1,m3]")
-@click.option("--speed", type=(int, int), help="Words a minute, slowest and fastest.  [default: 190 210]")
-@click.option("--pitch", type=(int, int), help="Of eSpeak NG's 0 to 99, lowest and highest.  [default: 40 60]")
+@click.option(
+    "--speed", metavar="MIN MAX", type=(int, int), help="Words a minute, slowest and fastest.  [default: 190 210]"
+)
+@click.option(
+    "--pitch", metavar="MIN MAX", type=(int, int), help="Of eSpeak NG's 0 to 99, lowest and highest.  [default: 40 60]"
+)
 @click.option("--seed", type=int, help="Of the voices.  [default: 0]")
 @jobs_option
 def captions(source: Path, out: Path, jobs: int | None, **options: Any) -> None:
@@ -73,7 +79,7 @@ def _print_spoken(summary: SpokenSummary, unit: str) -> None:
         click.echo(f"{split:>5}: {items} {unit}, {recordings} recordings, {hours:.2f} hours ({state})")
 
 
-@prepare.command()
+@prepare.command(short_help="Find test sentences in training data; exit with 1 if there are any.")
 @click.argument("training", type=PATH, nargs=-1, required=True)
 @click.option(
     "--held-out",

@@ -65,7 +65,7 @@ def _read_data(
     return read_recipe(content, config, section, {**known.defaults, **(given or {})}), known.tokenizer
 
 
-@click.command()
+@click.command(short_help="Build the length indexes of the training data, and show what was skipped.")
 @recipe_arguments
 @section_option
 @tokenizer_option
@@ -86,7 +86,7 @@ def index(
     print_index(recipe.dataset, tokenizer=tokenizer_of(recipe, tokenizer, of_model), index_dir=index_dir)
 
 
-@click.command()
+@click.command(short_help="Show each part of the data: its size, its share, and how often it is repeated.")
 @recipe_arguments
 @section_option
 @click.option("--steps", type=COUNT, help="How far to look ahead.  [default: trainer.max_steps, or 1000]")
@@ -105,7 +105,7 @@ def blend(config: str, overrides: Sequence[str], section: str | None, tokenizer:
     print_blend(recipe, tokenizer=tokenizer_of(recipe, tokenizer, of_model), **options)
 
 
-@click.command()
+@click.command(short_help="Find the bins of least padding for the data, and show what they save.")
 @recipe_arguments
 @section_option
 @bucket_options
@@ -121,7 +121,7 @@ def blend(config: str, overrides: Sequence[str], section: str | None, tokenizer:
     type=click.FloatRange(min=0, min_open=True),
     help="Seconds of speech that count as one token.  [default: the config's, or the model's]",
 )
-@click.option("--output", type=FILE, help="PNG to draw the lengths and bins in.")
+@click.option("--output", type=FILE, help="PNG to draw the lengths and bins in.  [default: none]")
 def bins(config: str, overrides: Sequence[str], section: str | None, tokenizer: str | None, **options: Any) -> None:
     """Find the bins of least padding for each group of the data of CONFIG, and show what they save.
 

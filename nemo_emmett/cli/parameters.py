@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import click
+
+from nemo_emmett.corpora.commands import NamedPath
 
 
 def together(*parameters: Callable[[Callable], Callable]) -> Callable[[Callable], Callable]:
@@ -21,31 +21,22 @@ def together(*parameters: Callable[[Callable], Callable]) -> Callable[[Callable]
     return decorate
 
 
-class NamedPath(click.Path):
-    """A path; an empty one, which pathlib would take for the current folder, is refused."""
-
-    def __init__(self, name: str, **options: Any) -> None:
-        super().__init__(**{"path_type": Path, **options})
-        self.name = name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse the path."""
-        if value == "":
-            self.fail("is empty; name a path, or leave it out.", param, ctx)
-        return super().convert(value, param, ctx)
-
-
 PATH = NamedPath("path")
 FOLDER = NamedPath("folder", file_okay=False)
 FILE = NamedPath("file", dir_okay=False)
+RECIPE = NamedPath("path|name", path_type=str)
 MODEL = NamedPath("folder")  # whether it is one is checked with what is in it
 COUNT = click.IntRange(min=1)
 COUNT.name = "number"
 BETWEEN_0_AND_1 = click.FloatRange(0, 1, min_open=True, max_open=True)
 
-recipe_arguments = together(click.argument("config"), click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1))
+recipe_arguments = together(
+    click.argument("config", type=RECIPE), click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+)
 tokenizer_option = click.option(
-    "--tokenizer", help="Folder of a tokenizer, or a SentencePiece model.  [default: the model's; blend: or words]"
+    "--tokenizer",
+    type=RECIPE,
+    help="Folder of a tokenizer, or a SentencePiece model.  [default: the model's; blend: or words]",
 )
 section_option = click.option("--section", help="Place of the dataset in the recipe.  [default: data.train_ds]")
 limit_option = click.option("--limit", type=COUNT, help="Examples to measure of each group.  [default: all]")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from nemo_emmett.cli.parameters import PATH, announce_loading
+from nemo_emmett.cli.parameters import PATH, RECIPE, announce_loading
 
 
-@click.command()
-@click.argument("recipe")
+@click.command(short_help="Train the model of a recipe, or resume its training.")
+@click.argument("recipe", type=RECIPE)
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 def train(recipe: str, overrides: Sequence[str]) -> None:
     """Train the model of RECIPE, a YAML file or the name of a recipe of nemo_emmett; KEY=VALUE overrides a key of it.
@@ -34,11 +34,13 @@ def train(recipe: str, overrides: Sequence[str]) -> None:
         train(cfg)
 
 
-@click.command()
+@click.command(short_help="Write the model of a checkpoint into a folder, for translate and evaluate.")
 @click.argument("checkpoint", type=PATH)
 @click.argument("folder", type=PATH)
 @click.option(
-    "--config", help="Recipe of the training, by its path or name.  [default: recipe.yaml next to CHECKPOINT]"
+    "--config",
+    type=RECIPE,
+    help="Recipe of the training, by its path or name.  [default: recipe.yaml next to CHECKPOINT]",
 )
 def export(checkpoint: Path, folder: Path, config: str | None) -> None:
     """Write the model of CHECKPOINT, a .ckpt file or the folder of a sharded one, into FOLDER, for translate and

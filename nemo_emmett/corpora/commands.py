@@ -26,6 +26,20 @@ class Names(click.ParamType):
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
 
 
+class NamedPath(click.Path):
+    """A path; an empty one, which pathlib would take for the current folder, is refused."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(**{"path_type": Path, **options})
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the path."""
+        if value == "":
+            self.fail("is empty; name a path, or leave it out.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class CorpusCommands(click.Group):
     """A group with a command for each corpus, in addition to those that are added to it."""
 
@@ -76,7 +90,7 @@ def corpus_command(corpus: Corpus) -> click.Command:
 
 
 def _parameters(corpus: Corpus) -> list[click.Parameter]:
-    path, count = click.Path(path_type=Path), click.IntRange(min=1)
+    path, count = NamedPath("path"), click.IntRange(min=1)
     audio_help = "Recordings as they are, or in 16 kHz FLAC as files, in NeMo's tars or in Lhotse Shar."
     of_speech = [
         click.Option(["--audio"], type=click.Choice(AUDIO), default="keep", help=audio_help),
@@ -85,17 +99,17 @@ def _parameters(corpus: Corpus) -> list[click.Parameter]:
     return [
         click.Argument(["source"], type=path),
         click.Argument(["out"], type=path),
-        *(click.Option([f"--{name}"], type=path, help=what) for name, what in corpus.extra_sources.items()),
+        *(click.Option([f"--{name}"], type=path, help=_sentence(what)) for name, what in corpus.extra_sources.items()),
         click.Option(["--languages"], type=Names(), help="ISO 639-1 codes.  [default: all that are there]"),
         click.Option(["--splits"], type=Names(), help="The publisher's names.  [default: all that are there]"),
         *(of_speech if corpus.name in SPEECH else ()),
         click.Option(
             ["--max-length-ratio"],
             type=click.FloatRange(min=1),
-            help="Leave out training sentences with a text this many times as long as another.",
+            help="Leave out training sentences with a text this many times as long as another.  [default: none]",
         ),
-        click.Option(["--min-words"], type=count, help="Leave out shorter training sentences."),
-        click.Option(["--max-words"], type=count, help="Leave out longer training sentences."),
+        click.Option(["--min-words"], type=count, help="Leave out shorter training sentences.  [default: none]"),
+        click.Option(["--max-words"], type=count, help="Leave out longer training sentences.  [default: none]"),
         click.Option(["--language-id"], is_flag=True, help="Leave out training sentences in another language."),
         click.Option(["--deduplicate"], is_flag=True, help="Leave out training text that occurred before."),
         click.Option(
@@ -110,6 +124,10 @@ def _parameters(corpus: Corpus) -> list[click.Parameter]:
             help="Processes to work with; the result does not depend on it.  [default: all cores]",
         ),
     ]
+
+
+def _sentence(what: str) -> str:
+    return f"{what[0].upper()}{what[1:]}.  [default: none]"
 
 
 def _report(summary: CorpusSummary) -> str:

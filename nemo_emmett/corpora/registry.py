@@ -35,7 +35,8 @@ def find_corpus(name: str) -> Corpus:
     """
     module = name.replace("-", "_")
     if module not in CORPORA:
-        suggestion = nearest(module, CORPORA)
-        hint = f"did you mean '{suggestion}'?" if suggestion else f"there are {', '.join(CORPORA)}."
+        commands = [corpus.replace("_", "-") for corpus in CORPORA]
+        suggestion = nearest(module.replace("_", "-"), commands)
+        hint = f"did you mean '{suggestion}'?" if suggestion else f"there are {', '.join(commands)}."
         raise ConfigError(f"'{name}' is no corpus that can be prepared; {hint}")
     return import_module(f"nemo_emmett.corpora.readers.{module}").CORPUS

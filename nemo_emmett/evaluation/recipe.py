@@ -19,6 +19,7 @@ from nemo_emmett.evaluation.comet import CometConfig
 from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, check_metrics
 from nemo_emmett.evaluation.results import FILE_NAME, Evaluation, from_json
 from nemo_emmett.files import check_writable
+from nemo_emmett.models.card import check_card
 from nemo_emmett.models.exported import CONFIG_FILE, check_exported
 from nemo_emmett.typed_config import Count, FilePath, PositiveWhole, Switch, Text, parse_section, parse_value
 
@@ -38,6 +39,7 @@ class EvaluationConfig:
     log_dir: FilePath | None = None  # TensorBoard logs of the training, for its curves
     examples: Count = 10  # translations in the report
     trust_remote_code: Switch = False  # run code that came with a model (docs/security.md)
+    update_card: Switch = False  # write the scores into the model's README.md
 
     @classmethod
     def parse(
@@ -106,6 +108,8 @@ def check_evaluation(
     model, recipe, arguments = evaluation_arguments(config, model, options)
     settings = EvaluationConfig.parse(recipe, arguments)
     check_exported(model)
+    if settings.update_card:
+        check_card(model)
     for baseline in settings.baselines:
         read_baseline(baseline)
     if settings.log_dir is not None and not settings.log_dir.is_dir():

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
-from nemo_emmett.errors import DataError, OutputError
+from nemo_emmett.errors import ConfigError, DataError, OutputError
 from nemo_emmett.evaluation.curves import read_curves
 from nemo_emmett.evaluation.distributed import ProcessGroup, is_global_zero, process_group
 from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, signatures
@@ -28,10 +28,15 @@ from nemo_emmett.evaluation.report import write_report
 from nemo_emmett.evaluation.results import FILE_NAME, Evaluation, to_json, unused_name, write_hypotheses
 from nemo_emmett.evaluation.scoring import score
 from nemo_emmett.evaluation.significance import compare, resampling_signature
-from nemo_emmett.evaluation.table import print_table
+from nemo_emmett.evaluation.table import print_table, scores_in_markdown
 from nemo_emmett.evaluation.translation import Translated, merge_ranks, translate
 from nemo_emmett.files import check_writable, hold_folder, new_folder_elsewhere
 from nemo_emmett.models import load
+from nemo_emmett.models.card import check_card, write_scores
+from nemo_emmett.models.exported import untrained_warning
+
+REPORT_FILE = "report.html"
+"""Name of the page in the output folder."""
 
 PACKAGES = ("nemo_emmett", "nemo_toolkit", "torch", "transformers", "lhotse", "sacrebleu")
 """Whose versions an evaluation records."""
@@ -53,6 +58,7 @@ def evaluate(
     log_dir: StrPath | None = None,
     examples: int = 10,
     trust_remote_code: bool = False,
+    update_card: bool = False,
     console: Console | None = None,
 ) -> Evaluation | None:
     """Translate test sets, score the translations, print the table, write JSON, hypotheses and the report.
@@ -74,6 +80,7 @@ def evaluate(
         log_dir: TensorBoard logs of the training, for the report's curves.
         examples: translations shown in the report.
         trust_remote_code: run code that came with a model (:func:`nemo_emmett.models.load`).
+        update_card: write the scores into the model card in the model's folder.
         console: where to print; the terminal unless given.
 
     Returns:
@@ -93,6 +100,12 @@ def evaluate(
     settings = EvaluationConfig.parse(config, locals())
     saved_or_folders = [read_baseline(baseline) for baseline in settings.baselines]
     writer = _Writer(settings.output)
+    if settings.update_card:
+        if not isinstance(model, (str, os.PathLike)):
+            raise ConfigError(
+                "update_card: the card is in the folder of an exported model; give the model by its folder."
+            )
+        check_card(model)
     curves = None if settings.log_dir is None else read_curves(settings.log_dir)
     with writer.locked(), process_group() as processes:
         loaded = load(model, **settings.loading) if isinstance(model, (str, os.PathLike)) else model
@@ -112,13 +125,21 @@ def evaluate(
         earlier = [replace(baseline, name=unique) for baseline, unique in zip(earlier, taken[1:], strict=True)]
         comparisons = [one for baseline in earlier for one in compare(evaluation, baseline)]
         evaluation = replace(evaluation, comparisons=comparisons)
+        console = console or Console()
         print_table(evaluation, console, earlier)
+        if sentence := untrained_warning(getattr(loaded, "cfg", {}), {one.target_lang for one in evaluation.scores}):
+            console.print(f"Warning: {sentence}", highlight=False, style="bold red", soft_wrap=True)
+        if settings.update_card:
+            write_scores(model_name, scores_in_markdown(evaluation))
         with writer.writing() as folder:
             if folder is not None:
                 to_json(evaluation, folder / FILE_NAME)
-                report = folder / "report.html"
-                write_report(evaluation, report, curves=curves, examples=settings.examples, baselines=earlier)
+                write_report(
+                    evaluation, folder / REPORT_FILE, curves=curves, examples=settings.examples, baselines=earlier
+                )
         writer.raise_failure()
+        if settings.output is not None:
+            console.print(f"Report: {settings.output / REPORT_FILE}", highlight=False, soft_wrap=True)
     return evaluation
 
 

@@ -196,6 +196,22 @@ def print_table(evaluation: Evaluation, console: Console | None = None, baseline
         console.print(line, highlight=False, style="bold red", soft_wrap=True)
 
 
+def scores_in_markdown(evaluation: Evaluation) -> str:
+    """The scores as a table in Markdown with their signatures, for a model card."""
+    metrics = list(dict.fromkeys(metric for score in evaluation.scores for metric in score.metrics))
+    rows = [["test set", "input", "direction", "sentences", *metrics]]
+    rows.append(["---"] * 3 + ["---:"] * (len(metrics) + 1))
+    for score in evaluation.scores:
+        direction = f"{score.source_lang} → {score.target_lang}"
+        values = [f"{score.metrics[metric]:.1f}" if metric in score.metrics else "" for metric in metrics]
+        modality = MODALITY_NAMES.get(score.modality, score.modality)
+        rows.append([score.test_set, modality, direction, f"{score.sentences:,}", *values])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    beams = evaluation.decoding.get("num_beams")
+    signatures = "\n".join(f"- {metric}: `{signature}`" for metric, signature in evaluation.signatures.items())
+    return f"Evaluated on {evaluation.date[:10]}, beams: {beams}.\n\n{table}\n\n{signatures}"
+
+
 def throughput_lines(evaluation: Evaluation) -> list[str]:
     """One line per modality: sentences, seconds, and their ratios; for speech also the real-time factor."""
     lines = []

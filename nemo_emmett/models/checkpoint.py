@@ -75,6 +75,17 @@ def read_weights(checkpoint: str | Path, trusted: bool = False) -> dict[str, Ten
     return dict(weights)
 
 
+def read_rest(checkpoint: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds apart from weights, such as counters and the states of callbacks; empty if unreadable."""
+    path = Path(checkpoint)
+    path = path / "meta.pt" if path.is_dir() else path
+    try:
+        content = read_checkpoint(path, map_location="meta", **({} if path.name == "meta.pt" else {"mmap": True}))
+    except (OSError, RuntimeError, EOFError, KeyError, ModelError):
+        return {}
+    return {key: value for key, value in content.items() if key != _STATE} if isinstance(content, Mapping) else {}
+
+
 def _weights_of_folder(path: Path, trusted: bool) -> dict[str, Tensor]:
     """Read in this process alone, whatever processes wrote them."""
     if not (path / _METADATA).is_file():

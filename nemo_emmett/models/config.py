@@ -11,7 +11,7 @@ from nemo.utils import logging
 
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError, Help
-from nemo_emmett.models.exported import TRAINING_KEY
+from nemo_emmett.models.exported import BASE_MODELS_KEY, TRAINING_KEY
 from nemo_emmett.models.initial_weights import PERCEPTION_KEY, WHOLE_MODEL_KEYS
 from nemo_emmett.models.nemo_keys import NEMO_KEYS, is_off
 from nemo_emmett.modules.batch import MODALITIES
@@ -33,7 +33,15 @@ PEFT_COPIES = r"^llm\..+\.(modules_to_save|trainable_tokens_\w+)\..+$"
 ``trainable_token_indices``."""
 
 # Keys of an exported folder's config, and keys that NeMo's own functions read.
-_TOLERATED_KEYS = ("model_type", "architectures", "trust_remote_code", "torch_dtype", "dtype", TRAINING_KEY)
+_TOLERATED_KEYS = (
+    "model_type",
+    "architectures",
+    "trust_remote_code",
+    "torch_dtype",
+    "dtype",
+    TRAINING_KEY,
+    BASE_MODELS_KEY,
+)
 
 
 @dataclass(frozen=True)

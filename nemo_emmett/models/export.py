@@ -1,7 +1,7 @@
 """A model as one folder, in the layout of Hugging Face and of NeMo's SALM, and checks that weights fit.
 
-The folder holds ``model.safetensors``, ``config.json``, the tokenizer, and the language model's own config under
-``llm_backbone``; nothing else is needed to load it with :func:`nemo_emmett.models.load`.
+The folder holds ``model.safetensors``, ``config.json``, a model card (``README.md``), the tokenizer, and the language
+model's own config under ``llm_backbone``; nothing else is needed to load it with :func:`nemo_emmett.models.load`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,21 @@ from transformers.utils import cached_file
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ModelError
 from nemo_emmett.files import atomic_folder
+from nemo_emmett.models.card import CARD_FILE, model_card
 from nemo_emmett.models.checkpoint import listed, read_checkpoint, shared_names
+from nemo_emmett.models.exported import BASE_MODELS_KEY
+from nemo_emmett.models.public_names import clean_folder, without_paths
 from nemo_emmett.modules.tensors import refuse_nonfinite
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an export without private paths, with the names of the pretrained parts."""
+    public = without_paths(dict(config))
+    parts = {"language_model": "pretrained_llm", "speech_encoder": "pretrained_asr"}
+    # A model that was loaded has the folder of its export in the place of the first name.
+    names = config.get(BASE_MODELS_KEY) or {part: public[key] for part, key in parts.items() if public.get(key)}
+    public.update({key: names[part] for part, key in parts.items() if part in names})
+    return public | {BASE_MODELS_KEY: dict(names)}
 
 
 class Export:
@@ -72,11 +85,14 @@ class Export:
             "architectures": [self.architecture or own_class.__name__],
         }
         config.pop("trust_remote_code", None)  # decided by who loads the folder
+        config = public_config(config)
         self._weights_to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}
         try:
             with atomic_folder(folder, last=CONFIG_NAME) as unfinished:
                 self.tokenizer.tokenizer.save_pretrained(unfinished)
                 self.llm.config.save_pretrained(unfinished / LLM_BACKBONE_DIR)
+                clean_folder(unfinished)
+                (unfinished / CARD_FILE).write_text(model_card(config), encoding="utf-8")
                 return super().save_pretrained(unfinished, config=config, **kwargs)
         finally:
             del self._weights_to_save

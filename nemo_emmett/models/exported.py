@@ -22,6 +22,10 @@ TRAINING_KEY = "training"
 """Key of the config for what is known of the training: see ``nemo_emmett.training_record``."""
 
 
+BASE_MODELS_KEY = "base_models"
+"""Key of the config for the names of the pretrained parts: ``language_model``, ``speech_encoder``."""
+
+
 def check_exported(folder: str | Path) -> dict[str, Any]:
     """Check that a folder holds an exported model.
 

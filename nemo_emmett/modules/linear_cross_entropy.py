@@ -46,6 +46,9 @@ _KERNELS = {
 }
 """In the order of ``auto``: module, name in it, and the package to install."""
 
+KERNEL_PACKAGES = {name: package for name, (_, _, package) in _KERNELS.items()}
+"""The package to install for each kernel for CUDA."""
+
 
 def linear_cross_entropy(
     hidden_NH: Tensor,
@@ -222,6 +225,11 @@ def _kernel(name: str) -> Callable[..., Any] | None:
         return getattr(import_module(module), attribute)
     except ImportError:
         return None
+
+
+def kernel_is_installed(name: str) -> bool:
+    """Whether a kernel of :data:`KERNEL_PACKAGES` can be imported."""
+    return _kernel(name) is not None
 
 
 def _naive(inputs: _Inputs) -> Tensor:

@@ -22,8 +22,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerFast
 
-from nemo_emmett.errors import EXIT_NOT_WRITTEN, ConfigError, DataError, OutputError
+from nemo_emmett.errors import EXIT_NOT_WRITTEN, ConfigError, DataError, ModelError, OutputError
 from nemo_emmett.evaluation import evaluate, evaluate_recipe, from_json, run, significance
+from nemo_emmett.models.card import model_card
 
 from ..conftest import fill
 from .samples import DIRECTIONS, LANGUAGES, SAMPLING_RATE, SENTENCES, sentence, tone
@@ -405,3 +406,56 @@ def test_a_recipe_may_say_how_it_is_evaluated_and_options_overrule_it(recipe, to
     config.model = {"_target_": "salm_t5"}
     with pytest.raises(ConfigError, match="names no exported model"):
         evaluate_recipe(config)
+
+
+def test_the_last_line_is_where_the_report_is(recipe, tokenizer, tmp_path):
+    for output, last in ((tmp_path / "out", f"Report: {tmp_path}/out/report.html"), (None, "")):
+        terminal = io.StringIO()
+        evaluate(Oracle(tokenizer), recipe, output=output, console=Console(file=terminal, width=60))
+        lines = terminal.getvalue().splitlines()
+        assert lines[-1] == last or not last
+        assert ("Report: " in terminal.getvalue()) == (output is not None)
+        if output is not None:
+            assert (output / "report.html").is_file()
+
+
+def test_languages_that_the_model_never_saw_are_named(recipe, tokenizer):
+    oracle, terminal = Oracle(tokenizer), io.StringIO()
+    oracle.cfg = OmegaConf.create({"training": {"directions": {"text": [["en", "de"]], "audio": [["de", "en"]]}}})
+    evaluate(oracle, recipe, console=Console(file=terminal, width=60))
+    unseen = ", ".join(sorted({*LANGUAGES} - {"de", "en"}))
+    assert f"Warning: the model was not trained to translate to {unseen}, but to de, en; expect" in terminal.getvalue()
+    terminal = io.StringIO()
+    evaluate(Oracle(tokenizer), recipe, console=Console(file=terminal, width=60))
+    assert "not trained" not in terminal.getvalue(), "nothing is known of this one"
+
+
+def test_the_card_of_the_model_gets_the_scores(recipe, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load", lambda folder: Oracle(tokenizer))
+    config = {"_target_": "nemo_emmett.models.SALMT5"}
+    card = tmp_path / "README.md"
+    card.write_text(model_card(config))
+    for _ in range(2):  # the second replaces those of the first
+        evaluation = evaluate(tmp_path, recipe, update_card=True, console=Console(file=io.StringIO()))
+        text = card.read_text()
+        assert "No evaluation is recorded." not in text
+        (row,) = [line for line in text.splitlines() if line.startswith("| test_speech | speech | en → de |")]
+        (score,) = [one for one in evaluation.scores if one.modality == "audio" and one.direction == ("en", "de")]
+        assert row.endswith(f"| {SENTENCES} | {score.bleu:.1f} | {score.metrics['chrF++']:.1f} |")
+        assert text.count("- BLEU: `nrefs:1|") == 1
+    with pytest.raises(ConfigError, match="update_card: the card is in the folder of an exported model"):
+        evaluate(Oracle(tokenizer), recipe, update_card=True)
+    card.write_text("# mine\n")
+    with pytest.raises(ModelError, match=f"'{card}' has no place for scores"):
+        evaluate(tmp_path, recipe, update_card=True)
+
+
+@pytest.mark.parametrize("key", ["output", "log_dir", "baseline", "model"])
+def test_an_empty_path_is_refused(recipe, key):
+    cfg = OmegaConf.merge(OmegaConf.load(recipe).data, {"model": "m", key: ""})
+    cfg.test_ds.audio_locator_tag = LOCATOR
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        evaluate_recipe(cfg)
+    if key in ("output", "log_dir"):
+        with pytest.raises(ConfigError, match=f"^{key}: '' cannot be used; give a path"):
+            evaluate("m", recipe, **{key: ""})

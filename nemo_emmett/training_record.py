@@ -1,0 +1,91 @@
+"""What an exported model says of its training: the value of ``training`` in its ``config.json``.
+
+It holds names of files, not their paths: an export may be given to others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_emmett import __version__
+from nemo_emmett.callbacks.trained_examples import Direction, TrainedExamples, counts_of
+from nemo_emmett.early_checks import SOURCE_PATHS
+
+_SHOWN_FILES = 8
+"""Files that are named of a group of sources."""
+
+
+def record_of_trainer(trainer: Trainer, cfg: DictConfig, best: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The record of a training in this process.
+
+    Args:
+        trainer: whose fit has ended, or broke off.
+        cfg: the recipe.
+        best: ``monitor`` and ``score`` of the checkpoint that is exported, if it is the best one.
+    """
+    counts = next((one.counts for one in trainer.callbacks if isinstance(one, TrainedExamples)), Counter())
+    record = _record(cfg, counts) | {"steps": trainer.global_step, "processes": trainer.world_size}
+    return record | ({"validation": {best["monitor"]: round(best["score"], 4)}} if best else {})
+
+
+def record_of_checkpoint(checkpoint: Mapping[str, Any], cfg: DictConfig) -> dict[str, Any]:
+    """The record of a training from one of its checkpoints.
+
+    Args:
+        checkpoint: Lightning's, or what of it is not in the shards.
+        cfg: the recipe.
+    """
+    state = (checkpoint.get("callbacks") or {}).get(TrainedExamples.__qualname__) or {}
+    steps = checkpoint.get("global_step")
+    return _record(cfg, counts_of(state)) | ({} if steps is None else {"steps": steps})
+
+
+def _record(cfg: DictConfig, counts: Counter[Direction]) -> dict[str, Any]:
+    examples: Counter[str] = Counter()
+    directions: defaultdict[str, list[list[str | None]]] = defaultdict(list)
+    for (modality, source, target), count in sorted(counts.items(), key=lambda item: tuple(map(str, item[0]))):
+        examples[modality] += count
+        if target is not None:
+            directions[modality].append([source, target])
+    optimizer = OmegaConf.select(cfg, "model.optimizer") or {}
+    return {
+        "nemo_emmett": __version__,
+        "precision": str(OmegaConf.select(cfg, "trainer.precision") or "32-true"),
+        "optimizer": {"name": str(optimizer.get("_target_", "")).rpartition(".")[2], "lr": optimizer.get("lr")},
+        "examples": dict(examples),
+        "directions": dict(directions),
+        "data": _data(cfg),
+    }
+
+
+def _data(cfg: DictConfig) -> dict[str, list[str]]:
+    """The names of the training data's files, by the group of sources."""
+    try:
+        section = OmegaConf.to_container(OmegaConf.select(cfg, "data.train_ds") or OmegaConf.create(), resolve=True)
+    except OmegaConfBaseException:
+        return {}
+    groups = {key: value for key, value in section.items() if isinstance(value, dict) and "input_cfg" in value}
+    files = {name: list(dict.fromkeys(_files(group))) for name, group in (groups or {"train": section}).items()}
+    return {
+        name: [*found[:_SHOWN_FILES], *([f"{len(found) - _SHOWN_FILES} more"] if len(found) > _SHOWN_FILES else [])]
+        for name, found in files.items()
+    }
+
+
+def _files(value: Any, key: str = "") -> Iterator[str]:
+    """The names of files below a section."""
+    if isinstance(value, dict):
+        for name, below in value.items():
+            yield from _files(below, key if key in SOURCE_PATHS else name)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _files(below, key)
+    elif isinstance(value, str) and key in SOURCE_PATHS:
+        yield PurePath(value).name
