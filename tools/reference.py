@@ -346,18 +346,24 @@ def _of_experiment() -> dict[str, str]:
 def _of_classes(*classes: type, module: str) -> Iterator[str]:
     for cls in classes:
         rows = of_signature(cls)
-        yield f"#### `{module}.{cls.__name__}`\n"
-        yield f"{_plain((cls.__doc__ or '').strip().partition(chr(10) * 2)[0])}\n"
+        summary = _plain((cls.__doc__ or "").strip().partition("\n\n")[0])
+        yield f"#### {cls.__name__}\n"
+        yield f"`_target_: {module}.{cls.__name__}`. {summary}\n"
         yield table(rows) if rows else "No arguments.\n"
 
 
 def table(keys: Iterable[Key], third: str = "default") -> str:
     """Rows of Markdown."""
-    rows = [f"| key | accepts | {third} | |", "|---|---|---|---|"]
+    rows = [f"| key | accepts | {third} | what it does |", "|---|---|---|---|"]
     for key in keys:
         shown = f"`{key.default}`" if third == "default" and key.default != NO_DEFAULT else key.default
         rows.append(f"| `{key.name}` | {_cell(key.type)} | {shown} | {_cell(key.text)} |")
-    return "\n".join(rows) + "\n"
+    return _wrapped(rows, "keys" if third == "default" else "keys sources")
+
+
+def _wrapped(rows: Iterable[str], kind: str = "keys") -> str:
+    """A table that a phone shows row by row (docs/assets/site.css)."""
+    return "\n".join([f'<div class="{kind}" markdown>\n', *rows, "\n</div>\n"])
 
 
 def _cell(text: str) -> str:
@@ -399,7 +405,7 @@ def _of_command(command: click.Command, context: click.Context, level: int) -> I
         yield f"```text\n{usage}\n```\n"
         yield f"{inspect.cleandoc(command.help or '')}\n"
         if rows := list(_options(command, context)):
-            yield "\n".join(["| option | |", "|---|---|", *rows]) + "\n"
+            yield _wrapped(["| option | what it does |", "|---|---|", *rows])
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             member = command.get_command(context, name)
