@@ -121,8 +121,6 @@ def rewritten(markdown: str, origin: str, here: str) -> str:
 
     def link(match: re.Match) -> str:
         target = normpath(f"{PurePosixPath(origin).parent}/{match['target']}")
-        if target == "README.md":
-            target = "docs/index.md"
         if target.startswith("docs/"):
             there = target.removeprefix("docs/")
         elif (ROOT / target).is_dir():
@@ -142,7 +140,7 @@ def _outside(origin: str, markdown: str) -> Iterator[PurePosixPath]:
     """Files of the repository outside docs/ that a page links to; one that does not exist is left to MkDocs to find."""
     for match in LINK.finditer(FENCE.sub("", markdown)):
         target = normpath(f"{PurePosixPath(origin).parent}/{match['target']}")
-        if not target.startswith(("docs/", "..")) and target != "README.md" and (ROOT / target).is_file():
+        if not target.startswith(("docs/", "..")) and (ROOT / target).is_file():
             yield PurePosixPath(target)
 
 

@@ -126,6 +126,7 @@ DATALOADER = {
 
 SOURCES = {
     "audio_column": "column of the recording in a TSV file",
+    "audio_dir": "folder of the recordings of a TSV file, for relative paths; by default the file's folder",
     "duration_column": "column of the seconds that are read of the recording",
     "id_column": "column of the example's id",
     "input_roles": "speakers whose turns are the input",
