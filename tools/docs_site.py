@@ -165,7 +165,9 @@ def _expanded(entry: Any, pages: list[str]) -> Any:
 def _matching(member: Any, pages: list[str]) -> list[Any]:
     if isinstance(member, dict):
         return [inner] if (inner := _expanded(member, pages)) else []
-    return sorted(page for page in pages if PurePosixPath(page).match(member))
+    return sorted(
+        (page for page in pages if PurePosixPath(page).match(member)), key=lambda page: page.rpartition(".")[0]
+    )
 
 
 # Docstrings.
