@@ -14,8 +14,8 @@ Rooms, from those that users call down to those that everything uses (docs/archi
 - ``data``: files to batches (``MultimodalDataModule``, ``get_multimodal_dataloader``).
 - ``oomptimizer``: batch sizes that fit the memory.
 - ``modules``, ``prompts``: parts of models; translation prompts and languages.
-- ``errors``, ``config``, ``typed_config``, ``early_checks``, ``files``, ``processes``, ``audio_file``, ``run_log``: what
-  all rooms use.
+- ``errors``, ``config``, ``typed_config``, ``early_checks``, ``files``, ``processes``, ``audio_file``, ``run_log``:
+  what all rooms use.
 
 Importing the package imports neither torch nor NeMo: these modules load when they are first used. It registers
 post-import hooks, which add our data types, prompt formats and dataloader to NeMo as soon as NeMo is imported.

@@ -48,24 +48,10 @@ from nemo_emmett.run_folders import SaveRecipe, check_space, lock_folders
 from nemo_emmett.run_log import write_log_file
 from nemo_emmett.run_summary import RunSummary
 
-RECIPE_KEYS = (
-    "model",  # what is trained, of which parts and how
-    "trainer",  # Lightning's trainer
-    "data",  # the datasets
-    "exp_manager",  # NeMo's experiment manager: folders, checkpoints, loggers; without it nothing is saved or logged
-    "export_dir",  # folder for the trained model
-    "export",  # which weights: those of the best monitored score (best), or of the last step (last)
-    "seed",  # of all generators; 0 by default
-    "num_threads",  # of PyTorch on the CPU
-)
+RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "export", "seed", "num_threads")
 """Keys of a recipe that are read; a recipe may hold others for its own interpolations."""
 
-DATASETS = (
-    "train_ds",  # trained on
-    "validation_ds",  # validated on, with loss and BLEU
-    "test_ds",  # for Lightning's test loop, and for evaluate
-    "predict_ds",  # for Lightning's predict loop
-)
+DATASETS = ("train_ds", "validation_ds", "test_ds", "predict_ds")
 """The datasets of a recipe's ``data`` section."""
 
 

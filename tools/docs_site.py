@@ -28,6 +28,13 @@ SHOWN = {".md": "", ".py": "python", ".sh": "bash", ".toml": "toml", ".txt": "te
 LINK = re.compile(r"(?P<before>!?\[(?P<text>[^\]]*)\]\()(?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
 FENCE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
+MEMBERS = {
+    "nemo_emmett.models": [
+        *("translate", "generate", "translate_batch", "save_pretrained", "from_pretrained", "load_from_checkpoint")
+    ],
+}
+"""Members of a package's classes that are for users, where the others are for Lightning and for other rooms."""
+
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(?P<short>~)?(?P<name>[\w.]+)`")
 
 
@@ -47,12 +54,21 @@ def _all_of(stub: Path) -> list[str]:
     raise ValueError(f"{stub} has no __all__")
 
 
+def _place_of(package: str, name: str) -> str:
+    """Where a public name is found: ``nemo_emmett.models.load`` is also a module, which holds the function."""
+    hidden = (ROOT / package.replace(".", "/") / f"{name}.py").exists()
+    return f"{package}.{name}.{name}" if hidden else f"{package}.{name}"
+
+
 def api_page(package: str, names: list[str]) -> str:
     """The page of a package: what its docstring begins with, and each public name as mkdocstrings renders it."""
     docstring = ast.get_docstring(ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text("utf-8")))
     summary = without_roles((docstring or "").partition("\n\n")[0])
-    blocks = [f"::: {package}.{name}\n" for name in names]
-    return "\n".join([f"# {package}\n", f"{summary}\n", *blocks])
+    members = "".join(f"        - {name}\n" for name in MEMBERS.get(package, ()))
+    options = f"    options:\n      members:\n{members}" if members else ""
+    blocks = [f"::: {_place_of(package, name)}\n{options}" for name in names]
+    title = f"---\ntitle: {package.removeprefix('nemo_emmett.')}\n---\n"
+    return "\n".join([title, f"# {package}\n", f"{summary}\n", *blocks])
 
 
 # Pages and links.
@@ -105,8 +121,6 @@ def rewritten(markdown: str, origin: str, here: str) -> str:
 
     def link(match: re.Match) -> str:
         target = normpath(f"{PurePosixPath(origin).parent}/{match['target']}")
-        if target == "README.md":
-            target = "docs/index.md"
         if target.startswith("docs/"):
             there = target.removeprefix("docs/")
         elif (ROOT / target).is_dir():
@@ -126,7 +140,7 @@ def _outside(origin: str, markdown: str) -> Iterator[PurePosixPath]:
     """Files of the repository outside docs/ that a page links to; one that does not exist is left to MkDocs to find."""
     for match in LINK.finditer(FENCE.sub("", markdown)):
         target = normpath(f"{PurePosixPath(origin).parent}/{match['target']}")
-        if not target.startswith(("docs/", "..")) and target != "README.md" and (ROOT / target).is_file():
+        if not target.startswith(("docs/", "..")) and (ROOT / target).is_file():
             yield PurePosixPath(target)
 
 
@@ -151,7 +165,9 @@ def _expanded(entry: Any, pages: list[str]) -> Any:
 def _matching(member: Any, pages: list[str]) -> list[Any]:
     if isinstance(member, dict):
         return [inner] if (inner := _expanded(member, pages)) else []
-    return sorted(page for page in pages if PurePosixPath(page).match(member))
+    return sorted(
+        (page for page in pages if PurePosixPath(page).match(member)), key=lambda page: page.rpartition(".")[0]
+    )
 
 
 # Docstrings.
@@ -177,7 +193,8 @@ def as_markdown(docstring: str) -> str:
     return without_roles(re.sub(r"::$", ":", docstring, flags=re.MULTILINE))
 
 
-_PUBLIC = {f"{package}.{name}" for package, names in public_names().items() for name in names}
+_PUBLIC = {f"{package}.{name}": _place_of(package, name) for package, names in public_names().items() for name in names}
+"""The target of a link to each public name."""
 
 
 def without_roles(text: str) -> str:
@@ -185,6 +202,7 @@ def without_roles(text: str) -> str:
 
     def code(match: re.Match) -> str:
         shown = match["name"].rpartition(".")[2] if match["short"] else match["name"]
-        return f"[`{shown}`][{match['name']}]" if match["name"] in _PUBLIC else f"`{shown}`"
+        target = _PUBLIC.get(match["name"])
+        return f"`{shown}`" if target is None else f"[`{shown}`][{target}]"
 
     return ROLE.sub(code, text)

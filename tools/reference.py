@@ -30,7 +30,7 @@ from lightning.pytorch import Trainer
 from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig
 from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 
-from nemo_emmett import callbacks, recipe_checks, training
+from nemo_emmett import callbacks, recipe_checks
 from nemo_emmett.cli import main
 from nemo_emmett.data.config import dataset_config, schema, sources
 from nemo_emmett.evaluation.comet import CometConfig
@@ -40,11 +40,11 @@ from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.modules.cross_attention import SpeechCrossAttention
 from nemo_emmett.modules.modality_adapters import MLPConnector, QFormer
 from nemo_emmett.typed_config import Switch, Text, describe
-from tools.nemo_key_texts import DATALOADER, EXPERIMENT, SECTIONS, SOURCES
+from tools.key_texts import DATALOADER, DATASETS, EXPERIMENT, RECIPE, SECTIONS, SOURCES
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "docs" / "reference" / "recipe.md"
-COMMANDS = ROOT / "docs" / "reference" / "commands.md"
+RECIPE_PAGE = ROOT / "docs" / "reference" / "recipe.md"
+COMMANDS_PAGE = ROOT / "docs" / "reference" / "commands.md"
 
 GENERATED = "<!-- Written by tools/reference.py; change the code that it reads. -->\n"
 NO_DEFAULT = "required"
@@ -249,7 +249,7 @@ def _first_sentence(text: str) -> str:
 def recipe_page() -> str:
     """The reference of all keys."""
     top_types = recipe_checks.TOP_LEVEL_TYPES | {"export": Literal["best", "last"] | None}
-    top = of_table(training.RECIPE_KEYS, training, top_types, ["model", "trainer", "data"])
+    top = of_texts(RECIPE, top_types, required=["model", "trainer", "data"])
     model = [
         Key("_target_", in_words(Text), NO_DEFAULT, "Short name (`salm_t5`, `salm_gpt`, `bestow_gpt`) or class path."),
         *of_dataclass(ModelConfig),
@@ -291,7 +291,7 @@ def recipe_page() -> str:
         "NeMo's experiment manager (`ExpManagerConfig`).\n",
         table(of_experiment()),
         "## `data`\n",
-        table(of_table(training.DATASETS, training, {})),
+        table(of_texts(DATASETS)),
         "A `validation_ds` or `test_ds` may hold several sets under `datasets`, each with a name and keys of its own; "
         "keys next to `datasets` hold for all of them.\n",
         "### A dataset: keys of nemo_emmett\n",
@@ -324,12 +324,13 @@ def recipe_page() -> str:
     return "\n".join(parts)
 
 
-def of_table(names: Iterable[str], module: Any, types: Mapping[str, Any], required: Iterable[str] = ()) -> list[Key]:
-    """Keys that a module lists with a comment each."""
-    texts = comments(inspect.getsource(module))
+def of_texts(
+    texts: Mapping[str, str], types: Mapping[str, Any] | None = None, required: Iterable[str] = ()
+) -> list[Key]:
+    """Keys by their texts; sections, unless they have a type."""
     return [
-        Key(name, in_words(types.get(name, dict)), NO_DEFAULT if name in required else "null", texts.get(name, ""))
-        for name in names
+        Key(name, in_words((types or {}).get(name, dict)), NO_DEFAULT if name in required else "null", text)
+        for name, text in texts.items()
     ]
 
 
@@ -346,18 +347,24 @@ def _of_experiment() -> dict[str, str]:
 def _of_classes(*classes: type, module: str) -> Iterator[str]:
     for cls in classes:
         rows = of_signature(cls)
-        yield f"#### `{module}.{cls.__name__}`\n"
-        yield f"{_plain((cls.__doc__ or '').strip().partition(chr(10) * 2)[0])}\n"
+        summary = _plain((cls.__doc__ or "").strip().partition("\n\n")[0])
+        yield f"#### {cls.__name__}\n"
+        yield f"`_target_: {module}.{cls.__name__}`. {summary}\n"
         yield table(rows) if rows else "No arguments.\n"
 
 
 def table(keys: Iterable[Key], third: str = "default") -> str:
     """Rows of Markdown."""
-    rows = [f"| key | accepts | {third} | |", "|---|---|---|---|"]
+    rows = [f"| key | accepts | {third} | what it does |", "|---|---|---|---|"]
     for key in keys:
         shown = f"`{key.default}`" if third == "default" and key.default != NO_DEFAULT else key.default
         rows.append(f"| `{key.name}` | {_cell(key.type)} | {shown} | {_cell(key.text)} |")
-    return "\n".join(rows) + "\n"
+    return _wrapped(rows, "keys" if third == "default" else "keys sources")
+
+
+def _wrapped(rows: Iterable[str], kind: str = "keys") -> str:
+    """A table that a phone shows row by row (docs/assets/site.css)."""
+    return "\n".join([f'<div class="{kind}" markdown>\n', *rows, "\n</div>\n"])
 
 
 def _cell(text: str) -> str:
@@ -399,7 +406,7 @@ def _of_command(command: click.Command, context: click.Context, level: int) -> I
         yield f"```text\n{usage}\n```\n"
         yield f"{inspect.cleandoc(command.help or '')}\n"
         if rows := list(_options(command, context)):
-            yield "\n".join(["| option | |", "|---|---|", *rows]) + "\n"
+            yield _wrapped(["| option | what it does |", "|---|---|", *rows])
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             member = command.get_command(context, name)
@@ -414,7 +421,7 @@ def _options(command: click.Command, context: click.Context) -> Iterator[str]:
             yield f"| `{_escaped(option)}` | {_cell(text)} |"
 
 
-PAGES: dict[Path, Callable[[], str]] = {RECIPE: recipe_page, COMMANDS: commands_page}
+PAGES: dict[Path, Callable[[], str]] = {RECIPE_PAGE: recipe_page, COMMANDS_PAGE: commands_page}
 """Each page with the function that makes it."""
 
 if __name__ == "__main__":

@@ -26,20 +26,32 @@ from nemo_emmett.typed_config import Count, FilePath, PositiveWhole, Switch, Tex
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How models are evaluated, the same for all that are compared: the arguments of ``evaluate``."""
+    """How models are evaluated, the same for all that are compared: the arguments of ``evaluate``.
+
+    Args:
+        metrics: of BLEU, chrF++, chrF, TER, spBLEU and COMET; BLEU is always computed.
+        name: of the model in tables; by default the end of its folder's path.
+        output: folder for evaluation.json and report.html.
+        num_beams: 1 is greedy search.
+        max_new_tokens: longest translation, in tokens; by default the model's.
+        log_dir: TensorBoard logs of the training, for its curves.
+        examples: translations in the report.
+        trust_remote_code: run code that came with a model (docs/security.md).
+        update_card: write the scores into the model's README.md.
+    """
 
     data: DictConfig  # holds test_ds
-    metrics: tuple[str, ...]  # of BLEU, chrF++, chrF, TER, spBLEU and COMET; BLEU is always computed
+    metrics: tuple[str, ...]
     comet: CometConfig | None
-    name: Text | None = None  # of the model in tables; by default the end of its folder's path
-    output: FilePath | None = None  # folder for evaluation.json and report.html
-    num_beams: PositiveWhole = 1  # 1 is greedy search
-    max_new_tokens: PositiveWhole | None = None  # longest translation, in tokens; by default the model's
+    name: Text | None = None
+    output: FilePath | None = None
+    num_beams: PositiveWhole = 1
+    max_new_tokens: PositiveWhole | None = None
     baselines: tuple[FilePath, ...] = ()
-    log_dir: FilePath | None = None  # TensorBoard logs of the training, for its curves
-    examples: Count = 10  # translations in the report
-    trust_remote_code: Switch = False  # run code that came with a model (docs/security.md)
-    update_card: Switch = False  # write the scores into the model's README.md
+    log_dir: FilePath | None = None
+    examples: Count = 10
+    trust_remote_code: Switch = False
+    update_card: Switch = False
 
     @classmethod
     def parse(

@@ -48,7 +48,7 @@ def test_a_dead_link_is_found(tmp_path: Path) -> None:
         ("docs/how-to/a.md", "how-to/a.md", "../../CONTRIBUTING.md#x", "../files/CONTRIBUTING.md.md#x"),
         ("CONTRIBUTING.md", "files/CONTRIBUTING.md.md", "docs/data.md#x", "../data.md#x"),
         ("docs/data.md", "data.md", "../benchmarks/results/loss.json", "files/benchmarks/results/loss.json"),
-        ("docs/data.md", "data.md", "../README.md", "index.md"),
+        ("docs/data.md", "data.md", "../README.md#x", "files/README.md.md#x"),
     ],
 )
 def test_links_to_files_of_the_repository_lead_to_their_copies(origin: str, here: str, link: str, on_site: str) -> None:

@@ -23,7 +23,7 @@ from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.models.targets import parse_arguments
 from nemo_emmett.modules.cross_attention import SpeechCrossAttention
 from nemo_emmett.training import check_data_section, check_recipe
-from tools.reference import COMMANDS, PAGES, RECIPE, comments, in_words
+from tools.reference import COMMANDS_PAGE, PAGES, RECIPE_PAGE, comments, in_words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -34,7 +34,7 @@ def test_the_page_is_up_to_date(page) -> None:
 def tables() -> dict[str, set[str]]:
     """The keys in the tables of the page, by the heading above them."""
     found, heading = defaultdict(set), ""
-    for line in RECIPE.read_text(encoding="utf-8").splitlines():
+    for line in RECIPE_PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             heading = line.lstrip("# ").replace("`", "")
         elif match := re.match(r"\| `([^`]+)` \|", line):
@@ -43,7 +43,7 @@ def tables() -> dict[str, set[str]]:
 
 
 def test_every_key_says_what_it_does() -> None:
-    silent = [line for line in RECIPE.read_text(encoding="utf-8").splitlines() if re.search(r"\| *\|$", line)]
+    silent = [line for line in RECIPE_PAGE.read_text(encoding="utf-8").splitlines() if re.search(r"\| *\|$", line)]
     assert [line for line in silent if not line.startswith("| key |")] == []
 
 
@@ -119,7 +119,7 @@ def commands(command: click.Command, context: click.Context) -> Iterator[tuple[s
 
 
 def test_every_command_and_option_is_there() -> None:
-    sections = re.split(r"^#+ ", COMMANDS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    sections = re.split(r"^#+ ", COMMANDS_PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     by_name = {section.partition("\n")[0]: section for section in sections}
     found = [*commands(main, click.Context(main, info_name="nemo-emmett"))]
     assert {"train", "evaluate", "prepare fleurs"} <= {name for name, _ in found}

@@ -1,4 +1,27 @@
-"""What NeMo's own keys do, for the reference: NeMo declares them without saying so, or at length in comments."""
+"""What keys do, for the reference, where no dataclass of ours says it.
+
+Most are NeMo's own: NeMo declares them without saying so, or at length in comments.
+"""
+
+RECIPE = {
+    "model": "what is trained, of which parts and how",
+    "trainer": "Lightning's trainer",
+    "data": "the datasets",
+    "exp_manager": "NeMo's experiment manager: folders, checkpoints, loggers; without it nothing is saved or logged",
+    "export_dir": "folder for the trained model",
+    "export": "which weights: those of the best monitored score (best), or of the last step (last)",
+    "seed": "of all generators; 0 by default",
+    "num_threads": "of PyTorch on the CPU",
+}
+"""By the key at the top of a recipe."""
+
+DATASETS = {
+    "train_ds": "trained on",
+    "validation_ds": "validated on, with loss and BLEU",
+    "test_ds": "for Lightning's test loop, and for evaluate",
+    "predict_ds": "for Lightning's predict loop",
+}
+"""By the key in ``data``."""
 
 DATALOADER = {
     "audio_locator_tag": "marks the place of a recording in a prompt",
@@ -102,15 +125,22 @@ DATALOADER = {
 """By the key of ``LhotseDataLoadingConfig``."""
 
 SOURCES = {
+    "audio_column": "column of the recording in a TSV file",
+    "audio_dir": "folder of the recordings of a TSV file, for relative paths; by default the file's folder",
+    "duration_column": "column of the seconds that are read of the recording",
+    "id_column": "column of the example's id",
     "input_roles": "speakers whose turns are the input",
     "language": "of the text",
+    "offset_column": "column of the seconds before the part of the recording that is read",
     "output_roles": "speakers whose turns are the output",
     "questions_language": "of the questions",
+    "source_lang_column": "column of the input's language",
     "source_language": "NeMo's name of source_lang",
     "strip_timestamp_tokens": "remove time stamps from the transcripts",
+    "target_lang_column": "column of the output's language",
     "target_language": "NeMo's name of target_lang",
 }
-"""Of source types that NeMo reads, by the key."""
+"""By the key of a source."""
 
 EXPERIMENT = {
     "checkpoint_callback_params.always_save_nemo": "write a .nemo file with each checkpoint",
