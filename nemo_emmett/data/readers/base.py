@@ -29,6 +29,9 @@ class Records(ABC):
         tags: are attached to each example.
     """
 
+    opens_recordings = False
+    """Whether recordings are opened for lengths that the records do not have."""
+
     def __init__(self, name: str, shards: Sequence[Sequence[Lines]], tags: Mapping | None) -> None:
         self.name = name
         self.is_sequential = [any(lines.is_sequential for lines in files) for files in shards]

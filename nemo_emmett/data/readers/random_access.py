@@ -49,6 +49,7 @@ class ManifestRecords(Records):
         keeps_alternatives: bool = False,
     ) -> None:
         self.keeps_alternatives = keeps_alternatives
+        self.opens_recordings = any(isinstance(manifest, SpeechTsv) for manifest in manifests)
         self.shards = [(records, manifest) for manifest in manifests for records in manifest.shards]
         super().__init__(name, [[open_numbered_lines(records.path, index_dir)] for records, _ in self.shards], tags)
 
