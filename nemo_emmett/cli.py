@@ -221,9 +221,12 @@ def train(recipe: str, overrides: Sequence[str]) -> None:
     from nemo_emmett.runner import compose_recipe
 
     cfg = compose_recipe(recipe, overrides)
-    from nemo_emmett.training import train
+    from nemo_emmett.run_log import quiet_console
 
-    train(cfg)
+    with quiet_console("Importing NeMo and checking the recipe ..."):
+        from nemo_emmett.training import train
+
+        train(cfg)
 
 
 @main.command()

@@ -220,6 +220,13 @@ def mistakes_in_fit(cfg: DictConfig) -> Iterator[None]:
         if not (named and is_known):
             raise
         raise ConfigError(f"{named[-1]}: {values[named[-1]]!r} cannot be used: {first_sentence(error)}.") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        raise ConfigError(
+            f"exp_manager.create_wandb_logger: {first_sentence(error)}; or set the environment variable "
+            "WANDB_MODE=offline."
+        ) from error
 
 
 def instantiate(section: Mapping[str, Any], place: str, kind: type[T]) -> T:

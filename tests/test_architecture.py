@@ -25,6 +25,7 @@ FLOORS = (
         "exporting",
         "init",
         "run_folders",
+        "run_summary",
         "doctor",
         "callbacks",
     ),
@@ -33,7 +34,7 @@ FLOORS = (
     ("models", "data", "oomptimizer"),
     ("callbacks.*",),
     ("modules", "prompts"),
-    ("errors", "config", "typed_config", "files", "processes", "audio_file"),
+    ("errors", "config", "typed_config", "files", "processes", "audio_file", "run_log"),
 )
 # What others see and start is one floor of equals, and so is what all of them rest on.
 SHARED_FLOORS = (0, len(FLOORS) - 1)

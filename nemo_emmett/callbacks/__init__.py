@@ -7,6 +7,7 @@
 - :class:`SkipNonFiniteSteps` (``nonfinite``): skips steps whose loss or gradients are not finite.
 - ``ValidateAtEpochEnd`` (``validation_schedule``): validates epochs that the trainer's schedule leaves without.
 - :class:`TrainingClock` (``training_clock``): logs the seconds of training with each validation.
+- ``RunProgress`` (``run_progress``): prints the progress of a training as lines, and measures its time.
 - :class:`StopOnSignal` (``stop_on_signal``): ends training on SIGTERM or SIGINT with a checkpoint and exit code 75.
 
 All are NeMo ``Serialization`` objects as well, so that NeMo's allow-list admits them under ``trainer.callbacks``.

@@ -309,5 +309,5 @@ def test_arguments_are_checked_before_nemo_is_imported(tmp_path: Path) -> None:
         stdin=subprocess.DEVNULL,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (2, "set()\n")
+    assert (done.returncode, done.stdout) == (2, "Looking at the data ...\nset()\n")
     assert done.stderr.startswith("Error: --backbone, --encoder: missing;")
