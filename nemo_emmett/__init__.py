@@ -5,6 +5,7 @@ Rooms, from those that users call down to those that everything uses (docs/archi
 - ``cli``, ``runner``, ``training``, ``doctor``: commands, recipes from the command line, and the training of a recipe;
   ``recipe_checks``, ``checkpoints``, ``run_folders``, ``run_summary``, ``exporting``, ``training_record``: its checks,
   what it resumes from, its folders, its summaries, its exported model and what that says of its training.
+- ``init``: a recipe for own data.
 - ``plugin``: registration with Lightning, Hydra and NeMo when the package is installed.
 - ``callbacks``: Lightning callbacks (``OOMptimizer``, ``ResumableData``, ``RandomState``, ``TrainingClock``).
 - ``planning``: bins, batch sizes and blend before a training.

@@ -111,9 +111,12 @@ class RunSummary(Callback):
             rows += self._resume_rows(trainer)
         if self.log_file is not None:
             rows.append(("log", _shown(self.log_file)))
-        if title == "Trained" and (folder := self.cfg.get("export_dir")):
-            rows += [("exported", _shown(folder)), ("next", "\n".join(_next_commands(folder, self._targets(trainer))))]
+        folder = self.cfg.get("export_dir") if title == "Trained" else None
+        if folder:
+            rows.append(("exported", _shown(folder)))
         self._print(title, _table(rows))
+        if folder:  # lines to copy, which are not folded
+            print("Next:", *_next_commands(folder, self._targets(trainer)), sep="\n  ", flush=True)  # noqa: T201
 
     def _end_rows(self, trainer: Trainer, model: LightningModule) -> Rows:
         steps, planned = trainer.global_step - self.progress.first_step, self.progress.planned_steps(trainer)
@@ -287,8 +290,8 @@ def _languages(source: Source) -> str:
     if len(directions) > 2:
         sources, targets = (list(dict.fromkeys(side)) for side in zip(*directions, strict=True))
         if set(sources) == set(targets) and len(directions) == len(sources) * (len(sources) - 1):
-            return f"{', '.join(sources)} (all pairs)"
-        return f"{', '.join(filter(None, sources)) or '?'} to {', '.join(targets)}"
+            return f"all of {','.join(sources)}"
+        return f"{','.join(filter(None, sources)) or '?'} to {','.join(targets)}"
     return ", ".join(f"{one or '?'}-{other or '?'}" for one, other in directions)
 
 

@@ -14,6 +14,7 @@ from nemo_emmett.errors import ConfigError, EmmettError
 from nemo_emmett.init import questions
 from nemo_emmett.init.choices import Choices
 from nemo_emmett.init.data_files import DataFile, describe_file, describe_pair, parse_columns
+from nemo_emmett.run_log import quiet_console
 
 _MODELS = ("salm_t5", "salm_gpt", "bestow_gpt")
 
@@ -63,9 +64,19 @@ def init(recipe: Path | None, force: bool, **options: Any) -> None:
     validate it. In a terminal, what is missing is asked for.
     """
     columns = parse_columns(options["column"])
-    memory = _memory(options["gpu_memory"])
     if recipe is not None:
         _check_recipe_path(recipe, force)
+    with quiet_console("Looking at the data ..." if options["data"] or options["text"] else ""):
+        choices = _choices(recipe, columns, options, force)
+        _write(choices)
+
+
+def _choices(recipe: Path | None, columns: Mapping[str, str], options: Mapping[str, Any], force: bool) -> Choices:
+    """What is given by options and, in a terminal, by answers.
+
+    Raises:
+        EmmettError: if something is missing, or cannot be used.
+    """
     train = _files(options, "data", "text", columns)
     dev = _files(options, "dev", "dev_text", columns)
     asked = questions.Answers(recipe, train, dev, *(options[name] for name in questions.TEXTS))
@@ -73,7 +84,6 @@ def init(recipe: Path | None, force: bool, **options: Any) -> None:
         asked = questions.ask(asked, lambda path, option: describe_file(path, option, columns, options["audio_dir"]))
         _check_recipe_path(asked.recipe, force)
     asked.refuse_missing()
-    click.echo(f"Measuring {', '.join(file.name for file in (*asked.train, *asked.dev))} ...")
     asked.check()
     choices = Choices(
         asked.recipe,
@@ -84,11 +94,11 @@ def init(recipe: Path | None, force: bool, **options: Any) -> None:
         asked.backbone,
         asked.encoder,
         options["model"],
-        memory,
+        _memory(options["gpu_memory"]),
     )
     for note in (f"{file.name}: {note}." for file in (*choices.train, *choices.dev) for note in file.notes):
         click.echo(note)
-    _write(choices)
+    return choices
 
 
 def _files(options: Mapping[str, Any], files: str, pairs: str, columns: Mapping[str, str]) -> list[DataFile]:
@@ -109,6 +119,7 @@ def _check_recipe_path(recipe: Path, force: bool) -> None:
 
 
 def _write(choices: Choices) -> None:
+    click.echo(f"Importing NeMo, and measuring {', '.join(file.name for file in choices.train)} ...")
     from rich.console import Console
 
     from nemo_emmett.files import write_text

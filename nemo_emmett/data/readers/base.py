@@ -34,6 +34,9 @@ class Records(ABC):
         shard_lines: their lines.
     """
 
+    opens_recordings = False
+    """Whether recordings are opened for lengths that the records do not have."""
+
     def __init__(
         self,
         name: str,

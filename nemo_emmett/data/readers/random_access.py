@@ -50,6 +50,7 @@ class ManifestRecords(Records):
         keeps_alternatives: bool = False,
     ) -> None:
         self.keeps_alternatives = keeps_alternatives
+        self.opens_recordings = any(isinstance(manifest, SpeechTsv) for manifest in manifests)
         self.shards = [(records, manifest) for manifest in manifests for records in manifest.shards]
         files = [[records.path] for records, _ in self.shards]
         super().__init__(name, files, partial(open_numbered_lines, index_dir=index_dir), tags)

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from lhotse.cut import Cut
 
+from nemo_emmett.audio_file import read_header
+from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
 from nemo_emmett.data.config.sources import parse_source
 from nemo_emmett.data.io.audio import load_waveform
 from nemo_emmett.data.io.skipped_records import SkippedRecords
+from nemo_emmett.data.readers import speech_tsv
 from nemo_emmett.data.readers.examples import ExampleKind, Examples
 from nemo_emmett.data.readers.random_access import open_records
 from nemo_emmett.data.readers.registry import defaults_of, open_source
@@ -214,3 +217,43 @@ def test_text_has_its_languages_in_columns_too(write_lines) -> None:
     pairs, _ = open_source(source, skipped, ExampleKind.TRANSLATION)
     assert [(pair.target.text, pair.target.language) for pair in pairs] == [("eins", "de"), ("dos", "es")]
     assert skipped.causes() == {"missing column": 1, "too many columns": 1}
+
+
+def loader_of(path: Path, tokenizer):
+    source = {"type": "speech_tsv", "paths": str(path), "source_lang": "en", "target_lang": "de"}
+    config = {"input_cfg": [source], "batch_size": 2, "force_finite": True, "num_workers": 0, "max_bad_records": None}
+    config |= {"audio_locator_tag": "<|audio|>", "token_equivalent_duration": 0.08, "prompt_format": "emmett_t5"}
+    return get_multimodal_dataloader(config, 0, 1, SpeechTextDataset(tokenizer), tokenizer)
+
+
+def trained(path: Path, tokenizer) -> tuple[list[str], dict[str, int]]:
+    """The ids of the examples of a pass, and what was skipped."""
+    loader = loader_of(path, tokenizer)
+    ids = [example["id"] for batch in loader for example in batch["audio"]["examples"]]
+    return sorted(ids), loader.skipped_records.causes()
+
+
+def test_headers_are_read_once_and_again_only_of_what_was_at_fault(
+    two, tokenizer, monkeypatch, write_tone, tmp_path
+) -> None:
+    with two.open("a") as file:
+        file.write("third\tgone.wav\tthree\tdrei\nfourth\tbroken.wav\tfour\tvier\n")
+    (tmp_path / "broken.wav").write_bytes(b"not audio at all")
+    opened: list[str] = []
+
+    def count(path: str):
+        opened.append(Path(path).name)
+        return read_header(path)
+
+    monkeypatch.setattr(speech_tsv, "read_header", count)
+    loader_of(two, tokenizer)
+    assert sorted(opened) == ["a.wav", "b.wav", "broken.wav", "gone.wav"]
+    opened.clear()
+    loader_of(two, tokenizer)
+    assert sorted(opened) == ["broken.wav", "gone.wav"]  # those that could not be used
+    assert trained(two, tokenizer) == (["first", "second"], {"missing audio": 1, "unreadable audio": 1})
+    write_tone("gone.wav", 1.25)
+    assert trained(two, tokenizer) == (["first", "second", "third"], {"unreadable audio": 1})
+    opened.clear()
+    loader_of(two, tokenizer)
+    assert opened == ["broken.wav"]
