@@ -1,4 +1,4 @@
-# make demo | test | lint | bench. Each sets itself up in .venv; only a change of pyproject.toml or constraints.txt
+# make demo | test | lint | docs | bench. Each sets itself up in .venv; only a change of pyproject.toml or constraints.txt
 # installs again.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 TEST_PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -lt 4 ] && echo $$n || echo 4)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiment test lint bench clean
+.PHONY: help demo experiment test lint docs bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -32,10 +32,15 @@ test: $(INSTALLED) ## Run the tests
 	@echo "==> Testing with $(TEST_PROCESSES) processes"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## Check style and formatting
+lint: $(INSTALLED) ## Check style, formatting and the types of the public functions
 	@echo "==> Linting"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(INSTALLED) ## Build the documentation as a site, into site/
+	@echo "==> Documentation: site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(INSTALLED) ## Run every benchmark and write benchmarks/results
 	@set -e; for benchmark in benchmarks/*.py; do \
@@ -45,5 +50,5 @@ bench: $(INSTALLED) ## Run every benchmark and write benchmarks/results
 
 clean: ## Remove what building and testing left behind, but not .venv, data or experiments
 	@echo "==> Cleaning"
-	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -3,8 +3,9 @@
 Rooms, from those that users call down to those that everything uses (docs/architecture.md):
 
 - ``cli``, ``runner``, ``training``, ``doctor``: commands, recipes from the command line, and the training of a recipe;
-  ``recipe_checks``, ``checkpoints``, ``run_folders``, ``exporting``, ``training_record``: its checks, what it resumes
-  from, its folders, its exported model and what that says of its training.
+  ``recipe_checks``, ``checkpoints``, ``run_folders``, ``run_summary``, ``exporting``, ``training_record``: its checks,
+  what it resumes from, its folders, its summaries, its exported model and what that says of its training.
+- ``init``: a recipe for own data.
 - ``plugin``: registration with Lightning, Hydra and NeMo when the package is installed.
 - ``callbacks``: Lightning callbacks (``OOMptimizer``, ``ResumableData``, ``RandomState``, ``TrainingClock``).
 - ``planning``: bins, batch sizes and blend before a training.
@@ -14,8 +15,8 @@ Rooms, from those that users call down to those that everything uses (docs/archi
 - ``data``: files to batches (``MultimodalDataModule``, ``get_multimodal_dataloader``).
 - ``oomptimizer``: batch sizes that fit the memory.
 - ``modules``, ``prompts``: parts of models; translation prompts and languages.
-- ``errors``, ``config``, ``typed_config``, ``early_checks``, ``files``, ``processes``, ``audio_file``: what all rooms
-  use.
+- ``errors``, ``config``, ``typed_config``, ``early_checks``, ``files``, ``processes``, ``audio_file``, ``run_log``:
+  what all rooms use.
 
 Importing the package imports neither torch nor NeMo: these modules load when they are first used. It registers
 post-import hooks, which add our data types, prompt formats and dataloader to NeMo as soon as NeMo is imported.

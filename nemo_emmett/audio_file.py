@@ -35,6 +35,9 @@ _UNKNOWN_RIFF_SIZE = 0x7FFF0000
 RUNS_A_COMMAND = "runs a command"
 """Cause of a recording that is not read since a shell would run its name."""
 
+FAULTS_OF_FILES = ("missing audio", "empty audio", "truncated audio", "unreadable audio")
+"""Causes of :func:`read_header`, which a file that is written again may not have."""
+
 _SHELL_CHARACTERS = re.compile(r"[^\w@%+=:,./-]")
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_emmett.errors import ConfigError, ModelError
+from nemo_emmett.errors import ConfigError, Help, ModelError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig, ListConfig
@@ -104,7 +104,9 @@ def check_keys(config: Mapping, known: Collection[str], where: str, tolerated: C
         if key in known or key in tolerated or key.startswith("_"):
             continue
         if (suggestion := nearest(key, known)) is not None:
-            raise ConfigError(f"{where}.{key}: there is no such key; did you mean '{suggestion}'?")
+            raise ConfigError(
+                f"{where}.{key}: there is no such key; did you mean '{suggestion}'?", page=Help.UNKNOWN_KEY
+            )
         unknown_keys.append(key)
     return unknown_keys
 
@@ -162,7 +164,8 @@ def check_target(target: Any, where: str) -> None:
     if not (isinstance(target, str) and target.startswith(tuple(allowed))):
         raise ConfigError(
             f"{where}: '{target}' is not imported, for it is not on NeMo's allow-list ({', '.join(allowed)}); name one "
-            "of those, or give your class a short name by an entry point of its package."
+            "of those, or give your class a short name by an entry point of its package.",
+            page=Help.CLASS_NOT_ALLOWED,
         )
 
 
@@ -200,5 +203,6 @@ def check_model_file(config: Any, where: str) -> None:
 def _refused(where: str, value: Any, what: str) -> ModelError:
     return ModelError(
         f"{where}: {value!r} {what}, which a file that came with a model may not have; if you trust the file, load it "
-        "with trust_remote_code=True (--trust-remote-code)."
+        "with trust_remote_code=True (--trust-remote-code).",
+        page=Help.CODE_IN_MODEL,
     )

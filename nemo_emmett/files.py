@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, Help
 
 LOCK_FOLDER = ".lock"
 """Holds the lock file of a folder; a folder itself, since NeMo's exp_manager moves loose files away."""
@@ -133,7 +133,8 @@ def check_writable(folder: str | os.PathLike[str], key: str, needed: int = 0) ->
     if (free := shutil.disk_usage(place).free) < needed:
         raise ConfigError(
             f"{key}: '{folder}' has {shown(free)} free, and {shown(needed)} are needed; make room, or give a folder on "
-            "another disk."
+            "another disk.",
+            page=Help.DISK_FULL,
         )
 
 
@@ -214,7 +215,8 @@ def _locked(path: Path, key: str) -> IO[str]:
             holder = file.read() or "another process"
             file.close()
             raise ConfigError(
-                f"{key}: '{path.parents[1]}' is in use by {holder}; let it finish, or give another folder."
+                f"{key}: '{path.parents[1]}' is in use by {holder}; let it finish, or give another folder.",
+                page=Help.FOLDER_IN_USE,
             ) from None
         except FileNotFoundError:
             file.close()

@@ -36,7 +36,7 @@ KINDS = ("models", "dataloaders", "callbacks")
 TARGET_PREFIX = "nemo_emmett."
 """Prefix in NeMo's allow-list that lets ``_target_`` name our classes."""
 
-DATA_TYPES = ("parallel_text",)
+DATA_TYPES = ("parallel_text", "speech_tsv")
 """Types of sources in an ``input_cfg`` in addition to NeMo's own."""
 
 USE_EMMETT = "use_emmett"

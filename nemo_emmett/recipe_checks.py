@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemo_emmett.checkpoints import checkpoint_fault, with_resume_point
 from nemo_emmett.config import OWN_PREFIX, check_keys, check_target, item_of
-from nemo_emmett.errors import ConfigError, EmmettError
+from nemo_emmett.errors import ConfigError, EmmettError, Help
 from nemo_emmett.typed_config import (
     Count,
     NonEmpty,
@@ -155,7 +155,7 @@ def trainer_arguments(section: DictConfig) -> dict[str, Any]:
     """
     hints = get_type_hints(Trainer.__init__)
     for unknown in check_keys(section, inspect.signature(Trainer).parameters, "trainer"):
-        raise ConfigError(f"trainer.{unknown}: there is no such key; remove it.")
+        raise ConfigError(f"trainer.{unknown}: there is no such key; remove it.", page=Help.UNKNOWN_KEY)
     types = {key: TRAINER_TYPES.get(key, declared(hints.get(key, Any))) for key in section}
     values = OmegaConf.to_container(section, resolve=True)
     return {key: parse_value(types[key], value, f"trainer.{key}") for key, value in values.items()}
@@ -220,6 +220,13 @@ def mistakes_in_fit(cfg: DictConfig) -> Iterator[None]:
         if not (named and is_known):
             raise
         raise ConfigError(f"{named[-1]}: {values[named[-1]]!r} cannot be used: {first_sentence(error)}.") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        raise ConfigError(
+            f"exp_manager.create_wandb_logger: {first_sentence(error)}; or set the environment variable "
+            "WANDB_MODE=offline."
+        ) from error
 
 
 def instantiate(section: Mapping[str, Any], place: str, kind: type[T]) -> T:
@@ -309,7 +316,7 @@ def _check_by_dataclass(cls: type, section: Any, place: str) -> None:
         raise ConfigError(f"{place}: {section!r} cannot be used; give a mapping, or remove the key.")
     hints = get_type_hints(cls)
     for unknown in check_keys(section, hints, place):
-        raise ConfigError(f"{place}.{unknown}: there is no such key; remove it.")
+        raise ConfigError(f"{place}.{unknown}: there is no such key; remove it.", page=Help.UNKNOWN_KEY)
     for key, value in section.items():
         nested = [kind for kind in (hints[key], *get_args(hints[key])) if is_dataclass(kind)]
         if nested:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_emmett.config import item_of, load_yaml, nearest
-from nemo_emmett.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, EmmettError
+from nemo_emmett.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, EmmettError, Help, with_help
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig, ListConfig
@@ -153,7 +153,7 @@ def mistakes_as_sentences() -> Iterator[None]:
 
 def exit_with_sentence(error: EmmettError | str) -> NoReturn:
     """Print an error's sentence on stderr, without a traceback, and exit with its code."""
-    print(f"Error: {error}", file=sys.stderr)  # noqa: T201
+    print(with_help(f"Error: {error}", getattr(error, "page", None)), file=sys.stderr)  # noqa: T201
     sys.exit(getattr(error, "exit_code", EXIT_USER_ERROR))
 
 
@@ -266,7 +266,8 @@ def _refuse_missing_values(cfg: DictConfig) -> None:
     # Unresolved: a value that refers to a missing one is not itself missing.
     if missing := sorted(_missing_keys(OmegaConf.to_container(cfg))):
         raise ConfigError(
-            f"{', '.join(missing)}: the recipe leaves this to you; give {missing[0]}=... on the command line."
+            f"{', '.join(missing)}: the recipe leaves this to you; give {missing[0]}=... on the command line.",
+            page=Help.MISSING_VALUE,
         )
     try:
         OmegaConf.missing_keys(cfg)  # this resolves every interpolation

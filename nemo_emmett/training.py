@@ -6,6 +6,7 @@ before anything is built.
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett import plugin
 from nemo_emmett.callbacks.oomptimizer import OOMptimizer
+from nemo_emmett.callbacks.run_progress import RunProgress
 from nemo_emmett.callbacks.stop_on_signal import StopOnSignal
 from nemo_emmett.callbacks.trained_examples import TrainedExamples
 from nemo_emmett.callbacks.validation_schedule import ValidateAtEpochEnd, check_validation
@@ -43,6 +45,11 @@ from nemo_emmett.exporting import (
 from nemo_emmett.models.checkpoint import read_checkpoint
 from nemo_emmett.recipe_checks import build_trainer, check_run_keys, mistakes_in_fit, set_up_experiment
 from nemo_emmett.run_folders import SaveRecipe, check_space, lock_folders
+from nemo_emmett.run_log import write_log_file
+from nemo_emmett.run_summary import RunSummary
+
+RECIPE_KEYS = ("model", "trainer", "data", "exp_manager", "export_dir", "export", "seed", "num_threads")
+"""Keys of a recipe that are read; a recipe may hold others for its own interpolations."""
 
 DATASETS = ("train_ds", "validation_ds", "test_ds", "predict_ds")
 """The datasets of a recipe's ``data`` section."""
@@ -98,20 +105,36 @@ def train(cfg: DictConfig) -> LightningModule:
         lock_folders(cfg, locks)
         check_space(trainer, model, cfg.get("export_dir"))
         _check_scores(cfg, training)
+        summary = _report_run(cfg, trainer)
         trainer.callbacks[:0] = [recipe, best, TrainedExamples(), ValidateAtEpochEnd()]
         if not any(isinstance(callback, StopOnSignal) for callback in trainer.callbacks):
             trainer.callbacks.append(StopOnSignal())
-        try:
-            with mistakes_in_fit(cfg):
-                training.fit()
-        except (OSError, RuntimeError) as error:
-            if not is_failed_write(error):
-                raise
-            export_after_failed_write(trainer, model, cfg, error)
-        if any(isinstance(callback, OOMptimizer) and callback.ends_after_planning for callback in trainer.callbacks):
-            return model
-        export_trained(trainer, model, cfg, best)
+        with summary.around(trainer, model, best):
+            try:
+                with mistakes_in_fit(cfg):
+                    training.fit()
+            except (OSError, RuntimeError) as error:
+                if not is_failed_write(error):
+                    raise
+                export_after_failed_write(trainer, model, cfg, error)
+            if any(isinstance(c, OOMptimizer) and c.ends_after_planning for c in trainer.callbacks):
+                return model
+            export_trained(trainer, model, cfg, best)
     return model
+
+
+def _report_run(cfg: DictConfig, trainer: Trainer) -> RunSummary:
+    """Add the callbacks that print the summaries, and lines of progress where there is no terminal for the bar."""
+    has_folder = cfg.get("exp_manager") is not None and not trainer.fast_dev_run
+    log_file = write_log_file(trainer.default_root_dir, trainer.global_rank) if has_folder else None
+    bar = trainer.progress_bar_callback
+    prints_lines = bar is not None and not sys.stdout.isatty()
+    if prints_lines:
+        bar.disable()
+    progress = RunProgress(steps=prints_lines)
+    summary = RunSummary(cfg, progress, log_file)
+    trainer.callbacks += [progress, summary]
+    return summary
 
 
 def _check_scores(cfg: DictConfig, training: Training) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import annotated_types
 from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, Help
 
 T = TypeVar("T")
 
@@ -98,7 +98,8 @@ def parse_value(annotation: Any, value: Any, place: str) -> Any:
         return _adapter(annotation).validate_python(value)
     except ValidationError:
         place, value, annotation = _place_of_fault(annotation, value, place)
-        raise ConfigError(f"{place}: {reprlib.repr(value)} cannot be used; give {describe(annotation)}.") from None
+        sentence = f"{place}: {reprlib.repr(value)} cannot be used; give {describe(annotation)}."
+        raise ConfigError(sentence, page=Help.VALUE) from None
 
 
 def parse_section(cls: type[T], section: Mapping[str, Any], place: str, /, **given: Any) -> T:

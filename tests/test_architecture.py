@@ -23,8 +23,10 @@ FLOORS = (
         "recipe_checks",
         "checkpoints",
         "exporting",
+        "init",
         "training_record",
         "run_folders",
+        "run_summary",
         "doctor",
         "callbacks",
     ),
@@ -33,7 +35,7 @@ FLOORS = (
     ("models", "data", "oomptimizer"),
     ("callbacks.*",),
     ("modules", "prompts"),
-    ("errors", "config", "typed_config", "early_checks", "files", "processes", "audio_file"),
+    ("errors", "config", "typed_config", "early_checks", "files", "processes", "audio_file", "run_log"),
 )
 # What others see and start is one floor of equals, and so is what all of them rest on.
 SHARED_FLOORS = (0, len(FLOORS) - 1)
@@ -229,6 +231,7 @@ ENTRY_POINTS = {
     "nemo_emmett.data.datamodule.MultimodalDataModule.__init__",
     "nemo_emmett.data.readers.registry.read_parallel_text",
     "nemo_emmett.data.readers.registry.read_source",
+    "nemo_emmett.data.readers.registry.read_speech_tsv",
     "nemo_emmett.data.stock.check_nemo_dataset",
 }
 """Functions of ``data/`` that trainings and NeMo call with an unparsed config."""

@@ -118,7 +118,7 @@ class Completed:
     def names_forms_of_a_source(self, text: str) -> None:
         """A list whose every source is a dataset."""
         sources = compose_data(self._written(self._with_files(text)))
-        assert len(sources) == 6
+        assert len(sources) == 8
         for source in sources:
             check_data_config(
                 OmegaConf.create({"input_cfg": [source], "batch_size": 1, "use_multimodal_sampling": True}), place="it"
@@ -206,6 +206,10 @@ class Completed:
         if path.suffix == ".gz":
             with gzip.open(path, "wt", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
+        elif "speech" in path.name and path.suffix == ".tsv":
+            columns = "audio\tsource\ttarget" if path.stem == "speech" else "path\tsentence\ttranslation"
+            rows = [f"{record['audio_filepath']}\t{record['text']}\teins" for record in self._records()]
+            path.write_text("\n".join([columns, *rows]) + "\n")
         elif path.suffix == ".tsv":
             path.write_text("english\tgerman\n" + "".join(f"{a}\t{b}\n" for a, b in pairs))
         elif path.name == "pairs.jsonl":

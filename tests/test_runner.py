@@ -60,7 +60,9 @@ def run(tmp_path: Path):
 def sentence_of(done: subprocess.CompletedProcess) -> str:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    (line,) = done.stderr.splitlines()
+    line, *page = done.stderr.splitlines()
+    assert not page or page[0].startswith("See docs/how-to/errors.md#")
+    assert len(page) <= 1
     return line
 
 

@@ -13,9 +13,12 @@ from nemo_emmett.runner import recipe_runner
 @recipe_runner(config_path="conf", config_name="salm_t5_phrasebook")
 def main(cfg) -> None:
     """Train the model of the recipe."""
-    from nemo_emmett.training import train
+    from nemo_emmett.run_log import quiet_console
 
-    train(cfg)
+    with quiet_console("Importing NeMo and checking the recipe ..."):
+        from nemo_emmett.training import train
+
+        train(cfg)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 - :class:`SkipNonFiniteSteps` (``nonfinite``): skips steps whose loss or gradients are not finite.
 - ``ValidateAtEpochEnd`` (``validation_schedule``): validates epochs that the trainer's schedule leaves without.
 - :class:`TrainingClock` (``training_clock``): logs the seconds of training with each validation.
+- ``RunProgress`` (``run_progress``): prints the progress of a training as lines, and measures its time.
 - ``TrainedExamples`` (``trained_examples``): counts the examples by modality and direction, for the exported model.
 - :class:`StopOnSignal` (``stop_on_signal``): ends training on SIGTERM or SIGINT with a checkpoint and exit code 75.
 

@@ -3,7 +3,7 @@
 - ``group``: what all commands have in common. ``parameters``: arguments and options that several have.
 - ``corpora``: ``prepare``. ``data``: ``index``, ``blend``, ``bins``. ``batch_sizes``: ``plan``, ``oomptimize``.
 - ``training``: ``train``, ``export``. ``translation``: ``translate``. ``evaluation``: ``evaluate``.
-- ``installation``: ``doctor``.
+- ``installation``: ``doctor``. ``init`` has a room of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from nemo_emmett.cli.group import CommandGroup
 from nemo_emmett.cli.installation import doctor
 from nemo_emmett.cli.training import export, train
 from nemo_emmett.cli.translation import translate
+from nemo_emmett.init.command import init
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -27,5 +28,5 @@ def main() -> None:
     """Train one model on text and speech translation, with NeMo."""
 
 
-for command in (doctor, prepare, index, blend, bins, plan, oomptimize, train, export, translate, evaluate):
+for command in (doctor, init, prepare, index, blend, bins, plan, oomptimize, train, export, translate, evaluate):
     main.add_command(command)

@@ -26,10 +26,12 @@ def train(recipe: str, overrides: Sequence[str]) -> None:
     check_sections(cfg)
     refuse_empty_paths(cfg)
     check_dataset_files(cfg.data, "data")
-    announce_loading("the data and the model")
-    from nemo_emmett.training import train
+    from nemo_emmett.run_log import quiet_console
 
-    train(cfg)
+    with quiet_console("Importing NeMo and checking the recipe ..."):
+        from nemo_emmett.training import train
+
+        train(cfg)
 
 
 @click.command(short_help="Write the model of a checkpoint into a folder, for translate and evaluate.")

@@ -6,7 +6,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from nemo_emmett.errors import EmmettError
+from nemo_emmett.errors import EmmettError, Help
 
 
 def require(module: str, extra: str = "demo", user: str = "This corpus") -> ModuleType:
@@ -39,4 +39,7 @@ def installed_version(library: str) -> str:
 
 
 def _missing(library: str, extra: str, user: str) -> EmmettError:
-    return EmmettError(f"{user} needs '{library}', which is not installed; run: pip install 'nemo_emmett[{extra}]'")
+    return EmmettError(
+        f"{user} needs '{library}', which is not installed; run: pip install 'nemo_emmett[{extra}]'",
+        page=Help.MISSING_PACKAGE,
+    )

@@ -9,14 +9,14 @@ from .dataloader import (
 )
 from .datamodule import MultimodalDataModule as MultimodalDataModule
 from .dataset import SpeechTextDataset as SpeechTextDataset
-from .io.skipped_records import BadRecords as BadRecords
+from .io.skipped_records import SkippedRecords as SkippedRecords
 from .readers.registry import register_data_types as register_data_types
 
 __all__ = [
-    "BadRecords",
     "DatasetConfig",
     "MultimodalDataLoader",
     "MultimodalDataModule",
+    "SkippedRecords",
     "SpeechTextDataset",
     "check_data_config",
     "get_multimodal_dataloader",

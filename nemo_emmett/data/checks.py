@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.parallel_text import aligned_shards, directions_of, text_layout
 from nemo_emmett.data.readers.registry import ReaderContext, reader_context, register_data_types
 from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
-from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.errors import ConfigError, DataError, Help
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.prompts.languages import check_language
@@ -53,6 +54,7 @@ REMEDIES = {
 _NEEDED = {
     **dict.fromkeys(("nemo", "nemo_tarred"), ("manifest_filepath",)),
     **dict.fromkeys(("txt", "txt_jsonl"), ("paths", "language")),
+    "speech_tsv": ("paths",),
 }
 """Keys that a source of a type must have; those of other types are checked where they are read."""
 
@@ -165,6 +167,11 @@ def _check_languages(source: Source) -> None:
         codes = getattr(source, key)
         for code in [codes] if isinstance(codes, str) else codes or ():
             check_language(code, f"{source.place}.{key}")
+    if source.type == "speech_tsv" and isinstance(source.target_lang, list):
+        raise ConfigError(
+            f"{source.place}.target_lang: a row has one translation, not one to each of {source.target_lang}; list the "
+            "file once for each of them, with its target_column."
+        )
     if source.type not in ("parallel_text", "txt_pair"):
         return
     layout = text_layout(source)
@@ -174,8 +181,10 @@ def _check_languages(source: Source) -> None:
             check_language(code, f"{source.place}.paths")
     elif isinstance(source.target_lang, list):
         raise ConfigError(f"{source.place}.target_lang: a text has one target language, not {source.target_lang}.")
-    elif source.target_lang is None and layout != "jsonl":
-        raise ConfigError(f"{source.place}.target_lang: missing; name the language of the target texts.")
+    elif source.target_lang is None and layout != "jsonl" and source.target_lang_column is None:
+        raise ConfigError(
+            f"{source.place}.target_lang: missing; name the language of the target texts.", page=Help.LANGUAGE
+        )
 
 
 def check_files(sources: Iterable[Source]) -> None:
@@ -189,12 +198,15 @@ def check_files(sources: Iterable[Source]) -> None:
         for key in _NEEDED.get(source.type, ()):
             if source.keys.get(key) is None:
                 raise ConfigError(f"{source.place}.{key}: missing; a source of type '{source.type}' needs it.")
+        if source.audio_dir is not None and is_local(source.audio_dir) and not Path(source.audio_dir).is_dir():
+            raise DataError(f"{source.place}.audio_dir: there is no folder '{source.audio_dir}'; correct the path.")
         for key, path, written in source.files_as_written():
-            if is_local(path) and not Path(path).exists():
+            if is_local(path) and not os.path.exists(path):
                 of_pattern = f" (of '{written}')" if written != path else ""
                 raise DataError(
                     f"{source.place}.{key}: there is no file '{path}'{of_pattern}; correct the path, or prepare the "
-                    "data first."
+                    "data first.",
+                    page=Help.MISSING_FILE,
                 )
 
 
@@ -218,12 +230,14 @@ def _check_batch_size(group: GroupConfig) -> None:
     has_durations = not group.use_multimodal_sampling and (group.keys.get("max_duration") or math.inf) < math.inf
     if has_sizes and not has_bins and not has_durations:
         raise ConfigError(
-            f"{group.place}.bucket_duration_bins: missing; bucket_batch_size needs a bin for each of its sizes."
+            f"{group.place}.bucket_duration_bins: missing; bucket_batch_size needs a bin for each of its sizes.",
+            page=Help.BATCH_SIZE,
         )
     if group.batch_size is None and size is None and not has_sized_bins:
         raise ConfigError(
             f"{group.place}.batch_size: missing; give batch_size, batch_duration (speech), batch_tokens (with "
-            "use_multimodal_sampling: true), or bucket_duration_bins with bucket_batch_size."
+            "use_multimodal_sampling: true), or bucket_duration_bins with bucket_batch_size.",
+            page=Help.BATCH_SIZE,
         )
 
 
@@ -336,7 +350,7 @@ def _can_be_probed(source: Source, kind: ExampleKind) -> bool:
         return source.shar_path is None
     if source.type == "txt_pair":
         return kind is not ExampleKind.AS_READ and source.questions_path is None
-    return source.type == "parallel_text"
+    return source.type in ("parallel_text", "speech_tsv")
 
 
 def _probe(source: Source, group: GroupConfig, tokenizer: Any) -> DictConfig:

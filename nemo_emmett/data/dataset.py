@@ -6,6 +6,7 @@ The keys and shapes of a batch are described in ``docs/architecture.md``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from lhotse import CutSet
@@ -41,7 +42,7 @@ class SpeechTextDataset(torch.utils.data.Dataset):
         torch.Size([32, 17])
     """
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.pad_id = get_pad_id(tokenizer)
         self.skipped_records = SkippedRecords()
 

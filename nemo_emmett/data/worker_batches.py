@@ -25,7 +25,7 @@ from nemo_emmett.data.io.skipped_records import RecordsDelta, SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind, note_example
 from nemo_emmett.data.sampling.sampler import SamplingPlan, WorkerSampler
 from nemo_emmett.data.sampling.source_iterator import WorkerInfo
-from nemo_emmett.errors import ConfigError, EmmettError
+from nemo_emmett.errors import ConfigError, EmmettError, Help
 
 
 class WorkerBatch(NamedTuple):
@@ -196,7 +196,7 @@ class CheckedConversations(torch.utils.data.Dataset):
             ConfigError: if there was no speech in it in the first place.
         """
         if not any(isinstance(c, NeMoMultimodalConversation) and c.has_audio_turns for c in conversations):
-            raise ConfigError(f"NeMo's SALM cannot take a batch without speech; {TRAIN_SALM_GPT}.")
+            raise ConfigError(f"NeMo's SALM cannot take a batch without speech; {TRAIN_SALM_GPT}.", page=Help.NO_SPEECH)
         readable = [c for c in conversations if self._has_its_audio(c)]
         _make_cut_ids_unique(readable)
         batch = self.dataset[CutSet(readable)] if any(c.has_audio_turns for c in readable) else None

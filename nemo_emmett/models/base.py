@@ -312,6 +312,10 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         """Start a new log."""
         self._step_log = StepLog(self.trainer.log_every_n_steps)
 
+    def trained_totals(self) -> Tensor | None:
+        """(M, 2) target tokens and examples of each modality that this rank has trained on in this run."""
+        return None if self._step_log is None else self._step_log.totals()
+
     def training_step(self, batch: Mapping, batch_idx: int) -> Tensor:
         """The weighted sum of the modalities' losses, in nats per token; logs each modality apart.
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AddedToken, AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from nemo_emmett.config import check_model_file
-from nemo_emmett.errors import ConfigError, ModelError
+from nemo_emmett.errors import ConfigError, Help, ModelError
 from nemo_emmett.models.causal import reattach_embeddings, unwrap_peft
 from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.models.targets import BUILD_FAULTS, check_local_path, first_line, parse_arguments
@@ -114,7 +114,8 @@ def fit_embeddings(llm: PreTrainedModel, tokenizer: AutoTokenizer, config: Model
         raise ConfigError(
             f"model.{key}: the tokenizer of '{getattr(config, key)}' has tokens up to '{last}', whose id is {number}, "
             f"but the embedding table of '{config.pretrained_llm}' has {rows} rows, not {number + 1}; set "
-            f"model.resize_token_embeddings: true to add {number + 1 - rows}, or take the model's own tokenizer."
+            f"model.resize_token_embeddings: true to add {number + 1 - rows}, or take the model's own tokenizer.",
+            page=Help.TOKENIZER,
         )
     # T5 1.1 and its like are configured as tied, whatever the checkpoint had; transformers would tie their output layer
     # while it resizes, and its weights would be lost.
@@ -187,9 +188,11 @@ def _as_model_error(name: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"'{name}' needs code that came with it, which is not run unless you trust it: pass "
-                "trust_remote_code=True (--trust-remote-code, or model.trust_remote_code: true in a recipe)."
+                "trust_remote_code=True (--trust-remote-code, or model.trust_remote_code: true in a recipe).",
+                page=Help.CODE_IN_MODEL,
             ) from error
         raise ModelError(
             f"'{name}' is neither a folder with a Hugging Face model nor the name of one that could be fetched; "
-            "check model.pretrained_llm and model.tokenizer_path."
+            "check model.pretrained_llm and model.tokenizer_path.",
+            page=Help.NO_MODEL,
         ) from error

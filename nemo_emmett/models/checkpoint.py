@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.futures import Future
 
-from nemo_emmett.errors import ModelError
+from nemo_emmett.errors import Help, ModelError
 
 _STATE, _METADATA = "state_dict", ".metadata"
 
@@ -43,7 +43,8 @@ def read_checkpoint(path: str | Path | BinaryIO, **options: Any) -> dict[str, An
         raise ModelError(
             f"the checkpoint '{getattr(path, 'name', path)}' is damaged or holds more than tensors and plain "
             f"values{detail}. It is not unpickled, since that can run code. If you trust it, pass "
-            "trust_remote_code=True or set model.trust_remote_code: true in the recipe."
+            "trust_remote_code=True or set model.trust_remote_code: true in the recipe.",
+            page=Help.CODE_IN_MODEL,
         ) from error
 
 

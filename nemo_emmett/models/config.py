@@ -10,7 +10,7 @@ from typing import Any, Literal
 from nemo.utils import logging
 
 from nemo_emmett.config import check_keys
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, Help
 from nemo_emmett.models.exported import BASE_MODELS_KEY, TRAINING_KEY
 from nemo_emmett.models.initial_weights import PERCEPTION_KEY, WHOLE_MODEL_KEYS
 from nemo_emmett.models.nemo_keys import NEMO_KEYS, is_off
@@ -64,8 +64,8 @@ class ModelConfig:
     lora: dict | None = None  # arguments of peft's LoraConfig; the language model's own weights are frozen
     freeze_params: list[Text] = field(default_factory=list)  # regular expressions of parameters that are frozen
     prevent_freeze_params: list[Text] = field(default_factory=list)  # exceptions to freeze_params
-    optimizer: dict | None = None
-    lr_scheduler: dict | None = None
+    optimizer: dict | None = None  # _target_ and arguments of an optimizer, such as torch.optim.AdamW
+    lr_scheduler: dict | None = None  # _target_ and arguments of a schedule of PyTorch or NeMo
     freeze: list[Literal["llm", "encoder"]] = field(default_factory=list)  # parts that are frozen
     cross_attention: dict | None = None  # BestowGPT's layers between text and speech
     modality_loss_weights: dict[str, NonNegative] = field(default_factory=dict)  # by default 1.0 each
@@ -117,7 +117,7 @@ class ModelConfig:
             if key in NEMO_KEYS and not is_off(value):
                 sentence = f"model.{key}: {model_name} does not have this key of NeMo's; {NEMO_KEYS[key]}."
                 if not for_loading:
-                    raise ConfigError(sentence)
+                    raise ConfigError(sentence, page=Help.NEMO_KEY)
                 logging.warning(sentence)
         if not section.get("pretrained_llm"):
             raise ConfigError("model.pretrained_llm is missing: give a folder or a Hugging Face name.")

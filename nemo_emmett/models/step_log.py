@@ -33,6 +33,7 @@ class StepLog:
         self._steps: deque[Tensor] = deque(maxlen=max(1, window))
         self._with_targets: deque[frozenset[str]] = deque(maxlen=max(1, window))  # modalities; known without the device
         self._arrived: set[str] = set()
+        self._total: Tensor | None = None  # (M, columns) float64, of all steps
 
     def add(self, parts: Mapping[str, Mapping], loss_sums_M: Tensor, token_counts_M: Tensor) -> None:
         """Count one step; nothing is read from the device but for a batch of earlier turns without any answer.
@@ -55,7 +56,16 @@ class StepLog:
                     used = part["context_lens"].sum() + part["answer_lens"].sum()
                 step[row, 2], step[row, 3], step[row, 4] = len(part["context_lens"]), cells - used, cells
         self._steps.append(step)
+        # float64 counts exactly to 2^53; MPS has none.
+        step = step.double() if step.device.type != "mps" else step
+        self._total = step if self._total is None else self._total + step
         self._with_targets.append(frozenset(name for name, part in parts.items() if _has_targets(part)))
+
+    def totals(self) -> Tensor:
+        """(M, 2) target tokens and examples of all steps so far, on this rank."""
+        if self._total is None:
+            return torch.zeros(len(MODALITIES), 2, dtype=torch.float64)
+        return self._total[:, 1:3]
 
     def values(self) -> dict[str, Tensor]:
         """The values to log.

@@ -20,7 +20,7 @@ from nemo.core.classes.common import UnsafeTargetError
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_emmett.config import check_keys, check_target, nearest
-from nemo_emmett.errors import ConfigError, EmmettError, ModelError
+from nemo_emmett.errors import ConfigError, EmmettError, Help, ModelError
 from nemo_emmett.typed_config import Number, Switch, Text, Whole, parse_value
 
 _TYPES = {bool: Switch, int: Whole, float: Number, str: Text}
@@ -177,4 +177,7 @@ def check_local_path(source: str, key: str) -> None:
     """Check that a path on this machine exists; names of other forms may be those of a hub."""
     looks_local = source.startswith((".", "/", "~")) or source.endswith(".nemo") or source.count("/") > 1
     if looks_local and not Path(source).expanduser().exists():
-        raise ModelError(f"{key}: '{source}' does not exist; give a folder or file that does, or the name of a model.")
+        raise ModelError(
+            f"{key}: '{source}' does not exist; give a folder or file that does, or the name of a model.",
+            page=Help.NO_MODEL,
+        )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from nemo.utils import logging
 
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, Help
 from nemo_emmett.modules.loss import world_size
 from nemo_emmett.oomptimizer.adapters import Adapter, adapter_for
 from nemo_emmett.oomptimizer.buckets import Bucket, Group
@@ -163,7 +163,8 @@ class Calibration:
                 raise ConfigError(
                     f"OOMptimizer: the optimizer's step alone {needs} for weights, gradients and its state, but "
                     f"the budget is {shown(self.budget)}; raise the budget, freeze parameters, use LoRA, or shard the "
-                    "model."
+                    "model.",
+                    page=Help.OUT_OF_MEMORY,
                 )
             # What is alive throughout a step; gradients are dropped and made again within it.
             gradients = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, Help
 from nemo_emmett.oomptimizer.buckets import Group
 from nemo_emmett.oomptimizer.profile import ONLY_GROUP, shown
 
@@ -102,7 +102,8 @@ def check_fingerprint(stored: Mapping[str, Any], actual: Mapping[str, Any], path
     if differing:
         raise ConfigError(
             f"{path}: the profile was made for something else ({'; '.join(differing)}); delete the file to measure "
-            "again, or name another profile."
+            "again, or name another profile.",
+            page=Help.OTHER_PROFILE,
         )
 
 

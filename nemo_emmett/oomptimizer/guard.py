@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from nemo.utils import logging
 from torch.utils._pytree import tree_leaves
 
-from nemo_emmett.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, ConfigError
+from nemo_emmett.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, ConfigError, Help, with_help
 from nemo_emmett.modules.loss import world_size
 from nemo_emmett.oomptimizer.adapters.base import Adapter, Extent
 from nemo_emmett.oomptimizer.buckets import Bucket, Group
@@ -183,11 +183,11 @@ class Guard:
         named = " and ".join(f"{bucket} ({examples} examples)" for bucket, examples in buckets.items())
         if reason == NOT_EVEN_ONE:
             if all(self._sizes[bucket] == 1 for bucket in buckets):
-                self._exit.exit(
+                sentence = (
                     f"{named}: not even one example fits into the memory, and its batch size is 1 already; lower the "
-                    "last bin, or train on a larger device.",
-                    EXIT_USER_ERROR,
+                    "last bin, or train on a larger device."
                 )
+                self._exit.exit(with_help(sentence, Help.OUT_OF_MEMORY), EXIT_USER_ERROR)
             for bucket in buckets:
                 self._set(bucket, max(1, self._sizes[bucket] // 2), reason)
         try:

@@ -173,11 +173,13 @@ class Profile:
     """Buckets by the name of their dataset group; ``ONLY_GROUP`` if there are no groups.
 
     Args:
-        groups: bins and batch sizes; what training uses. settings: that the profile was made with: mode, budget in
-        bytes, ... fingerprint: of the run that it was measured on (:mod:`~nemo_emmett.oomptimizer.fingerprint`); empty
-        if written by hand. measures: by group, for each of its buckets in the order of the bins. epoch_seconds:
-        predicted time of an epoch on one device; None if lengths or times are not known. events: of guard, oldest
-        first.
+        groups: bins and batch sizes; what training uses.
+        settings: that the profile was made with: mode, budget in bytes, ...
+        fingerprint: of the run that it was measured on (:mod:`~nemo_emmett.oomptimizer.fingerprint`); empty if written
+            by hand.
+        measures: by group, for each of its buckets in the order of the bins.
+        epoch_seconds: predicted time of an epoch on one device; None if lengths or times are not known.
+        events: of guard, oldest first.
     """
 
     groups: dict[str, Buckets]

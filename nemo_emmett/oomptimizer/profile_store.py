@@ -20,7 +20,7 @@ from nemo.utils import logging
 from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, Help
 from nemo_emmett.oomptimizer.buckets import Bucket, Group, bins_of, configs_of_groups, join_place
 from nemo_emmett.oomptimizer.fingerprint import check_fingerprint, short_hash
 from nemo_emmett.oomptimizer.profile import ONLY_GROUP, BatchSize, Buckets, Event, Profile, shown
@@ -181,20 +181,23 @@ class ProfileStore:
         if bins is not None and bins != buckets.bucket_duration_bins and buckets.limit_key is None:
             raise ConfigError(
                 f"{place}.bucket_duration_bins: the recipe has {shown(bins)}, but the profile {self.path} is for "
-                f"{shown(buckets.bucket_duration_bins)}; take the profile's bins, or a profile of these."
+                f"{shown(buckets.bucket_duration_bins)}; take the profile's bins, or a profile of these.",
+                page=Help.OTHER_PROFILE,
             )
         if buckets.limit_key is None:
             return
         if bins is not None:
             raise ConfigError(
                 f"{place}.bucket_duration_bins: the recipe has {shown(bins)}, but the profile {self.path} has one "
-                "batch_size for all lengths; remove the bins, or take a profile of these."
+                "batch_size for all lengths; remove the bins, or take a profile of these.",
+                page=Help.OTHER_PROFILE,
             )
         own = group.get(buckets.limit_key)
         if own is not None and longest < own < math.inf:
             raise ConfigError(
                 f"{place}.{buckets.limit_key}: is {own:g}, but the profile {self.path} is for examples up to "
-                f"{longest:g}; set it to {longest:g}, or delete the profile to measure again."
+                f"{longest:g}; set it to {longest:g}, or delete the profile to measure again.",
+                page=Help.OTHER_PROFILE,
             )
 
     def _log(self, profile: Profile, place: str) -> None:

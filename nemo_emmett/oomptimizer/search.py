@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, Help
 from nemo_emmett.oomptimizer.buckets import Bucket
 from nemo_emmett.oomptimizer.cost_model import MemoryModel, Sample, lengths
 from nemo_emmett.oomptimizer.memory import shown
@@ -293,7 +293,8 @@ class Search:
                 raise ConfigError(
                     f"bucket_duration_bins: {known.bucket} {needs} with one example, but the budget is "
                     f"{shown(self._budget)}; shorten the bins, raise the budget, or make the model lighter (freeze, "
-                    "LoRA, activation checkpointing)."
+                    "LoRA, activation checkpointing).",
+                    page=Help.OUT_OF_MEMORY,
                 )
             known.seen = min(known.seen, size - 1)
             known.exceeded = (size, math.inf if reading.out_of_memory else reading.peak)

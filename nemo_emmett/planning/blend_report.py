@@ -381,7 +381,7 @@ def _modalities(streams: Sequence[Stream]) -> str:
     for stream, of_stream in zip(streams, _shares_of_streams(streams), strict=True):
         for leaf in stream.blend.leaves():
             source = leaf.source
-            is_speech = source.type.startswith(("nemo", "lhotse")) or source.type.endswith("_as_conversation")
+            is_speech = source.type.startswith(("nemo", "lhotse", "speech")) or source.type.endswith("_as_conversation")
             shares[TEXT if source.is_text else SPEECH if is_speech else OTHER] += of_stream * leaf.share
     listed = ", ".join(f"{modality} {100 * share:.1f} %" for modality, share in shares.most_common())
     if any(stream.examples is None for stream in streams) and len(streams) > 1:

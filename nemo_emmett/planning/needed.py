@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from nemo_emmett.early_checks import SOURCE_PATHS
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, Help
 
 SECTIONS = ("model", "trainer", "seed", "num_threads")
 """Sections of a recipe that planning needs, apart from the training data."""
@@ -186,4 +186,7 @@ def _mistake(error: OmegaConfBaseException, place: str) -> ConfigError:
 
 
 def _left_to_you(names: list[str]) -> ConfigError:
-    return ConfigError(f"{', '.join(names)}: the recipe leaves this to you; give {names[0]}=... on the command line.")
+    return ConfigError(
+        f"{', '.join(names)}: the recipe leaves this to you; give {names[0]}=... on the command line.",
+        page=Help.MISSING_VALUE,
+    )

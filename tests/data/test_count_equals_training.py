@@ -286,9 +286,42 @@ def tsv(folder: Path) -> Case:
 
 def tsv_with_header(folder: Path) -> Case:
     config, causes = tsv(folder)
-    (folder / "a.tsv").write_bytes(b"english\tgerman\n" + (folder / "a.tsv").read_bytes())
+    (folder / "a.tsv").write_bytes(b"english\tgerman\n" + (folder / "a.tsv").read_bytes() + b"\none\teins\tmore")
     config["input_cfg"][0] |= {"source_column": "english", "target_column": "german"}
-    return config, causes
+    return config, causes + Counter(["too many columns"])
+
+
+SPEECH_TSV = [
+    (b"a.wav\tone\teins\tde\t\t0.1", "no duration"),
+    (b"a.wav\tone\teins\tde\tlong\t", "invalid duration"),
+    (b"a.wav\tone\teins\tde\t0.1\tnan", "invalid offset"),
+    (b"a.wav\tone\teins\tde\t0.1", "missing column"),
+    (b"a.wav\tone\teins\tde\t0.1\t\tmore", "too many columns"),
+    (b"\tone\teins\tde\t0.1\t", "no audio"),
+    (b"a.wav\tone\t \tde\t0.1\t", "empty text"),
+    (b"a.wav\tone\teins\tklingon\t0.1\t", "unknown language '{}'"),
+    (b"a.wav\tone\teins\t\t0.1\t", "no target language"),
+    (b"\0" * 50, "missing column"),
+    (b"a.wav\tone\t\xff\tde\t0.1\t", "not UTF-8"),
+]
+
+
+def speech_tsv(folder: Path) -> Case:
+    write_tone(folder / "a.wav")
+    good = b"a.wav\tone\teins\tde\t%s\t" % str(SECONDS).encode()
+    rows = [b"audio\tsource\ttarget\ttarget_lang\tduration\toffset", good, *(row for row, _ in SPEECH_TSV), b"", good]
+    (folder / "s.tsv").write_bytes(b"\n".join(rows))
+    return {"input_cfg": [{"type": "speech_tsv", "paths": f"{folder}/s.tsv"}]}, Counter(c for _, c in SPEECH_TSV)
+
+
+def speech_tsv_without_durations(folder: Path) -> Case:
+    """The files are opened when they are measured, so what is missing is not counted."""
+    write_tone(folder / "a.wav")
+    (folder / "b.wav").write_bytes(b"")
+    rows = ["a.wav\teins", "gone.wav\tzwei", "b.wav\tdrei", "a.wav\tvier", "s3://b/a.wav\tsechs"]
+    (folder / "s.tsv").write_text("\n".join(["audio\ttarget", *rows]))
+    source = {"type": "speech_tsv", "paths": f"{folder}/s.tsv", "target_lang": "de"}
+    return {"input_cfg": [source]}, Counter(["no duration"])
 
 
 JSONL = [
@@ -330,6 +363,8 @@ CASES: dict[str, Callable[[Path], Case]] = {
         directions,
         tsv,
         tsv_with_header,
+        speech_tsv,
+        speech_tsv_without_durations,
         jsonl,
     )
 }

@@ -317,6 +317,27 @@ def test_each_epoch_is_a_pass_in_an_order_of_its_own(ours, config_of, shape, wor
     assert limited == [epoch[:BELOW] for epoch in whole], "an epoch below the pass is the head of that pass"
 
 
+class LengthAtStart(Callback):
+    """What a bar and a schedule of learning rates by epochs take from Lightning."""
+
+    def on_train_start(self, trainer, module) -> None:
+        self.found = (trainer.num_training_batches, trainer.estimated_stepping_batches)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "most", "accumulate", "steps"), [(3, -1, 1, 3 * PASS), (2, -1, 2, 2 * 4), (-1, 2, 1, 2)]
+)
+def test_lightning_has_the_steps_of_all_epochs_before_the_first(
+    ours, config_of, epochs, most, accumulate, steps
+) -> None:
+    at_start = LengthAtStart()
+    options = {"max_epochs": epochs, "max_steps": most, "accumulate_grad_batches": accumulate}
+    data = ours(config_of("manifest", num_workers=0, force_finite=True))
+    model = fit(data, None, extra=(at_start,), **options)
+    assert at_start.found == (PASS, steps)
+    assert model.trainer.global_step == steps
+
+
 def test_without_shuffling_each_epoch_is_the_same(ours, config_of) -> None:
     config = config_of("manifest", num_workers=0, shuffle=False)
     first, second = fit(ours(config), BELOW, max_epochs=2).steps_of_epochs

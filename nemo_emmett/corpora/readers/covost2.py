@@ -23,6 +23,7 @@ from nemo_emmett.corpora.corpus import Corpus, Part, Recording, Selection, Sente
 from nemo_emmett.corpora.readers.files import WRONG_COLUMNS, SourceFiles
 from nemo_emmett.corpora.readers.languages import chosen, iso_code
 from nemo_emmett.corpora.readers.pairs import need, need_folder, wanted_pairs
+from nemo_emmett.data.io.rows import split_row
 from nemo_emmett.errors import ConfigError, DataError
 
 _SPLITS = ("train", "dev", "test")
@@ -136,11 +137,7 @@ _VOTES = ("up_votes", "down_votes")
 
 
 def _rows(file: Path, *columns: str) -> Iterator[tuple[list[str], dict[str, str] | None]]:
-    """The cells of each row of a TSV file, and its values by column; None where it has more or fewer than the header.
-
-    CoVoST's own script writes a backslash before tabs, quotes and backslashes; Common Voice writes them as they are.
-    There are no quoted cells.
-    """
+    """The cells of each row of a TSV file, and its values by column; None where their number is not the header's."""
     files = SourceFiles(file) if file.name.endswith(".tar.gz") else SourceFiles(file.parent)
     name = file.name.removesuffix(".tar.gz")
     lines = files.lines(name)
@@ -149,15 +146,8 @@ def _rows(file: Path, *columns: str) -> Iterator[tuple[list[str], dict[str, str]
         if column not in header:
             raise DataError(f"{files.where(name)} has no column '{column}'; download it again.")
     for line in lines:
-        cells = line.split("\t")
-        if len(cells) != len(header):
-            cells = _TAB.split(line)
-        cells = [_ESCAPED.sub(r"\1", cell) for cell in cells]
+        cells = split_row(line, len(header))
         yield cells, dict(zip(header, cells, strict=True)) if len(cells) == len(header) else None
-
-
-_TAB = re.compile(r"(?<!\\)\t")
-_ESCAPED = re.compile(r'\\([\\"\t])')
 
 
 CORPUS = Corpus(

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_emmett.data.config.nemo_config import with_keys_of_dataset
-from nemo_emmett.data.config.sources import TEXT_TYPES, Source
+from nemo_emmett.data.config.sources import SPEECH_TSV, TEXT_TYPES, Source
 from nemo_emmett.data.io.files import SECONDS_WITHOUT_A_BAR, FileState, content_checksum, is_local
 from nemo_emmett.data.io.sidecar import Contents, Sidecar, is_unchanged, warn_uncached
 from nemo_emmett.data.io.skipped_records import SkippedRecords
@@ -143,6 +143,8 @@ def is_countable(source: Source) -> bool:
         return all(map(is_countable, source.members))
     if source.type in TEXT_TYPES:
         return source.type != "nemo_sft_jsonl"
+    if source.type == SPEECH_TSV:
+        return True
     if source.type not in ("nemo", "nemo_tarred", "lhotse", "lhotse_shar") and not is_conversation:
         return False
     if source.shar_path is not None:

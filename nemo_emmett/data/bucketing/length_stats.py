@@ -44,7 +44,7 @@ from nemo_emmett.data.sampling.shuffle import SHUFFLE_BLOCK_SIZE
 from nemo_emmett.data.sampling.source_order import SourceOrder, joined
 from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION, SKIPPED, build_tolerant_sampler, guarded
 from nemo_emmett.data.sampling.transforms import FILTERS_OF_LENGTHS
-from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.errors import ConfigError, DataError, Help
 from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.prompts.translation import register_prompt_formats
 
@@ -286,7 +286,8 @@ def _nothing_left(group: GroupConfig, num_records: int, causes: Mapping[str, int
     return DataError(
         f"{group.place}: no example is left to make bins of, of {num_records} records "
         f"({listed({cause: count for cause, count in causes.items() if cause}) or 'there are none'}); mend the data or "
-        "relax its filters."
+        "relax its filters.",
+        page=Help.NOTHING_LEFT,
     )
 
 

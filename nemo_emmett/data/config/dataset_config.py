@@ -28,7 +28,7 @@ from nemo_emmett.data.config.sources import (
     parse_group,
 )
 from nemo_emmett.data.io.commands import refuse_pipes
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, Help
 from nemo_emmett.typed_config import Switch, is_number, parse_value
 
 SHARED_BY_GROUPS = ("seed", "shard_seed", "num_workers", "pin_memory", "shuffle", "metadata_only", "force_finite")
@@ -369,11 +369,14 @@ def _check_sizes(group: GroupConfig) -> None:
     bins, place = group.bucket_duration_bins, group.place
     if isinstance(bins, list):
         if not bins or bins != sorted(bins):
-            raise ConfigError(f"{place}.bucket_duration_bins: {bins} is not in ascending order; sort the bins.")
+            raise ConfigError(
+                f"{place}.bucket_duration_bins: {bins} is not in ascending order; sort the bins.", page=Help.BATCH_SIZE
+            )
         sizes = group.bucket_batch_size
         if sizes is not None and len(sizes) != len(bins):
             raise ConfigError(
-                f"{place}.bucket_batch_size: has {len(sizes)} sizes for {len(bins)} bins; give one for each."
+                f"{place}.bucket_batch_size: has {len(sizes)} sizes for {len(bins)} bins; give one for each.",
+                page=Help.BATCH_SIZE,
             )
         for key in ("max_tps", "max_tpt"):
             if isinstance(ratios := group.keys.get(key), list) and sizes is not None and len(ratios) != len(bins):

@@ -190,7 +190,11 @@ KEYS_OF_TYPE = {
     "txt_pair": frozenset({"source_paths", "target_paths", "questions_path", "questions_language"}),
     "parallel_text": frozenset(
         {"source_paths", "target_paths", "paths", "directions", "source_column", "target_column"}
-        | {"source_field", "target_field"}
+        | {"source_lang_column", "target_lang_column", "source_field", "target_field"}
+    ),
+    "speech_tsv": frozenset(
+        {"paths", "audio_dir", "id_column", "audio_column", "source_column", "target_column", "duration_column"}
+        | {"offset_column", "source_lang_column", "target_lang_column"}
     ),
 }
 """Keys of each source type, beyond those that every source has; types not listed here are not checked."""

@@ -31,10 +31,23 @@ from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.io.commands import is_pipe, refuse_pipes
 from nemo_emmett.data.io.files import expand_paths, open_bytes
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.typed_config import Count, NonNegative, Positive, Switch, Text, Whole, parse_section, parse_value
+from nemo_emmett.typed_config import (
+    Count,
+    NonEmpty,
+    NonNegative,
+    Positive,
+    Switch,
+    Text,
+    Whole,
+    parse_section,
+    parse_value,
+)
 
 SOURCE_TYPE, FEED_TYPE = "emmett_source", "emmett_feed"
 """NeMo data types that we make, users need not write them: a source of our loaders, and examples put in by hand."""
+
+SPEECH_TSV = "speech_tsv"
+"""Source type of tab-separated files of speech."""
 
 TEXT_TYPES = frozenset({"txt", "txt_jsonl", "txt_pair", "nemo_sft_jsonl", "parallel_text"})
 """Source types without speech."""
@@ -75,8 +88,23 @@ class Source:
     Args:
         keys: all of its keys, as NeMo's own reader of its type takes them.
         place: in the recipe, for messages (``data.train_ds.input_cfg.0``).
-        source_lang: by its tags, else by our key, else by NeMo's; ``target_lang`` in the same way.
+        type: of the source, such as ``nemo_tarred`` or ``parallel_text``; ``group`` for a list of sources.
+        weight: sampling weight among the members of its group.
+        tags: added to each example, such as ``context`` (the prompt), ``source_lang``, ``target_lang``.
+        source_lang: language of the input; by its tags, else by our key, else by NeMo's.
+        target_lang: language, or languages, to translate to; in the same way.
         members: the sources that a conversation type of NeMo's reads, if they are listed.
+        extra_fields: fields that NeMo adds to each example of a manifest.
+        paths: text files, or TSV and JSONL files with both sides in a line.
+        source_paths: text files of the input, a line for each example.
+        target_paths: text files of the output, aligned with them.
+        questions_path: text files of instructions, one of which is put before each example.
+        data_dir: folder of the data, for types that only NeMo reads.
+        directions: directions that are trained on, such as ``en-de``; by default the source's to the target language.
+        source_column: column of the input in a TSV file, by its number from 0 or its name in the first line.
+        target_column: column of the output.
+        source_field: field of the input in a JSONL file.
+        target_field: field of the output.
     """
 
     keys: Mapping[str, Any]
@@ -99,8 +127,15 @@ class Source:
     questions_path: Paths | None = None
     data_dir: Text | None = None
     directions: list[Text] | None = None
+    audio_dir: NonEmpty | None = None
+    id_column: Column = None
+    audio_column: Column = None
     source_column: Column = None
     target_column: Column = None
+    duration_column: Column = None
+    offset_column: Column = None
+    source_lang_column: Column = None
+    target_lang_column: Column = None
     source_field: Text | None = None
     target_field: Text | None = None
     shuffle: Switch | None = None
@@ -129,7 +164,7 @@ class Source:
             return self.shar_path is not None
         if self.type.endswith("_as_conversation"):
             return self.tarred_audio_filepaths is not None or self.shar_path is not None
-        return self.type != "parquet"
+        return self.type not in ("parquet", SPEECH_TSV)
 
     @property
     def name(self) -> str:
@@ -353,7 +388,7 @@ def check_weights(members: Sequence[SourceGroup | Source], is_auto: bool) -> Non
 
 def known_types() -> list[str]:
     """The source types that a recipe may name."""
-    return sorted({*get_known_config_data_types(), "parallel_text"} - {SOURCE_TYPE, FEED_TYPE})
+    return sorted({*get_known_config_data_types(), "parallel_text", SPEECH_TSV} - {SOURCE_TYPE, FEED_TYPE})
 
 
 _KEYS_OF_SOME_TYPE = frozenset().union(*KEYS_OF_TYPE.values()) - (LOADER_KEYS - CLASSIC_KEYS)

@@ -61,6 +61,9 @@ def _expanded(path: str, known: int) -> Iterator[str]:
     for opening in _OPENING_BRACKET.finditer(path, known):
         if (found := _choices(path, opening.end())) is not None:
             choices, end = found
+            if not any(map(_OPENING_BRACKET.search, (path[known : opening.start()], path[end:], *choices))):
+                yield from (path[: opening.start()] + choice + path[end:] for choice in choices)
+                return
             for choice in choices:
                 yield from _expanded(path[: opening.start()] + choice + path[end:], known)
             return

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nemo_emmett.data.io.files import SECONDS_WITHOUT_A_BAR, FileState
 from nemo_emmett.data.io.sidecar import Contents, Sidecar, warn_uncached
-from nemo_emmett.errors import DataError
+from nemo_emmett.errors import DataError, Help
 from nemo_emmett.processes import map_in_processes, workers_for
 
 INDEX_SUFFIX = ".emmett-index"
@@ -33,6 +33,8 @@ Progress = Callable[[int], Any]
 
 class FileChanged(DataError):
     """A data file is no longer what was indexed."""
+
+    page = Help.FILE_CHANGED
 
     @classmethod
     def of(cls, path: str) -> FileChanged:

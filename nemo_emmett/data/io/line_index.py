@@ -95,10 +95,14 @@ class Lines(Index):
         return IndexError(f"{self.path} has {len(self)} lines, numbered from 0; there is none with number {number}.")
 
 
+def is_read_forward(path: str) -> bool:
+    """Whether only reading a text file forward is cheap."""
+    return path.endswith(".gz") or not is_local(path)
+
+
 def open_numbered_lines(path: str, index_dir: str | None = None, place: str | None = None) -> Lines:
     """The lines of a text file by number; arguments are those of :class:`Index`."""
-    is_plain = is_local(path) and not path.endswith(".gz")
-    return (LineIndex if is_plain else LineCount)(path, index_dir, place)
+    return (LineCount if is_read_forward(path) else LineIndex)(path, index_dir, place)
 
 
 class LineIndex(Lines):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from nemo.utils import logging
 from tqdm import tqdm
 
+from nemo_emmett.audio_file import FAULTS_OF_FILES
 from nemo_emmett.data.agreement import ranks_load_data
 from nemo_emmett.data.config.dataset_config import GroupConfig
 from nemo_emmett.data.config.nemo_config import with_keys_of_dataset
@@ -33,6 +35,7 @@ from nemo_emmett.data.lengths.counting import TokenCounter
 from nemo_emmett.data.lengths.identity import identity_of, maps_config
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.lengths.measuring import Piece, SourceMeasurer
+from nemo_emmett.data.lengths.notes import Names, decode_skips
 from nemo_emmett.data.lengths.writing import DataFiles, Segment, copied, write_index
 from nemo_emmett.data.readers.base import Records, common_length
 from nemo_emmett.data.readers.examples import ExampleKind
@@ -49,6 +52,9 @@ VERSION = 1
 
 STRETCH = 40 * 256
 """Records that are measured and written at a time; a multiple of the records of a block."""
+
+_RECORDINGS_LOOKED_AT = 1000
+"""Skipped records of a shard that are tried again when an index is opened."""
 
 _BLOCKS_COPIED = 4096
 """Blocks of an older index that are in memory at a time."""
@@ -182,8 +188,20 @@ class _Build:
             return False
         self.doubtful = np.flatnonzero((self._known_stamps() != stamps).any(1))
         if not len(self.doubtful):
-            self.index = self.older
+            self.changed = self._mended_shards()
+            self.index = None if self.changed else self.older
         return self.index is not None
+
+    def _mended_shards(self) -> list[int]:
+        """Shards with a record whose recording could not be opened for its length, and now can be."""
+        shards = []
+        for shard, skips in enumerate(self.older.skips_of_shards()) if self.records.opens_recordings else ():
+            skipped = decode_skips(skips, Names(self.files[shard], self.measurer.source.name))
+            of_recordings = (place for _, place, cause, *_ in skipped if cause in FAULTS_OF_FILES)
+            numbers = (int(place.removeprefix("line ")) - 1 for place in islice(of_recordings, _RECORDINGS_LOOKED_AT))
+            if any(self.records.read(shard, number) for number in numbers):
+                shards.append(shard)
+        return shards
 
     def _read(self) -> LengthIndex | None:
         if (contents := self.sidecar.read(self.identity)) is None:
@@ -210,7 +228,9 @@ class _Build:
             stamps[:], digests[:] = self._known_stamps(), self.older.contents.arrays["file_digests"]
             sizes = self.older.shard_sizes.tolist()
         shard_of_file = np.repeat(np.arange(len(self.files)), np.diff(self.first_files))
-        changed = set() if self.older is not None else set(range(len(self.files)))
+        changed = set(self.changed) if self.older is not None else set(range(len(self.files)))
+        if self.changed:
+            self.sidecar.remove()  # else it would be taken for the new one, whose files have the same times
         for number, lines in zip(self.doubtful.tolist(), self.doubtful_lines(), strict=True):
             if lines.digest != digests[number]:
                 changed.add(int(shard_of_file[number]))

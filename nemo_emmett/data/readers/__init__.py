@@ -2,7 +2,8 @@
 
 - ``registry``: opens a source with its reader; our data types, registered with NeMo.
 - ``random_access``: opens a source for reading by number.
-- ``base``, ``json_records``, ``tar_audio``: shared by formats: records by number, lines of JSON, audio in tar files.
-- ``nemo_manifest``, ``nemo_tarred``, ``lhotse_manifest``, ``shar``, ``parallel_text``: one format each.
+- ``base``, ``json_records``, ``tsv``, ``tar_audio``: shared by formats: records by number, lines of JSON, columns of
+  TSV, audio in tar files.
+- ``nemo_manifest``, ``nemo_tarred``, ``lhotse_manifest``, ``shar``, ``speech_tsv``, ``parallel_text``: one format each.
 - ``examples``: what a record yields for the dataset that will collate it.
 """

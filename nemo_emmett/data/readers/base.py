@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lhotse.cut import Cut
 from nemo.collections.common.data.lhotse.cutset import attach_tags
@@ -11,7 +11,7 @@ from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextEx
 
 from nemo_emmett.data.io.index import Index
 from nemo_emmett.data.io.index import build_indexes as build_all
-from nemo_emmett.data.io.line_index import Lines
+from nemo_emmett.data.io.line_index import Lines, is_read_forward
 from nemo_emmett.errors import DataError
 
 Example = Cut | SourceTargetTextExample
@@ -26,26 +26,31 @@ class Records(ABC):
     Args:
         name: of the source, for reports.
         shards: the text files of each shard, in the order of the config. Files of a shard belong together line by line.
+        open_lines: the lines of a file by number.
         tags: are attached to each example.
+
+    Attributes:
+        shard_files: the text files of each shard.
+        shard_lines: their lines.
     """
 
-    def __init__(self, name: str, shards: Sequence[Sequence[Lines]], tags: Mapping | None) -> None:
+    opens_recordings = False
+    """Whether recordings are opened for lengths that the records do not have."""
+
+    def __init__(
+        self,
+        name: str,
+        shards: Sequence[Sequence[str]],
+        open_lines: Callable[[str], Lines],
+        tags: Mapping | None,
+    ) -> None:
         self.name = name
-        self.is_sequential = [any(lines.is_sequential for lines in files) for files in shards]
+        self.shard_files = [tuple(files) for files in shards]
+        self.shard_lines = _LinesOfShards(self.shard_files, open_lines)
+        self.is_sequential = [any(map(is_read_forward, files)) for files in shards]
         self.tags = dict(tags or {})
-        self._files = [tuple(files) for files in shards]
         self._sizes: list[int] | None = None
         self._forward: list[int] = []  # the shards that are being read forward, the latest last
-
-    @property
-    def shard_lines(self) -> list[tuple[Lines, ...]]:
-        """The lines of the text files of each shard."""
-        return self._files
-
-    @property
-    def shard_files(self) -> list[tuple[str, ...]]:
-        """The text files of each shard."""
-        return [tuple(lines.path for lines in files) for files in self._files]
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -56,13 +61,18 @@ class Records(ABC):
         """
         if self._sizes is None:
             build_all(self.indexes)
-            self._sizes = [common_length(files) for files in self._files]
+            self._sizes = [common_length(files) for files in self.shard_lines]
         return self._sizes
 
     @property
     def indexes(self) -> list[Index]:
         """All indexes that reading needs."""
-        return [lines for files in self._files for lines in files]
+        return [*(lines for files in self.shard_lines for lines in files), *self.audio_indexes]
+
+    @property
+    def audio_indexes(self) -> list[Index]:
+        """Those of files other than text."""
+        return []
 
     def prepare(self, shard: int, start: int, stop: int) -> None:
         """Announce that the records from ``start`` to before ``stop`` are read next. This saves time, no more.
@@ -71,7 +81,7 @@ class Records(ABC):
         """
         if self.is_sequential[shard]:
             self._go_forward_in(shard)
-            for lines in self._files[shard]:
+            for lines in self.shard_lines[shard]:
                 lines.prepare(start, stop)
 
     def read(self, shard: int, number: int) -> list[Example]:
@@ -85,7 +95,7 @@ class Records(ABC):
             IndexError: if there is no such record.
             DataError: if a file has changed since it was indexed.
         """
-        examples = list(self._examples(shard, number + 1, self._lines(shard, number, self._files[shard])))
+        examples = list(self._examples(shard, number + 1, self._lines(shard, number, self.shard_lines[shard])))
         for example in examples:
             attach_tags(example, self.tags)
         return examples
@@ -112,12 +122,29 @@ class Records(ABC):
             return
         self._forward = [*(other for other in self._forward if other != shard), shard]
         if len(self._forward) > _FORWARD_SHARDS:
-            for lines in self._files[self._forward.pop(0)]:
+            for lines in self.shard_lines[self._forward.pop(0)]:
                 lines.release()
 
     @abstractmethod
     def _examples(self, shard: int, number: int, lines: Sequence[bytes]) -> Iterator[Example]:
         """The examples that the lines of a record yield; its number is from 1 here, as in reports."""
+
+
+class _LinesOfShards(Sequence[tuple[Lines, ...]]):
+    """The lines of the files of each shard, opened when they are needed: of ten thousand shards few are, at first."""
+
+    def __init__(self, files: Sequence[Sequence[str]], open_lines: Callable[[str], Lines]) -> None:
+        self._files = files
+        self._open = open_lines
+        self._opened: dict[int, tuple[Lines, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, shard: int) -> tuple[Lines, ...]:
+        if (opened := self._opened.get(shard)) is None:
+            opened = self._opened[shard] = tuple(map(self._open, self._files[shard]))
+        return opened
 
 
 def common_length(files: Sequence[Lines]) -> int:

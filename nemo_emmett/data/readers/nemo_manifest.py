@@ -65,13 +65,17 @@ class NeMoManifest(LazyNeMoIterator):
     """
 
     def __init__(
-        self, path: str, skipped_records: SkippedRecords, channel_selector: int | str | None = None, **kwargs
+        self,
+        path: str | Sequence[str],
+        skipped_records: SkippedRecords,
+        channel_selector: int | str | None = None,
+        **kwargs,
     ) -> None:
         paths = expand_paths(path)
         super().__init__(paths, **kwargs)  # NeMo would expand brackets in a single path
         self.skipped_records = skipped_records
         self.channel_selector = channel_selector
-        self.shards = [JsonRecords(shard, skipped_records) for shard in paths]
+        self.shards = [self._records_of(shard) for shard in paths]
         self.source = LazyIteratorChain(*self.shards, shuffle_iters=self.shuffle_shards, seed=self.shard_seed)
 
     def __iter__(self) -> Iterator[Cut]:
@@ -83,6 +87,9 @@ class NeMoManifest(LazyNeMoIterator):
                 yield extra_fields.attach_to(cut)
             else:
                 extra_fields.skip()
+
+    def _records_of(self, path: str) -> JsonRecords:
+        return JsonRecords(path, self.skipped_records)
 
     def cut_of(self, record: Record) -> Cut | None:
         """The cut of one record, without extra fields; None if it cannot be used, which is counted as skipped."""

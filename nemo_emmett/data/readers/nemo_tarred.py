@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
+from functools import partial
 from itertools import islice
 
 from lhotse import AudioSource, Recording, SupervisionSegment
@@ -336,15 +337,16 @@ class TarredRecords(Records):
             for manifest in manifests
             for path in manifest.manifests
         ]
-        super().__init__(name, [[open_numbered_lines(records.path, index_dir)] for records, _ in self.shards], tags)
+        files = [[records.path] for records, _ in self.shards]
+        super().__init__(name, files, partial(open_numbered_lines, index_dir=index_dir), tags)
         tars = [path for manifest in manifests if not manifest.metadata_only for path in manifest.tars.values()]
         self.tars = {path: TarIndex(path, index_dir) for path in tars}
         self._with_members: set[str] = set()  # tar files that hold audio of the manifest, or were reported
 
     @property
-    def indexes(self) -> list[Index]:
-        """All indexes that reading needs."""
-        return [*super().indexes, *self.tars.values()]
+    def audio_indexes(self) -> list[Index]:
+        """See :attr:`Records.audio_indexes`."""
+        return list(self.tars.values())
 
     def _examples(self, shard: int, number: int, lines: Sequence[bytes]) -> Iterator[Cut]:
         records, manifest = self.shards[shard]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from itertools import permutations
 
@@ -16,11 +15,12 @@ from nemo.collections.common.data.lhotse.cutset import attach_tags
 from nemo.collections.common.data.lhotse.text_adapters import SourceTargetTextExample, TextExample
 
 from nemo_emmett.data.config.sources import Source
-from nemo_emmett.data.io.files import ShardOrder, decoded, expand_paths, is_unicode, open_lines, strip_bom, zip_lines
+from nemo_emmett.data.io.files import ShardOrder, decoded, expand_paths, is_unicode, open_lines, zip_lines
 from nemo_emmett.data.io.line_index import open_numbered_lines
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.data.readers.base import Records
 from nemo_emmett.data.readers.examples import mark_origin
+from nemo_emmett.data.readers.tsv import TsvColumns
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.languages import is_known_language
 
@@ -171,50 +171,23 @@ class TsvText(_OneFileText):
     """Tab-separated files.
 
     Args:
-        columns: numbers (from 0) of the source and the target column, or their names in the first line of each file.
+        columns: of ``source`` and ``target``, and perhaps of ``source_lang`` and ``target_lang``: numbers from 0, or
+            names in the first line of each file.
     """
 
-    def __init__(self, paths: Sequence[str], columns: tuple[int | str, int | str], **kwargs) -> None:
+    def __init__(self, paths: Sequence[str], columns: Mapping[str, int | str], **kwargs) -> None:
         super().__init__(paths, **kwargs)
-        self.columns = columns
-        self._numbers: dict[str, list[int]] = {}
-
-    @property
-    def has_header(self) -> bool:
-        """Whether the first line of each file names its columns."""
-        return any(isinstance(column, str) for column in self.columns)
+        self.columns = TsvColumns(columns)
 
     def examples_of(self, index: int, number: int, lines: Sequence[bytes]) -> Iterator[SourceTargetTextExample]:
         """The example of one line of the file ``index``, if it has one, which the header has not."""
-        if self.has_header and number == 1:
-            self._read_header(self.paths[index], *lines)
+        if self.columns.has_header and number == 1:
+            self.columns.read_header(self.paths[index], *lines)
             return iter(())
         return super().examples_of(index, number, lines)
 
-    def _columns_of(self, path: str) -> Sequence[int]:
-        if not self.has_header:
-            return self.columns
-        if path not in self._numbers:  # its lines are not read in their order
-            with closing(open_lines(path)) as lines:
-                self._read_header(path, next(lines, b""))
-        return self._numbers[path]
-
-    def _read_header(self, path: str, header: bytes) -> None:
-        names = [name.strip() for name in strip_bom(header).decode("utf-8", errors="replace").split("\t")]
-        for column in self.columns:
-            if isinstance(column, str) and column not in names:
-                raise ConfigError(
-                    f"source_column/target_column: {path} has no column '{column}'; its columns are {', '.join(names)}."
-                )
-        numbers = [names.index(column) if isinstance(column, str) else column for column in self.columns]
-        self._numbers[path] = numbers
-
     def _fields(self, path: str, line: str) -> dict:
-        cells = line.split("\t")
-        source, target = self._columns_of(path)
-        if max(source, target) >= len(cells):
-            raise InvalidRecord("missing column")
-        return {"source": cells[source], "target": cells[target]}
+        return self.columns.row(path, line)
 
 
 class JsonlText(_OneFileText):
@@ -248,7 +221,7 @@ class TextRecords(Records):
     def __init__(
         self, name: str, text: AlignedText | TsvText | JsonlText, index_dir: str | None, tags: Mapping | None
     ) -> None:
-        super().__init__(name, [[open_numbered_lines(path, index_dir) for path in files] for files in text.files], tags)
+        super().__init__(name, text.files, partial(open_numbered_lines, index_dir=index_dir), tags)
         self.text = text
 
     @property
@@ -264,7 +237,7 @@ class TextRecords(Records):
         if not isinstance(self.text, AlignedText):
             return None
         sides = list(self.text.shards[shard])
-        files = [self._files[shard][sides.index(side)] for side in self.text.directions[k]]
+        files = [self.shard_lines[shard][sides.index(side)] for side in self.text.directions[k]]
         pair = self.text.example_of(shard, number + 1, k, self._lines(shard, number, files))
         return None if pair is None else attach_tags(pair, self.tags)
 
@@ -377,6 +350,7 @@ def open_parallel_text(source: Source, skipped_records: SkippedRecords) -> Align
     languages = {"source_lang": source.source_lang, "target_lang": source.target_lang}
     common = {**languages, "skipped_records": skipped_records, "order": order}
     if layout == "tsv":
-        columns = (source.source_column, source.target_column)
-        return TsvText(paths, tuple(n if c is None else c for n, c in enumerate(columns)), **common)
+        columns = {side: getattr(source, f"{side}_column") for side in ("source", "target", *languages)}
+        columns |= {side: number for number, side in enumerate(("source", "target")) if columns[side] is None}
+        return TsvText(paths, {side: column for side, column in columns.items() if column is not None}, **common)
     return JsonlText(paths, (source.source_field or "source", source.target_field or "target"), **common)

@@ -8,11 +8,12 @@ header is read before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import repeat
 
 from lhotse.cut import Cut
 
-from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.config.sources import SPEECH_TSV, Source
 from nemo_emmett.data.io.files import expand_paths, is_local
 from nemo_emmett.data.io.line_index import is_compressed, open_numbered_lines
 from nemo_emmett.data.io.skipped_records import SkippedRecords
@@ -30,10 +31,11 @@ from nemo_emmett.data.readers.registry import (
     reads_text_ourselves,
 )
 from nemo_emmett.data.readers.shar import SharRecords, shar_shards
+from nemo_emmett.data.readers.speech_tsv import SpeechTsv
 
 
 class ManifestRecords(Records):
-    """The lines of speech manifests, NeMo's or lhotse's, by number, with audio in separate files.
+    """The lines of speech manifests (NeMo's, lhotse's, TSV) by number, with audio in separate files.
 
     Args:
         keeps_alternatives: cuts have their ``alt_text`` although their audio is not looked at.
@@ -48,8 +50,10 @@ class ManifestRecords(Records):
         keeps_alternatives: bool = False,
     ) -> None:
         self.keeps_alternatives = keeps_alternatives
+        self.opens_recordings = any(isinstance(manifest, SpeechTsv) for manifest in manifests)
         self.shards = [(records, manifest) for manifest in manifests for records in manifest.shards]
-        super().__init__(name, [[open_numbered_lines(records.path, index_dir)] for records, _ in self.shards], tags)
+        files = [[records.path] for records, _ in self.shards]
+        super().__init__(name, files, partial(open_numbered_lines, index_dir=index_dir), tags)
 
     def _examples(self, shard: int, number: int, lines: Sequence[bytes]) -> Iterator[Cut]:
         records, manifest = self.shards[shard]
@@ -91,6 +95,8 @@ def open_records(
     how = {"index_dir": index_dir, "tags": source.tags}
     if is_nemo(source):
         return _nemo_records(source, skipped_records, metadata_only, **how)
+    if source.type == SPEECH_TSV:
+        return ManifestRecords(source.name, [SpeechTsv(source, skipped_records, metadata_only)], **how)
     if is_lhotse_jsonl(source):
         manifest = LhotseManifest(source.cuts_path, skipped_records, source.channel_selector, metadata_only)
         return ManifestRecords(source.name, [manifest], **how)

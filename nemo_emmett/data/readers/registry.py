@@ -31,7 +31,7 @@ from omegaconf import DictConfig
 
 from nemo_emmett.data.config.nemo_config import unwrap, wrap
 from nemo_emmett.data.config.section import config_of, plain
-from nemo_emmett.data.config.sources import CLASSIC_KEYS, FEED_TYPE, SOURCE_TYPE, Source, parse_source
+from nemo_emmett.data.config.sources import CLASSIC_KEYS, FEED_TYPE, SOURCE_TYPE, SPEECH_TSV, Source, parse_source
 from nemo_emmett.data.io import commands
 from nemo_emmett.data.io.channels import is_chosen, select_channel
 from nemo_emmett.data.io.files import expand_paths
@@ -41,6 +41,7 @@ from nemo_emmett.data.readers.lhotse_manifest import LhotseManifest
 from nemo_emmett.data.readers.nemo_manifest import NeMoManifest
 from nemo_emmett.data.readers.nemo_tarred import NeMoTarredManifest
 from nemo_emmett.data.readers.parallel_text import open_parallel_text
+from nemo_emmett.data.readers.speech_tsv import SpeechTsv
 from nemo_emmett.data.sampling.tolerance import TolerantMapper
 
 
@@ -93,11 +94,12 @@ def read_feed(_: DictConfig) -> tuple[CutSet, bool]:
 
 
 def register_data_types() -> None:
-    """Make our data types known to NeMo: ``parallel_text`` for everyone, the others for our own loaders.
+    """Make our data types known to NeMo: ``parallel_text`` and ``speech_tsv`` for everyone, the others for our loaders.
 
     Calling it again changes nothing.
     """
     data_type_parser("parallel_text")(read_parallel_text)
+    data_type_parser(SPEECH_TSV)(read_speech_tsv)
     data_type_parser(SOURCE_TYPE)(read_source)
     data_type_parser(FEED_TYPE)(read_feed)
 
@@ -108,6 +110,13 @@ def read_parallel_text(config: DictConfig) -> tuple[CutSet, bool]:
     source = parse_source(plain(config), "input_cfg", allow_commands=True)
     cuts = CutSet(open_parallel_text(source, how.skipped_records))
     return _repeated(cuts, source), True
+
+
+def read_speech_tsv(config: DictConfig) -> tuple[CutSet, bool]:
+    """NeMo parser of the type ``speech_tsv``: cuts, and that they are not read in the workers (False)."""
+    how = _reading.get() or ReaderContext()
+    source = parse_source(plain(config), "input_cfg", allow_commands=True)
+    return CutSet(SpeechTsv(source, how.skipped_records, bool(source.metadata_only))), False
 
 
 def read_source(config: DictConfig) -> tuple[CutSet, bool]:
@@ -153,6 +162,8 @@ def open_source(source: Source, skipped_records: SkippedRecords, kind: ExampleKi
     elif is_lhotse_jsonl(source):
         manifest = LhotseManifest(source.cuts_path, skipped_records, source.channel_selector)
         cuts, is_tarred = CutSet(manifest), False
+    elif source.type == SPEECH_TSV:
+        cuts, is_tarred = CutSet(SpeechTsv(source, skipped_records, bool(source.metadata_only))), False
     elif reads_text_ourselves(source, kind):
         cuts, is_tarred = _repeated(CutSet(open_parallel_text(source, skipped_records)), source), True
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from lhotse import Recording
@@ -17,7 +18,7 @@ from nemo_emmett.audio_file import AudioFault
 from nemo_emmett.data.io.channels import select_channel
 from nemo_emmett.data.io.files import expand_paths
 from nemo_emmett.data.io.index import INDEX_SUFFIX, Index
-from nemo_emmett.data.io.line_index import open_numbered_lines
+from nemo_emmett.data.io.line_index import Lines, open_numbered_lines
 from nemo_emmett.data.io.sidecar import hidden_place
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.data.io.tar_index import TarIndex
@@ -49,7 +50,7 @@ class SharRecords(Records):
         channel_selector: int | str | None = None,
     ) -> None:
         cuts = [str(shard["cuts"]) for shard in shards]
-        super().__init__(name, [[open_numbered_lines(p, index_dir, _index_place(p))] for p in cuts], tags)
+        super().__init__(name, [[path] for path in cuts], partial(_open_lines, index_dir=index_dir), tags)
         self.shards = list(shards)
         self.skipped_records = skipped_records
         self.channel_selector = channel_selector
@@ -63,9 +64,9 @@ class SharRecords(Records):
         ]
 
     @property
-    def indexes(self) -> list[Index]:
-        """All indexes that reading needs."""
-        return [*super().indexes, *(tar for tars in self.tars for tar in tars.values())]
+    def audio_indexes(self) -> list[Index]:
+        """See :attr:`Records.audio_indexes`."""
+        return [tar for tars in self.tars for tar in tars.values()]
 
     def _examples(self, shard: int, number: int, lines: Sequence[bytes]) -> Iterator[Cut]:
         if not lines[0].strip():
@@ -94,6 +95,10 @@ class SharRecords(Records):
 def _spoken(field: str) -> str:
     """Name of a field of a cut in reports."""
     return "audio" if field == "recording" else field
+
+
+def _open_lines(path: str, index_dir: str | None) -> Lines:
+    return open_numbered_lines(path, index_dir, _index_place(path))
 
 
 def _index_place(path: str) -> str:

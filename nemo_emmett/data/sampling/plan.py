@@ -197,7 +197,7 @@ def plan_schedule(
         )
         return None
     # Those of lines are there, since the length index was built by them; those of tar files may not be.
-    build([index for records in opened.records for index in records.indexes if not index.sidecar.exists])
+    build([index for records in opened.records for index in records.audio_indexes if not index.sidecar.exists])
     orders, readers, indexes = [], [], []
     for group in opened.groups:
         shares = _shares(dataset, group, tokenizer, kind)

@@ -180,12 +180,13 @@ class GroupSchedule:
         for of_bucket in np.split(examples, np.flatnonzero(np.diff(buckets)) + 1) if len(examples) else ():
             bucket = int(of_bucket["bucket"][0])
             pieces = self._waiting.setdefault(bucket, [])
-            pieces.append(of_bucket)
+            # A view would keep the memory of all examples as long as a few of a rare bucket wait.
+            pieces.append(of_bucket.copy() if 4 * len(of_bucket) < len(examples) else of_bucket)
             sizes = self.order.global_batch_sizes
             if sizes is None or sum(map(len, pieces)) >= sizes[bucket] * (1 + self._holds_back):
                 waiting = joined(pieces)
                 made = self._complete_steps(bucket, waiting)
-                self._waiting[bucket] = [waiting[sum(len(step.examples) for step, _ in made) :]]
+                self._waiting[bucket] = [waiting[sum(len(step.examples) for step, _ in made) :].copy()]
                 steps += made
         steps.sort(key=itemgetter(1))
         self._steps += [step for step, _ in steps]

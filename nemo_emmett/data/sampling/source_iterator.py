@@ -23,7 +23,7 @@ from nemo_emmett.data.readers.examples import ExampleKind, Examples
 from nemo_emmett.data.readers.registry import ReaderContext, defaults_of, open_source, reader_context
 from nemo_emmett.data.sampling.shuffle import RecordOrder
 from nemo_emmett.data.sampling.transforms import TransformPipeline
-from nemo_emmett.errors import DataError
+from nemo_emmett.errors import DataError, Help
 
 CHUNK = 16
 """Records that are read at a time: enough for a small overhead of the pipeline, few enough for an early first batch."""
@@ -276,7 +276,9 @@ class SourceIterator:
         if self._empty > max(self.reader.records_in_a_pass() or 0, EMPTY_RECORDS_IN_A_ROW):
             raise DataError(
                 f"{self.name}: of the last {self._empty} records nothing could be used, or the filters leave nothing "
-                "of them; look at the report of bad records, and at the filters (min_/max_ keys, bucket_duration_bins)."
+                "of them; look at the report of bad records, and at the filters (min_/max_ keys, "
+                "bucket_duration_bins).",
+                page=Help.NOTHING_LEFT,
             )
         if examples:
             self._open.append(_OpenChunk(self._next_chunk, 0, examples))

@@ -13,7 +13,7 @@ import numpy as np
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.lengths.measures import Measures
 from nemo_emmett.data.lengths.selection import Selection
-from nemo_emmett.errors import DataError
+from nemo_emmett.errors import DataError, Help
 
 EXAMPLE = np.dtype(
     [
@@ -116,7 +116,8 @@ class SourceOrder:
                 raise DataError(
                     f"{self.name}: of its {int(self.index.shard_sizes.sum())} records nothing could be used, or the "
                     "filters leave nothing of them; look at the report of bad records, and at the filters (min_/max_ "
-                    "keys, bucket_duration_bins)."
+                    "keys, bucket_duration_bins).",
+                    page=Help.NOTHING_LEFT,
                 )
             self._kept_in_pass = 0
             self.cursor = Cursor(number_of_pass + 1, 0, 0)

@@ -221,7 +221,7 @@ def test_two_ranks_share_the_work(data, tokenizer, small, tmp_path, monkeypatch,
         (first, *_) = opened(data, tokenizer, world_size=2)
         assert first.num_entries > 1000
 
-    for number in range(5 if is_killed else 0):
+    for number in range(20 if is_killed else 0):
         ranks = two_ranks(tmp_path / f"killed{number}", work)
         time.sleep(random.Random(number).uniform(0.05, 0.3))
         for rank in ranks:

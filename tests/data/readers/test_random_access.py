@@ -204,8 +204,17 @@ def lhotse_gzip(folder: Path, write_manifest: Callable, speech: Callable) -> dic
     return {**config, "cuts_path": f"{folder}/cuts.jsonl.gz"}
 
 
+def speech_tsv(folder: Path, write_manifest: Callable, speech: Callable) -> dict:
+    names = [Path(json.loads(line)["audio_filepath"]).name for line in speech(3).read_text().splitlines()]
+    rows = [f"{name}\t{name}\teins" for name in names]
+    (folder / "s_0.tsv").write_text("\n".join(["id\taudio\ttarget", *rows, "\tgone.wav\teins", "", "a\tb\tc\td"]))
+    (folder / "s_1.tsv").write_text(f"target\taudio\nzwei\t{names[1]}\n")  # each file has its own header
+    return {"type": "speech_tsv", "paths": f"{folder}/s__OP_0..1_CL_.tsv", "tags": {"source_lang": "en"}}
+
+
 @pytest.mark.parametrize(
-    ("make", "cuts", "bad"), [(nemo, 5, 10), (nemo_list, 6, 0), (lhotse, 3, 3), (lhotse_gzip, 3, 3)]
+    ("make", "cuts", "bad"),
+    [(nemo, 5, 10), (nemo_list, 6, 0), (lhotse, 3, 3), (lhotse_gzip, 3, 3), (speech_tsv, 4, 2)],
 )
 def test_manifests_by_number_are_those_of_the_stream(tmp_path, write_manifest, speech, make, cuts, bad) -> None:
     config = make(tmp_path, write_manifest, speech)
@@ -507,6 +516,6 @@ def test_only_a_few_forward_shards_are_held(tmp_path) -> None:
         records.prepare(shard, 10, 20)
         assert records.read(shard, 10)[0].custom["id"] == f"{paths[shard]}:11"
         assert size == 50
-    held = [lines for (lines,) in records._files if lines._lines]
+    held = [lines for (lines,) in records.shard_lines if lines._lines]
     assert len(held) == 4
     assert [lines.path for lines in held] == [str(path) for path in paths[-4:]]

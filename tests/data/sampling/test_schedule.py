@@ -101,7 +101,7 @@ def one_by_one(group: GroupOrder, number_of_steps: int, only_pass: int | None = 
     draws = iter(MixingSequence([group.shares[s] for s in alive]).next(100_000).tolist())
     while alive and len(steps) < number_of_steps:
         index = next(draws)
-        example = streams[alive[index]].take(1)
+        example = streams[alive[index]].take(1).copy()
         if not len(example):
             del alive[index]
             draws = iter(MixingSequence([group.shares[s] for s in alive]).next(100_000).tolist()) if alive else None
@@ -297,3 +297,20 @@ def test_a_snapshot_costs_no_copy(indexes):
     waiting = [piece for pieces in schedule._waiting.values() for piece in pieces]
     assert all(any(piece is own for own in waiting) for piece in snapshot.waiting[: len(waiting)])
     assert np.concatenate(snapshot.waiting).dtype == EXAMPLE
+
+
+def test_what_waits_keeps_no_more_memory_than_a_few_times_its_own():
+    rare = FakeIndex([1] * 3000, seed=4)
+    rare.numbers = np.where(np.arange(len(rare.numbers)) % 100 == 0, 89, 1)  # one in a hundred is in another bucket
+    schedule = GroupSchedule(group_of(rare, shares=[1.0], sizes=[2000, 2000, 2000]), 1)
+    for _ in range(10):
+        schedule.next_step()
+        waiting = [piece for pieces in schedule._waiting.values() for piece in pieces]
+        kept = {id(base): base.nbytes for base in map(_memory_of, waiting)}
+        assert sum(kept.values()) <= 5 * sum(piece.nbytes for piece in waiting)
+
+
+def _memory_of(array: np.ndarray) -> np.ndarray:
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array

@@ -1,0 +1,34 @@
+"""What ``nemo-emmett init`` prints of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from nemo_emmett.init.measuring import Measured, MeasuredSource
+
+
+def print_summary(measured: Measured, console: Console) -> None:
+    """Print a table of the data: records, hours, tokens, languages, and what was skipped of it and why."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("data", overflow="fold")
+    table.add_column("languages", no_wrap=True)
+    for column in ("records", "examples", "hours", "tokens"):
+        table.add_column(column, justify="right", no_wrap=True)
+    _add(table, "", measured.train)
+    _add(table, "validation: ", measured.dev)
+    console.print(table, highlight=False)
+
+
+def _add(table: Table, lead: str, sources: Sequence[MeasuredSource]) -> None:
+    for source in sources:
+        hours = f"{source.hours:,.3g}" if source.hours else ""
+        tokens = f"{source.tokens:,}" if source.tokens else ""
+        counts = (f"{source.records:,}", f"{source.examples:,}")
+        table.add_row(lead + source.name, " → ".join(source.languages), *counts, hours, tokens)
+        for cause, count in source.skipped.items():
+            table.add_row(f"  skipped: {cause}", "", f"{count:,}")
+        for key, count in source.left_out.items():
+            table.add_row(f"  left out by {key}", "", "", f"{count:,}")

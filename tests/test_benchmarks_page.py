@@ -1,0 +1,144 @@
+"""Every number in the tables of docs/benchmarks.md is that of the file in benchmarks/results that its section names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def data_loading() -> Iterator[str]:
+    measured = {(m["kind"], m["workers"], m["lines"], m["loader"]): m for m in result("dataloading")["measurements"]}
+    for kind in ("text", "speech"):
+        for workers in (0, 2):
+            nemo, ours = (measured[kind, workers, 200_000, loader] for loader in ("nemo", "nemo_emmett"))
+            theirs, rate = nemo["examples_per_second"], ours["examples_per_second"]
+            memory = ours["rss"] / measured[kind, workers, 20_000, "nemo_emmett"]["rss"]
+            yield (
+                f"| {kind}, {workers} workers | {theirs:,.0f} | {rate:,.0f} | {rate / theirs:.2f} "
+                f"| {nemo['first_batch']:.2f} s | {ours['first_batch']:.2f} s | {memory:.3f} |"
+            )
+
+
+def resuming() -> Iterator[str]:
+    for row in result("resume")["resumed"]:
+        early, late = row["seconds_at_10_percent"], row["seconds_at_90_percent"]
+        yield f"| {row['kind']}, {row['workers']} workers | {early:.2f} s | {late:.2f} s | {row['ratio']:.2f} |"
+
+
+def padding() -> Iterator[str]:
+    columns = ("estimate_token_bins", "estimate_duration_bins_2d", "least padding")
+    places = {"to the caps": "to the bin edges", "real batches": "real batches"}
+    for kind, measured in result("padding")["multi30k"].items():
+        for row in measured["rows"]:
+            if row["padded"] in places:
+                shares = " | ".join(f"{100 * row[column]['share']:.1f}" for column in columns)
+                yield f"| {kind}, {places[row['padded']]} | {row['buckets']} | {shares} |"
+
+
+def oomptimizer() -> Iterator[str]:
+    for kind, methods in result("oomptimizer")["groups"].items():
+        for method, row in methods.items():
+            steps = round(row["steps_per_bucket"] * len(row["sizes"]))
+            yield (
+                f"| {kind}, {method} | {row['steps_per_bucket']:.1f} | {row['over_budget']} of {steps} "
+                f"| {row['seconds_in_steps']:.0f} | {sum(row['sizes']):,} |"
+            )
+
+
+def planning() -> Iterator[str]:
+    row = result("planning")
+    yield (
+        f"| {row['parameters'] / 1e9:.2f} billion | {row['buckets']} | {row['steps']} | {row['seconds']:.0f} "
+        f"| {row['seconds_to_build']:.0f} | {row['peak_rss_gib']} GiB |"
+    )
+
+
+def training_step() -> Iterator[str]:
+    steps = result("training_step")
+    for row in steps["settings"]:
+        numbers = (f"{row['ratio_of_seconds']:.2f}", f"{row['ratio_of_peaks']:.2f}")
+        yield f"| {row['vocabulary']:,} | {row['layers']} | {' | '.join(numbers)} |"
+    for row in steps["large"]:
+        yield f"| {row['encoder']} | {row['peak_gib']['nemo']} | {row['peak_gib']['ours']} |"
+    worst = max(row["largest_difference_of_losses"] for row in steps["settings"])
+    yield f"agree to {worst:.1e}".replace("e-07", "e-7")
+
+
+def loss() -> Iterator[str]:
+    for name, row in result("loss")["cases"].items():
+        yield (
+            f"| {name} | {row['ratio_of_seconds']} | {row['peak_gib']['naive']} GiB | {row['peak_gib']['chunked']} GiB "
+            f"| {row['ratio_of_peaks']} |"
+        )
+
+
+def placement() -> Iterator[str]:
+    for row in result("placement")["settings"]:
+        faster = f"{row['times_faster_forward']} | {row['times_faster_forward_backward']}"
+        yield f"| {row['hidden']:,} | {row['frames']} | {faster} |"
+
+
+def models() -> Iterator[str]:
+    measured = result("models")
+    names = ("SALMT5", "SALMGPT", "BestowGPT")
+    yield " | ".join(f"{measured['parameters'][name]['all'] / 1e6:.1f}" for name in names)
+    for row in measured["results"].values():
+        first, *others = (row["ratio_of_seconds"][name] for name in names)
+        seconds = row["seconds"]["SALMT5"]
+        digits = 1 if seconds > 2 else 2
+        yield " | ".join([f"{first:.0f} ({seconds:.{digits}f} s)", *(f"{ratio:.2f}" for ratio in others)])
+        if "peak_gib" in row:
+            yield "| peak, GiB | " + " | ".join(f"{row['peak_gib'][name]:.2f}" for name in names)
+
+
+def published_sizes() -> Iterator[str]:
+    for name, row in result("scaling")["runs"].items():
+        code = ", ".join(f"`{part}`" for part in name.split("+"))
+        sizes = " | ".join(f"batch of {row[group]['batch_sizes'][-1]}" for group in ("audio", "text"))
+        yield f"| {code} | {row['parameters']['all'] / 1e9:.2f} B | {sizes} | {row['step_seconds']:.2f} |"
+
+
+def starting() -> Iterator[str]:
+    for row in result("startup")["milliseconds"].values():
+        yield f"| {row['median']:,} |"
+
+
+SECTIONS = {
+    "Data loading": data_loading,
+    "Resuming": resuming,
+    "Padding": padding,
+    "OOMptimizer": oomptimizer,
+    "Planning": planning,
+    "Training step": training_step,
+    "The loss alone": loss,
+    "Placing speech among tokens": placement,
+    "The three models": models,
+    "Published sizes": published_sizes,
+    "Starting": starting,
+}
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_the_tables_of_a_section_are_those_of_its_file(title: str) -> None:
+    section = re.split(r"^##+ ", PAGE.partition(f"# {title}\n")[2], flags=re.MULTILINE)[0]
+    rows = list(SECTIONS[title]())
+    assert rows
+    for row in rows:
+        assert row in section
+
+
+def test_every_result_is_on_the_page() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert f"(../benchmarks/results/{path.name})" in PAGE, path.name
