@@ -29,12 +29,12 @@ SOURCE_PATHS = frozenset(
 )
 """Keys of sources that name files."""
 
-_PATH = re.compile(r"(?!has_|is_)\w*(_path|_paths|_filepath|_filepaths|_dir|_checkpoint)|dirpath")
-"""Keys by whose name a value is a path, in the recipe of NeMo and in ours."""
+_PATH = re.compile(r"(\w+_)?(path|paths|filepath|filepaths|dir|dirpath)|(init|resume)_from_checkpoint")
+"""Keys whose name says that the value is a path, in NeMo's recipes and in ours."""
 
 _OTHER_PATHS = frozenset(
     {"pretrained_llm", "pretrained_asr", "pretrained_s2s_model", "pretrained_perception_from_s2s"}
-    | {"paths", "input_cfg", "output", "baseline", "profile"}
+    | {"input_cfg", "files_to_copy", "output", "baseline", "profile"}
 )
 """Paths, and names in the place of which a path may be given, whose keys do not show it."""
 

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import ModuleType
@@ -150,10 +150,30 @@ class _Console(logging.Handler):
         try:
             sign = "" if record.levelno <= logging.INFO else f"{record.levelname.capitalize()}: "
             stream = sys.stdout if record.levelno <= logging.INFO else sys.stderr
-            tqdm.write(f"{sign}{self.format(record).rstrip()}", file=stream)
-            stream.flush()
+            line = f"{sign}{self.format(record).rstrip()}"
+            if getattr(tqdm, "_instances", None):  # takes a lock, which a forked worker may find taken forever
+                tqdm.write(line, file=stream)
+            else:
+                print(line, file=stream, flush=True)
         except Exception:
             self.handleError(record)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file; a full disk costs one sentence, not a traceback for each record."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(error := sys.exc_info()[1], OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            print(f"Warning: '{self.baseFilename}' is incomplete: {error.strerror}.", file=sys.stderr)  # noqa: T201
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 class _Routing:
@@ -202,7 +222,7 @@ class _Routing:
     def write_to(self, path: Path) -> None:
         if self._file is not None:
             self._file.close()
-        self._file = logging.FileHandler(path, encoding="utf-8")
+        self._file = _LogFile(path, encoding="utf-8")
         self._file.setFormatter(logging.Formatter(_FILE_FORMAT))
         self._held_back.setTarget(self._file)
         self._held_back.flush()

@@ -118,6 +118,18 @@ def test_an_unexpected_end_prints_what_was_held_back_unless_there_is_a_file(tmp_
     assert "test_run_log.py" in logged
 
 
+def test_a_full_disk_costs_one_sentence(tmp_path, capfd, library) -> None:
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    with quiet_console():
+        library.info("held back")
+        path = write_log_file(tmp_path)
+        for number in range(3):
+            library.warning(f"warning {number}")
+    sentence, *others = capfd.readouterr().err.splitlines()
+    assert sentence == f"Warning: '{path}' is incomplete: No space left on device."
+    assert others == ["Warning: warning 0", "Warning: warning 1", "Warning: warning 2"]
+
+
 def test_a_users_mistake_prints_nothing_else(tmp_path, capfd, library) -> None:
     with pytest.raises(ConfigError):
         end_by(ConfigError("one sentence"))

@@ -17,7 +17,9 @@ from rich.console import Console
 from nemo_emmett import training
 from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.lengths.counting import Size
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.exporting import BestCheckpoint
+from nemo_emmett.recipe_checks import mistakes_in_fit
 from nemo_emmett.run_summary import GroupFacts, _batch_rows, _data_table
 
 from .test_train_command import table_of
@@ -129,6 +131,13 @@ def test_skipped_records_are_counted_by_cause_and_file(recipe, corpus, capfd, tm
     printed = capfd.readouterr().out
     assert table_of(printed.splitlines(), "Trained")["skipped"] == "2 x not JSON: corpus/speech/train.de.jsonl"
     assert "          1 x missing audio: corpus/speech/train.en.jsonl\n" in printed
+
+
+def test_wandb_without_a_key_is_one_sentence() -> None:
+    error = type("UsageError", (Exception,), {"__module__": "wandb.errors.errors"})("No API key configured.")
+    sentence = "exp_manager.create_wandb_logger: No API key configured; or set .* WANDB_MODE=offline"
+    with pytest.raises(ConfigError, match=sentence), mistakes_in_fit(OmegaConf.create({"trainer": {}})):
+        raise error
 
 
 # The tables of the data, by hand.

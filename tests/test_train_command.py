@@ -38,6 +38,7 @@ def check_printed(lines: list[str]) -> None:
     """Rank zero alone prints, and what a user wants to know: two tables, and the progress between them."""
     (first_step,) = [number for number, line in enumerate(lines) if line.startswith("step 1/2 (50%)  loss audio ")]
     assert first_step <= 25
+    assert lines.count("Training") == lines.count("Trained") == 1
     assert not [line for line in lines if "warning" in line.lower()]
     assert max(map(len, lines)) <= 80
     start, end = (table_of(lines, title) for title in ("Training", "Trained"))

@@ -4,7 +4,8 @@ Usage:
     python examples/speechlm/evaluate.py model=exp/phrasebook/salm_t5/model output=exp/phrasebook/evaluation
 
 The recipe, conf/evaluate_phrasebook.yaml unless ``--config-name`` says otherwise, names the test sets.
-Prints BLEU and chrF++ per direction and modality, and writes ``evaluation.json``, ``report.html`` and ``hypotheses``.
+Prints BLEU and chrF++ per direction and modality, writes ``evaluation.json``, ``report.html`` and ``hypotheses``, and
+says where they are.
 ``torchrun --nproc-per-node=8 examples/speechlm/evaluate.py ...``, or ``srun`` with a task for each GPU, shares each
 test set out. ``nemo-emmett evaluate MODEL CONFIG`` does the same.
 """
@@ -15,6 +16,9 @@ from nemo_emmett.runner import recipe_runner
 @recipe_runner(config_path="conf", config_name="evaluate_phrasebook")
 def main(cfg) -> None:
     """Evaluate the recipe's model on its test sets."""
+    from nemo_emmett.evaluation.recipe import check_evaluation
+
+    check_evaluation(cfg)  # before NeMo is imported, which takes ten seconds
     from nemo_emmett.evaluation import evaluate_recipe
 
     evaluate_recipe(cfg)

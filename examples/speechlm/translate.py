@@ -1,7 +1,9 @@
-"""Translate a text or a recording with an exported model.
+"""Translate texts and recordings with an exported model.
 
 Usage:
     python examples/speechlm/translate.py --model MODEL --to de "ten twenty in the morning" recording.wav
+    python examples/speechlm/translate.py --model MODEL --to de --output translations.jsonl folder/of/recordings
+    python examples/speechlm/translate.py --model MODEL --to de < sentences.en > sentences.de
 
 MODEL is a folder that train.py exported. The same as ``nemo-emmett translate``.
 """

@@ -161,7 +161,8 @@ def _write(
                 if result.fault:
                     faults += 1
                     if faults <= _SHOWN_FAULTS:
-                        click.echo(f"Not translated: {result.request.id}: {result.fault}.", err=True)
+                        stop = "" if result.fault.endswith("?") else "."
+                        click.echo(f"Not translated: {result.request.id}: {result.fault}{stop}", err=True)
             file.flush()
             done += len(results)
             bar.update(len(results))

@@ -15,14 +15,14 @@ from typing import Any
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError, DataError, ModelError
 from nemo_emmett.evaluation.results import Translation
-from nemo_emmett.typed_config import PositiveWhole, Text, parse_section, parse_value
+from nemo_emmett.typed_config import NonEmpty, PositiveWhole, parse_section, parse_value
 
 
 @dataclass(frozen=True)
 class CometConfig:
     """The recipe's ``comet`` section."""
 
-    model: Text  # a checkpoint's file, or a name that comet resolves, such as Unbabel/wmt22-comet-da
+    model: NonEmpty  # a checkpoint's file, or a name that comet resolves, such as Unbabel/wmt22-comet-da
     batch_size: PositiveWhole = 16  # translations
 
     @classmethod

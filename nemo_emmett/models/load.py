@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -37,8 +39,20 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> SpeechTextMo
     model_class = _class_of(find_config(folder))
     check_weights(folder)
     # huggingface_hub prints where it reads from; standard output belongs to the translations.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), _expected_type():
         return model_class.from_pretrained(str(folder), trust_remote_code=trust_remote_code).eval()
+
+
+@contextmanager
+def _expected_type() -> Iterator[None]:
+    """Leave out transformers' warning that ``config.json``, next to the tokenizer, is not that of a language model."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    is_other = lambda record: "You are using a model of type" not in record.getMessage()  # noqa: E731
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _class_of(config_path: Path) -> type[SpeechTextModel]:

@@ -170,20 +170,32 @@ def _of_tsv(path: Path, columns: list[str], chosen: str) -> Iterator[Request]:
     rows = _rows(path)
     next(rows)
     for number, row in enumerate(rows, start=2):
-        cells = dict(zip(columns, row, strict=False))
-        place, cell = cells.get("id") or f"{path.name}:{number}", cells.get(chosen, "")
-        request = Request(
-            place, cell, PlainText(cell), cells.get("source_lang") or None, cells.get("target_lang") or None
-        )
-        if len(row) != len(columns):
-            fault = f"'{path}', line {number}: has {len(row)} columns, the first line {len(columns)}"
-            yield replace(request, fault=fault)
-        elif not cell.strip():
-            yield replace(request, fault=f"'{path}', line {number}: the column '{chosen}' is empty")
-        elif chosen == "audio" or (chosen not in INPUT_COLUMNS and is_audio_path(cell)):
-            yield _recorded(request, path.parent / cell)
-        else:
-            yield request
+        if row:  # a blank line has no cells
+            yield _of_row(dict(zip(columns, row, strict=False)), len(row), columns, chosen, path, number)
+
+
+def _of_row(cells: Mapping[str, str], found: int, columns: list[str], chosen: str, path: Path, number: int) -> Request:
+    cell, place = cells.get(chosen, ""), f"'{path}', line {number}"
+    languages = (cells.get(key) or None for key in ("source_lang", "target_lang"))
+    request = Request(cells.get("id") or f"{path.name}:{number}", cell, PlainText(cell), *languages)
+    if found != len(columns):
+        return replace(request, fault=f"{place}: has {found} columns, the first line {len(columns)}")
+    if not cell.strip():
+        return replace(request, fault=f"{place}: the column '{chosen}' is empty")
+    if chosen == "audio" or (chosen not in INPUT_COLUMNS and is_audio_path(cell)):
+        part = (_number(cells.get(key)) for key in ("offset", "duration"))
+        return _recorded(request, path.parent / cell, place, *part)
+    return request
+
+
+def _number(text: str | None) -> Any:
+    """A cell as a number of seconds, None if it is empty; other text as it is, to be refused."""
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _of_manifest(path: Path) -> Iterator[Request]:
@@ -217,24 +229,28 @@ def _of_record(line: str, path: Path, number: int) -> Request:
         return replace(request, input=PlainText(text))
     if not isinstance(audio, str):
         return replace(request, fault=f"{place}: has neither audio_filepath nor text")
-    offset, duration = record.get("offset"), record.get("duration")
-    if offset is None:
-        return _recorded(request, path.parent / audio)
-    if not is_number(offset) or offset < 0 or not (duration is None or (is_number(duration) and duration > 0)):
-        return replace(
-            request, fault=f"{place}: offset {offset!r} and duration {duration!r} are no part of a recording"
-        )
-    return _recorded(request, path.parent / audio, offset, duration)
+    return _recorded(request, path.parent / audio, place, record.get("offset"), record.get("duration"))
 
 
 def _language(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _recorded(request: Request, path: Path, start: float | None = None, duration: float | None = None) -> Request:
+def _recorded(request: Request, path: Path, place: str, offset: Any, duration: Any) -> Request:
+    """A request for a recording, or for a part of it where an offset is given."""
     if not path.is_file():
         return replace(request, fault=f"audio file '{path}' does not exist")
-    return replace(request, input=path if start is None else Segment(path, start, duration))
+    if offset is None:
+        return replace(request, input=path)
+    if not (_is_seconds(offset) and (duration is None or (_is_seconds(duration) and duration > 0))):
+        return replace(
+            request, fault=f"{place}: offset {offset!r} and duration {duration!r} are no part of a recording"
+        )
+    return replace(request, input=Segment(path, offset, duration))
+
+
+def _is_seconds(value: Any) -> bool:
+    return is_number(value) and 0 <= value < float("inf")
 
 
 def _check_file(path: Path, option: str) -> None:

@@ -84,6 +84,12 @@ class TestTables:
         found = requests_of(tsv=[folder / "t.tsv"])
         assert found[0].input == folder / "b.wav"
         assert [one.fault for one in found] == ["", f"audio file '{folder}/no.wav' does not exist"]
+        (folder / "parts.tsv").write_text("audio\toffset\tduration\nb.wav\t1.5\t2\nb.wav\t\t9\n\nb.wav\tx\t\n")
+        parts = requests_of(tsv=[folder / "parts.tsv"])
+        assert [one.input for one in parts[:2]] == [Segment(folder / "b.wav", 1.5, 2.0), folder / "b.wav"]
+        assert [one.fault for one in parts[2:]] == [
+            f"'{folder}/parts.tsv', line 5: offset 'x' and duration None are no part of a recording"
+        ]
         texts = requests_of(tsv=[folder / "t.tsv"], column="source")
         assert [one.input for one in texts] == ["b", "n"]
 
@@ -122,6 +128,7 @@ class TestManifests:
             audio + '"offset": -1}',
             audio + '"offset": 0, "duration": "x"}',
             audio + '"lang": "xx"}',
+            audio + '"offset": NaN}',
         ]
         (folder / "m.json").write_text("\n".join(lines))
         faults = [one.fault.replace(f"'{folder}/m.json', ", "") for one in requests_of(manifests=[folder / "m.json"])]
@@ -132,6 +139,7 @@ class TestManifests:
             "line 4: offset -1 and duration None are no part of a recording",
             "line 5: offset 0 and duration 'x' are no part of a recording",
             "source_lang: 'xx' is not a known language; did you mean 'xh'?",
+            "line 7: offset nan and duration None are no part of a recording",
         ]
 
 
