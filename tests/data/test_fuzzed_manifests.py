@@ -401,7 +401,8 @@ def parallel_tsv(folder: Path, rng: random.Random) -> Fuzzed:
     """A table whose columns are named in its first line, behind a byte order mark."""
     good = [b"\t".join((sentence, b"other", b"eins")) for sentence in GOOD_SENTENCES]
     good.append(b"one\t" + b"x" * (MEGABYTES << 20) + b"\teins")
-    bad = [(b"\tother\t".join(p), cause) for s, cause in BAD_SENTENCES for p in ((s, b"eins"), (b"one", s))]
+    of_tab = [(s, "too many columns" if b"\t" in s else cause) for s, cause in BAD_SENTENCES]
+    bad = [(b"\tother\t".join(p), cause) for s, cause in of_tab for p in ((s, b"eins"), (b"one", s))]
     bad += [(b"one", "missing column"), (b"one\tother", "missing column"), (b"\t\t", "empty text")]
     bad += [(b"\xff", "not UTF-8"), (b"\0" * 50, "missing column")]
     content, numbers = strewn(good, [line for line, _ in bad], rng)
