@@ -28,7 +28,7 @@ def invoke():
 
 def test_version_and_commands(invoke) -> None:
     assert invoke("--version").output == f"nemo-emmett, version {__version__}\n"
-    of_data = {"prepare", "index", "blend", "bins", "plan", "oomptimize"}
+    of_data = {"init", "prepare", "index", "blend", "bins", "plan", "oomptimize"}
     assert set(cli.main.commands) == of_data | {"train", "export", "evaluate", "translate", "doctor"}
 
 

@@ -24,6 +24,7 @@ from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.readers.examples import ExampleKind
+from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION
 from nemo_emmett.errors import ModelError
 from nemo_emmett.init.choices import Choices
 from nemo_emmett.init.data_files import DataFile
@@ -69,7 +70,6 @@ class MeasuredSource:
         hours: of speech.
         tokens: of text.
         skipped: records by cause.
-        left_out: examples by the key of the filter.
     """
 
     name: str
@@ -79,7 +79,6 @@ class MeasuredSource:
     hours: float
     tokens: int
     skipped: Mapping[str, int]
-    left_out: Mapping[str, int]
 
     @property
     def holds(self) -> str:
@@ -203,7 +202,6 @@ def _measured(file: DataFile, choices: Choices, index: LengthIndex) -> MeasuredS
         index.size.hours,
         index.size.tokens,
         dict(Counter(skipped.causes()).most_common()),
-        dict(index.filtered),
     )
 
 
@@ -242,6 +240,7 @@ def _with_bins(
         rule=rule,
         examples=len(lengths.inputs),
         counts=tuple(counts.tolist()),
+        left_out={KEYS_OF_FUNCTION.get(name, name): count for name, count in lengths.dropped.items() if count},
     )
 
 
