@@ -82,7 +82,7 @@ def goes_to_console(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def quiet_console(opening: str = "") -> Iterator[None]:
+def quiet_console(opening: str = "", *, stdout_is_output: bool = False) -> Iterator[None]:
     """Print what a user can act on, and hold back the rest for the file that :func:`write_log_file` names.
 
     What was held back is printed if an exception other than an :class:`EmmettError` ends the block and there is no
@@ -90,6 +90,7 @@ def quiet_console(opening: str = "") -> Iterator[None]:
 
     Args:
         opening: printed at once, by rank zero: importing NeMo takes ten seconds.
+        stdout_is_output: the command's result goes to standard output, so the opening and all information go to stderr.
 
     Example::
 
@@ -100,11 +101,11 @@ def quiet_console(opening: str = "") -> Iterator[None]:
     """
     global _routing
     if opening and _routing is None and is_rank_zero():
-        print(opening, flush=True)  # noqa: T201
+        print(opening, file=sys.stderr if stdout_is_output else sys.stdout, flush=True)
     if _routing is not None or os.environ.get(VERBOSE_VARIABLE):
         yield
         return
-    _routing = routing = _Routing()
+    _routing = routing = _Routing(stdout_is_output)
     try:
         yield
     except BaseException as error:
@@ -142,14 +143,15 @@ def is_rank_zero() -> bool:
 class _Console(logging.Handler):
     """Prints records: information on stdout, the rest on stderr, without breaking a progress bar."""
 
-    def __init__(self, level: int) -> None:
+    def __init__(self, level: int, stdout_is_output: bool = False) -> None:
         super().__init__(level)
+        self._on_stdout = -1 if stdout_is_output else logging.INFO
         self.addFilter(goes_to_console)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             sign = "" if record.levelno <= logging.INFO else f"{record.levelname.capitalize()}: "
-            stream = sys.stdout if record.levelno <= logging.INFO else sys.stderr
+            stream = sys.stdout if record.levelno <= self._on_stdout else sys.stderr
             line = f"{sign}{self.format(record).rstrip()}"
             if getattr(tqdm, "_instances", None):  # takes a lock, which a forked worker may find taken forever
                 tqdm.write(line, file=stream)
@@ -179,8 +181,8 @@ class _LogFile(logging.FileHandler):
 class _Routing:
     """The handlers of one :func:`quiet_console`: installed when it is made, removed by :meth:`close`."""
 
-    def __init__(self) -> None:
-        self._console = _Console(logging.INFO if is_rank_zero() else logging.ERROR)
+    def __init__(self, stdout_is_output: bool = False) -> None:
+        self._console = _Console(logging.INFO if is_rank_zero() else logging.ERROR, stdout_is_output)
         self._held_back = MemoryHandler(1, flushLevel=logging.CRITICAL + 1, flushOnClose=False)  # until it has a target
         self._file: logging.Handler | None = None
         self._removed: list[tuple[logging.Logger, logging.Handler]] = []

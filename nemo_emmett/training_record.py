@@ -30,7 +30,8 @@ def record_of_trainer(trainer: Trainer, cfg: DictConfig, best: Mapping[str, Any]
         cfg: the recipe.
         best: ``monitor`` and ``score`` of the checkpoint that is exported, if it is the best one.
     """
-    counts = next((one.counts for one in trainer.callbacks if isinstance(one, TrainedExamples)), Counter())
+    found = [one for one in trainer.callbacks if isinstance(one, TrainedExamples)]
+    counts = (found[0].of_all_ranks or found[0].counts) if found else Counter()
     record = _record(cfg, counts) | {"steps": trainer.global_step, "processes": trainer.world_size}
     return record | ({"validation": {best["monitor"]: round(best["score"], 4)}} if best else {})
 

@@ -28,8 +28,8 @@ def invoke():
 
 def test_version_and_commands(invoke) -> None:
     assert invoke("--version").output == f"nemo-emmett, version {__version__}\n"
-    of_data = {"init", "prepare", "index", "blend", "bins", "plan", "oomptimize"}
-    assert set(cli.main.commands) == of_data | {"train", "export", "evaluate", "translate", "doctor"}
+    of_data = {"prepare", "index", "blend", "bins", "plan", "oomptimize"}
+    assert set(cli.main.commands) == of_data | {"init", "train", "export", "evaluate", "translate", "doctor"}
 
 
 def test_the_version_is_the_one_that_the_changelog_describes() -> None:
@@ -249,6 +249,12 @@ class TestPrepare:
         assert calls == [(tmp_path, expected, 2)]
         assert "train: 12 items, 24 recordings, 0.75 hours (written)" in done.output
         assert "test: 4 items, 8 recordings, 0.03 hours (written)" in done.output
+
+    def test_corpora_are_named_as_their_commands(self, invoke) -> None:
+        for name, said in (("nothing", "europarl-st, fleurs, mtedx, must-c."), ("must_d", "did you mean 'must-c'?")):
+            sentence = invoke("prepare", name).stderr.splitlines()[0]
+            assert sentence.startswith(f"Error: '{name}' is no corpus that can be prepared; ")
+            assert sentence.endswith(said)
 
     def test_an_unknown_language_is_one_sentence(self, invoke, tmp_path: Path) -> None:
         done = invoke("prepare", "phrasebook", tmp_path, "--languages", "en,xx")

@@ -127,10 +127,10 @@ def test_mistakes_are_refused_before_anything_heavy_is_imported(tmp_path: Path) 
     assert not modules_after(code) & {"torch", "nemo", "lightning", "lhotse"}
     said = json.loads((tmp_path / "said.json").read_text())
     for line, (exit_code, output) in said.items():
-        sentence, _, _page = output.partition("\nSee docs/how-to/")
-        assert (exit_code, sentence.strip().count("\n")) == (2, 0), (line, output)
+        sentence, *more = output.splitlines()
+        assert (exit_code, [one.strip().partition(" ")[0] for one in more]) in ((2, []), (2, ["See"])), (line, output)
         assert output.startswith("Error: "), (line, output)
-        assert REFUSALS[line] in output, line
+        assert REFUSALS[line] in sentence, line
 
 
 def test_the_check_sees_what_is_imported() -> None:

@@ -16,11 +16,12 @@ Direction = tuple[str, str | None, str | None]
 class TrainedExamples(Callback):
     """Counts the examples of a training by modality and direction, over all ranks and over resumed runs.
 
-    A checkpoint holds the counts of rank 0, which a resumed run continues on every rank.
+    A checkpoint holds the counts of rank 0, which a resumed run continues on every rank: all ranks have about the same.
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[Direction] = Counter()
+        self.counts: Counter[Direction] = Counter()  # of this rank
+        self.of_all_ranks: Counter[Direction] | None = None  # once the training has ended
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -31,11 +32,11 @@ class TrainedExamples(Callback):
                 self.counts[example["modality"], example["source_lang"], example["target_lang"]] += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add up the counts of all ranks."""
+        """Add up the counts of all ranks; checkpoints that are written after this still hold those of rank 0."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             of_ranks: list[Counter[Direction]] = [Counter()] * dist.get_world_size()
             dist.all_gather_object(of_ranks, self.counts)
-            self.counts = sum(of_ranks, Counter())
+            self.of_all_ranks = sum(of_ranks, Counter())
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far."""

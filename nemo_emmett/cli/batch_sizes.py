@@ -10,9 +10,9 @@ import click
 from nemo_emmett.cli.parameters import (
     BETWEEN_0_AND_1,
     FILE,
-    announce_loading,
     bucket_options,
     limit_option,
+    loading,
     recipe_arguments,
     together,
 )
@@ -70,11 +70,11 @@ def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
 
     recipe = _needed(config, overrides, reads_data=options["predict_epoch"])
     check_new_profile(options["profile"])
-    announce_loading("the model")
-    from nemo_emmett.planning import oomptimize
-    from nemo_emmett.training import build_training
+    with loading("the model"):
+        from nemo_emmett.planning import oomptimize
+        from nemo_emmett.training import build_training
 
-    oomptimize(recipe, build_training, **options)
+        oomptimize(recipe, build_training, **options)
 
 
 @click.command(short_help="Find the batch size of every bucket for a device that need not be here.")
@@ -94,11 +94,11 @@ def plan(config: str, overrides: Sequence[str], **options: Any) -> None:
     recipe = _needed(config, overrides, reads_data=options["optimise_bins"])
     check_memory_is_given(options["memory"])
     check_new_profile(options["profile"])
-    announce_loading("the model's architecture")
-    from nemo_emmett.planning import plan
-    from nemo_emmett.training import build_training
+    with loading("the model's architecture"):
+        from nemo_emmett.planning import plan
+        from nemo_emmett.training import build_training
 
-    plan(recipe, build_training, **options)
+        plan(recipe, build_training, **options)
 
 
 def _needed(config: str, overrides: Sequence[str], reads_data: bool) -> DictConfig:

@@ -11,10 +11,10 @@ import click
 from nemo_emmett.cli.parameters import (
     COUNT,
     FILE,
-    announce_loading,
     bucket_options,
     index_dir_option,
     limit_option,
+    loading,
     recipe_arguments,
     section_option,
     tokenizer_option,
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
     from nemo_emmett.planning.blend_report import Recipe
 
 
-def _check_early(content: DictConfig | ListConfig, config: str, section: str | None) -> None:
-    """Check what can be checked of the dataset without importing NeMo."""
+def _composed(config: str, overrides: Sequence[str], section: str | None) -> DictConfig | ListConfig:
+    """The config, its dataset checked as far as that is possible without importing NeMo."""
     from omegaconf import ListConfig, OmegaConf
 
     from nemo_emmett.early_checks import check_dataset_files, refuse_empty_paths
     from nemo_emmett.planning.needed import place_of_dataset
+    from nemo_emmett.runner import compose_data
 
+    content = compose_data(config, overrides)
     if isinstance(content, ListConfig):
         dataset, place = content, f"{Path(config).stem}.input_cfg"
     elif found := place_of_dataset(content, section, config):
@@ -41,17 +43,13 @@ def _check_early(content: DictConfig | ListConfig, config: str, section: str | N
         dataset, place = content, Path(config).stem
     refuse_empty_paths(dataset, place)
     check_dataset_files(dataset, place, in_dataset=True)
+    return content
 
 
 def _read_data(
-    config: str, overrides: Sequence[str], section: str | None, given: Mapping[str, Any] | None = None
+    content: DictConfig | ListConfig, config: str, section: str | None, given: Mapping[str, Any] | None = None
 ) -> tuple[Recipe, Any]:
     """The dataset of a command, with its model's defaults, and the model's tokenizer."""
-    from nemo_emmett.runner import compose_data
-
-    content = compose_data(config, overrides)
-    _check_early(content, config, section)
-    announce_loading("the data's readers" if "model" not in content else "the model's tokenizer")
     from nemo_emmett.data.checks import check_files
     from nemo_emmett.planning.blend_report import read_recipe
     from nemo_emmett.planning.known_by_model import known_by_model
@@ -79,11 +77,13 @@ def index(
     (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read. Ended and started again, it goes on
     where it was.
     """
-    recipe, of_model = _read_data(config, overrides, section)
-    from nemo_emmett.planning.bins_report import tokenizer_of
-    from nemo_emmett.planning.index_report import print_index
+    content = _composed(config, overrides, section)
+    with loading("the data's readers"):
+        recipe, of_model = _read_data(content, config, section)
+        from nemo_emmett.planning.bins_report import tokenizer_of
+        from nemo_emmett.planning.index_report import print_index
 
-    print_index(recipe.dataset, tokenizer=tokenizer_of(recipe, tokenizer, of_model), index_dir=index_dir)
+        print_index(recipe.dataset, tokenizer=tokenizer_of(recipe, tokenizer, of_model), index_dir=index_dir)
 
 
 @click.command(short_help="Show each part of the data: its size, its share, and how often it is repeated.")
@@ -98,11 +98,13 @@ def blend(config: str, overrides: Sequence[str], section: str | None, tokenizer:
     CONFIG is a recipe (a YAML file, or the name of one of nemo_emmett), the config of a dataset, or a list of sources
     (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read.
     """
-    recipe, of_model = _read_data(config, overrides, section)
-    from nemo_emmett.planning.bins_report import tokenizer_of
-    from nemo_emmett.planning.blend_report import print_blend
+    content = _composed(config, overrides, section)
+    with loading("the data's readers"):
+        recipe, of_model = _read_data(content, config, section)
+        from nemo_emmett.planning.bins_report import tokenizer_of
+        from nemo_emmett.planning.blend_report import print_blend
 
-    print_blend(recipe, tokenizer=tokenizer_of(recipe, tokenizer, of_model), **options)
+        print_blend(recipe, tokenizer=tokenizer_of(recipe, tokenizer, of_model), **options)
 
 
 @click.command(short_help="Find the bins of least padding for the data, and show what they save.")
@@ -130,10 +132,12 @@ def bins(config: str, overrides: Sequence[str], section: str | None, tokenizer: 
     """
     output, seconds = options.pop("output"), options.pop("token_equivalent_duration")
     given = {"token_equivalent_duration": seconds} if seconds else {}
-    recipe, of_model = _read_data(config, overrides, section, given)
-    from nemo_emmett.planning.bins_report import bins_of_dataset, draw_bins, print_bins, tokenizer_of
+    content = _composed(config, overrides, section)
+    with loading("the data's readers"):
+        recipe, of_model = _read_data(content, config, section, given)
+        from nemo_emmett.planning.bins_report import bins_of_dataset, draw_bins, print_bins, tokenizer_of
 
-    groups = bins_of_dataset(recipe.dataset, tokenizer_of(recipe, tokenizer, of_model), **options)
-    print_bins(groups)
-    if output is not None:
-        draw_bins(groups, output)
+        groups = bins_of_dataset(recipe.dataset, tokenizer_of(recipe, tokenizer, of_model), **options)
+        print_bins(groups)
+        if output is not None:
+            draw_bins(groups, output)

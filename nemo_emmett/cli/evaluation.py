@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nemo_emmett.cli.parameters import COUNT, FOLDER, MODEL, PATH, announce_loading, trust_argument, trust_option
+from nemo_emmett.cli.parameters import COUNT, FOLDER, MODEL, PATH, loading, trust_argument, trust_option
 from nemo_emmett.corpora.commands import Names
 
 
@@ -42,7 +42,7 @@ def evaluate(model: Path, config: Path, trust_remote_code: bool, **options: Any)
     from nemo_emmett.evaluation.recipe import check_evaluation
 
     check_evaluation(config, model, options)
-    announce_loading("the model")
-    from nemo_emmett.evaluation import evaluate_recipe
+    with loading("the model"):
+        from nemo_emmett.evaluation import evaluate_recipe
 
-    evaluate_recipe(config, model, **options, **trust_argument(trust_remote_code))
+        evaluate_recipe(config, model, **options, **trust_argument(trust_remote_code))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nemo_emmett.cli.parameters import FOLDER, announce_loading
+from nemo_emmett.cli.parameters import FOLDER, loading
 
 
 @click.command(short_help="Check the installation and this machine, and show what is missing and what it would enable.")
@@ -17,9 +17,9 @@ def doctor(output: Path, as_json: bool) -> None:
 
     The exit code is 1 if nemo_emmett cannot be used as it is. What is missing for one purpose alone does not count.
     """
-    announce_loading("all that it uses")
-    from rich.console import Console
+    with loading("all that it uses"):
+        from rich.console import Console
 
-    from nemo_emmett.doctor import report
+        from nemo_emmett.doctor import report
 
-    raise SystemExit(report(Console(), output, as_json))
+        raise SystemExit(report(Console(), output, as_json))

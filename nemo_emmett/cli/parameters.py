@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import click
 
 from nemo_emmett.corpora.commands import NamedPath
+from nemo_emmett.run_log import quiet_console
 
 
 def together(*parameters: Callable[[Callable], Callable]) -> Callable[[Callable], Callable]:
@@ -64,10 +65,10 @@ trust_option = click.option(
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 
 
-def announce_loading(what: str) -> None:
-    """Print what a command waits for, from the first of its processes, before it imports NeMo."""
-    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
-        click.echo(f"Loading NeMo and {what}, which takes about 15 seconds ...", err=True)
+def loading(what: str) -> AbstractContextManager[None]:
+    """Print what a command waits for, before it imports NeMo, and keep what the libraries log off the console."""
+    opening = f"Loading NeMo and {what}, which takes about 15 seconds ..."
+    return quiet_console(opening, stdout_is_output=True)
 
 
 def warn(sentence: str) -> None:

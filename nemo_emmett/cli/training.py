@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from nemo_emmett.cli.parameters import PATH, RECIPE, announce_loading
+from nemo_emmett.cli.parameters import PATH, RECIPE, loading
 
 
 @click.command(short_help="Train the model of a recipe, or resume its training.")
@@ -52,8 +52,8 @@ def export(checkpoint: Path, folder: Path, config: str | None) -> None:
     check_checkpoint(checkpoint, has_recipe=config is not None)
     recipe = None if config is None else compose_recipe(config)
     check_writable(folder, "FOLDER")
-    announce_loading("the checkpoint")
-    from nemo_emmett.exporting import export_checkpoint
+    with loading("the checkpoint"):
+        from nemo_emmett.exporting import export_checkpoint
 
-    export_checkpoint(checkpoint, folder, recipe)
-    click.echo(f"The model of {checkpoint} is in {folder}")
+        export_checkpoint(checkpoint, folder, recipe)
+        click.echo(f"The model of {checkpoint} is in {folder}")

@@ -14,7 +14,7 @@ from nemo_emmett.cli.parameters import (
     COUNT,
     FILE,
     MODEL,
-    announce_loading,
+    loading,
     overwrite_option,
     trust_argument,
     trust_option,
@@ -125,16 +125,16 @@ def translate(
     config = check_exported(model)
     if target_lang is not None and (sentence := untrained_warning(config, [target_lang])):
         warn(f"--to: {sentence}")
-    announce_loading("the model")
-    from nemo_emmett.models import load
+    with loading("the model"):
+        from nemo_emmett.models import load
 
-    loaded = load(model, **trust_argument(trust_remote_code)).to(_device(device))
-    if STDIN in inputs and sys.stdin.isatty():
-        click.echo("Enter a text on each line; end with Ctrl-D.", err=True)
-    window = _window(options["batch_size"], is_live=STDIN in inputs)
-    given = {name: value for name, value in options.items() if value is not None}
-    failed = _write(loaded, requests, window, given, output, format_of(output, format_), target_lang is None)
-    raise SystemExit(int(failed))
+        loaded = load(model, **trust_argument(trust_remote_code)).to(_device(device))
+        if STDIN in inputs and sys.stdin.isatty():
+            click.echo("Enter a text on each line; end with Ctrl-D.", err=True)
+        window = _window(options["batch_size"], is_live=STDIN in inputs)
+        given = {name: value for name, value in options.items() if value is not None}
+        failed = _write(loaded, requests, window, given, output, format_of(output, format_), target_lang is None)
+        raise SystemExit(int(failed))
 
 
 def _write(

@@ -37,8 +37,8 @@ _MODELS = ("salm_t5", "salm_gpt", "bestow_gpt")
 )
 @click.option("--dev", multiple=True, metavar="FILE", help="To validate on: as --data.")
 @click.option("--dev-text", nargs=2, multiple=True, metavar="SOURCE TARGET", help="To validate on: as --text.")
-@click.option("--from", "source_lang", help="Language of the source, such as en.  [default: as the data has it]")
-@click.option("--to", "target_lang", help="Language of the translation, such as de.  [default: as the data has it]")
+@click.option("--from", "source_lang", help="Language of the source, such as en.  [default: that of the data]")
+@click.option("--to", "target_lang", help="Language of the translation, such as de.  [default: that of the data]")
 @click.option(
     "--column",
     multiple=True,
@@ -47,8 +47,8 @@ _MODELS = ("salm_t5", "salm_gpt", "bestow_gpt")
     "by number from 0 without a header; may be repeated.  [default: usual names]",
 )
 @click.option("--audio-dir", help="Folder of the recordings that a TSV names.  [default: the TSV's]")
-@click.option("--backbone", help="Language model: a Hugging Face folder or name; required.")
-@click.option("--encoder", help="Speech encoder: a .nemo file, or the name of a NeMo ASR model; required for speech.")
+@click.option("--backbone", help="Language model: a Hugging Face folder or name.  [default: asked for]")
+@click.option("--encoder", help="Speech encoder: a .nemo file, or the name of a NeMo ASR model.  [default: asked for]")
 @click.option(
     "--model",
     type=click.Choice(_MODELS),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from nemo_emmett.callbacks.trained_examples import TrainedExamples, counts_of
-from nemo_emmett.training_record import record_of_checkpoint
+from nemo_emmett.training_record import record_of_checkpoint, record_of_trainer
 
 
 def examples(modality: str, *directions: tuple[str | None, str]) -> dict:
@@ -53,10 +54,15 @@ def test_counts_of_all_ranks_are_added_up(callback: TrainedExamples, monkeypatch
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", gather)
+    state = callback.state_dict()
     callback.on_train_end(None, None)
-    assert callback.counts["text", "de", "en"] == 3
-    assert callback.counts["audio", "fr", "de"] == 7
-    assert sum(callback.counts.values()) == 13
+    assert callback.of_all_ranks["text", "de", "en"] == 3
+    assert callback.of_all_ranks["audio", "fr", "de"] == 7
+    assert sum(callback.of_all_ranks.values()) == 13
+    assert callback.state_dict() == state, "each rank would continue the sum"
+    trainer = SimpleNamespace(callbacks=[callback], global_step=4, world_size=2)
+    record = record_of_trainer(trainer, OmegaConf.create({}))
+    assert (record["examples"], record["processes"]) == ({"audio": 9, "text": 4}, 2)
 
 
 def test_the_record_of_a_checkpoint(callback: TrainedExamples) -> None:
