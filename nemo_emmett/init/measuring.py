@@ -139,8 +139,8 @@ def _draft(choices: Choices) -> RecipeContent:
     if (target == "salm_t5") != llm.is_encoder_decoder:
         wanted, given = ("a decoder-only model", "an encoder-decoder")[:: 1 if llm.is_encoder_decoder else -1]
         raise ConfigError(
-            f"--model: '{target}' is built on {wanted}, and '{choices.backbone}' is {given} ({llm.model_type}); leave it "
-            "out, or choose another backbone."
+            f"--model: '{target}' is built on {wanted}, and '{choices.backbone}' is {given} ({llm.model_type}); leave "
+            "it out, or choose another backbone."
         )
     width = None
     if choices.encoder is not None:

@@ -256,8 +256,8 @@ def test_a_model_of_the_other_kind_of_backbone(folder: Path, tiny_t5: Path) -> N
     text = ("--text", folder / "text.en", folder / "text.de")
     sentence = sentence_of(run("r.yaml", *text, "--backbone", tiny_t5, "--model", "salm_gpt"))
     assert sentence == (
-        f"--model: 'salm_gpt' is built on a decoder-only model, and '{tiny_t5}' is an encoder-decoder (t5); leave it out, "
-        "or choose another backbone."
+        f"--model: 'salm_gpt' is built on a decoder-only model, and '{tiny_t5}' is an encoder-decoder (t5); leave it "
+        "out, or choose another backbone."
     )
 
 
