@@ -203,7 +203,7 @@ def _measured(file: DataFile, choices: Choices, index: LengthIndex) -> MeasuredS
     return MeasuredSource(
         file.name,
         tuple(language or "by record" for language in languages),
-        skipped.read_count,
+        index.num_records,
         index.size.examples,
         index.size.hours,
         index.size.tokens,
