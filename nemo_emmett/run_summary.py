@@ -250,7 +250,7 @@ def _data_table(groups: Sequence[GroupFacts]) -> Table:
         for number, source in enumerate(group.config.sources):
             key = (group.config.name or ("text" if source.is_text else "speech"), _languages(source))
             size = group.indexes[number].size if group.indexes else None
-            records = int(group.indexes[number].shard_sizes.sum()) if group.indexes else None
+            records = group.indexes[number].num_records if group.indexes else None
             share = group.shares[number] if group.shares else None
             old = added.setdefault(key, [0, 0, Size(), 0.0])
             new = (1, records, size, share)

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from lightning.pytorch.callbacks import Timer
 from omegaconf import OmegaConf
@@ -149,7 +148,7 @@ def group(section: dict, **facts) -> GroupFacts:
 
 
 def index(records: int, size: Size) -> SimpleNamespace:
-    return SimpleNamespace(shard_sizes=np.array([records]), size=size)
+    return SimpleNamespace(num_records=records, size=size)
 
 
 def shown(table) -> list[list[str]]:

@@ -72,7 +72,7 @@ def describe_file(path: str, option: str, columns: Mapping[str, str], audio_dir:
         ConfigError: if a column is missing.
     """
     first = _first_file(path, option)
-    suffix = Path(first.removesuffix(".gz")).suffix.lower()
+    suffix = Path(first.removesuffix(".gz")).suffix
     lines = _first_lines(first, option)
     if suffix == ".tsv":
         return _tsv(path, first, lines, columns, audio_dir)

@@ -244,11 +244,21 @@ def test_a_recipe_that_cannot_be_built_is_kept(folder: Path, tiny_t5: Path, monk
         raise ConfigError("trainer.devices: 0 cannot be used.")
 
     monkeypatch.setattr(writing, "build_training", refuse)
-    done = run("r.yaml", "--text", folder / "text.en", folder / "text.de", "--backbone", tiny_t5)
+    Path("r.yaml").write_text("seed: 1\n")
+    done = run("r.yaml", "--force", "--text", folder / "text.en", folder / "text.de", "--backbone", tiny_t5)
     sentence = sentence_of(done)
     assert sentence == "'r.yaml' is written, but cannot be trained as it is: trainer.devices: 0 cannot be used."
     entry = compose_recipe("r.yaml").data.train_ds.text.input_cfg[0]
     assert (entry.source_lang, entry.target_lang) == ("en", "de")  # by the ends of the names
+
+
+def test_a_model_of_the_other_kind_of_backbone(folder: Path, tiny_t5: Path) -> None:
+    text = ("--text", folder / "text.en", folder / "text.de")
+    sentence = sentence_of(run("r.yaml", *text, "--backbone", tiny_t5, "--model", "salm_gpt"))
+    assert sentence == (
+        f"--model: 'salm_gpt' is built on a decoder-only model, and '{tiny_t5}' is an encoder-decoder (t5); leave it "
+        "out, or choose another backbone."
+    )
 
 
 PAIR = ["--text", "a.en", "a.de"]
