@@ -19,7 +19,7 @@ from nemo_emmett.data.lengths.counting import Size
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.exporting import BestCheckpoint
 from nemo_emmett.recipe_checks import mistakes_in_fit
-from nemo_emmett.run_summary import GroupFacts, _batch_rows, _data_table
+from nemo_emmett.run_summary import GroupFacts, RunSummary, _batch_rows, _data_table, _table
 
 from .test_train_command import table_of
 
@@ -101,6 +101,16 @@ def test_an_exception_passes_after_the_table(recipe, at_step, capfd, tmp_path) -
     (last,) = (tmp_path / "exp" / "checkpoints").glob("*-last.ckpt")
     override = shlex.quote(f'++exp_manager.resume_from_checkpoint="{last}"')
     assert f"saved{last}resumeadd{override}tothecommand" in printed
+
+
+def test_a_fault_of_the_summary_does_not_hide_that_of_the_training(recipe, at_step, monkeypatch) -> None:
+    def fail(self, trainer) -> None:
+        raise ZeroDivisionError("a fault")
+
+    at_step(1, fail)
+    monkeypatch.setattr(RunSummary, "_end_rows", lambda *_: 1 / 0.0)
+    with pytest.raises(ZeroDivisionError, match="a fault"):
+        training.train(OmegaConf.create(recipe))
 
 
 def test_out_of_time(recipe, at_step, capfd, tmp_path, monkeypatch) -> None:
@@ -194,6 +204,10 @@ def test_an_n_way_source_names_its_directions() -> None:
     rows = shown(_data_table([group({"input_cfg": [all_pairs, to_english], "batch_size": 4})]))
     assert rows[1] == ["text", "all", "of", "en,de,fr", "1"]
     assert rows[2] == ["text", "de,fr", "to", "en,de", "1"]
+
+
+def test_brackets_in_a_path_are_no_markup() -> None:
+    assert shown(_table([("log", "runs/[bold]/a.log")])) == [["log", "runs/[bold]/a.log"]]
 
 
 def test_batches_and_buckets() -> None:
