@@ -398,7 +398,7 @@ class TestDoctor:
         monkeypatch.setattr(doctor, "EXTRAS", {"demo": ("yaml", "surely_not_installed")})
         (finding,) = doctor._extras()
         assert (finding.value, finding.fatal) == ("missing: surely_not_installed", False)
-        assert "nemo_emmett[demo]" in finding.remedy
+        assert "nemo_emmett[synthesis]" in finding.remedy
         console = Console(record=True, width=200)
         doctor.report(console)
         assert finding.remedy in console.export_text(), "brackets are text, not markup"

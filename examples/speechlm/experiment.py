@@ -70,7 +70,7 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
                 parser.error(
                     f"--captions: there is no {options.captions / name}; give a folder with Multi30k's raw text"
                 )
-    for module, extra in {"espeakng_loader": "demo", "num2words": "demo", "matplotlib": "report"}.items():
+    for module, extra in {"espeakng_loader": "synthesis", "num2words": "synthesis", "matplotlib": "charts"}.items():
         if find_spec(module) is None:
             parser.error(f"'{module}' is not installed; run: pip install 'nemo_emmett[{extra}]'")
 
