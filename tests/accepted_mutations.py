@@ -42,12 +42,6 @@ ACCEPTED = (
     ),
     Accepted(
         "run",
-        f"exp_manager.* {_CHECKPOINTS}.*path {_CHECKPOINTS}.filename {_CHECKPOINTS}.p*fix",
-        "empty text",
-        "NeMo takes its default for an empty name, and resumes from no empty path",
-    ),
-    Accepted(
-        "run",
         f"{_CHECKPOINTS}.monitor {_EXPERIMENT}.early_stopping_callback_params.monitor trainer.callbacks.0.monitor",
         _TEXTS,
         "which scores there are is known after the first validation, which ends with a sentence",

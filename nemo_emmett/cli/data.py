@@ -26,21 +26,26 @@ if TYPE_CHECKING:
     from nemo_emmett.planning.blend_report import Recipe
 
 
-def _composed(config: str, overrides: Sequence[str], section: str | None) -> DictConfig | ListConfig:
+def _composed(
+    config: str, overrides: Sequence[str], section: str | None, tokenizer: str | None
+) -> DictConfig | ListConfig:
     """The config, its dataset checked as far as that is possible without importing NeMo."""
     from omegaconf import ListConfig, OmegaConf
 
+    from nemo_emmett.data.config.section import escaped, plain
     from nemo_emmett.early_checks import check_dataset_files, refuse_empty_paths
-    from nemo_emmett.planning.needed import place_of_dataset
+    from nemo_emmett.planning.needed import find_dataset, no_tokenizer
     from nemo_emmett.runner import compose_data
 
     content = compose_data(config, overrides)
     if isinstance(content, ListConfig):
-        dataset, place = content, f"{Path(config).stem}.input_cfg"
-    elif found := place_of_dataset(content, section, config):
-        dataset, place = OmegaConf.select(content, found), found
+        place, keys = f"{Path(config).stem}.input_cfg", plain(content, config, throw_on_missing=True)
     else:
-        dataset, place = content, Path(config).stem
+        found, keys = find_dataset(content, section, config)
+        place = found or Path(config).stem
+    if tokenizer is not None and not Path(tokenizer).exists():
+        raise no_tokenizer(tokenizer)
+    dataset = OmegaConf.create(escaped(keys))
     refuse_empty_paths(dataset, place)
     check_dataset_files(dataset, place, in_dataset=True)
     return content
@@ -77,7 +82,7 @@ def index(
     (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read. Ended and started again, it goes on
     where it was.
     """
-    content = _composed(config, overrides, section)
+    content = _composed(config, overrides, section, tokenizer)
     with loading("the data's readers"):
         recipe, of_model = _read_data(content, config, section)
         from nemo_emmett.planning.bins_report import tokenizer_of
@@ -98,7 +103,7 @@ def blend(config: str, overrides: Sequence[str], section: str | None, tokenizer:
     CONFIG is a recipe (a YAML file, or the name of one of nemo_emmett), the config of a dataset, or a list of sources
     (input_cfg); KEY=VALUE overrides a key of it, as for train. No audio is read.
     """
-    content = _composed(config, overrides, section)
+    content = _composed(config, overrides, section, tokenizer)
     with loading("the data's readers"):
         recipe, of_model = _read_data(content, config, section)
         from nemo_emmett.planning.bins_report import tokenizer_of
@@ -132,7 +137,7 @@ def bins(config: str, overrides: Sequence[str], section: str | None, tokenizer: 
     """
     output, seconds = options.pop("output"), options.pop("token_equivalent_duration")
     given = {"token_equivalent_duration": seconds} if seconds else {}
-    content = _composed(config, overrides, section)
+    content = _composed(config, overrides, section, tokenizer)
     with loading("the data's readers"):
         recipe, of_model = _read_data(content, config, section, given)
         from nemo_emmett.planning.bins_report import bins_of_dataset, draw_bins, print_bins, tokenizer_of

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from nemo.collections.common.tokenizers import AutoTokenizer, SentencePieceTokenizer
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +25,7 @@ from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import is_local
 from nemo_emmett.data.lengths.counting import Size, TokenCounter
 from nemo_emmett.data.readers.registry import register_data_types
-from nemo_emmett.errors import ConfigError
-from nemo_emmett.planning.needed import look_up, place_of_dataset
+from nemo_emmett.planning.needed import find_dataset, look_up, no_tokenizer
 
 DEFAULT_STEPS = 1_000
 """Looked ahead where neither the user nor the recipe says how long the training is."""
@@ -76,12 +75,7 @@ def read_recipe(
     if isinstance(content, ListConfig):
         entries = plain(content, str(path), throw_on_missing=True)
         return Recipe(parse_dataset(config_of({**defaults, "input_cfg": entries}), path.stem))
-    section = place_of_dataset(content, section, path)
-    found = OmegaConf.select(content, section) if section else content
-    keys = plain(found, section or str(path), throw_on_missing=True)
-    if "datasets" in keys:
-        names = ", ".join(f"{section}.datasets.{name}".lstrip(".") for name in keys["datasets"])
-        raise ConfigError(f"--section: '{section or path}' holds several datasets; choose one of {names}.")
+    section, keys = find_dataset(content, section, path)
     devices, folder = look_up(content, "trainer.devices"), look_up(content, "model.pretrained_llm")
     processes = len(devices) if isinstance(devices, ListConfig) else _positive(devices) or 1
     processes *= _positive(look_up(content, "trainer.num_nodes")) or 1
@@ -110,9 +104,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
             return SentencePieceTokenizer(str(path))
         return AutoTokenizer(str(path), use_fast=True)
     except Exception as error:  # each library raises its own kind
-        raise ConfigError(
-            f"--tokenizer: '{path}' is neither a SentencePiece model (.model) nor a folder with a tokenizer."
-        ) from error
+        raise no_tokenizer(path) from error
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from nemo_emmett.data.config.section import plain
 from nemo_emmett.early_checks import SOURCE_PATHS
 from nemo_emmett.errors import ConfigError, Help
 
@@ -99,8 +100,15 @@ def look_up(content: DictConfig, key: str) -> Any:
         return None
 
 
-def place_of_dataset(content: DictConfig, section: str | None, path: str | os.PathLike[str]) -> str:
-    """The place of the dataset that a config describes; the empty one is the whole file.
+def no_tokenizer(path: str | os.PathLike[str]) -> ConfigError:
+    """The error for a path of ``--tokenizer`` that holds none."""
+    return ConfigError(
+        f"--tokenizer: '{path}' is neither a SentencePiece model (.model) nor a folder with a tokenizer."
+    )
+
+
+def find_dataset(content: DictConfig, section: str | None, path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """The place of the dataset that a config describes, empty for the whole file, and its keys.
 
     Args:
         content: a recipe, or the config of a dataset.
@@ -108,8 +116,17 @@ def place_of_dataset(content: DictConfig, section: str | None, path: str | os.Pa
         path: of the config, for messages.
 
     Raises:
-        ConfigError: if there is no such section.
+        ConfigError: if there is no such section, it holds several datasets, or refers to what is missing.
     """
+    place = _place_of_dataset(content, section, path)
+    keys = plain(OmegaConf.select(content, place) if place else content, place or str(path), throw_on_missing=True)
+    if "datasets" in keys:
+        names = ", ".join(f"{place}.datasets.{name}".lstrip(".") for name in keys["datasets"])
+        raise ConfigError(f"--section: '{place or path}' holds several datasets; choose one of {names}.")
+    return place, keys
+
+
+def _place_of_dataset(content: DictConfig, section: str | None, path: str | os.PathLike[str]) -> str:
     if section is not None:
         if not isinstance(look_up(content, section), DictConfig):
             raise ConfigError(f"--section: '{path}' has no section '{section}'; its sections are {', '.join(content)}.")

@@ -476,7 +476,7 @@ class TestCommand:
                 ["--section", "data.validation_ds"],
                 "choose one of data.validation_ds.datasets.dev.",
             ),
-            ([{"type": "nemo", "manifest_filepath": "gone.json"}], [], "gone.json: cannot be read"),
+            ([{"type": "nemo", "manifest_filepath": "gone.json"}], [], "there is no file 'gone.json'"),
             ([{"type": "nemo", "manifest_filepath": "a.json"}], ["--tokenizer", "gone"], "--tokenizer: 'gone' is"),
         ],
     )
