@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from contextlib import redirect_stdout
@@ -44,7 +45,7 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> SpeechTextMo
     if not (folder / SAFETENSORS_SINGLE_FILE).is_file():
         raise ModelError(f"'{folder}' has no {SAFETENSORS_SINGLE_FILE}, so it is no complete export; export it again.")
     # huggingface_hub prints where it reads from; standard output belongs to the translations.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(io.StringIO()):
         return model_class.from_pretrained(str(folder), trust_remote_code=trust_remote_code).eval()
 
 
