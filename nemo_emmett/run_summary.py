@@ -266,18 +266,21 @@ def _data_table(groups: Sequence[GroupFacts]) -> Table:
         rest = [values for _, values in shown[DATA_ROWS - 1 :]]
         total = [None if None in values else sum(values[1:], values[0]) for values in zip(*rest, strict=True)]
         shown[DATA_ROWS - 1 :] = [(("others", f"{len(rest)} more pairs"), [*total[:3], None])]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("data", overflow="fold")
-    table.add_column("languages", overflow="fold")
-    for title in ("sources", "records", "examples", "speech", "tokens", "share"):
-        table.add_column(title, justify="right")
+    rows = []
     for (name, languages), (sources, records, size, share) in shown:
-        known = "" if size is None else f"{size.examples:,}"
-        speech = _duration(size.seconds) if size is not None and size.seconds else ""
-        tokens = _count(size.tokens) if size is not None and size.tokens else ""
+        sizes = ["", "", ""]
+        if size is not None:
+            speech = _duration(size.seconds) if size.seconds else ""
+            sizes = [f"{size.examples:,}", speech, _count(size.tokens) if size.tokens else ""]
         of_records = "" if records is None else f"{records:,}"
-        of_group = "" if share is None else f"{share:.1%}"
-        table.add_row(Text(name), Text(languages), f"{sources:,}", of_records, known, speech, tokens, of_group)
+        rows.append((name, languages, f"{sources:,}", of_records, *sizes, "" if share is None else f"{share:.1%}"))
+    titles = ("data", "languages", "sources", "records", "examples", "speech", "tokens", "share")
+    known = [number for number in range(len(titles)) if any(row[number] for row in rows)]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number in known:
+        table.add_column(titles[number], justify="left" if number < 2 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(row[number]) for number in known))
     return table
 
 

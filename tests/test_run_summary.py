@@ -191,7 +191,8 @@ def test_many_pairs_are_cut_and_what_is_not_known_is_left_out() -> None:
         for n in range(9)
     ]
     of = group({"input_cfg": entries, "batch_size": 4, "use_multimodal_sampling": True})
-    rows = shown(_data_table([of]))[1:]
+    titles, *rows = shown(_data_table([of]))
+    assert titles == ["data", "languages", "sources"]
     assert rows[0] == ["text", "en-x0", "1"]
     assert rows[-1] == ["others", "4", "more", "pairs", "4"]
     assert len(rows) == 6
