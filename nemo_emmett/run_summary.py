@@ -313,13 +313,15 @@ def _batch_rows(dataset: DatasetConfig, groups: Sequence[GroupFacts]) -> Rows:
     for group in groups:
         config = group.config
         unit = "tokens" if config.use_multimodal_sampling else "s"
+        if len(group.bins) and isinstance(group.bins[0], Sequence):
+            unit = f"input x output {unit}" if config.use_multimodal_sampling else f"{unit} x output tokens"
         limits = [f"{config.batch_tokens:,} tokens"] if config.batch_tokens else []
         limits += [f"{config.batch_duration:g} s"] if config.batch_duration else []
         limits += [f"{config.batch_size:,} examples"] if config.batch_size and not config.bucket_batch_size else []
         if group.batch_sizes:
             limits = [f"{_several(list(dict.fromkeys(group.batch_sizes)))} examples"]
-        buckets = f"{len(group.bins)} buckets" if config.bucket_batch_size else f"{len(group.bins) + 1} buckets"
-        edges = f", {buckets} at {_several(group.bins)} {unit}" if len(group.bins) else ""
+        buckets = len(group.bins) + (not config.bucket_batch_size)
+        edges = f", {buckets} bucket{'s' * (buckets != 1)} at {_several(group.bins)} {unit}" if len(group.bins) else ""
         yield f"{config.name} batch".lstrip(), f"{' or '.join(limits) or 'of a size that NeMo sets'}{edges}"
 
 

@@ -104,9 +104,9 @@ def train(cfg: DictConfig) -> LightningModule:
         trainer, model = training.trainer, training.model
         lock_folders(cfg, locks)
         check_space(trainer, model, cfg.get("export_dir"))
-        _check_scores(cfg, training)
+        has_warned = _check_scores(cfg, training)
         summary = _report_run(cfg, trainer)
-        trainer.callbacks[:0] = [recipe, best, TrainedExamples(), ValidateAtEpochEnd()]
+        trainer.callbacks[:0] = [recipe, best, TrainedExamples(), ValidateAtEpochEnd(warns=not has_warned)]
         if not any(isinstance(callback, StopOnSignal) for callback in trainer.callbacks):
             trainer.callbacks.append(StopOnSignal())
         with summary.around(trainer, model, best):
@@ -137,12 +137,16 @@ def _report_run(cfg: DictConfig, trainer: Trainer) -> RunSummary:
     return summary
 
 
-def _check_scores(cfg: DictConfig, training: Training) -> None:
-    """Warn of a validation that will never run, and refuse to monitor a score that will never be computed."""
+def _check_scores(cfg: DictConfig, training: Training) -> bool:
+    """Warn of a validation that will never run, and refuse to monitor a score that will never be computed.
+
+    Returns:
+        Whether it has warned.
+    """
     manager = cfg.get("exp_manager") or {}
     makes_checkpoints = manager and manager.get("create_checkpoint_callback", True)
     monitor = (manager.get("checkpoint_callback_params") or {}).get("monitor") if makes_checkpoints else None
-    check_validation(training.trainer, monitor, has_validation=cfg.data.get("validation_ds") is not None)
+    has_warned = check_validation(training.trainer, monitor, has_validation=cfg.data.get("validation_ds") is not None)
     options = getattr(training.model, "options", None)
     if str(monitor).startswith("val_bleu") and options is not None:
         sharded = isinstance(training.trainer.strategy, ModelParallelStrategy)
@@ -152,6 +156,7 @@ def _check_scores(cfg: DictConfig, training: Training) -> None:
                 f"exp_manager.checkpoint_callback_params.monitor: '{monitor}' is never computed, since {why}; "
                 "monitor val_loss with mode: min."
             )
+    return has_warned
 
 
 def build_training(cfg: DictConfig, construction: AbstractContextManager[Any] | None = None) -> Training:

@@ -16,12 +16,15 @@ class ValidateAtEpochEnd(Callback):
     Lightning validates every ``val_check_interval`` batches, or after ``limit_train_batches``; if the data of an epoch
     ends before, it does not validate, and does not warn. Epochs that ``check_val_every_n_epoch`` leaves out are not
     validated; a training that was never validated is validated at its end. Scheduled validations are not changed.
+
+    Args:
+        warns: log the first epoch that it validates.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warns: bool = True) -> None:
         self._came_in_epoch = self._came_by_schedule = False
         self._validates = False
-        self._warned = False
+        self._warned = not warns
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the schedule had a validation in this epoch, and in any."""
@@ -70,13 +73,16 @@ class ValidateAtEpochEnd(Callback):
             self._validates, trainer.training = False, True
 
 
-def check_validation(trainer: Trainer, monitor: str | None, has_validation: bool) -> None:
+def check_validation(trainer: Trainer, monitor: str | None, has_validation: bool) -> bool:
     """Refuse a monitored score that cannot exist, and warn if no validation falls into the training.
 
     Args:
         trainer: before ``fit``.
         monitor: the score by which checkpoints are compared, if the recipe names it.
         has_validation: whether there is a validation set.
+
+    Returns:
+        Whether it has warned.
 
     Raises:
         ConfigError: if the monitored score will never exist.
@@ -89,7 +95,7 @@ def check_validation(trainer: Trainer, monitor: str | None, has_validation: bool
             "validation set, or leave checkpoint_callback_params.monitor out."
         )
     if not can_validate or trainer.fast_dev_run or trainer.ckpt_path:  # a resumed run may have few steps left
-        return
+        return False
     first = _first_validation(trainer)
     epochs_end = trainer.max_epochs not in (None, -1) and trainer.max_epochs < (trainer.check_val_every_n_epoch or 1)
     if epochs_end or 0 <= trainer.max_steps < first:
@@ -101,6 +107,8 @@ def check_validation(trainer: Trainer, monitor: str | None, has_validation: bool
             f"trainer.check_val_every_n_epoch ({trainer.check_val_every_n_epoch}). It is validated at the end, once; "
             "lower them to validate more often."
         )
+        return True
+    return False
 
 
 def _first_validation(trainer: Trainer) -> float:

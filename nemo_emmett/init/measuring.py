@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from nemo_emmett.data.bucketing.length_stats import as_nemo_writes, measure, sol
 from nemo_emmett.data.checks import check_data_config
 from nemo_emmett.data.config.dataset_config import GroupConfig, parse_dataset
 from nemo_emmett.data.config.section import config_of, plain
-from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.readers.examples import ExampleKind
@@ -36,6 +34,7 @@ from nemo_emmett.planning.architecture import architecture_only
 from nemo_emmett.planning.bins_and_sizes import examples_per_bucket
 from nemo_emmett.planning.commands import SAFETY_MARGIN
 from nemo_emmett.planning.fake_training import fake_training
+from nemo_emmett.planning.index_report import skipped_of
 from nemo_emmett.planning.planner import Planner
 from nemo_emmett.planning.recipe import without_training
 from nemo_emmett.runner import compose_recipe
@@ -69,7 +68,7 @@ class MeasuredSource:
         examples: that it makes.
         hours: of speech.
         tokens: of text.
-        skipped: records by cause.
+        skipped: records by cause, with where the first of them are.
     """
 
     name: str
@@ -197,8 +196,6 @@ def _of_model(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def _measured(file: DataFile, choices: Choices, index: LengthIndex) -> MeasuredSource:
-    skipped = SkippedRecords()
-    index.report(skipped)
     languages = choices.languages_of(file)
     return MeasuredSource(
         file.name,
@@ -207,7 +204,7 @@ def _measured(file: DataFile, choices: Choices, index: LengthIndex) -> MeasuredS
         index.size.examples,
         index.size.hours,
         index.size.tokens,
-        dict(Counter(skipped.causes()).most_common()),
+        dict(skipped_of(index)),
     )
 
 

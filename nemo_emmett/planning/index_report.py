@@ -20,6 +20,9 @@ from nemo_emmett.data.lengths.counting import TokenCounter
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.planning.blend_report import common_folder, short_name
 
+_PLACES = 3
+"""Of skipped records that are named."""
+
 _COLUMNS = ("records", "examples", "hours", "index", "built at")
 
 
@@ -58,6 +61,17 @@ def print_index(
         console.print(f"Files are in {folder}.", highlight=False)
 
 
+def skipped_of(index: LengthIndex) -> Iterator[tuple[str, int]]:
+    """Each cause for which records of a source were skipped, with where the first of them are, and their number."""
+    skipped = SkippedRecords()
+    index.report(skipped)
+    has_one_file = len(index.files) == 1
+    for cause, count in Counter(skipped.causes()).most_common():
+        records = [record for record in skipped.first if record.cause == cause][:_PLACES]
+        places = [r.place if has_one_file else f"{os.path.basename(r.source)} {r.place}" for r in records]
+        yield f"{cause} ({', '.join([*places, '...'] if len(places) < count else places)})", count
+
+
 def _rows(name: str, index: LengthIndex | None) -> Iterator[tuple[str, ...]]:
     """A row for a source, and one for each cause for which records of it were skipped, or key that left some out."""
     if index is None:
@@ -70,10 +84,8 @@ def _rows(name: str, index: LengthIndex | None) -> Iterator[tuple[str, ...]]:
     hours = f"{size.hours:,.2f}" if size.seconds else ""
     tokens = f"{size.tokens:,}" if size.tokens else ""
     yield name, *(f"{count:,}" for count in counts), hours, tokens, _in_bytes(in_file), rate
-    skipped = SkippedRecords()
-    index.report(skipped)
-    for cause, count in Counter(skipped.causes()).most_common():
-        yield f"  skipped: {cause}", f"{count:,}"
+    for what, count in skipped_of(index):
+        yield f"  skipped: {what}", f"{count:,}"
     for key, count in index.filtered.most_common():
         yield f"  left out by {key}", "", f"{count:,}"
 
