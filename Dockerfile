@@ -14,7 +14,7 @@ WORKDIR /opt/nemo_emmett
 # The image's torch is built for its drivers and libraries: the constraint keeps pip from replacing it. NVIDIA's images
 # have a constraints file of their own as well (PIP_CONSTRAINT), which stays in force.
 RUN python -c 'import torch; print(f"torch=={torch.__version__}")' > /tmp/image.txt \
-    && python -m pip install --no-cache-dir -c /tmp/image.txt '.[demo,hygiene,report]' \
+    && python -m pip install --no-cache-dir -c /tmp/image.txt '.[synthesis,langid,charts]' \
     && rm /tmp/image.txt
 
 RUN useradd --create-home emmett

@@ -17,7 +17,7 @@ help: ## Show this help
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "==> Installing nemo_emmett and what it needs into $(VENV) (a few minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,report]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## Train SALM-T5 on text and speech translation in four languages and score it

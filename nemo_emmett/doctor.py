@@ -37,13 +37,13 @@ PACKAGES = (
 )
 """Required distributions, whose versions are printed."""
 
-EXTRAS = {"demo": ("espeakng_loader", "num2words"), "hygiene": ("py3langid",), "report": ("matplotlib",)}
+EXTRAS = {"synthesis": ("espeakng_loader", "num2words"), "langid": ("py3langid",), "charts": ("matplotlib",)}
 """Modules of each optional extra."""
 
 PURPOSES = {
-    "demo": "prepare phrasebook and prepare captions, which speak their texts",
-    "hygiene": "prepare CORPUS --language-id",
-    "report": "pictures: --output of bins, plan and oomptimize",
+    "synthesis": "prepare phrasebook and prepare captions, which speak their texts",
+    "langid": "prepare CORPUS --language-id",
+    "charts": "pictures: --output of bins, plan and oomptimize",
 }
 """What each extra enables."""
 

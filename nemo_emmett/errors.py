@@ -5,6 +5,16 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any, ClassVar
 
+__all__ = [
+    "EmmettError",
+    "ConfigError",
+    "DataError",
+    "TooManyBadRecords",
+    "ModelError",
+    "NonFiniteError",
+    "OutputError",
+]
+
 EXIT_USER_ERROR = 2
 """Exit code of our commands when the user's input was at fault (the shell's convention for misuse)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from omegaconf import DictConfig
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from nemo_emmett.callbacks.run_progress import RunProgress
@@ -96,7 +98,10 @@ class RunSummary(Callback):
             yield
         except BaseException as error:
             title = "Interrupted" if isinstance(error, (SystemExit, KeyboardInterrupt)) else "Failed"
-            self._print_end(title, trainer, model, best)
+            try:
+                self._print_end(title, trainer, model, best)
+            except Exception:  # the training's own error matters more
+                logging.getLogger(__name__).exception("The summary of the run could not be printed.")
             raise
         self._print_end("Trained", trainer, model, best)
 
@@ -142,8 +147,8 @@ class RunSummary(Callback):
             return ""
         if _out_of_time(trainer):
             return ", out of time (max_time)"
-        stopped = any(isinstance(callback, EarlyStopping) and callback.stopped_epoch for callback in trainer.callbacks)
-        return ", stopped early: the monitored score no longer improved" if stopped else ""
+        stops_early = any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks)
+        return ", stopped early: the score no longer improved" if stops_early and trainer.should_stop else ""
 
     def _resume_rows(self, trainer: Trainer) -> Rows:
         last = getattr(trainer.checkpoint_callback, "last_model_path", None)
@@ -151,9 +156,10 @@ class RunSummary(Callback):
             yield "saved", "no checkpoint in this run"
             return
         yield "saved", _shown(last)
-        if self.cfg.exp_manager.get("resume_if_exists"):
+        manager = self.cfg.get("exp_manager")
+        if manager is not None and manager.get("resume_if_exists"):
             yield "resume", "run the same command"
-        else:
+        elif manager is not None:
             override = shlex.quote(f'++exp_manager.resume_from_checkpoint="{_shown(last)}"')
             yield "resume", f"add {override} to the command"
 
@@ -250,7 +256,7 @@ def _data_table(groups: Sequence[GroupFacts]) -> Table:
         for number, source in enumerate(group.config.sources):
             key = (group.config.name or ("text" if source.is_text else "speech"), _languages(source))
             size = group.indexes[number].size if group.indexes else None
-            records = int(group.indexes[number].shard_sizes.sum()) if group.indexes else None
+            records = group.indexes[number].num_records if group.indexes else None
             share = group.shares[number] if group.shares else None
             old = added.setdefault(key, [0, 0, Size(), 0.0])
             new = (1, records, size, share)
@@ -260,18 +266,21 @@ def _data_table(groups: Sequence[GroupFacts]) -> Table:
         rest = [values for _, values in shown[DATA_ROWS - 1 :]]
         total = [None if None in values else sum(values[1:], values[0]) for values in zip(*rest, strict=True)]
         shown[DATA_ROWS - 1 :] = [(("others", f"{len(rest)} more pairs"), [*total[:3], None])]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("data", overflow="fold")
-    table.add_column("languages", overflow="fold")
-    for title in ("sources", "records", "examples", "speech", "tokens", "share"):
-        table.add_column(title, justify="right")
+    rows = []
     for (name, languages), (sources, records, size, share) in shown:
-        known = "" if size is None else f"{size.examples:,}"
-        speech = _duration(size.seconds) if size is not None and size.seconds else ""
-        tokens = _count(size.tokens) if size is not None and size.tokens else ""
+        sizes = ["", "", ""]
+        if size is not None:
+            speech = _duration(size.seconds) if size.seconds else ""
+            sizes = [f"{size.examples:,}", speech, _count(size.tokens) if size.tokens else ""]
         of_records = "" if records is None else f"{records:,}"
-        of_group = "" if share is None else f"{share:.1%}"
-        table.add_row(name, languages, f"{sources:,}", of_records, known, speech, tokens, of_group)
+        rows.append((name, languages, f"{sources:,}", of_records, *sizes, "" if share is None else f"{share:.1%}"))
+    titles = ("data", "languages", "sources", "records", "examples", "speech", "tokens", "share")
+    known = [number for number in range(len(titles)) if any(row[number] for row in rows)]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number in known:
+        table.add_column(titles[number], justify="left" if number < 2 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(row[number]) for number in known))
     return table
 
 
@@ -369,7 +378,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # not markup, which brackets in a path would be
     return table
 
 

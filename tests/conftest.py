@@ -46,6 +46,7 @@ SLOWEST = (
     "models/test_fsdp2.py",
     "oomptimizer/test_calibration.py",
     "test_exact_resume.py",
+    "docs/test_notebook.py",
     "oomptimizer/test_fake.py",
     "test_training.py",
     "data/test_resumption.py",

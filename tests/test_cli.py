@@ -395,10 +395,10 @@ class TestDoctor:
         assert finding.remedy == "the entry point of package third-party is broken"
 
     def test_missing_extras_are_told_but_not_fatal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor, "EXTRAS", {"demo": ("yaml", "surely_not_installed")})
+        monkeypatch.setattr(doctor, "EXTRAS", {"synthesis": ("yaml", "surely_not_installed")})
         (finding,) = doctor._extras()
         assert (finding.value, finding.fatal) == ("missing: surely_not_installed", False)
-        assert "nemo_emmett[demo]" in finding.remedy
+        assert "nemo_emmett[synthesis]" in finding.remedy
         console = Console(record=True, width=200)
         doctor.report(console)
         assert finding.remedy in console.export_text(), "brackets are text, not markup"

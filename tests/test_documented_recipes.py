@@ -12,21 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from lightning import Callback
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import OmegaConf
 
-from nemo_emmett.callbacks import ResumableData, SkipNonFiniteSteps
+from nemo_emmett.callbacks import RandomState, ResumableData
 from nemo_emmett.data.blending.weights import blend_of
 from nemo_emmett.data.checks import check_data_config
 from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.oomptimizer.profile import Profile
 from nemo_emmett.runner import compose_data, compose_recipe
-from nemo_emmett.training import build_training, train
+from nemo_emmett.training import build_training, check_recipe, train
 
-from .conftest import SENTENCES
+from .conftest import ENCODER_DIM, SENTENCES
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 BUDGET = "256MiB"
@@ -51,9 +53,16 @@ COMPLETED = {
     "data.md 2": "names_callbacks",
     "data.md 3": "names_forms_of_a_source",
     "data.md 4": "weighs_its_sources",
+    "low-resource-language.md 1": "weighs_its_sources",
+    "migrate-from-salm.md 1": "resumes_a_dataset_of_ours",
+    "migrate-from-salm.md 2": "names_callbacks",
+    "migrate-from-salm.md 3": "has_groups",
     "models.md 1": "begins_with_weights",
     "oomptimizer.md 1": "trains_with_oomptimizer",
     "oomptimizer.md 2": "is_a_profile",  # a profile, no recipe
+    "out-of-memory.md 1": "names_callbacks",
+    "own-backbone.md 1": "fits_an_encoder",
+    "resume.md 1": "is_a_part_of_a_recipe",
     "training.md 1": "names_callbacks",
 }
 """What is done with each piece: the method of :class:`Completed` below."""
@@ -140,8 +149,37 @@ class Completed:
 
     def names_callbacks(self, text: str) -> None:
         """Callbacks that NeMo makes from the trainer's section."""
-        (callback,) = resolve_trainer_cfg(compose_recipe(self._written(text)).trainer)["callbacks"]
-        assert isinstance(callback, (ResumableData, SkipNonFiniteSteps))
+        callbacks = self._callbacks(text)
+        assert [type(callback).__name__ for callback in callbacks] == re.findall(r"_target_: [\w.]+\.(\w+)", text)
+        assert callbacks
+
+    def resumes_a_dataset_of_ours(self, text: str) -> None:
+        """A stock recipe that gets our dataloader, and the callbacks of a config group."""
+        assert [type(callback) for callback in self._callbacks(text)] == [RandomState, ResumableData]
+        train_ds = compose_recipe(self._written(text)).data.train_ds
+        assert train_ds == {"use_emmett": True}
+        OmegaConf.set_struct(train_ds, False)
+        train_ds.update({"batch_size": 1, "manifest_filepath": str(self.folder / "corpus/speech/train.en.jsonl")})
+        check_data_config(train_ds, place="data.train_ds")
+
+    def has_groups(self, text: str) -> None:
+        """A dataset of a group of speech and a group of text."""
+        train_ds = compose_recipe(self._written(self._with_files(text))).data.train_ds
+        OmegaConf.set_struct(train_ds, False)
+        check_data_config(train_ds, place="data.train_ds")
+        assert [group.name for group in parse_dataset(train_ds, "data.train_ds").groups] == ["speech", "text"]
+
+    def fits_an_encoder(self, text: str) -> None:
+        """The model of a recipe whose speech encoder and adapter are others."""
+        encoder, width = self.recipe["model"]["pretrained_asr"], f"input_dim: {ENCODER_DIM}"
+        text = text.replace("/models/my_asr.nemo", encoder).replace("input_dim: 512", width)
+        documented = OmegaConf.to_container(compose_recipe(self._written(text)))["model"]
+        cfg = OmegaConf.create({**self.recipe, "model": self.recipe["model"] | documented})
+        assert build_training(cfg).model.perception.modality_adapter.__class__.__name__ == "MLPConnector"
+
+    def is_a_part_of_a_recipe(self, text: str) -> None:
+        """Keys that a recipe takes, next to the others."""
+        check_recipe(OmegaConf.merge(OmegaConf.create(self.recipe), compose_recipe(self._written(text))))
 
     def weighs_its_sources(self, text: str) -> None:
         """A dataset whose weights are counted."""
@@ -152,7 +190,7 @@ class Completed:
         check_data_config(train_ds, place="train_ds")
         (group,) = parse_dataset(train_ds, "train_ds").groups
         shares = [leaf.share for leaf in blend_of(group).leaves()]
-        assert len(shares) == 4
+        assert len(shares) == text.count("- {type: ")
         assert sum(shares) == pytest.approx(1)
 
     def is_a_profile(self, text: str) -> None:
@@ -169,6 +207,9 @@ class Completed:
         assert measure.memory.peak(measure.batch_size) == measure.predicted_peak
         assert measure.time.seconds(measure.batch_size) == measure.seconds
         assert profile.events[0].after == 14
+
+    def _callbacks(self, text: str) -> list[Callback]:
+        return resolve_trainer_cfg(compose_recipe(self._written(text)).trainer)["callbacks"]
 
     def _train(self, text: str, **of_oomptimizer: str) -> None:
         documented = compose_recipe(self._written(text))
@@ -215,6 +256,8 @@ class Completed:
         elif path.name == "pairs.jsonl":
             records = [{"src": a, "tgt": b, "source_lang": "en", "target_lang": "de"} for a, b in pairs]
             path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        elif path.name == "cuts.jsonl":
+            CutSet.from_cuts(map(_cut, self._records())).to_file(path)
         elif path.suffix == ".jsonl":
             self._write_manifest(path, self._records())
         elif path.suffix in (".json", ".tar"):
@@ -242,6 +285,13 @@ class Completed:
     @staticmethod
     def _write_manifest(path: Path, records: list[dict]) -> None:
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _cut(record: dict) -> MonoCut:
+    recording = Recording.from_file(record["audio_filepath"])
+    cut = recording.to_cut()
+    cut.supervisions = [SupervisionSegment(cut.id, recording.id, 0.0, recording.duration, text=record["text"])]
+    return cut
 
 
 @pytest.fixture

@@ -164,6 +164,26 @@ def test_a_mistake_is_told_before_anything_runs(arguments, message, monkeypatch,
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("log", "steps"),
+    [
+        (
+            "Epoch 0:  40%|#### | 4/10 [00:01<00:01, 5.1it/s]\rEpoch 0:  50%|##### | 5/10 [00:01<00:01, 5.2it/s]",
+            (5, 10),
+        ),
+        (
+            "step 44/120 (37%)  loss audio 3.9\nstep 1,060/12,000 (9%)  validation: val_bleu 0\nWarning: 3/4\n",
+            (1060, 12000),
+        ),
+        ("model           SALMT5\nlog          a/1/2.log\n", None),
+    ],
+)
+def test_the_progress_of_a_run_is_read_from_its_log(log, steps):
+    import experiment
+
+    assert experiment._steps(log) == steps
+
+
 def results() -> dict:
     """Two seeds: joint training keeps 90 of 91 in text and brings 50 and 60 in speech, where speech alone has 45."""
 

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from lightning.pytorch.callbacks import Timer
 from omegaconf import OmegaConf
@@ -20,7 +19,7 @@ from nemo_emmett.data.lengths.counting import Size
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.exporting import BestCheckpoint
 from nemo_emmett.recipe_checks import mistakes_in_fit
-from nemo_emmett.run_summary import GroupFacts, _batch_rows, _data_table
+from nemo_emmett.run_summary import GroupFacts, RunSummary, _batch_rows, _data_table, _table
 
 from .test_train_command import table_of
 
@@ -104,6 +103,16 @@ def test_an_exception_passes_after_the_table(recipe, at_step, capfd, tmp_path) -
     assert f"saved{last}resumeadd{override}tothecommand" in printed
 
 
+def test_a_fault_of_the_summary_does_not_hide_that_of_the_training(recipe, at_step, monkeypatch) -> None:
+    def fail(self, trainer) -> None:
+        raise ZeroDivisionError("a fault")
+
+    at_step(1, fail)
+    monkeypatch.setattr(RunSummary, "_end_rows", lambda *_: 1 / 0.0)
+    with pytest.raises(ZeroDivisionError, match="a fault"):
+        training.train(OmegaConf.create(recipe))
+
+
 def test_out_of_time(recipe, at_step, capfd, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe["trainer"]["max_time"] = "00:10:00:00"
@@ -149,7 +158,7 @@ def group(section: dict, **facts) -> GroupFacts:
 
 
 def index(records: int, size: Size) -> SimpleNamespace:
-    return SimpleNamespace(shard_sizes=np.array([records]), size=size)
+    return SimpleNamespace(num_records=records, size=size)
 
 
 def shown(table) -> list[list[str]]:
@@ -182,7 +191,8 @@ def test_many_pairs_are_cut_and_what_is_not_known_is_left_out() -> None:
         for n in range(9)
     ]
     of = group({"input_cfg": entries, "batch_size": 4, "use_multimodal_sampling": True})
-    rows = shown(_data_table([of]))[1:]
+    titles, *rows = shown(_data_table([of]))
+    assert titles == ["data", "languages", "sources"]
     assert rows[0] == ["text", "en-x0", "1"]
     assert rows[-1] == ["others", "4", "more", "pairs", "4"]
     assert len(rows) == 6
@@ -195,6 +205,10 @@ def test_an_n_way_source_names_its_directions() -> None:
     rows = shown(_data_table([group({"input_cfg": [all_pairs, to_english], "batch_size": 4})]))
     assert rows[1] == ["text", "all", "of", "en,de,fr", "1"]
     assert rows[2] == ["text", "de,fr", "to", "en,de", "1"]
+
+
+def test_brackets_in_a_path_are_no_markup() -> None:
+    assert shown(_table([("log", "runs/[bold]/a.log")])) == [["log", "runs/[bold]/a.log"]]
 
 
 def test_batches_and_buckets() -> None:

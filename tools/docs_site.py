@@ -42,16 +42,17 @@ ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(?P<short>~)?(?P<name>[\
 
 
 def public_names() -> dict[str, list[str]]:
-    """The public names of each package of nemo_emmett, in alphabetical order, by the package's name."""
-    stubs = {".".join(path.parent.relative_to(ROOT).parts): path for path in ROOT.glob("nemo_emmett/**/__init__.pyi")}
-    return {package: sorted(_all_of(stubs[package]), key=str.lower) for package in sorted(stubs)}
+    """The public names of each package of nemo_emmett, and of its errors, in alphabetical order."""
+    listed = {".".join(path.parent.relative_to(ROOT).parts): path for path in ROOT.glob("nemo_emmett/**/__init__.pyi")}
+    listed["nemo_emmett.errors"] = ROOT / "nemo_emmett" / "errors.py"
+    return {package: sorted(_all_of(listed[package]), key=str.lower) for package in sorted(listed)}
 
 
-def _all_of(stub: Path) -> list[str]:
-    for node in ast.parse(stub.read_text(encoding="utf-8")).body:
+def _all_of(path: Path) -> list[str]:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
             return ast.literal_eval(node.value)
-    raise ValueError(f"{stub} has no __all__")
+    raise ValueError(f"{path} has no __all__")
 
 
 def _place_of(package: str, name: str) -> str:
@@ -62,7 +63,9 @@ def _place_of(package: str, name: str) -> str:
 
 def api_page(package: str, names: list[str]) -> str:
     """The page of a package: what its docstring begins with, and each public name as mkdocstrings renders it."""
-    docstring = ast.get_docstring(ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text("utf-8")))
+    folder = ROOT / package.replace(".", "/")
+    module = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
     summary = without_roles((docstring or "").partition("\n\n")[0])
     members = "".join(f"        - {name}\n" for name in MEMBERS.get(package, ()))
     options = f"    options:\n      members:\n{members}" if members else ""

@@ -33,6 +33,7 @@ from nemo.utils.exp_manager import ExpManagerConfig, exp_manager
 from nemo_emmett import callbacks, recipe_checks
 from nemo_emmett.cli import main
 from nemo_emmett.data.config import dataset_config, schema, sources
+from nemo_emmett.evaluation import evaluate
 from nemo_emmett.evaluation.comet import CometConfig
 from nemo_emmett.evaluation.metrics import DEFAULT_METRICS
 from nemo_emmett.evaluation.recipe import EvaluationConfig
@@ -169,9 +170,11 @@ def default_of(field: dataclasses.Field) -> str:
 # Tables.
 
 
-def of_dataclass(cls: type, left_out: Iterable[str] = (), prefix: str = "") -> list[Key]:
-    """The fields of a dataclass of ours."""
-    hints, texts = get_type_hints(cls, include_extras=True), texts_of(cls)
+def of_dataclass(
+    cls: type, left_out: Iterable[str] = (), prefix: str = "", texts: Mapping[str, str] | None = None
+) -> list[Key]:
+    """The fields of a dataclass of ours; ``texts`` are in place of its own."""
+    hints, texts = get_type_hints(cls, include_extras=True), texts or texts_of(cls)
     return [
         Key(f"{prefix}{f.name}", in_words(hints[f.name]), default_of(f), texts.get(f.name, ""))
         for f in fields(cls)
@@ -255,12 +258,12 @@ def recipe_page() -> str:
         *of_dataclass(ModelConfig),
         Key("trust_remote_code", in_words(Switch), "false", "Run code that comes with a model (docs/security.md)."),
     ]
-    trainer = of_signature(Trainer, types=recipe_checks.TRAINER_TYPES, texts=_of_trainer())
+    trainer = of_signature(Trainer, types=recipe_checks.TRAINER_TYPES, texts=_of_function(Trainer.__init__))
     ours = [name for name in schema.OUR_TYPES if name not in schema.LOADER_KEYS]
     nemos = [f.name for f in fields(LhotseDataLoadingConfig)]
     evaluation = [
         dataclasses.replace(key, default=as_yaml(DEFAULT_METRICS)) if key.name == "metrics" else key
-        for key in of_dataclass(EvaluationConfig, ["data", "baselines", "comet"])
+        for key in of_dataclass(EvaluationConfig, ["data", "baselines", "comet"], texts=_of_function(evaluate))
     ]
     parts = [
         GENERATED,
@@ -334,8 +337,8 @@ def of_texts(
     ]
 
 
-def _of_trainer() -> dict[str, str]:
-    return arguments(inspect.cleandoc(Trainer.__init__.__doc__ or ""))
+def _of_function(function: Callable) -> dict[str, str]:
+    return arguments(inspect.cleandoc(function.__doc__ or ""))
 
 
 def _of_experiment() -> dict[str, str]:
@@ -380,7 +383,7 @@ def _plain(text: str) -> str:
     """A docstring's text as Markdown of one line."""
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", " ".join(text.split()))
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
-    return re.sub(r"\b(None|True|False):", lambda found: as_yaml(ast.literal_eval(found[1])) + ":", text)
+    return re.sub(r"\bNone\b|\b(True|False)(?=:)", lambda found: as_yaml(ast.literal_eval(found[0])), text)
 
 
 # The page of commands.

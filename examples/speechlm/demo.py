@@ -81,11 +81,11 @@ def run(stage: Stage, log: Path) -> float | None:
 
 
 def show_progress(process: subprocess.Popen, log: Path) -> None:
-    """Repeat the progress bar that a process writes into its log, until the process ends."""
+    """Repeat the progress that a process writes into its log, bars or lines of steps, until the process ends."""
     shown = ""
     while process.poll() is None:
         time.sleep(0.5)
-        bars = [line for line in re.split(r"[\r\n]", tail(log)) if "it/s" in line or "s/it" in line]
+        bars = [line for line in re.split(r"[\r\n]", tail(log)) if re.search("it/s|s/it|^step ", line)]
         if bars and sys.stdout.isatty() and bars[-1] != shown:
             shown = bars[-1]
             width = shutil.get_terminal_size().columns - 1

@@ -70,7 +70,7 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
                 parser.error(
                     f"--captions: there is no {options.captions / name}; give a folder with Multi30k's raw text"
                 )
-    for module, extra in {"espeakng_loader": "demo", "num2words": "demo", "matplotlib": "report"}.items():
+    for module, extra in {"espeakng_loader": "synthesis", "num2words": "synthesis", "matplotlib": "charts"}.items():
         if find_spec(module) is None:
             parser.error(f"'{module}' is not installed; run: pip install 'nemo_emmett[{extra}]'")
 
@@ -148,10 +148,11 @@ def _watch(process: subprocess.Popen, log: Path, progress: Progress, task: TaskI
 
 
 def _steps(text: str) -> tuple[int, int] | None:
-    """Steps done and in all, of the last Lightning bar in a log: ``Epoch 0:  42%|... | 42/100 [...``."""
-    bars = [part for part in text.replace("\r", "\n").splitlines() if "/" in part and "it/s" in part]
+    """Steps done and in all, of the last Lightning bar in a log (``Epoch 0:  42%|... | 42/100 [...``), or of its last
+    line of progress (``step 42/1,000 (4%) ...``)."""
+    bars = [line for line in text.replace("\r", "\n").splitlines() if "it/s" in line or line.startswith("step ")]
     for bar in reversed(bars):
-        for word in bar.split():
+        for word in bar.replace(",", "").split():
             done, slash, total = word.partition("/")
             if slash and done.isdigit() and total.isdigit():
                 return int(done), int(total)

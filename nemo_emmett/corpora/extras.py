@@ -9,7 +9,7 @@ from types import ModuleType
 from nemo_emmett.errors import EmmettError, Help
 
 
-def require(module: str, extra: str = "demo", user: str = "This corpus") -> ModuleType:
+def require(module: str, extra: str = "synthesis", user: str = "This corpus") -> ModuleType:
     """Import a module.
 
     Args:
@@ -35,7 +35,7 @@ def installed_version(library: str) -> str:
     try:
         return version(library)
     except PackageNotFoundError as error:
-        raise _missing(library, "demo", "This corpus") from error
+        raise _missing(library, "synthesis", "This corpus") from error
 
 
 def _missing(library: str, extra: str, user: str) -> EmmettError:

@@ -155,7 +155,7 @@ class LanguageIdentifier:
     ODDS = 20
 
     def __init__(self, languages: Sequence[str]) -> None:
-        langid = require("py3langid.langid", "hygiene", "Language identification")
+        langid = require("py3langid.langid", "langid", "Language identification")
         self._model = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
         labels = frozenset(self._model.labels)
         for language in languages:

@@ -26,19 +26,7 @@ from nemo_emmett.typed_config import Count, FilePath, PositiveWhole, Switch, Tex
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How models are evaluated, the same for all that are compared: the arguments of ``evaluate``.
-
-    Args:
-        metrics: of BLEU, chrF++, chrF, TER, spBLEU and COMET; BLEU is always computed.
-        name: of the model in tables; by default the end of its folder's path.
-        output: folder for evaluation.json and report.html.
-        num_beams: 1 is greedy search.
-        max_new_tokens: longest translation, in tokens; by default the model's.
-        log_dir: TensorBoard logs of the training, for its curves.
-        examples: translations in the report.
-        trust_remote_code: run code that came with a model (docs/security.md).
-        update_card: write the scores into the model's README.md.
-    """
+    """How models are evaluated, the same for all that are compared: the arguments of ``evaluate``."""
 
     data: DictConfig  # holds test_ds
     metrics: tuple[str, ...]

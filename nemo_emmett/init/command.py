@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from nemo_emmett.errors import ConfigError, EmmettError
+from nemo_emmett.files import check_writable
 from nemo_emmett.init import questions
 from nemo_emmett.init.choices import Choices
 from nemo_emmett.init.data_files import DataFile, describe_file, describe_pair, parse_columns
@@ -116,6 +117,7 @@ def _check_recipe_path(recipe: Path, force: bool) -> None:
         raise ConfigError(f"RECIPE: '{recipe}' does not end in .yaml; give the path of the recipe to write.")
     if recipe.exists() and not force:
         raise ConfigError(f"RECIPE: '{recipe}' exists already; name another file, or overwrite it with --force.")
+    check_writable(recipe.parent, "RECIPE")
 
 
 def _write(choices: Choices) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_emmett.data.io.rows import split_row
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.prompts.languages import is_iso_code
 
 FIELDS = ("audio", "source", "target", "id", "duration", "offset", "source_lang", "target_lang")
 """Fields of a row that ``--column`` may name the column of."""
@@ -71,7 +72,7 @@ def describe_file(path: str, option: str, columns: Mapping[str, str], audio_dir:
         ConfigError: if a column is missing.
     """
     first = _first_file(path, option)
-    suffix = Path(first.removesuffix(".gz")).suffix.lower()
+    suffix = Path(first.removesuffix(".gz")).suffix
     lines = _first_lines(first, option)
     if suffix == ".tsv":
         return _tsv(path, first, lines, columns, audio_dir)
@@ -143,9 +144,9 @@ def _first_lines(path: str, option: str) -> list[str]:
 
 
 def _language_of_name(path: str) -> str | None:
-    """The end of a file's name, if it is a code of two letters, or three (train.en, train.en.gz)."""
+    """The end of a file's name, if it is the code of a language (train.en, train.en.gz)."""
     suffix = Path(path.removesuffix(".gz")).suffix.removeprefix(".")
-    return suffix if re.fullmatch(r"[a-z]{2,3}(_[A-Z][a-z]{3})?", suffix) and suffix not in ("txt", "tok") else None
+    return suffix if is_iso_code(suffix) else None
 
 
 # TSV
@@ -153,7 +154,7 @@ def _language_of_name(path: str) -> str | None:
 
 def _tsv(path: str, first: str, lines: list[str], given: Mapping[str, str], audio_dir: str | None) -> DataFile:
     names = [name.strip() for name in lines[0].split("\t")]
-    columns: dict[str, str | int] = {f: int(c) if c.isdecimal() and c not in names else c for f, c in given.items()}
+    columns: dict[str, str | int] = {f: int(c) if c.isdecimal() else c for f, c in given.items()}
     has_header = not columns or any(isinstance(column, str) for column in columns.values())
     if has_header:
         columns = _columns_by_name(path, names, columns)

@@ -24,7 +24,8 @@ from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.errors import ModelError
+from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION
+from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.init.choices import Choices
 from nemo_emmett.init.data_files import DataFile
 from nemo_emmett.init.writing import NUM_SUB_BUCKETS, RecipeContent, RecipeGroup, RecipeSource, recipe_text
@@ -69,7 +70,6 @@ class MeasuredSource:
         hours: of speech.
         tokens: of text.
         skipped: records by cause.
-        left_out: examples by the key of the filter.
     """
 
     name: str
@@ -79,7 +79,6 @@ class MeasuredSource:
     hours: float
     tokens: int
     skipped: Mapping[str, int]
-    left_out: Mapping[str, int]
 
     @property
     def holds(self) -> str:
@@ -137,6 +136,12 @@ def _draft(choices: Choices) -> RecipeContent:
     """The recipe's content before the data is measured."""
     llm = _llm_config(choices.backbone)
     target = choices.model or ("salm_t5" if llm.is_encoder_decoder else "salm_gpt")
+    if (target == "salm_t5") != llm.is_encoder_decoder:
+        wanted, given = ("a decoder-only model", "an encoder-decoder")[:: 1 if llm.is_encoder_decoder else -1]
+        raise ConfigError(
+            f"--model: '{target}' is built on {wanted}, and '{choices.backbone}' is {given} ({llm.model_type}); leave "
+            "it out, or choose another backbone."
+        )
     width = None
     if choices.encoder is not None:
         with logging.temp_verbosity(logging.ERROR):
@@ -198,12 +203,11 @@ def _measured(file: DataFile, choices: Choices, index: LengthIndex) -> MeasuredS
     return MeasuredSource(
         file.name,
         tuple(language or "by record" for language in languages),
-        skipped.read_count,
+        index.num_records,
         index.size.examples,
         index.size.hours,
         index.size.tokens,
         dict(Counter(skipped.causes()).most_common()),
-        dict(index.filtered),
     )
 
 
@@ -242,6 +246,7 @@ def _with_bins(
         rule=rule,
         examples=len(lengths.inputs),
         counts=tuple(counts.tolist()),
+        left_out={KEYS_OF_FUNCTION.get(name, name): count for name, count in lengths.dropped.items() if count},
     )
 
 

@@ -79,9 +79,6 @@ class Answers:
         for option, code in (("--from", self.source_lang), ("--to", self.target_lang)):
             if code is not None:
                 check_language(code, option)
-        for file in self.files:
-            for code in () if file.has_languages else filter(None, file.languages):
-                check_language(code, f"{file.name}: end of the name")
         check_backbone(self.backbone)
         if self.encoder is not None:
             check_encoder(self.encoder)

@@ -20,6 +20,9 @@ def print_summary(measured: Measured, console: Console) -> None:
     _add(table, "", measured.train)
     _add(table, "validation: ", measured.dev)
     console.print(table, highlight=False)
+    for group in measured.content.groups:
+        for key, count in group.left_out.items():
+            console.print(f"{group.name}: left out by {key}: {count:,} example(s).", highlight=False)
 
 
 def _add(table: Table, lead: str, sources: Sequence[MeasuredSource]) -> None:
@@ -30,5 +33,3 @@ def _add(table: Table, lead: str, sources: Sequence[MeasuredSource]) -> None:
         table.add_row(lead + source.name, " → ".join(source.languages), *counts, hours, tokens)
         for cause, count in source.skipped.items():
             table.add_row(f"  skipped: {cause}", "", f"{count:,}")
-        for key, count in source.left_out.items():
-            table.add_row(f"  left out by {key}", "", "", f"{count:,}")

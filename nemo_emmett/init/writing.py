@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class RecipeGroup:
         rule: how the sizes were found, in lines of a comment.
         examples: number of examples that the bins were found by.
         counts: of them in each bin.
+        left_out: examples by the key that leaves them out (``max_duration``).
     """
 
     name: str
@@ -59,6 +61,7 @@ class RecipeGroup:
     rule: tuple[str, ...] = ()
     examples: int = 0
     counts: tuple[int, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -39,7 +40,7 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> SpeechTextMo
     model_class = _class_of(find_config(folder))
     check_weights(folder)
     # huggingface_hub prints where it reads from; standard output belongs to the translations.
-    with redirect_stdout(sys.stderr), _expected_type():
+    with redirect_stdout(io.StringIO()), _expected_type():
         return model_class.from_pretrained(str(folder), trust_remote_code=trust_remote_code).eval()
 
 

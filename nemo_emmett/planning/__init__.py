@@ -2,6 +2,8 @@
 
 - :func:`oomptimize`: find a recipe's batch sizes on this machine's device.
 - :func:`plan`: find them for a memory budget, and optionally the bins with the shortest epoch.
+- :func:`print_index`, :func:`print_blend`, :func:`bins_of_dataset` and :func:`print_bins`: what the commands ``index``,
+  ``blend`` and ``bins`` show.
 
 Modules, in the order in which a command uses them:
 

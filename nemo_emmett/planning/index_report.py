@@ -66,7 +66,7 @@ def _rows(name: str, index: LengthIndex | None) -> Iterator[tuple[str, ...]]:
     size, (measured, seconds) = index.size, index.measured
     in_file = sum(os.path.getsize(place) for place in index.sidecar.places if os.path.exists(place))
     rate = f"{measured / max(seconds, 1e-9):,.0f} records/s" if measured else "there already"
-    counts = (int(index.shard_sizes.sum()), size.examples)
+    counts = (index.num_records, size.examples)
     hours = f"{size.hours:,.2f}" if size.seconds else ""
     tokens = f"{size.tokens:,}" if size.tokens else ""
     yield name, *(f"{count:,}" for count in counts), hours, tokens, _in_bytes(in_file), rate

@@ -56,7 +56,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise EmmettError("The picture needs 'matplotlib'; run: pip install 'nemo_emmett[report]'") from error
+        raise EmmettError("The picture needs 'matplotlib'; run: pip install 'nemo_emmett[charts]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

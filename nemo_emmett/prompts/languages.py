@@ -91,6 +91,11 @@ def known_languages() -> frozenset[str]:
     return frozenset(LANGUAGES) | frozenset(_FLORES_OF_ISO) | _m2m100_codes() | _flores_codes()
 
 
+def is_iso_code(code: str) -> bool:
+    """Whether ``code`` is a language code of two letters that a recipe may name; no table of transformers is read."""
+    return code in _FLORES_OF_ISO
+
+
 def is_known_language(code: str) -> bool:
     """Whether ``code`` is a language code that a recipe may name; script and region may follow: ``zh-Hant``, ``en-US``.
 

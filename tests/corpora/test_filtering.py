@@ -95,7 +95,7 @@ def test_held_out_sentences_are_left_out(tmp_path: Path) -> None:
 def test_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid", None)
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    with pytest.raises(EmmettError, match=r"needs 'py3langid', .*pip install 'nemo_emmett\[hygiene\]'"):
+    with pytest.raises(EmmettError, match=r"needs 'py3langid', .*pip install 'nemo_emmett\[langid\]'"):
         SentenceFilter(FilterConfig(language_id=True), ["en"])
     assert cause({"en": "x"}, deduplicate=True) is None
 

@@ -363,7 +363,7 @@ def test_no_process_to_speak_with_is_refused(tmp_path):
 
 def test_a_missing_library_is_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(EmmettError, match=r"needs 'espeakng_loader'.*pip install 'nemo_emmett\[demo\]'"):
+    with pytest.raises(EmmettError, match=r"needs 'espeakng_loader'.*pip install 'nemo_emmett\[synthesis\]'"):
         prepare_phrasebook(tmp_path / "out", TINY)
 
 

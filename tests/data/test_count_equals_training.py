@@ -470,9 +470,10 @@ def test_counted_of_the_drifted_case(tmp_path, tokenizer) -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_counted_of_fuzzed_records(tmp_path, tokenizer, name) -> None:
-    """The examples of the good records, and those whose audio is at fault."""
+    """The examples of the good records, and those whose audio is at fault, unless it is opened for its length."""
     fuzzed = SOURCES[name](tmp_path, random.Random(name))
     unheard = sum(count for cause, count in fuzzed.causes.items() if as_pattern(cause) in AUDIO)
+    unheard = 0 if name == "speech_tsv" else unheard
     config = {"input_cfg": [{"target_lang": "de", **fuzzed.source}], "prompt_format": "emmett_t5"}
     assert counted(config, tokenizer)[0] == len(fuzzed.good) + unheard
 

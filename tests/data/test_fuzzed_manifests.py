@@ -401,7 +401,8 @@ def parallel_tsv(folder: Path, rng: random.Random) -> Fuzzed:
     """A table whose columns are named in its first line, behind a byte order mark."""
     good = [b"\t".join((sentence, b"other", b"eins")) for sentence in GOOD_SENTENCES]
     good.append(b"one\t" + b"x" * (MEGABYTES << 20) + b"\teins")
-    bad = [(b"\tother\t".join(p), cause) for s, cause in BAD_SENTENCES for p in ((s, b"eins"), (b"one", s))]
+    of_tab = [(s, "too many columns" if b"\t" in s else cause) for s, cause in BAD_SENTENCES]
+    bad = [(b"\tother\t".join(p), cause) for s, cause in of_tab for p in ((s, b"eins"), (b"one", s))]
     bad += [(b"one", "missing column"), (b"one\tother", "missing column"), (b"\t\t", "empty text")]
     bad += [(b"\xff", "not UTF-8"), (b"\0" * 50, "missing column")]
     content, numbers = strewn(good, [line for line, _ in bad], rng)
@@ -410,6 +411,22 @@ def parallel_tsv(folder: Path, rng: random.Random) -> Fuzzed:
     keys = {"source_column": "english", "target_column": "german", "source_lang": "en", "target_lang": "de"}
     source = {"type": "parallel_text", "paths": str(path), **keys}
     return Fuzzed(source, [f"{path}:{numbers[line] + 1}" for line in good], Counter(cause for _, cause in bad))
+
+
+def speech_tsv(folder: Path, rng: random.Random) -> Fuzzed:
+    """A table of speech without durations, so that its files are opened when it is read."""
+    tone = Path(write_tone(folder / "a.wav")).name
+    ids = [f"good {number}".encode() for number in range(len(GOOD_SENTENCES))]
+    good = [b"\t".join((name, tone.encode(), b"one", s)) for name, s in zip(ids, GOOD_SENTENCES, strict=True)]
+    targets = [(s, "too many columns" if b"\t" in s else cause) for s, cause in BAD_SENTENCES]
+    bad = [(b"\t".join((b"", tone.encode(), b"one", s)), cause) for s, cause in targets]
+    names = {name: "missing audio" if name else "no audio" for name in ABSENT if name.isascii()} | bad_audio(folder)
+    bad += [(b"\t".join((b"", name.encode(), b"one", b"eins")), cause) for name, cause in names.items()]
+    bad += [(b"one", "missing column"), (b"\t\t\t", "no audio"), (b"\xff", "not UTF-8"), (b"\0" * 50, "missing column")]
+    path = folder / "speech.tsv"
+    path.write_bytes(BOM_UTF8 + b"id\taudio\tsource\ttarget\r\n" + strewn(good, [line for line, _ in bad], rng)[0])
+    causes = Counter(cause for _, cause in bad)
+    return Fuzzed({"type": "speech_tsv", "paths": str(path)}, [name.decode() for name in ids], causes)
 
 
 TEXT_FIELDS = {
@@ -455,6 +472,7 @@ SOURCES: dict[str, Callable[[Path, random.Random], Fuzzed]] = {
     "parallel_text in both directions": parallel_text_in_both_directions,
     "parallel_text tsv": parallel_tsv,
     "parallel_text jsonl": parallel_jsonl,
+    "speech_tsv": speech_tsv,
     "txt_pair": txt_pair,
     "lhotse_shar": lhotse_shar,
 }

@@ -19,7 +19,7 @@ FOLDERS = (ROOT, EXAMPLES)
 """Where a command may have been started."""
 
 OTHERS = frozenset(
-    "[ cat cd curl docker echo export git ls mkdir nvidia-smi sacrebleu scontrol tar tensorboard".split()  # noqa: SIM905
+    ". [ cat cd curl docker echo export git ls mkdir nvidia-smi sacrebleu scontrol source tar tensorboard".split()  # noqa: SIM905
 )
 """Programs of others, whose arguments are not checked."""
 

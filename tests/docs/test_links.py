@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, anchors_of, links_of
-from tools.docs_site import as_markdown, public_names, rewritten
+from tools.docs_site import api_page, as_markdown, public_names, rewritten
 
 
 def dead_links(page: Path) -> list[str]:
@@ -70,8 +72,6 @@ def test_roles_in_docstrings_become_links_or_code() -> None:
 
 
 def test_every_public_name_exists() -> None:
-    import importlib
-
     names = public_names()
     assert {"nemo_emmett.callbacks", "nemo_emmett.data", "nemo_emmett.evaluation", "nemo_emmett.models"} <= names.keys()
     for package, public in names.items():
@@ -79,3 +79,5 @@ def test_every_public_name_exists() -> None:
         assert sorted(module.__all__, key=str.lower) == public
         missing = [name for name in public if not hasattr(module, name)]
         assert missing == []
+        places = re.findall(r"^::: (\S+)$", api_page(package, public), re.MULTILINE)
+        assert [place.rpartition(".")[2] for place in places] == public

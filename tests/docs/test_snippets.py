@@ -103,7 +103,7 @@ def test_a_command_that_does_not_work_is_found(command: str) -> None:
         ".venv/bin/nemo-emmett translate --model m --to fr data/*.wav > out.txt",
         "NEMO_EMMETT_CALLBACKS=random_state python your_training.py",
         "srun --nodes=2 python examples/speechlm/evaluate.py model=exp/model",
-        "pip install -c constraints.txt '.[demo]'",
+        "pip install -c constraints.txt '.[synthesis]'",
         "nemo-emmett prepare fleurs IN OUT --languages en,de",
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from transformers import AutoTokenizer
 
 from nemo_emmett.cli import main
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.init import questions, writing
+from nemo_emmett.init import command, questions, writing
+from nemo_emmett.init.choices import Choices
+from nemo_emmett.init.data_files import describe_file, describe_pair
 from nemo_emmett.models import load
 from nemo_emmett.planning import plan
 from nemo_emmett.runner import compose_recipe
@@ -26,6 +29,7 @@ from ..conftest import SENTENCES, write_tone
 from ..models.backbones import backbone
 
 SECONDS = [0.5 + 0.1 * number for number in range(6)]
+ENGLISH_TO_GERMAN = {"source_lang": "en", "target_lang": "de"}
 ON_CPU = ("trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto", "trainer.precision=32-true")
 
 
@@ -39,7 +43,9 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
     for number, (english, german) in enumerate(pairs):
         write_tone(corpus / "audio" / f"clip {number}.wav", SECONDS[number])
         rows.append(f"{number}\taudio/clip {number}.wav\t{english}\t{german}")
-    (corpus / "train.tsv").write_text("\n".join([*rows, "6\taudio/gone.wav\tone\teins", "7\tone\teins"]) + "\n")
+    write_tone(corpus / "audio" / "click.wav", 0.1)
+    bad = ["6\taudio/gone.wav\tone\teins", "7\tone\teins", "8\taudio/click.wav\tone\teins"]
+    (corpus / "train.tsv").write_text("\n".join([*rows, *bad]) + "\n")
     (corpus / "short.tsv").write_text("\n".join(rows[:3]) + "\n")
     (corpus / "text.tsv").write_text("\n".join(["source\ttarget", *map("\t".join, pairs)]) + "\n")
     for language in ("en", "de"):
@@ -86,7 +92,8 @@ def test_an_own_corpus_trains(folder: Path, tiny_t5: Path, tiny_asr: Path) -> No
     ]
     assert groups.audio.bucket_batch_size == [6 + 2]  # all there is, since 120 s would hold more
     assert groups.text.bucket_batch_size == [6]
-    hours = [sum(SECONDS) / 3600, sum(SECONDS[:2]) / 3600]
+    assert "audio: left out by min_duration, max_duration: 1 example(s)." in done.output
+    hours = [(sum(SECONDS) + 0.1) / 3600, sum(SECONDS[:2]) / 3600]
     assert [source.weight for source in groups.audio.input_cfg] == pytest.approx(hours, rel=1e-3)
     assert [source.paths for source in groups.audio.input_cfg] == [f"{folder}/train.tsv", f"{folder}/short.tsv"]
     tokens = sum(count(sentence) for sentences in SENTENCES.values() for sentence in sentences)
@@ -141,7 +148,9 @@ def test_batch_sizes_of_a_plan(folder: Path, llama: Path, tmp_path: Path) -> Non
 
 
 def test_questions_in_a_terminal(folder: Path, tiny_t5: Path, tiny_asr: Path, monkeypatch) -> None:
+    chosen: list[Choices] = []
     monkeypatch.setattr(questions, "is_terminal", lambda: True)
+    monkeypatch.setattr(command, "_write", chosen.append)
     answers = [
         *("gone.tsv", folder / "train.tsv", f"'{folder}/text.en' '{folder}/text.de'", ""),  # the first is refused
         "",  # nothing to validate on
@@ -152,28 +161,82 @@ def test_questions_in_a_terminal(folder: Path, tiny_t5: Path, tiny_asr: Path, mo
     for shown in ("there is no file 'gone.tsv'", "'english' is not a known language", "no folder 'nowhere/at/all'"):
         assert shown in done.output
     assert "is not a .nemo file" in done.output
-    cfg = compose_recipe("own.yaml")
-    (speech,), (text,) = (cfg.data.train_ds[name].input_cfg for name in ("audio", "text"))
-    assert (speech.paths, speech.source_lang, speech.target_lang) == (f"{folder}/train.tsv", "en", "de")
-    assert (text.source_paths, text.target_lang) == (f"{folder}/text.en", "de")
-    assert (cfg.model.pretrained_llm, cfg.model.pretrained_asr) == (str(tiny_t5), str(tiny_asr))
+    (choices,) = chosen
+    assert [choices.entry(file) for file in choices.train] == [
+        {"type": "speech_tsv", "paths": f"{folder}/train.tsv", **ENGLISH_TO_GERMAN},
+        {
+            "type": "parallel_text",
+            "source_paths": f"{folder}/text.en",
+            "target_paths": f"{folder}/text.de",
+            **ENGLISH_TO_GERMAN,
+        },
+    ]
+    assert (choices.recipe, choices.backbone, choices.encoder) == (Path("own.yaml"), str(tiny_t5), str(tiny_asr))
 
 
-def test_manifests_and_jsonl_have_their_languages(folder: Path, tiny_t5: Path, tiny_asr: Path) -> None:
-    record = {"audio_filepath": "audio/clip 1.wav", "duration": 0.6, "text": "one", "lang": "en"}
-    records = [{**record, "translations": {"de": "eins", "fr": "un"}}, {**record, "translations": {"de": "zwei"}}]
-    (folder / "m.json").write_text("".join(json.dumps(one) + "\n" for one in records))
-    text = {"source": "one", "target": "eins", "source_lang": "en", "target_lang": "de"}
-    (folder / "t.jsonl").write_text(json.dumps(text) + "\n")
-    done = run(
-        *("r.yaml", "--data", folder / "m.json", "--data", folder / "t.jsonl"),
-        *("--backbone", tiny_t5, "--encoder", tiny_asr),
+def test_an_answered_recipe_that_exists_is_not_overwritten(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(questions, "is_terminal", lambda: True)
+    Path("recipe.yaml").write_text("seed: 1\n")
+    arguments = ["--text", folder / "text.en", folder / "text.de", "--backbone", "t5"]
+    assert "RECIPE: 'recipe.yaml' exists already" in sentence_of(run(*arguments, answers="\n\n"))  # its default
+    assert Path("recipe.yaml").read_text() == "seed: 1\n"
+
+
+def described(path: str, columns: dict[str, str] | None = None, **languages: str | None) -> tuple[dict, tuple]:
+    """The entry of a file, and its languages in the summary."""
+    file = describe_file(path, "--data", columns or {}, None)
+    known = {"source_lang": None, "target_lang": None, **languages}
+    choices = Choices(Path("r.yaml"), (file,), (), **known, backbone="t5")
+    return choices.entry(file), choices.languages_of(file)
+
+
+def test_manifests_and_jsonl_have_their_languages(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = {"audio_filepath": "a.wav", "duration": 0.6, "text": "one", "lang": "en"}
+    records = [{**record, "translations": {"de": "eins", "fr": "un"}}, {**record, "target_lang": "es"}]
+    Path("m.json").write_text("".join(json.dumps(one) + "\n" for one in records))
+    entry = {"type": "nemo", "manifest_filepath": "m.json"}
+    assert described("m.json", target_lang="it") == (entry, ("en", "de, fr, es"))
+    Path("plain.jsonl").write_text('{"audio_filepath": "a.wav", "text": "eins"}\n')
+    entry = {"type": "nemo", "manifest_filepath": "plain.jsonl", **ENGLISH_TO_GERMAN}
+    assert described("plain.jsonl", **ENGLISH_TO_GERMAN) == (entry, ("en", "de"))
+    Path("t.jsonl").write_text('{"source": "one", "target": "eins", "source_lang": "en", "target_lang": "de"}\n')
+    assert described("t.jsonl") == ({"type": "parallel_text", "paths": "t.jsonl"}, ("en", "de"))
+
+
+def test_usual_names_of_columns_and_folders_of_recordings(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tone(Path("cv/clips/c.wav"), 1.0)
+    Path("cv/covost_v2.en_de.tsv").write_text("path\tsentence\ttranslation\tclient_id\nc.wav\tone\teins\tx\n")
+    columns = {"audio_column": "path", "source_column": "sentence", "target_column": "translation"}
+    entry = {"type": "speech_tsv", "paths": "cv/covost_v2.en_de.tsv", **columns, "audio_dir": "cv/clips"}
+    assert described("cv/covost_v2.en_de.tsv")[0] == entry
+    Path("fairseq.tsv").write_text("id\taudio\tn_frames\ttgt_text\ttgt_lang\n0\ta.wav\t90\teins\tde\n")
+    columns = {"target_column": "tgt_text", "target_lang_column": "tgt_lang"}
+    assert described("fairseq.tsv", source_lang="en", target_lang="fr") == (
+        {"type": "speech_tsv", "paths": "fairseq.tsv", **columns, "source_lang": "en"},
+        ("en", None),
     )
-    assert done.exit_code == 0, done.output
-    assert "en → de, fr" in done.output
-    groups = compose_recipe("r.yaml").data.train_ds
-    assert groups.audio.input_cfg == [{"type": "nemo", "manifest_filepath": f"{folder}/m.json"}]
-    assert groups.text.input_cfg == [{"type": "parallel_text", "paths": f"{folder}/t.jsonl"}]
+    Path("fleurs.tsv").write_text("1\ta.wav\tOne.\teins\n")
+    columns = {"audio_column": 1, "source_column": 2, "target_column": 3}
+    assert described("fleurs.tsv", {"audio": "1", "source": "2", "target": "3"})[0] == {
+        "type": "speech_tsv",
+        "paths": "fleurs.tsv",
+        **columns,
+    }
+    Path("two.tsv").write_text("one\teins\n")
+    assert described("two.tsv")[0] == {"type": "parallel_text", "paths": "two.tsv"}
+
+
+def test_ends_of_names_that_are_languages(tmp_path: Path) -> None:
+    for name in ("a.en", "a.de", "a.src", "a.tgt", "b.en.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"one\n") if name.endswith("gz") else b"one\n")
+
+    def languages(*names: str) -> tuple:
+        return describe_pair(*(str(tmp_path / name) for name in names), "--text").languages
+
+    assert languages("a.en", "a.de") == languages("b.en.gz", "a.de") == ("en", "de")
+    assert languages("a.src", "a.tgt") == languages("a.en", "a.tgt") == (None, None)
 
 
 def test_a_recipe_that_cannot_be_built_is_kept(folder: Path, tiny_t5: Path, monkeypatch) -> None:
@@ -181,11 +244,21 @@ def test_a_recipe_that_cannot_be_built_is_kept(folder: Path, tiny_t5: Path, monk
         raise ConfigError("trainer.devices: 0 cannot be used.")
 
     monkeypatch.setattr(writing, "build_training", refuse)
-    done = run("r.yaml", "--text", folder / "text.en", folder / "text.de", "--backbone", tiny_t5)
+    Path("r.yaml").write_text("seed: 1\n")
+    done = run("r.yaml", "--force", "--text", folder / "text.en", folder / "text.de", "--backbone", tiny_t5)
     sentence = sentence_of(done)
     assert sentence == "'r.yaml' is written, but cannot be trained as it is: trainer.devices: 0 cannot be used."
     entry = compose_recipe("r.yaml").data.train_ds.text.input_cfg[0]
     assert (entry.source_lang, entry.target_lang) == ("en", "de")  # by the ends of the names
+
+
+def test_a_model_of_the_other_kind_of_backbone(folder: Path, tiny_t5: Path) -> None:
+    text = ("--text", folder / "text.en", folder / "text.de")
+    sentence = sentence_of(run("r.yaml", *text, "--backbone", tiny_t5, "--model", "salm_gpt"))
+    assert sentence == (
+        f"--model: 'salm_gpt' is built on a decoder-only model, and '{tiny_t5}' is an encoder-decoder (t5); leave it "
+        "out, or choose another backbone."
+    )
 
 
 PAIR = ["--text", "a.en", "a.de"]
@@ -214,6 +287,7 @@ PAIR = ["--text", "a.en", "a.de"]
             ["there.yaml", *PAIR],
             "RECIPE: 'there.yaml' exists already; name another file, or overwrite it with --force.",
         ),
+        (["there.yaml/r.yaml", *PAIR], "RECIPE: '"),
         (["recipe", *PAIR], "RECIPE: 'recipe' does not end in .yaml; give the path of the recipe to write."),
         (["r.yaml", "--data", "gone.tsv"], "--data: there is no file 'gone.tsv'; correct the path."),
         (
@@ -269,29 +343,6 @@ def test_names_that_cannot_be_fetched(folder: Path, tiny_t5: Path, option: str) 
     sentence = sentence_of(run("r.yaml", "--text", folder / "text.en", folder / "text.de", *arguments))
     assert "nothing-of-this-name' cannot be read (" in sentence
     assert sentence.startswith({"--backbone": "--backbone: ", "--encoder": "model.pretrained_asr: "}[option])
-
-
-def test_usual_names_of_columns_and_folders_of_recordings(tmp_path: Path, monkeypatch, tiny_t5, tiny_asr) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_tone(Path("cv/clips/c.wav"), 1.0)
-    Path("cv/covost_v2.en_de.tsv").write_text("path\tsentence\ttranslation\tclient_id\nc.wav\tone\teins\tx\n")
-    done = run(
-        *("r.yaml", "--data", "cv/covost_v2.en_de.tsv", "--from", "en", "--to", "de"),
-        *("--backbone", tiny_t5, "--encoder", tiny_asr),
-    )
-    assert "recordings are in 'cv/clips'" in done.output
-    assert compose_recipe("r.yaml").data.train_ds.audio.input_cfg == [
-        {
-            "type": "speech_tsv",
-            "paths": "cv/covost_v2.en_de.tsv",
-            "audio_column": "path",
-            "source_column": "sentence",
-            "target_column": "translation",
-            "audio_dir": "cv/clips",
-            "source_lang": "en",
-            "target_lang": "de",
-        }
-    ]
 
 
 def test_arguments_are_checked_before_nemo_is_imported(tmp_path: Path) -> None:

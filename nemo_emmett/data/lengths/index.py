@@ -109,6 +109,11 @@ class LengthIndex:
             raise ValueError("its arrays do not fit together")
 
     @property
+    def num_records(self) -> int:
+        """Number of records that were read, good or bad; blank lines and headers are none."""
+        return int(self.contents.arrays["shard_reads"].sum())
+
+    @property
     def num_entries(self) -> int:
         """Number of entries."""
         return int(self.block_entries[-1])

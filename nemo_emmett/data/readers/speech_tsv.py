@@ -13,7 +13,7 @@ from functools import partial
 
 from lhotse.cut import Cut
 
-from nemo_emmett.audio_file import AudioFault, read_header
+from nemo_emmett.audio_file import AudioFault, fitted, read_header
 from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import count_lines, decoded, is_local, open_lines
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
@@ -92,9 +92,8 @@ class TsvRecords:
         elif "duration" not in row and is_local(path):
             header = read_header(path)
             data["sampling_rate"] = header.sampling_rate
-            data["duration"] = header.duration - max(0.0, data.get("offset", 0.0))
-            if data["duration"] <= 0:
-                raise AudioFault("truncated audio", path)
+            start = max(0.0, data.get("offset", 0.0))
+            data["duration"] = fitted(header.duration, start, header.duration - start, header.missing)
         return data  # without a duration the manifest's reader refuses it
 
 
