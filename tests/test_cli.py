@@ -522,7 +522,7 @@ class TestReportsOnData:
         assert f"Files are in {tmp_path}." in done.output.replace("\n", "")
         assert re.search(r"a\.json 5 2 1\.00 [\d.]+ kB [\d,]+ records/s", words), words
         assert "skipped: empty text (line 3, line 5) 2 skipped: invalid duration (line 4) 1" in words
-        assert re.search(r"a\.\{en,de\} 3 2 7 [\d.]+ kB [\d,]+ records/s skipped: empty text \(line 3\) 1", words), (
+        assert re.search(r"a\.\{en,de\} 3 2 7 [\d.]+ kB [\d,]+ records/s skipped: empty text \(line 2\) 1", words), (
             words
         )
         assert "a.en none it is streamed" in words
