@@ -31,6 +31,7 @@ from nemo_emmett.models.export import public_config
 from nemo_emmett.models.exported import TRAINING_KEY
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
 from nemo_emmett.models.public_names import clean_folder
+from nemo_emmett.models.targets import check_local_path
 from nemo_emmett.modules.tensors import refuse_nonfinite
 from nemo_emmett.training_record import record_of_checkpoint, record_of_trainer
 
@@ -101,7 +102,7 @@ class BestCheckpoint(Callback):
         return max(found, key=lambda one: sign * one["score"], default=None)
 
 
-def export_trained(trainer: Trainer, model: LightningModule, cfg: DictConfig, best: BestCheckpoint) -> None:
+def export_trained(trainer: Trainer, model: LightningModule, cfg: DictConfig, best: BestCheckpoint) -> str | None:
     """Write the trained model to ``export_dir``, from rank 0; every rank must call it.
 
     Args:
@@ -110,20 +111,31 @@ def export_trained(trainer: Trainer, model: LightningModule, cfg: DictConfig, be
         cfg: the recipe.
         best: a callback of the trainer.
 
+    Returns:
+        The step of the exported weights and, of the best checkpoint, its score; None if nothing was written here.
+
     Raises:
         NonFiniteError: if the weights are not finite.
         OutputError: if ``export_dir`` could not be written to; the message says where the model is.
     """
     if not cfg.get("export_dir"):
-        return
+        return None
     found = best.find()
-    chosen = _best(trainer, cfg.get("export"), found)
-    weights, description = chosen or _last(trainer, model)
+    of_best = _best(trainer, cfg.get("export"), found)
+    weights = _last(model) if of_best is None else of_best
     if not trainer.is_global_zero:
-        return
-    record = record_of_trainer(trainer, cfg, found if chosen else None)
+        return None
+    if of_best is None:
+        record = record_of_trainer(trainer, cfg)
+        exported, description = f"step {record['steps']}", f"the weights after the last step, {record['steps']}"
+    else:
+        record = record_of_checkpoint(read_rest(found["path"]), cfg)
+        record["validation"] = {found["monitor"]: round(found["score"], 4)}
+        exported = f"step {record.get('steps', 'unknown')}, {found['monitor']} {found['score']:.4f}"
+        description = f"the checkpoint that is best by {found['monitor']}, {found['score']:.4f} ({found['path']})"
     _write_somewhere(cfg.export_dir, model, weights, trainer, record)
     logging.info(f"The trained model is in {cfg.export_dir}: {description}")
+    return exported
 
 
 def export_after_failed_write(trainer: Trainer, model: LightningModule, cfg: DictConfig, error: Exception) -> None:
@@ -137,8 +149,8 @@ def export_after_failed_write(trainer: Trainer, model: LightningModule, cfg: Dic
     if isinstance(model, FSDPModule) or not trainer.is_global_zero:
         raise OutputError(f"{cause}. {remedy}") from error
     try:
-        weights, _ = _last(trainer, model)
-        _write_somewhere(cfg.get("export_dir"), model, weights, trainer, record_of_trainer(trainer, cfg))
+        record = record_of_trainer(trainer, cfg)
+        _write_somewhere(cfg.get("export_dir"), model, _last(model), trainer, record)
     except EmmettError as outcome:
         raise OutputError(f"{cause}; {outcome} {remedy}") from error
     raise OutputError(f"{cause}; the weights of that step are exported to '{cfg.export_dir}'. {remedy}") from error
@@ -153,8 +165,8 @@ def is_failed_write(error: BaseException) -> bool:
     )
 
 
-def _best(trainer: Trainer, wanted: str | None, found: dict[str, Any] | None) -> tuple[dict[str, Tensor], str] | None:
-    """Weights of the best checkpoint (empty except on rank 0) with a description; None to export the last weights."""
+def _best(trainer: Trainer, wanted: str | None, found: dict[str, Any] | None) -> dict[str, Tensor] | None:
+    """Weights of the best checkpoint (empty except on rank 0); None to export the last weights."""
     if wanted == "last":
         return None
     if found is None:
@@ -168,18 +180,14 @@ def _best(trainer: Trainer, wanted: str | None, found: dict[str, Any] | None) ->
         except ModelError as error:
             logging.warning(f"The best checkpoint is not exported, but the last weights: {error}")
             weights = None
-    if not trainer.strategy.broadcast(weights is not None):
-        return None
-    description = f"the checkpoint that is best by {found['monitor']}, {found['score']:.4f} ({found['path']})"
-    return weights or {}, description
+    return (weights or {}) if trainer.strategy.broadcast(weights is not None) else None
 
 
-def _last(trainer: Trainer, model: LightningModule) -> tuple[dict[str, Tensor], str]:
-    """Weights after the last step, with a description. A sharded model of ours needs all ranks to call it."""
-    description = f"the weights after the last step, {trainer.global_step}"
+def _last(model: LightningModule) -> dict[str, Tensor]:
+    """Weights after the last step. A sharded model of ours needs all ranks to call it."""
     if isinstance(model, SpeechTextModel):
-        return model.whole_weights(), description
-    return {name: value.detach().cpu() for name, value in model.state_dict().items()}, description
+        return model.whole_weights()
+    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
 
 def _write_somewhere(
@@ -271,8 +279,28 @@ def export_checkpoint(checkpoint: Path, folder: Path, recipe: DictConfig | None)
     weights = read_weights(checkpoint)
     section = OmegaConf.to_container(recipe.model, resolve=True)
     section = {key: value for key, value in section.items() if key not in INITIAL_WEIGHTS_KEYS}
+    _check_pretrained_parts(section)
     # Pretrained weights are in the checkpoint, but a speech encoder's config is in its .nemo file alone.
     model = model_class(section)
     check_fit(weights, model, checkpoint)
     check_writable(folder, "FOLDER", needed=sum(t.numel() * t.element_size() for t in weights.values()))
     write_export(folder, model, weights, record_of_checkpoint(read_rest(checkpoint), recipe))
+
+
+def _check_pretrained_parts(section: Mapping[str, Any]) -> None:
+    """Refuse pretrained parts that are not where the recipe names them.
+
+    Raises:
+        ModelError: with what can be done.
+    """
+    for key in ("pretrained_llm", "tokenizer_path", "pretrained_asr"):
+        try:
+            check_local_path(str(section.get(key) or ""), f"model.{key}")
+        except ModelError as error:
+            raise ModelError(
+                f"model.{key}: '{section[key]}' does not exist, as seen from this folder; a checkpoint holds weights "
+                "alone, and the recipe names the tokenizer and the configs of the language model and speech encoder: "
+                f"run the command in the folder of the training, or correct the path in a copy of {RECIPE_FILE} and "
+                "give that by --config.",
+                page=error.page,
+            ) from error

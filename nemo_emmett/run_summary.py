@@ -59,6 +59,7 @@ class RunSummary(Callback):
         self.cfg = cfg
         self.progress = progress
         self.log_file = log_file
+        self.exported: str | None = None  # what was exported, once it is
         self._loader: MultimodalDataLoader | None = None
         self._totals: Tensor | None = None  # (M, 2) target tokens and examples, of all ranks
         self._has_started = False
@@ -116,9 +117,9 @@ class RunSummary(Callback):
             rows += self._resume_rows(trainer)
         if self.log_file is not None:
             rows.append(("log", _shown(self.log_file)))
-        folder = self.cfg.get("export_dir") if title == "Trained" else None
+        folder = self.cfg.get("export_dir") if self.exported else None
         if folder:
-            rows.append(("exported", _shown(folder)))
+            rows.append(("exported", f"{_shown(folder)} ({self.exported})"))
         self._print(title, _table(rows))
         if folder:  # lines to copy, which are not folded
             print("Next:", *_next_commands(folder, self._targets(trainer)), sep="\n  ", flush=True)  # noqa: T201

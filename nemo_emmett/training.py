@@ -119,7 +119,7 @@ def train(cfg: DictConfig) -> LightningModule:
                 export_after_failed_write(trainer, model, cfg, error)
             if any(isinstance(c, OOMptimizer) and c.ends_after_planning for c in trainer.callbacks):
                 return model
-            export_trained(trainer, model, cfg, best)
+            summary.exported = export_trained(trainer, model, cfg, best)
     return model
 
 

@@ -22,30 +22,28 @@ _SHOWN_FILES = 8
 """Files that are named of a group of sources."""
 
 
-def record_of_trainer(trainer: Trainer, cfg: DictConfig, best: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The record of a training in this process.
+def record_of_trainer(trainer: Trainer, cfg: DictConfig) -> dict[str, Any]:
+    """The record of the last weights of a training in this process.
 
     Args:
         trainer: whose fit has ended, or broke off.
         cfg: the recipe.
-        best: ``monitor`` and ``score`` of the checkpoint that is exported, if it is the best one.
     """
     found = [one for one in trainer.callbacks if isinstance(one, TrainedExamples)]
-    counts = (found[0].of_all_ranks or found[0].counts) if found else Counter()
-    record = _record(cfg, counts) | {"steps": trainer.global_step, "processes": trainer.world_size}
-    return record | ({"validation": {best["monitor"]: round(best["score"], 4)}} if best else {})
+    counts = (found[0].of_all_ranks or found[0].before + found[0].counts) if found else Counter()
+    return _record(cfg, counts) | {"steps": trainer.global_step, "processes": trainer.world_size}
 
 
 def record_of_checkpoint(checkpoint: Mapping[str, Any], cfg: DictConfig) -> dict[str, Any]:
-    """The record of a training from one of its checkpoints.
+    """The record of a training up to one of its checkpoints.
 
     Args:
         checkpoint: Lightning's, or what of it is not in the shards.
         cfg: the recipe.
     """
     state = (checkpoint.get("callbacks") or {}).get(TrainedExamples.__qualname__) or {}
-    steps = checkpoint.get("global_step")
-    return _record(cfg, counts_of(state)) | ({} if steps is None else {"steps": steps})
+    known = {"steps": checkpoint.get("global_step"), "processes": state.get("processes")}
+    return _record(cfg, counts_of(state)) | {key: value for key, value in known.items() if value is not None}
 
 
 def _record(cfg: DictConfig, counts: Counter[Direction]) -> dict[str, Any]:

@@ -164,7 +164,7 @@ class TestTranslate:
     def test_the_model_may_come_from_the_environment(self, invoke, calls, model, monkeypatch) -> None:
         monkeypatch.setenv("NEMO_EMMETT_MODEL", str(model))
         assert invoke("translate", "good day", "--to", "de").exit_code == 0
-        assert calls == [(model, ["good day"], "de", None)]
+        assert calls == [(model, ["good day"], "de", "en")]
 
     def test_a_missing_recording_is_one_sentence(self, invoke, calls) -> None:
         done = invoke("translate", "gone.wav", "--to", "de", "--model", "m")
@@ -189,7 +189,7 @@ class TestTranslate:
         done = CliRunner().invoke(cli.main, command, input="one\ntwo\n\nthree\n")
         assert (done.exit_code, done.stdout) == (0, "ONE\nTWO\n\nTHREE\n")
         given = {"num_beams": 4, "batch_size": 2, "max_new_tokens": 9}
-        assert calls == [(model, ["one", "two"], "de", None, given), (model, ["three"], "de", None, given)]
+        assert calls == [(model, ["one", "two"], "de", "en", given), (model, ["three"], "de", "en", given)]
 
     def test_a_record_at_fault_is_reported_and_the_rest_is_translated(self, invoke, model, calls, tmp_path) -> None:
         table, output = tmp_path / "t.tsv", tmp_path / "out.jsonl"
@@ -219,6 +219,40 @@ class TestTranslate:
         said = "Warning: --to: the model was not trained to translate to es, but to de, fr; expect translations"
         assert said in invoke("translate", "good day", "--to", "es", "--model", model).stderr
         assert "Warning" not in invoke("translate", "good day", "--to", "fr", "--model", model).stderr
+
+    def test_the_only_source_language_of_a_target_is_taken(self, invoke, model, calls, tmp_path: Path) -> None:
+        directions = {"text": [["en", "de"], ["en", "fr"], ["de", "fr"], [None, "es"]], "audio": [["en", "de"]]}
+        (model / "config.json").write_text(json.dumps({"training": {"directions": directions}}))
+        table, output = tmp_path / "t.tsv", tmp_path / "out.jsonl"
+        rows = [("one", "", "de"), ("two", "", "de"), ("three", "fr", "de"), ("four", "", "fr"), ("five", "", "es")]
+        table.write_text("\n".join(map("\t".join, [("source", "source_lang", "target_lang"), *rows])))
+        done = invoke("translate", "--model", model, "--tsv", table, "--output", output)
+        assert done.exit_code == 0
+        assert done.stderr.count("Source language: ") == 1
+        assert "Source language: en, the only one that the model was trained on for de.\n" in done.stderr
+        records = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [record["source_lang"] for record in records] == ["en", "en", "fr", None, None]
+        done = invoke("translate", "good day", "--to", "de", "--from", "es", "--model", model)
+        assert "Source language" not in done.stderr
+        assert calls[-1] == (model, ["good day"], "de", "es")
+
+    def test_what_is_no_exported_model_is_said_with_the_remedy(self, invoke, calls, tmp_path: Path) -> None:
+        (tmp_path / "exp" / "checkpoints").mkdir(parents=True)
+        checkpoint = tmp_path / "exp" / "checkpoints" / "a=1.ckpt"
+        checkpoint.touch()
+        export = f"such as by `nemo-emmett export {checkpoint} FOLDER`"
+        for given, why, remedy in (
+            (checkpoint, "has no config.json", export),
+            (checkpoint.parent, "has no config.json", export),
+            (tmp_path / "exp", "has no config.json", export),
+            (tmp_path / "gone", "there is no such folder", "that `nemo-emmett train` (key export_dir) or"),
+            (tmp_path, "has no config.json", "or `nemo-emmett export` has written."),
+        ):
+            done = invoke("translate", "good day", "--to", "de", "--model", given)
+            assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+            assert done.stderr.startswith(f"Error: '{given}' is not an exported model: ")
+            assert why in done.stderr, done.stderr
+            assert remedy in done.stderr, done.stderr
 
     @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:99"])
     def test_a_device_that_is_not_there_is_one_sentence(self, invoke, model, calls, device: str) -> None:

@@ -21,6 +21,7 @@ from nemo_emmett.callbacks import RandomState, ResumableData
 from nemo_emmett.data.blending.weights import blend_of
 from nemo_emmett.data.checks import check_data_config
 from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.evaluation import evaluate
 from nemo_emmett.oomptimizer.profile import Profile
 from nemo_emmett.runner import compose_data, compose_recipe
 from nemo_emmett.training import build_training, check_recipe, train
@@ -50,6 +51,7 @@ COMPLETED = {
     "README.md 1": "trains_with_oomptimizer",
     "corpora.md 1": "names_sources",
     "data.md 1": "trains",
+    "evaluation.md 1": "is_evaluated",
     "data.md 2": "names_callbacks",
     "data.md 3": "names_forms_of_a_source",
     "data.md 4": "weighs_its_sources",
@@ -132,6 +134,16 @@ class Completed:
             check_data_config(
                 OmegaConf.create({"input_cfg": [source], "batch_size": 1, "use_multimodal_sampling": True}), place="it"
             )
+
+    def is_evaluated(self, text: str) -> None:
+        """The test sets of an evaluation, which a model translates."""
+        model = build_training(OmegaConf.create(self.recipe)).model.eval()
+        found = evaluate(model, self._written(self._with_files(text)), max_new_tokens=2)
+        assert {(one.test_set, one.modality, *one.direction) for one in found.scores} == {
+            ("news", "text", "en", "de"),
+            ("talks", "audio", "en", "de"),
+        }
+        assert not found.skipped
 
     def begins_with_weights(self, text: str) -> None:
         """A training that starts from the checkpoint of another one."""

@@ -30,7 +30,7 @@ from nemo_emmett.exporting import BestCheckpoint, check_export, export_trained
 from nemo_emmett.models import SALMT5, load
 from nemo_emmett.models.card import model_card
 from nemo_emmett.models.checkpoint import read_weights
-from nemo_emmett.models.exported import trained_targets
+from nemo_emmett.models.exported import trained_targets, untrained_warning
 from nemo_emmett.models.public_names import without_paths
 from nemo_emmett.run_folders import SaveRecipe, check_space
 from nemo_emmett.training import train
@@ -95,8 +95,8 @@ def trained(tiny_corpus, tiny_t5, tmp_path_factory) -> SimpleNamespace:
     trainer = kept[0].trainer
     (best_checkpoint,) = [callback for callback in trainer.callbacks if isinstance(callback, BestCheckpoint)]
 
-    def export(**cfg) -> None:
-        export_trained(trainer, model, OmegaConf.create(cfg), best_checkpoint)
+    def export(**cfg) -> str | None:
+        return export_trained(trainer, model, OmegaConf.create(cfg), best_checkpoint)
 
     return SimpleNamespace(
         folder=folder, cfg=cfg, as_written=as_written, model=model, trainer=trainer, export=export, best=best, last=last
@@ -127,13 +127,18 @@ def test_the_checkpoint_with_the_best_score_is_exported(trained, tmp_path, caplo
     assert not same(exported(trained.cfg.export_dir), last)
     assert same(trained.model.state_dict(), last)  # what train returns
     assert len(load(trained.cfg.export_dir).translate(["one red house"], "en", "de")) == 1
-    for wanted, weights, said in (
-        ("best", best, rf"the checkpoint that is best by val_loss, \d\.\d{{4}} \({trained.best}\)"),
-        ("last", last, "the weights after the last step, 4"),
+    for wanted, weights, said, step in (
+        (
+            "best",
+            best,
+            rf"the checkpoint that is best by val_loss, \d\.\d{{4}} \({trained.best}\)",
+            "step 2, val_loss ",
+        ),
+        ("last", last, "the weights after the last step, 4", "step 4"),
     ):
         caplog.clear()
         folder = tmp_path / wanted
-        trained.export(export_dir=str(folder), export=wanted)
+        assert trained.export(export_dir=str(folder), export=wanted).startswith(step)
         assert same(exported(folder), weights)
         assert re.search(f"The trained model is in {folder}: {said}", caplog.text)
     assert float(re.search(r"val_loss=([\d.]+)-", trained.best.name)[1]) > 0
@@ -243,16 +248,29 @@ def test_no_exported_file_holds_a_path_a_user_or_a_host(trained, tiny_t5, salm_t
 def test_an_export_says_how_it_was_trained(trained, tmp_path):
     config = json.loads(Path(trained.cfg.export_dir, "config.json").read_text())
     record = config["training"]
-    assert record["steps"] == 4
-    # Two batches an epoch, of 4 of the 12 pairs: six sentences in both directions.
-    assert record["examples"] == {"text": 16}
+    # Of the best checkpoint, after an epoch: two batches of 4 of the 12 pairs, six sentences in both directions.
+    assert record["steps"] == 2
+    assert record["examples"] == {"text": 8}
     assert record["directions"] == {"text": [["de", "en"], ["en", "de"]]}
     assert record["data"] == {"train": ["train.en", "train.de"]}
     assert list(record["validation"]) == ["val_loss"]
     assert trained_targets(config) == {"de", "en"}
-    run(trained.last, tmp_path / "last")
-    of_checkpoint = json.loads((tmp_path / "last" / "config.json").read_text())["training"]
-    assert of_checkpoint == {key: record[key] for key in record if key not in ("validation", "processes")}
+    for checkpoint, steps, examples in ((trained.best, 2, 8), (trained.last, 4, 16)):
+        run(checkpoint, tmp_path / checkpoint.name)
+        of_checkpoint = json.loads((tmp_path / checkpoint.name / "config.json").read_text())["training"]
+        of_step = record | {"steps": steps, "examples": {"text": examples}}
+        assert of_checkpoint == {key: of_step[key] for key in of_step if key != "validation"}
+    trained.export(**trained.as_written | {"export_dir": str(tmp_path / "of_trainer"), "export": "last"})
+    assert json.loads((tmp_path / "of_trainer" / "config.json").read_text())["training"] == of_checkpoint
+
+
+def test_a_model_warns_once_of_a_language_that_it_never_saw(trained, caplog):
+    model = load(trained.cfg.export_dir)
+    for _ in range(2):
+        model.translate(["one red house"], "en", "fr")
+        model.translate(["one red house"], "en", "de")
+    said = [record.message for record in caplog.records if "not trained to translate" in record.message]
+    assert said == [f"target_lang: {untrained_warning(model.cfg, ['fr'])}"]
 
 
 def test_the_card_is_read_by_the_hub_and_its_code_runs(trained, tmp_path, capsys):
@@ -265,8 +283,8 @@ def test_the_card_is_read_by_the_hub_and_its_code_runs(trained, tmp_path, capsys
     for said in (
         "German (de), English (en)",
         "- text: de → en, en → de",
-        "- steps: 4\n",
-        "16 examples, 4.0 a step over 1 p",
+        "- steps: 2\n",
+        "8 examples, 4.0 a step over 1 p",
     ):
         assert said in card.text, card.text
     assert re.search(r"`val_loss` on the validation data: \d\.\d+, the checkpoint that was exported", card.text)
@@ -274,6 +292,7 @@ def test_the_card_is_read_by_the_hub_and_its_code_runs(trained, tmp_path, capsys
     exec(code.replace("FOLDER", str(folder)), {})
     assert capsys.readouterr().out.startswith("['")
     (command,) = re.findall("```bash\nnemo-emmett (.*?)\n```", card.text, re.DOTALL)
+    assert "--from de --to en" in command
     done = CliRunner().invoke(main, shlex.split(command.replace("FOLDER", str(folder))))
     assert done.exit_code == 0, done.output
 
@@ -318,6 +337,13 @@ def test_a_checkpoint_becomes_a_folder(trained, tmp_path):
     assert f"Error: '{tmp_path / 'recipe.yaml'}' does not exist" in run(moved, tmp_path / "b").stderr
     assert run(moved, tmp_path / "b", "--config", trained.best.parent / "recipe.yaml").exit_code == 0
     assert same(load(tmp_path / "b").state_dict(), read_weights(trained.best))
+    recipe = OmegaConf.load(trained.best.parent / "recipe.yaml")
+    recipe.model.pretrained_llm = "../models/t5"
+    OmegaConf.save(recipe, tmp_path / "recipe.yaml")
+    done = run(moved, tmp_path / "c")
+    assert done.exit_code == 2
+    assert "Error: model.pretrained_llm: '../models/t5' does not exist, as seen from this folder; " in done.stderr
+    assert "or correct the path in a copy of recipe.yaml and give that by --config.\n" in done.stderr
 
 
 def test_what_cannot_be_exported_is_one_sentence(trained, tiny_t5, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -75,7 +76,8 @@ def test_a_signal_and_the_run_that_resumes(recipe, at_step, capfd, tmp_path, mon
     assert end["steps"] == "6 of 6, 3 of them in this run"
     assert end["audio"].startswith("12 examples, ")  # of this run, as is the time
     assert "saved" not in end
-    assert end["exported"] == "export"
+    assert re.fullmatch(r"export \(step 2, val_bleu \d\.\d{4}\)", end["exported"])
+    assert end["exported"][end["exported"].index("val_bleu") : -1] == end["best"].split(":")[0]
 
 
 def test_an_exception_passes_after_the_table(recipe, at_step, capfd, tmp_path) -> None:

@@ -16,11 +16,12 @@ Direction = tuple[str, str | None, str | None]
 class TrainedExamples(Callback):
     """Counts the examples of a training by modality and direction, over all ranks and over resumed runs.
 
-    A checkpoint holds the counts of rank 0, which a resumed run continues on every rank: all ranks have about the same.
+    A checkpoint holds the counts of all ranks up to its step.
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[Direction] = Counter()  # of this rank
+        self.before: Counter[Direction] = Counter()  # of all ranks, in the runs that this one resumes
+        self.counts: Counter[Direction] = Counter()  # of this rank, in this run
         self.of_all_ranks: Counter[Direction] | None = None  # once the training has ended
 
     def on_train_batch_end(
@@ -32,19 +33,32 @@ class TrainedExamples(Callback):
                 self.counts[example["modality"], example["source_lang"], example["target_lang"]] += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add up the counts of all ranks; checkpoints that are written after this still hold those of rank 0."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            of_ranks: list[Counter[Direction]] = [Counter()] * dist.get_world_size()
-            dist.all_gather_object(of_ranks, self.counts)
-            self.of_all_ranks = sum(of_ranks, Counter())
+        """Add up the counts of all ranks."""
+        self.of_all_ranks = self._add_up()
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts so far."""
-        return {"counts": [[*direction, count] for direction, count in self.counts.items()]}
+        """The counts of all ranks so far; every rank must call it, as Lightning does to save a checkpoint."""
+        return {
+            "counts": [[*direction, count] for direction, count in self._add_up().items()],
+            "processes": _world_size(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the counts of the runs before."""
-        self.counts = counts_of(state_dict)
+        if "processes" in state_dict:
+            self.before = counts_of(state_dict)
+        else:  # of a version that saved rank 0's alone: all ranks had about the same
+            self.counts = counts_of(state_dict)
+
+    def _add_up(self) -> Counter[Direction]:
+        of_ranks = [self.counts] * _world_size()
+        if len(of_ranks) > 1:
+            dist.all_gather_object(of_ranks, self.counts)
+        return sum(of_ranks, self.before)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def counts_of(state_dict: Mapping[str, Any]) -> Counter[Direction]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +21,9 @@ from nemo_emmett.cli.parameters import (
     trust_option,
     warn,
 )
+
+if TYPE_CHECKING:
+    from nemo_emmett.translation.requests import Request
 
 _WINDOW = 32
 """Inputs of standard input that are read before they are translated, unless a batch size is given."""
@@ -42,7 +46,7 @@ _SHOWN_FAULTS = 20
     "source_lang",
     metavar="LANGUAGE",
     help="Code of the language to translate from.  [default: that "
-    "of each record; otherwise none is named to the model]",
+    "of each record, or the only one that the model was trained on; otherwise none is named to the model]",
 )
 @click.option(
     "--model",
@@ -109,8 +113,9 @@ def translate(
     An INPUT is a text, an audio file, a folder (its audio files, by name, those of its subfolders too), or - for the
     lines of standard input, which are read if nothing is given. A line is a text, or the path of an audio file.
 
-    A record that cannot be translated is reported with its cause, and the others are translated; then the exit code
-    is 1. Its line is empty, as is that of an empty line.
+    A path given as an argument is looked for first: one that does not exist ends the command. A line, a recording of a
+    folder, or a record of a TSV or manifest that cannot be translated is reported with its cause, and the others are
+    translated; then the exit code is 1. Its line is empty, as is that of an empty line.
     """
     from nemo_emmett.models.exported import check_exported, untrained_warning
     from nemo_emmett.translation.requests import STDIN, Languages, read_requests
@@ -129,10 +134,13 @@ def translate(
         from nemo_emmett.models import load
 
         loaded = load(model, **trust_argument(trust_remote_code)).to(_device(device))
+        if target_lang is not None:
+            loaded.warned_targets = frozenset([target_lang])
         if STDIN in inputs and sys.stdin.isatty():
             click.echo("Enter a text on each line; end with Ctrl-D.", err=True)
         window = _window(options["batch_size"], is_live=STDIN in inputs)
         given = {name: value for name, value in options.items() if value is not None}
+        requests = _with_only_sources(requests, config)
         failed = _write(loaded, requests, window, given, output, format_of(output, format_), target_lang is None)
         raise SystemExit(int(failed))
 
@@ -171,6 +179,22 @@ def _write(
     if output is not None:
         click.echo(f"Translations: {output}", err=True)
     return faults > 0
+
+
+def _with_only_sources(requests: Iterable[Request], config: Mapping[str, Any]) -> Iterator[Request]:
+    """The requests; those without a source language get the only one that their target was trained from."""
+    from nemo_emmett.models.exported import only_source
+
+    named: set[str] = set()
+    for request in requests:
+        target = request.target_lang
+        if request.source_lang is None and not request.fault and (source := only_source(config, target)):
+            if target not in named:
+                said = f"Source language: {source}, the only one that the model was trained on for {target}."
+                click.echo(said, err=True)
+            named.add(target)
+            request = replace(request, source_lang=source)
+        yield request
 
 
 def _window(batch_size: int | None, is_live: bool) -> int:

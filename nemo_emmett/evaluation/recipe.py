@@ -83,7 +83,7 @@ def evaluation_arguments(
         check_keys(recipe, (*sorted(keys), "model", "baseline", "test_ds"), "recipe")
     model = resolved_value(recipe, "model") if model is None else model
     if not isinstance(model, (str, os.PathLike)) or not str(model):
-        raise ConfigError("model: the recipe names no exported model; give the folder that train.py exported to.")
+        raise ConfigError("model: the recipe names no exported model; give the folder of one.")
     arguments = {key: value for key, value in (options or {}).items() if value not in (None, ())}
     if "baselines" not in arguments:
         kinds = FilePath | list[FilePath] | None
@@ -152,9 +152,12 @@ def data_section(config: DictConfig | Mapping | str | os.PathLike[str]) -> DictC
     recipe = copy.deepcopy(config) if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     data = recipe.data if _is_section(recipe, "data") and "test_ds" in recipe.data else recipe
     if not (_is_section(data, "test_ds") and _is_section(data.test_ds, "datasets")):
+        form = "test_ds: {datasets: {NAME: {batch_size: 16, input_cfg: [...]}}}"
+        copied = _is_section(recipe, "data") and _is_section(recipe.data, "validation_ds")
+        validation = " (or copy its data.validation_ds under the name test_ds)" if copied else ""
         raise ConfigError(
-            f"data.test_ds.datasets is missing in {origin}, or holds no keys: name the test sets there, each with its "
-            "input_cfg."
+            f"data.test_ds.datasets is missing in {origin}, or holds no keys: an evaluation translates test sets, "
+            f"which a recipe names as `{form}`{validation}; docs/evaluation.md begins with a whole one."
         )
     resolved_value(data, "test_ds")  # an interpolation that cannot be resolved is refused before the translating
     return data

@@ -38,6 +38,9 @@ from nemo_emmett.models.exported import untrained_warning
 REPORT_FILE = "report.html"
 """Name of the page in the output folder."""
 
+NOT_SAVED = "No translations, scores or report were saved; give a folder for them (--output FOLDER, or the key output)."
+"""The last line where there is no output folder."""
+
 PACKAGES = ("nemo_emmett", "nemo_toolkit", "torch", "transformers", "lhotse", "sacrebleu")
 """Whose versions an evaluation records."""
 
@@ -140,6 +143,8 @@ def evaluate(
         writer.raise_failure()
         if settings.output is not None:
             console.print(f"Report: {settings.output / REPORT_FILE}", highlight=False, soft_wrap=True)
+        else:
+            console.print(NOT_SAVED, highlight=False, soft_wrap=True)
     return evaluation
 
 

@@ -6,6 +6,7 @@ Commands check a folder with it before they load the model, which takes seconds.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,18 @@ def find_config(folder: str | Path) -> Path:
     """
     path = Path(folder, CONFIG_FILE)
     if not path.is_file():
-        raise ModelError(
-            f"'{folder}' is not an exported model: it has no {CONFIG_FILE}; train.py exports to `export_dir`."
-        )
+        why = f"it has no {CONFIG_FILE}" if Path(folder).exists() else "there is no such folder"
+        raise ModelError(f"'{folder}' is not an exported model: {why}; {_remedy(Path(folder))}.")
     return path
+
+
+def _remedy(path: Path) -> str:
+    """What to do with something that is no exported model."""
+    found = [path] if path.suffix == ".ckpt" else sorted(path.glob("*.ckpt")) or sorted(path.glob("checkpoints/*.ckpt"))
+    if found:
+        command = f"nemo-emmett export {shlex.quote(str(found[0]))} FOLDER"
+        return f"write the model of a checkpoint into a folder, such as by `{command}`"
+    return "name the folder that `nemo-emmett train` (key export_dir) or `nemo-emmett export` has written"
 
 
 def check_weights(folder: str | Path) -> None:
@@ -68,13 +77,32 @@ def check_weights(folder: str | Path) -> None:
         raise ModelError(f"'{folder}' has no {WEIGHTS_FILE}, so it is no complete export; export it again.")
 
 
-def trained_targets(config: Mapping[str, Any]) -> set[str]:
-    """The languages that a model was trained to translate to; empty if its config does not say."""
+def trained_directions(config: Mapping[str, Any]) -> set[tuple[str | None, str]]:
+    """Source and target languages that a model was trained on, of text and speech; empty if its config does not say.
+
+    A source language is None where the data did not name it.
+    """
     training = config.get(TRAINING_KEY)
     directions = training.get("directions") if isinstance(training, Mapping) else None
     if not isinstance(directions, Mapping):
         return set()
-    return {str(target) for pairs in directions.values() for _, target in pairs}
+    return {(source, str(target)) for pairs in directions.values() for source, target in pairs}
+
+
+def trained_targets(config: Mapping[str, Any]) -> set[str]:
+    """The languages that a model was trained to translate to; empty if its config does not say."""
+    return {target for _, target in trained_directions(config)}
+
+
+def only_source(config: Mapping[str, Any], target_lang: str) -> str | None:
+    """The source language if a model was trained to translate to the target language from that one alone, else None.
+
+    Example:
+        >>> only_source({"training": {"directions": {"text": [["en", "de"], ["de", "fr"], ["en", "fr"]]}}}, "de")
+        'en'
+    """
+    sources = {source for source, target in trained_directions(config) if target == target_lang}
+    return sources.pop() if len(sources) == 1 else None
 
 
 def untrained_warning(config: Mapping[str, Any], target_langs: Collection[str]) -> str | None:

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from nemo.collections.common.prompts import PromptFormatter
+from nemo.utils import logging
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.models.exported import untrained_warning
 from nemo_emmett.models.inputs import (
     Input,
     check_inputs,
@@ -55,6 +57,8 @@ punish repetition, NLLB's use beam search, mBART's force a last token."""
 
 class Generation:
     """Mixin of :class:`~nemo_emmett.models.base.SpeechTextModel`: generation and translation."""
+
+    warned_targets: frozenset[str] = frozenset()  # languages that are not warned of again
 
     @torch.no_grad()
     def generate(
@@ -169,6 +173,7 @@ class Generation:
             ['zehn nach neun', 'neun']
         """
         check_language(target_lang, "target_lang")
+        self._warn_of_untrained(target_lang)
         if source_lang is not None:
             check_language(source_lang, "source_lang")
         parse_value(PositiveWhole, num_beams, "num_beams")
@@ -192,6 +197,13 @@ class Generation:
                 batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
             translations |= zip(chosen, self.translate_batch(batch, num_beams, max_new_tokens), strict=True)
         return [translations[i] for i in range(len(inputs))]
+
+    def _warn_of_untrained(self, target_lang: str) -> None:
+        if target_lang in self.warned_targets:
+            return
+        self.warned_targets |= {target_lang}
+        if sentence := untrained_warning(self.cfg, [target_lang]):
+            logging.warning(f"target_lang: {sentence}")
 
     def _prompt_formatter(self) -> PromptFormatter:
         """The model's prompt format, made with its tokenizer."""

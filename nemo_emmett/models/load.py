@@ -25,7 +25,7 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> SpeechTextMo
     """Load an exported model, ready to translate.
 
     Args:
-        folder: what ``save_pretrained`` wrote (``train.py`` exports to its recipe's ``export_dir``); a folder that NeMo
+        folder: what ``save_pretrained`` wrote (a training exports to its recipe's ``export_dir``); a folder that NeMo
             wrote of its SALM becomes a :class:`~nemo_emmett.models.SALMGPT`.
         trust_remote_code: run code that came with the model, for a language model that transformers lacks. Only the
             caller decides this, not the folder (docs/security.md).

@@ -226,7 +226,11 @@ def test_a_baseline_that_does_not_compare_costs_no_translations(recipe, tokenize
         (None, "cannot be read"),
         ("a: [", "is not YAML"),
         ("- a", "holds a list"),
-        ("data: {train_ds: {}}", "data.test_ds.datasets is missing in"),
+        (
+            "data: {train_ds: {}}",
+            "data.test_ds.datasets is missing in .*, which a recipe names as `test_ds: {datasets: ",
+        ),
+        ("data: {validation_ds: {datasets: {}}}", r"or copy its data\.validation_ds under the name test_ds"),
         ("test_ds: {batch_size: 1}", "data.test_ds.datasets is missing in"),
         ("test_ds: 3", "data.test_ds.datasets is missing in"),
         ("test_ds: {datasets: [a, b]}", "or holds no keys"),
@@ -409,11 +413,11 @@ def test_a_recipe_may_say_how_it_is_evaluated_and_options_overrule_it(recipe, to
 
 
 def test_the_last_line_is_where_the_report_is(recipe, tokenizer, tmp_path):
-    for output, last in ((tmp_path / "out", f"Report: {tmp_path}/out/report.html"), (None, "")):
+    for output, last in ((tmp_path / "out", f"Report: {tmp_path}/out/report.html"), (None, run.NOT_SAVED)):
         terminal = io.StringIO()
         evaluate(Oracle(tokenizer), recipe, output=output, console=Console(file=terminal, width=60))
         lines = terminal.getvalue().splitlines()
-        assert lines[-1] == last or not last
+        assert lines[-1] == last
         assert ("Report: " in terminal.getvalue()) == (output is not None)
         if output is not None:
             assert (output / "report.html").is_file()
@@ -430,15 +434,19 @@ def test_languages_that_the_model_never_saw_are_named(recipe, tokenizer):
     assert "not trained" not in terminal.getvalue(), "nothing is known of this one"
 
 
+RECORD = {"nemo_emmett": "1", "precision": "32-true", "optimizer": {"name": "", "lr": None}, "examples": {}, "data": {}}
+
+
 def test_the_card_of_the_model_gets_the_scores(recipe, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "load", lambda folder: Oracle(tokenizer))
     config = {"_target_": "nemo_emmett.models.SALMT5"}
     card = tmp_path / "README.md"
-    card.write_text(model_card(config))
+    card.write_text(model_card(config | {"training": {**RECORD, "validation": {"val_bleu": 31.4}}}))
     for _ in range(2):  # the second replaces those of the first
         evaluation = evaluate(tmp_path, recipe, update_card=True, console=Console(file=io.StringIO()))
         text = card.read_text()
-        assert "No evaluation is recorded." not in text
+        assert "No evaluation on test sets is recorded." not in text
+        assert "`val_bleu` on the validation data: 31.4" in text
         (row,) = [line for line in text.splitlines() if line.startswith("| test_speech | speech | en → de |")]
         (score,) = [one for one in evaluation.scores if one.modality == "audio" and one.direction == ("en", "de")]
         assert row.endswith(f"| {SENTENCES} | {score.bleu:.1f} | {score.metrics['chrF++']:.1f} |")
