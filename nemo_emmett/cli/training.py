@@ -44,7 +44,11 @@ def train(recipe: str, overrides: Sequence[str]) -> None:
 )
 def export(checkpoint: Path, folder: Path, config: str | None) -> None:
     """Write the model of CHECKPOINT, a .ckpt file or the folder of a sharded one, into FOLDER, for translate and
-    evaluate."""
+    evaluate.
+
+    The pretrained models that the recipe names are read for tokenizer and configs, which a checkpoint does not hold.
+    Relative paths in the recipe start from the current folder.
+    """
     from nemo_emmett.early_checks import check_checkpoint
     from nemo_emmett.files import check_writable
     from nemo_emmett.runner import compose_recipe

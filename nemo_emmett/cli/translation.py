@@ -45,8 +45,8 @@ _SHOWN_FAULTS = 20
     "--from",
     "source_lang",
     metavar="LANGUAGE",
-    help="Code of the language to translate from.  [default: that "
-    "of each record, or the only one that the model was trained on; otherwise none is named to the model]",
+    help="Code of the language to translate from.  [default: that of each record, or the one that the target language "
+    "was trained from, if it is only one; otherwise none is named to the model]",
 )
 @click.option(
     "--model",
@@ -113,9 +113,9 @@ def translate(
     An INPUT is a text, an audio file, a folder (its audio files, by name, those of its subfolders too), or - for the
     lines of standard input, which are read if nothing is given. A line is a text, or the path of an audio file.
 
-    A path given as an argument is looked for first: one that does not exist ends the command. A line, a recording of a
-    folder, or a record of a TSV or manifest that cannot be translated is reported with its cause, and the others are
-    translated; then the exit code is 1. Its line is empty, as is that of an empty line.
+    The files that the command line names are looked for first: if one does not exist, nothing is translated. A line, a
+    recording, or a record of a TSV or manifest that cannot be translated is reported with its cause, and the others
+    are translated; then the exit code is 1. Its line is empty, as is that of an empty line.
     """
     from nemo_emmett.models.exported import check_exported, untrained_warning
     from nemo_emmett.translation.requests import STDIN, Languages, read_requests
