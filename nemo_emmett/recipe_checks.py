@@ -161,19 +161,32 @@ def trainer_arguments(section: DictConfig) -> dict[str, Any]:
     return {key: parse_value(types[key], value, f"trainer.{key}") for key, value in values.items()}
 
 
+_ONLY_OF_SEVERAL_PROCESSES = {"_target_", "find_unused_parameters", "gradient_as_bucket_view", "static_graph"}
+"""Keys of DDP that change nothing in the training of one process."""
+
+
 def build_trainer(section: DictConfig) -> Trainer:
     """The ``Trainer`` of a recipe, with its strategy and callbacks.
+
+    One process trains without DDP where the recipe's strategy asks for no more than that ranks average gradients: then
+    PyTorch has no process group, no gradient buckets, and no warning that no parameter is unused.
 
     Raises:
         EmmettError: for a value that cannot be used.
     """
 
     def build(strategy: Any = "auto", callbacks: list | None = None, **others: Any) -> Trainer:
-        if isinstance(strategy, dict):
+        keys = strategy if isinstance(strategy, dict) else {}
+        if keys:
             strategy = instantiate(strategy, "trainer.strategy", Strategy)
         places = [item_of("trainer.callbacks", number) for number in range(len(callbacks or ()))]
         callbacks = [instantiate(*one, Callback) for one in zip(callbacks or (), places, strict=True)]
-        return Trainer(strategy=strategy, callbacks=callbacks, **resolve_trainer_cfg(OmegaConf.create(others)))
+        others = resolve_trainer_cfg(OmegaConf.create(others))
+        trainer = Trainer(strategy=strategy, callbacks=callbacks, **others)
+        # How many processes there are, Lightning finds out by devices, nodes, torchrun and SLURM.
+        if type(strategy) is DDPStrategy and trainer.world_size == 1 and keys.keys() <= _ONLY_OF_SEVERAL_PROCESSES:
+            trainer = Trainer(strategy="auto", callbacks=callbacks, **others)
+        return trainer
 
     return _call(build, trainer_arguments(section), "trainer")
 

@@ -18,12 +18,15 @@ from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import wrapt
 from tqdm import tqdm
 
 from nemo_emmett.errors import EmmettError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 VERBOSE_VARIABLE = "NEMO_EMMETT_VERBOSE"
 """Environment variable: with any value, everything is printed as the libraries do it, and no log file is written."""
@@ -41,6 +44,7 @@ TO_LOG_FILE = (
     Routed("nemo_logger", "requested tokenization during data sampling", "advises pretokenize: false, which we refuse"),
     Routed("nemo_logger", "There were no checkpoints found in checkpoint_dir", "so it is at every first start"),
     Routed("nemo_logger", "Exp_manager is logging to .* but it already exists", "so it is whenever a run resumes"),
+    Routed("nemo_logger", r"call the ModelPT\.setup_\w+_data\(\)", "an encoder is trained on the recipe's data"),
     Routed("nemo_logger", "was told to monitor a validation value", "check_validation warns if none will come"),
     Routed("nemo_logger", "smaller than the logging interval", "the interval counts steps over all epochs"),
     Routed("nemo_logger", "Checkpoint directory .* exists and is not empty", "so it is whenever a run resumes"),
@@ -138,6 +142,16 @@ def is_rank_zero() -> bool:
     if (rank := os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) is not None:
         return rank == "0"
     return not any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
+
+
+def plain_console(**options: Any) -> Console:
+    """A console on standard output: with colours in a terminal, plain text in a file, a pipe and a notebook.
+
+    rich's own choice in a notebook is HTML with a copy that has the control codes of a terminal.
+    """
+    from rich.console import Console
+
+    return Console(force_jupyter=False, **options)
 
 
 class _Console(logging.Handler):

@@ -19,6 +19,10 @@ from nemo_emmett.run_log import TO_LOG_FILE, goes_to_console, is_rank_zero, quie
 OURS = str(Path(nemo_emmett.__file__).with_name("training.py"))
 NEMOS = str(Path(nemo.utils.__file__))
 PRETOKENIZE = "You are using a non-tarred dataset and requested tokenization during data sampling (pretokenize=True)."
+OTHER_DATA = (
+    "If you intend to do validation, please call the ModelPT.setup_validation_data() or "
+    "ModelPT.setup_multiple_validation_data() method"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,7 @@ def record(logger: str, level: int, message: str, path: str = NEMOS) -> logging.
         ("nemo_logger", logging.WARNING, "a file is missing", NEMOS, True),
         ("nemo_logger", logging.WARNING, PRETOKENIZE, NEMOS, False),
         ("nemo_logger", logging.ERROR, PRETOKENIZE, NEMOS, True),
+        ("nemo_logger", logging.WARNING, OTHER_DATA, NEMOS, False),
         ("lightning.pytorch", logging.WARNING, PRETOKENIZE, NEMOS, True),  # a filter is by logger, too
         ("nv_one_logger.api.config", logging.WARNING, "OneLogger: Setting error_handling_strategy", NEMOS, False),
         ("nv_one_logger.api.config", logging.ERROR, "OneLogger failed", NEMOS, True),

@@ -7,16 +7,20 @@ import importlib.util
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import OmegaConf
 
+from nemo_emmett import training
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.exporting import export_checkpoint
 from nemo_emmett.models import SALMT5, load
+from nemo_emmett.recipe_checks import build_trainer
 from nemo_emmett.training import train
 
 from .conftest import LANGUAGES, SENTENCES, write_tone
@@ -145,6 +149,58 @@ def test_two_ranks_train_resume_and_export_with_the_strategies_of_the_recipes(pa
     assert logs.count("Restored all states from the checkpoint") == 1
     assert logs.count("does not translate in validation") == 2
     assert len(re.findall(r"The trained model is in .*: the checkpoint that is best by val_loss, \d", logs)) == 3
+
+
+# One process
+
+
+@pytest.fixture
+def no_process_group(monkeypatch) -> Iterator[None]:
+    """Ends the process group of a training under DDP in this process, and restores the environment."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_one_process_trains_without_ddp_to_the_same_checkpoint(
+    parallel_recipe, tmp_path, capfd, monkeypatch, no_process_group
+):
+    fit = training.Training.fit
+    # DDP resets the generators, so that dropout is the same on all ranks.
+    monkeypatch.setattr(training.Training, "fit", lambda self: (reset_seed(), fit(self)))
+    alone, ddp = parallel_recipe("ddp", devices=1), parallel_recipe("ddp", devices=1)
+    ddp["exp_manager"] |= {"explicit_log_dir": str(tmp_path / "real_ddp")}
+    ddp["trainer"]["strategy"] = ddp["trainer"]["strategy"] | {"process_group_backend": "gloo"}  # so it is wanted
+    checkpoints = []
+    for recipe, name, of_strategy in ((alone, "exp_ddp", "SingleDevice"), (ddp, "real_ddp", "DDP")):
+        train(OmegaConf.create(recipe))
+        printed = capfd.readouterr()
+        assert f"1 x CPU, {of_strategy}, precision" in printed.out
+        assert of_strategy == "DDP" or "find_unused_parameters" not in printed.err
+        (last,) = (tmp_path / name / "checkpoints").glob("*-last.ckpt")
+        checkpoints.append(torch.load(last, weights_only=False))
+    one, other = checkpoints
+    assert one["global_step"] == 4
+    assert one.keys() == other.keys()
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"devices": 1}, "SingleDeviceStrategy"),
+        ({"devices": 2}, "DDPStrategy"),
+        ({"devices": 1, "num_nodes": 2}, "DDPStrategy"),
+        ({"devices": 1, "strategy": "ddp"}, "DDPStrategy"),  # as the user says
+    ],
+)
+def test_ddp_is_left_out_for_one_process_alone(parallel_recipe, changes, expected, no_process_group):
+    section = {**parallel_recipe("ddp")["trainer"], **changes}
+    assert type(build_trainer(OmegaConf.create(section)).strategy).__name__ == expected
 
 
 # Resuming

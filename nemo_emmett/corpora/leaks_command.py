@@ -15,6 +15,7 @@ from rich.table import Table
 
 from nemo_emmett.corpora.leaks import LONG, SHORT, HeldOut, Leak, LeakKind, find_leaks
 from nemo_emmett.corpora.sentence_files import PlacedSentence, find_sentence_files, read_sentences
+from nemo_emmett.run_log import plain_console
 
 _IN_WORDS = {
     LeakKind.SAME: "the same",
@@ -47,7 +48,7 @@ def print_leaks(
     Raises:
         DataError: if a file is missing or damaged, or no training data is in a language of the test data.
     """
-    console = console or Console()
+    console = console or plain_console()
     test = HeldOut.read(held_out, near)
     files = [file for source in training for file in find_sentence_files(source)]
     report = _Report(examples)

@@ -88,6 +88,7 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self.hands_out_empty = hands_out_empty
         self.skipped_records = SkippedRecords(announce=True) if skipped_records is None else skipped_records
         self.max_bad_records = max_bad_records
+        self._reported: Counter[tuple[str, str]] = Counter()  # skipped records that the last report counts
         self.filtered: Counter[str] = Counter()  # examples that NeMo's filters left out, by their keys; "": those kept
         self._epoch_of_last_pass: int | None = None
         self.progress: LoaderState | None = None
@@ -253,8 +254,10 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
 
     def _report_epoch(self) -> None:
         """Say what did not reach training, and why; "" counts what did."""
-        if report := self.skipped_records.end_epoch():
+        report, counts = self.skipped_records.end_epoch(), Counter(self.skipped_records.counts)
+        if report and counts != self._reported:
             logging.warning(f"Bad records skipped so far:\n{report}")
+        self._reported = counts
         kept = self.filtered.pop("", 0)
         if self.filtered:
             total = kept + self.filtered.total()

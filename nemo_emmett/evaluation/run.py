@@ -34,6 +34,7 @@ from nemo_emmett.files import check_writable, hold_folder, new_folder_elsewhere
 from nemo_emmett.models import load
 from nemo_emmett.models.card import check_card, write_scores
 from nemo_emmett.models.exported import untrained_warning
+from nemo_emmett.run_log import plain_console
 
 REPORT_FILE = "report.html"
 """Name of the page in the output folder."""
@@ -128,7 +129,7 @@ def evaluate(
         earlier = [replace(baseline, name=unique) for baseline, unique in zip(earlier, taken[1:], strict=True)]
         comparisons = [one for baseline in earlier for one in compare(evaluation, baseline)]
         evaluation = replace(evaluation, comparisons=comparisons)
-        console = console or Console()
+        console = console or plain_console()
         print_table(evaluation, console, earlier)
         if sentence := untrained_warning(getattr(loaded, "cfg", {}), {one.target_lang for one in evaluation.scores}):
             console.print(f"Warning: {sentence}", highlight=False, style="bold red", soft_wrap=True)

@@ -13,6 +13,7 @@ from rich.table import Table
 from nemo_emmett.evaluation.results import SIGNIFICANCE_LEVEL, Comparison, Evaluation, Key, Score
 from nemo_emmett.evaluation.scoring import Average, Column, average, columns
 from nemo_emmett.evaluation.significance import comparable_scores
+from nemo_emmett.run_log import plain_console
 
 MODALITY_NAMES = {"text": "text", "audio": "speech"}
 """Names of modalities in tables and on the page."""
@@ -181,7 +182,7 @@ def print_table(evaluation: Evaluation, console: Console | None = None, baseline
     Raises:
         DataError: if a baseline cannot be compared.
     """
-    console = console or Console()
+    console = console or plain_console()
     results = result_table(evaluation, baselines)
     for table in _terminal_tables(results, console):
         console.print(table)

@@ -118,6 +118,7 @@ def recipe_text(content: RecipeContent, path: str | os.PathLike[str]) -> str:
         name=Path(path).stem,
         command_path=shlex.quote(str(path)),
         max_steps=max_steps,
+        passes=_passes(max_steps / content.pass_steps),
         warmup_steps=max(round(WARMUP * max_steps), 1),
         num_intervals=NUM_INTERVALS,
         min_duration=MIN_DURATION,
@@ -125,6 +126,10 @@ def recipe_text(content: RecipeContent, path: str | os.PathLike[str]) -> str:
         max_tokens=MAX_TOKENS,
         num_sub_buckets=NUM_SUB_BUCKETS,
     )
+
+
+def _passes(number: float) -> str:
+    return f"{number:,.0f} passes" if number >= 1.5 else "a pass" if number >= 0.95 else f"{number:.0%} of a pass"
 
 
 def _quoted(text: str) -> str:

@@ -21,6 +21,7 @@ from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.planning.blend_report import Recipe, load_tokenizer
 from nemo_emmett.planning.picture import new_figure, save_figure
+from nemo_emmett.run_log import plain_console
 
 
 def tokenizer_of(recipe: Recipe, tokenizer: str | None = None, of_model: Any = None) -> Any:
@@ -125,7 +126,7 @@ def _bins_of_group(
 
 def print_bins(groups: Sequence[BinsOfGroup], console: Console | None = None) -> None:
     """Print the bins to be pasted, what was left out, and the padding before and after."""
-    console = console or Console()
+    console = console or plain_console()
     for group in groups:
         dropped = listed(group.lengths.dropped)
         kept = f"{len(group.lengths.inputs):,} examples, {100 * group.lengths.share_kept:.2f} % of those measured"

@@ -26,6 +26,7 @@ from nemo_emmett.data.io.files import is_local
 from nemo_emmett.data.lengths.counting import Size, TokenCounter
 from nemo_emmett.data.readers.registry import register_data_types
 from nemo_emmett.planning.needed import find_dataset, look_up, no_tokenizer
+from nemo_emmett.run_log import plain_console
 
 DEFAULT_STEPS = 1_000
 """Looked ahead where neither the user nor the recipe says how long the training is."""
@@ -155,8 +156,9 @@ def streams_of(recipe: Recipe, tokenizer: Any = None, index_dir: str | None = No
 def _examples_per_batch(group: GroupConfig, blend: Node) -> tuple[float | None, str]:
     """How many examples a batch holds on average, and how that is known."""
     if group.bucket_batch_size:
-        mean = fmean(group.bucket_batch_size)
-        return mean, f"{_number(mean)} examples (mean of bucket_batch_size, as if buckets were equally frequent)"
+        mean, several = fmean(group.bucket_batch_size), len(group.bucket_batch_size) > 1
+        how = "mean of bucket_batch_size, as if buckets were equally frequent" if several else "bucket_batch_size"
+        return mean, f"{_number(mean)} examples ({how})"
     in_tokens = group.use_multimodal_sampling
     key, unit = ("batch_tokens", "tokens") if in_tokens else ("batch_duration", "s")
     size, limits = getattr(group, key), []
@@ -216,7 +218,7 @@ def print_blend(
         ConfigError: if a key has a value that cannot work.
         DataError: if a file cannot be read.
     """
-    console = console or Console()
+    console = console or plain_console()
     steps = steps or recipe.steps or DEFAULT_STEPS
     streams = streams_of(recipe, tokenizer, index_dir)
     sources = [leaf.source for stream in streams for leaf in stream.blend.leaves()]

@@ -26,6 +26,7 @@ from nemo_emmett.planning.planner import Planner, fit, with_fastest_bins
 from nemo_emmett.planning.recipe import Build, refuse_sharding, without_training
 from nemo_emmett.planning.report import LiveTable, duration
 from nemo_emmett.planning.timing import Rate
+from nemo_emmett.run_log import plain_console
 from nemo_emmett.typed_config import PositiveWhole, parse_value
 
 SAFETY_MARGIN = 0.03
@@ -65,7 +66,7 @@ def oomptimize(
         EmmettError: for a mistake in the recipe, or if a bucket does not fit.
     """
     check_new_profile(profile)
-    console = console or Console(quiet=bool(rank_zero_only.rank))
+    console = console or plain_console(quiet=bool(rank_zero_only.rank))
     training = build(without_training(cfg))
     optimizer = OOMptimizer(
         mode="calibrate",
@@ -140,7 +141,7 @@ def plan(
         safety_margin,
         modality_share,
         title=f"Batch sizes planned for {memory}",
-        console=console or Console(),
+        console=console or plain_console(),
     )
     if optimise_bins:
         found = with_fastest_bins(planner, Rate.of(memory), num_buckets, num_sub_buckets, limit)

@@ -19,6 +19,7 @@ from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.lengths.counting import TokenCounter
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.planning.blend_report import common_folder, short_name
+from nemo_emmett.run_log import plain_console
 
 _PLACES = 3
 """Of skipped records that are named."""
@@ -42,7 +43,7 @@ def print_index(
         DataError: if a file is missing or cannot be read.
     """
     check_files(dataset.sources)
-    console = console or Console()
+    console = console or plain_console()
     indexes: dict[str, LengthIndex | None] = {}
     with commands_allowed(dataset.allow_commands):
         for kind in dict.fromkeys(map(suggested_kind, dataset.groups)):

@@ -295,6 +295,11 @@ def _check_measurable(group: GroupConfig, tokenizer: Any, two_dimensional: bool)
     if tokenizer is None and (group.use_multimodal_sampling or two_dimensional):
         raise ConfigError(f"{group.place}: its lengths are counted in tokens, and there is no tokenizer; name one.")
     if not group.use_multimodal_sampling:
+        if text := next((source for source in group.sources if source.is_text), None):
+            raise ConfigError(
+                f"{group.place}.use_multimodal_sampling: is false, so lengths are in seconds, which {text.name} does "
+                "not have; set it to true in this group (next to multi_config it has no effect, as in NeMo)."
+            )
         return
     if any(not source.is_text and source.token_equivalent_duration is None for source in group.sources):
         raise ConfigError(

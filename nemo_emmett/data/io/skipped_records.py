@@ -279,8 +279,16 @@ def _too_many(bad: int, read: str, allowed: str, first: Sequence[BadRecord]) -> 
 
 
 def _shortened(source: str, width: int) -> str:
-    """A source in at most ``width`` columns, without its middle: files differ in the end of their paths."""
+    """A source in at most ``width`` columns, without the beginning of its path: files differ in the end of theirs.
+
+    Example:
+        >>> _shortened("data.train_ds.input_cfg.0 (/data/my_corpus/train.tsv)", 46)
+        'data.train_ds.input_cfg.0 (...orpus/train.tsv)'
+    """
     if len(source) <= width:
         return source
-    end = width // 2
-    return f"{source[: width - end - 3]}...{source[-end:]}"
+    place, opening, path = source.rpartition(" (")
+    end = width - len(place + opening) - 3
+    if end < len(path) // 4:  # the place leaves no room
+        place, opening, path, end = "", "", source, width - 3
+    return f"{place}{opening}...{path[-end:]}"
