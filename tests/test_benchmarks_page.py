@@ -37,6 +37,26 @@ def resuming() -> Iterator[str]:
         yield f"| {row['kind']}, {row['workers']} workers | {early:.2f} s | {late:.2f} s | {row['ratio']:.2f} |"
 
 
+def ranks() -> Iterator[str]:
+    measured = result("ranks")["measurements"]
+    for kind in ("text", "speech"):
+        for size in (1, 8, 64, 512):
+            nemo, ours = (measured[f"{kind}, {loader}, {size} ranks"] for loader in ("nemo", "nemo_emmett"))
+            rates = (nemo["examples_per_second"], ours["examples_per_second"], ours["of_worker"])
+            yield f"| {kind}, {size} | {' | '.join(f'{rate:,.0f}' for rate in rates)} | {ours['schedule_ms']:.2f} ms |"
+    firsts = {
+        "20,000 lines": "large, nemo_emmett, 1 ranks, 20,000 lines",
+        "2,000,000 lines": "large, nemo_emmett, 1 ranks, 2,000,000 lines",
+        "10,000 files": "shards, nemo_emmett, 1 ranks",
+        "2,000,000 lines, resumed at 10 %": "large, nemo_emmett, 1 ranks, 2,000,000 lines, resumed at 10%",
+        "2,000,000 lines, resumed at 90 %": "large, nemo_emmett, 1 ranks, 2,000,000 lines, resumed at 90%",
+    }
+    for what, name in firsts.items():
+        row = measured[name]
+        memory = "" if "resumed" in what else f"{row['anonymous']:.0f} MiB"
+        yield f"| {what} | {row['first_batch']:.2f} s | {row['first_batch_cpu']:.2f} s | {memory} |"
+
+
 def padding() -> Iterator[str]:
     columns = ("estimate_token_bins", "estimate_duration_bins_2d", "least padding")
     places = {"to the caps": "to the bin edges", "real batches": "real batches"}
@@ -118,6 +138,7 @@ def starting() -> Iterator[str]:
 SECTIONS = {
     "Data loading": data_loading,
     "Resuming": resuming,
+    "Number of ranks": ranks,
     "Padding": padding,
     "OOMptimizer": oomptimizer,
     "Planning": planning,
