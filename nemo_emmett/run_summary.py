@@ -315,7 +315,7 @@ def _batch_rows(dataset: DatasetConfig, groups: Sequence[GroupFacts]) -> Rows:
         config = group.config
         unit = "tokens" if config.use_multimodal_sampling else "s"
         if len(group.bins) and isinstance(group.bins[0], Sequence):
-            unit = f"input x output {unit}" if config.use_multimodal_sampling else f"{unit} x output tokens"
+            unit = f"(input x output {unit})" if config.use_multimodal_sampling else f"({unit} x output tokens)"
         limits = [f"{config.batch_tokens:,} tokens"] if config.batch_tokens else []
         limits += [f"{config.batch_duration:g} s"] if config.batch_duration else []
         limits += [f"{config.batch_size:,} examples"] if config.batch_size and not config.bucket_batch_size else []
@@ -329,7 +329,7 @@ def _batch_rows(dataset: DatasetConfig, groups: Sequence[GroupFacts]) -> Rows:
 def _several(values: Sequence[Any]) -> str:
     """Values in a list; of many, the first and the last."""
     shown = [
-        f"{value:.4g}" if isinstance(value, (int, float)) else "x".join(f"{one:.4g}" for one in value)
+        f"{value:.4g}" if isinstance(value, (int, float)) else " x ".join(f"{one:.4g}" for one in value)
         for value in values
     ]
     return ", ".join(shown) if len(shown) <= 6 else f"{', '.join(shown[:2])}, ..., {', '.join(shown[-2:])}"

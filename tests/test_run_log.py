@@ -14,7 +14,14 @@ import pytest
 import nemo_emmett
 from nemo_emmett import run_log
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.run_log import TO_LOG_FILE, goes_to_console, is_rank_zero, quiet_console, write_log_file
+from nemo_emmett.run_log import (
+    TO_LOG_FILE,
+    goes_to_console,
+    is_rank_zero,
+    plain_console,
+    quiet_console,
+    write_log_file,
+)
 
 OURS = str(Path(nemo_emmett.__file__).with_name("training.py"))
 NEMOS = str(Path(nemo.utils.__file__))
@@ -169,3 +176,9 @@ def test_everything_is_printed_where_asked_for(tmp_path, capfd, library, monkeyp
         library.info("Seed set to 0")
         assert write_log_file(tmp_path) is None
     assert "Seed set to 0" in capfd.readouterr().err
+
+
+def test_a_notebook_gets_plain_text(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    plain_console().print("[bold]Batch sizes[/bold]", "for 80 GiB")
+    assert capsys.readouterr().out == "Batch sizes for 80 GiB\n"

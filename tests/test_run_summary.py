@@ -239,3 +239,7 @@ def test_batches_and_buckets() -> None:
         "audio batch": "8, 4 examples, 2 buckets at 2.5, 5 s",
         "text batch": "4,000 tokens, 30 buckets at 10, 20, ..., 280, 290 tokens",
     }
+    audio.bins, text.bins = [(2.5, 9), (5.0, 17)], [(12, 4)]
+    two_dimensional = dict(_batch_rows(dataset, [audio, text]))
+    assert two_dimensional["audio batch"] == "8, 4 examples, 2 buckets at 2.5 x 9, 5 x 17 (s x output tokens)"
+    assert two_dimensional["text batch"].endswith("2 buckets at 12 x 4 (input x output tokens)")

@@ -118,7 +118,7 @@ def test_the_index_reports_the_record_without_text(executed):
     lines = "".join(outputs(cell, "stdout")).split("\n")
     (source,) = (number for number, line in enumerate(lines) if line.startswith("speech/few.es.jsonl"))
     assert lines[source].split()[1:3] == ["11", "10"]  # records, examples
-    assert lines[source + 1].split() == ["skipped:", "empty", "text", "1"]
+    assert lines[source + 1].split() == ["skipped:", "empty", "text", "(line", "11)", "1"]
 
 
 @pytest.mark.parametrize("modality", ["audio", "text"])

@@ -289,6 +289,6 @@ def _shortened(source: str, width: int) -> str:
         return source
     place, opening, path = source.rpartition(" (")
     end = width - len(place + opening) - 3
-    if end < len(path) // 4:  # the place leaves no room
+    if end < 16:  # the place leaves no room
         place, opening, path, end = "", "", source, width - 3
     return f"{place}{opening}...{path[-end:]}"

@@ -353,6 +353,9 @@ class TestReport:
         assert "A step takes one batch of each group (sampler_fusion: zip)." in text
         assert "A batch of text holds 12 examples (mean of bucket_batch_size" in text
         assert "2 times a step of the trainer" in text
+        settings["text"] |= {"bucket_duration_bins": [20], "bucket_batch_size": [12]}
+        text = self.printed(Recipe(parse_dataset(settings, WHERE)), steps=50)
+        assert "A batch of text holds 12 examples (bucket_batch_size)." in text
         assert "Text is measured in words" in text
 
     @pytest.mark.parametrize(

@@ -149,6 +149,9 @@ def test_what_cannot_be_measured(text, spoken, tokenizer) -> None:
     speech = {**spoken, "use_multimodal_sampling": True}
     del speech["token_equivalent_duration"]
     assert f"{WHERE}.token_equivalent_duration: missing" in refused(ConfigError, speech)
+    group = {**text, "use_multimodal_sampling": False}
+    above = {"multi_config": True, "use_multimodal_sampling": True, "text": group}  # not inherited, as in NeMo
+    assert f"{WHERE}.text.use_multimodal_sampling: is false" in refused(ConfigError, above)
     assert "of 8 records (8 x TokenCountFilter)" in refused(DataError, {**text, "max_tokens": 1})
 
 
