@@ -18,7 +18,7 @@ GENERATED = ROOT / "docs" / "reference"
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
 )
-_MARKER = re.compile(r"<!-- not run: (?P<reason>[^\n]+?) -->\s*\Z")
+_MARKER = re.compile(r"<!-- (?P<extent>not run|run in part): (?P<reason>[^\n]+?) -->\s*\Z")
 _HEADING = re.compile(r"^(#+) (.+?)#*$", re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -32,7 +32,8 @@ class Block:
         line: its first line there, from 1.
         language: behind the fence; empty if there is none.
         text: the code.
-        reason: why it is not run, if a comment before it says so.
+        reason: why it is not run, or not all of it, if a comment before it says so.
+        in_part: whether what can be run is run.
         output_of: the line of the block right before it, which is nothing but white space away.
     """
 
@@ -41,6 +42,7 @@ class Block:
     language: str
     text: str
     reason: str | None
+    in_part: bool
     output_of: int | None
 
     @property
@@ -59,7 +61,9 @@ def blocks_of(page: Path) -> Iterator[Block]:
         indent = len(match["indent"])
         text = "".join(line[indent:] for line in match["text"].splitlines(keepends=True))
         line = content.count("\n", 0, match.start()) + 2
-        yield Block(page, line, match["language"], text, marker and marker["reason"], None if between.strip() else last)
+        reason, in_part = (marker["reason"], marker["extent"] != "not run") if marker else (None, False)
+        output_of = None if between.strip() else last
+        yield Block(page, line, match["language"], text, reason, in_part, output_of)
         end, last = match.end(), line
 
 

@@ -12,7 +12,7 @@ import click
 from nemo_emmett.cli import main
 from nemo_emmett.errors import EmmettError
 from nemo_emmett.runner import compose_incomplete
-from tests.docs.pages import ROOT
+from tests.docs.pages import ROOT, Block
 
 EXAMPLES = ROOT / "examples" / "speechlm"
 FOLDERS = (ROOT, EXAMPLES)
@@ -62,8 +62,9 @@ def fault_of(command: str) -> str | None:
     if program in OTHERS:
         return None
     if program in LAUNCHERS:
-        own = [i for i, word in enumerate(arguments) if not word.startswith("-")]
-        return fault_of(shlex.join(["python", *arguments[own[0] :]] if program == "torchrun" else arguments[own[0] :]))
+        own = next(i for i, word in enumerate(arguments) if not word.startswith("-"))
+        is_script = program == "torchrun" and "--no-python" not in arguments[:own]
+        return fault_of(shlex.join([*(["python"] if is_script else []), *arguments[own:]]))
     checks = {"nemo-emmett": _of_ours, "make": _of_make, "pip": _of_pip}
     if program in checks:
         return checks[program](arguments)
@@ -125,6 +126,8 @@ def _of_script(arguments: Sequence[str]) -> str | None:
     if path is None:
         return f"there is no script '{script}'"
     source, rest = path.read_text(encoding="utf-8"), list(arguments[list(arguments).index(script) + 1 :])
+    if any(word.startswith("--config-path=") for word in rest):
+        return None  # a recipe in a folder of the user's
     if "recipe_runner" not in source and path.name not in ("slurm_train.sh", "slurm_emmett.sh"):
         unknown = [word for word in rest if word.startswith("--") and word.partition("=")[0] not in source]
         return f"{script} has no option {unknown}" if unknown else None
@@ -138,6 +141,20 @@ def _of_script(arguments: Sequence[str]) -> str | None:
 
 
 def is_shell(text: str) -> bool:
-    """Whether a block without a language begins with a command."""
-    first = Path((re.sub(r"^(\w+=\S+ )+", "", text).split() or [""])[0]).name
+    """Whether a block without a language begins with a command, or with a prompt and a command."""
+    first = Path((re.sub(r"^(\$ )?(\w+=\S+ )*", "", text).split() or [""])[0]).name
     return first in {"make", "nemo-emmett", "pip", "python", "sbatch", "srun", "torchrun"}
+
+
+def is_shell_block(block: Block) -> bool:
+    """Whether a block has commands."""
+    return block.language in ("bash", "console") or (
+        block.language == "" and block.output_of is None and is_shell(block.text)
+    )
+
+
+def commands_in(block: Block) -> str:
+    """What is typed: of a console's lines those behind the prompt."""
+    if block.language != "console" and not re.search(r"^\$ ", block.text, re.MULTILINE):
+        return block.text
+    return "\n".join(match[1] for match in re.finditer(r"^\$ (.*(?:\\\n.*)*)", block.text, re.MULTILINE))

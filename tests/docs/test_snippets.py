@@ -1,11 +1,13 @@
 """Every block of code of README.md and docs/ works, or a comment before it says why it is not run.
 
 - ``python`` runs, all blocks of a page one after the other; a block of output right below one is what it prints.
-- ``bash`` and ``console``: programs, commands, options, recipes and their keys exist (tests/docs/shell.py).
+- ``bash``, ``console`` and what begins with a command: tests/docs/test_commands.py runs it; here programs, commands,
+  options, recipes and their keys exist (tests/docs/shell.py), also of blocks that are not run.
 - ``yaml`` is checked as a part of a recipe, and trained where that is possible, by tests/test_documented_recipes.py.
 - ``json`` is read; ``text``, ``bibtex``, ``css`` and blocks without a language that begin with no command are no code.
 
-The comment is ``<!-- not run: the reason -->``.
+The comment is ``<!-- not run: the reason -->``, or ``<!-- run in part: the reason -->`` where some commands of a block
+can be run.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import pytest
 
 from tests.conftest import perception_config, write_tone
 from tests.docs.pages import GENERATED, PAGES, ROOT, Block, blocks_of
-from tests.docs.shell import fault_of, is_shell, mistakes_in
+from tests.docs.shell import commands_in, fault_of, is_shell_block, mistakes_in
 from tests.test_documented_recipes import PAGES as PAGES_WITH_TESTED_YAML
 
 BLOCKS = [block for page in PAGES if page.parent != GENERATED for block in blocks_of(page)]
@@ -46,28 +48,17 @@ def test_what_a_block_is_can_be_seen(block: Block) -> None:
     known = {"python", "bash", "console", "yaml", "json", "toml", ""} | NO_CODE
     assert block.language in known, "name a language that tests/docs/test_snippets.py knows, or text"
     assert block.reason is None or len(block.reason.split()) > 1
+    assert is_shell_block(block) or not block.in_part, "only commands are run in part"
 
 
 def test_yaml_is_on_pages_whose_yaml_is_tested() -> None:
     assert {block.page for block in of_language("yaml")} <= set(PAGES_WITH_TESTED_YAML)
 
 
-# Commands.
-
-COMMANDS = [
-    *of_language("bash", "console"),
-    *(block for block in of_language("") if block.output_of is None and is_shell(block.text)),
-]
+# Commands; tests/docs/test_commands.py runs them.
 
 
-def commands_in(block: Block) -> str:
-    """What is typed: of a console's lines those behind the prompt."""
-    if block.language != "console" and not re.search(r"^\$ ", block.text, re.MULTILINE):
-        return block.text
-    return "\n".join(match[1] for match in re.finditer(r"^\$ (.*(?:\\\n.*)*)", block.text, re.MULTILINE))
-
-
-@pytest.mark.parametrize("block", COMMANDS, ids=named)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if is_shell_block(block)], ids=named)
 def test_commands_exist_with_their_options(block: Block) -> None:
     assert mistakes_in(commands_in(block)) == []
 
@@ -88,6 +79,7 @@ def test_commands_exist_with_their_options(block: Block) -> None:
         "python examples/speechlm/train.py trainer.max_step=5",
         "sbatch --nodes=8 slurm_train.sh --config-name=salm_t6",
         "torchrun --nproc-per-node=8 gone.py",
+        "torchrun --nproc-per-node=8 --no-python nemo-emmett trian salm_t5",
         "srun nemo-emmett trian salm_t5",
         "frobnicate",
     ],
