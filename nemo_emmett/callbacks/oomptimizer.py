@@ -56,8 +56,8 @@ class OOMptimizer(Callback, Serialization):
     Args:
         mode: ``calibrate``: measure on the device. ``plan``: compute it with fake tensors, for a device that need not
             be there. ``guard``: measure nothing; use the profile's batch sizes, or the recipe's.
-        memory_fraction: share of the device's memory that a step may take. On the CPU the default means half of the
-            memory that is available, at most 8 GiB.
+        memory_fraction: share of the device's memory that a step may take. On the CPU the default means a quarter of
+            the memory that is available, at most 8 GiB.
         memory_budget: what a step may take instead, in bytes or as ``72GiB``; for ``plan`` also a device (``H100``).
         profile: path of the profile, written if it does not exist; by default the environment variable
             ``NEMO_EMMETT_PROFILE``, or else a file in the trainer's ``default_root_dir`` whose name is a hash of what
