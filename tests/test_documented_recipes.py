@@ -17,7 +17,7 @@ from lightning import Callback
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import OmegaConf
 
-from nemo_emmett.callbacks import RandomState, ResumableData
+from nemo_emmett.callbacks import RandomState, ResumableData, StopOnSignal
 from nemo_emmett.data.blending.weights import blend_of
 from nemo_emmett.data.checks import check_data_config
 from nemo_emmett.data.config.dataset_config import parse_dataset
@@ -167,7 +167,7 @@ class Completed:
 
     def resumes_a_dataset_of_ours(self, text: str) -> None:
         """A stock recipe that gets our dataloader, and the callbacks of a config group."""
-        assert [type(callback) for callback in self._callbacks(text)] == [RandomState, ResumableData]
+        assert [type(callback) for callback in self._callbacks(text)] == [RandomState, ResumableData, StopOnSignal]
         train_ds = compose_recipe(self._written(text)).data.train_ds
         assert train_ds == {"use_emmett": True}
         OmegaConf.set_struct(train_ds, False)
@@ -224,6 +224,9 @@ class Completed:
         return resolve_trainer_cfg(compose_recipe(self._written(text)).trainer)["callbacks"]
 
     def _train(self, text: str, **of_oomptimizer: str) -> None:
+        if "${model." in text:  # keys of NeMo's recipes around the piece
+            tag = self.recipe["model"]["audio_locator_tag"]
+            text += f"\nmodel: {{prompt_format: emmett_t5, audio_locator_tag: '{tag}'}}\n"
         documented = compose_recipe(self._written(text))
         OmegaConf.set_struct(documented, False)
         for callback in documented.get("trainer", {}).get("callbacks", []):

@@ -14,6 +14,9 @@ from nemo.utils import logging
 from omegaconf import DictConfig
 from torch.utils.data import IterableDataset
 
+from nemo_emmett.data.checks import check_dataset
+from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.data.worker_batches import prepare_dataset
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.oomptimizer.adapters import adapter_for
 from nemo_emmett.oomptimizer.buckets import TOKENS_PER_SECOND, Group, is_zip, read_groups
@@ -53,8 +56,8 @@ class OOMptimizer(Callback, Serialization):
     Args:
         mode: ``calibrate``: measure on the device. ``plan``: compute it with fake tensors, for a device that need not
             be there. ``guard``: measure nothing; use the profile's batch sizes, or the recipe's.
-        memory_fraction: share of the device's memory that a step may take. On the CPU the default means half of the
-            memory that is available, at most 8 GiB.
+        memory_fraction: share of the device's memory that a step may take. On the CPU the default means a quarter of
+            the memory that is available, at most 8 GiB.
         memory_budget: what a step may take instead, in bytes or as ``72GiB``; for ``plan`` also a device (``H100``).
         profile: path of the profile, written if it does not exist; by default the environment variable
             ``NEMO_EMMETT_PROFILE``, or else a file in the trainer's ``default_root_dir`` whose name is a hash of what
@@ -135,6 +138,7 @@ class OOMptimizer(Callback, Serialization):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write batch sizes into ``train_ds``: the profile's, or those that are found now."""
         train_ds, place = _check_and_find_train_ds(trainer, pl_module)
+        _check_data_of_nemo(trainer.datamodule, train_ds, place)
         if hasattr(trainer.datamodule, "resolve_bins"):
             trainer.datamodule.resolve_bins()
 
@@ -276,6 +280,18 @@ def _check_and_find_train_ds(trainer: Trainer, module: LightningModule) -> tuple
             "lr_scheduler its max_steps and the trainer its max_steps, so that nothing has to count the batches."
         )
     return train_ds, place
+
+
+def _check_data_of_nemo(datamodule: Any, train_ds: DictConfig, place: str) -> None:
+    """Find mistakes in data that our loader reads for NeMo's datamodule before measuring, which takes minutes.
+
+    Raises:
+        EmmettError: for the first mistake.
+    """
+    tokenizer, dataset = (getattr(datamodule, name, None) for name in ("tokenizer", "dataset"))
+    if train_ds.get("use_emmett") and tokenizer is not None and dataset is not None:
+        _, kind = prepare_dataset(dataset)
+        check_dataset(parse_dataset(train_ds, place), tokenizer, kind, reads=False, has_sizes=False)
 
 
 def _check_loader_of_model(module: LightningModule) -> None:

@@ -11,6 +11,7 @@ from nemo.core.classes.common import Serialization
 from nemo.utils import logging
 
 from nemo_emmett.callbacks.resumable_loop import ResumableEpochLoop, install_resumable_loop
+from nemo_emmett.callbacks.validation_schedule import ValidateAtEpochEnd, warn_of_no_validation
 from nemo_emmett.data.dataloader import MultimodalDataLoader
 
 
@@ -37,6 +38,7 @@ class ResumableData(Callback, Serialization):
     def __init__(self) -> None:
         self._loaders: list[MultimodalDataLoader] = []
         self._epoch_begins = False
+        self._has_warned_of_validation = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install the resumable epoch loop before a checkpoint is restored."""
@@ -79,6 +81,13 @@ class ResumableData(Callback, Serialization):
         """Count the batch."""
         for loader in _resumable_loaders(trainer):
             loader.progress.trained()
+
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn once if the epoch ended before its validation, unless a callback validates it then."""
+        validates = any(isinstance(callback, ValidateAtEpochEnd) for callback in trainer.callbacks)
+        if self.is_asked_for and not validates and not self._has_warned_of_validation:
+            self._has_warned_of_validation = warn_of_no_validation(trainer)
 
 
 def _warn_of_data_that_starts_over(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -71,6 +72,27 @@ class ValidateAtEpochEnd(Callback):
             loop.run()
         finally:
             self._validates, trainer.training = False, True
+
+
+def warn_of_no_validation(trainer: Trainer) -> bool:
+    """Warn at the end of an epoch if its data has ended before ``trainer.val_check_interval``.
+
+    Returns:
+        Whether it has warned.
+    """
+    batches, interval = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.val_check_batch
+    if not trainer.enable_validation or trainer.check_val_every_n_epoch is None or math.isinf(interval):
+        return False  # not by batches of the epoch
+    is_last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+    if is_last or batches >= interval:
+        return False
+    logging.warning(
+        f"No validation falls into an epoch: the data of epoch {trainer.current_epoch} ended after {batches} batches, "
+        f"and trainer.val_check_interval asks for a validation after {interval:g}, so nothing is validated, and no "
+        f"checkpoint is written that waits for a validation. Set trainer.val_check_interval to {batches} or less, or "
+        "trainer.check_val_every_n_epoch to null to count batches over epochs."
+    )
+    return True
 
 
 def check_validation(trainer: Trainer, monitor: str | None, has_validation: bool) -> bool:

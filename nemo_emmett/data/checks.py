@@ -20,7 +20,7 @@ from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.files import count_lines_of, is_local
 from nemo_emmett.data.io.skipped_records import SkippedRecords
-from nemo_emmett.data.readers.examples import ExampleKind
+from nemo_emmett.data.readers.examples import ExampleKind, lengths_in_tokens
 from nemo_emmett.data.readers.parallel_text import aligned_shards, directions_of, text_layout
 from nemo_emmett.data.readers.registry import ReaderContext, reader_context, register_data_types
 from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
@@ -110,7 +110,9 @@ def check_dataset_names(datasets: Mapping[str, Any], place: str) -> None:
             )
 
 
-def check_dataset(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind, *, reads: bool = True) -> None:
+def check_dataset(
+    dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind, *, reads: bool = True, has_sizes: bool = True
+) -> None:
     """The checks of :func:`check_data_config` for one dataset.
 
     Args:
@@ -118,6 +120,7 @@ def check_dataset(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind, *, 
         tokenizer: NeMo tokenizer.
         kind: what the dataset takes.
         reads: also :func:`check_records`.
+        has_sizes: batch sizes are there; False: OOMptimizer will set them.
     """
     register_data_types()
     register_prompt_formats()
@@ -136,7 +139,7 @@ def check_dataset(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind, *, 
         rir_path = group.keys.get("rir_path")
         if group.keys.get("rir_enabled") and rir_path and is_local(rir_path) and not Path(rir_path).exists():
             raise DataError(f"{group.place}.rir_path: there is no file '{rir_path}'; correct the path.")
-        if tokenizer is not None or kind is ExampleKind.AS_READ:
+        if has_sizes and (tokenizer is not None or kind is ExampleKind.AS_READ):
             _check_batch_size(group)
         if kind is not ExampleKind.AS_READ:
             _check_prompted(group, tokenizer, kind)
@@ -244,12 +247,12 @@ def _check_batch_size(group: GroupConfig) -> None:
 def _check_prompted(group: GroupConfig, tokenizer: Any, kind: ExampleKind) -> None:
     """What is needed where examples are prompted before they are batched."""
     if not group.use_multimodal_sampling:
-        without_seconds = [source for source in group.sources if source.is_text or kind is ExampleKind.CONVERSATION]
+        reason = lengths_in_tokens(group.sources, kind)
         for key in ("batch_duration", "use_bucketing", "bucket_batch_size", "bucket_duration_bins"):
-            if without_seconds and getattr(group, key):
+            if reason is not None and getattr(group, key):
                 raise ConfigError(
-                    f"{group.place}.{key}: measures seconds of speech, which {without_seconds[0].name} does not have; "
-                    "set use_multimodal_sampling: true to measure in tokens."
+                    f"{group.place}.{key}: measures seconds of speech, but {reason}; set use_multimodal_sampling: true "
+                    "to measure in tokens."
                 )
     known = sorted(PromptFormatter._REGISTERED_FORMATTERS)
     if group.prompt_format is not None and group.prompt_format not in known:

@@ -233,14 +233,17 @@ def _read_group(
     if bins is None and (keys.use_bucketing or config.get("batch_size") is None):
         raise ConfigError(
             f"{place}.bucket_duration_bins: is missing; OOMptimizer finds a batch size for each bucket, so write the "
-            "bins (`nemo-emmett bins` finds them)."
+            "bins (`nemo-emmett bins` finds them), or leave use_bucketing out and give batch_size, which it replaces, "
+            f"with {LIMIT_KEYS[bool(keys.use_multimodal_sampling)]}, the longest example."
         )
     sources = _sources(config, place)
     modality = "text" if sources and all(kind in TEXT_TYPES for kind, _ in sources) else "audio"
     in_tokens = bool(keys.use_multimodal_sampling)
-    if modality == "text" and not in_tokens:
+    types = [kind for kind, _ in sources if modality == "text" or _is_conversation(kind)]
+    if types and not in_tokens:
+        what = "text alone" if modality == "text" else f"conversations (type: {types[0]}), whose length is in tokens"
         raise ConfigError(
-            f"{place}.use_multimodal_sampling: is false, so lengths are in seconds, but the group holds text alone; "
+            f"{place}.use_multimodal_sampling: is false, so lengths are in seconds, but the group holds {what}; "
             "set it to true."
         )
     if modality == "audio" and in_tokens and not frame:
@@ -286,9 +289,13 @@ def _contents(config: DictConfig, sources: Sequence[tuple[str, Mapping[str, Any]
     tasks = dict.fromkeys(task for keys in of_speech or [keys for _, keys in sources] for task in _tasks(keys))
     return Contents(
         tasks=tuple(tasks),
-        conversations=any(part in kind for kind, _ in sources for part in CONVERSATION_TYPES),
+        conversations=any(_is_conversation(kind) for kind, _ in sources),
         text=any(kind in TEXT_TYPES for kind, _ in sources),
     )
+
+
+def _is_conversation(kind: str) -> bool:
+    return any(part in kind for part in CONVERSATION_TYPES)
 
 
 def _sources(config: DictConfig, place: str) -> list[tuple[str, Mapping[str, Any]]]:

@@ -95,7 +95,7 @@ def memory_budget(options: Options, device: torch.device) -> int:
     if is_cpu_default(device, options.memory_fraction, options.memory_budget):
         logging.info(
             f"OOMptimizer: training runs on the CPU and no memory_budget is given: a step may take {shown(budget)} "
-            f"(half of the memory that is available, at most {shown(CPU_BUDGET)}); set memory_budget for another "
+            f"(a quarter of the memory that is available, at most {shown(CPU_BUDGET)}); set memory_budget for another "
             "amount."
         )
     least = torch.tensor(budget, device=device)

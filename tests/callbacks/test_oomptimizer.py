@@ -21,6 +21,7 @@ from tests.models.batches import audio_batch
 from tests.oomptimizer.fits import Data as BatchData
 from tests.oomptimizer.fits import trainer_with
 from tests.oomptimizer.injected import Bomb
+from tests.oomptimizer.models import tiny_salm
 
 AUDIO = {"bucket_duration_bins": [4.0, 8.0], "bucket_batch_size": [32, 14]}
 TEXT = {"bucket_duration_bins": [[16.0, 12.0], [48.0, 40.0]], "bucket_batch_size": [96, 24]}
@@ -196,7 +197,7 @@ def test_a_cpu_without_a_budget_says_what_it_takes(monkeypatch: pytest.MonkeyPat
     cpu = torch.device("cpu")
     budget = memory_budget(OOMptimizer().options, cpu)
     assert 0 < budget <= 8 * 2**30
-    assert f"a step may take {shown(budget)} (half of the memory that is available, at most 8.0 GiB)" in lines[0]
+    assert f"a step may take {shown(budget)} (a quarter of the memory that is available, at most 8.0 GiB)" in lines[0]
     assert memory_budget(OOMptimizer(memory_budget="40MiB").options, cpu) == 40 * 2**20
     assert len(lines) == 1
 
@@ -331,6 +332,29 @@ def test_bins_that_cannot_be_used_are_reported(tmp_path: Path, salm_t5_config: d
             built(salm_t5_config), datamodule=BatchData(train_ds)
         )
     assert str(error.value).startswith(sentence)
+
+
+def test_data_of_nemos_script_is_checked_before_anything_is_measured(tmp_path: Path, monkeypatch) -> None:
+    from nemo.collections.speechlm2 import DataModule, SALMDataset
+
+    model = tiny_salm(tmp_path)
+    monkeypatch.setattr("nemo_emmett.callbacks.oomptimizer.calibrate", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "manifest.json").write_text("")
+    source = {"type": "nemo", "manifest_filepath": str(tmp_path / "manifest.json"), "target_lang": "de"}
+    audio = {"batch_size": 2, "max_duration": 5.0, "input_cfg": [source]}
+    section = {"use_emmett": True, "multi_config": True, "prompt_format": "llama3", "audio": audio}
+
+    def refused(**keys: Any) -> str:
+        cfg = OmegaConf.create({"data": {"train_ds": section | keys}}).data
+        data = DataModule(cfg, model.tokenizer, SALMDataset(model.tokenizer))
+        with pytest.raises(ConfigError) as error:
+            trainer_with(tmp_path, OOMptimizer(memory_budget="40MiB")).fit(model, datamodule=data)
+        return str(error.value)
+
+    assert refused().startswith("data.train_ds.audio.audio_locator_tag: missing")
+    in_seconds = audio | {"bucket_duration_bins": [2.0, 5.0]}
+    said = refused(audio_locator_tag=model.audio_locator_tag, audio=in_seconds)
+    assert said.startswith("data.train_ds.audio.bucket_duration_bins: measures seconds of speech, but ")
 
 
 def test_a_model_without_a_schema_is_reported(tmp_path: Path) -> None:

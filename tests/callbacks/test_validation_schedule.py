@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from nemo_emmett.callbacks.resumable_data import ResumableData
 from nemo_emmett.callbacks.validation_schedule import ValidateAtEpochEnd, check_validation
 from nemo_emmett.errors import ConfigError
 
@@ -98,6 +99,30 @@ def test_where_no_validation_would_come(batches: int, options: dict, expected: l
 def test_what_the_schedule_brings_stays_as_it_is(batches: int, options: dict, caplog) -> None:
     assert validated_at(batches, ValidateAtEpochEnd(), **options) == validated_at(batches, **options)
     assert "No validation fell" not in caplog.text
+
+
+LONG = {"max_epochs": 3, "limit_train_batches": 9, "val_check_interval": 7}
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "callbacks", "count"),
+    [
+        (5, LONG, [], 1),  # of three epochs, the last of which says nothing new
+        (5, LONG, [ValidateAtEpochEnd()], 0),
+        (8, LONG, [], 0),
+        (5, {"max_steps": 3, "val_check_interval": 7}, [], 0),  # the training ended, not the data
+        (5, LONG | {"check_val_every_n_epoch": None}, [], 0),
+        (5, {"max_epochs": 2}, [], 0),
+        (5, LONG | {"limit_val_batches": 0}, [], 0),
+    ],
+)
+def test_resumable_data_warns_where_the_data_ends_before_its_validation(
+    batches: int, options: dict, callbacks: list, count: int, caplog
+) -> None:
+    validated_at(batches, ResumableData(), *callbacks, **options)
+    said = [record.message for record in caplog.records if "No validation falls into an epoch" in record.message]
+    assert len(said) == count
+    assert all("ended after 5 batches, and trainer.val_check_interval asks for a validation after 7" in s for s in said)
 
 
 def test_without_validation_sets_nothing_is_said(caplog) -> None:

@@ -241,6 +241,20 @@ def test_batch_sizes(good, tokenizer) -> None:
     assert "data.train_ds.pairs.batch_duration: measures seconds of speech" in refused(good)
 
 
+@pytest.mark.parametrize(
+    ("kind", "type_", "reason"),
+    [
+        (ExampleKind.TRANSLATION, "lhotse_as_conversation", "read as conversations (type: lhotse_as_conversation)"),
+        (ExampleKind.CONVERSATION, "nemo", "read as conversations (NeMo's SALM takes no others)"),
+    ],
+)
+def test_conversations_have_no_seconds_to_make_batches_by(good, kind: ExampleKind, type_: str, reason: str) -> None:
+    source = {**good["speech"]["input_cfg"][0], "type": type_}
+    said = refused({"input_cfg": [source], "use_bucketing": True}, examples=kind)
+    assert said.startswith("data.train_ds.use_bucketing: measures seconds of speech, but ")
+    assert said.endswith(f"{reason}, whose length is in tokens; set use_multimodal_sampling: true to measure in tokens.")
+
+
 def test_sizes_of_buckets_need_bins(good, tokenizer) -> None:
     good["pairs"] |= {"use_multimodal_sampling": True, "bucket_batch_size": [4, 2]}
     sentence = "data.train_ds.pairs.bucket_duration_bins: missing; bucket_batch_size needs a bin for each of its sizes."

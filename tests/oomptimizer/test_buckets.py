@@ -101,6 +101,13 @@ def test_a_group_that_cannot_be_measured_is_reported(group: dict, sentence: str)
     assert str(error.value).startswith(sentence)
 
 
+def test_a_group_without_any_size_learns_of_both_ways() -> None:
+    """docs/how-to/out-of-memory.md has the same two."""
+    for config, key in ((SPEECH | {"max_duration": 10.0}, "max_duration"), (TEXT | IN_TOKENS, "max_tokens")):
+        with pytest.raises(ConfigError, match=rf"write the bins .* give batch_size, which it replaces, with {key}, the"):
+            read_groups(OmegaConf.create(config))
+
+
 def one_size(config: dict) -> tuple[str | None, Shape]:
     (group,) = read_groups(OmegaConf.create(config)).values()
     (bucket,) = group.buckets
@@ -125,6 +132,11 @@ def test_a_group_of_one_batch_size_is_one_bucket_up_to_its_longest_example() -> 
         (TEXT | IN_TOKENS | {"batch_size": 4}, "train_ds.max_tokens: is missing"),
         (SPEECH | {"batch_size": 4, "use_bucketing": True}, "train_ds.bucket_duration_bins: is missing"),
         (SPEECH | {"batch_duration": 100}, "train_ds.bucket_duration_bins: is missing"),
+        (
+            {"input_cfg": [{"type": "lhotse_as_conversation"}], "batch_size": 4, "max_duration": 10.0},
+            "train_ds.use_multimodal_sampling: is false, so lengths are in seconds, but the group holds conversations "
+            "(type: lhotse_as_conversation), whose length is in tokens; set it to true.",
+        ),
     ],
 )
 def test_a_group_without_buckets_needs_a_batch_size_and_a_bound(config: dict, sentence: str) -> None:

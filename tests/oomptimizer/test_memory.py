@@ -139,18 +139,18 @@ def test_the_budget_is_a_share_or_an_amount(monkeypatch: pytest.MonkeyPatch) -> 
         budget_of(CPU, 0.9, "80G")
 
 
-def test_a_cpu_that_nobody_gave_a_budget_takes_half_of_what_is_available_and_no_more_than_8_gib(
+def test_a_cpu_that_nobody_gave_a_budget_takes_a_quarter_of_what_is_available_and_no_more_than_8_gib(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(memory, "device_memory", lambda device: 100 * GIB)
     monkeypatch.setattr(memory, "_MEMORY_INFO", tmp_path / "meminfo")
-    for available, budget in ((64, 8), (12, 6), (2, 1)):
+    for available, budget in ((64, 8), (24, 6), (4, 1)):
         (tmp_path / "meminfo").write_text(f"MemTotal:  104857600 kB\nMemAvailable:  {available * 1024 * 1024} kB\n")
         assert budget_of(CPU, 0.9) == budget * GIB
     assert budget_of(CPU, 0.8) == 80 * GIB  # asked for
     assert budget_of(CPU, 0.9, "80GiB") == 80 * GIB
     (tmp_path / "meminfo").unlink()
-    monkeypatch.setattr(memory, "device_memory", lambda device: 4 * GIB)  # a container's limit
+    monkeypatch.setattr(memory, "device_memory", lambda device: 8 * GIB)  # a container's limit
     assert budget_of(CPU, 0.9) == 2 * GIB
     monkeypatch.setattr(memory, "device_memory", lambda device: 100 * GIB)
     assert budget_of(torch.device("cuda:0"), 0.9) == int(0.9 * 100 * GIB)

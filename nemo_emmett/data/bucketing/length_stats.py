@@ -37,7 +37,7 @@ from nemo_emmett.data.lengths.identity import maps_config
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.lengths.measures import Measures
 from nemo_emmett.data.lengths.selection import Selection, filter_of_text
-from nemo_emmett.data.readers.examples import ExampleKind
+from nemo_emmett.data.readers.examples import ExampleKind, lengths_in_tokens
 from nemo_emmett.data.readers.registry import ReaderContext, injected_examples, reader_context, register_data_types
 from nemo_emmett.data.sampling.schedule import GroupOrder, GroupSchedule
 from nemo_emmett.data.sampling.shuffle import SHUFFLE_BLOCK_SIZE
@@ -125,7 +125,7 @@ def measure(
         ConfigError: if the group lacks what measuring needs.
         DataError: if no example is left to measure.
     """
-    _check_measurable(group, tokenizer, two_dimensional)
+    _check_measurable(group, tokenizer, kind, two_dimensional)
     if indexes is None:
         with commands_allowed(group.allow_commands):
             indexes = open_length_indexes([group], tokenizer, kind, group.index_dir, build=limit is None)
@@ -228,7 +228,7 @@ def measure_stream(
         ConfigError: if the group lacks what measuring needs.
         DataError: if no example is left to measure.
     """
-    _check_measurable(group, tokenizer, two_dimensional)
+    _check_measurable(group, tokenizer, kind, two_dimensional)
     register_data_types()
     register_prompt_formats()
     finite = limit is None or not _has_weights(group.root)
@@ -291,14 +291,14 @@ def _nothing_left(group: GroupConfig, num_records: int, causes: Mapping[str, int
     )
 
 
-def _check_measurable(group: GroupConfig, tokenizer: Any, two_dimensional: bool) -> None:
+def _check_measurable(group: GroupConfig, tokenizer: Any, kind: ExampleKind, two_dimensional: bool) -> None:
     if tokenizer is None and (group.use_multimodal_sampling or two_dimensional):
         raise ConfigError(f"{group.place}: its lengths are counted in tokens, and there is no tokenizer; name one.")
     if not group.use_multimodal_sampling:
-        if text := next((source for source in group.sources if source.is_text), None):
+        if (reason := lengths_in_tokens(group.sources, kind)) is not None:
             raise ConfigError(
-                f"{group.place}.use_multimodal_sampling: is false, so lengths are in seconds, which {text.name} does "
-                "not have; set it to true in this group (next to multi_config it has no effect, as in NeMo)."
+                f"{group.place}.use_multimodal_sampling: is not set, so bins measure seconds of speech, but {reason}; "
+                "set use_multimodal_sampling: true to measure in tokens."
             )
         return
     if any(not source.is_text and source.token_equivalent_duration is None for source in group.sources):

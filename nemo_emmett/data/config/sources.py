@@ -52,6 +52,9 @@ SPEECH_TSV = "speech_tsv"
 TEXT_TYPES = frozenset({"txt", "txt_jsonl", "txt_pair", "nemo_sft_jsonl", "parallel_text"})
 """Source types without speech."""
 
+CONVERSATION_TYPES = ("conversation", "share_gpt")
+"""Parts of the names of types whose examples are conversations, which may hold a recording and no text."""
+
 _CLASSIC = {"lhotse": ("cuts_path", "shar_path"), "nemo": ("manifest_filepath", "tarred_audio_filepaths")}
 CLASSIC_KEYS = frozenset().union(*_CLASSIC.values())
 """Keys by which a dataset names its one source without ``input_cfg``."""
@@ -154,6 +157,11 @@ class Source:
     def is_text(self) -> bool:
         """Whether it surely holds no speech."""
         return self.type in TEXT_TYPES
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether its examples are conversations, whatever the dataset takes."""
+        return any(part in self.type for part in CONVERSATION_TYPES)
 
     @property
     def is_tarred(self) -> bool:

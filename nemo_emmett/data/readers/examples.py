@@ -26,6 +26,7 @@ from nemo.collections.common.data.lhotse.text_adapters import (
     TextTurn,
 )
 
+from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import is_unicode
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.prompts.instruction import translation_instruction
@@ -39,6 +40,23 @@ class ExampleKind(str, Enum):
     TRANSLATION = "translation"  # ours: cuts and text pairs with their languages
     CONVERSATION = "conversation"  # NeMo's SALMDataset
     AS_READ = "as_read"  # any other dataset: what NeMo's readers yield
+
+
+def lengths_in_tokens(sources: Iterable[Source], kind: ExampleKind) -> str | None:
+    """Why examples have no length in seconds, in words; None if all sources have some.
+
+    Args:
+        sources: of a group.
+        kind: what the dataset takes.
+    """
+    for source in sources:
+        if source.is_text:
+            return f"{source.name} is text"
+        if source.is_conversation:
+            return f"{source.name} is read as conversations (type: {source.type}), whose length is in tokens"
+        if kind is ExampleKind.CONVERSATION:
+            return f"{source.name} is read as conversations (NeMo's SALM takes no others), whose length is in tokens"
+    return None
 
 
 @dataclass(frozen=True)

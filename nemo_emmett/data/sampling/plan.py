@@ -20,7 +20,7 @@ from nemo_emmett.data.bucketing.length_stats import auto_bins
 from nemo_emmett.data.checks import nothing_is_left
 from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig
 from nemo_emmett.data.config.nemo_config import sampler_config, with_keys_of_dataset
-from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.config.sources import SPEECH_TSV, Source
 from nemo_emmett.data.io.index import build_indexes as build
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.building import open_length_indexes
@@ -103,6 +103,9 @@ def _open(dataset: DatasetConfig, kind: ExampleKind, notes: Callable[[], Skipped
     finite = dataset.force_finite or (not dataset.groups[0].name and _nemo_ends(dataset.sources))
     return _Opened(opened, seed, finite)
 
+
+_READ_BY_US = ("nemo", "nemo_tarred", "lhotse", "lhotse_shar", SPEECH_TSV, "parallel_text", "txt_pair")
+"""Types of sources whose records we read; all others are read by NeMo."""
 
 _BLOCKS_AT_A_TIME = 64
 """Of a length index, while an example is looked for that is selected."""
@@ -246,9 +249,21 @@ def _reason_to_stream(opened: _Opened, kind: ExampleKind) -> str | None:
         if (key := filter_of_text(group.group, kind)) is not None:
             return f"{key} compares tokens of text alone, which the length index of conversations does not have"
         for source, records in zip(group.sources, group.records, strict=True):
-            if records is None or any(records.is_sequential):
+            if source.type in _READ_BY_US and (records is None or any(records.is_sequential)):
                 return f"{source.name} can only be read from its beginning"
+            if records is None:
+                remedy = f" (type: {of_records} has an index)" if (of_records := _type_of_records(source)) else ""
+                return f"{source.name} is of the type {source.type}, which NeMo reads from its beginning{remedy}"
     return None
+
+
+def _type_of_records(source: Source) -> str | None:
+    """The type by which we read the same records as a type of NeMo's; None if there is none."""
+    if source.type != "lhotse_as_conversation":
+        return None
+    if source.manifest_filepath is not None:
+        return "nemo" if source.tarred_audio_filepaths is None else "nemo_tarred"
+    return "lhotse" if source.shar_path is None else "lhotse_shar"
 
 
 def _has_any(index: LengthIndex, selection: Selection) -> bool:

@@ -244,6 +244,22 @@ def test_outliers_are_left_out_and_counted(text, tokenizer, write_lines) -> None
         bins_of_dataset(dataset(text), tokenizer, outliers=4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("parallel_text", "a.en is text"),
+        ("lhotse_as_conversation", r"c.json is read as conversations \(type: lhotse_as_conversation\), whose length is in"),
+    ],
+)
+def test_examples_without_seconds_have_bins_in_tokens_only(text, tokenizer, kind: str, reason: str) -> None:
+    pairs = {**text["input_cfg"][0], "target_paths": "a.en", "source_paths": "a.de"}
+    source = pairs if kind == "parallel_text" else {"type": kind, "manifest_filepath": "c.json"}
+    section = {**text, "input_cfg": [source], "use_multimodal_sampling": False}
+    sentence = rf"{WHERE}\.use_multimodal_sampling: is not set, .* but {reason}.*; set use_multimodal_sampling: true"
+    with pytest.raises(ConfigError, match=sentence):
+        bins_of_dataset(dataset(section), tokenizer, num_buckets=2)
+
+
 def test_bins_are_written_as_nemo_reads_them() -> None:
     assert as_nemo_writes([[3.0, 12.0], [4.5, 7.0]]) == "[[3,12],[4.5,7]]"
     assert OmegaConf.create(f"bins: {as_nemo_writes([1.07, 20.0])}").bins == [1.07, 20]

@@ -324,3 +324,15 @@ def test_data_that_can_only_be_read_from_its_beginning_is_streamed_and_the_log_s
     assert "more.fr.gz can only be read from its beginning, so all data is streamed" in caplog.text
     with pytest.raises(TypeError):
         len(loader)
+
+
+def test_a_type_that_nemo_reads_is_named_as_the_reason_to_stream(load, tmp_path, tokenizer, caplog):
+    manifest = Corpus(tmp_path).source("speech_de", 4)["manifest_filepath"]
+    source = {"type": "lhotse_as_conversation", "manifest_filepath": manifest, "audio_locator_tag": LOCATOR}
+    config = {"input_cfg": [source], "batch_size": 2, "force_finite": True}
+    assert len(list(load(config, dataset=SALMDataset(tokenizer)))) == 2
+    reason = "is of the type lhotse_as_conversation, which NeMo reads from its beginning (type: nemo has an index), so all"
+    assert f"{manifest} {reason}" in caplog.text
+    caplog.clear()
+    list(load({**config, "input_cfg": [{**source, "type": "nemo", "target_lang": "de"}]}, dataset=SALMDataset(tokenizer)))
+    assert "so all data is streamed" not in caplog.text
