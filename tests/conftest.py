@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -143,18 +143,14 @@ def tiny_corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_t5(tmp_path_factory, tiny_corpus) -> Path:
     """A T5 of random weights and its tokenizer, in a Hugging Face folder."""
-    texts = [tiny_corpus / "text" / f"train.{language}" for language in LANGUAGES]
-    return make_t5(tmp_path_factory.mktemp("t5"), texts, LANGUAGES)
-
-
-def make_t5(folder: Path, texts: list[Path], languages: Sequence[str]) -> Path:
-    """Write a T5 of random weights, with a tokenizer of the words of these files, into a folder."""
     import torch
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
     from nemo_emmett.corpora.tokenizers import file_texts, train_t5_tokenizer
 
-    train_t5_tokenizer(file_texts(texts), folder, vocab_size=120, languages=languages)
+    folder = tmp_path_factory.mktemp("t5")
+    texts = file_texts([tiny_corpus / "text" / f"train.{language}" for language in LANGUAGES])
+    train_t5_tokenizer(texts, folder, vocab_size=120, languages=LANGUAGES)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     config = T5Config(

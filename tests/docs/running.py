@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import runpy
 import shlex
@@ -19,11 +20,15 @@ from nemo_emmett.cli import main
 from tests.docs.pages import Block
 from tests.docs.shell import commands_in
 
+TWO_STEPS = "trainer.accelerator=cpu trainer.max_steps=2 ++trainer.limit_train_batches=2"
+
 SMALLER = {
     "nemo-emmett prepare phrasebook": "--train-items 12 --spoken-train-items 6 --dev-items 2 --test-items 3",
-    "nemo-emmett blend examples/speechlm/conf/": "model.perception.modality_adapter.d_model=32",
-    "nemo-emmett train": "trainer.max_steps=2 trainer.limit_train_batches=2 trainer.accelerator=cpu trainer.devices=1 "
-    "trainer.strategy=auto trainer.precision=32-true data.train_ds.num_workers=0",
+    "python examples/speechlm/pretrain_t5.py": f"{TWO_STEPS} t5.languages=[en,de,es,fr,zh] t5.vocab_size=120 "
+    "t5.config.num_layers=1 model.max_new_tokens=4",
+    "python examples/speechlm/pretrain_encoder.py": f"{TWO_STEPS} tokenizer.vocab_size=60 model.encoder.n_layers=1",
+    "nemo-emmett train": f"{TWO_STEPS} trainer.devices=1 trainer.strategy=auto ++trainer.precision=32-true "
+    "data.train_ds.num_workers=0 model.max_new_tokens=4",
     "nemo-emmett translate": "--max-new-tokens 4",
     "nemo-emmett evaluate": "--max-new-tokens 4",
     "python examples/speechlm/evaluate.py model=exp/model": "max_new_tokens=4 output=exp/evaluation_of_recipe",
@@ -67,6 +72,8 @@ class Shell:
         """
         left_out, before = [], Path.cwd()
         os.chdir(self.folder)
+        root = logging.getLogger()
+        handlers, level = root.handlers[:], root.level
         try:
             for line in commands_in(block).replace("\\\n", " ").splitlines():
                 try:
@@ -77,6 +84,7 @@ class Shell:
                     left_out.append(line)
         finally:
             os.chdir(before)
+            root.handlers[:], root.level = handlers, level  # Hydra's scripts set their own
         return left_out
 
     def _line(self, line: str) -> None:
@@ -93,7 +101,8 @@ class Shell:
         words += next((more.split() for start, more in SMALLER.items() if " ".join(words).startswith(start)), [])
         words = [PLACEHOLDERS.get(word, word) for word in words]
         words = [file for word in words for file in sorted(glob.glob(word)) or [word]]
-        code, output = _run(words, typed)
+        with patch.dict(os.environ):
+            code, output = _run(words, typed)
         assert code == 0, f"{line}\n{output}"
         self.done.add(key)
 

@@ -1,8 +1,8 @@
 """Every shell block of README.md and docs/ is run, or a comment before it says why not.
 
-The commands run in this process, in a folder in which the pages' files are small: a phrasebook of a dozen items, a T5
-and a speech encoder of random weights. The page on own corpora makes a recipe and trains the only model, for two steps;
-it is the model of all other pages. What is added to commands to keep them small is in tests/docs/running.py.
+The commands run in this process, in a folder in which the pages' files are small. Get started makes a phrasebook of a
+dozen items, a T5, a speech encoder and a model, each trained for two steps; own corpora and resume train one each.
+Other pages take these under their own names. What is added to commands to keep them small is in tests/docs/running.py.
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_t5
 from tests.docs.pages import GENERATED, PAGES, ROOT, Block, blocks_of
 from tests.docs.running import CannotRun, Shell
 from tests.docs.shell import is_shell_block
 
 BLOCKS = [block for page in PAGES if page.parent != GENERATED for block in blocks_of(page) if is_shell_block(block)]
 TO_RUN = [block for block in BLOCKS if block.reason is None or block.in_part]
-LANGUAGES = ("en", "de", "es", "fr", "zh")
 
 TRAINED = (
     "exp/model",
-    "exp/small/salm_t5/model",
     "exp/phrasebook/salm_t5/model",
     "exp/nmt_only/evaluation",  # a baseline may be a model
 )
@@ -32,7 +29,7 @@ CHECKPOINTS = (
     "exp/salm_t5/checkpoints/salm_t5--val_bleu=31.4159-epoch=3.ckpt",
     "exp/small/resume/checkpoints/default--val_bleu=35.5386-epoch=1.ckpt",
 )
-"""Names of the pages for the one model and its checkpoint."""
+"""Other names that pages have for a model and a checkpoint."""
 
 TEST_SETS = """
 test_ds:
@@ -46,25 +43,26 @@ test_ds:
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory, tiny_asr: Path) -> Shell:
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     """In a folder that has what the pages name."""
     folder = tmp_path_factory.mktemp("reader")
     shell = Shell(folder)
     (folder / "examples").symlink_to(ROOT / "examples")
     shell.run(block_with("nemo-emmett prepare phrasebook"))
     write_own_corpus(folder)
-    t5 = make_t5(folder / "t5", sorted(folder.glob("data/small/text/train.*")), LANGUAGES)
-    link(folder, t5, "exp/t5", "exp/small/t5/t5")
-    link(folder, tiny_asr, "exp/encoder.nemo", "exp/small/encoder/encoder.nemo")
+    shell.run(block_with("python examples/speechlm/pretrain_t5.py"))
+    link(folder, folder / "exp/small/t5/t5", "exp/t5")
+    link(folder, folder / "exp/small/encoder/encoder.nemo", "exp/encoder.nemo")
     link(folder, folder / "data/small", "data/phrasebook")
+    shell.run(block_with("nemo-emmett train examples", "get-started.md"))
+    shell.run(block_with("nemo-emmett train examples", "resume.md"))
     for command in ("init my_recipe.yaml", "index my_recipe.yaml", "train my_recipe.yaml"):
         shell.run(block_with(f"nemo-emmett {command}", "own-corpus.md"))
     shutil.copy(folder / "my_recipe.yaml", folder / "recipe.yaml")
     link(folder, folder / "exp/my_recipe/model", *TRAINED)
-    (checkpoint,) = (folder / "exp/my_recipe/checkpoints").glob("*-last.ckpt")
-    for name in CHECKPOINTS:
-        link(folder, checkpoint, name)
-        link(folder, checkpoint.with_name("recipe.yaml"), f"{Path(name).parent}/recipe.yaml")
+    (checkpoint,) = (folder / "exp/small/resume/checkpoints").glob("*-last.ckpt")
+    link(folder, checkpoint, *CHECKPOINTS)
+    link(folder, checkpoint.with_name("recipe.yaml"), "exp/salm_t5/checkpoints/recipe.yaml")
     (folder / "test_sets.yaml").write_text(TEST_SETS)
     return shell
 
