@@ -21,6 +21,7 @@ from nemo_emmett.callbacks import RandomState, ResumableData, StopOnSignal
 from nemo_emmett.data.blending.weights import blend_of
 from nemo_emmett.data.checks import check_data_config
 from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.evaluation import evaluate
 from nemo_emmett.oomptimizer.profile import Profile
 from nemo_emmett.runner import compose_data, compose_recipe
@@ -176,9 +177,10 @@ class Completed:
 
     def has_groups(self, text: str) -> None:
         """A dataset of a group of speech and a group of text."""
-        train_ds = compose_recipe(self._written(self._with_files(text))).data.train_ds
+        whole = self._with_keys_of_nemo(self._with_files(text))
+        train_ds = compose_recipe(self._written(whole)).data.train_ds
         OmegaConf.set_struct(train_ds, False)
-        check_data_config(train_ds, place="data.train_ds")
+        check_data_config(train_ds, place="data.train_ds", examples=ExampleKind.CONVERSATION)
         assert [group.name for group in parse_dataset(train_ds, "data.train_ds").groups] == ["speech", "text"]
 
     def fits_an_encoder(self, text: str) -> None:
@@ -224,10 +226,7 @@ class Completed:
         return resolve_trainer_cfg(compose_recipe(self._written(text)).trainer)["callbacks"]
 
     def _train(self, text: str, **of_oomptimizer: str) -> None:
-        if "${model." in text:  # keys of NeMo's recipes around the piece
-            tag = self.recipe["model"]["audio_locator_tag"]
-            text += f"\nmodel: {{prompt_format: emmett_t5, audio_locator_tag: '{tag}'}}\n"
-        documented = compose_recipe(self._written(text))
+        documented = compose_recipe(self._written(self._with_keys_of_nemo(text)))
         OmegaConf.set_struct(documented, False)
         for callback in documented.get("trainer", {}).get("callbacks", []):
             if callback._target_.endswith("OOMptimizer"):
@@ -240,6 +239,13 @@ class Completed:
         trained = _counting(steps, lambda: train(cfg))
         assert trained is not None
         assert len(steps) == 2
+
+    def _with_keys_of_nemo(self, text: str) -> str:
+        """With the keys of NeMo's recipes that the piece refers to."""
+        if "${model." not in text:
+            return text
+        tag = self.recipe["model"]["audio_locator_tag"]
+        return f"{text}\nmodel: {{prompt_format: emmett_t5, audio_locator_tag: '{tag}'}}\n"
 
     def _written(self, text: str) -> str:
         path = self.folder / "fragment.yaml"

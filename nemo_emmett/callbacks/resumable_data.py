@@ -82,7 +82,6 @@ class ResumableData(Callback, Serialization):
         for loader in _resumable_loaders(trainer):
             loader.progress.trained()
 
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn once if the epoch ended before its validation, unless a callback validates it then."""
         validates = any(isinstance(callback, ValidateAtEpochEnd) for callback in trainer.callbacks)

@@ -252,7 +252,9 @@ def test_conversations_have_no_seconds_to_make_batches_by(good, kind: ExampleKin
     source = {**good["speech"]["input_cfg"][0], "type": type_}
     said = refused({"input_cfg": [source], "use_bucketing": True}, examples=kind)
     assert said.startswith("data.train_ds.use_bucketing: measures seconds of speech, but ")
-    assert said.endswith(f"{reason}, whose length is in tokens; set use_multimodal_sampling: true to measure in tokens.")
+    assert said.endswith(
+        f"{reason}, whose length is in tokens; set use_multimodal_sampling: true to measure in tokens."
+    )
 
 
 def test_sizes_of_buckets_need_bins(good, tokenizer) -> None:

@@ -104,7 +104,9 @@ def test_a_group_that_cannot_be_measured_is_reported(group: dict, sentence: str)
 def test_a_group_without_any_size_learns_of_both_ways() -> None:
     """docs/how-to/out-of-memory.md has the same two."""
     for config, key in ((SPEECH | {"max_duration": 10.0}, "max_duration"), (TEXT | IN_TOKENS, "max_tokens")):
-        with pytest.raises(ConfigError, match=rf"write the bins .* give batch_size, which it replaces, with {key}, the"):
+        with pytest.raises(
+            ConfigError, match=rf"write the bins .* give batch_size, which it replaces, with {key}, the"
+        ):
             read_groups(OmegaConf.create(config))
 
 

@@ -248,7 +248,10 @@ def test_outliers_are_left_out_and_counted(text, tokenizer, write_lines) -> None
     ("kind", "reason"),
     [
         ("parallel_text", "a.en is text"),
-        ("lhotse_as_conversation", r"c.json is read as conversations \(type: lhotse_as_conversation\), whose length is in"),
+        (
+            "lhotse_as_conversation",
+            r"c.json is read as conversations \(type: lhotse_as_conversation\), whose",
+        ),
     ],
 )
 def test_examples_without_seconds_have_bins_in_tokens_only(text, tokenizer, kind: str, reason: str) -> None:

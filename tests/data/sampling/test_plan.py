@@ -331,8 +331,12 @@ def test_a_type_that_nemo_reads_is_named_as_the_reason_to_stream(load, tmp_path,
     source = {"type": "lhotse_as_conversation", "manifest_filepath": manifest, "audio_locator_tag": LOCATOR}
     config = {"input_cfg": [source], "batch_size": 2, "force_finite": True}
     assert len(list(load(config, dataset=SALMDataset(tokenizer)))) == 2
-    reason = "is of the type lhotse_as_conversation, which NeMo reads from its beginning (type: nemo has an index), so all"
+    reason = (
+        "is of the type lhotse_as_conversation, which NeMo reads from its beginning (type: nemo has an index), so all"
+    )
     assert f"{manifest} {reason}" in caplog.text
     caplog.clear()
-    list(load({**config, "input_cfg": [{**source, "type": "nemo", "target_lang": "de"}]}, dataset=SALMDataset(tokenizer)))
+    list(
+        load({**config, "input_cfg": [{**source, "type": "nemo", "target_lang": "de"}]}, dataset=SALMDataset(tokenizer))
+    )
     assert "so all data is streamed" not in caplog.text
