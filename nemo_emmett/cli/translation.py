@@ -60,7 +60,7 @@ _SHOWN_FAULTS = 20
 @click.option(
     "--column",
     metavar="NAME",
-    help="Column of the table to translate.  [default: the first there is of audio, source and text]",
+    help="Column of the table to translate.  [default: audio or path, else source, sentence or text]",
 )
 @click.option(
     "--manifest",

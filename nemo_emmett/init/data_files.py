@@ -12,24 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_emmett.data.io.rows import split_row
+from nemo_emmett.data.io.rows import KNOWN_COLUMNS, split_row
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.prompts.languages import is_iso_code
 
 FIELDS = ("audio", "source", "target", "id", "duration", "offset", "source_lang", "target_lang")
 """Fields of a row that ``--column`` may name the column of."""
-
-_KNOWN_COLUMNS = {
-    "audio": ("audio", "path", "audio_filepath", "audio_path", "file_name", "file", "wav"),
-    "source": ("source", "sentence", "src_text", "transcript", "transcription"),
-    "target": ("target", "translation", "tgt_text"),
-    "id": ("id",),
-    "duration": ("duration",),
-    "offset": ("offset",),
-    "source_lang": ("source_lang", "src_lang"),
-    "target_lang": ("target_lang", "tgt_lang"),
-}
-"""Names that the field's TSV files have for each of them (CoVoST 2, Common Voice, fairseq, NeMo)."""
 
 _FOLDERS_OF_AUDIO = ("clips", "audio", "wav")
 """Folders next to a TSV file that its paths may be relative to, as in Common Voice."""
@@ -185,7 +173,7 @@ def _columns_by_name(path: str, names: list[str], given: Mapping[str, str | int]
                     f"--column: '{path}' has no column '{given[name]}'; its columns are {', '.join(names)}."
                 )
             found[name] = given[name]
-        elif (known := next((known for known in _KNOWN_COLUMNS[name] if known in names), None)) is not None:
+        elif (known := next((known for known in KNOWN_COLUMNS[name] if known in names), None)) is not None:
             found[name] = known
     return found
 

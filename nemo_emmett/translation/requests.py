@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
+from nemo_emmett.data.io.rows import KNOWN_COLUMNS
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models.inputs import AUDIO_SUFFIXES, Input, PlainText, Segment, check_inputs, is_audio_path
 from nemo_emmett.prompts.languages import check_language
@@ -23,7 +24,7 @@ from nemo_emmett.typed_config import is_number
 STDIN = "-"
 """The argument for standard input, a text or the path of an audio file on each line."""
 
-INPUT_COLUMNS = ("audio", "source", "text")
+INPUT_COLUMNS = (*KNOWN_COLUMNS["audio"], *KNOWN_COLUMNS["source"], "text")
 """Columns of a TSV that are translated: the first of them that there is."""
 
 _OPTIONS = {".tsv": "--tsv", ".json": "--manifest", ".jsonl": "--manifest"}
@@ -150,7 +151,7 @@ def _columns(path: Path, column: str | None) -> tuple[list[str], str]:
     columns = next(_rows(path), [])
     chosen = column or next((name for name in INPUT_COLUMNS if name in columns), None)
     if chosen not in columns:
-        wanted = f"'{column}' (--column)" if column else " or ".join(f"'{name}'" for name in INPUT_COLUMNS)
+        wanted = f"'{column}' (--column)" if column else "'audio', 'path', 'source', 'sentence' or 'text'"
         raise DataError(
             f"--tsv: '{path}' has no column {wanted} in its first line, but {', '.join(columns) or 'nothing'}; name "
             "the column to translate by --column."
@@ -182,7 +183,7 @@ def _of_row(cells: Mapping[str, str], found: int, columns: list[str], chosen: st
         return replace(request, fault=f"{place}: has {found} columns, the first line {len(columns)}")
     if not cell.strip():
         return replace(request, fault=f"{place}: the column '{chosen}' is empty")
-    if chosen == "audio" or (chosen not in INPUT_COLUMNS and is_audio_path(cell)):
+    if chosen in KNOWN_COLUMNS["audio"] or (chosen not in INPUT_COLUMNS and is_audio_path(cell)):
         part = (_number(cells.get(key)) for key in ("offset", "duration"))
         return _recorded(request, path.parent / cell, place, *part)
     return request

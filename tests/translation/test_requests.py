@@ -79,6 +79,12 @@ class TestTables:
             "'/t.tsv', line 5: has 2 columns, the first line 4",
         ]
 
+    def test_columns_have_the_names_that_init_knows(self, folder: Path) -> None:
+        (folder / "covost.tsv").write_text("client\tpath\tsentence\ttranslation\n1\tb.wav\tb\tB\n")
+        assert [one.input for one in requests_of(tsv=[folder / "covost.tsv"])] == [folder / "b.wav"]
+        (folder / "text.tsv").write_text("client\tsentence\ttranslation\n1\tb\tB\n")
+        assert [one.input for one in requests_of(tsv=[folder / "text.tsv"])] == ["b"]
+
     def test_recordings_are_relative_to_the_table(self, folder: Path) -> None:
         (folder / "t.tsv").write_text("audio\tsource\nb.wav\tb\nno.wav\tn\n")
         found = requests_of(tsv=[folder / "t.tsv"])
@@ -94,7 +100,7 @@ class TestTables:
         assert [one.input for one in texts] == ["b", "n"]
 
     @pytest.mark.parametrize(
-        ("header", "column", "said"), [("a\tb", None, "'audio' or 'source'"), ("a\tb", "c", "'c'")]
+        ("header", "column", "said"), [("a\tb", None, "'audio', 'path', 'source'"), ("a\tb", "c", "'c'")]
     )
     def test_a_missing_column_is_named(self, tmp_path: Path, header: str, column: str | None, said: str) -> None:
         (tmp_path / "t.tsv").write_text(header + "\n")

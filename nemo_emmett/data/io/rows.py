@@ -8,6 +8,18 @@ from __future__ import annotations
 
 import re
 
+KNOWN_COLUMNS = {
+    "audio": ("audio", "path", "audio_filepath", "audio_path", "file_name", "file", "wav"),
+    "source": ("source", "sentence", "src_text", "transcript", "transcription"),
+    "target": ("target", "translation", "tgt_text"),
+    "id": ("id",),
+    "duration": ("duration",),
+    "offset": ("offset",),
+    "source_lang": ("source_lang", "src_lang"),
+    "target_lang": ("target_lang", "tgt_lang"),
+}
+"""Names that the field's TSV files have for each of them (CoVoST 2, Common Voice, fairseq, NeMo)."""
+
 _TAB = re.compile(r"(?<!\\)\t")
 _ESCAPED = re.compile(r'\\([\\"\t])')
 
