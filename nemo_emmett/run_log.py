@@ -45,7 +45,7 @@ TO_LOG_FILE = (
     Routed("nemo_logger", "There were no checkpoints found in checkpoint_dir", "so it is at every first start"),
     Routed("nemo_logger", "Exp_manager is logging to .* but it already exists", "so it is whenever a run resumes"),
     Routed("nemo_logger", r"call the ModelPT\.setup_\w+_data\(\)", "an encoder is trained on the recipe's data"),
-    Routed("nemo_logger", "datasets in the group have the same tarred status", "NeMo's chain is never iterated by us"),
+    Routed("root", "datasets in the group have the same tarred status", "NeMo's chain is never iterated by us"),
     Routed("nemo_logger", "was told to monitor a validation value", "check_validation warns if none will come"),
     Routed("nemo_logger", "smaller than the logging interval", "the interval counts steps over all epochs"),
     Routed("nemo_logger", "Checkpoint directory .* exists and is not empty", "so it is whenever a run resumes"),
