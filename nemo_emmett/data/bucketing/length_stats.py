@@ -297,7 +297,7 @@ def _check_measurable(group: GroupConfig, tokenizer: Any, kind: ExampleKind, two
     if not group.use_multimodal_sampling:
         if (reason := lengths_in_tokens(group.sources, kind)) is not None:
             raise ConfigError(
-                f"{group.place}.use_multimodal_sampling: is not set, so bins measure seconds of speech, but {reason}; "
+                f"{group.place}.use_multimodal_sampling: is false, so bins measure seconds of speech, but {reason}; "
                 "set use_multimodal_sampling: true to measure in tokens."
             )
         return
