@@ -258,7 +258,7 @@ def test_examples_without_seconds_have_bins_in_tokens_only(text, tokenizer, kind
     pairs = {**text["input_cfg"][0], "target_paths": "a.en", "source_paths": "a.de"}
     source = pairs if kind == "parallel_text" else {"type": kind, "manifest_filepath": "c.json"}
     section = {**text, "input_cfg": [source], "use_multimodal_sampling": False}
-    sentence = rf"{WHERE}\.use_multimodal_sampling: is not set, .* but {reason}.*; set use_multimodal_sampling: true"
+    sentence = rf"{WHERE}\.use_multimodal_sampling: is false, .* but {reason}.*; set use_multimodal_sampling: true"
     with pytest.raises(ConfigError, match=sentence):
         bins_of_dataset(dataset(section), tokenizer, num_buckets=2)
 
