@@ -45,9 +45,9 @@ TEXT = [[tokens, outputs] for tokens, outputs in product((32, 96, 256), (32, 200
 GPUS = (8, 64, 512)
 WAV_BYTES_PER_SECOND = 32_000
 """16 kHz, 16 bit, mono; FLAC takes about half."""
-SECONDS_A_TEXT, SECONDS_A_SECOND_OF_SPEECH = 0.35e-3, 0.5e-3
+SECONDS_A_TEXT, SECONDS_A_SECOND_OF_SPEECH = 0.2e-3, 0.3e-3
 """What a data worker takes to read and tokenise an example of text, and to read speech (ranks.py, one core)."""
-SCHEDULE_SECONDS_AN_EXAMPLE = 0.1e-6
+SCHEDULE_SECONDS_AN_EXAMPLE = 0.15e-6
 """What the main process of a rank takes for each example of the global batch (ranks.py)."""
 RUNS = ("salm_gpt", "salm_t5", "bestow_gpt", "salm_gpt+model.activation_checkpointing=true")
 
