@@ -138,7 +138,8 @@ class OOMptimizer(Callback, Serialization):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write batch sizes into ``train_ds``: the profile's, or those that are found now."""
         train_ds, place = _check_and_find_train_ds(trainer, pl_module)
-        _check_data_of_nemo(trainer.datamodule, train_ds, place)
+        if not self.ends_after_planning:  # a plan needs no data
+            _check_data_of_nemo(trainer.datamodule, train_ds, place)
         if hasattr(trainer.datamodule, "resolve_bins"):
             trainer.datamodule.resolve_bins()
 
