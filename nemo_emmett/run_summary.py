@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -350,8 +351,6 @@ def _model_rows(model: LightningModule) -> Rows:
 
 
 def _device_rows(trainer: Trainer) -> Rows:
-    import torch
-
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     nodes = f" on {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else ""

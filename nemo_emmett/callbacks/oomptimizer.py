@@ -138,7 +138,7 @@ class OOMptimizer(Callback, Serialization):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write batch sizes into ``train_ds``: the profile's, or those that are found now."""
         train_ds, place = _check_and_find_train_ds(trainer, pl_module)
-        if not self.ends_after_planning:  # a plan needs no data
+        if trainer.limit_train_batches != 0 and not self.ends_after_planning:  # else no data is read
             _check_data_of_nemo(trainer.datamodule, train_ds, place)
         if hasattr(trainer.datamodule, "resolve_bins"):
             trainer.datamodule.resolve_bins()

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett.callbacks import OOMptimizer
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models import SALMT5
 from nemo_emmett.oomptimizer.calibration import memory_budget
 from nemo_emmett.oomptimizer.memory import shown
@@ -355,6 +355,34 @@ def test_data_of_nemos_script_is_checked_before_anything_is_measured(tmp_path: P
     in_seconds = audio | {"bucket_duration_bins": [2.0, 5.0]}
     said = refused(audio_locator_tag=model.audio_locator_tag, audio=in_seconds)
     assert said.startswith("data.train_ds.audio.bucket_duration_bins: measures seconds of speech, but ")
+
+
+def test_data_is_not_looked_for_where_nothing_is_trained(tmp_path: Path, monkeypatch) -> None:
+    """As by ``nemo-emmett oomptimize``, which may run where the data is not."""
+    from nemo.collections.speechlm2 import DataModule, SALMDataset
+
+    class Measured(Exception):
+        pass
+
+    def measure(*_: Any, **__: Any) -> None:
+        raise Measured
+
+    model = tiny_salm(tmp_path)
+    monkeypatch.setattr("nemo_emmett.callbacks.oomptimizer.calibrate", measure)
+    source = {"type": "nemo", "manifest_filepath": "not_given", "target_lang": "de"}
+    section = {"use_emmett": True, "input_cfg": [source], "audio_locator_tag": model.audio_locator_tag}
+    section |= {"use_multimodal_sampling": True, "batch_size": 2, "max_tokens": 50, "prompt_format": "llama3"}
+    section |= {"token_equivalent_duration": 0.08}
+
+    def fit(**options: Any) -> None:
+        cfg = OmegaConf.create({"data": {"train_ds": section}}).data
+        data = DataModule(cfg, model.tokenizer, SALMDataset(model.tokenizer))
+        trainer_with(tmp_path, OOMptimizer(memory_budget="40MiB"), **options).fit(model, datamodule=data)
+
+    with pytest.raises(DataError, match="there is no file 'not_given'"):
+        fit()
+    with pytest.raises(Measured):
+        fit(limit_train_batches=0)
 
 
 def test_a_model_without_a_schema_is_reported(tmp_path: Path) -> None:
