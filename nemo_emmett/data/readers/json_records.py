@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+from nemo_emmett.audio_file import AudioFault
 from nemo_emmett.data.io.files import count_lines, decoded, open_lines
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.typed_config import is_number
@@ -30,8 +32,15 @@ class Record(NamedTuple):
         return bool(self.data.get("_skipme", False))
 
 
-class JsonRecords:
-    """The JSON objects of a file, one a line. Lines that hold anything else are skipped; blank ones are no records."""
+class LineRecords(ABC):
+    """The records of a text file, one a line. Lines that hold none are skipped and counted; blank ones are no records.
+
+    Args:
+        path: of the file.
+        skipped_records: receives the lines that cannot be used.
+    """
+
+    blanks: ClassVar[bytes | None] = None  # a line of these characters alone is blank; None: of any white space
 
     def __init__(self, path: str, skipped_records: SkippedRecords) -> None:
         self.path = path
@@ -42,26 +51,44 @@ class JsonRecords:
             if (record := self.parse(number, line)) is not None:
                 yield record
 
+    def __len__(self) -> int:
+        return count_lines(self.path)
+
     def parse(self, number: int, line: bytes) -> Record | None:
         """The record in a line, counted from 1; None if it holds none."""
-        if not line.strip():
+        if not line.strip(self.blanks):
             return None
         self.skipped_records.read(self.path)
         note = partial(self.skipped_records.add, self.path, f"line {number}")
         if (text := decoded(line, note)) is None:
             return None
         try:
+            return Record(self.path, number, self._data(text))
+        except (InvalidRecord, AudioFault) as cause:
+            note(str(cause))
+            return None
+
+    @abstractmethod
+    def _data(self, text: str) -> dict:
+        """The record in a line.
+
+        Raises:
+            InvalidRecord: if it holds none.
+            AudioFault: if its recording, which had to be opened, cannot be used.
+        """
+
+
+class JsonRecords(LineRecords):
+    """The JSON objects of a file, one a line."""
+
+    def _data(self, text: str) -> dict:
+        try:
             data = json.loads(text)
         except (ValueError, RecursionError):  # the latter where it is nested too deeply
-            note("not JSON")
-            return None
+            raise InvalidRecord("not JSON") from None
         if not isinstance(data, dict):
-            note("not a JSON object")
-            return None
-        return Record(self.path, number, data)
-
-    def __len__(self) -> int:
-        return count_lines(self.path)
+            raise InvalidRecord("not a JSON object")
+        return data
 
 
 def check_times(data: Mapping) -> None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 from lhotse.cut import Cut
 
-from nemo_emmett.audio_file import AudioFault, fitted, read_header
+from nemo_emmett.audio_file import fitted, read_header
 from nemo_emmett.data.config.sources import Source
-from nemo_emmett.data.io.files import count_lines, decoded, is_local, open_lines
+from nemo_emmett.data.io.files import is_local
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
-from nemo_emmett.data.readers.json_records import Record
+from nemo_emmett.data.readers.json_records import LineRecords, Record
 from nemo_emmett.data.readers.nemo_manifest import NeMoManifest
 from nemo_emmett.data.readers.tsv import TsvColumns
 from nemo_emmett.errors import ConfigError
@@ -32,8 +31,8 @@ _COPIED = ("id", "source_lang", "target_lang")
 """Columns that a record has under the same name."""
 
 
-class TsvRecords:
-    """The rows of a file as records of a NeMo manifest. Blank lines are no records.
+class TsvRecords(LineRecords):
+    """The rows of a file as records of a NeMo manifest.
 
     Args:
         path: of the file.
@@ -42,40 +41,27 @@ class TsvRecords:
         skipped_records: receives the rows that cannot be used.
     """
 
+    blanks = b" "  # a line of tabs is a row of empty cells
+
     def __init__(self, path: str, columns: TsvColumns, audio_dir: str | None, skipped_records: SkippedRecords) -> None:
-        self.path = path
+        super().__init__(path, skipped_records)
         self.columns = columns
         folder = os.path.dirname(path) if audio_dir is None else audio_dir
         # Absolute: NeMo looks for a relative path in the current folder first.
         self.audio_dir = os.path.abspath(folder) if is_local(folder) else folder
-        self.skipped_records = skipped_records
-
-    def __iter__(self) -> Iterator[Record]:
-        for number, line in enumerate(open_lines(self.path), start=1):
-            if (record := self.parse(number, line)) is not None:
-                yield record
 
     def __len__(self) -> int:
-        return max(count_lines(self.path) - self.columns.has_header, 0)
+        return max(super().__len__() - self.columns.has_header, 0)
 
     def parse(self, number: int, line: bytes) -> Record | None:
-        """The record in a line, counted from 1; None if it holds none, as the header."""
+        """See :meth:`LineRecords.parse`; the header is no record."""
         if self.columns.has_header and number == 1:
             self.columns.read_header(self.path, line)
             return None
-        if not line.strip(b" "):  # a line of tabs is a row of empty cells
-            return None
-        self.skipped_records.read(self.path)
-        note = partial(self.skipped_records.add, self.path, f"line {number}")
-        if (text := decoded(line, note)) is None:
-            return None
-        try:
-            return Record(self.path, number, self._data(self.columns.row(self.path, text)))
-        except (InvalidRecord, AudioFault) as cause:
-            note(str(cause))
-            return None
+        return super().parse(number, line)
 
-    def _data(self, row: Mapping[str, str]) -> dict:
+    def _data(self, text: str) -> dict:
+        row = self.columns.row(self.path, text)
         if not row["audio"]:
             raise InvalidRecord("no audio")
         path = row["audio"]
