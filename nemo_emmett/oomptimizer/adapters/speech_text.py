@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
+from operator import add
 from typing import Any
 
 import torch
@@ -67,18 +68,21 @@ class SpeechTextAdapter(Adapter):
             samples = [samples_of(self.model, row.seconds, shape.contents.seconds_per_token) for row in rows]
             batch["audios"] = random_recordings(size, max(samples), device)
             batch["audio_lens"] = torch.tensor(samples, device=device)
-            batch |= self._transcripts(rows, device)
+            batch |= self._transcripts([length - 1 for length in context_lens], answer_lens, device)
         return {shape.modality: batch}
 
-    def _transcripts(self, rows: Sequence[Lengths], device: torch.device) -> dict[str, Tensor]:
+    def _transcripts(
+        self, prompt_lens: Sequence[int], answer_lens: Sequence[int], device: torch.device
+    ) -> dict[str, Tensor]:
         """What the model's objectives read of a batch of speech. A transcript has as many tokens as the answer, and as
         text the prompt of the recording."""
         if "transcript_ids" not in {item["name"] for item in self.model.oomptimizer_schema("audio")["inputs"]}:
             return {}
-        lens = {"transcript": [row.answer for row in rows], "text_context": [row.context + row.answer for row in rows]}
-        batch = {"is_transcription": torch.tensor([index % 2 == 0 for index in range(len(rows))], device=device)}
+        size = len(answer_lens)
+        lens = {"transcript": list(answer_lens), "text_context": list(map(add, prompt_lens, answer_lens))}
+        batch = {"is_transcription": torch.tensor([index % 2 == 0 for index in range(size)], device=device)}
         for name, of_rows in lens.items():
-            ids = self._ids("audio", len(rows), max(of_rows), device)
+            ids = self._ids("audio", size, max(of_rows), device)
             batch |= {f"{name}_ids": self._padded(ids, of_rows), f"{name}_lens": torch.tensor(of_rows, device=device)}
         return batch
 
