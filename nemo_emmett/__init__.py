@@ -30,10 +30,7 @@ from nemo_emmett import plugin
 __version__ = "0.2.0.dev0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submodules=[
-        *("callbacks", "corpora", "data", "evaluation", "models", "modules", "objectives", "oomptimizer", "prompts"),
-    ],
+    __name__, submodules=["callbacks", "corpora", "data", "evaluation", "models", "modules", "oomptimizer", "prompts"]
 )
 __all__ += ["__version__", "plugin"]
 
