@@ -51,6 +51,7 @@ OUR_TYPES = {
     "index_dir": NonEmpty | None,  # folder for indexes and counts where they cannot be written next to the data
     "allow_commands": Switch,  # sources and recordings may be the output of commands, which a shell runs
     "num_sub_buckets": PositiveWhole | None,  # output-length buckets in each input-length bucket, for `auto` bins
+    "transcripts": Switch | None,  # batches of speech have the transcripts, and the prompts of these as text
 }
 """Keys of ``train_ds``, ``validation_ds``, ... beyond those of NeMo's ``LhotseDataLoadingConfig``."""
 
@@ -168,7 +169,7 @@ LEGACY_KEYS = frozenset(
 
 ANY_SOURCE_KEYS = frozenset(
     {"type", "weight", "weights", "tags", "input_cfg"}
-    | {"source_lang", "target_lang", "source_language", "target_language"}
+    | {"source_lang", "target_lang", "source_language", "target_language", "transcripts"}
 )
 
 _MANIFEST = frozenset({"manifest_filepath", "tarred_audio_filepaths", "extra_fields"})
