@@ -13,5 +13,6 @@
 - :mod:`nemo_emmett.prompts.chat`: ``emmett_llama3`` and the like, an instruction in NeMo's chat formats.
 - :mod:`nemo_emmett.prompts.translation`: registers our formats with NeMo.
 - :mod:`nemo_emmett.prompts.families`: the format of a backbone, and the tokens that end its answers.
+- :mod:`nemo_emmett.prompts.transcripts`: the transcripts of speech, prompted as text.
 - :mod:`nemo_emmett.prompts.formatting`: ``format_many``, examples prompted together.
 """

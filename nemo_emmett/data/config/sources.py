@@ -72,7 +72,7 @@ PATTERN_KEYS = ("manifest_filepath", "tarred_audio_filepaths", "source_paths", "
 LANGUAGE_KEYS = {"source_lang": "source_language", "target_lang": "target_language"}
 """Our keys for the languages of a source, with NeMo's for those of a text."""
 
-INHERITED = (*LANGUAGE_KEYS, "channel_selector")
+INHERITED = (*LANGUAGE_KEYS, "channel_selector", "transcripts")
 """Keys that a source inherits from the groups around it and from its dataset, beyond NeMo's."""
 
 INHERITED_IN_NEMO = (
@@ -98,6 +98,7 @@ class Source:
         source_lang: language of the input, in the one form of its code (:func:`language_code`), as all languages here;
             by its tags, else by our key, else by NeMo's.
         target_lang: language, or languages, to translate to; in the same way.
+        transcripts: batches have the transcripts of its speech.
         members: the sources that a conversation type of NeMo's reads, if they are listed.
         extra_fields: fields that NeMo adds to each example of a manifest.
         paths: text files, or TSV and JSONL files with both sides in a line.
@@ -119,6 +120,7 @@ class Source:
     tags: Mapping[str, Any] | None = None
     source_lang: Text | None = None
     target_lang: Text | list[Text] | None = None
+    transcripts: Switch | None = None
     members: tuple[Source, ...] = ()
     manifest_filepath: WeightedPaths | None = None
     tarred_audio_filepaths: WeightedPaths | None = None

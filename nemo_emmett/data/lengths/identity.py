@@ -28,6 +28,7 @@ NOT_READ = frozenset(
     (
         *("weight", "shuffle", "shard_seed", "force_finite", "metadata_only", "max_open_streams", "slice_length"),
         *("audio_locator_tag", "token_equivalent_duration", "force_map_dataset", "force_iterable_dataset", *FILE_KEYS),
+        "transcripts",
     )
 )
 """Keys of a source that do not change what its reader yields in a pass, or whose files are identified by content."""

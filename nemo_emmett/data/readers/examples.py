@@ -33,6 +33,7 @@ from nemo_emmett.prompts.instruction import translation_instruction
 from nemo_emmett.prompts.language_codes import normalized
 from nemo_emmett.prompts.languages import is_known_language
 from nemo_emmett.prompts.markup import Prompt
+from nemo_emmett.prompts.transcripts import set_transcript
 
 
 class ExampleKind(str, Enum):
@@ -71,6 +72,7 @@ class SourceDefaults:
     token_equivalent_duration: float | None = None  # seconds of speech that count as one token
     context: str | None = None  # instruction of a conversation
     system_prompt: str | None = None  # of a conversation
+    transcripts: bool = False  # are prompted as text, next to the speech
 
 
 class Examples:
@@ -133,11 +135,22 @@ class Examples:
                 example = _speech_example(cut, text, source_lang, target_lang, self.defaults.audio_locator_tag)
                 if len(translations) > 1:
                     example.id = f"{cut.id}-{target_lang}"
+                if self.defaults.transcripts:
+                    self._mark_transcript(example)
                 example = self._finished(example)
             except InvalidRecord as cause:
                 self._note(cut, str(cause))
                 continue
             yield example
+
+    def _mark_transcript(self, example: Cut) -> None:
+        """Have the transcript of a speech example prompted; an empty one if it has none that can be."""
+        transcript = _custom_of(example).get("source_text")
+        if not isinstance(transcript, str) or not is_unicode(transcript):
+            transcript = ""
+        if self.forbidden is not None and self.forbidden.search(transcript):
+            transcript = ""
+        set_transcript(example, transcript.strip())
 
     def _of_text(self, pair: SourceTargetTextExample) -> Iterator[SourceTargetTextExample | NeMoMultimodalConversation]:
         custom = pair.custom or {}
