@@ -34,7 +34,7 @@ FLOORS = (
     ("callbacks.oomptimizer",),
     ("models", "data", "oomptimizer"),
     ("callbacks.*",),
-    ("modules", "prompts"),
+    ("modules", "prompts", "schedulers"),
     ("errors", "config", "typed_config", "early_checks", "files", "processes", "audio_file", "run_log"),
 )
 # What others see and start is one floor of equals, and so is what all of them rest on.
