@@ -53,6 +53,7 @@ OUR_TYPES = {
     "num_sub_buckets": PositiveWhole | None,  # output-length buckets in each input-length bucket, for `auto` bins
     "every_n_steps": PositiveWhole,  # of a group under zip: it gives a batch to every n-th step only, from the first on
     "batch_ratio": Positive | None,  # of a group under zip: its examples in a step per example of the first group
+    "transcripts": Switch | None,  # batches of speech have the transcripts, and the prompts of these as text
 }
 """Keys of ``train_ds``, ``validation_ds``, ... beyond those of NeMo's ``LhotseDataLoadingConfig``."""
 
@@ -170,7 +171,7 @@ LEGACY_KEYS = frozenset(
 
 ANY_SOURCE_KEYS = frozenset(
     {"type", "weight", "weights", "tags", "input_cfg"}
-    | {"source_lang", "target_lang", "source_language", "target_language"}
+    | {"source_lang", "target_lang", "source_language", "target_language", "transcripts"}
 )
 
 _MANIFEST = frozenset({"manifest_filepath", "tarred_audio_filepaths", "extra_fields"})

@@ -31,6 +31,7 @@ from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.io.commands import is_pipe, refuse_pipes
 from nemo_emmett.data.io.files import expand_paths, open_bytes
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.prompts.language_codes import normalized
 from nemo_emmett.typed_config import (
     Count,
     NonEmpty,
@@ -71,7 +72,7 @@ PATTERN_KEYS = ("manifest_filepath", "tarred_audio_filepaths", "source_paths", "
 LANGUAGE_KEYS = {"source_lang": "source_language", "target_lang": "target_language"}
 """Our keys for the languages of a source, with NeMo's for those of a text."""
 
-INHERITED = (*LANGUAGE_KEYS, "channel_selector")
+INHERITED = (*LANGUAGE_KEYS, "channel_selector", "transcripts")
 """Keys that a source inherits from the groups around it and from its dataset, beyond NeMo's."""
 
 INHERITED_IN_NEMO = (
@@ -94,8 +95,10 @@ class Source:
         type: of the source, such as ``nemo_tarred`` or ``parallel_text``; ``group`` for a list of sources.
         weight: sampling weight among the members of its group.
         tags: added to each example, such as ``context`` (the prompt), ``source_lang``, ``target_lang``.
-        source_lang: language of the input; by its tags, else by our key, else by NeMo's.
+        source_lang: language of the input, in the one form of its code (:func:`language_code`), as all languages here;
+            by its tags, else by our key, else by NeMo's.
         target_lang: language, or languages, to translate to; in the same way.
+        transcripts: batches have the transcripts of its speech.
         members: the sources that a conversation type of NeMo's reads, if they are listed.
         extra_fields: fields that NeMo adds to each example of a manifest.
         paths: text files, or TSV and JSONL files with both sides in a line.
@@ -117,6 +120,7 @@ class Source:
     tags: Mapping[str, Any] | None = None
     source_lang: Text | None = None
     target_lang: Text | list[Text] | None = None
+    transcripts: Switch | None = None
     members: tuple[Source, ...] = ()
     manifest_filepath: WeightedPaths | None = None
     tarred_audio_filepaths: WeightedPaths | None = None
@@ -278,8 +282,24 @@ def parse_source(entry: Mapping[str, Any], place: str, *, allow_commands: bool =
         members = [source for member in inside for source in member.sources()]
     given = {"keys": dict(entry), "place": place, "members": tuple(members)}
     source = parse_section(Source, {**entry, **languages}, place, **given)
+    source = replace(source, source_lang=normalized(source.source_lang), target_lang=_normalized(source.target_lang))
+    if isinstance(source.paths, Mapping):
+        source = replace(source, paths=_by_language(source.paths, place))
     typed = {field.name: getattr(source, field.name) for field in fields(source) if field.name not in LANGUAGE_KEYS}
     return source.with_keys(**{k: typed[k] for k in entry.keys() & typed.keys() if typed[k] != entry[k]})  # 5 for '5'
+
+
+def _normalized(languages: str | list[str] | None) -> str | list[str] | None:
+    return [normalized(code) for code in languages] if isinstance(languages, list) else normalized(languages)
+
+
+def _by_language(paths: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The files of each language, by its one code."""
+    found: dict[str, str] = {}
+    for code in map(str, paths):
+        if (other := found.setdefault(normalized(code), code)) != code:
+            raise ConfigError(f"{place}.paths: '{other}' and '{code}' are one language; list all its files under one.")
+    return {normalized(str(code)): of_language for code, of_language in paths.items()}
 
 
 def parse_classic(

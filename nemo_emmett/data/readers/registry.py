@@ -143,6 +143,7 @@ def defaults_of(source: Source) -> SourceDefaults:
         system_prompt=tags.get("system_prompt"),
         source_lang=source.source_lang,
         target_lang=source.target_lang,
+        transcripts=bool(source.transcripts),
     )
 
 
