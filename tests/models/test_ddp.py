@@ -10,11 +10,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
+from nemo_emmett.models.base import SpeechTextModel
 
 from .backbones import backbone
 from .memorising import built
 from .two_ranks import (
+    LORA,
     NONE,
+    OBJECTIVES,
     SGD,
     Steps,
     assert_equal_gradients,
@@ -25,7 +28,14 @@ from .two_ranks import (
     run_on_two_ranks,
 )
 
-MODELS = {"SALMT5": (SALMT5, "t5"), "SALMGPT": (SALMGPT, "llama"), "BestowGPT": (BestowGPT, "qwen2")}
+MODELS = {
+    "SALMT5": (SALMT5, "t5", {}),
+    "SALMGPT": (SALMGPT, "llama", {}),
+    "BestowGPT": (BestowGPT, "qwen2", {}),
+    "SALMT5, objectives": (SALMT5, "t5", OBJECTIVES),
+    "SALMGPT, LoRA, objectives": (SALMGPT, "llama", LORA | OBJECTIVES),
+}
+"""Name -> class, backbone, and further keys of its config."""
 
 STEPS = {
     "both modalities, unequal counts": ((slice(0, 2), slice(0, 1)), (slice(2, 3), slice(1, 3))),
@@ -37,11 +47,18 @@ STEPS = {
 }
 """What a step holds -> of each rank, the rows of text and of speech."""
 
+PLAIN = ("SALMT5", "SALMGPT", "BestowGPT")
 CASES = [
-    *((model, find_unused, 1) for model in MODELS for find_unused in (True, False)),
+    *((model, find_unused, 1) for model in PLAIN for find_unused in (True, False)),
+    *((model, False, 1) for model in MODELS if model not in PLAIN),
     *(("SALMGPT", find_unused, 2) for find_unused in (True, False)),
 ]
 """Model, whether DDP looks for unused parameters, batches to an optimizer step."""
+
+
+def build(name: str, folder: Path, asr: Path) -> SpeechTextModel:
+    model_class, backbone_name, config = MODELS[name]
+    return built(model_class, backbone_name, folder, asr, **SGD, **config)
 
 
 def train(rank: int, folder: Path, asr: Path) -> None:
@@ -49,7 +66,7 @@ def train(rank: int, folder: Path, asr: Path) -> None:
     done = {}
     for case in CASES:
         name, find_unused, accumulate = case
-        model = built(*MODELS[name], folder / "backbones", asr, **SGD)
+        model = build(name, folder / "backbones", asr)
         del model.log
         steps = Steps()
         trainer = quiet_trainer(
@@ -66,7 +83,7 @@ def train(rank: int, folder: Path, asr: Path) -> None:
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
-    for _, name in MODELS.values():
+    for _, name, _ in MODELS.values():
         backbone(name, folder / "backbones")
     return folder / "backbones"
 
@@ -83,7 +100,7 @@ def ranks(backbones, tiny_asr) -> list[dict]:
 def test_gradients_and_losses_are_those_of_one_process_on_the_joined_batch(ranks, backbones, tiny_asr, case):
     """Also where DDP waits for parameters that a rank has not used, and where gradients are accumulated."""
     name, _, accumulate = case
-    model = built(*MODELS[name], backbones, tiny_asr, **SGD)
+    model = build(name, backbones, tiny_asr)
     batches = [joined(model, of_ranks) for of_ranks in STEPS.values()]
     steps = [batches[first : first + accumulate] for first in range(0, len(batches), accumulate)]
     gradients, losses = in_one_process(model, steps)
