@@ -20,7 +20,7 @@ from nemo_emmett.data.bucketing.length_stats import auto_bins
 from nemo_emmett.data.checks import nothing_is_left
 from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig
 from nemo_emmett.data.config.nemo_config import sampler_config, with_keys_of_dataset
-from nemo_emmett.data.config.sources import SPEECH_TSV, Source
+from nemo_emmett.data.config.sources import SPEECH_TSV, Source, ends_with
 from nemo_emmett.data.io.index import build_indexes as build
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.building import open_length_indexes
@@ -137,7 +137,8 @@ def plan_sampling(
         num_open = [chunks_to_open(reader, chain, group.structured.shuffle) for reader in readers]
         skipped_records.drain()  # what was read here is read again by the workers
         names = [source.name for source in group.sources]
-        plans.append(GroupPlan(group.group.name, readers, names, group.seeds, num_open, shares, chain))
+        ends = ends_with(group.sources)
+        plans.append(GroupPlan(group.group.name, readers, names, group.seeds, num_open, shares, chain, ends))
     return SamplingPlan(
         groups=plans,
         fusion=_fusion(dataset),
@@ -228,6 +229,7 @@ def plan_schedule(
                 shares=shares,
                 global_batch_sizes=None if sizes is None else [size * world_size for size in sizes],
                 drop_last=chain.drop_last,
+                ends_with=ends_with(group.sources),
             )
         )
         forbidden = forbidden_text(group.structured.prompt_format, tokenizer)
@@ -360,6 +362,7 @@ def _numbers_of_sources(group: str, sources: Sequence[Source]) -> list[int]:
 
 def _nemo_ends(sources: Sequence[Source]) -> bool:
     """Whether NeMo reads the data once in an epoch: a single source of plain manifests."""
+    sources = [source for source in sources if not source.is_transcription]
     if len(sources) != 1 or sources[0].is_tarred or sources[0].is_text:
         return False
     return isinstance(sources[0].manifest_filepath or "", str)

@@ -60,6 +60,7 @@ class GroupOrder:
         shares: of the examples, one for each source.
         global_batch_sizes: examples of a global batch by bucket; None: batches close by a measured limit.
         drop_last: leave out what does not fill a global batch when the data ends.
+        ends_with: of each source the number of the source with which it ends, though it has more; None: at its own end.
     """
 
     name: str
@@ -68,6 +69,7 @@ class GroupOrder:
     shares: list[float]
     global_batch_sizes: Sequence[int] | None
     drop_last: bool
+    ends_with: Sequence[int | None] = ()
 
 
 class Snapshot(NamedTuple):
@@ -157,9 +159,13 @@ class GroupSchedule:
         self._drawn += len(draws)
         self._put_into_buckets(examples)
         if short:
-            del self._alive[short[min(short)]]
+            ended = self._alive.pop(short[min(short)])
+            self._alive = [source for source in self._alive if not self._ends_with(source, ended)]
             self._drawn = 0
             self._mixing = self._new_mixing()
+
+    def _ends_with(self, source: int, other: int) -> bool:
+        return bool(self.order.ends_with) and self.order.ends_with[source] == other
 
     def _take(self, draws: np.ndarray) -> list[np.ndarray]:
         wanted = np.bincount(draws, minlength=len(self._alive)).tolist()
