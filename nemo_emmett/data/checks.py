@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
 from nemo_emmett.errors import ConfigError, DataError, Help
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.prompts.families import forbidden_text
+from nemo_emmett.prompts.language_tokens import LanguageTokenPrompt
 from nemo_emmett.prompts.languages import check_language
 from nemo_emmett.prompts.transcripts import transcript_of
 from nemo_emmett.prompts.translation import register_prompt_formats
@@ -181,11 +182,21 @@ def _check_for_nemo_salm(dataset: DatasetConfig) -> None:
     )
 
 
-def _check_languages(source: Source) -> None:
+def _named_languages(source: Source) -> Iterator[tuple[str, list[str]]]:
+    """The keys of a source that name languages, and these."""
     for key in ("source_lang", "target_lang"):
         codes = getattr(source, key)
-        for code in [codes] if isinstance(codes, str) else codes or ():
-            check_language(code, f"{source.place}.{key}")
+        yield f"{source.place}.{key}", [codes] if isinstance(codes, str) else list(codes or ())
+    if source.type in ("parallel_text", "txt_pair") and isinstance(source.paths, Mapping):
+        yield f"{source.place}.paths", list(source.paths)
+
+
+def _check_languages(source: Source) -> None:
+    for place, codes in _named_languages(source):
+        for code in codes:
+            check_language(code, place)
+        if len(set(codes)) < len(codes):
+            raise ConfigError(f"{place}: names one language twice, as {', '.join(codes)}; name each once.")
     if source.type == "speech_tsv" and isinstance(source.target_lang, list):
         raise ConfigError(
             f"{source.place}.target_lang: a row has one translation, not one to each of {source.target_lang}; list the "
@@ -196,8 +207,6 @@ def _check_languages(source: Source) -> None:
     layout = text_layout(source)
     if layout == "many":
         directions_of(source)
-        for code in source.paths:
-            check_language(code, f"{source.place}.paths")
     elif isinstance(source.target_lang, list):
         raise ConfigError(f"{source.place}.target_lang: a text has one target language, not {source.target_lang}.")
     elif source.target_lang is None and layout != "jsonl" and source.target_lang_column is None:
@@ -285,10 +294,26 @@ def _check_prompted(group: GroupConfig, tokenizer: Any, kind: ExampleKind) -> No
                 f"{group.place}.prompt_format: missing; use emmett_t5, or the format of the language model."
             )
         _check_speech(group, tokenizer)
+        _check_family(group, tokenizer)
     if group.concatenate_samples:
         raise ConfigError(
             f"{group.place}.concatenate_samples: would join recordings but not their prompts; set it to false."
         )
+
+
+def _check_family(group: GroupConfig, tokenizer: Any) -> None:
+    """Languages that sources name have a token in the family of the language model, if it has tokens of languages."""
+    formatter = PromptFormatter.resolve(group.prompt_format)
+    if not issubclass(formatter, LanguageTokenPrompt):
+        return
+    prompt = formatter(tokenizer)
+    for source in group.sources:
+        for place, codes in _named_languages(source):
+            for code in codes:
+                try:
+                    prompt.language_id(code)
+                except ConfigError as error:
+                    raise ConfigError(f"{place}: {error}") from error
 
 
 def _check_speech(group: GroupConfig, tokenizer: Any) -> None:

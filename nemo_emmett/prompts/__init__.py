@@ -1,5 +1,6 @@
 """Translation prompts and the languages they name.
 
+- :mod:`nemo_emmett.prompts.language_codes`: the one form of a language's code, by which languages are compared.
 - :mod:`nemo_emmett.prompts.languages`: language codes, their English names, and their codes in each family of models.
 - :mod:`nemo_emmett.prompts.markup`: strings whose parts were written by a user or by a prompt format.
 - :mod:`nemo_emmett.prompts.control_tokens`: control tokens, which are text in what users write.

@@ -7,12 +7,16 @@ import json
 import pytest
 from lhotse import CutSet
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
+from nemo.collections.common.tokenizers import AutoTokenizer
 from omegaconf import OmegaConf
+from transformers import AddedToken
 
-from nemo_emmett.data import check_data_config
+from nemo_emmett.data import SpeechTextDataset, check_data_config, get_multimodal_dataloader
 from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError, DataError
+
+from ..prompts.tiny_tokenizers import BUILDERS
 
 LOCATOR = "<|audio|>"
 
@@ -122,7 +126,7 @@ def test_no_data_at_all() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"target_lang": "dee"}, "input_cfg.0.target_lang: 'dee' is not a known language"),
+        ({"target_lang": "dee"}, "input_cfg.0.target_lang: 'dee' is the code of Dewoin; if German is meant"),
         ({"target_lang": ["de", "xx"]}, "input_cfg.0.target_lang: 'xx' is not a known language"),
         ({"tags": {"target_lang": "xx"}}, "input_cfg.0.target_lang: 'xx' is not a known language"),
         ({"source_lang": "xx"}, "input_cfg.0.source_lang: 'xx' is not a known language"),
@@ -131,6 +135,27 @@ def test_no_data_at_all() -> None:
 def test_unknown_languages_of_speech(good, change, sentence) -> None:
     speech_source(good).update(change)
     assert sentence in refused(good)
+
+
+def test_one_language_under_two_codes(good) -> None:
+    speech_source(good)["target_lang"] = ["de", "fr", "deu_Latn"]
+    assert "speech.input_cfg.0.target_lang: names one language twice, as de, fr, de; name each once" in refused(good)
+    speech_source(good)["target_lang"] = ["deu", "fr"]
+    check_data_config(good)
+
+
+def test_a_language_that_the_family_has_no_token_for(good, tmp_path) -> None:
+    good["prompt_format"] = "emmett_nllb"
+    BUILDERS["nllb"](tmp_path).save_pretrained(tmp_path / "nllb")
+    nllb = AutoTokenizer(str(tmp_path / "nllb"), use_fast=True)
+    nllb.tokenizer.add_tokens([AddedToken(LOCATOR, special=True, normalized=False)], special_tokens=True)
+    check_data_config(good, nllb)
+    text_source(good)["source_lang"] = "mdw"
+    assert (
+        "pairs.input_cfg.0.source_lang: prompt_format emmett_nllb: NLLB has no token for the language 'mdw' (Mbosi); "
+    ) in refused(good, tokenizer=nllb)
+    good["prompt_format"] = "emmett_t5"
+    check_data_config(good, nllb)
 
 
 def test_languages_of_text(good) -> None:
@@ -231,6 +256,40 @@ def test_fusion(good) -> None:
     assert "sampler_weights: there is no group 'more'; the groups are speech, pairs." in refused(good)
     good["sampler_weights"] = {"speech": 0, "pairs": 1.0}
     assert "sampler_weights.speech: 0 cannot be used; give a number above 0" in refused(good)
+
+
+def test_how_much_of_a_group_a_step_of_zip_holds(good, tokenizer) -> None:
+    good["sampler_fusion"], good["pairs"]["every_n_steps"] = "round_robin", 2
+    assert refused(good).startswith(
+        "data.train_ds.pairs.every_n_steps: is a key of a group of a multi_config with sampler_fusion: zip"
+    )
+    good["sampler_fusion"] = "zip"
+    check_data_config(good)
+    good["batch_ratio"] = 0.5
+    assert refused(good).startswith("data.train_ds.batch_ratio: is a key of a group of a multi_config")
+    del good["batch_ratio"]
+    good["speech"]["every_n_steps"] = 3
+    assert "data.train_ds.speech.every_n_steps: no group gives a batch to every step" in refused(good)
+    del good["speech"]["every_n_steps"]
+    good["pairs"] |= {"every_n_steps": 1, "batch_ratio": 0.25}
+    check_data_config(good)
+    good["speech"]["every_n_steps"] = 2
+    assert "data.train_ds.speech.every_n_steps: 2 cannot be combined with data.train_ds.pairs.batch_ratio" in refused(
+        good
+    )
+    del good["speech"]["every_n_steps"]
+    good["speech"]["batch_ratio"] = 1.0
+    assert "data.train_ds.speech.batch_ratio: all groups have one" in refused(good)
+    del good["speech"]["batch_ratio"]
+    good["sampling"] = "nemo"
+    with pytest.raises(ConfigError, match=r"pairs\.batch_ratio: NeMo's samplers do not have it; set sampling: emmett"):
+        get_multimodal_dataloader(good, 0, 1, SpeechTextDataset(tokenizer), tokenizer, place="data.train_ds")
+    del good["sampling"]
+    good["pairs"] |= {"use_multimodal_sampling": True, "batch_tokens": 100}
+    assert "data.train_ds.pairs.batch_tokens: cannot be combined with batch_ratio" in refused(good)
+    for value in (0, -1, "a"):
+        good["pairs"]["batch_ratio"] = value
+        assert f"data.train_ds.pairs.batch_ratio: {value}" in refused(good).replace("'", "")
 
 
 def test_batch_sizes(good, tokenizer) -> None:

@@ -55,6 +55,8 @@ OUR_TYPES = {
     "allow_commands": Switch,  # sources and recordings may be the output of commands, which a shell runs
     "num_sub_buckets": PositiveWhole | None,  # output-length buckets in each input-length bucket, for `auto` bins
     "transcription": TranscriptionShare | None,  # share of the speech examples that are transcribed, not translated
+    "every_n_steps": PositiveWhole,  # of a group under zip: it gives a batch to every n-th step only, from the first on
+    "batch_ratio": Positive | None,  # of a group under zip: its examples in a step per example of the first group
     "transcripts": Switch | None,  # batches of speech have the transcripts, and the prompts of these as text
 }
 """Keys of ``train_ds``, ``validation_ds``, ... beyond those of NeMo's ``LhotseDataLoadingConfig``."""

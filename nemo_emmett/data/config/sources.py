@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from nemo.collections.common.data.lhotse.cutset import get_known_config_data_types
 from nemo.utils import logging, logging_mode
 
@@ -27,10 +26,11 @@ from nemo_emmett.data.config.schema import (
     Seed,
     WeightedPaths,
 )
-from nemo_emmett.data.config.section import plain
+from nemo_emmett.data.config.section import load_entries
 from nemo_emmett.data.io.commands import is_pipe, refuse_pipes
-from nemo_emmett.data.io.files import expand_paths, open_bytes
-from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.data.io.files import expand_paths
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.language_codes import normalized
 from nemo_emmett.typed_config import (
     Count,
     NonEmpty,
@@ -94,7 +94,8 @@ class Source:
         type: of the source, such as ``nemo_tarred`` or ``parallel_text``; ``group`` for a list of sources.
         weight: sampling weight among the members of its group.
         tags: added to each example, such as ``context`` (the prompt), ``source_lang``, ``target_lang``.
-        source_lang: language of the input; by its tags, else by our key, else by NeMo's.
+        source_lang: language of the input, in the one form of its code (:func:`language_code`), as all languages here;
+            by its tags, else by our key, else by NeMo's.
         target_lang: language, or languages, to translate to; in the same way.
         transcripts: batches have the transcripts of its speech.
         is_transcription: it is read for transcription only: the answers are what is spoken (``transcription``).
@@ -290,8 +291,24 @@ def parse_source(entry: Mapping[str, Any], place: str, *, allow_commands: bool =
         members = [source for member in inside for source in member.sources()]
     given = {"keys": dict(entry), "place": place, "members": tuple(members)}
     source = parse_section(Source, {**entry, **languages}, place, **given)
+    source = replace(source, source_lang=normalized(source.source_lang), target_lang=_normalized(source.target_lang))
+    if isinstance(source.paths, Mapping):
+        source = replace(source, paths=_by_language(source.paths, place))
     typed = {field.name: getattr(source, field.name) for field in fields(source) if field.name not in LANGUAGE_KEYS}
     return source.with_keys(**{k: typed[k] for k in entry.keys() & typed.keys() if typed[k] != entry[k]})  # 5 for '5'
+
+
+def _normalized(languages: str | list[str] | None) -> str | list[str] | None:
+    return [normalized(code) for code in languages] if isinstance(languages, list) else normalized(languages)
+
+
+def _by_language(paths: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The files of each language, by its one code."""
+    found: dict[str, str] = {}
+    for code in map(str, paths):
+        if (other := found.setdefault(normalized(code), code)) != code:
+            raise ConfigError(f"{place}.paths: '{other}' and '{code}' are one language; list all its files under one.")
+    return {normalized(str(code)): of_language for code, of_language in paths.items()}
 
 
 def parse_classic(
@@ -336,7 +353,7 @@ def parse_entries(
     if isinstance(entries, (str, Path)):
         if is_pipe(str(entries)):
             raise ConfigError(f"{place}: '{entries}' is a command; write its output to a file, and name that.")
-        entries = _load_entries(entries, place)
+        entries = load_entries(entries, place)
     if not isinstance(entries, Sequence) or not entries:
         raise ConfigError(f"{place}: is empty or not a list; it must list the sources of the data.")
     how = {"allow_commands": allow_commands, "is_auto": is_auto}
@@ -392,12 +409,6 @@ def _with_transcription(entry: Mapping[str, Any], place: str, *, allow_commands:
     keys = {"reweight_temperature": [], **({} if source.weight is None else {"weight": source.weight})}
     members = (translated, transcribed)
     return SourceGroup(place=place, members=members, weight=source.weight, is_pair=True, temperatures=(), keys=keys)
-
-
-def ends_with(sources: Sequence[Source]) -> list[int | None]:
-    """For each source the number of the one with which it ends: of one that is read for transcription, that which is
-    translated; None for all others, which end with their data."""
-    return [number - 1 if source.is_transcription else None for number, source in enumerate(sources)]
 
 
 def refuse_without_speech(sources: Iterable[Source], share: float | None, place: str) -> None:
@@ -480,14 +491,3 @@ def _check_type_and_keys(entry: Mapping[str, Any], place: str) -> None:
     if unknown_keys := check_keys(entry, own | LOADER_KEYS | _KEYS_OF_SOME_TYPE, place, LEGACY_KEYS):
         message = f"{place}: these keys have no meaning for '{kind}': {', '.join(unknown_keys)}"
         logging.warning(message, mode=logging_mode.ONCE)
-
-
-def _load_entries(path: str | Path, place: str) -> Any:
-    try:
-        with open_bytes(str(path)) as file:
-            entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except OSError as error:
-        raise DataError(f"{place}: the file '{path}' cannot be read ({error.strerror or error}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{place}: the file '{path}' is not YAML: {' '.join(str(error).split())}.") from error
-    return plain(entries, place) if isinstance(entries, list) else entries

@@ -30,6 +30,7 @@ from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import is_unicode
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.prompts.instruction import translation_instruction
+from nemo_emmett.prompts.language_codes import normalized
 from nemo_emmett.prompts.languages import is_known_language
 from nemo_emmett.prompts.markup import Prompt
 from nemo_emmett.prompts.transcripts import set_transcript
@@ -160,8 +161,8 @@ class Examples:
 
     def _of_text(self, pair: SourceTargetTextExample) -> Iterator[SourceTargetTextExample | NeMoMultimodalConversation]:
         custom = pair.custom or {}
-        source_lang = custom.get("source_lang") or pair.source.language or self.defaults.source_lang
-        target_lang = custom.get("target_lang") or pair.target.language or self.defaults.target_lang
+        source_lang = normalized(custom.get("source_lang") or pair.source.language or self.defaults.source_lang)
+        target_lang = normalized(custom.get("target_lang") or pair.target.language or self.defaults.target_lang)
         try:
             if not pair.source.text:
                 raise InvalidRecord("empty text")
@@ -183,7 +184,8 @@ class Examples:
             example.data = {**example.data, "conversations": turns}
         defaults = {"source_lang": self.defaults.source_lang, "target_lang": self.defaults.target_lang}
         known = {key: value for key, value in defaults.items() if isinstance(value, str)}
-        example.custom = {**known, **(getattr(example, "custom", None) or {})}
+        custom = {**known, **(getattr(example, "custom", None) or {})}
+        example.custom = custom | {key: normalized(custom[key]) for key in defaults if key in custom}
         return example
 
     def _has_instruction(self, custom: Mapping) -> bool:
@@ -255,7 +257,7 @@ def _spoken_language(cut: Cut, custom: Mapping, defaults: SourceDefaults) -> str
     spoken = custom.get("lang")
     if spoken is None and "translations" in custom:
         spoken = next((s.language for s in cut.supervisions if s.language), None)
-    return custom.get("source_lang") or defaults.source_lang or spoken
+    return normalized(custom.get("source_lang") or defaults.source_lang or spoken)
 
 
 def _spoken(cut: Cut, custom: Mapping, defaults: SourceDefaults) -> tuple[str, str]:
@@ -290,17 +292,27 @@ def _translations(
             raise InvalidRecord("several target languages, but no translations")
         if wanted is None and not has_instruction:
             raise InvalidRecord("no target language")
-        yield wanted, _transcript(cut)
+        yield normalized(wanted), _transcript(cut)
         return
     if not isinstance(texts, Mapping):
         raise InvalidRecord("translations is not a mapping")
+    texts = _by_language(texts)
     spoken = _spoken_language(cut, custom, defaults)
     targets = [wanted] if isinstance(wanted, str) else list(wanted or texts)
-    for target in targets:
+    for target in map(normalized, targets):
         text = texts.get(target)
         if text is None and target == spoken:
             text = _transcript(cut)
         yield target, text
+
+
+def _by_language(translations: Mapping[str, str]) -> dict[str, str]:
+    """The translations by the one form of their languages' codes."""
+    found: dict[str, str] = {}
+    for code, text in translations.items():
+        if found.setdefault(normalized(code), text) != text:
+            raise InvalidRecord(f"two translations to '{normalized(code)}'")
+    return found
 
 
 def _check_example(text: str | None, target_lang: str | None, source_lang: str | None) -> None:

@@ -34,6 +34,7 @@ class GroupPlan:
         shares: of the examples, one for each source.
         pipeline: NeMo's maps and filters.
         ends_with: of each source the number of the source with which it ends, though it has more; None: at its own end.
+        every_n_steps: under ``zip``, it is in every n-th step.
     """
 
     name: str
@@ -44,6 +45,7 @@ class GroupPlan:
     shares: list[float]
     pipeline: TransformPipeline
     ends_with: Sequence[int | None] = ()
+    every_n_steps: int = 1
 
     def __post_init__(self) -> None:
         for reader in self.readers:  # planning has read examples, without counting their records
@@ -231,6 +233,8 @@ class WorkerSampler:
     def _of_each_group(self) -> list:
         taken = []
         for number, group in enumerate(self.groups):
+            if (self.steps * self.worker.num_workers + self.worker.id) % group.plan.every_n_steps:
+                continue
             try:
                 taken.extend(self._batch_of(number, group.next_step()))
             except StopIteration:
