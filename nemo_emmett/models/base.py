@@ -39,6 +39,8 @@ from nemo_emmett.models.export import Export
 from nemo_emmett.models.generation import Generation
 from nemo_emmett.models.head import LLMInputs, answer_logits, answer_loss, answer_scores, output_layer
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS, check_initial_weights, load_initial_weights
+from nemo_emmett.models.learning_rates import configure_by_part, learning_rates
+from nemo_emmett.models.lora_modality import check_lora_modality, refuse_trained_text_weights
 from nemo_emmett.models.microbatches import MicrobatchLoss, TokenCounts, cut_batch, target_counts
 from nemo_emmett.models.oomptimizer_schema import oomptimizer_schema
 from nemo_emmett.models.optimization import parse_optimization
@@ -49,6 +51,7 @@ from nemo_emmett.models.transformer_blocks import checkpoint_activations, compil
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
 from nemo_emmett.modules.batch import MODALITIES, split_modalities
 from nemo_emmett.modules.evaluation_mode import evaluation_mode
+from nemo_emmett.modules.gated_lora import gate_lora
 from nemo_emmett.modules.loss import IGNORE_INDEX, modality_loss
 from nemo_emmett.modules.placement import Placed, merge_audio_embeddings
 from nemo_emmett.prompts.families import check_prompt_format, default_prompt_format
@@ -89,6 +92,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         options = ModelConfig.from_section(cfg, name, for_loading)
         start = {} if for_loading else options.initial_weights()
         check_initial_weights(start)
+        check_lora_modality(options)
         if options.cross_attention is not None and not self.has_cross_attention:
             raise ConfigError(
                 f"model.cross_attention: {name} has no such layers; leave the key out, or set model._target_: "
@@ -124,6 +128,9 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             for parameter_name, parameter in self.named_parameters():
                 if any(pattern.match(parameter_name) for pattern in thawed):
                     parameter.requires_grad = True
+            if options.lora_modality == "audio":
+                refuse_trained_text_weights(self.named_parameters())
+                gate_lora(self.llm, output_layer(self.llm))
         self.perception = None
         if options.perception is not None:
             self.perception, section = build_perception(options, self.llm, trusted)
@@ -293,7 +300,8 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         if self.options.optimizer is None:
             raise ConfigError("model.optimizer is missing: give it a `_target_`, such as torch.optim.AdamW, and an lr.")
         try:
-            return configure_optimizers(self)
+            groups = self.cfg.get("optim_param_groups")
+            return configure_optimizers(self) if groups is None else configure_by_part(self, groups)
         except InstantiationException as error:
             if any(parameter.requires_grad for parameter in self.parameters()):
                 raise
@@ -398,9 +406,10 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         if self._step_log is None:  # a step outside of `fit`
             self._step_log = StepLog(window=1)
         self._step_log.add(parts, loss_sums_M, self._counts.here_M)
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"] if self._trainer is not None else 0.0
+        rates = {"learning_rate": 0.0} if self._trainer is None else learning_rates(self.trainer.optimizers[0])
         self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
-        self.log("learning_rate", lr, batch_size=1)
+        for name, rate in rates.items():
+            self.log(name, rate, batch_size=1)
         values = self._step_log.values()
         for name, value in values.items():
             self.log(name, value, prog_bar=name.startswith(("loss", "examples")), batch_size=1)

@@ -4,6 +4,7 @@
 - :mod:`nemo_emmett.modules.modality_adapters`: between the speech encoder and the language model.
 - :mod:`nemo_emmett.modules.placement`: encoded recordings in place of their locator tokens.
 - :mod:`nemo_emmett.modules.cross_attention`: BESTOW's layers from text to speech.
+- :mod:`nemo_emmett.modules.gated_lora`: LoRA that acts on the examples with speech alone.
 - :mod:`nemo_emmett.modules.linear_cross_entropy`: cross-entropy of an output layer without its logits.
 - :mod:`nemo_emmett.modules.loss`: token cross-entropy per modality over all ranks.
 - :mod:`nemo_emmett.modules.metrics`: sacreBLEU's metrics with the settings of validation and evaluation.

@@ -26,6 +26,8 @@ from .two_ranks import (
 )
 
 MODELS = {"SALMT5": (SALMT5, "t5"), "SALMGPT": (SALMGPT, "llama"), "BestowGPT": (BestowGPT, "qwen2")}
+GATED = {"lora": {"r": 2, "target_modules": "all-linear"}, "lora_modality": "audio"}
+"""Text trains nothing, and a rank without speech has no gradient of its own."""
 
 STEPS = {
     "both modalities, unequal counts": ((slice(0, 2), slice(0, 1)), (slice(2, 3), slice(1, 3))),
@@ -40,16 +42,17 @@ STEPS = {
 CASES = [
     *((model, find_unused, 1) for model in MODELS for find_unused in (True, False)),
     *(("SALMGPT", find_unused, 2) for find_unused in (True, False)),
+    *(("SALMT5", find_unused, 1, "gated") for find_unused in (True, False)),
 ]
-"""Model, whether DDP looks for unused parameters, batches to an optimizer step."""
+"""Model, whether DDP looks for unused parameters, batches to an optimizer step, whether LoRA acts on speech alone."""
 
 
 def train(rank: int, folder: Path, asr: Path) -> None:
     """All trainings, in this process, which is one rank."""
     done = {}
     for case in CASES:
-        name, find_unused, accumulate = case
-        model = built(*MODELS[name], folder / "backbones", asr, **SGD)
+        name, find_unused, accumulate, *gated = case
+        model = built(*MODELS[name], folder / "backbones", asr, **SGD, **GATED if gated else {})
         del model.log
         steps = Steps()
         trainer = quiet_trainer(
@@ -82,8 +85,8 @@ def ranks(backbones, tiny_asr) -> list[dict]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_gradients_and_losses_are_those_of_one_process_on_the_joined_batch(ranks, backbones, tiny_asr, case):
     """Also where DDP waits for parameters that a rank has not used, and where gradients are accumulated."""
-    name, _, accumulate = case
-    model = built(*MODELS[name], backbones, tiny_asr, **SGD)
+    name, _, accumulate, *gated = case
+    model = built(*MODELS[name], backbones, tiny_asr, **SGD, **GATED if gated else {})
     batches = [joined(model, of_ranks) for of_ranks in STEPS.values()]
     steps = [batches[first : first + accumulate] for first in range(0, len(batches), accumulate)]
     gradients, losses = in_one_process(model, steps)
