@@ -14,6 +14,7 @@ Rooms, from those that users call down to those that everything uses (docs/archi
 - ``models``: the models (``SALMT5``, ``SALMGPT``, ``BestowGPT``), and ``load`` for a saved one.
 - ``data``: files to batches (``MultimodalDataModule``, ``get_multimodal_dataloader``).
 - ``oomptimizer``: batch sizes that fit the memory.
+- ``objectives``: what a model is trained on besides the cross-entropy of its answers.
 - ``modules``, ``prompts``: parts of models; translation prompts and languages.
 - ``errors``, ``config``, ``typed_config``, ``early_checks``, ``files``, ``processes``, ``audio_file``, ``run_log``:
   what all rooms use.
@@ -29,7 +30,10 @@ from nemo_emmett import plugin
 __version__ = "0.2.0.dev0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=["callbacks", "corpora", "data", "evaluation", "models", "modules", "oomptimizer", "prompts"]
+    __name__,
+    submodules=[
+        *("callbacks", "corpora", "data", "evaluation", "models", "modules", "objectives", "oomptimizer", "prompts"),
+    ],
 )
 __all__ += ["__version__", "plugin"]
 

@@ -25,7 +25,7 @@ from rich.text import Text
 from torch import Tensor
 
 from nemo_emmett.callbacks.run_progress import RunProgress
-from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig, parse_dataset
+from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig, leading_group, parse_dataset
 from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.dataloader import MultimodalDataLoader
 from nemo_emmett.data.lengths.counting import Size
@@ -311,6 +311,8 @@ def _batch_rows(dataset: DatasetConfig, groups: Sequence[GroupFacts]) -> Rows:
         weights = dataset.sampler_weights
         listed = "" if not weights else ": " + ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
         each = "a batch of each in every step" if dataset.sampler_fusion == "zip" else "a batch of one in every step"
+        rare = [group.config for group in groups if group.config.every_n_steps > 1]
+        each += "".join(f", of {group.name} once in {group.every_n_steps} steps" for group in rare)
         yield "blend", f"{dataset.sampler_fusion} ({each}){listed}"
     for group in groups:
         config = group.config
@@ -322,6 +324,8 @@ def _batch_rows(dataset: DatasetConfig, groups: Sequence[GroupFacts]) -> Rows:
         limits += [f"{config.batch_size:,} examples"] if config.batch_size and not config.bucket_batch_size else []
         if group.batch_sizes:
             limits = [f"{_several(list(dict.fromkeys(group.batch_sizes)))} examples"]
+        if config.batch_ratio is not None:
+            limits.append(f"{config.batch_ratio:g} for each of {leading_group(dataset.groups).name}")
         buckets = len(group.bins) + (not config.bucket_batch_size)
         edges = f", {buckets} bucket{'s' * (buckets != 1)} at {_several(group.bins)} {unit}" if len(group.bins) else ""
         yield f"{config.name} batch".lstrip(), f"{' or '.join(limits) or 'of a size that NeMo sets'}{edges}"

@@ -34,6 +34,7 @@ FLOORS = (
     ("callbacks.oomptimizer",),
     ("models", "data", "oomptimizer"),
     ("callbacks.*",),
+    ("objectives",),
     ("modules", "prompts"),
     ("errors", "config", "typed_config", "early_checks", "files", "processes", "audio_file", "run_log"),
 )
@@ -108,6 +109,10 @@ def test_imports_nothing_from_above(path: Path) -> None:
         ("data", "oomptimizer", False),
         ("models", "modules", True),
         ("modules", "models", False),
+        ("models", "objectives", True),
+        ("objectives", "modules", True),
+        ("objectives", "models", False),
+        ("modules", "objectives", False),
         ("evaluation", "corpora", False),
         ("planning", "data", True),
         ("planning", "oomptimizer", True),

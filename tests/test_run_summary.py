@@ -239,6 +239,11 @@ def test_batches_and_buckets() -> None:
         "audio batch": "8, 4 examples, 2 buckets at 2.5, 5 s",
         "text batch": "4,000 tokens, 30 buckets at 10, 20, ..., 280, 290 tokens",
     }
+    section["text"] = {**section["text"], "batch_tokens": None, "batch_size": 6, "batch_ratio": 0.5, "every_n_steps": 4}
+    zipped = parse_dataset({**section, "sampler_fusion": "zip"}, "data.train_ds")
+    rows = dict(_batch_rows(zipped, [audio, GroupFacts(zipped.groups[1])]))
+    assert rows["blend"].startswith("zip (a batch of each in every step, of text once in 4 steps)")
+    assert rows["text batch"] == "6 examples or 0.5 for each of audio"
     audio.bins, text.bins = [(2.5, 9), (5.0, 17)], [(12, 4)]
     two_dimensional = dict(_batch_rows(dataset, [audio, text]))
     assert two_dimensional["audio batch"] == "8, 4 examples, 2 buckets at 2.5 x 9, 5 x 17 (s x output tokens)"

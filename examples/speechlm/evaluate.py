@@ -19,9 +19,12 @@ def main(cfg) -> None:
     from nemo_emmett.evaluation.recipe import check_evaluation
 
     check_evaluation(cfg)  # before NeMo is imported, which takes ten seconds
-    from nemo_emmett.evaluation import evaluate_recipe
+    from nemo_emmett.run_log import quiet_console
 
-    evaluate_recipe(cfg)
+    with quiet_console("Importing NeMo and loading the model ...", stdout_is_output=True):
+        from nemo_emmett.evaluation import evaluate_recipe
+
+        evaluate_recipe(cfg)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Modules, in the order in which a model is built, trained and used:
   acts on speech alone), ``gradient_conflict`` (gradients of speech and text compared).
 - ``base``: the base class; ``building`` (tokenizer, language model, LoRA), ``perception`` (speech encoder),
   ``transformer_blocks`` (compilation, activation checkpointing), ``initial_weights``, ``sharding`` (FSDP2).
+- ``training_step`` (losses of modalities and objectives), ``teachers`` (of objectives).
 - ``causal`` (common parts of decoder-only models), ``head`` (losses in the output layer), ``microbatches``,
   ``dummy_batch``, ``step_log``, ``validation``, ``oomptimizer_schema``.
 - ``generation``, ``inputs`` (texts and recordings to translate), ``export``, ``exported`` (what its folder

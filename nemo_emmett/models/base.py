@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from nemo.collections.speechlm2.data.utils import get_pad_id
 from nemo.collections.speechlm2.parts.encoder_chunking import encode_audio_with_optional_chunking
 from nemo.collections.speechlm2.parts.hf_hub import HFHubMixin
-from nemo.collections.speechlm2.parts.optim_setup import configure_optimizers, is_frozen
+from nemo.collections.speechlm2.parts.optim_setup import configure_optimizers
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
@@ -34,31 +34,28 @@ from nemo_emmett.callbacks.random_state import RandomState
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.models.building import add_lora, build_llm, build_tokenizer, fit_embeddings
 from nemo_emmett.models.config import ModelConfig
-from nemo_emmett.models.dummy_batch import dummy_batch
 from nemo_emmett.models.export import Export
 from nemo_emmett.models.generation import Generation
-from nemo_emmett.models.head import LLMInputs, answer_logits, answer_loss, answer_scores, output_layer
+from nemo_emmett.models.head import LLMInputs, answer_logits, answer_scores, output_layer
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS, check_initial_weights, load_initial_weights
-from nemo_emmett.models.learning_rates import configure_by_part, learning_rates
+from nemo_emmett.models.learning_rates import configure_by_part
 from nemo_emmett.models.lora_modality import check_lora_modality, refuse_trained_text_weights
-from nemo_emmett.models.microbatches import MicrobatchLoss, TokenCounts, cut_batch, target_counts
 from nemo_emmett.models.oomptimizer_schema import oomptimizer_schema
 from nemo_emmett.models.optimization import parse_optimization
 from nemo_emmett.models.perception import build_perception
-from nemo_emmett.models.sharding import absent_modalities, shard, validated_parts
-from nemo_emmett.models.step_log import StepLog, forget_logged
+from nemo_emmett.models.sharding import shard, validated_parts
+from nemo_emmett.models.teachers import Teachers
+from nemo_emmett.models.training_step import TrainingStep
 from nemo_emmett.models.transformer_blocks import checkpoint_activations, compile_blocks, transformer_blocks
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
-from nemo_emmett.modules.batch import MODALITIES, split_modalities
-from nemo_emmett.modules.evaluation_mode import evaluation_mode
 from nemo_emmett.modules.gated_lora import gate_lora
-from nemo_emmett.modules.loss import IGNORE_INDEX, modality_loss
+from nemo_emmett.modules.loss import IGNORE_INDEX
 from nemo_emmett.modules.placement import Placed, merge_audio_embeddings
 from nemo_emmett.prompts.families import check_prompt_format, default_prompt_format
 from nemo_emmett.typed_config import Switch, parse_value
 
 
-class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
+class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMixin):
     """A speech encoder and a language model that translate speech and text.
 
     A subclass defines what its language model reads of a batch, :meth:`llm_inputs`, and how it generates,
@@ -137,16 +134,13 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
             with open_dict(self.cfg):
                 self.cfg.perception = section
         load_initial_weights(self, start, trusted)
+        self._init_training_step(options.training_objectives())
+        self.teachers = Teachers(self, self.objectives)
         if options.activation_checkpointing:
             self._checkpoint_activations()
         if options.compile:
             compile_blocks(self.llm, options.compile if isinstance(options.compile, Mapping) else {})
-        self.register_buffer("_loss_weights", torch.tensor(options.loss_weights()), persistent=False)
         self._tallies: Tallies = {}
-        self._step_log: StepLog | None = None
-        self.modality_losses: dict[str, Tensor] = {}  # of the last step's batch, summed, nats
-        self._counts: TokenCounts | None = None  # of the last step's batch
-        self._microbatches: MicrobatchLoss | None = None  # only while a batch is trained on in microbatches
         self.is_sharded = False
 
     def _post_init_llm(self) -> None:
@@ -193,8 +187,11 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
     @property
     def data_defaults(self) -> dict[str, Any]:
-        """Keys of a dataset's config that the model fills in: prompt format, locator, sampling rate, frame."""
+        """Keys of a dataset's config that the model fills in: prompt format, locator, sampling rate, frame, and whether
+        its objectives need transcripts."""
         known = {"prompt_format": self.options.prompt_format, "audio_locator_tag": self.options.audio_locator_tag}
+        if any(objective.needs_transcripts for objective in self.objectives):
+            known["transcripts"] = True
         if self.perception is None:
             return known
         return known | {"sample_rate": self.sampling_rate, "token_equivalent_duration": self.token_equivalent_duration}
@@ -242,6 +239,12 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
 
         Recordings longer than ``encoder_chunk_size_seconds`` are encoded in chunks of it, as NeMo's SALM does it.
         """
+        encoded = self._encode_speech(audios_RN, audio_lens_R)
+        if self._encoded is not None:
+            self._encoded.append(encoded)
+        return encoded
+
+    def _encode_speech(self, audios_RN: Tensor, audio_lens_R: Tensor) -> tuple[Tensor, Tensor]:
         chunk_seconds = self.options.encoder_chunk_size_seconds
         if chunk_seconds is None:
             return self._perception()(input_signal=audios_RN, input_signal_length=audio_lens_R)
@@ -278,9 +281,7 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         """Shard the model where Lightning's ModelParallelStrategy has made a device mesh (FSDP2)."""
         if self.device_mesh is None or self.is_sharded:
             return
-        units, head = transformer_blocks(self.llm), output_layer(self.llm)
-        if hasattr(self, "embed_tokens") and self.embed_tokens.weight is not head.weight:
-            units += [self.embed_tokens, head]
+        units = [unit for part in (self, *self.teachers.language_models()) for unit in _units(part)]
         if self.perception is not None:
             units.append(self.perception)
         shard(self, units, self.device_mesh)
@@ -315,136 +316,6 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
         finite; unless the trainer has these callbacks."""
         present = {type(callback) for callback in self.trainer.callbacks}
         return [callback() for callback in (RandomState, SkipNonFiniteSteps) if callback not in present]
-
-    def on_train_start(self) -> None:
-        """Start a new log."""
-        self._step_log = StepLog(self.trainer.log_every_n_steps)
-
-    def trained_totals(self) -> Tensor | None:
-        """(M, 2) target tokens and examples of each modality that this rank has trained on in this run."""
-        return None if self._step_log is None else self._step_log.totals()
-
-    def training_step(self, batch: Mapping, batch_idx: int) -> Tensor:
-        """The weighted sum of the modalities' losses, in nats per token; logs each modality apart.
-
-        A rank whose batch is empty (all its examples were skipped) takes part in the step with a loss of zero.
-        """
-        self._eval_frozen_modules()
-        parts = self._parts(batch)
-        if self._microbatches is None:
-            self._counts = TokenCounts(batch, parts, self.device)
-        # The only collective of a forward pass comes before any large allocation: see modules/loss.py.
-        totals_M = self._counts.over_all_ranks()
-        strategy_model = None if self._trainer is None else self.trainer.strategy.model
-        absent = absent_modalities(parts, totals_M, self.is_sharded, strategy_model, self._modality_of_all_parts)
-        loss_sums_M = self._loss_sums(parts, absent)
-        self.modality_losses = dict(zip(MODALITIES, loss_sums_M.detach(), strict=True))
-        loss = modality_loss(loss_sums_M, totals_M, self._loss_weights)
-        if not loss.requires_grad and torch.is_grad_enabled():
-            # No trainable parameter is used: the batch is empty, or text, and only the speech encoder is trainable.
-            loss = loss + self._zero_loss(self._modality_of_all_parts)
-        if self._microbatches is None:
-            self._log_step(parts, loss_sums_M, loss)
-        else:
-            self._microbatches.add(loss_sums_M, target_counts(parts, self.device))
-        return loss
-
-    @property
-    def _modality_of_all_parts(self) -> str:
-        """The modality whose batches pass through every part of the model."""
-        return "text" if self.perception is None else "audio"
-
-    def _parts(self, batch: Mapping) -> dict[str, Mapping]:
-        parts = split_modalities(batch, self.pad_id) if batch else {}
-        if not self.is_encoder_decoder:
-            return parts
-        # The decoder predicts the answer alone, not targets of the context; without answer tokens it cannot run.
-        return {
-            modality: {key: value for key, value in part.items() if key != "context_targets"}
-            for modality, part in parts.items()
-            if part["answer_ids"].shape[1]
-        }
-
-    def _loss_sums(self, parts: Mapping[str, Mapping], absent: list[str]) -> Tensor:
-        """(M,) summed cross-entropies of the one-modality batches, nats; 0 where a modality is absent."""
-        sums = []
-        for modality in MODALITIES:
-            if modality in parts:
-                sums.append(self._loss_sum(parts[modality]))
-            elif modality in absent:
-                sums.append(self._zero_loss(modality))
-            else:
-                sums.append(torch.zeros((), device=self.device))
-        return torch.stack(sums)
-
-    def _zero_loss(self, modality: str) -> Tensor:
-        """Zero, with a gradient of zero for all parameters that a batch of the modality passes through."""
-        with self._dummy_batch(modality) as batch:
-            return 0.0 * self._loss_sum(batch)
-
-    @contextmanager
-    def _dummy_batch(self, modality: str) -> Iterator[dict[str, Tensor]]:
-        rate = self.sampling_rate if modality == "audio" else None
-        # The statistics of batch norms must not move with it.
-        with nullcontext() if self.perception is None else evaluation_mode(self.perception):
-            yield dummy_batch(modality, self.device, self.audio_locator_id, rate)
-
-    def _loss_sum(self, part: Mapping) -> Tensor:
-        options = self.options
-        return answer_loss(self.llm, self.llm_inputs(part), options.label_smoothing, options.loss_implementation)
-
-    def _eval_frozen_modules(self) -> None:
-        """Keep frozen parts in evaluation mode, as NeMo's SALM does: no dropout, no update of batch norm."""
-        parts = [self.llm]
-        if self.perception is not None:
-            parts += [self.perception.preprocessor, self.perception.encoder]
-        for part in parts:
-            if is_frozen(part):
-                part.eval()
-
-    def _log_step(self, parts: Mapping[str, Mapping], loss_sums_M: Tensor, loss: Tensor) -> None:
-        if self._step_log is None:  # a step outside of `fit`
-            self._step_log = StepLog(window=1)
-        self._step_log.add(parts, loss_sums_M, self._counts.here_M)
-        rates = {"learning_rate": 0.0} if self._trainer is None else learning_rates(self.trainer.optimizers[0])
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
-        for name, rate in rates.items():
-            self.log(name, rate, batch_size=1)
-        values = self._step_log.values()
-        for name, value in values.items():
-            self.log(name, value, prog_bar=name.startswith(("loss", "examples")), batch_size=1)
-        if self._trainer is not None:
-            forget_logged(self.trainer, values)
-        self._counts.logged = True
-
-    # Training steps in microbatches.
-
-    def split_batch(self, batch: Mapping, number: int) -> list[Mapping]:
-        """Cut a batch into at most ``number`` microbatches, each of one modality; see :func:`cut_batch`."""
-        return cut_batch(batch, number, self.pad_id, self.audio_locator_id)
-
-    def loss_weight(self, microbatch: Mapping, whole: Mapping) -> float:
-        """The factor of a microbatch's loss in the whole batch's: 1, since within :meth:`one_step` its sum is divided
-        by the tokens of the whole batch."""
-        return 1.0
-
-    @contextmanager
-    def one_step(self, batch: Mapping) -> Iterator[None]:
-        """Around the training steps of a batch's microbatches: their losses add up to the batch's, and they are logged
-        as one step at the end, unless the whole batch's forward pass was logged before its backward pass failed.
-        """
-        parts = self._parts(batch)
-        if self._counts is None or not self._counts.are_of(batch):
-            self._counts = TokenCounts(batch, parts, self.device)
-        self._microbatches = MicrobatchLoss(self._counts)
-        try:
-            yield
-            if not self._counts.logged:
-                loss_sums_M = self._microbatches.loss_sums()
-                totals_M = self._counts.over_all_ranks()
-                self._log_step(parts, loss_sums_M, modality_loss(loss_sums_M, totals_M, self._loss_weights))
-        finally:
-            self._microbatches = None
 
     # Validation.
 
@@ -498,3 +369,11 @@ class SpeechTextModel(Export, Generation, LightningModule, HFHubMixin):
     def on_test_epoch_end(self) -> None:
         """As in validation."""
         self.on_validation_epoch_end()
+
+
+def _units(language_model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The parts of a language model that are sharded one by one: its blocks, embeddings and output layer."""
+    units, head = transformer_blocks(language_model.llm), output_layer(language_model.llm)
+    if hasattr(language_model, "embed_tokens") and language_model.embed_tokens.weight is not head.weight:
+        units += [language_model.embed_tokens, head]
+    return units

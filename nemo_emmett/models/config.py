@@ -15,7 +15,9 @@ from nemo_emmett.models.exported import BASE_MODELS_KEY, TRAINING_KEY
 from nemo_emmett.models.initial_weights import PERCEPTION_KEY, WHOLE_MODEL_KEYS
 from nemo_emmett.models.nemo_keys import NEMO_KEYS, is_off
 from nemo_emmett.modules.batch import MODALITIES
-from nemo_emmett.modules.linear_cross_entropy import check_implementation
+from nemo_emmett.modules.linear_cross_entropy import KERNEL_PACKAGES, check_implementation
+from nemo_emmett.objectives.objective import Objective, TokenObjective
+from nemo_emmett.objectives.registry import parse_objectives
 from nemo_emmett.prompts.markup import AUDIO_LOCATOR
 from nemo_emmett.typed_config import NonEmpty, NonNegative, Positive, PositiveWhole, Share, Switch, Text, parse_section
 
@@ -75,8 +77,10 @@ class ModelConfig:
     compile: Switch | dict = False  # torch.compile each Transformer block of the language model
     max_new_tokens: PositiveWhole = 256  # longest translation that is generated, in tokens
     validation_bleu: Switch = True  # translate the validation sets and log their BLEU
+    objectives: dict[str, dict | None] = field(default_factory=dict)  # further terms of the loss, by name
     lora_modality: Literal["all", "audio"] = "all"  # audio: LoRA acts on examples with speech alone, text stays exact
     optim_param_groups: dict[str, dict] | None = None  # encoder, adapter, llm: their lr and other optimizer settings
+    gradient_conflict: Text | dict | None = None  # monitor, harmonise: compare gradients of speech and text; or a dict
 
     def __post_init__(self) -> None:
         if isinstance(self.compile, Mapping) and "enabled" in self.compile:
@@ -99,6 +103,7 @@ class ModelConfig:
         if not self.audio_locator_tag.strip():
             raise ConfigError(f"model.audio_locator_tag: is empty; leave it out for {AUDIO_LOCATOR}.")
         check_implementation(self.loss_implementation, self.label_smoothing)
+        self._check_objectives()
         if self.optim_param_groups is not None and self.optimizer is None:
             raise ConfigError("model.optim_param_groups: needs model.optimizer, whose settings it changes; add it.")
 
@@ -125,7 +130,27 @@ class ModelConfig:
                 logging.warning(sentence)
         if not section.get("pretrained_llm"):
             raise ConfigError("model.pretrained_llm is missing: give a folder or a Hugging Face name.")
-        return parse_section(cls, {key: value for key, value in section.items() if value is not None}, "model")
+        # What a training was trained on is no part of the model.
+        unread = ("objectives",) if for_loading else ()
+        given = {key: value for key, value in section.items() if value is not None and key not in unread}
+        return parse_section(cls, given, "model")
+
+    def training_objectives(self) -> tuple[Objective, ...]:
+        """The objectives whose weight is not 0."""
+        return tuple(objective for objective in parse_objectives(self.objectives) if objective.weight > 0)
+
+    def _check_objectives(self) -> None:
+        for objective in self.training_objectives():
+            if objective.modality == "audio" and self.perception is None:
+                raise ConfigError(
+                    f"{objective.place}: needs speech, but this model reads text only; give it model.perception, or "
+                    "leave the objective out."
+                )
+            if isinstance(objective, TokenObjective) and self.loss_implementation in KERNEL_PACKAGES:
+                raise ConfigError(
+                    f"model.loss_implementation: {self.loss_implementation} does not compute {objective.place}; choose "
+                    "auto or chunked, or leave the objective out."
+                )
 
     def initial_weights(self) -> dict[str, str]:
         """The checkpoints that the training starts from, by the keys that name them."""
@@ -141,6 +166,14 @@ class ModelConfig:
         """Exceptions to :meth:`frozen_parameters`."""
         lora = [LORA_PARAMETERS, PEFT_COPIES] if self.lora is not None else []
         return list(dict.fromkeys([*self.prevent_freeze_params, *lora]))
+
+    def freezes(self, name: str) -> bool:
+        """Whether a parameter of that name is frozen, as NeMo's ``freeze_and_subset`` decides it."""
+        is_kept, is_frozen = (
+            any(re.match(pattern, name) for pattern in patterns)
+            for patterns in (self.trainable_parameters(), self.frozen_parameters())
+        )
+        return is_frozen and not is_kept
 
     def loss_weights(self) -> list[float]:
         """(M,) weights of the modalities' losses."""

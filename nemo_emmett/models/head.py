@@ -10,19 +10,29 @@ Shapes: B examples, S positions of the language model's output, A answer tokens,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from nemo_emmett.models.causal import unwrap_peft
 from nemo_emmett.modules.gated_lora import gated
 from nemo_emmett.modules.linear_cross_entropy import linear_cross_entropy, token_scores
 from nemo_emmett.modules.loss import IGNORE_INDEX
+from nemo_emmett.modules.weighted_linear_loss import (
+    LinearTeacher,
+    LogitsTeacher,
+    RowWeights,
+    Teacher,
+    weighted_linear_loss,
+    weighted_logit_loss,
+)
 
 LINEAR_HEADS = frozenset(
     {
@@ -72,6 +82,85 @@ def answer_loss(llm: PreTrainedModel, inputs: LLMInputs, label_smoothing: float,
 
     options = {"targets_N": targets_N, "label_smoothing": label_smoothing, "implementation": implementation}
     return _run(llm, inputs, partial(linear_cross_entropy, **options))
+
+
+@dataclass(frozen=True)
+class TeacherAnswers:
+    """What a teacher's output layer computes the logits of the answers from, or these.
+
+    Args:
+        states_NX: (N, H) hidden states at the answers' positions; where ``layer`` is None, (N, V) logits.
+        layer: a linear output layer.
+        bias_V: (V,) that the language model adds.
+        softcap: of the logits.
+    """
+
+    states_NX: Tensor
+    layer: nn.Module | None = None
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+
+    @contextmanager
+    def ready(self, student_layer: nn.Module) -> Iterator[Teacher]:
+        """Within it the teacher's logits can be computed. Entered in the call of the student's output layer: FSDP2
+        gathers that one's weight then; the teacher's is gathered here."""
+        if self.layer is None:
+            yield LogitsTeacher(self.states_NX)
+            return
+        is_sharded = isinstance(self.layer, FSDPModule) and self.layer is not student_layer
+        if is_sharded:
+            self.layer.unshard()
+        try:
+            bias_V = self.layer.bias if self.bias_V is None else self.bias_V
+            yield LinearTeacher(self.states_NX, self.layer.weight, bias_V, self.softcap)
+        finally:
+            if is_sharded:
+                self.layer.reshard()
+
+
+@torch.no_grad()
+def teacher_answers(llm: PreTrainedModel, inputs: LLMInputs) -> TeacherAnswers:
+    """A teacher's forward pass; its logits are computed where they are compared (:func:`weighted_answer_loss`)."""
+    if not has_linear_head(llm):
+        return TeacherAnswers(_run(llm, inputs))
+    with _without_bias_and_softcap(unwrap_peft(llm)) as (bias_V, softcap):
+        pass
+    return TeacherAnswers(_run(llm, inputs, lambda hidden_NH, *_, **__: hidden_NH), output_layer(llm), bias_V, softcap)
+
+
+def weighted_answer_loss(
+    llm: PreTrainedModel,
+    inputs: LLMInputs,
+    weights: RowWeights,
+    label_smoothing: float,
+    teacher: TeacherAnswers | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum of the answer tokens' cross-entropies and divergences from a teacher.
+
+    Args:
+        llm: a Hugging Face model with an output layer.
+        inputs: of its forward pass.
+        weights: of the answer tokens, in the order of ``inputs.targets_BA.flatten()``.
+        label_smoothing: of the cross-entropy.
+        teacher: its answers are at the same places of ``targets_BA``.
+
+    Returns:
+        The scalar; (B, A) cross-entropies, 0 where there is no target; (B, A) divergences, 0 where their weight is.
+    """
+    targets_N, layer = inputs.targets_BA.flatten(), output_layer(llm)
+
+    def compute(loss: Callable[..., tuple[Tensor, Tensor, Tensor]], *args: Tensor, **head: Any) -> Tensor:
+        with nullcontext() if teacher is None else teacher.ready(layer) as ready:
+            found = loss(*args, targets_N, weights, label_smoothing=label_smoothing, teacher=ready, **head)
+        # As one tensor, since transformers hands on what its output layer returns as it does with logits.
+        return torch.cat([found[0][None], *found[1:]])
+
+    if has_linear_head(llm):
+        packed = _run(llm, inputs, partial(compute, weighted_linear_loss))
+    else:
+        packed = compute(weighted_logit_loss, _run(llm, inputs))
+    losses_BA, divergences_BA = packed[1:].detach().view(2, *inputs.targets_BA.shape)
+    return packed[0], losses_BA, divergences_BA
 
 
 @torch.no_grad()

@@ -1,15 +1,16 @@
 """A training step in microbatches, which together give the loss and the gradient of the whole batch.
 
-OOMptimizer's guard uses it to redo a step that ran out of memory. A modality's loss is a mean over the tokens of the
-whole batch on all ranks; so each microbatch divides by the count of the whole, and the losses add up.
+OOMptimizer's guard uses it to redo a step that ran out of memory. A term of the loss, a modality's or an objective's,
+is a mean over its units in the whole batch on all ranks; so each microbatch divides by the count of the whole, and the
+losses add up.
 
-Shapes: B examples, T tokens, R recordings, N samples, M modalities.
+Shapes: B examples, T tokens, R recordings, N samples, M modalities, L terms: the modalities, then objectives.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from nemo_emmett.modules.batch import MODALITIES, length_mask, split_modalities
 from nemo_emmett.modules.loss import sum_over_ranks
+from nemo_emmett.objectives.objective import CrossEntropyObjective, Objective, target_tokens
 
 
 def cut_batch(batch: Mapping, number: int, pad_id: int, locator_id: int) -> list[Mapping]:
@@ -54,9 +56,9 @@ def cut_batch(batch: Mapping, number: int, pad_id: int, locator_id: int) -> list
 def _examples(part: Mapping, rows: slice, recordings: slice) -> dict[str, Any]:
     """Some examples of a one-modality batch, with their recordings."""
     chosen = {key: value[rows] for key, value in part.items() if value is not None and not key.startswith("audio")}
-    for name in ("context_ids", "context_targets", "answer_ids"):
+    for name in ("context_ids", "context_targets", "answer_ids", "transcript_ids", "text_context_ids"):
         if name in chosen:
-            lens = chosen[f"{name.partition('_')[0]}_lens"]
+            lens = chosen[f"{name.rpartition('_')[0]}_lens"]
             chosen[name] = chosen[name][:, : int(lens.max())]
     if part.get("audios") is not None and recordings.start < recordings.stop:
         chosen["audio_lens"] = part["audio_lens"][recordings]
@@ -64,64 +66,95 @@ def _examples(part: Mapping, rows: slice, recordings: slice) -> dict[str, Any]:
     return chosen
 
 
-def target_counts(parts: Mapping[str, Mapping], device: torch.device) -> Tensor:
-    """(M,) int64 target tokens of the one-modality batches of a step; 0 where a modality is absent."""
-    counts = []
-    for modality in MODALITIES:
-        part = parts.get(modality)
-        count = torch.zeros((), dtype=torch.long, device=device) if part is None else part["answer_lens"].sum()
-        if part is not None and part.get("context_targets") is not None:  # answers of earlier turns
-            count = count + part["context_targets"].sum()
-        counts.append(count)
-    return torch.stack(counts)
+def term_counts(parts: Mapping[str, Mapping], device: torch.device, objectives: Sequence[Objective] = ()) -> Tensor:
+    """(L,) int64 units of each term in the one-modality batches of a step; 0 where a modality is absent.
+
+    A modality's units are its target tokens, without those that a :class:`CrossEntropyObjective` counts in its
+    own term.
+
+    Args:
+        parts: the one-modality batches.
+        device: of the counts.
+        objectives: that are active.
+
+    Raises:
+        DataError: if a batch lacks what an objective reads.
+    """
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    counts = {m: zero if parts.get(m) is None else target_tokens(parts[m]).sum() for m in MODALITIES}
+    for objective in objectives:
+        part = parts.get(objective.modality)
+        if part is not None:
+            objective.check_batch(part)
+        counts[objective.name] = zero if part is None else objective.units(part)
+        if isinstance(objective, CrossEntropyObjective):
+            counts[objective.modality] = counts[objective.modality] - counts[objective.name]
+    return torch.stack(list(counts.values()))
 
 
-class TokenCounts:
-    """The target tokens of a whole batch, on this rank and on all of them.
+def modality_tokens(counts_L: Tensor, objectives: Sequence[Objective]) -> Tensor:
+    """(M,) target tokens of the modalities, whichever term they count in."""
+    tokens_M = counts_L[: len(MODALITIES)].clone()
+    for row, objective in enumerate(objectives, start=len(MODALITIES)):
+        if isinstance(objective, CrossEntropyObjective):
+            tokens_M[MODALITIES.index(objective.modality)] += counts_L[row]
+    return tokens_M
+
+
+class TermCounts:
+    """The units of the terms in a whole batch, on this rank and on all of them.
 
     Args:
         batch: the whole batch.
         parts: its one-modality batches.
         device: of the counts.
+        objectives: that are active in the step.
     """
 
-    def __init__(self, batch: Mapping, parts: Mapping[str, Mapping], device: torch.device) -> None:
-        self.here_M = target_counts(parts, device)
+    def __init__(
+        self,
+        batch: Mapping,
+        parts: Mapping[str, Mapping],
+        device: torch.device,
+        objectives: Sequence[Objective] = (),
+    ) -> None:
+        self.objectives = tuple(objectives)
+        self.here_L = term_counts(parts, device, objectives)
         self.logged = False
         self._mark = weakref.ref(_any_tensor(batch)) if batch else None
-        self._totals_M: Tensor | None = None
+        self._totals_L: Tensor | None = None
 
     def are_of(self, batch: Mapping) -> bool:
         """Whether this is the batch; DDP passes its tensors in a new dict."""
         return self._mark is not None and self._mark() is _any_tensor(batch)
 
     def over_all_ranks(self) -> Tensor:
-        """(M,) tokens on all ranks. The first call is a collective: every rank must make it, once in a step."""
-        if self._totals_M is None:
-            self._totals_M = sum_over_ranks(self.here_M)
-        return self._totals_M
+        """(L,) units on all ranks. The first call is a collective: every rank must make it, once in a step."""
+        if self._totals_L is None:
+            self._totals_L = sum_over_ranks(self.here_L)
+        return self._totals_L
 
 
 class MicrobatchLoss:
     """The sum of the losses of a step's microbatches so far."""
 
-    def __init__(self, counts: TokenCounts) -> None:
+    def __init__(self, counts: TermCounts) -> None:
         self._counts = counts
-        self._losses_M = torch.zeros_like(counts.here_M, dtype=torch.float32)
-        self._tokens_M = torch.zeros_like(counts.here_M)
+        self._losses_L = torch.zeros_like(counts.here_L, dtype=torch.float32)
+        self._units_L = torch.zeros_like(counts.here_L)
 
-    def add(self, loss_sums_M: Tensor, token_counts_M: Tensor) -> None:
-        """Add a microbatch: (M,) summed cross-entropies, nats, and (M,) target tokens."""
-        self._losses_M += loss_sums_M.detach()
-        self._tokens_M += token_counts_M
+    def add(self, loss_sums_L: Tensor, counts_L: Tensor) -> None:
+        """Add a microbatch: (L,) summed losses, nats, and (L,) units."""
+        self._losses_L += loss_sums_L.detach()
+        self._units_L += counts_L
 
     def loss_sums(self) -> Tensor:
-        """(M,) summed cross-entropies of the whole batch, nats.
+        """(L,) summed losses of the whole batch, nats.
 
         A microbatch whose backward pass ran out of memory is added again in smaller ones; so this is the mean over all
-        tokens that were added, times the tokens of the batch.
+        units that were added, times the units of the batch.
         """
-        return self._losses_M / self._tokens_M.clamp(min=1) * self._counts.here_M
+        return self._losses_L / self._units_L.clamp(min=1) * self._counts.here_L
 
 
 def _any_tensor(batch: Mapping) -> Tensor:

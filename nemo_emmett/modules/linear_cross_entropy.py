@@ -90,7 +90,7 @@ def linear_cross_entropy(
         tensor(9.2103)
     """
     check_implementation(implementation, label_smoothing)
-    inputs = _Inputs(hidden_NH, weight_VH, bias_V, targets_N, softcap, label_smoothing)
+    inputs = LinearInputs(hidden_NH, weight_VH, bias_V, targets_N, softcap, label_smoothing)
     return _COMPUTE[_chosen(implementation, inputs)](inputs)
 
 
@@ -115,7 +115,7 @@ def token_scores(
     Returns:
         (N,) float32 nats, 0 where ignored, and (N,) bool, false where ignored. Neither has a gradient.
     """
-    inputs = _Inputs(hidden_NH, weight_VH, bias_V, targets_N, softcap).cast()
+    inputs = LinearInputs(hidden_NH, weight_VH, bias_V, targets_N, softcap).cast()
     losses_N, is_correct_N = inputs.zeros_N(), torch.zeros_like(targets_N, dtype=torch.bool)
     for rows in inputs.chunks():
         chunk = inputs.of(rows)
@@ -146,7 +146,7 @@ def check_implementation(implementation: str, label_smoothing: float = 0.0) -> N
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class LinearInputs:
     """The arguments of :func:`linear_cross_entropy`; of a chunk of rows, N is C."""
 
     hidden_NH: Tensor
@@ -161,33 +161,37 @@ class _Inputs:
         """The tensors that may have a gradient."""
         return self.hidden_NH, self.weight_VH, self.bias_V
 
-    def cast(self) -> _Inputs:
+    def cast(self) -> LinearInputs:
         """All in the types that ``torch.nn.functional.linear`` would compute with."""
-        hidden_NH, weight_VH, bias_V = (None if t is None else t.to(_linear_dtype(t)) for t in self.layer)
+        hidden_NH, weight_VH, bias_V = (None if t is None else t.to(linear_dtype(t)) for t in self.layer)
         return replace(self, hidden_NH=hidden_NH, weight_VH=weight_VH, bias_V=bias_V)
 
-    def chunks(self) -> Iterator[slice]:
+    def chunks(self, share: int = 1) -> Iterator[slice]:
         """Chunks of rows, all but the last of one size: so more rows never take less memory, which OOMptimizer's search
-        for batch sizes relies on."""
+        for batch sizes relies on.
+
+        Args:
+            share: chunks have one in so many of the usual rows, for a loss that holds more for each row.
+        """
         N, V = len(self.hidden_NH), len(self.weight_VH)
-        most = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // V)
+        most = max(1, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // V) // share)
         return (slice(start, min(start + most, N)) for start in range(0, N, most))
 
-    def of(self, rows: slice) -> _Inputs:
+    def of(self, rows: slice) -> LinearInputs:
         """A chunk."""
         return replace(self, hidden_NH=self.hidden_NH[rows], targets_N=self.targets_N[rows])
 
     def logits(self) -> Tensor:
         """(N, V) float32, without the soft cap."""
         logits_NV = F.linear(*self.layer)
-        return logits_NV.to(_sum_dtype(logits_NV.dtype))
+        return logits_NV.to(sum_dtype(logits_NV.dtype))
 
     def zeros_N(self) -> Tensor:
         """(N,) float32."""
-        return self.hidden_NH.new_zeros(len(self.hidden_NH), dtype=_sum_dtype(self.hidden_NH.dtype))
+        return self.hidden_NH.new_zeros(len(self.hidden_NH), dtype=sum_dtype(self.hidden_NH.dtype))
 
 
-def _chosen(implementation: str, inputs: _Inputs) -> str:
+def _chosen(implementation: str, inputs: LinearInputs) -> str:
     if implementation in ("naive", "chunked"):
         return implementation
     # Kernels cannot read fake tensors, and have no grid for no rows; then there is nothing to compute.
@@ -200,9 +204,9 @@ def _chosen(implementation: str, inputs: _Inputs) -> str:
     return implementation
 
 
-def _obstacle(name: str, inputs: _Inputs) -> str | None:
+def _obstacle(name: str, inputs: LinearInputs) -> str | None:
     """Why a kernel cannot be used, and what would help; None if it can."""
-    device, dtype = _device_type(inputs.hidden_NH), _linear_dtype(inputs.hidden_NH)
+    device, dtype = _device_type(inputs.hidden_NH), linear_dtype(inputs.hidden_NH)
     if device != "cuda":
         return f"runs on CUDA alone, but the model is on {device}; train on a GPU"
     if _kernel(name) is None:
@@ -232,7 +236,7 @@ def kernel_is_installed(name: str) -> bool:
     return _kernel(name) is not None
 
 
-def _naive(inputs: _Inputs) -> Tensor:
+def _naive(inputs: LinearInputs) -> Tensor:
     logits_NV = inputs.logits()
     if inputs.softcap is not None:
         logits_NV = inputs.softcap * torch.tanh(logits_NV / inputs.softcap)
@@ -241,9 +245,9 @@ def _naive(inputs: _Inputs) -> Tensor:
     )
 
 
-def _liger(inputs: _Inputs) -> Tensor:
+def _liger(inputs: LinearInputs) -> Tensor:
     hidden_NH, weight_VH, bias_V = inputs.layer
-    if _wants_gradient(weight_VH, bias_V) and not hidden_NH.requires_grad:
+    if wants_gradient(weight_VH, bias_V) and not hidden_NH.requires_grad:
         # Liger computes no gradient at all unless the hidden states require one.
         hidden_NH = hidden_NH.detach().requires_grad_()
     loss = _kernel("liger")(
@@ -252,15 +256,15 @@ def _liger(inputs: _Inputs) -> Tensor:
     return loss(weight_VH, hidden_NH, inputs.targets_N, bias_V).float()
 
 
-def _cut_cross_entropy(inputs: _Inputs) -> Tensor:
+def _cut_cross_entropy(inputs: LinearInputs) -> Tensor:
     # Its kernels ignore autocast.
     hidden_NH, weight_VH, bias_V = inputs.cast().layer
     options = {"bias": bias_V, "ignore_index": IGNORE_INDEX, "softcap": inputs.softcap, "reduction": "sum"}
     return _kernel("cut_cross_entropy")(hidden_NH, weight_VH, inputs.targets_N, **options).float()
 
 
-def _chunked(inputs: _Inputs) -> Tensor:
-    if _wants_gradient(*inputs.layer):
+def _chunked(inputs: LinearInputs) -> Tensor:
+    if wants_gradient(*inputs.layer):
         return _ChunkedLoss.apply(*inputs.layer, inputs)
     return _sum_of_losses(inputs)
 
@@ -272,9 +276,9 @@ class _ChunkedLoss(torch.autograd.Function):
     """The loss, whose gradients are computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, inputs: _Inputs) -> Tensor:
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, inputs: LinearInputs) -> Tensor:
         # `inputs` holds the tensors again; autograd tracks only those that are arguments themselves.
-        gradients = _Gradients(inputs.layer, ctx.needs_input_grad)
+        gradients = LinearGradients(inputs.layer, ctx.needs_input_grad)
         loss = _sum_of_losses(inputs, gradients)
         # Not among the saved tensors: they are scaled in place and returned.
         ctx.gradients = gradients.in_types_of(inputs.layer)
@@ -295,16 +299,16 @@ class _ChunkedLoss(torch.autograd.Function):
         return *gradients, None
 
 
-class _Gradients:
+class LinearGradients:
     """Gradients of a layer's hidden states, weight and bias, summed up chunk by chunk; None where none is required."""
 
     def __init__(self, layer: Sequence[Tensor | None], wanted: Sequence[bool]) -> None:
         hidden_NH, weight_VH, bias_V = layer
         self.hidden_NH = torch.empty_like(hidden_NH) if wanted[0] else None
-        self.weight_VH = torch.zeros_like(weight_VH, dtype=_sum_dtype(weight_VH.dtype)) if wanted[1] else None
-        self.bias_V = torch.zeros_like(bias_V, dtype=_sum_dtype(bias_V.dtype)) if wanted[2] else None
+        self.weight_VH = torch.zeros_like(weight_VH, dtype=sum_dtype(weight_VH.dtype)) if wanted[1] else None
+        self.bias_V = torch.zeros_like(bias_V, dtype=sum_dtype(bias_V.dtype)) if wanted[2] else None
 
-    def add(self, rows: slice, chunk: _Inputs, dlogits_CV: Tensor) -> None:
+    def add(self, rows: slice, chunk: LinearInputs, dlogits_CV: Tensor) -> None:
         """Backpropagate the gradient of a chunk's logits."""
         if self.bias_V is not None:
             self.bias_V += dlogits_CV.sum(0)
@@ -320,7 +324,7 @@ class _Gradients:
         return [None if s is None else s.to(tensor.dtype) for s, tensor in zip(sums, layer, strict=True)]
 
 
-def _sum_of_losses(inputs: _Inputs, gradients: _Gradients | None = None) -> Tensor:
+def _sum_of_losses(inputs: LinearInputs, gradients: LinearGradients | None = None) -> Tensor:
     """The sum of all rows' losses; their gradients are added to ``gradients``."""
     inputs = inputs.cast()
     losses_N = inputs.zeros_N()
@@ -329,7 +333,7 @@ def _sum_of_losses(inputs: _Inputs, gradients: _Gradients | None = None) -> Tens
     return losses_N.sum()
 
 
-def _losses_of_chunk(rows: slice, chunk: _Inputs, gradients: _Gradients | None) -> Tensor:
+def _losses_of_chunk(rows: slice, chunk: LinearInputs, gradients: LinearGradients | None) -> Tensor:
     # A function of its own, so that a chunk's tensors are gone before those of the next are made.
     logits_CV = chunk.logits()
     if gradients is None:
@@ -339,38 +343,54 @@ def _losses_of_chunk(rows: slice, chunk: _Inputs, gradients: _Gradients | None) 
     return losses_C
 
 
-def _into_losses(logits_CV: Tensor, chunk: _Inputs) -> Tensor:
+def _into_losses(logits_CV: Tensor, chunk: LinearInputs) -> Tensor:
     """The (C,) losses; the logits are used up."""
     if chunk.softcap is not None:
         logits_CV.div_(chunk.softcap).tanh_().mul_(chunk.softcap)
-    losses_C, _ = _into_exponentials(logits_CV, chunk)
+    losses_C, _ = into_exponentials(logits_CV, chunk)
     return losses_C
 
 
-def _into_gradient(logits_CV: Tensor, chunk: _Inputs) -> tuple[Tensor, Tensor]:
+def _into_gradient(logits_CV: Tensor, chunk: LinearInputs) -> tuple[Tensor, Tensor]:
     """The (C,) losses, and their gradient by the logits, in the logits' place."""
-    slope_CV = None
-    if chunk.softcap is not None:
-        logits_CV.div_(chunk.softcap).tanh_()
-        slope_CV = logits_CV.square().neg_().add_(1)
-        logits_CV.mul_(chunk.softcap)
-    losses_C, sums_C1 = _into_exponentials(logits_CV, chunk)
-
-    # (softmax - (1 - smoothing) * one-hot - smoothing / V) of rows with a target, 0 of others.
-    counts_C1 = (chunk.targets_N != IGNORE_INDEX).to(logits_CV.dtype)[:, None]
-    dlogits_CV = logits_CV.mul_(counts_C1 / sums_C1)
-    dlogits_CV.scatter_add_(1, _columns(chunk.targets_N), (chunk.label_smoothing - 1) * counts_C1)
-    if chunk.label_smoothing:
-        dlogits_CV.sub_(counts_C1 * (chunk.label_smoothing / dlogits_CV.shape[1]))
+    slope_CV = cap_logits(logits_CV, chunk.softcap)
+    losses_C = into_gradient(logits_CV, chunk, (chunk.targets_N != IGNORE_INDEX).to(logits_CV.dtype)[:, None])
     if slope_CV is not None:
-        dlogits_CV.mul_(slope_CV)
-    return losses_C, dlogits_CV
+        logits_CV.mul_(slope_CV)
+    return losses_C, logits_CV
 
 
-def _into_exponentials(logits_CV: Tensor, chunk: _Inputs) -> tuple[Tensor, Tensor]:
+def cap_logits(logits_CV: Tensor, softcap: float | None) -> Tensor | None:
+    """Apply the soft cap in place. Returns its (C, V) slope; None without a cap."""
+    if softcap is None:
+        return None
+    logits_CV.div_(softcap).tanh_()
+    slope_CV = logits_CV.square().neg_().add_(1)
+    logits_CV.mul_(softcap)
+    return slope_CV
+
+
+def into_gradient(logits_CV: Tensor, chunk: LinearInputs, weights_C1: Tensor) -> Tensor:
+    """The (C,) losses. In the logits' place comes the gradient of their weighted sum by the capped logits.
+
+    Args:
+        logits_CV: (C, V), with the soft cap applied.
+        chunk: the layer's inputs and targets.
+        weights_C1: (C, 1), 0 where there is no target.
+    """
+    losses_C, sums_C1 = into_exponentials(logits_CV, chunk)
+    # weight * (softmax - (1 - smoothing) * one-hot - smoothing / V).
+    logits_CV.mul_(weights_C1 / sums_C1)
+    logits_CV.scatter_add_(1, columns(chunk.targets_N), (chunk.label_smoothing - 1) * weights_C1)
+    if chunk.label_smoothing:
+        logits_CV.sub_(weights_C1 * (chunk.label_smoothing / logits_CV.shape[1]))
+    return losses_C
+
+
+def into_exponentials(logits_CV: Tensor, chunk: LinearInputs) -> tuple[Tensor, Tensor]:
     """The (C,) losses, and the (C, 1) sums of each row's exponentials, which take the logits' place."""
     logits_CV.sub_(logits_CV.amax(1, keepdim=True))
-    expected_C = (1 - chunk.label_smoothing) * logits_CV.gather(1, _columns(chunk.targets_N))[:, 0]
+    expected_C = (1 - chunk.label_smoothing) * logits_CV.gather(1, columns(chunk.targets_N))[:, 0]
     if chunk.label_smoothing:
         expected_C += chunk.label_smoothing * logits_CV.mean(1)
     sums_C1 = logits_CV.exp_().sum(1, keepdim=True)
@@ -378,7 +398,7 @@ def _into_exponentials(logits_CV: Tensor, chunk: _Inputs) -> tuple[Tensor, Tenso
     return losses_C, sums_C1
 
 
-def _columns(targets_C: Tensor) -> Tensor:
+def columns(targets_C: Tensor) -> Tensor:
     """(C, 1) columns to read; any will do for a row that is ignored."""
     return targets_C.masked_fill(targets_C == IGNORE_INDEX, 0)[:, None]
 
@@ -394,12 +414,12 @@ def _add_product(sum_VH: Tensor, left_CV: Tensor, right_CH: Tensor) -> None:
         part_WH += left_CW.T @ right_CH
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 of float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _linear_dtype(tensor: Tensor) -> torch.dtype:
+def linear_dtype(tensor: Tensor) -> torch.dtype:
     """The type in which ``torch.nn.functional.linear`` reads a tensor."""
     device = tensor.device.type
     # float64 is what autocast leaves alone.
@@ -408,5 +428,6 @@ def _linear_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd asks for the gradient of any of the tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -1,11 +1,12 @@
 """Each modality's loss is the mean cross-entropy of its tokens over all ranks (EMMeTT, arXiv 2409.13523, section 3).
 
-A rank holds a sum and a count per modality. The counts are added over the ranks; the sums need not be, since the
-gradients are averaged by DDP: a rank's sum over the global count, times the number of ranks, averages to the gradient
-that one process would have on the joined batch. The counts are known before anything is computed, and are added up
-first: a rank that then runs out of memory leaves no other rank waiting for its count.
+A rank holds a sum and a count per term: of each modality, then of each active objective (nemo_emmett/objectives). The
+counts are added over the ranks; the sums need not be, since the gradients are averaged by DDP: a rank's sum over the
+global count, times the number of ranks, averages to the gradient that one process would have on the joined batch. The
+counts are known before anything is computed, and are added up first: a rank that then runs out of memory leaves no
+other rank waiting for its count.
 
-Shapes: B examples, T tokens, M modalities.
+Shapes: B examples, T tokens, L terms.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def modality_loss(loss_sums_M: Tensor, total_tokens_M: Tensor, weights_M: Tensor) -> Tensor:
-    """Weighted sum of the modalities' mean token losses.
+def step_loss(loss_sums_L: Tensor, total_units_L: Tensor, weights_L: Tensor) -> Tensor:
+    """Weighted sum of the terms' mean losses.
 
     Args:
-        loss_sums_M: (M,) this rank's summed cross-entropies, 0 where a modality is absent.
-        total_tokens_M: (M,) target tokens on all ranks (:func:`sum_over_ranks`).
-        weights_M: (M,) ``modality_loss_weights``.
+        loss_sums_L: (L,) this rank's summed losses, 0 where a term is absent.
+        total_units_L: (L,) units on all ranks, such as target tokens (:func:`sum_over_ranks`).
+        weights_L: (L,) ``modality_loss_weights``, and those of objectives.
 
     Returns:
         The loss to call backward on, a scalar; its gradient, averaged over ranks, is that of one process on the joined
         batch.
     """
-    return (weights_M * loss_sums_M / total_tokens_M.clamp(min=1)).sum() * world_size()
+    return (weights_L * loss_sums_L / total_units_L.clamp(min=1)).sum() * world_size()

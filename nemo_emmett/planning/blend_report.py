@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_emmett.data.blending.weights import Node, blend_of
-from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig, parse_dataset
+from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig, leading_group, parse_dataset
 from nemo_emmett.data.config.section import config_of, plain
 from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import is_local
@@ -146,11 +146,26 @@ def streams_of(recipe: Recipe, tokenizer: Any = None, index_dir: str | None = No
         if dataset.sampler_fusion == "randomized_round_robin" and dataset.sampler_weights:
             weights = {name: dataset.sampler_weights[name] for name in weights}
         total = sum(weights.values())
+    else:
+        weights = {group.name: 1 / group.every_n_steps for group in dataset.groups}
     streams = []
     for group in dataset.groups:
         blend = blend_of(group, tokenizer=tokenizer, index_dir=index_dir, count_all=True)
         streams.append(Stream(group.name, blend, weights[group.name] / total, *_examples_per_batch(group, blend)))
-    return streams
+    return [_following(stream, group, streams, dataset) for stream, group in zip(streams, dataset.groups, strict=True)]
+
+
+def _following(stream: Stream, group: GroupConfig, streams: Sequence[Stream], dataset: DatasetConfig) -> Stream:
+    """A group with a ``batch_ratio`` with as many examples as follow from the group that it follows."""
+    if group.batch_ratio is None:
+        return stream
+    leader = streams[dataset.groups.index(leading_group(dataset.groups))]
+    if leader.examples is None:
+        return replace(stream, examples=None, batch=f"{group.batch_ratio:g} examples for each of {leader.name}")
+    examples = group.batch_ratio * leader.examples
+    if stream.examples is not None and stream.examples < examples:
+        return stream
+    return replace(stream, examples=examples, batch=f"{_number(examples)} examples (batch_ratio {group.batch_ratio:g})")
 
 
 def _examples_per_batch(group: GroupConfig, blend: Node) -> tuple[float | None, str]:
@@ -356,7 +371,8 @@ def _remarks(recipe: Recipe, streams: Sequence[Stream], steps: int) -> Iterator[
     yield f"Expected share of the examples: {_modalities(streams)}."
     fusion = recipe.dataset.sampler_fusion
     if len(streams) > 1 and fusion == "zip":
-        yield "A step takes one batch of each group (sampler_fusion: zip)."
+        rare = [f", of {g.name} once in {g.every_n_steps} steps" for g in recipe.dataset.groups if g.every_n_steps > 1]
+        yield f"A step takes one batch of each group (sampler_fusion: zip){''.join(rare)}."
     elif len(streams) > 1:
         listed = ", ".join(f"{stream.name} {100 * stream.batches:.1f} %" for stream in streams)
         yield f"A step takes one batch of one group (sampler_fusion: {fusion}): {listed}."

@@ -9,7 +9,7 @@ from lhotse import CutSet
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 from omegaconf import OmegaConf
 
-from nemo_emmett.data import check_data_config
+from nemo_emmett.data import SpeechTextDataset, check_data_config, get_multimodal_dataloader
 from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError, DataError
@@ -231,6 +231,40 @@ def test_fusion(good) -> None:
     assert "sampler_weights: there is no group 'more'; the groups are speech, pairs." in refused(good)
     good["sampler_weights"] = {"speech": 0, "pairs": 1.0}
     assert "sampler_weights.speech: 0 cannot be used; give a number above 0" in refused(good)
+
+
+def test_how_much_of_a_group_a_step_of_zip_holds(good, tokenizer) -> None:
+    good["sampler_fusion"], good["pairs"]["every_n_steps"] = "round_robin", 2
+    assert refused(good).startswith(
+        "data.train_ds.pairs.every_n_steps: is a key of a group of a multi_config with sampler_fusion: zip"
+    )
+    good["sampler_fusion"] = "zip"
+    check_data_config(good)
+    good["batch_ratio"] = 0.5
+    assert refused(good).startswith("data.train_ds.batch_ratio: is a key of a group of a multi_config")
+    del good["batch_ratio"]
+    good["speech"]["every_n_steps"] = 3
+    assert "data.train_ds.speech.every_n_steps: no group gives a batch to every step" in refused(good)
+    del good["speech"]["every_n_steps"]
+    good["pairs"] |= {"every_n_steps": 1, "batch_ratio": 0.25}
+    check_data_config(good)
+    good["speech"]["every_n_steps"] = 2
+    assert "data.train_ds.speech.every_n_steps: 2 cannot be combined with data.train_ds.pairs.batch_ratio" in refused(
+        good
+    )
+    del good["speech"]["every_n_steps"]
+    good["speech"]["batch_ratio"] = 1.0
+    assert "data.train_ds.speech.batch_ratio: all groups have one" in refused(good)
+    del good["speech"]["batch_ratio"]
+    good["sampling"] = "nemo"
+    with pytest.raises(ConfigError, match=r"pairs\.batch_ratio: NeMo's samplers do not have it; set sampling: emmett"):
+        get_multimodal_dataloader(good, 0, 1, SpeechTextDataset(tokenizer), tokenizer, place="data.train_ds")
+    del good["sampling"]
+    good["pairs"] |= {"use_multimodal_sampling": True, "batch_tokens": 100}
+    assert "data.train_ds.pairs.batch_tokens: cannot be combined with batch_ratio" in refused(good)
+    for value in (0, -1, "a"):
+        good["pairs"]["batch_ratio"] = value
+        assert f"data.train_ds.pairs.batch_ratio: {value}" in refused(good).replace("'", "")
 
 
 def test_batch_sizes(good, tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import random
@@ -204,6 +205,31 @@ def test_zip_and_round_robin_are_exact(load, speech, pairs, fusion, expected, wo
     batches = list(islice(loader, 40))  # far beyond one pass of either: neither modality runs dry
     assert Counter(tuple(batch) for batch in batches) == expected
     assert {len(b["audio"]["examples"]) for b in batches if "audio" in b} == {2}
+
+
+@pytest.mark.parametrize(("workers", "gzipped"), [(0, False), (2, False), (2, True)])
+def test_zip_with_a_group_in_every_nth_step(load, speech, pairs, workers, gzipped) -> None:
+    text = pairs(7)
+    if gzipped:  # such text is streamed
+        for key, path in text.items():
+            if key.endswith("paths"):
+                text[key] = f"{path}.gz"
+                with gzip.open(text[key], "wb") as file:
+                    file.write(Path(path).read_bytes())
+    config = fused(speech(4), text, "zip", num_workers=workers)
+    config["pairs"]["every_n_steps"] = 3
+    batches = list(islice(load(config), 30))
+    assert [tuple(batch) for batch in batches] == [("audio", "text"), ("audio",), ("audio",)] * 10
+
+
+def test_zip_with_a_ratio(load, speech, pairs) -> None:
+    config = fused(speech(4), pairs(7), "zip")
+    config["speech"]["batch_size"], config["pairs"] = 4, {**config["pairs"], "batch_size": 6, "batch_ratio": 0.5}
+    sizes = [[len(part["examples"]) for part in batch.values()] for batch in islice(load(config), 10)]
+    assert sizes == [[4, 2]] * 10
+    config["pairs"]["batch_ratio"] = 2.0
+    batch = next(iter(load(config)))
+    assert len(batch["text"]["examples"]) == 6, "no more than its own size"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

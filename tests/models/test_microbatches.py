@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_emmett.models import SALMT5
-from nemo_emmett.models.microbatches import cut_batch, target_counts
+from nemo_emmett.models.microbatches import cut_batch, term_counts
 
 from .batches import audio_batch, text_batch
 
@@ -90,8 +90,8 @@ def test_targets_in_the_context_are_cut_with_it_and_counted() -> None:
     microbatches = [microbatch["text"] for microbatch in cut_batch({"text": batch}, 2, PAD, LOCATOR)]
     assert [microbatch["context_targets"].tolist() for microbatch in microbatches] == [[[False, True, True]], [[False]]]
     cpu = torch.device("cpu")
-    assert target_counts({"text": batch}, cpu).tolist() == [0, 6]
-    assert [target_counts({"text": microbatch}, cpu).tolist() for microbatch in microbatches] == [[0, 5], [0, 1]]
+    assert term_counts({"text": batch}, cpu).tolist() == [0, 6]
+    assert [term_counts({"text": microbatch}, cpu).tolist() for microbatch in microbatches] == [[0, 5], [0, 1]]
 
 
 @pytest.mark.parametrize(

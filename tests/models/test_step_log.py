@@ -64,7 +64,7 @@ def test_tokens_are_counted_exactly_under_any_default_type() -> None:
         log.add({}, torch.zeros(2), torch.tensor([1001, 257]))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert log._steps[0][:, 1].tolist() == [1001, 257]
+    assert log._steps[0][:, 0].tolist() == [1001, 257]
 
 
 # In a training.

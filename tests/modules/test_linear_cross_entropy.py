@@ -108,7 +108,7 @@ def test_float64_is_computed_in_float64(rows_of_a_chunk, options):
 def test_all_chunks_but_the_last_are_of_one_size(monkeypatch, N, sizes):
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 7 * 100)
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 3)
-    inputs = module._Inputs(*problem(N, 7, 2))
+    inputs = module.LinearInputs(*problem(N, 7, 2))
     assert [len(inputs.of(rows).hidden_NH) for rows in inputs.chunks()] == sizes
     assert sum(sizes) == N
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from nemo_emmett.modules.loss import (
     IGNORE_INDEX,
     mask_padding,
-    modality_loss,
+    step_loss,
     sum_over_ranks,
 )
 
@@ -19,12 +19,12 @@ def test_mask_padding():
 
 
 def test_each_modality_is_a_mean_of_its_own_and_weighted():
-    loss = modality_loss(torch.tensor([6.0, 5.0]), torch.tensor([2, 10]), torch.tensor([1.0, 4.0]))
+    loss = step_loss(torch.tensor([6.0, 5.0]), torch.tensor([2, 10]), torch.tensor([1.0, 4.0]))
     assert loss.item() == pytest.approx(1.0 * 6 / 2 + 4.0 * 5 / 10)
 
 
 def test_an_absent_modality_adds_nothing():
-    loss = modality_loss(torch.tensor([0.0, 5.0]), torch.tensor([0, 10]), torch.ones(2))
+    loss = step_loss(torch.tensor([0.0, 5.0]), torch.tensor([0, 10]), torch.ones(2))
     assert loss.item() == pytest.approx(0.5)
 
 
@@ -36,7 +36,7 @@ def local_loss(weight: torch.Tensor, inputs: dict) -> torch.Tensor:
     """Every token's loss is weight * its number, so the gradient is known by hand."""
     sums = torch.stack([(weight * torch.tensor(inputs[m])).sum() for m in ("audio", "text")])
     counts = torch.tensor([len(inputs[m]) for m in ("audio", "text")])
-    return modality_loss(sums, sum_over_ranks(counts), torch.tensor([1.0, 0.5]))
+    return step_loss(sums, sum_over_ranks(counts), torch.tensor([1.0, 0.5]))
 
 
 def rank_gradient(rank: int, folder: Path) -> None:

@@ -39,7 +39,7 @@ from nemo_emmett.data.lengths.measures import Measures
 from nemo_emmett.data.lengths.selection import Selection, filter_of_text
 from nemo_emmett.data.readers.examples import ExampleKind, lengths_in_tokens
 from nemo_emmett.data.readers.registry import ReaderContext, injected_examples, reader_context, register_data_types
-from nemo_emmett.data.sampling.schedule import GroupOrder, GroupSchedule
+from nemo_emmett.data.sampling.global_batches import GroupOrder, GroupSchedule
 from nemo_emmett.data.sampling.shuffle import SHUFFLE_BLOCK_SIZE
 from nemo_emmett.data.sampling.source_order import SourceOrder, joined
 from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION, SKIPPED, build_tolerant_sampler, guarded

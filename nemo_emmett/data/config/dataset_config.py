@@ -51,6 +51,9 @@ _INHERITED_BY_SOURCES = (
 )
 """Keys of a dataset that its sources inherit here; what depends on the samplers (``shuffle``, ...) follows later."""
 
+_KEYS_UNDER_ZIP = ("every_n_steps", "batch_ratio")
+"""Keys of a group that say how much of it a step of ``zip`` holds."""
+
 _KEYS_OF_A_BATCH = (
     *("batch_size", "batch_duration", "batch_tokens", "quadratic_duration", "quadratic_factor", "use_bucketing"),
     *("bucket_batch_size", "bucket_duration_bins", "num_buckets", "use_multimodal_sampling"),
@@ -95,6 +98,8 @@ class GroupConfig:
         keys: all its keys for NeMo's dataloader, apart from its sources.
         temperatures: ``reweight_temperature`` of each level of ``input_cfg``; None: weights are taken as they are.
         noise: None where none is mixed in.
+        every_n_steps: under ``zip``, the steps that hold a batch of it: the first, and every n-th from there.
+        batch_ratio: under ``zip``, its examples in a step per example of :func:`leading_group`; None: as its sizes say.
     """
 
     name: str
@@ -122,6 +127,8 @@ class GroupConfig:
     force_map_dataset: bool = False
     force_iterable_dataset: bool = False
     concatenate_samples: bool = False
+    every_n_steps: int = 1
+    batch_ratio: float | None = None
 
     @property
     def sources(self) -> list[Source]:
@@ -217,6 +224,7 @@ def parse_dataset(section: Mapping[str, Any] | DictConfig, place: str) -> Datase
         _warn_of_keys_without_effect(own, sections, unknown_keys, place)
     else:
         groups = (_group_config(own, place, ""),)
+    _check_keys_under_zip(own, groups, is_multi_config and own.get("sampler_fusion") == "zip", place)
     values = {f.name: own[f.name] for f in fields(DatasetConfig) if f.name in own}
     return DatasetConfig(
         **values, place=place, groups=groups, is_multi_config=is_multi_config, unknown_keys=tuple(unknown_keys)
@@ -362,6 +370,47 @@ def _check_fusion(keys: Mapping[str, Any], groups: Sequence[str] | None, place: 
             raise ConfigError(
                 f"{place}.sampler_weights: there is no group '{name}'; the groups are {', '.join(groups)}."
             )
+
+
+def _check_keys_under_zip(own: Mapping[str, Any], groups: Sequence[GroupConfig], is_zip: bool, place: str) -> None:
+    """``every_n_steps`` and ``batch_ratio``, which relate the groups of a step to one another."""
+    for key in _KEYS_UNDER_ZIP:
+        holders = [place] if key in own else [g.place for g in groups if getattr(g, key) != getattr(GroupConfig, key)]
+        if holders and (key in own or not is_zip):
+            raise ConfigError(
+                f"{holders[0]}.{key}: is a key of a group of a multi_config with sampler_fusion: zip, where each step "
+                "holds a batch of every group; set it there."
+            )
+    if is_zip and all(group.every_n_steps > 1 for group in groups):
+        raise ConfigError(
+            f"{groups[0].place}.every_n_steps: no group gives a batch to every step, so some steps would hold nothing; "
+            "leave the key out of one group."
+        )
+    followers = [group for group in groups if group.batch_ratio is not None]
+    if not followers:
+        return
+    if (leader := leading_group(groups)) is None:
+        raise ConfigError(
+            f"{groups[0].place}.batch_ratio: all groups have one, but the ratio is to a group without; leave the key "
+            "out of the group that the others follow."
+        )
+    if leader.every_n_steps > 1:
+        raise ConfigError(
+            f"{leader.place}.every_n_steps: {leader.every_n_steps} cannot be combined with "
+            f"{followers[0].place}.batch_ratio, which is a ratio to this group's batch in each step; leave one out."
+        )
+    for group in followers:
+        if (group.batch_duration or group.batch_tokens) and not group.bucket_batch_size:
+            key = "batch_tokens" if group.batch_tokens else "batch_duration"
+            raise ConfigError(
+                f"{group.place}.{key}: cannot be combined with batch_ratio, which counts examples; give the most "
+                "examples by batch_size, or by bucket_batch_size."
+            )
+
+
+def leading_group(groups: Sequence[GroupConfig]) -> GroupConfig | None:
+    """The group to whose batches every ``batch_ratio`` relates: the first without one."""
+    return next((group for group in groups if group.batch_ratio is None), None)
 
 
 def _check_sizes(group: GroupConfig) -> None:

@@ -51,6 +51,8 @@ OUR_TYPES = {
     "index_dir": NonEmpty | None,  # folder for indexes and counts where they cannot be written next to the data
     "allow_commands": Switch,  # sources and recordings may be the output of commands, which a shell runs
     "num_sub_buckets": PositiveWhole | None,  # output-length buckets in each input-length bucket, for `auto` bins
+    "every_n_steps": PositiveWhole,  # of a group under zip: it gives a batch to every n-th step only, from the first on
+    "batch_ratio": Positive | None,  # of a group under zip: its examples in a step per example of the first group
 }
 """Keys of ``train_ds``, ``validation_ds``, ... beyond those of NeMo's ``LhotseDataLoadingConfig``."""
 

@@ -32,10 +32,11 @@ from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.random_access import open_records
 from nemo_emmett.data.readers.registry import ReaderContext, defaults_of, reader_context
 from nemo_emmett.data.sampling.example_reader import ExampleReader, SourceReader
+from nemo_emmett.data.sampling.global_batches import GroupOrder
 from nemo_emmett.data.sampling.nemo_sampler import tarred_noise_reason
 from nemo_emmett.data.sampling.proportional_mixing import ProportionalMixer
 from nemo_emmett.data.sampling.sampler import GroupPlan, SamplingPlan
-from nemo_emmett.data.sampling.schedule import GroupOrder, ScheduleOrder
+from nemo_emmett.data.sampling.schedule import ScheduleOrder
 from nemo_emmett.data.sampling.shuffle import SHUFFLE_BLOCK_SIZE
 from nemo_emmett.data.sampling.source_iterator import ChunkReader, WorkerInfo, chunks_to_open, make_reader
 from nemo_emmett.data.sampling.source_order import SourceOrder
@@ -127,6 +128,12 @@ def plan_sampling(
         ConfigError: if a key has a value that cannot work.
         DataError: if a source holds nothing.
     """
+    for group in dataset.groups:
+        if group.batch_ratio is not None:
+            raise ConfigError(
+                f"{group.place}.batch_ratio: needs data that can be read at any place, and here all data is streamed; "
+                "leave the key out, or give sources with a length index."
+            )
     opened = _open(dataset, kind, lambda: skipped_records)
     build_indexes(opened.records)
     plans = []
@@ -137,7 +144,9 @@ def plan_sampling(
         num_open = [chunks_to_open(reader, chain, group.structured.shuffle) for reader in readers]
         skipped_records.drain()  # what was read here is read again by the workers
         names = [source.name for source in group.sources]
-        plans.append(GroupPlan(group.group.name, readers, names, group.seeds, num_open, shares, chain))
+        plans.append(
+            GroupPlan(group.group.name, readers, names, group.seeds, num_open, shares, chain, group.group.every_n_steps)
+        )
     return SamplingPlan(
         groups=plans,
         fusion=_fusion(dataset),
@@ -217,6 +226,11 @@ def plan_schedule(
                 raise nothing_is_left(source, group.group, skipped)
         names = [source.name for source in group.sources]
         sizes = selection.batch_sizes
+        if sizes is None and group.group.batch_ratio is not None:
+            raise ConfigError(
+                f"{group.group.place}.batch_ratio: counts examples, but these batches are full at a measured limit; "
+                "give the most examples by batch_size, or by bucket_batch_size."
+            )
         orders.append(
             GroupOrder(
                 name=group.group.name,
@@ -228,6 +242,8 @@ def plan_schedule(
                 shares=shares,
                 global_batch_sizes=None if sizes is None else [size * world_size for size in sizes],
                 drop_last=chain.drop_last,
+                every_n_steps=group.group.every_n_steps,
+                ratio=group.group.batch_ratio,
             )
         )
         forbidden = forbidden_text(group.structured.prompt_format, tokenizer)

@@ -33,6 +33,7 @@ class GroupPlan:
         num_open: chunks of each source that are open at a time.
         shares: of the examples, one for each source.
         pipeline: NeMo's maps and filters.
+        every_n_steps: under ``zip``, it is in every n-th step.
     """
 
     name: str
@@ -42,6 +43,7 @@ class GroupPlan:
     num_open: list[int]
     shares: list[float]
     pipeline: TransformPipeline
+    every_n_steps: int = 1
 
     def __post_init__(self) -> None:
         for reader in self.readers:  # planning has read examples, without counting their records
@@ -226,6 +228,8 @@ class WorkerSampler:
     def _of_each_group(self) -> list:
         taken = []
         for number, group in enumerate(self.groups):
+            if (self.steps * self.worker.num_workers + self.worker.id) % group.plan.every_n_steps:
+                continue
             try:
                 taken.extend(self._batch_of(number, group.next_step()))
             except StopIteration:

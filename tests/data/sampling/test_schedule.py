@@ -9,8 +9,9 @@ from itertools import count
 import numpy as np
 import pytest
 
+from nemo_emmett.data.sampling.global_batches import GroupOrder, GroupSchedule
 from nemo_emmett.data.sampling.mixing_sequence import MixingSequence
-from nemo_emmett.data.sampling.schedule import GroupOrder, GroupSchedule, Schedule, ScheduleOrder
+from nemo_emmett.data.sampling.schedule import Schedule, ScheduleOrder
 from nemo_emmett.data.sampling.source_order import EXAMPLE, SourceOrder
 
 
@@ -314,3 +315,92 @@ def _memory_of(array: np.ndarray) -> np.ndarray:
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
+
+
+def zipped(indexes, *, world_size=1, finite=False, **of_text) -> ScheduleOrder:
+    """Speech in steps of 24, 16 and 8 examples by bucket, and text."""
+    per_rank = [size // world_size for size in (24, 16, 8)]
+    speech = group_of(*indexes[:2], name="speech", world_size=world_size, sizes=per_rank)
+    text = group_of(indexes[2], name="text", shares=(1.0,), world_size=world_size, sizes=[12 // world_size] * 3)
+    return ScheduleOrder([replace(text, **of_text), speech], "zip", [1.0, 1.0], seed=5, finite=finite)
+
+
+def taken(schedule: Schedule, number: int = 10_000) -> list[dict[int, list]]:
+    steps = []
+    for _ in range(number):
+        try:
+            steps.append({group: addresses(examples) for group, examples in schedule.next()})
+        except StopIteration:
+            break
+    return steps
+
+
+def test_a_group_is_in_every_nth_step_and_loses_nothing(indexes):
+    whole = taken(Schedule(zipped(indexes), 0, 1), 60)
+    steps = taken(Schedule(zipped(indexes, every_n_steps=3), 0, 1), 60)
+    assert [set(step) for step in steps] == [{0, 1}, {1}, {1}] * 20
+    assert [step[1] for step in steps] == [step[1] for step in whole]
+    assert [step[0] for step in steps if 0 in step] == [step[0] for step in whole[:20]]
+
+
+@pytest.mark.parametrize(("ratio", "world_size"), [(0.25, 1), (0.25, 4), (0.7, 2), (3.0, 1)])
+def test_a_group_with_a_ratio_has_that_many_examples_of_one_bucket(indexes, ratio, world_size):
+    schedules = [
+        Schedule(zipped(indexes, ratio=ratio, world_size=world_size), r, world_size) for r in range(world_size)
+    ]
+    of_one = taken(Schedule(zipped(indexes, ratio=ratio), 0, 1), 80)
+    steps = [taken(schedule, 80) for schedule in schedules]
+    met = []
+    for number, whole in enumerate(of_one):
+        wanted = max(round(ratio * len(whole[1])), world_size)
+        of_ranks = [steps[rank][number][0] for rank in range(world_size)]
+        assert sum(map(len, of_ranks)) == min(wanted, 12)
+        assert max(map(len, of_ranks)) - min(map(len, of_ranks)) <= 1
+        met += [address for batch in of_ranks for address in batch]
+        assert len({int(indexes[2].numbers[entry] // 30) for batch in of_ranks for _, entry, _ in batch}) == 1
+    assert len(met) == len(set(met))  # an address holds the number of the pass
+    if all(round(ratio * len(step[1])) >= world_size for step in of_one):
+        assert met == [address for step in of_one for address in step[0]]
+
+
+def test_steps_with_a_ratio_are_those_of_going_through_the_blend_one_by_one(indexes):
+    order = zipped(indexes, ratio=0.3)
+    steps = taken(Schedule(order, 0, 1), 50)
+    stream, drawn, waiting = replace(order.groups[0].sources[0]), 0, defaultdict(list)
+    for step in steps:
+        wanted = round(0.3 * len(step[1]))
+        while not (full := [bucket for bucket in waiting.values() if len(bucket) >= wanted]):
+            example = stream.take(1).copy()
+            example["source"] = 0
+            waiting[int(example["bucket"][0])].append((drawn, addresses(example)[0]))
+            drawn += 1
+        first = min(full, key=lambda bucket: bucket[wanted - 1][0])
+        assert step[0] == [address for _, address in first[:wanted]]
+        del first[:wanted]
+
+
+@pytest.mark.parametrize("trained", [0, 1, 13])
+def test_a_ratio_resumes_exactly_on_another_number_of_ranks(indexes, trained):
+    steps = taken(Schedule(zipped(indexes, ratio=0.5, every_n_steps=2), 0, 1), 40)
+    first = Schedule(zipped(indexes, ratio=0.5, every_n_steps=2, world_size=2), 0, 2)
+    taken(first, trained)
+    state = first.state_dict(first.snapshot())
+    ranks = [Schedule(zipped(indexes, ratio=0.5, every_n_steps=2, world_size=4), rank, 4) for rank in range(4)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    again = [taken(rank, 40 - trained) for rank in ranks]
+    for number, step in enumerate(steps[trained:]):
+        for group, examples in step.items():
+            assert [address for of_rank in again for address in of_rank[number].get(group, [])] == examples
+
+
+def test_the_end_of_finite_data_under_a_ratio(indexes):
+    """Text of which little is left in each bucket still makes steps, and what did not is counted."""
+    schedule = Schedule(zipped(indexes, ratio=0.5, finite=True, world_size=2), 0, 2)
+    other = Schedule(zipped(indexes, ratio=0.5, finite=True, world_size=2), 1, 2)
+    steps, of_other = taken(schedule), taken(other)
+    seen = [address for of_rank in (steps, of_other) for step in of_rank for address in step.get(0, [])]
+    kept = int((indexes[2].numbers < 90).sum())
+    assert len(seen) == len(set(seen)) <= kept
+    assert "zip ended with" in schedule.end_of_data_message
+    assert all(step[0] for step in steps + of_other)

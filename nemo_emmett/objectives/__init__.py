@@ -1,0 +1,7 @@
+"""What a model is trained on beside the cross-entropy of its answers (``model.objectives``).
+
+- :mod:`nemo_emmett.objectives.objective`: the interface, and the schedule of weights.
+- :mod:`nemo_emmett.objectives.transcription`: transcripts as answers, with a weight of their own.
+- :mod:`nemo_emmett.objectives.teaching`: closeness to a teacher: distillation (speech) and retention (text).
+- :mod:`nemo_emmett.objectives.registry`: the objectives by name, and their section.
+"""
