@@ -150,7 +150,9 @@ def test_wrong_values(change, sentence) -> None:
 
 def of_recipe(section: dict) -> dict:
     section = {"_target_": "nemo_emmett.schedulers.InfiniteLR", **section}
-    config = SimpleNamespace(optimizer={"_target_": "torch.optim.AdamW", "lr": 1e-3}, lr_scheduler=section)
+    config = SimpleNamespace(
+        optim_param_groups=None, optimizer={"_target_": "torch.optim.AdamW", "lr": 1e-3}, lr_scheduler=section
+    )
     return parse_optimization(config)  # these two sections are all that it reads of a ModelConfig
 
 
