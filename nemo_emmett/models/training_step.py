@@ -112,9 +112,9 @@ class TrainingStep(GradientConflictSteps):
         return objective.weight_at(0 if self._trainer is None else self.trainer.global_step)
 
     def _weights(self, objectives: Sequence[Objective]) -> Tensor:
-        """(L,) weights of the terms in this step."""
+        """(L,) float32 weights of the terms in this step, whatever the type of the model."""
         weights = [self._weight_of(objective) for objective in objectives]
-        return torch.cat([self._loss_weights, self._loss_weights.new_tensor(weights)])
+        return torch.cat([self._loss_weights.float(), torch.tensor(weights, dtype=torch.float32, device=self.device)])
 
     @staticmethod
     def _by_modality(loss_sums_L: Tensor, objectives: Sequence[Objective]) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ class TrainingStep(GradientConflictSteps):
         names = [*MODALITIES, *(objective.name for objective in objectives)]
         factors_L = self._weights(objectives) / self._counts.over_all_ranks().clamp(min=1)
         factors = dict(zip(names, factors_L, strict=True))
-        zero = torch.zeros((), device=self.device)
+        zero = torch.zeros((), dtype=torch.float32, device=self.device)
         losses, sums = dict.fromkeys(MODALITIES, zero), dict.fromkeys(names, zero)
         for modality in MODALITIES:
             own = [objective for objective in objectives if objective.modality == modality]

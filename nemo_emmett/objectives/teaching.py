@@ -35,8 +35,8 @@ class TeachingObjective(TokenObjective):
 
 @dataclass(frozen=True)
 class Distillation(TeachingObjective):
-    """Speech is answered as the teacher answers its transcript: knowledge distillation from text translation (Liu et al.,
-    arXiv 1904.08075), here that of the language model itself (as in Tang et al., arXiv 2107.05782)."""
+    """Speech is answered as the teacher answers its transcript: knowledge distillation from text translation (Liu et
+    al., arXiv 1904.08075), here that of the language model itself (as in Tang et al., arXiv 2107.05782)."""
 
     name: ClassVar[str] = "distillation"
     modality: ClassVar[str] = "audio"
