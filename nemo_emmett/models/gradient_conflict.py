@@ -114,10 +114,15 @@ class GradientConflict:
     def hold(self, model: nn.Module) -> None:
         """Keep gradients of zero, as in the middle of a step of several micro-steps."""
         self._select(None, model)
-        for parameter in _trained(model):
-            parameter.grad = None
-            for modality in MODALITIES:
-                self._kept[modality].setdefault(parameter, torch.zeros_like(parameter))
+        for name, block in parameter_blocks(model).items():
+            for parameter in block:
+                parameter.grad = None
+                for modality in ("audio",) if name in ("encoder", "adapter") else MODALITIES:
+                    self._kept[modality].setdefault(parameter, torch.zeros_like(parameter))
+
+    def kept_gradients(self) -> list[Tensor]:
+        """The gradients that are not in ``grad``."""
+        return [gradient for kept in self._kept.values() for gradient in kept.values()]
 
     def prepare(self, terms: Mapping[str, Tensor], model: nn.Module) -> None:
         """Between forward and backward pass: where one modality has a gradient, ``grad`` is that modality's so far.

@@ -11,13 +11,17 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
 from nemo_emmett.models.gradient_conflict import parameter_blocks
+from nemo_emmett.oomptimizer.steps import TrainingSteps
+from nemo_emmett.training import check_gradient_conflict
 
 from ..modules.test_gradient_projection import pcgrad
+from ..oomptimizer.probing import Probing
 from .backbones import model_config
 from .memorising import MODES, built, items
 from .two_ranks import SGD, gradients
@@ -289,7 +293,72 @@ def test_mistakes_get_one_sentence(folder, tiny_asr, change, sentence):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("data.train_ds.text=null", "model.gradient_conflict: data.train_ds holds speech alone"),
+        ("data.train_ds.audio=null", "model.gradient_conflict: data.train_ds holds text alone"),
+        (
+            "data.train_ds.sampler_fusion=round_robin",
+            "model.gradient_conflict: under data.train_ds.sampler_fusion: round_",
+        ),
+    ],
+)
+def test_data_of_which_no_step_has_both_modalities_is_refused(recipe, change, sentence):
+    recipe["model"]["gradient_conflict"] = "monitor"
+    cfg = OmegaConf.create(recipe)
+    check_gradient_conflict(cfg)
+    key, value = change.split("=")
+    if value == "null":
+        del cfg.data.train_ds[key.rpartition(".")[2]]
+    else:
+        OmegaConf.update(cfg, key, value)
+    with pytest.raises(ConfigError) as refused:
+        check_gradient_conflict(cfg)
+    assert str(refused.value).startswith(sentence)
+    cfg.model.gradient_conflict = None
+    check_gradient_conflict(cfg)
+
+
 def test_a_language_model_that_is_not_trained_is_refused(folder, tiny_asr):
     model = built(SALMGPT, "llama", folder, tiny_asr, **SGD, gradient_conflict="monitor", freeze=["llm"])
     with pytest.raises(ConfigError, match="nothing of the language model is trained"):
         fit(model, [items(model, MODES["zip"])])
+
+
+@pytest.mark.parametrize("mode", ["monitor", "harmonise"])
+def test_oomptimizers_probes_hold_the_gradients_of_both_modalities(folder, tiny_asr, mode):
+    """In every mode, since the largest step counts; nothing of it is left afterwards."""
+
+    def probed(accumulate: int, **section) -> tuple[int, list[int], list[int]]:
+        """Floor, the peaks of two steps, and the bytes that are kept apart after each."""
+        model = built(SALMT5, "t5", folder, tiny_asr, **SGD | section)
+        peaks, kept = [], []
+
+        def probe(steps: TrainingSteps) -> None:
+            batch = items(model, MODES["zip"])
+            steps.warm_up({"text": batch["text"]})
+            for _ in range(2):
+                peaks.append(steps.run(batch).peak)
+                if model.gradient_conflict is not None:
+                    kept.append(sum(gradient.nbytes for gradient in model.gradient_conflict.kept_gradients()))
+            peaks.insert(0, steps.floor.peak)
+
+        options = {"accelerator": "cpu", "devices": 1, "max_steps": 1, "callbacks": [Probing(probe)]}
+        trainer = Trainer(accumulate_grad_batches=accumulate, **options, **QUIET)
+        trainer.fit(model, DataLoader([items(model, MODES["zip"])] * accumulate, batch_size=None))
+        conflict = model.gradient_conflict
+        assert conflict is None or (conflict.always is False and not conflict.kept_gradients())
+        return peaks[0], peaks[1:], kept
+
+    model = built(SALMT5, "t5", folder, tiny_asr)
+    shared = sum(p.nbytes for name, p in model.named_parameters() if SHARED.match(name))
+    everything = sum(p.nbytes for p in model.parameters())
+    alone = probed(1)[0]
+    floor, _, kept = probed(1, gradient_conflict=mode)
+    assert floor == alone, "the optimizer steps when there is one gradient again"
+    assert kept == [everything + shared] * 2
+    (_, before, _), (_, after, kept) = probed(2), probed(2, gradient_conflict=mode)
+    assert kept == [everything + shared] * 2
+    # Where this model's peak is, gradients of earlier micro-steps are there: the language model's twice.
+    assert after == [pytest.approx(peak + shared, abs=16) for peak in before]
