@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
+from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT, head
 
 from ..models.memorising import built
 from .transcribed import as_text, divergences, gradients_of, loss_of, shaken, speech_part, text_part, token_losses
@@ -84,6 +84,23 @@ def test_microbatches_are_logged_as_the_whole_batch_is(folder, tiny_asr):
     assert logged == pytest.approx(whole, rel=1e-5)
     assert {"loss_distillation", "loss_retention", "loss_transcription"} < logged.keys()
     assert total == pytest.approx(whole["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("linear", ["neither", "student", "teacher"])
+def test_output_layers_that_are_not_linear_give_the_same(linear, folder, tiny_asr, monkeypatch):
+    """Both, or one of them, compute logits at the answers' positions."""
+    model = built(SALMGPT, "gemma2", folder, tiny_asr, objectives=OBJECTIVES)
+    shaken(model)
+    expected = loss_of(model.training_step(both(model), 0))
+    gradients = gradients_of(model, expected)
+    (teacher,) = model.teachers.language_models()
+    is_linear = {"student": model.llm, "teacher": teacher.llm}.get(linear)
+    monkeypatch.setattr(head, "has_linear_head", lambda llm: llm is is_linear)
+    found = loss_of(model.training_step(both(model), 0))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    largest = max(value.abs().max().item() for value in gradients.values())
+    for name, value in gradients_of(model, found).items():
+        torch.testing.assert_close(value, gradients[name], rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
