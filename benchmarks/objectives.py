@@ -1,8 +1,8 @@
 """What does each training objective add to a step of SALM-GPT, in time and memory?
 
 Every objective is measured against the same model without objectives, in turns in one process, on a batch of speech and
-text that both read: the ratio of medians of CPU seconds, of one thread. A step is what Lightning makes of it: forward pass, backward pass, AdamW, in
-float32; peaks are bytes of tensors, with weights, gradients and optimizer state.
+text that both read: the ratio of medians of CPU seconds, of one thread. A step is what Lightning makes of it: forward
+pass, backward pass, AdamW, in float32; peaks are bytes of tensors, with weights, gradients and optimizer state.
 
     python benchmarks/objectives.py [--repeats 5]
 """

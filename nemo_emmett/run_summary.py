@@ -288,6 +288,8 @@ def _data_table(groups: Sequence[GroupFacts]) -> Table:
 
 def _directions(source: Source) -> list[tuple[str, str]]:
     """The language pairs that a source names; a language that only its records name is empty."""
+    if source.is_transcription:
+        return [(source.source_lang or "", source.source_lang or "")]
     if isinstance(source.paths, Mapping):
         return directions_of(source)
     targets = source.target_lang if isinstance(source.target_lang, list) else [source.target_lang or ""]

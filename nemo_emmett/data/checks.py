@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lhotse.cut import Cut
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +19,7 @@ from nemo_emmett.data.config.dataset_config import LIMITS, DatasetConfig, GroupC
 from nemo_emmett.data.config.nemo_config import sampler_config
 from nemo_emmett.data.config.section import config_of, plain
 from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.dataset import describe
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.files import count_lines_of, is_local
 from nemo_emmett.data.io.skipped_records import SkippedRecords
@@ -54,6 +56,8 @@ FILTER_KEYS = (
 
 REMEDIES = {
     "no target language": "give the source a target_lang, or each of its records one",
+    "no transcript": "write what is spoken into the field 'source_text' of its records, or remove the key",
+    "no source language": "give the source a source_lang, or each of its records one",
     "no duration": "write each record's duration, in seconds, into the manifest",
     "missing audio": "correct the paths in the manifest",
     "text holds a control token": "set prompt_format to one of ours (emmett_...), which takes it for text",
@@ -345,14 +349,18 @@ def check_transcripts(dataset: DatasetConfig, kind: ExampleKind) -> None:
     """
     for group in dataset.groups:
         for source in group.sources:
-            if not source.transcripts:
-                continue
-            if kind is not ExampleKind.TRANSLATION:
+            if source.is_transcription and kind is ExampleKind.AS_READ:
+                raise ConfigError(
+                    f"{source.place}: its dataset takes examples as NeMo reads them, so that none can be transcribed "
+                    "instead of translated; remove the key."
+                )
+            if source.transcripts and kind is not ExampleKind.TRANSLATION:
                 raise ConfigError(
                     f"{group.place}.transcripts: true needs nemo_emmett's SpeechTextDataset, since no other "
                     "dataset has transcripts in its batches; leave the key out."
                 )
-            if not source.is_text and (source.is_conversation or _can_be_probed(source, kind)):
+            needs_some = source.is_transcription or (source.transcripts and not source.is_text)
+            if needs_some and (source.is_conversation or _can_be_probed(source, kind)):
                 _check_has_transcript(source, group, kind)
 
 
@@ -361,21 +369,34 @@ def _check_has_transcript(source: Source, group: GroupConfig, kind: ExampleKind)
     if not source.is_conversation:
         skipped_records = SkippedRecords()
         with logging.temp_verbosity(logging.ERROR), commands_allowed(group.allow_commands):
-            cuts, _ = open_source(source.with_keys(metadata_only=True), skipped_records, kind)
-            examples = Examples(cuts, kind, defaults_of(source), skipped_records)
+            probed = source.with_keys(metadata_only=True, transcripts=True, is_transcription=False)
+            cuts, _ = open_source(probed, skipped_records, ExampleKind.TRANSLATION)
+            examples = Examples(cuts, ExampleKind.TRANSLATION, defaults_of(probed), skipped_records)
             count = 0
             for example in islice(examples, MOST_WITHOUT_TRANSCRIPT):
                 if transcript_of(example):
+                    _check_spoken_language(source, example)
                     return
                 count += 1
         if count == 0:  # other checks say why
             return
         cause = f"none of the first {count} examples has a transcript"
+    asking, remedy = "transcripts: true asks for them", "set transcripts: false for this source"
+    if source.is_transcription:
+        asking, remedy = "they are to be transcribed", "set transcription: null for this source"
     raise DataError(
-        f"{source.place}: {cause} ({source.name}), but transcripts: true asks for them; write what is spoken into the "
-        "field 'source_text' of each record (of a TSV file, into its source_column), or set transcripts: false for "
-        "this source."
+        f"{source.place}: {cause} ({source.name}), but {asking}; write what is spoken into the field 'source_text' of "
+        f"each record (of a TSV file, into its source_column), or {remedy}."
     )
+
+
+def _check_spoken_language(source: Source, example: Cut) -> None:
+    if source.is_transcription and describe(example)["source_lang"] is None:
+        raise DataError(
+            f"{source.place}: the spoken language of {source.name} is not known, so nothing can be transcribed; give "
+            "the source a source_lang, or each of its records one.",
+            page=Help.LANGUAGE,
+        )
 
 
 def check_records(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind) -> None:

@@ -41,11 +41,11 @@ class Distillation(TeachingObjective):
     name: ClassVar[str] = "distillation"
     modality: ClassVar[str] = "audio"
     needs_transcripts: ClassVar[bool] = True
-    batch_keys: ClassVar[tuple[str, ...]] = ("text_context_ids", "text_context_lens")
+    batch_keys: ClassVar[tuple[str, ...]] = ("text_context_ids", "text_context_lens", "is_transcription")
 
     def examples(self, part: Mapping) -> Tensor:
-        """Examples with a transcript."""
-        return part["text_context_lens"] > 0
+        """Examples with a transcript that are translated: of a transcript the teacher could only repeat its input."""
+        return (part["text_context_lens"] > 0) & ~part["is_transcription"]
 
     def teacher_batch(self, part: Mapping, pad_id: int) -> dict[str, Any]:
         """The transcripts in place of the recordings. Every example has at least one token, padding if need be."""

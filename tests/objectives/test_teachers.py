@@ -15,7 +15,7 @@ from nemo_emmett.models.base import SpeechTextModel
 
 from ..models.backbones import DECODER_ONLY, backbone
 from ..models.memorising import built
-from .transcribed import as_text, divergences, loss_of, shaken, speech_part, text_part
+from .transcribed import as_text, divergences, loss_of, shaken, speech_part, taught, text_part
 
 MODELS = {"SALMT5": (SALMT5, "t5"), "SALMGPT": (SALMGPT, "qwen2")}
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -58,7 +58,7 @@ def only_divergence(model: SpeechTextModel, name: str) -> float:
 def expected_divergence(model: SpeechTextModel, teacher: SpeechTextModel) -> float:
     """That of distillation, from all logits."""
     part = speech_part(model)
-    kept = {k: v[part["text_context_lens"] > 0] for k, v in part.items() if isinstance(v, torch.Tensor)}
+    kept = {k: v[taught(part)] for k, v in part.items() if isinstance(v, torch.Tensor)}
     with torch.no_grad():
         return (divergences(model, kept, teacher, as_text(part), 1.0) / kept["answer_lens"].sum()).item()
 

@@ -26,6 +26,7 @@ from nemo_emmett.data.config.sources import (
     parse_classic,
     parse_entries,
     parse_group,
+    refuse_without_speech,
 )
 from nemo_emmett.data.io.commands import refuse_pipes
 from nemo_emmett.errors import ConfigError, Help
@@ -40,6 +41,7 @@ INHERITED_BY_GROUPS = (
     *("prompt_format", "audio_locator_tag", "token_equivalent_duration", "sample_rate", "source_lang", "target_lang"),
     *("weights", "index_dir", "num_sub_buckets", "allow_commands", "force_map_dataset", "force_iterable_dataset"),
     "transcripts",
+    "transcription",
 )
 """Keys of a ``multi_config`` that hold for the groups which do not set them."""
 
@@ -61,7 +63,7 @@ _KEYS_OF_A_BATCH = (
 )
 """Keys of how a batch is put together, which under ``mux`` there is but one of."""
 
-_OF_MERGED_GROUPS = (*LANGUAGE_KEYS, "transcripts")
+_OF_MERGED_GROUPS = (*LANGUAGE_KEYS, "transcripts", "transcription")
 """Keys that a group may have under ``mux``, for its sources."""
 
 LIMITS = tuple((f"min_{name}", f"max_{name}") for name in ("duration", "tokens", "tps", "tpt"))
@@ -228,6 +230,8 @@ def parse_dataset(section: Mapping[str, Any] | DictConfig, place: str) -> Datase
         _warn_of_keys_without_effect(own, sections, unknown_keys, place)
     else:
         groups = (_group_config(own, place, ""),)
+    sources = [source for group in groups for source in group.sources]
+    refuse_without_speech(sources, own.get("transcription"), place)
     _check_keys_under_zip(own, groups, is_multi_config and own.get("sampler_fusion") == "zip", place)
     values = {f.name: own[f.name] for f in fields(DatasetConfig) if f.name in own}
     return DatasetConfig(
@@ -311,8 +315,8 @@ def _merged_group(own: Mapping[str, Any], sections: Mapping[str, dict], place: s
                 )
             if key not in ("input_cfg", *_OF_MERGED_GROUPS):
                 raise ConfigError(
-                    f"{place}.{name}.{key}: under sampler_fusion: mux a group has an input_cfg, languages and "
-                    f"transcripts, no more; set {place}.{key} for all groups, or another fusion."
+                    f"{place}.{name}.{key}: under sampler_fusion: mux a group has an input_cfg, languages, "
+                    f"transcripts and transcription, no more; set {place}.{key} for all groups, or another fusion."
                 )
         if section.get("input_cfg") is None:
             raise ConfigError(

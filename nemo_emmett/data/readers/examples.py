@@ -73,6 +73,7 @@ class SourceDefaults:
     context: str | None = None  # instruction of a conversation
     system_prompt: str | None = None  # of a conversation
     transcripts: bool = False  # are prompted as text, next to the speech
+    is_transcription: bool = False  # the answers are what is spoken
 
 
 class Examples:
@@ -123,8 +124,12 @@ class Examples:
 
     def _of_speech(self, cut: Cut) -> Iterator[Cut | NeMoMultimodalConversation]:
         custom = _custom_of(cut)
+        is_transcription = self.defaults.is_transcription
         try:
-            translations = list(_translations(cut, custom, self.defaults, self._has_instruction(custom)))
+            if is_transcription:
+                translations = [_spoken(cut, custom, self.defaults)]
+            else:
+                translations = list(_translations(cut, custom, self.defaults, self._has_instruction(custom)))
         except InvalidRecord as cause:
             self._note(cut, str(cause))
             return
@@ -133,7 +138,9 @@ class Examples:
             try:
                 _check_example(text, target_lang, source_lang)
                 example = _speech_example(cut, text, source_lang, target_lang, self.defaults.audio_locator_tag)
-                if len(translations) > 1:
+                if is_transcription:
+                    _drop_instruction(example)  # that of the translation
+                if len(translations) > 1 or is_transcription:
                     example.id = f"{cut.id}-{target_lang}"
                 if self.defaults.transcripts:
                     self._mark_transcript(example)
@@ -251,6 +258,24 @@ def _spoken_language(cut: Cut, custom: Mapping, defaults: SourceDefaults) -> str
     if spoken is None and "translations" in custom:
         spoken = next((s.language for s in cut.supervisions if s.language), None)
     return normalized(custom.get("source_lang") or defaults.source_lang or spoken)
+
+
+def _spoken(cut: Cut, custom: Mapping, defaults: SourceDefaults) -> tuple[str, str]:
+    """The spoken language and what is spoken."""
+    language = _spoken_language(cut, custom, defaults)
+    if language is None:
+        raise InvalidRecord("no source language")
+    text = custom.get("source_text")
+    if text is None and ("translations" in custom or (custom.get("target_lang") or defaults.target_lang) == language):
+        text = _transcript(cut)
+    if text is None or text == "":
+        raise InvalidRecord("no transcript")
+    return language, text.strip() if isinstance(text, str) else text
+
+
+def _drop_instruction(example: Cut) -> None:
+    holder = example._first_non_padding_cut if isinstance(example, MixedCut) else example
+    holder.custom = {key: value for key, value in holder.custom.items() if key != "context"}
 
 
 def _translations(
