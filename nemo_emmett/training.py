@@ -32,6 +32,7 @@ from nemo_emmett.callbacks.validation_schedule import ValidateAtEpochEnd, check_
 from nemo_emmett.config import check_keys
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
 from nemo_emmett.data.checks import check_data_config
+from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.early_checks import check_sections, refuse_empty_paths
 from nemo_emmett.errors import ConfigError
@@ -97,6 +98,7 @@ def train(cfg: DictConfig) -> LightningModule:
             "that, and find its batch sizes with `nemo-emmett plan` or `oomptimize`."
         )
     check_data_section(cfg.data, ExampleKind.CONVERSATION if issubclass(model_class, SALM) else ExampleKind.TRANSLATION)
+    check_gradient_conflict(cfg)
     recipe, best = SaveRecipe(cfg), BestCheckpoint()
     with ExitStack() as locks:
         lock_folders(cfg, locks, existing_only=True)
@@ -266,3 +268,31 @@ def check_data_section(data: DictConfig, examples: ExampleKind = ExampleKind.TRA
     for name in DATASETS:
         if data.get(name) is not None:
             check_data_config(data[name], place=f"data.{name}", examples=examples)
+
+
+def check_gradient_conflict(cfg: DictConfig) -> None:
+    """Check that there are steps in which ``model.gradient_conflict`` has two gradients to compare.
+
+    Args:
+        cfg: a recipe whose data is checked.
+
+    Raises:
+        ConfigError: if the training data has one modality, or every step has.
+    """
+    if cfg.model.get("gradient_conflict") is None or cfg.data.get("train_ds") is None:
+        return
+    dataset = parse_dataset(cfg.data.train_ds, "data.train_ds")
+    if any(source.is_conversation for source in dataset.sources):
+        return  # of either modality
+    if len({source.is_text for source in dataset.sources}) < 2:
+        alone = "text" if dataset.sources[0].is_text else "speech"
+        raise ConfigError(
+            f"model.gradient_conflict: data.train_ds holds {alone} alone, so there is one gradient; add sources of the "
+            "other modality, or leave it out."
+        )
+    is_alternating = dataset.is_multi_config and dataset.sampler_fusion in ("round_robin", "randomized_round_robin")
+    if is_alternating and (cfg.trainer.get("accumulate_grad_batches") or 1) == 1:
+        raise ConfigError(
+            f"model.gradient_conflict: under data.train_ds.sampler_fusion: {dataset.sampler_fusion} each step holds "
+            "one modality; write zip, or accumulate several batches to a step (trainer.accumulate_grad_batches)."
+        )

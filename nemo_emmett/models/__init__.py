@@ -8,7 +8,8 @@
 Modules, in the order in which a model is built, trained and used:
 
 - ``config`` (keys of the ``model`` section), ``nemo_keys`` (those of NeMo's other models), ``targets`` (sections that
-  name a class), ``optimization`` (optimizer and schedule).
+  name a class), ``optimization`` (optimizer and schedule), ``learning_rates`` (by part), ``lora_modality`` (LoRA that
+  acts on speech alone), ``gradient_conflict`` (gradients of speech and text compared).
 - ``base``: the base class; ``building`` (tokenizer, language model, LoRA), ``perception`` (speech encoder),
   ``transformer_blocks`` (compilation, activation checkpointing), ``initial_weights``, ``sharding`` (FSDP2).
 - ``training_step`` (losses of modalities and objectives), ``teachers`` (of objectives).

@@ -38,6 +38,8 @@ from nemo_emmett.models.export import Export
 from nemo_emmett.models.generation import Generation
 from nemo_emmett.models.head import LLMInputs, answer_logits, answer_scores, output_layer
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS, check_initial_weights, load_initial_weights
+from nemo_emmett.models.learning_rates import configure_by_part
+from nemo_emmett.models.lora_modality import check_lora_modality, refuse_trained_text_weights
 from nemo_emmett.models.oomptimizer_schema import oomptimizer_schema
 from nemo_emmett.models.optimization import parse_optimization
 from nemo_emmett.models.perception import build_perception
@@ -46,6 +48,7 @@ from nemo_emmett.models.teachers import Teachers
 from nemo_emmett.models.training_step import TrainingStep
 from nemo_emmett.models.transformer_blocks import checkpoint_activations, compile_blocks, transformer_blocks
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
+from nemo_emmett.modules.gated_lora import gate_lora
 from nemo_emmett.modules.loss import IGNORE_INDEX
 from nemo_emmett.modules.placement import Placed, merge_audio_embeddings
 from nemo_emmett.prompts.families import check_prompt_format, default_prompt_format
@@ -86,6 +89,7 @@ class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMi
         options = ModelConfig.from_section(cfg, name, for_loading)
         start = {} if for_loading else options.initial_weights()
         check_initial_weights(start)
+        check_lora_modality(options)
         if options.cross_attention is not None and not self.has_cross_attention:
             raise ConfigError(
                 f"model.cross_attention: {name} has no such layers; leave the key out, or set model._target_: "
@@ -121,6 +125,9 @@ class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMi
             for parameter_name, parameter in self.named_parameters():
                 if any(pattern.match(parameter_name) for pattern in thawed):
                     parameter.requires_grad = True
+            if options.lora_modality == "audio":
+                refuse_trained_text_weights(self.named_parameters())
+                gate_lora(self.llm, output_layer(self.llm))
         self.perception = None
         if options.perception is not None:
             self.perception, section = build_perception(options, self.llm, trusted)
@@ -295,7 +302,8 @@ class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMi
         if self.options.optimizer is None:
             raise ConfigError("model.optimizer is missing: give it a `_target_`, such as torch.optim.AdamW, and an lr.")
         try:
-            return configure_optimizers(self)
+            groups = self.cfg.get("optim_param_groups")
+            return configure_optimizers(self) if groups is None else configure_by_part(self, groups)
         except InstantiationException as error:
             if any(parameter.requires_grad for parameter in self.parameters()):
                 raise

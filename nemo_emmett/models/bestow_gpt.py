@@ -25,8 +25,9 @@ from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.causal import DecoderOnly, Sequences, context_and_answer, context_only, unwrap_peft
 from nemo_emmett.models.head import LLMInputs
 from nemo_emmett.models.targets import parse_arguments
-from nemo_emmett.modules.batch import pack
+from nemo_emmett.modules.batch import pack, speech_rows
 from nemo_emmett.modules.cross_attention import SpeechCrossAttention, SpeechMemory
+from nemo_emmett.modules.gated_lora import gated
 from nemo_emmett.modules.loss import IGNORE_INDEX
 
 
@@ -58,7 +59,10 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
         embeds_BTH = self.embed(ids_BT)
         if (memory := self._memory(batch, layout)) is not None:
             embeds_BTH = self.cross_attention(embeds_BTH, memory)
-        return LLMInputs({"inputs_embeds": embeds_BTH}, *layout.targets_and_positions(read))
+        targets_BA, positions_BA = layout.targets_and_positions(read)
+        return LLMInputs(
+            {"inputs_embeds": embeds_BTH}, targets_BA, positions_BA, speech_rows(batch, self.audio_locator_id)
+        )
 
     def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
         """(B, A) ids that Hugging Face ``generate`` gives for the contexts of a one-modality batch.
@@ -76,7 +80,8 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
             for values_BT, fill in ((read.ids_BT, self.pad_id), (layout.is_text_BT, False))
         )
         memory = self._memory(batch, layout)
-        with self.embeddings_inside(), self._looking_up(memory):
+        gate = gated(self.llm, speech_rows(batch, self.audio_locator_id))
+        with self.embeddings_inside(), self._looking_up(memory), gate:
             return self.llm.generate(
                 inputs_embeds=self.embed(ids_BT), attention_mask=mask_BT.long(), **generate_options
             )

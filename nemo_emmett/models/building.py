@@ -117,6 +117,12 @@ def fit_embeddings(llm: PreTrainedModel, tokenizer: AutoTokenizer, config: Model
             f"model.resize_token_embeddings: true to add {number + 1 - rows}, or take the model's own tokenizer.",
             page=Help.TOKENIZER,
         )
+    if config.lora_modality == "audio":
+        raise ConfigError(
+            f"model.resize_token_embeddings: adds {number + 1 - rows} rows, to which text would give probabilities, "
+            "but with model.lora_modality: audio text stays as it is; take the model's own tokenizer, or write "
+            "model.lora_modality: all."
+        )
     # T5 1.1 and its like are configured as tied, whatever the checkpoint had; transformers would tie their output layer
     # while it resizes, and its weights would be lost.
     is_tied = llm.config.tie_word_embeddings

@@ -80,6 +80,9 @@ class ModelConfig:
     max_new_tokens: PositiveWhole = 256  # longest translation that is generated, in tokens
     validation_bleu: Switch = True  # translate the validation sets and log their BLEU
     objectives: dict[str, dict | None] = field(default_factory=dict)  # further terms of the loss, by name
+    lora_modality: Literal["all", "audio"] = "all"  # audio: LoRA acts on examples with speech alone, text stays exact
+    optim_param_groups: dict[str, dict] | None = None  # encoder, adapter, llm: their lr and other optimizer settings
+    gradient_conflict: Text | dict | None = None  # monitor, harmonise: compare gradients of speech and text; or a dict
 
     def __post_init__(self) -> None:
         if isinstance(self.compile, Mapping) and "enabled" in self.compile:
@@ -103,6 +106,8 @@ class ModelConfig:
             raise ConfigError(f"model.audio_locator_tag: is empty; leave it out for {AUDIO_LOCATOR}.")
         check_implementation(self.loss_implementation, self.label_smoothing)
         self._check_objectives()
+        if self.optim_param_groups is not None and self.optimizer is None:
+            raise ConfigError("model.optim_param_groups: needs model.optimizer, whose settings it changes; add it.")
 
     @classmethod
     def from_section(cls, section: Mapping[str, Any], model_name: str, for_loading: bool = False) -> ModelConfig:

@@ -76,15 +76,18 @@ class Export:
         refuse_nonfinite(weights, {name for name, _ in self.named_buffers()})
         again = {name for names in shared_names(self) for name in names[1:]}
         kwargs.setdefault("repo_id", Path(folder).name)
+        # vLLM's plugin for NeMo would apply LoRA to text as well.
+        is_ours_alone = self.cfg.get("lora_modality") == "audio"
         own_class = next(kind for kind in type(self).__mro__ if not issubclass(kind, FSDPModule))
         config = {
             **(kwargs.pop("config", None) or {}),
             **OmegaConf.to_container(self.cfg, resolve=True),
             "_target_": f"{own_class.__module__}.{own_class.__qualname__}",
-            "model_type": self.model_type,
-            "architectures": [self.architecture or own_class.__name__],
+            "model_type": Export.model_type if is_ours_alone else self.model_type,
+            "architectures": [own_class.__name__ if is_ours_alone else self.architecture or own_class.__name__],
         }
         config.pop("trust_remote_code", None)  # decided by who loads the folder
+        config.pop("objectives", None)  # of the training, not of the model
         config = public_config(config)
         self._weights_to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}
         try:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from nemo_emmett.models.causal import unwrap_peft
+from nemo_emmett.modules.gated_lora import gated
 from nemo_emmett.modules.linear_cross_entropy import linear_cross_entropy, token_scores
 from nemo_emmett.modules.loss import IGNORE_INDEX
 from nemo_emmett.modules.weighted_linear_loss import (
@@ -51,11 +52,13 @@ class LLMInputs:
         kwargs: arguments of its forward pass.
         targets_BA: (B, A) int64, ``IGNORE_INDEX`` where there is none.
         positions_BA: (B, A) int64, the position of its output that predicts each target; None: all of them in order.
+        speech_B: (B,) bool, the examples with speech; False: none of them. LoRA that acts on speech alone needs it.
     """
 
     kwargs: Mapping[str, Tensor | None]
     targets_BA: Tensor
     positions_BA: Tensor | None = None
+    speech_B: Tensor | bool | None = None
 
 
 def answer_logits(llm: PreTrainedModel, inputs: LLMInputs) -> Tensor:
@@ -215,6 +218,7 @@ def _run(llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[..., Tensor] 
 
             layer.forward = forward
             stack.callback(delattr, layer, "forward")  # the class's own is used again
+        stack.enter_context(gated(llm, inputs.speech_B))
         return llm(**inputs.kwargs, use_cache=False).logits
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nemo_emmett.models.config import ModelConfig
+from nemo_emmett.models.learning_rates import parse_param_groups
 from nemo_emmett.models.targets import build, class_of, parse_arguments
 from nemo_emmett.typed_config import Count, NonNegative, PositiveWhole, Share
 
@@ -31,7 +32,7 @@ _SCHEDULE_TYPES = {
 
 
 def parse_optimization(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """The sections ``optimizer`` and ``lr_scheduler``, those that there are.
+    """The sections ``optimizer``, ``optim_param_groups`` and ``lr_scheduler``, those that there are.
 
     Each is built once on a parameter of one element, as NeMo builds it on the model's.
 
@@ -44,6 +45,8 @@ def parse_optimization(config: ModelConfig) -> dict[str, dict[str, Any]]:
         kind = class_of(section, place, Optimizer)
         sections["optimizer"] = parse_arguments(kind, section, place, ["params"], numbers_by_default=True)
         optimizer = build(sections["optimizer"], place, _new_optimizer)
+        if (groups := config.optim_param_groups) is not None:
+            sections["optim_param_groups"] = parse_param_groups(groups, kind, sections["optimizer"], _new_optimizer)
         if config.lr_scheduler is not None:
             place, section = "model.lr_scheduler", config.lr_scheduler
             kind = class_of(section, place, LRScheduler)

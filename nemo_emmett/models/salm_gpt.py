@@ -19,7 +19,8 @@ from torch import Tensor
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.causal import DecoderOnly, context_and_answer, context_only
 from nemo_emmett.models.head import LLMInputs
-from nemo_emmett.modules.batch import padding_mask
+from nemo_emmett.modules.batch import padding_mask, speech_rows
+from nemo_emmett.modules.gated_lora import gated
 from nemo_emmett.modules.loss import IGNORE_INDEX
 
 
@@ -49,13 +50,14 @@ class SALMGPT(DecoderOnly, SpeechTextModel):
         placed = self.place(batch, read.ids_BT, read.mask_BT, is_target_BT=read.is_target_BT, max_targets=max_targets)
         # Nothing is predicted from the last token of the longest example, unless there is no other.
         S = max(placed.embeds_BSH.shape[1] - 1, 1)
-        return LLMInputs({"inputs_embeds": placed.embeds_BSH[:, :S]}, placed.targets_BA, placed.positions_BA)
+        embeds_BSH, speech_B = placed.embeds_BSH[:, :S], speech_rows(batch, self.audio_locator_id)
+        return LLMInputs({"inputs_embeds": embeds_BSH}, placed.targets_BA, placed.positions_BA, speech_B)
 
     def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
         """(B, A) ids that Hugging Face ``generate`` gives for the contexts of a one-modality batch."""
         read = context_only(batch)
         placed = self.place(batch, read.ids_BT, read.mask_BT, pad_left=True)
-        with self.embeddings_inside():
+        with self.embeddings_inside(), gated(self.llm, speech_rows(batch, self.audio_locator_id)):
             return self.llm.generate(
                 inputs_embeds=placed.embeds_BSH, attention_mask=placed.mask_BS.long(), **generate_options
             )
@@ -79,6 +81,9 @@ class SALMGPT(DecoderOnly, SpeechTextModel):
         Returns:
             Of a batch, (B, A, V) logits and (B, A) targets, which are ``IGNORE_INDEX`` on padding; of embeddings, a
             dict with ``logits`` (B, S, V) and, if one was given, ``cache``.
+
+        Raises:
+            ModelError: for embeddings, if LoRA acts on speech alone: they do not say which examples have speech.
         """
         if isinstance(input_embeds, Mapping):
             return super().forward(input_embeds)

@@ -24,7 +24,8 @@ from nemo_emmett.errors import DataError
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.checkpoint import shared_names
 from nemo_emmett.models.head import LLMInputs
-from nemo_emmett.modules.batch import length_mask
+from nemo_emmett.modules.batch import length_mask, speech_rows
+from nemo_emmett.modules.gated_lora import gated
 from nemo_emmett.modules.loss import mask_padding
 from nemo_emmett.modules.placement import Placed
 from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
@@ -66,6 +67,7 @@ class SALMT5(SpeechTextModel):
                 "decoder_input_ids": self.decoder_inputs(answer_ids_BA, answer_lens_B),
             },
             mask_padding(answer_ids_BA, is_answer_BA),
+            speech_B=speech_rows(batch, self.audio_locator_id),
         )
 
     def encoder_inputs(self, batch: Mapping, locators_elsewhere: Tensor | None = None) -> Placed:
@@ -117,9 +119,10 @@ class SALMT5(SpeechTextModel):
         placed = self.encoder_inputs(batch)
         start_BD = self._decoder_start(batch, generate_options)
         own = {"decoder_input_ids": start_BD, "decoder_start_token_id": start_BD[:, 0].tolist()}
-        ids = self.llm.generate(
-            inputs_embeds=placed.embeds_BSH, attention_mask=placed.mask_BS.long(), **generate_options | own
-        )
+        with gated(self.llm, speech_rows(batch, self.audio_locator_id)):
+            ids = self.llm.generate(
+                inputs_embeds=placed.embeds_BSH, attention_mask=placed.mask_BS.long(), **generate_options | own
+            )
         return ids[:, start_BD.shape[1] :]
 
     def _decoder_start(self, batch: Mapping, options: Mapping[str, Any]) -> Tensor:

@@ -11,10 +11,13 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from nemo.collections.speechlm2.parts.optim_setup import is_frozen
+from nemo.utils import logging
 from torch import Tensor
 
 from nemo_emmett.models.dummy_batch import dummy_batch
+from nemo_emmett.models.gradient_conflict import ConflictOptions, GradientConflict, GradientConflictSteps
 from nemo_emmett.models.head import answer_loss, weighted_answer_loss
+from nemo_emmett.models.learning_rates import learning_rates
 from nemo_emmett.models.microbatches import MicrobatchLoss, TermCounts, cut_batch, modality_tokens, term_counts
 from nemo_emmett.models.sharding import absent_modalities
 from nemo_emmett.models.step_log import StepLog, forget_logged
@@ -32,7 +35,7 @@ from nemo_emmett.objectives.objective import (
 from nemo_emmett.objectives.teaching import TeachingObjective
 
 
-class TrainingStep:
+class TrainingStep(GradientConflictSteps):
     """Mixin of :class:`~nemo_emmett.models.base.SpeechTextModel`."""
 
     all_objectives_active: bool = False
@@ -41,11 +44,14 @@ class TrainingStep:
     def _init_training_step(self, objectives: Sequence[Objective]) -> None:
         self.register_buffer("_loss_weights", torch.tensor(self.options.loss_weights()), persistent=False)
         self.objectives = tuple(objectives)
+        conflict = ConflictOptions.of(self.options)
+        self.gradient_conflict = None if conflict is None else GradientConflict(conflict)
         self._encoded: list[tuple[Tensor, Tensor]] | None = None  # what `encode_speech` returned, if it is kept
         self._step_log: StepLog | None = None
         self.modality_losses: dict[str, Tensor] = {}  # of the last step's batch, summed, nats
         self._counts: TermCounts | None = None  # of the last step's batch
         self._microbatches: MicrobatchLoss | None = None  # only while a batch is trained on in microbatches
+        self._warned_of_text = False
 
     def on_train_start(self) -> None:
         """Start a new log."""
@@ -62,6 +68,12 @@ class TrainingStep:
         """
         self._eval_frozen_modules()
         parts = self._parts(batch)
+        if "text" in parts and self.options.lora_modality == "audio" and not self._warned_of_text:
+            self._warned_of_text = True
+            logging.warning(
+                "model.lora_modality: audio: text trains nothing, its loss is only logged; leave it out with "
+                "'~data.train_ds.text', and keep it in validation_ds to see that it stays the same."
+            )
         if self._microbatches is None:
             self._counts = TermCounts(batch, parts, self.device, self.active_objectives())
         # The only collective of a forward pass comes before any large allocation: see modules/loss.py.
@@ -74,12 +86,16 @@ class TrainingStep:
             losses, loss_sums_L = self._losses_with_objectives(parts, absent)
             loss = torch.stack([losses[modality] for modality in MODALITIES]).sum() * world_size()
         else:
-            loss_sums_L = self._loss_sums(parts, absent)
+            losses = self._loss_sums(parts, absent)
+            loss_sums_L = torch.stack([losses[modality] for modality in MODALITIES])
             loss = step_loss(loss_sums_L, totals_L, self._loss_weights)
         self.modality_losses = self._by_modality(loss_sums_L.detach(), objectives)
         if not loss.requires_grad and torch.is_grad_enabled():
             # No trainable parameter is used: the batch is empty, or text, and only the speech encoder is trainable.
-            loss = loss + self._zero_loss(self._modality_of_all_parts)
+            losses[self._modality_of_all_parts] = zero = self._zero_loss(self._modality_of_all_parts)
+            loss = loss + zero
+        if self.keeps_gradients_apart():
+            self.keep_gradients_apart(losses)
         if self._microbatches is None:
             self._log_step(parts, loss_sums_L, loss)
         else:
@@ -96,9 +112,9 @@ class TrainingStep:
         return objective.weight_at(0 if self._trainer is None else self.trainer.global_step)
 
     def _weights(self, objectives: Sequence[Objective]) -> Tensor:
-        """(L,) weights of the terms in this step."""
+        """(L,) float32 weights of the terms in this step, whatever the type of the model."""
         weights = [self._weight_of(objective) for objective in objectives]
-        return torch.cat([self._loss_weights, self._loss_weights.new_tensor(weights)])
+        return torch.cat([self._loss_weights.float(), torch.tensor(weights, dtype=torch.float32, device=self.device)])
 
     @staticmethod
     def _by_modality(loss_sums_L: Tensor, objectives: Sequence[Objective]) -> dict[str, Tensor]:
@@ -124,17 +140,17 @@ class TrainingStep:
             if part["answer_ids"].shape[1]
         }
 
-    def _loss_sums(self, parts: Mapping[str, Mapping], absent: list[str]) -> Tensor:
-        """(M,) summed cross-entropies of the one-modality batches, nats; 0 where a modality is absent."""
-        sums = []
+    def _loss_sums(self, parts: Mapping[str, Mapping], absent: list[str]) -> dict[str, Tensor]:
+        """Modality -> summed cross-entropy of its batch, nats; 0 where it is absent."""
+        sums = {}
         for modality in MODALITIES:
             if modality in parts:
-                sums.append(self._loss_sum(parts[modality]))
+                sums[modality] = self._loss_sum(parts[modality])
             elif modality in absent:
-                sums.append(self._zero_loss(modality))
+                sums[modality] = self._zero_loss(modality)
             else:
-                sums.append(torch.zeros((), device=self.device))
-        return torch.stack(sums)
+                sums[modality] = torch.zeros((), device=self.device)
+        return sums
 
     def _losses_with_objectives(
         self, parts: Mapping[str, Mapping], absent: Sequence[str]
@@ -145,7 +161,7 @@ class TrainingStep:
         names = [*MODALITIES, *(objective.name for objective in objectives)]
         factors_L = self._weights(objectives) / self._counts.over_all_ranks().clamp(min=1)
         factors = dict(zip(names, factors_L, strict=True))
-        zero = torch.zeros((), device=self.device)
+        zero = torch.zeros((), dtype=torch.float32, device=self.device)
         losses, sums = dict.fromkeys(MODALITIES, zero), dict.fromkeys(names, zero)
         for modality in MODALITIES:
             own = [objective for objective in objectives if objective.modality == modality]
@@ -259,9 +275,10 @@ class TrainingStep:
         if self._step_log is None:  # a step outside of `fit`
             self._step_log = StepLog(window=1)
         self._step_log.add(parts, loss_sums_L, self._counts.here_L, self._counts.objectives)
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"] if self._trainer is not None else 0.0
+        rates = {"learning_rate": 0.0} if self._trainer is None else learning_rates(self.trainer.optimizers[0])
         self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
-        self.log("learning_rate", lr, batch_size=1)
+        for name, rate in rates.items():
+            self.log(name, rate, batch_size=1)
         values = self._step_log.values()
         for name, value in values.items():
             self.log(name, value, prog_bar=name.startswith(("loss", "examples")), batch_size=1)

@@ -46,6 +46,10 @@ def compile_blocks(llm: nn.Module, arguments: Mapping[str, Any]) -> None:
 def checkpoint_activations(llm: PreTrainedModel) -> None:
     """Compute the blocks' activations again in the backward pass (arXiv 1604.06174); ``llm`` with its embeddings."""
     llm.gradient_checkpointing_enable({"use_reentrant": False})
+    if (gate := getattr(llm, "speech_gate", None)) is not None:
+        for module in llm.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):  # transformers': what its blocks call
+                module._gradient_checkpointing_func = gate.checkpoint
     # transformers gives every embedding a gradient, which only reentrant checkpointing needs; a frozen language model
     # would keep its activations of text for it.
     llm.disable_input_require_grads()

@@ -125,6 +125,19 @@ def padding_mask(ids_BT: Tensor, pad_id: int) -> Tensor:
     return _from_first_to_last(ids_BT != pad_id)
 
 
+def speech_rows(batch: Mapping, locator_id: int) -> Tensor | bool:
+    """(B,) bool, which examples of a one-modality batch have recordings; False for a batch of text.
+
+    Args:
+        batch: see docs/architecture.md, "The batch".
+        locator_id: the id of the audio locator token.
+    """
+    if batch.get("audios") is None:
+        return False
+    ids_BT = batch["context_ids"]
+    return ((ids_BT == locator_id) & length_mask(batch["context_lens"], ids_BT.shape[1])).any(1)
+
+
 def length_mask(lens_B: Tensor, width: int) -> Tensor:
     """(B, width) bool, true in the first ``lens_B[b]`` columns of row b."""
     if isinstance(lens_B, FakeTensor):

@@ -47,7 +47,11 @@ def without_side_effects(trainer: Trainer, module: LightningModule) -> Iterator[
     before = Snapshot([trainer.strategy.model, module, *trainer.optimizers, trainer.precision_plugin])
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     random_states = random_state()
+    # Our models may keep the gradients of speech and text apart in some steps, which takes more memory.
+    conflicts = [part.gradient_conflict for part in module.modules() if getattr(part, "gradient_conflict", None)]
     try:
+        for conflict in conflicts:
+            conflict.always = True
         for parameter, _ in gradients:
             parameter.grad = None
         for part in module.modules():
@@ -64,6 +68,9 @@ def without_side_effects(trainer: Trainer, module: LightningModule) -> Iterator[
         ):
             yield
     finally:
+        for conflict in conflicts:
+            conflict.always = False
+            conflict.clear()
         before.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient

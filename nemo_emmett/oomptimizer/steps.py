@@ -72,6 +72,7 @@ class TrainingSteps:
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._restoring: AbstractContextManager = without_side_effects(trainer, module)
         self._device = trainer.strategy.root_device
+        self._conflict = getattr(module, "gradient_conflict", None)  # keeps gradients besides those of parameters
         self._floor: Reading | None = None
         self._optimizer_seconds = 0.0
 
@@ -172,12 +173,19 @@ class TrainingSteps:
 
     def _discard(self, step: _Step) -> None:
         step.release()
+        if self._conflict is not None:
+            self._conflict.clear()
         for parameter in self._parameters:
             parameter.grad = None
         garbage_collection_cuda()
 
     def _hold_gradients(self) -> None:
         """Every step but a training's first begins with the gradients of the one before."""
+        if self._conflict is not None:
+            if self._trainer.accumulate_grad_batches > 1:
+                self._conflict.hold(self._module)
+                return
+            self._conflict.clear()
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -186,7 +194,8 @@ class TrainingSteps:
         """What is alive before a step on this rank: weights, buffers, gradients, the optimizer's state."""
         state = tree_leaves([optimizer.state for optimizer in self._trainer.optimizers])
         gradients = (parameter.grad for parameter in self._parameters)
-        for tensor in chain(self._module.parameters(), self._module.buffers(), gradients, state):
+        kept = [] if self._conflict is None else self._conflict.kept_gradients()
+        for tensor in chain(self._module.parameters(), self._module.buffers(), gradients, kept, state):
             if isinstance(tensor, Tensor):
                 yield local_part(tensor)
 
@@ -246,6 +255,8 @@ class _Step:
         self.forward()
         loss = self._loss.detach()
         self.backward()
+        if (conflict := getattr(self._module, "gradient_conflict", None)) is not None:
+            conflict.clear()  # gradients are combined before the optimizer steps
         for parameter in self._module.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
