@@ -77,9 +77,7 @@ def test_an_evaluation_keeps_both_steps(model, says) -> None:
 
 def test_distillation_from_transcripts_is_refused(tmp_path, tiny_asr) -> None:
     options = {"prompt_format": "emmett_qwen_two_step", "objectives": {"distillation": {}}}
-    with pytest.raises(
-        ConfigError, match=r"^model.objectives.distillation: its teacher .*; use emmett_qwen,"
-    ):
+    with pytest.raises(ConfigError, match=r"^model.objectives.distillation: its teacher .*; use emmett_qwen,"):
         built(SALMGPT, "qwen2", tmp_path, tiny_asr, **options)
 
 
