@@ -39,6 +39,7 @@ EXAMPLES = {"audio": 4, "text": 4}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{name: ({name: {}}, {}) for name in OBJECTIVES},
+    "consistency, cross-attention": ({"consistency": {"distance": "cross_attention"}}, {}),
     "distillation, LoRA": ({"distillation": {}}, {"lora": LORA}),
     "distillation, frozen language model": ({"distillation": {}}, {"freeze": ["llm"]}),
 }

@@ -58,7 +58,8 @@ COMPLETED = {
     "evaluation.md 1": "is_evaluated",
     "data.md 2": "names_callbacks",
     "data.md 3": "names_forms_of_a_source",
-    "data.md 4": "weighs_its_sources",
+    "data.md 4": "transcribes_a_share",
+    "data.md 5": "weighs_its_sources",
     "low-resource-language.md 1": "has_test_sets",
     "low-resource-language.md 2": "weighs_its_sources",
     "migrate-from-salm.md 1": "resumes_a_dataset_of_ours",
@@ -277,6 +278,13 @@ class Completed:
         shares = [leaf.share for leaf in blend_of(group).leaves()]
         assert len(shares) == text.count("- {type: ")
         assert sum(shares) == pytest.approx(1)
+
+    def transcribes_a_share(self, text: str) -> None:
+        """A source whose share is documented."""
+        section = OmegaConf.create({**compose_data(self._written(self._with_files(text))), "batch_size": 1})
+        check_data_config(section, place="it")
+        (group,) = parse_dataset(section, "it").groups
+        assert [leaf.share for leaf in blend_of(group).leaves()] == pytest.approx([0.8, 0.2])
 
     def is_a_profile(self, text: str) -> None:
         """A profile whose settings and fingerprint are left out."""

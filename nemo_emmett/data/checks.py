@@ -35,6 +35,7 @@ from nemo_emmett.data.readers.registry import (
 from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
 from nemo_emmett.errors import ConfigError, DataError, Help
 from nemo_emmett.modules.batch import MODALITIES
+from nemo_emmett.prompts.answers import SUFFIX, is_two_step
 from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.prompts.language_tokens import LanguageTokenPrompt
 from nemo_emmett.prompts.languages import check_language
@@ -348,6 +349,11 @@ def check_transcripts(dataset: DatasetConfig, kind: ExampleKind) -> None:
         DataError: naming the first source without a transcript.
     """
     for group in dataset.groups:
+        if is_two_step(group.prompt_format) and kind is not ExampleKind.TRANSLATION:
+            raise ConfigError(
+                f"{group.place}.prompt_format: {group.prompt_format} needs nemo_emmett's SpeechTextDataset; use "
+                f"{group.prompt_format.removesuffix(SUFFIX)}."
+            )
         for source in group.sources:
             if source.is_transcription and kind is ExampleKind.AS_READ:
                 raise ConfigError(
@@ -359,8 +365,11 @@ def check_transcripts(dataset: DatasetConfig, kind: ExampleKind) -> None:
                     f"{group.place}.transcripts: true needs nemo_emmett's SpeechTextDataset, since no other "
                     "dataset has transcripts in its batches; leave the key out."
                 )
-            needs_some = source.is_transcription or (source.transcripts and not source.is_text)
-            if needs_some and (source.is_conversation or _can_be_probed(source, kind)):
+            # Other datasets need no transcripts to be translated.
+            in_steps = is_two_step(group.prompt_format) and dataset.place.endswith("train_ds")
+            needs_some = source.is_transcription or ((source.transcripts or in_steps) and not source.is_text)
+            is_conversation = source.is_conversation and source.transcripts
+            if needs_some and (is_conversation or _can_be_probed(source, kind)):
                 _check_has_transcript(source, group, kind)
 
 
@@ -382,6 +391,9 @@ def _check_has_transcript(source: Source, group: GroupConfig, kind: ExampleKind)
             return
         cause = f"none of the first {count} examples has a transcript"
     asking, remedy = "transcripts: true asks for them", "set transcripts: false for this source"
+    if not source.transcripts:
+        asking = f"prompt_format: {group.prompt_format} has answers begin with them"
+        remedy = f"use {(group.prompt_format or '').removesuffix(SUFFIX)}"
     if source.is_transcription:
         asking, remedy = "they are to be transcribed", "set transcription: null for this source"
     raise DataError(

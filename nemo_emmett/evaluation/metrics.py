@@ -6,6 +6,7 @@ recommends for the target language.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -49,6 +50,29 @@ def check_metrics(names: Sequence[str], where: str = "metrics") -> tuple[str, ..
 def is_sacrebleus(name: str) -> bool:
     """Whether sacrebleu computes a metric."""
     return name != "COMET"
+
+
+def error_rate(hypotheses: Sequence[str], references: Sequence[str], language: str | None) -> tuple[str, float]:
+    """The word error rate of transcripts: edits over all words of the references, in percent. Upper and lower case and
+    punctuation count, as in NeMo, whose function it is.
+
+    Args:
+        hypotheses: N transcripts.
+        references: what was said.
+        language: of both; Chinese and Japanese, which are written without spaces, are compared by characters.
+
+    Returns:
+        ``WER`` or ``CER``, and the rate.
+
+    Example:
+        >>> error_rate(["a red house"], ["a blue house"], "en")
+        ('WER', 33.33333333333333)
+    """
+    from nemo.collections.asr.metrics.wer import word_error_rate  # slow to import, and rarely needed
+
+    by_characters = re.split("[-_]", language or "")[0] in ("zh", "zho", "cmn", "yue", "ja", "jpn")
+    rate = word_error_rate(list(hypotheses), list(references), use_cer=by_characters)
+    return "CER" if by_characters else "WER", 100 * rate
 
 
 def signatures(names: Iterable[str], target_langs: Iterable[str]) -> dict[str, str]:

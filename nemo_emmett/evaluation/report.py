@@ -19,7 +19,7 @@ from nemo_emmett.evaluation.examples import Example, choose_examples, example
 from nemo_emmett.evaluation.recordings import Recordings
 from nemo_emmett.evaluation.results import SIGNIFICANCE_LEVEL, Evaluation, Score
 from nemo_emmett.evaluation.scoring import columns
-from nemo_emmett.evaluation.table import MODALITY_NAMES, result_table, skipped_lines, throughput_lines
+from nemo_emmett.evaluation.table import MODALITY_NAMES, result_table, skipped_lines, throughput_lines, transcript_lines
 from nemo_emmett.files import write_text
 
 TEMPLATE = "report.html.j2"
@@ -77,7 +77,7 @@ def write_report(
         modality_names=MODALITY_NAMES,
         has_intervals=any(score.interval is not None for score in evaluation.scores),
         significance_level=SIGNIFICANCE_LEVEL,
-        throughput=throughput_lines(evaluation),
+        throughput=[*transcript_lines(evaluation), *throughput_lines(evaluation)],
         skipped=skipped_lines(evaluation),
         test_sets=_test_sets(evaluation),
         # Markup: our own SVG, in which all texts are escaped already

@@ -24,6 +24,9 @@ FILE_NAME = "evaluation.json"
 SIGNIFICANCE_LEVEL = 0.05
 """Differences with a lower p-value are marked as significant."""
 
+MALFORMED = "malformed"
+"""In a score's ``transcripts``: answers without a separator."""
+
 Key = tuple[str, str, str, str]
 """Identifies a score: test set, modality, source language, target language."""
 
@@ -52,6 +55,8 @@ class Translation(_Keyed):
     audio_path: str | None = None
     audio_start: float | None = None  # seconds into the file at audio_path
     duration: float | None = None  # seconds of speech
+    transcript: str | None = None  # of an answer in two steps
+    is_malformed: bool = False  # an answer in two steps without a separator: the hypothesis is all of it
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class Score(_Keyed):
     sentences: int
     metrics: dict[str, float]  # by the metric's name, in the order asked for; BLEU is always among them
     interval: float | None = None  # BLEU plus or minus this: 95 % of its bootstrap resamples; None: not estimated
+    transcripts: dict[str, float] = field(default_factory=dict)  # of answers in two steps: WER or CER, and MALFORMED
 
     @property
     def bleu(self) -> float:

@@ -15,8 +15,8 @@ from statistics import fmean
 
 from nemo_emmett.errors import DataError
 from nemo_emmett.evaluation.comet import CometConfig, comet_scores
-from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, is_sacrebleus
-from nemo_emmett.evaluation.results import Key, Score, Translation, one_line
+from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, error_rate, is_sacrebleus
+from nemo_emmett.evaluation.results import MALFORMED, Key, Score, Translation, one_line
 from nemo_emmett.evaluation.significance import interval
 from nemo_emmett.modules.metrics import sacrebleu_metric
 
@@ -130,4 +130,19 @@ def _score_group(key: Key, translations: Sequence[Translation], metrics: Sequenc
         sentences=len(translations),
         metrics={name: found[name] for name in metrics},
         interval=interval(sacrebleu_metric("BLEU", target_lang), hypotheses, references),
+        transcripts=_transcripts(translations),
     )
+
+
+def _transcripts(translations: Sequence[Translation]) -> dict[str, float]:
+    """The error rate of the transcripts of answers in two steps, in percent; an answer without one counts as empty."""
+    in_steps = [one for one in translations if one.transcript is not None or one.is_malformed]
+    if not in_steps:
+        return {}
+    known = [one for one in in_steps if one.source_text]
+    found: dict[str, float] = {}
+    if known:
+        hypotheses, references = zip(*((one.transcript or "", one.source_text) for one in known), strict=True)
+        name, found_rate = error_rate(hypotheses, references, known[0].source_lang)
+        found[name] = found_rate
+    return found | {MALFORMED: sum(one.is_malformed for one in in_steps)}

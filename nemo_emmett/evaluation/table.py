@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from nemo_emmett.evaluation.results import SIGNIFICANCE_LEVEL, Comparison, Evaluation, Key, Score
+from nemo_emmett.evaluation.results import MALFORMED, SIGNIFICANCE_LEVEL, Comparison, Evaluation, Key, Score
 from nemo_emmett.evaluation.scoring import Average, Column, average, columns
 from nemo_emmett.evaluation.significance import comparable_scores
 from nemo_emmett.run_log import plain_console
@@ -191,7 +191,7 @@ def print_table(evaluation: Evaluation, console: Console | None = None, baseline
         console.print(f"{SIGNIFICANT}: p < {SIGNIFICANCE_LEVEL} by paired bootstrap", highlight=False)
     for metric, signature in evaluation.signatures.items():
         console.print(f"{metric}: {signature}", highlight=False, style="dim", soft_wrap=True)
-    for line in throughput_lines(evaluation):
+    for line in [*transcript_lines(evaluation), *throughput_lines(evaluation)]:
         console.print(line, highlight=False, soft_wrap=True)
     for line in skipped_lines(evaluation):
         console.print(line, highlight=False, style="bold red", soft_wrap=True)
@@ -227,6 +227,20 @@ def throughput_lines(evaluation: Evaluation) -> list[str]:
         if speed.real_time_factor is not None:
             line += f", real-time factor {speed.real_time_factor:.3f}"
         lines.append(line)
+    return lines
+
+
+def transcript_lines(evaluation: Evaluation) -> list[str]:
+    """One line for each direction whose answers have two steps: the error rate of the transcripts, and how many
+    answers have none."""
+    lines = []
+    for score in evaluation.scores:
+        if not score.transcripts:
+            continue
+        rates = [f"{name} {rate:.1f}" for name, rate in score.transcripts.items() if name != MALFORMED]
+        malformed = f"{int(score.transcripts[MALFORMED]):,} of {score.sentences:,} answers without a transcript"
+        where = f"{score.test_set}, {direction_title(*score.direction)}"
+        lines.append(f"transcripts of {where}: {', '.join([*rates, malformed])}")
     return lines
 
 

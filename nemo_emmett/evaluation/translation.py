@@ -15,6 +15,7 @@ from tqdm import tqdm
 from nemo_emmett.errors import ModelError
 from nemo_emmett.evaluation.results import Throughput, Translation
 from nemo_emmett.modules.batch import split_modalities
+from nemo_emmett.prompts.answers import Answer
 from nemo_emmett.prompts.encoding import encode_texts
 from nemo_emmett.prompts.markup import Prompt
 
@@ -46,7 +47,7 @@ def translate(
 
     Args:
         model: one of ``nemo_emmett.models``, or any object that has ``device``, ``pad_id``, ``tokenizer``,
-            ``translate_batch`` and, for speech, ``sampling_rate``.
+            ``translate_batch`` (or ``answer_batch``, which is preferred) and, for speech, ``sampling_rate``.
         test_sets: name -> loader of batches ``{"audio": {...}, "text": {...}}`` (docs/architecture.md).
         num_beams: 1 is greedy search.
         max_new_tokens: longest translation; None leaves it to the model.
@@ -62,10 +63,10 @@ def translate(
             translations = []
             # A batch of which no record could be read is empty; the loader counts and reports such records.
             for modality, part in split_modalities(batch, model.pad_id).items() if batch else ():
-                hypotheses, speed = _timed_translations(model, part, num_beams, max_new_tokens)
+                answers, speed = _timed_translations(model, part, num_beams, max_new_tokens)
                 before = throughput.get(modality)
                 throughput[modality] = speed if before is None else before.combined_with(speed)
-                translations += _records(test_set, modality, part, hypotheses, model)
+                translations += _records(test_set, modality, part, answers, model)
             translated[test_set].append(translations)
     return Translated(translated, throughput)
 
@@ -89,28 +90,32 @@ def merge_ranks(parts: Sequence[Translated]) -> Translated:
 
 def _timed_translations(
     model: Any, batch: Batch, num_beams: int, max_new_tokens: int | None
-) -> tuple[list[str], Throughput]:
+) -> tuple[list[Answer], Throughput]:
     started = time.perf_counter()
     with torch.inference_mode():
-        hypotheses = model.translate_batch(
-            move_data_to_device(dict(batch), model.device), num_beams=num_beams, max_new_tokens=max_new_tokens
-        )
+        moved, how = move_data_to_device(dict(batch), model.device), {"num_beams": num_beams}
+        how["max_new_tokens"] = max_new_tokens
+        if hasattr(model, "answer_batch"):
+            answers = model.answer_batch(moved, **how)
+        else:
+            answers = [Answer(translation) for translation in model.translate_batch(moved, **how)]
     seconds = time.perf_counter() - started
-    if len(hypotheses) != len(batch["examples"]):
+    if len(answers) != len(batch["examples"]):
         raise ModelError(
-            f"{type(model).__name__}.translate_batch returned {len(hypotheses)} translations for a batch of "
+            f"{type(model).__name__}.translate_batch returned {len(answers)} translations for a batch of "
             f"{len(batch['examples'])} examples: it must return one for each."
         )
     recordings = _recording_seconds(batch, model)
-    return hypotheses, Throughput(
+    translations = [Prompt([answer.translation]) for answer in answers]
+    return answers, Throughput(
         seconds,
-        len(hypotheses),
-        tokens=sum(map(len, encode_texts(model.tokenizer, [Prompt([hypothesis]) for hypothesis in hypotheses]))),
+        len(answers),
+        tokens=sum(map(len, encode_texts(model.tokenizer, translations))),
         audio_seconds=sum(recordings) if recordings else None,
     )
 
 
-def _records(test_set: str, modality: str, batch: Batch, hypotheses: list[str], model: Any) -> list[Translation]:
+def _records(test_set: str, modality: str, batch: Batch, answers: list[Answer], model: Any) -> list[Translation]:
     examples = batch["examples"]
     seconds: list[float | None] = list(_recording_seconds(batch, model))
     if len(seconds) != len(examples):  # text, or examples that need not hold exactly one recording each
@@ -124,12 +129,14 @@ def _records(test_set: str, modality: str, batch: Batch, hypotheses: list[str], 
             target_lang=example["target_lang"],
             source_text=example["source_text"],
             reference=example["target_text"],
-            hypothesis=hypothesis,
+            hypothesis=answer.translation,
             audio_path=None if example["audio_path"] is None else str(example["audio_path"]),
             audio_start=example["audio_start"],
             duration=duration,
+            transcript=answer.transcript,
+            is_malformed=answer.is_malformed,
         )
-        for example, hypothesis, duration in zip(examples, hypotheses, seconds, strict=True)
+        for example, answer, duration in zip(examples, answers, seconds, strict=True)
     ]
 
 

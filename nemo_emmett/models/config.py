@@ -18,6 +18,8 @@ from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.modules.linear_cross_entropy import KERNEL_PACKAGES, check_implementation
 from nemo_emmett.objectives.objective import Objective, TokenObjective
 from nemo_emmett.objectives.registry import parse_objectives
+from nemo_emmett.objectives.teaching import Distillation
+from nemo_emmett.prompts.answers import SUFFIX, is_two_step
 from nemo_emmett.prompts.markup import AUDIO_LOCATOR
 from nemo_emmett.typed_config import NonEmpty, NonNegative, Positive, PositiveWhole, Share, Switch, Text, parse_section
 
@@ -145,6 +147,12 @@ class ModelConfig:
                 raise ConfigError(
                     f"{objective.place}: needs speech, but this model reads text only; give it model.perception, or "
                     "leave the objective out."
+                )
+            if isinstance(objective, Distillation) and is_two_step(self.prompt_format):
+                raise ConfigError(
+                    f"{objective.place}: its teacher reads the transcript, with which the answers of "
+                    f"{self.prompt_format} begin; use {self.prompt_format.removesuffix(SUFFIX)}, or leave the "
+                    "objective out."
                 )
             if isinstance(objective, TokenObjective) and self.loss_implementation in KERNEL_PACKAGES:
                 raise ConfigError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
@@ -32,6 +33,7 @@ from nemo_emmett.models.inputs import (
 )
 from nemo_emmett.modules.batch import pack_left, padding_mask
 from nemo_emmett.modules.evaluation_mode import evaluation_mode
+from nemo_emmett.prompts.answers import Answer
 from nemo_emmett.prompts.families import forbidden_text, prompt_formatter, stop_ids
 from nemo_emmett.prompts.instruction import translation_turns
 from nemo_emmett.prompts.languages import check_language
@@ -131,11 +133,27 @@ class Generation:
     @torch.no_grad()
     def translate_batch(self, batch: Mapping, num_beams: int = 1, max_new_tokens: int | None = None) -> list[str]:
         """Translations of the contexts of a one-modality batch, B strings."""
+        return [answer.translation for answer in self.answer_batch(batch, num_beams, max_new_tokens)]
+
+    @torch.no_grad()
+    def answer_batch(self, batch: Mapping, num_beams: int = 1, max_new_tokens: int | None = None) -> list[Answer]:
+        """Answers to the contexts of a one-modality batch, B: translations and, of speech with a two-step prompt
+        format, transcripts."""
         answer_ids = self._generate_answers(batch, {"num_beams": num_beams, "max_new_tokens": max_new_tokens})
         stops = set(stop_ids(self._prompt_formatter(), self.tokenizer))
         # The padding after an answer may be an ordinary token, where a tokenizer has no padding token.
         answers = [list(takewhile(lambda token: token not in stops, answer)) for answer in answer_ids.tolist()]
-        return [text.strip() for text in self.tokenizer.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        formatter, tokenizer = self._prompt_formatter(), self.tokenizer.tokenizer
+        if not getattr(formatter, "is_two_step", False):
+            return [Answer(text.strip()) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        has_steps = [batch.get("audios") is not None] * len(answers)
+        for row, example in enumerate(batch.get("examples") or ()):  # what is transcribed has one step
+            has_steps[row] &= example.get("source_lang") != example.get("target_lang")
+        return [
+            formatter.parse_answer(answer, decode) if in_steps else Answer(decode(answer).strip())
+            for answer, in_steps in zip(answers, has_steps, strict=True)
+        ]
 
     @torch.no_grad()
     def translate(
@@ -162,7 +180,7 @@ class Generation:
             batch_size: most inputs of a batch; default: as many as ``batch_tokens`` allows.
 
         Returns:
-            One translation per input, in their order.
+            One translation per input, in their order; of answers in two steps, the translations alone.
 
         Raises:
             ConfigError: for a language that is unknown, or that the model has no token for.
@@ -187,16 +205,21 @@ class Generation:
         contexts = self._contexts_of(
             [translation_turns(formatter, message, target_lang, source_lang) for message in messages]
         )
-        translations: dict[int, str] = {}
+        answers: dict[int, Answer] = {}
         for chosen in self._batches(contexts, recordings, batch_tokens, batch_size):
             context_ids, context_lens = self._collate_contexts([contexts[i] for i in chosen])
-            examples = [{"target_lang": target_lang}] * len(chosen)
+            examples = [{"source_lang": source_lang, "target_lang": target_lang}] * len(chosen)
             batch = {"context_ids": context_ids, "context_lens": context_lens, "examples": examples}
             if chosen[0] in recordings:
                 audios, audio_lens = load_recordings([recordings[i] for i in chosen], self.sampling_rate)
                 batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
-            translations |= zip(chosen, self.translate_batch(batch, num_beams, max_new_tokens), strict=True)
-        return [translations[i] for i in range(len(inputs))]
+            answers |= zip(chosen, self.answer_batch(batch, num_beams, max_new_tokens), strict=True)
+        if malformed := sum(answer.is_malformed for answer in answers.values()):
+            logging.warning(
+                f"{malformed} of {len(recordings)} answers to recordings are not a transcript and a translation: they "
+                "are returned whole."
+            )
+        return [answers[i].translation for i in range(len(inputs))]
 
     def _warn_of_untrained(self, target_lang: str) -> None:
         if target_lang in self.warned_targets:

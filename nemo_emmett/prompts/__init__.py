@@ -6,6 +6,7 @@
 - :mod:`nemo_emmett.prompts.control_tokens`: control tokens, which are text in what users write.
 - :mod:`nemo_emmett.prompts.encoding`: texts to ids.
 - :mod:`nemo_emmett.prompts.request`: the fields of an example that formats need.
+- :mod:`nemo_emmett.prompts.answers`: the translation alone, or after the transcript.
 - :mod:`nemo_emmett.prompts.instruction`: the instruction to translate, and the turns of a dialog with it.
 - :mod:`nemo_emmett.prompts.seq2seq`: the base of the formats of encoder-decoders.
 - :mod:`nemo_emmett.prompts.t5`: ``emmett_t5``, ``<de> text`` for T5-like encoder-decoders, and ``emmett_ul2``.

@@ -25,6 +25,7 @@ from nemo.collections.common.prompts.nemotron_nano_v3 import NANO_EOT, NemotronN
 from nemo.collections.common.prompts.qwen import QWEN_EOT, Qwen3PromptFormatter
 
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.prompts.answers import SUFFIX, DirectAnswer, TwoStepChat
 from nemo_emmett.prompts.encoding import encode_texts
 from nemo_emmett.prompts.instruction import translation_instruction
 from nemo_emmett.prompts.markup import Markup, Prompt, UserTextPrompt, joined
@@ -35,7 +36,7 @@ CHAT_FORMATS = ("gemma", "llama2", "llama3", "mistral", "nemotron-h", "phi2_chat
 before they answer are written out below."""
 
 
-class TranslationChat(UserTextPrompt):
+class TranslationChat(DirectAnswer, UserTextPrompt):
     """Mixin that adds turns of our examples to a NeMo chat format, with the same instruction for text and speech."""
 
     def turns_of(self, request: Request) -> list[dict]:
@@ -61,7 +62,7 @@ class TranslationChat(UserTextPrompt):
                     "place; take it out of the source's tags, or put it in their `context`."
                 )
         if request.answer is not None:
-            turns.append({"role": self.OUTPUT_ROLE, "slots": {"message": Prompt([request.answer])}})
+            turns.append({"role": self.OUTPUT_ROLE, "slots": {"message": self.answer_of(request)}})
         return turns
 
     def encode_turn(self, prompt_template: str, expected_slots: dict, slot_values: dict) -> list[int]:
@@ -199,3 +200,7 @@ for _name in CHAT_FORMATS:
     _ends_in_message = _format.get_template(_format.OUTPUT_ROLE).endswith("|message|")
     _own = {"NAME": f"emmett_{_name}", "INSERT_EOS": _format.INSERT_EOS or _ends_in_message}
     type(f"Emmett{_format.__name__}", (TranslationChat, _format), _own)  # NeMo registers it by its NAME
+
+for _name in (*CHAT_FORMATS, "nemotron-nano-v3", "qwen3"):
+    _format = PromptFormatter.resolve(f"emmett_{_name}")
+    type(f"{_format.__name__}TwoStep", (TwoStepChat, _format), {"NAME": f"{_format.NAME}{SUFFIX}"})

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _MARKER = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _LANGUAGE_TAG = re.compile(r"<2?([\w-]+)>")
 
-_NOT_IN_TEMPLATES = ("<think>", "</think>", "[S2S]")
-"""Tokens that formats write but no template contains: reasoning, UL2's mode."""
+_NOT_IN_TEMPLATES = ("<think>", "</think>", "[S2S]", "<extra_id_0>")
+"""Tokens that formats write but no template contains: reasoning, UL2's mode, the separator of two steps."""
 
 _HTML = ("<br>", "<hr>", "<li>", "<th>", "<tr>", "<tt>")
 """Language codes that are HTML as well, which Gemma has as tokens of its text."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.answers import SENTINEL, TwoStepT5
 from nemo_emmett.prompts.chat import TranslationChat
 from nemo_emmett.prompts.control_tokens import any_of, control_tokens_of, templates_of
 from nemo_emmett.prompts.encoding import token_id
@@ -86,6 +87,8 @@ def check_prompt_format(name: str, tokenizer: Any, config: PreTrainedConfig) -> 
     problem = None
     if isinstance(prompt, Seq2SeqPrompt) and not config.is_encoder_decoder:
         problem = "it is a format of encoder-decoders"
+    elif isinstance(prompt, TwoStepT5) and token_id(tokenizer, SENTINEL) is None:
+        problem = f"its tokenizer has no token '{SENTINEL}', which separates transcript and translation"
     elif isinstance(prompt, LanguageTokenPrompt) and not any(map(prompt.has_language, known_languages())):
         problem = "its tokenizer has none of the tokens of languages"
     elif isinstance(prompt, TranslationChat):

@@ -29,6 +29,7 @@ class Request(NamedTuple):
     target_lang: str | None
     answer: str | None  # None where it is not known
     custom: Mapping  # the example's other fields
+    transcript: str | None = None  # of speech that is translated, where it is known
 
 
 def request_of(example: Cut | SourceTargetTextExample | NeMoMultimodalConversation) -> Request:
@@ -57,10 +58,13 @@ def request_of(example: Cut | SourceTargetTextExample | NeMoMultimodalConversati
                 "dataset's config."
             )
         message, answer = Markup(locator), example.supervisions[0].text if example.supervisions else None
-    else:
-        custom = example.custom or {}
-        message = joined(message_of(turn) for turn in example.turns if turn.role != "assistant")
-        answer = next((turn.value for turn in reversed(example.turns) if turn.role == "assistant"), None)
+        source_lang, target_lang = custom.get("source_lang"), custom.get("target_lang")
+        spoken = custom.get("source_text") if source_lang != target_lang else None
+        transcript = spoken.strip() or None if isinstance(spoken, str) else None
+        return Request(example.id, message, source_lang, target_lang, answer, custom, transcript)
+    custom = example.custom or {}
+    message = joined(message_of(turn) for turn in example.turns if turn.role != "assistant")
+    answer = next((turn.value for turn in reversed(example.turns) if turn.role == "assistant"), None)
     return Request(example.id, message, custom.get("source_lang"), custom.get("target_lang"), answer, custom)
 
 

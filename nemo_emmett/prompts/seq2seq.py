@@ -19,6 +19,7 @@ from nemo.collections.common.data.lhotse.text_adapters import NeMoMultimodalConv
 from nemo.collections.common.data.prompt_fn import registered_prompt_format_fn
 
 from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.prompts.answers import DirectAnswer
 from nemo_emmett.prompts.encoding import encode_texts
 from nemo_emmett.prompts.markup import Prompt, UserTextPrompt
 from nemo_emmett.prompts.request import Request, request_of, target_language
@@ -32,7 +33,7 @@ class Segment(NamedTuple):
     after: tuple[int, ...]
 
 
-class Seq2SeqPrompt(UserTextPrompt):
+class Seq2SeqPrompt(DirectAnswer, UserTextPrompt):
     """Mixin that makes a NeMo ``PromptFormatter`` one of an encoder-decoder.
 
     Its ``encode_dialog`` takes NeMo's turns, the user's with the slots ``message``, ``target_lang`` and, where known,
@@ -99,7 +100,7 @@ class Seq2SeqPrompt(UserTextPrompt):
             try:
                 of_request = [self.context_segment(Prompt([request.message]), target_lang, request.source_lang)]
                 if request.answer is not None:
-                    of_request.append(self.answer_segment(Prompt([request.answer]), target_lang))
+                    of_request.append(self.answer_segment(self.answer_of(request), target_lang))
             except ConfigError as error:
                 raise DataError(f"example {request.example_id}: {error}") from error
             segments.append(of_request)

@@ -6,6 +6,8 @@ several. NeMo's own ``t5nmt`` has no place for an audio locator.
 
 UL2 was pretrained with a token in front for its task, ``[S2S]`` for the continuation of a text by another
 (arXiv 2205.05131, section 3.1.2).
+
+Both have two-step variants, whose answers are ``transcript <extra_id_0> translation</s>``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import ClassVar
 from nemo.collections.common.prompts.formatter import EOS_SLOT, Modality, PromptFormatter
 
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.answers import SUFFIX, TwoStepT5
 from nemo_emmett.prompts.language_codes import normalized
 from nemo_emmett.prompts.markup import Markup, Prompt
 from nemo_emmett.prompts.seq2seq import Segment, Seq2SeqPrompt
@@ -59,3 +62,15 @@ class EmmettUL2PromptFormatter(EmmettT5PromptFormatter):
         """``[S2S] <de> message</s>``."""
         before, text, after = super().context_segment(message, target_lang, source_lang)
         return Segment(before, Prompt([Markup(_MODE), " ", text]), after)
+
+
+class EmmettT5TwoStepPromptFormatter(TwoStepT5, EmmettT5PromptFormatter):
+    """``emmett_t5`` with two-step answers."""
+
+    NAME = f"{EmmettT5PromptFormatter.NAME}{SUFFIX}"
+
+
+class EmmettUL2TwoStepPromptFormatter(TwoStepT5, EmmettUL2PromptFormatter):
+    """``emmett_ul2`` with two-step answers."""
+
+    NAME = f"{EmmettUL2PromptFormatter.NAME}{SUFFIX}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import sacrebleu
@@ -104,3 +105,21 @@ def test_nothing_to_score_is_an_error():
 def test_unequal_lists_are_refused():
     with pytest.raises(DataError, match="2 translations cannot be scored against 1 references"):
         corpus_bleu(["a", "b"], ["a"])
+
+
+def test_transcripts_of_answers_in_two_steps_have_an_error_rate():
+    """Edits counted by hand: a substitution, an insertion and four deletions of ten words."""
+    said = [("a red house", "a blue house"), ("two cars now", "two cars"), (None, "one old green door"), ("x", "x")]
+    in_steps = [
+        replace(translation(), source_text=reference, transcript=transcript, is_malformed=transcript is None)
+        for transcript, reference in said
+    ]
+    (found,) = score([*in_steps, replace(translation(), source_text=None, transcript="any")])
+    assert found.transcripts == {"WER": pytest.approx(60.0), "malformed": 1}
+    assert found.bleu == score([translation()] * 5)[0].bleu
+    (plain,) = score([translation()])
+    assert plain.transcripts == {}
+    (chinese,) = score([replace(translation(source="zh"), source_text="红色的猫", transcript="红色的狗")])
+    assert chinese.transcripts == {"CER": pytest.approx(25.0), "malformed": 0}
+    (unknown,) = score([replace(translation(), source_text=None, transcript="a")])
+    assert unknown.transcripts == {"malformed": 0}

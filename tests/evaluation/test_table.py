@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from nemo_emmett.errors import DataError
-from nemo_emmett.evaluation.results import Comparison, Score
+from nemo_emmett.evaluation.results import Comparison, Score, from_json, to_json
 from nemo_emmett.evaluation.table import print_table, result_table
 
 from .samples import LANGUAGES, build_evaluation, build_translations
@@ -126,3 +126,18 @@ def test_differences_that_chance_does_not_explain_are_marked(recordings, evaluat
     assert cells["de → es"][4:6] == ["97.0", "+3.0"]
     assert cells["de → fr"][4:6] == ["100.0", "+0.0"]
     assert "*: p < 0.05 by paired bootstrap" in lines
+
+
+def test_transcripts_are_below_the_table(recordings, evaluation, tmp_path):
+    assert not [line for line in printed(evaluation) if line.startswith("transcripts of")]
+    speech = [
+        replace(one, transcript=one.source_text, is_malformed=False) for one in build_translations(recordings, "audio")
+    ]
+    speech[0] = replace(speech[0], transcript=None, is_malformed=True)
+    found = build_evaluation(speech)
+    to_json(found, tmp_path / "evaluation.json")
+    assert from_json(tmp_path / "evaluation.json") == found
+    lines = [line for line in printed(found) if line.startswith("transcripts of")]
+    assert len(lines) == 12
+    assert "transcripts of test_audio, de → en: WER 33.3, 1 of 3 answers without a transcript" in lines
+    assert "transcripts of test_audio, en → de: WER 0.0, 0 of 3 answers without a transcript" in lines

@@ -138,6 +138,7 @@ def _probes(source: Source, kind: ExampleKind) -> Iterator[Any]:
         supervision = SupervisionSegment("probe", "probe", 0.0, 1.0, text=PROBE, language=target_lang)
         recording = Recording("probe", [], 16000, 16000, 1.0, channel_ids=[0])
         tag = {} if source.audio_locator_tag is None else {"audio_locator_tag": source.audio_locator_tag}
-        cut = MonoCut("probe", 0.0, 1.0, 0, [supervision], recording=recording, custom={**custom, **tag})
+        spoken = {"source_text": PROBE}  # which two-step answers begin with
+        cut = MonoCut("probe", 0.0, 1.0, 0, [supervision], recording=recording, custom={**custom, **tag, **spoken})
         for example in (pair, cut):
             yield as_conversation(example, defaults) if kind is ExampleKind.CONVERSATION else example
