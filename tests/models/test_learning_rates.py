@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
-from nemo_emmett.models.learning_rates import learning_rates, part_of
+from nemo_emmett.models.learning_rates import in_proportion, learning_rates, part_of
 
 from .backbones import model_config
 from .memorising import MODES, items
@@ -156,3 +156,17 @@ def test_the_parts_do_not_overlap():
     assert [part_of(name) for name in [*names, "cross_attention.norm.weight"]] == [
         "encoder", "adapter", "adapter", "llm", "adapter",
     ]  # fmt: skip
+
+
+def test_a_schedule_that_goes_on_from_the_last_rate_stays_in_proportion():
+    """PyTorch's multiply what they find in a group; by hand: halved in each step."""
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "part": part, "part_lr": lr, "base_lr": 0.5}
+        for part, lr in (("encoder", 0.3), ("llm", 0.5))
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    schedule = in_proportion(torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5))
+    for step in range(4):
+        assert schedule.get_last_lr() == [0.3 / 2**step, 0.5 / 2**step]
+        optimizer.step()
+        schedule.step()
