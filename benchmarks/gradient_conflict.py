@@ -48,13 +48,13 @@ class Turns(Callback):
         }
 
     def on_train_batch_start(self, trainer: Trainer, module: SALMGPT, batch: Any, batch_idx: int) -> None:
-        """Begin a step of the next kind."""
+        """Choose what this step does, and start its clock."""
         self.kind = KINDS[batch_idx % len(KINDS)]
         module.gradient_conflict = self.conflicts[self.kind]
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Keep its seconds."""
+        """Stop the clock."""
         self.seconds[self.kind].append(time.perf_counter() - self.began)
 
 

@@ -15,7 +15,7 @@ Rooms, from those that users call down to those that everything uses (docs/archi
 - ``data``: files to batches (``MultimodalDataModule``, ``get_multimodal_dataloader``).
 - ``oomptimizer``: batch sizes that fit the memory.
 - ``objectives``: what a model is trained on besides the cross-entropy of its answers.
-- ``modules``, ``prompts``: parts of models; translation prompts and languages.
+- ``modules``, ``prompts``, ``schedulers``: parts of models; translation prompts and languages; learning-rate schedules.
 - ``errors``, ``config``, ``typed_config``, ``early_checks``, ``files``, ``processes``, ``audio_file``, ``run_log``:
   what all rooms use.
 
@@ -29,12 +29,11 @@ from nemo_emmett import plugin
 
 __version__ = "0.2.0.dev0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submodules=[
-        *("callbacks", "corpora", "data", "evaluation", "models", "modules", "objectives", "oomptimizer", "prompts"),
-    ],
+_ROOMS = (
+    *("callbacks", "corpora", "data", "evaluation", "models", "modules", "objectives", "oomptimizer", "prompts"),
+    "schedulers",
 )
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=_ROOMS)
 __all__ += ["__version__", "plugin"]
 
 plugin.register()

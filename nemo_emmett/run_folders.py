@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.constants import NEMO_ENV_VARNAME_VERSION
@@ -60,7 +61,9 @@ def check_space(trainer: Trainer, model: LightningModule, export_dir: str | None
     """
     if not trainer.is_global_zero:
         return
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    unsaved = {id(t) for t in getattr(model, "teachers", torch.nn.Module()).parameters()}
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in unsaved]
+    weights = sum(t.numel() * t.element_size() for t in tensors)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     checkpoint = trainer.checkpoint_callback
     saves = checkpoint is not None and bool(checkpoint.save_top_k or checkpoint.save_last)

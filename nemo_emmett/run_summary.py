@@ -288,6 +288,8 @@ def _data_table(groups: Sequence[GroupFacts]) -> Table:
 
 def _directions(source: Source) -> list[tuple[str, str]]:
     """The language pairs that a source names; a language that only its records name is empty."""
+    if source.is_transcription:
+        return [(source.source_lang or "", source.source_lang or "")]
     if isinstance(source.paths, Mapping):
         return directions_of(source)
     targets = source.target_lang if isinstance(source.target_lang, list) else [source.target_lang or ""]
@@ -349,9 +351,12 @@ def _model_rows(model: LightningModule) -> Rows:
     if (encoder := getattr(getattr(model, "perception", None), "encoder", None)) is not None:
         name = cfg.get("pretrained_asr")
         yield "speech encoder", f"{type(encoder).__name__}{f', {_shown(name)}' if name else ''}"
-    parameters = list(model.parameters())
+    teachers = {id(p) for p in getattr(model, "teachers", torch.nn.Module()).parameters()}
+    parameters = [p for p in model.parameters() if id(p) not in teachers]
     total, trained = (sum(p.numel() for p in parameters if p.requires_grad or not only) for only in (False, True))
     yield "parameters", f"{_count(total)}, of which {_count(trained)} are trained ({trained / max(total, 1):.1%})"
+    if objectives := getattr(model, "objectives", ()):
+        yield "objectives", ", ".join(f"{objective.name} (weight {objective.weight:g})" for objective in objectives)
 
 
 def _device_rows(trainer: Trainer) -> Rows:

@@ -128,21 +128,21 @@ ACCEPTED = (
     Accepted(
         "model",
         "audio_locator_tag prompt_format perception max_new_tokens label_smoothing freeze modality_loss_weights "
-        "lr_scheduler lr_scheduler.warmup_steps",
+        "lr_scheduler lr_scheduler.warmup_steps objectives objectives.* objectives.*.end_step",
         "null",
         "the same as leaving the key out",
     ),
     Accepted(
         "model",
         "max_new_tokens encoder_chunk_size_seconds modality_loss_weights.* optimizer.lr optimizer.weight_decay "
-        "optimizer.eps lr_scheduler.*_steps",
+        "optimizer.eps lr_scheduler.*_steps objectives.*.*",
         "huge",
         "how much is too much depends on model and data",
     ),
     Accepted(
         "model",
         "label_smoothing modality_loss_weights.* optimizer.betas.0 optimizer.weight_decay optimizer.eps "
-        "lr_scheduler.warmup_steps lr_scheduler.min_lr",
+        "lr_scheduler.warmup_steps lr_scheduler.min_lr objectives.*.weight objectives.*.*_step*",
         "zero",
         "switches it off",
     ),
@@ -150,7 +150,7 @@ ACCEPTED = (
     Accepted(
         "model",
         "label_smoothing encoder_chunk_size_seconds modality_loss_weights.* optimizer.lr optimizer.betas.0 "
-        "optimizer.weight_decay optimizer.eps",
+        "optimizer.weight_decay optimizer.eps objectives.*.weight objectives.*.temperature",
         "fraction",
         "a number in range",
     ),

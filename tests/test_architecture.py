@@ -35,7 +35,7 @@ FLOORS = (
     ("models", "data", "oomptimizer"),
     ("callbacks.*",),
     ("objectives",),
-    ("modules", "prompts"),
+    ("modules", "prompts", "schedulers"),
     ("errors", "config", "typed_config", "early_checks", "files", "processes", "audio_file", "run_log"),
 )
 # What others see and start is one floor of equals, and so is what all of them rest on.

@@ -113,6 +113,12 @@ def loss() -> Iterator[str]:
         )
 
 
+def objectives() -> Iterator[str]:
+    for name, row in result("objectives")["cases"].items():
+        copy = row["copy_of_teacher_gib"] / row["peak_gib"]["none"]
+        yield f"| {name} | {row['ratio_of_seconds']:.2f} | {row['ratio_of_peaks']:.2f} | {copy:.2f} |"
+
+
 def placement() -> Iterator[str]:
     for row in result("placement")["settings"]:
         faster = f"{row['times_faster_forward']} | {row['times_faster_forward_backward']}"
@@ -154,6 +160,7 @@ SECTIONS = {
     "Training step": training_step,
     "Gradients of speech and text": gradient_conflict,
     "The loss alone": loss,
+    "Objectives": objectives,
     "Placing speech among tokens": placement,
     "The three models": models,
     "Published sizes": published_sizes,

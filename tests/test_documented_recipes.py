@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
-from lightning import Callback
+from lightning import Callback, Trainer
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import OmegaConf
 
@@ -21,6 +22,7 @@ from nemo_emmett.callbacks import RandomState, ResumableData, StopOnSignal
 from nemo_emmett.data.blending.weights import blend_of
 from nemo_emmett.data.checks import check_data_config
 from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.evaluation import evaluate
 from nemo_emmett.oomptimizer.profile import Profile
@@ -49,6 +51,7 @@ def fragments() -> dict[str, str]:
 FRAGMENTS = fragments()
 
 COMPLETED = {
+    "add-a-language.md 1": "adds_a_language",
     "README.md 1": "trains_with_oomptimizer",
     "corpora.md 1": "names_sources",
     "data.md 1": "trains",
@@ -56,19 +59,22 @@ COMPLETED = {
     "data.md 2": "names_callbacks",
     "data.md 3": "names_forms_of_a_source",
     "data.md 4": "weighs_its_sources",
-    "low-resource-language.md 1": "weighs_its_sources",
+    "low-resource-language.md 1": "has_test_sets",
+    "low-resource-language.md 2": "weighs_its_sources",
     "migrate-from-salm.md 1": "resumes_a_dataset_of_ours",
     "migrate-from-salm.md 2": "names_callbacks",
     "migrate-from-salm.md 3": "has_groups",
     "models.md 1": "is_a_model_section",
     "models.md 2": "is_a_model_section",
-    "models.md 3": "begins_with_weights",
+    "models.md 3": "is_a_model_section",
+    "models.md 4": "begins_with_weights",
     "oomptimizer.md 1": "trains_with_oomptimizer",
     "oomptimizer.md 2": "is_a_profile",  # a profile, no recipe
     "out-of-memory.md 1": "names_callbacks",
     "own-backbone.md 1": "fits_an_encoder",
     "resume.md 1": "is_a_part_of_a_recipe",
-    "training.md 1": "names_callbacks",
+    "training.md 1": "has_a_schedule",
+    "training.md 2": "names_callbacks",
 }
 """What is done with each piece: the method of :class:`Completed` below."""
 
@@ -148,6 +154,13 @@ class Completed:
         }
         assert not found.skipped
 
+    def has_test_sets(self, text: str) -> None:
+        """The test sets of an evaluation, which are not translated."""
+        text = self._with_files(text).replace("target_lang: fr", "target_lang: de")  # the language of the tiny data
+        test_ds = compose_data(self._written(text)).test_ds
+        OmegaConf.set_struct(test_ds, False)
+        check_data_config(test_ds, place="test_ds")
+
     def begins_with_weights(self, text: str) -> None:
         """A training that starts from the checkpoint of another one."""
         checkpoint = self.folder / "first.ckpt"
@@ -171,6 +184,65 @@ class Completed:
         for key, value in documented.items():
             if key != "optimizer":
                 assert OmegaConf.to_container(model.cfg)[key] == value
+
+    def has_a_schedule(self, text: str) -> None:
+        """A model's schedule, as its comments say, and with the keys that are commented out."""
+        for whole, last in ((text, 1.5e-4), (re.sub("^    # ", "    ", text, flags=re.MULTILINE), 1.0e-6)):
+            whole += "trainer: {max_steps: 20000}\n"
+            section = OmegaConf.to_container(compose_recipe(self._written(whole)), resolve=True)["model"]
+            optimizer = {"_target_": "torch.optim.SGD"} | section["optimizer"]
+            optimizer = hydra.utils.instantiate(optimizer, [torch.nn.Parameter(torch.zeros(1))])
+            schedule = hydra.utils.instantiate(section["lr_scheduler"], optimizer)
+            found = []
+            for schedule.last_epoch in (0, 1000, 6000, 18000, 20000):
+                found += schedule.get_lr()
+            assert found == pytest.approx([0, 3e-4, 1.5e-4, 1.5e-4, last])
+
+    def adds_a_language(self, text: str) -> None:
+        """Two steps from an exported model, with the shares and the learning rate that the page says."""
+        first = self.recipe | {"export_dir": str(self.folder / "first")}
+        first["trainer"] = first["trainer"] | {
+            "max_steps": 1,
+            "limit_train_batches": 1,
+            "limit_val_batches": 0,
+            "val_check_interval": 1,
+        }
+        first["exp_manager"] = {"explicit_log_dir": str(self.folder / "exp_first"), "create_checkpoint_callback": False}
+        trained = train(OmegaConf.create(first)).state_dict()
+        text = self._with_files(text).replace("exp/first/model", str(self.folder / "first"))
+        manifest = self.folder / "files" / "mboshi" / "train.jsonl"
+        manifest.write_text(manifest.read_text().replace('"lang": "en"', '"lang": "mdw"'))
+        text = text.replace("exp/${name}", str(self.folder / "second"))
+        model = {key: value for key, value in self.recipe["model"].items() if key != "optimizer"}
+        text = re.sub(r"^model:.*", f"model: {json.dumps(model)}", text, flags=re.DOTALL | re.MULTILINE)
+        overrides = {
+            "trainer.accelerator": "cpu",
+            "trainer.strategy": "auto",
+            "trainer.precision": "32-true",
+            "trainer.max_steps": 4,
+            "trainer.limit_train_batches": 4,
+            "trainer.callbacks": "[]",
+            "model.perception.spec_augment": "null",
+            "model.lr_scheduler.warmup_steps": 2,
+            "data.train_ds.num_workers": 0,
+            **{f"data.train_ds.{group}.num_buckets": 1 for group in ("audio", "text")},
+            **{f"data.train_ds.{group}.num_sub_buckets": 1 for group in ("audio", "text")},
+            **{f"+data.train_ds.{group}.bucket_batch_size": "[4]" for group in ("audio", "text")},
+        }
+        cfg = compose_recipe(self._written(text), [f"{key}={value}" for key, value in overrides.items()])
+        groups = {group.name: group for group in parse_dataset(plain(cfg.data.train_ds), "data.train_ds").groups}
+        assert [leaf.share for leaf in blend_of(groups["audio"]).leaves()] == pytest.approx([0.75, 0.25])
+        begun = build_training(cfg).model.state_dict()
+        assert all(torch.equal(value, begun[name]) for name, value in trained.items())
+        OmegaConf.set_struct(cfg, False)
+        lrs = []
+        model = _watched(lambda trainer: lrs.append(trainer.optimizers[0].param_groups[0]["lr"]), lambda: train(cfg))
+        assert lrs == pytest.approx([2.5e-5, 5e-5, 5e-5, 5e-5])
+        assert {f"val_bleu_{name}" for name in ("new", "old")} <= model.trainer.callback_metrics.keys()
+        directions = json.loads((self.folder / "second" / "model" / "config.json").read_text())["training"][
+            "directions"
+        ]
+        assert directions["audio"] == [["en", "de"], ["mdw", "de"]]
 
     def names_callbacks(self, text: str) -> None:
         """Callbacks that NeMo makes from the trainer's section."""
@@ -248,7 +320,7 @@ class Completed:
         base.trainer.limit_val_batches = 1
         cfg = OmegaConf.merge(base, documented)
         steps = []
-        trained = _counting(steps, lambda: train(cfg))
+        trained = _watched(lambda trainer: steps.append(trainer.global_step), lambda: train(cfg))
         assert trained is not None
         assert len(steps) == 2
 
@@ -332,18 +404,18 @@ def completed(tmp_path: Path, recipe: dict) -> Completed:
     return Completed(tmp_path, recipe)
 
 
-def _counting(steps: list[int], run: Callable[[], Any]) -> Any:
-    """Run a training, and note its steps."""
+def _watched(note: Callable[[Trainer], None], run: Callable[[], Any]) -> Any:
+    """Run a training, and note something of its trainer after each step."""
     from nemo_emmett.models import SALMT5
 
     original = SALMT5.on_train_batch_end
 
-    def note(self, outputs, batch, batch_idx) -> None:
-        steps.append(self.trainer.global_step)
+    def noted(self, outputs, batch, batch_idx) -> None:
+        note(self.trainer)
         original(self, outputs, batch, batch_idx)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SALMT5, "on_train_batch_end", note)
+        patch.setattr(SALMT5, "on_train_batch_end", noted)
         return run()
 
 

@@ -30,7 +30,7 @@ from nemo_emmett.exporting import BestCheckpoint, check_export, export_trained
 from nemo_emmett.models import SALMT5, load
 from nemo_emmett.models.card import model_card
 from nemo_emmett.models.checkpoint import read_weights
-from nemo_emmett.models.exported import trained_targets, untrained_warning
+from nemo_emmett.models.exported import only_source, trained_targets, untrained_warning
 from nemo_emmett.models.public_names import without_paths
 from nemo_emmett.run_folders import SaveRecipe, check_space
 from nemo_emmett.training import train
@@ -262,6 +262,14 @@ def test_an_export_says_how_it_was_trained(trained, tmp_path):
         assert of_checkpoint == {key: of_step[key] for key in of_step if key != "validation"}
     trained.export(**trained.as_written | {"export_dir": str(tmp_path / "of_trainer"), "export": "last"})
     assert json.loads((tmp_path / "of_trainer" / "config.json").read_text())["training"] == of_checkpoint
+
+
+def test_what_a_model_was_trained_on_is_known_by_any_code():
+    config = {"training": {"directions": {"audio": [["eng", "deu_Latn"]], "text": [["mdw", "fra"]]}}}
+    assert trained_targets(config) == {"de", "fr"}
+    assert untrained_warning(config, ["deu", "fre"]) is None
+    assert "translate to it, but to de, fr" in untrained_warning(config, ["ita"])
+    assert (only_source(config, "ger"), only_source(config, "fr")) == ("en", "mdw")
 
 
 def test_a_model_warns_once_of_a_language_that_it_never_saw(trained, caplog):

@@ -24,7 +24,10 @@ def modules_after(code: str) -> set[str]:
     "code",
     [
         "import nemo_emmett; assert nemo_emmett.__version__",
-        "import nemo_emmett.data, nemo_emmett.models, nemo_emmett.evaluation, nemo_emmett.oomptimizer",
+        """
+        import nemo_emmett.data, nemo_emmett.models, nemo_emmett.evaluation, nemo_emmett.oomptimizer
+        import nemo_emmett.prompts.languages, nemo_emmett.schedulers
+        """,
         "from nemo_emmett import cli, runner",
         """
         from importlib.metadata import entry_points

@@ -336,6 +336,7 @@ def model(tiny_t5, tiny_asr) -> dict:
         "label_smoothing": 0.1,
         "freeze": ["encoder"],
         "modality_loss_weights": {"audio": 1.0, "text": 0.5},
+        "objectives": {"distillation": {"weight": 0.5, "warmup_steps": 2, "temperature": 2.0, "end_step": 9}},
         "optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.1},
         "lr_scheduler": {
             "_target_": "nemo.core.optim.lr_scheduler.CosineAnnealing",
@@ -363,6 +364,10 @@ def model_mutations(model: dict) -> list[Mutation]:
         Mutation("prompt_format", "of another family", "emmett_llama3"),
         Mutation("freeze", "no part", ["decoder"]),
         Mutation("loss_implementation", "misspelt", "chunkd"),
+        Mutation("objectives.distillation.teacher", "no folder", "no_such_folder"),
+        Mutation("objectives.distillation.teacher", "no LoRA", "without_lora"),
+        Mutation("objectives.distillation.start_step", "after the end", 9),
+        Mutation("objectives.retension", "misspelt", {}),
         Mutation(
             "perception.modality_adapter._target_", "misspelt", "nemo_emmett.modules.modality_adapters.MLPConector"
         ),

@@ -238,9 +238,16 @@ def fit(config: dict, batches: list[dict], watch: Watch, checkpoint: Path | None
     return watch.losses
 
 
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_with_dropout(salm_t5_config, tmp_path):
-    scheduler = {"_target_": "nemo.core.optim.lr_scheduler.CosineAnnealing", "warmup_steps": 2, "max_steps": 10}
-    config = salm_t5_config | {"lr_scheduler": scheduler | {"min_lr": 1e-5}}
+SCHEDULES = {
+    "nemo.core.optim.lr_scheduler.CosineAnnealing": {},
+    "nemo_emmett.schedulers.InfiniteLR": {"cooldown_steps": 4, "constant_lr": 1e-4, "annealing_steps": 3},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_with_dropout(salm_t5_config, tmp_path, schedule):
+    common = {"_target_": schedule, "warmup_steps": 2, "max_steps": 10, "min_lr": 1e-5}
+    config = salm_t5_config | {"lr_scheduler": common | SCHEDULES[schedule]}
     probe = SALMT5(config)
     assert probe.llm.config.dropout_rate > 0
     pairs = list(zip(SENTENCES["en"], SENTENCES["de"], strict=True))

@@ -40,6 +40,8 @@ from nemo_emmett.evaluation.recipe import EvaluationConfig
 from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.modules.cross_attention import SpeechCrossAttention
 from nemo_emmett.modules.modality_adapters import MLPConnector, QFormer
+from nemo_emmett.objectives.objective import Objective
+from nemo_emmett.objectives.registry import OBJECTIVES
 from nemo_emmett.typed_config import Switch, Text, describe
 from tools.key_texts import DATALOADER, DATASETS, EXPERIMENT, RECIPE, SECTIONS, SOURCES
 
@@ -279,6 +281,11 @@ def recipe_page() -> str:
         "### `model.cross_attention`\n",
         "The layers of BESTOW-GPT.\n",
         table(of_signature(SpeechCrossAttention, ["hidden_size"])),
+        "### `model.objectives`\n",
+        "Terms of the loss besides the modalities' cross-entropies; each is a section under its name. "
+        "[Models](../models.md#objectives) explains them. All have these keys.\n",
+        table(of_dataclass(Objective)),
+        *_of_objectives(),
         "### `model.perception`\n",
         "NeMo's `AudioPerceptionModule`: the sections `preprocessor`, `encoder`, `spec_augment` and `modality_adapter` "
         "name a class under `_target_` and its arguments; without them the `.nemo` file of `model.pretrained_asr` "
@@ -354,6 +361,18 @@ def _of_classes(*classes: type, module: str) -> Iterator[str]:
         yield f"#### {cls.__name__}\n"
         yield f"`_target_: {module}.{cls.__name__}`. {summary}\n"
         yield table(rows) if rows else "No arguments.\n"
+
+
+def _of_objectives() -> Iterator[str]:
+    shared = [f.name for f in fields(Objective)]
+    for name, cls in OBJECTIVES.items():
+        texts: dict[str, str] = {}
+        for kind in reversed(cls.__mro__):
+            texts |= texts_of(kind) if is_dataclass(kind) else {}
+        rows = of_dataclass(cls, shared, texts=texts)
+        yield f"#### `model.objectives.{name}`\n"
+        yield f"{_plain((cls.__doc__ or '').strip().partition(chr(10) * 2)[0])}\n"
+        yield table(rows) if rows else "No other keys.\n"
 
 
 def table(keys: Iterable[Key], third: str = "default") -> str:

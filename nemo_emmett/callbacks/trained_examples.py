@@ -9,6 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_emmett.prompts.language_codes import normalized
+
 Direction = tuple[str, str | None, str | None]
 """Modality, source language and target language of an example; None where the data does not name it."""
 
@@ -63,4 +65,7 @@ def _world_size() -> int:
 
 def counts_of(state_dict: Mapping[str, Any]) -> Counter[Direction]:
     """The counts in the state of a callback."""
-    return Counter({tuple(direction): count for *direction, count in state_dict.get("counts", ())})
+    counts: Counter[Direction] = Counter()
+    for modality, source, target, count in state_dict.get("counts", ()):
+        counts[modality, normalized(source), normalized(target)] += count
+    return counts

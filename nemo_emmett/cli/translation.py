@@ -118,6 +118,7 @@ def translate(
     are translated; then the exit code is 1. Its line is empty, as is that of an empty line.
     """
     from nemo_emmett.models.exported import check_exported, untrained_warning
+    from nemo_emmett.prompts.language_codes import normalized
     from nemo_emmett.translation.requests import STDIN, Languages, read_requests
     from nemo_emmett.translation.results import check_output, format_of
 
@@ -135,7 +136,7 @@ def translate(
 
         loaded = load(model, **trust_argument(trust_remote_code)).to(_device(device))
         if target_lang is not None:
-            loaded.warned_targets = frozenset([target_lang])
+            loaded.warned_targets = frozenset([normalized(target_lang)])
         if STDIN in inputs and sys.stdin.isatty():
             click.echo("Enter a text on each line; end with Ctrl-D.", err=True)
         window = _window(options["batch_size"], is_live=STDIN in inputs)

@@ -100,7 +100,7 @@ def _parameters(corpus: Corpus) -> list[click.Parameter]:
         click.Argument(["source"], type=path),
         click.Argument(["out"], type=path),
         *(click.Option([f"--{name}"], type=path, help=_sentence(what)) for name, what in corpus.extra_sources.items()),
-        click.Option(["--languages"], type=Names(), help="ISO 639-1 codes.  [default: all that are there]"),
+        click.Option(["--languages"], type=Names(), help="Codes of languages.  [default: all that are there]"),
         click.Option(["--splits"], type=Names(), help="The publisher's names.  [default: all that are there]"),
         *(of_speech if corpus.name in SPEECH else ()),
         click.Option(

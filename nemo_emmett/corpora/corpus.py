@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nemo_emmett.prompts.language_codes import normalized
+
 
 def is_seconds(value: object) -> bool:
     """Whether a publisher's value is a finite number."""
@@ -63,9 +65,13 @@ class Part:
 class Selection:
     """The selected portion of a corpus."""
 
-    languages: tuple[str, ...] | None = None  # ISO 639-1; None: all
+    languages: tuple[str, ...] | None = None  # any codes; None: all
     splits: tuple[str, ...] | None = None  # the publisher's names; None: all
     extra_sources: Mapping[str, Path] = field(default_factory=dict)  # by name: {"flores": Path(...)}
+
+    def __post_init__(self) -> None:
+        if self.languages is not None:
+            object.__setattr__(self, "languages", tuple(dict.fromkeys(map(normalized, self.languages))))
 
 
 @dataclass(frozen=True)

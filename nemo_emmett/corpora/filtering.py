@@ -8,7 +8,6 @@ identification of its release 3.3.1 does not run with py3langid 0.4.0, and it de
 from __future__ import annotations
 
 import hashlib
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from nemo_emmett.corpora.extras import require
 from nemo_emmett.corpora.leaks import HeldOut
 from nemo_emmett.corpora.normalisation import count_words, display_width
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.language_codes import normalized
 from nemo_emmett.prompts.languages import language_name
 from nemo_emmett.typed_config import Number, PositiveWhole, Switch, parse_fields
 
@@ -178,5 +178,5 @@ _LABELS = {"nb": "no", "gn": "gug", "ki": "kik", "ff": "fuv"}
 
 
 def _label(language: str) -> str:
-    code = re.split("[-_]", language)[0]
+    code = normalized(language).split("-")[0]
     return _LABELS.get(code, code)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nemo_emmett.errors import DataError
-from nemo_emmett.prompts.languages import is_known_language
+from nemo_emmett.prompts.language_codes import language_code, language_of_suffix
 
 MANIFESTS = (".json", ".jsonl")
 
@@ -64,8 +64,12 @@ def find_sentence_files(source: str | Path) -> list[SentenceFile]:
         return _files_of_corpus(path)
     if not path.is_file():
         raise DataError(f"'{path}' does not exist; give a text file, a manifest, or the folder of a prepared corpus.")
-    if language is not None and not is_known_language(language):
-        raise DataError(f"'{source}': '{language}' is not a known language; write an ISO 639-1 code, as in de={path}.")
+    if language is not None:
+        if (code := language_code(language)) is None:
+            raise DataError(
+                f"'{source}': '{language}' is not a known language; write an ISO 639-1 code, as in de={path}."
+            )
+        language = code
     if language is None and not _is_manifest(path) and (language := _suffix_language(path)) is None:
         raise DataError(f"'{path}': its name does not end in a language, as in test.de; write it before: de={path}.")
     return [SentenceFile(path, language)]
@@ -104,8 +108,7 @@ def _is_manifest(path: Path) -> bool:
 
 
 def _suffix_language(path: Path) -> str | None:
-    suffix = _unpacked_name(path).suffix[1:]
-    return suffix if is_known_language(suffix) else None
+    return language_of_suffix(_unpacked_name(path).suffix[1:])
 
 
 def _unpacked_name(path: Path) -> Path:

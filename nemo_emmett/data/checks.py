@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lhotse.cut import Cut
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
@@ -17,17 +19,26 @@ from nemo_emmett.data.config.dataset_config import LIMITS, DatasetConfig, GroupC
 from nemo_emmett.data.config.nemo_config import sampler_config
 from nemo_emmett.data.config.section import config_of, plain
 from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.dataset import describe
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.files import count_lines_of, is_local
 from nemo_emmett.data.io.skipped_records import SkippedRecords
-from nemo_emmett.data.readers.examples import ExampleKind, lengths_in_tokens
+from nemo_emmett.data.readers.examples import ExampleKind, Examples, lengths_in_tokens
 from nemo_emmett.data.readers.parallel_text import aligned_shards, directions_of, text_layout
-from nemo_emmett.data.readers.registry import ReaderContext, reader_context, register_data_types
+from nemo_emmett.data.readers.registry import (
+    ReaderContext,
+    defaults_of,
+    open_source,
+    reader_context,
+    register_data_types,
+)
 from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
 from nemo_emmett.errors import ConfigError, DataError, Help
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.prompts.families import forbidden_text
+from nemo_emmett.prompts.language_tokens import LanguageTokenPrompt
 from nemo_emmett.prompts.languages import check_language
+from nemo_emmett.prompts.transcripts import transcript_of
 from nemo_emmett.prompts.translation import register_prompt_formats
 from nemo_emmett.typed_config import parse_value
 
@@ -45,11 +56,16 @@ FILTER_KEYS = (
 
 REMEDIES = {
     "no target language": "give the source a target_lang, or each of its records one",
+    "no transcript": "write what is spoken into the field 'source_text' of its records, or remove the key",
+    "no source language": "give the source a source_lang, or each of its records one",
     "no duration": "write each record's duration, in seconds, into the manifest",
     "missing audio": "correct the paths in the manifest",
     "text holds a control token": "set prompt_format to one of ours (emmett_...), which takes it for text",
 }
 """What to do when all records of a source are bad for one cause."""
+
+MOST_WITHOUT_TRANSCRIPT = 1_000
+"""A source has no transcripts if so many of its first examples have none."""
 
 _NEEDED = {
     **dict.fromkeys(("nemo", "nemo_tarred"), ("manifest_filepath",)),
@@ -143,6 +159,7 @@ def check_dataset(
             _check_batch_size(group)
         if kind is not ExampleKind.AS_READ:
             _check_prompted(group, tokenizer, kind)
+    check_transcripts(dataset, kind)
     if reads:
         check_records(dataset, tokenizer, kind)
 
@@ -165,11 +182,21 @@ def _check_for_nemo_salm(dataset: DatasetConfig) -> None:
     )
 
 
-def _check_languages(source: Source) -> None:
+def _named_languages(source: Source) -> Iterator[tuple[str, list[str]]]:
+    """The keys of a source that name languages, and these."""
     for key in ("source_lang", "target_lang"):
         codes = getattr(source, key)
-        for code in [codes] if isinstance(codes, str) else codes or ():
-            check_language(code, f"{source.place}.{key}")
+        yield f"{source.place}.{key}", [codes] if isinstance(codes, str) else list(codes or ())
+    if source.type in ("parallel_text", "txt_pair") and isinstance(source.paths, Mapping):
+        yield f"{source.place}.paths", list(source.paths)
+
+
+def _check_languages(source: Source) -> None:
+    for place, codes in _named_languages(source):
+        for code in codes:
+            check_language(code, place)
+        if len(set(codes)) < len(codes):
+            raise ConfigError(f"{place}: names one language twice, as {', '.join(codes)}; name each once.")
     if source.type == "speech_tsv" and isinstance(source.target_lang, list):
         raise ConfigError(
             f"{source.place}.target_lang: a row has one translation, not one to each of {source.target_lang}; list the "
@@ -180,8 +207,6 @@ def _check_languages(source: Source) -> None:
     layout = text_layout(source)
     if layout == "many":
         directions_of(source)
-        for code in source.paths:
-            check_language(code, f"{source.place}.paths")
     elif isinstance(source.target_lang, list):
         raise ConfigError(f"{source.place}.target_lang: a text has one target language, not {source.target_lang}.")
     elif source.target_lang is None and layout != "jsonl" and source.target_lang_column is None:
@@ -269,10 +294,26 @@ def _check_prompted(group: GroupConfig, tokenizer: Any, kind: ExampleKind) -> No
                 f"{group.place}.prompt_format: missing; use emmett_t5, or the format of the language model."
             )
         _check_speech(group, tokenizer)
+        _check_family(group, tokenizer)
     if group.concatenate_samples:
         raise ConfigError(
             f"{group.place}.concatenate_samples: would join recordings but not their prompts; set it to false."
         )
+
+
+def _check_family(group: GroupConfig, tokenizer: Any) -> None:
+    """Languages that sources name have a token in the family of the language model, if it has tokens of languages."""
+    formatter = PromptFormatter.resolve(group.prompt_format)
+    if not issubclass(formatter, LanguageTokenPrompt):
+        return
+    prompt = formatter(tokenizer)
+    for source in group.sources:
+        for place, codes in _named_languages(source):
+            for code in codes:
+                try:
+                    prompt.language_id(code)
+                except ConfigError as error:
+                    raise ConfigError(f"{place}: {error}") from error
 
 
 def _check_speech(group: GroupConfig, tokenizer: Any) -> None:
@@ -295,6 +336,67 @@ def _check_speech(group: GroupConfig, tokenizer: Any) -> None:
                 f"{group.place}.token_equivalent_duration: missing; give the seconds of speech that one frame of the "
                 "encoder covers (0.08 for FastConformer), so that speech can be measured in tokens."
             )
+
+
+def check_transcripts(dataset: DatasetConfig, kind: ExampleKind) -> None:
+    """Look for a transcript among the first records of each source whose transcripts are asked for.
+
+    Sources that cannot be read without their audio are not looked at.
+
+    Raises:
+        ConfigError: if the dataset is not ours.
+        DataError: naming the first source without a transcript.
+    """
+    for group in dataset.groups:
+        for source in group.sources:
+            if source.is_transcription and kind is ExampleKind.AS_READ:
+                raise ConfigError(
+                    f"{source.place}: its dataset takes examples as NeMo reads them, so that none can be transcribed "
+                    "instead of translated; remove the key."
+                )
+            if source.transcripts and kind is not ExampleKind.TRANSLATION:
+                raise ConfigError(
+                    f"{group.place}.transcripts: true needs nemo_emmett's SpeechTextDataset, since no other "
+                    "dataset has transcripts in its batches; leave the key out."
+                )
+            needs_some = source.is_transcription or (source.transcripts and not source.is_text)
+            if needs_some and (source.is_conversation or _can_be_probed(source, kind)):
+                _check_has_transcript(source, group, kind)
+
+
+def _check_has_transcript(source: Source, group: GroupConfig, kind: ExampleKind) -> None:
+    cause = "conversations have no transcripts"
+    if not source.is_conversation:
+        skipped_records = SkippedRecords()
+        with logging.temp_verbosity(logging.ERROR), commands_allowed(group.allow_commands):
+            probed = source.with_keys(metadata_only=True, transcripts=True, is_transcription=False)
+            cuts, _ = open_source(probed, skipped_records, ExampleKind.TRANSLATION)
+            examples = Examples(cuts, ExampleKind.TRANSLATION, defaults_of(probed), skipped_records)
+            count = 0
+            for example in islice(examples, MOST_WITHOUT_TRANSCRIPT):
+                if transcript_of(example):
+                    _check_spoken_language(source, example)
+                    return
+                count += 1
+        if count == 0:  # other checks say why
+            return
+        cause = f"none of the first {count} examples has a transcript"
+    asking, remedy = "transcripts: true asks for them", "set transcripts: false for this source"
+    if source.is_transcription:
+        asking, remedy = "they are to be transcribed", "set transcription: null for this source"
+    raise DataError(
+        f"{source.place}: {cause} ({source.name}), but {asking}; write what is spoken into the field 'source_text' of "
+        f"each record (of a TSV file, into its source_column), or {remedy}."
+    )
+
+
+def _check_spoken_language(source: Source, example: Cut) -> None:
+    if source.is_transcription and describe(example)["source_lang"] is None:
+        raise DataError(
+            f"{source.place}: the spoken language of {source.name} is not known, so nothing can be transcribed; give "
+            "the source a source_lang, or each of its records one.",
+            page=Help.LANGUAGE,
+        )
 
 
 def check_records(dataset: DatasetConfig, tokenizer: Any, kind: ExampleKind) -> None:

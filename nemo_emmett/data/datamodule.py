@@ -38,6 +38,10 @@ MODEL_DEFINED_KEYS = {
 """Keys in which data and model must not differ, and what to say of those that do."""
 
 
+TRAINING_KEYS = ("transcripts",)
+"""Keys that only ``train_ds`` gets by default."""
+
+
 class MultimodalDataModule(DataModule, Serialization):
     """Drop-in for ``nemo.collections.speechlm2.DataModule``.
 
@@ -74,7 +78,7 @@ class MultimodalDataModule(DataModule, Serialization):
                     del cfg[name]
             for name in ("train_ds", *EVALUATION_SETS):
                 for key, value in (defaults or {}).items():
-                    if cfg.get(name) is not None:
+                    if cfg.get(name) is not None and (name == "train_ds" or key not in TRAINING_KEYS):
                         cfg[name].setdefault(key, value)
         for name in EVALUATION_SETS:
             if cfg.get(name) is not None:

@@ -19,19 +19,22 @@ from nemo.collections.common.data.lhotse.text_adapters import (
     TextTurn,
 )
 from nemo.collections.speechlm2.data.utils import get_pad_id
+from torch.nn.utils.rnn import pad_sequence
 
 from nemo_emmett.audio_file import AudioFault
 from nemo_emmett.data.io.audio import audio_path, audio_start, load_waveform
 from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import origin_of
 from nemo_emmett.errors import DataError
+from nemo_emmett.prompts.transcripts import TRANSCRIPT_KEYS, transcript_ids
 
 
 class SpeechTextDataset(torch.utils.data.Dataset):
     """Collates prompted examples of speech and text into ``{"audio": {...}, "text": {...}}``.
 
     A modality without examples is left out. Examples whose audio cannot be read are counted in ``skipped_records`` and
-    left out; a batch without any other examples is an empty dict.
+    left out; a batch without any other examples is an empty dict. Speech of sources with ``transcripts: true`` has the
+    tokens of its transcripts as well.
 
     Args:
         tokenizer: NeMo tokenizer, for its pad id.
@@ -77,11 +80,34 @@ class SpeechTextDataset(torch.utils.data.Dataset):
             waveforms += of_example
         if not readable:
             return None
+        tokens = self._collate_tokens(readable)
         return {
-            **self._collate_tokens(readable),
+            **tokens,
+            **self._collate_transcripts(readable, tokens["examples"]),
             "audios": collate_vectors(waveforms, padding_value=0.0),
             "audio_lens": torch.tensor([len(waveform) for waveform in waveforms]),
         }
+
+    def _collate_transcripts(
+        self, examples: Sequence[Cut | NeMoMultimodalConversation], described: Sequence[dict]
+    ) -> dict:
+        """Nothing where no source asks for transcripts."""
+        rows = [transcript_ids(example) for example in examples]
+        if not any(rows):
+            return {}
+        nothing = dict.fromkeys(TRANSCRIPT_KEYS, torch.zeros(0, dtype=torch.int64))
+        batch: dict[str, torch.Tensor] = {}
+        for key in TRANSCRIPT_KEYS:
+            ids = [(row or nothing)[key] for row in rows]
+            batch[key] = pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
+            batch[key.replace("_ids", "_lens")] = torch.tensor(list(map(len, ids)))
+        batch["is_transcription"] = torch.tensor(
+            [
+                isinstance(example, Cut) and one["source_lang"] == one["target_lang"]
+                for example, one in zip(examples, described, strict=True)
+            ]
+        )
+        return batch
 
     def _collate_tokens(self, examples: Sequence[Cut | Formattable]) -> dict:
         contexts = [_tokens(example, "context_ids") for example in examples]

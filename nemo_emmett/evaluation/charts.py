@@ -137,7 +137,7 @@ def _series(panel: Panel, curves: Mapping[str, Curve]) -> list[Series]:
     if len(found) > 1:
         found.pop(None, None)
     # dev_text_en-de is a direction of the validation set dev_text
-    parts = {name: re.fullmatch(r"(.+)_[^_-]+-[^_-]+", name or "") for name in found}
+    parts = {name: re.fullmatch(r"(.+)_[^_]+-[^_]+", name or "") for name in found}
     directions = {name: match.group(1) for name, match in parts.items() if match and match.group(1) in found}
     taken: set[int] = set()
     series = []

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from nemo_emmett.errors import DataError
 from nemo_emmett.files import write_text
+from nemo_emmett.prompts.language_codes import normalized
 
 FORMAT = "nemo_emmett.evaluation/2"
 """Written into every JSON file, so that another program's JSON is not read as an evaluation."""
@@ -191,11 +193,16 @@ def from_json(path: str | os.PathLike[str]) -> Evaluation:
         raise DataError(f"{path} is not an evaluation of format {FORMAT}; give one of `nemo-emmett evaluate`.")
     try:
         for key, kind in {"scores": Score, "comparisons": Comparison, "translations": Translation}.items():
-            record[key] = [kind(**one) for one in record[key]]
+            record[key] = [kind(**one | _languages(one)) for one in record[key]]
         record["throughput"] = {name: Throughput(**speed) for name, speed in record["throughput"].items()}
         return Evaluation(**record)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is a damaged evaluation ({error}): run `nemo-emmett evaluate` again.") from error
+
+
+def _languages(one: Mapping[str, Any]) -> dict[str, Any]:
+    """The languages of a record in the one form of their codes: earlier versions wrote any."""
+    return {key: normalized(one[key]) for key in ("source_lang", "target_lang")}
 
 
 def write_hypotheses(evaluation: Evaluation, folder: str | os.PathLike[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_emmett.data.io.rows import KNOWN_COLUMNS, split_row
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.prompts.languages import is_iso_code
+from nemo_emmett.prompts.language_codes import language_of_suffix, normalized
 
 FIELDS = ("audio", "source", "target", "id", "duration", "offset", "source_lang", "target_lang")
 """Fields of a row that ``--column`` may name the column of."""
@@ -134,7 +134,7 @@ def _first_lines(path: str, option: str) -> list[str]:
 def _language_of_name(path: str) -> str | None:
     """The end of a file's name, if it is the code of a language (train.en, train.en.gz)."""
     suffix = Path(path.removesuffix(".gz")).suffix.removeprefix(".")
-    return suffix if is_iso_code(suffix) else None
+    return language_of_suffix(suffix)
 
 
 # TSV
@@ -248,6 +248,5 @@ def _targets_of(records: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def _listed(languages: Sequence[Any]) -> str | None:
-    return (
-        ", ".join(dict.fromkeys(language for language in languages if isinstance(language, str) and language)) or None
-    )
+    found = (normalized(language) for language in languages if isinstance(language, str) and language)
+    return ", ".join(dict.fromkeys(found)) or None

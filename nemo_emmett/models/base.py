@@ -210,7 +210,8 @@ class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMi
         Raises:
             ConfigError: for another modality.
         """
-        return oomptimizer_schema(schema, self.token_embedding.num_embeddings)
+        transcripts = any(objective.needs_transcripts for objective in self.objectives)
+        return oomptimizer_schema(schema, self.token_embedding.num_embeddings, transcripts)
 
     # Forward.
 

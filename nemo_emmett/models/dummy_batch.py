@@ -29,4 +29,7 @@ def dummy_batch(
     if is_speech:
         samples = round(0.2 * sampling_rate)
         batch |= {"audios": torch.zeros(1, samples, device=device), "audio_lens": samples * length}
+        # What objectives read.
+        batch |= {"transcript_ids": token, "transcript_lens": length, "is_transcription": length.bool()}
+        batch |= {"text_context_ids": token, "text_context_lens": length}
     return batch

@@ -87,6 +87,7 @@ class Export:
             "architectures": [own_class.__name__ if is_ours_alone else self.architecture or own_class.__name__],
         }
         config.pop("trust_remote_code", None)  # decided by who loads the folder
+        config.pop("objectives", None)  # of the training, not of the model
         config = public_config(config)
         self._weights_to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}
         try:

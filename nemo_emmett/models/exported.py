@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_emmett.errors import ModelError
+from nemo_emmett.prompts.language_codes import normalized
 
 CONFIG_FILE = "config.json"
 """Hugging Face's name of the config."""
@@ -86,7 +87,7 @@ def trained_directions(config: Mapping[str, Any]) -> set[tuple[str | None, str]]
     directions = training.get("directions") if isinstance(training, Mapping) else None
     if not isinstance(directions, Mapping):
         return set()
-    return {(source, str(target)) for pairs in directions.values() for source, target in pairs}
+    return {(normalized(source), normalized(str(target))) for pairs in directions.values() for source, target in pairs}
 
 
 def trained_targets(config: Mapping[str, Any]) -> set[str]:
@@ -101,7 +102,7 @@ def only_source(config: Mapping[str, Any], target_lang: str) -> str | None:
         >>> only_source({"training": {"directions": {"text": [["en", "de"], ["de", "fr"], ["en", "fr"]]}}}, "de")
         'en'
     """
-    sources = {source for source, target in trained_directions(config) if target == target_lang}
+    sources = {source for source, target in trained_directions(config) if target == normalized(target_lang)}
     return sources.pop() if len(sources) == 1 else None
 
 
@@ -113,7 +114,7 @@ def untrained_warning(config: Mapping[str, Any], target_langs: Collection[str]) 
         'the model was not trained to translate to fr, but to de; expect translations in another language.'
     """
     trained = trained_targets(config)
-    unseen = sorted(set(target_langs) - trained)
+    unseen = sorted(set(map(normalized, target_langs)) - trained)
     if not trained or not unseen:
         return None
     return (

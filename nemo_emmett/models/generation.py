@@ -172,10 +172,10 @@ class Generation:
             >>> model.translate(["ten past nine", Path("nine.wav")], "en", "de")
             ['zehn nach neun', 'neun']
         """
-        check_language(target_lang, "target_lang")
+        target_lang = check_language(target_lang, "target_lang")
         self._warn_of_untrained(target_lang)
         if source_lang is not None:
-            check_language(source_lang, "source_lang")
+            source_lang = check_language(source_lang, "source_lang")
         parse_value(PositiveWhole, num_beams, "num_beams")
         parse_value(PositiveWhole | None, max_new_tokens, "max_new_tokens")
         parse_value(PositiveWhole | None, batch_size, "batch_size")

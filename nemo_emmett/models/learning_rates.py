@@ -113,6 +113,25 @@ def configure_by_part(model: LightningModule, groups: Mapping[str, Mapping[str, 
     return configured
 
 
+def check_resumed_groups(has_parts: bool, checkpoint: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's optimizer has the groups of the recipe's.
+
+    Args:
+        has_parts: whether the recipe has ``optim_param_groups``.
+        checkpoint: Lightning's; one whose optimizer is in other files (FSDP2) is not checked.
+
+    Raises:
+        ConfigError: if either has groups by part, and the other has not.
+    """
+    saved = [group for state in checkpoint.get("optimizer_states") or () for group in state.get("param_groups", ())]
+    if saved and any("part" in group for group in saved) != has_parts:
+        what = "does not have the groups of this key" if has_parts else "has groups of this key, and the recipe has not"
+        raise ConfigError(
+            f"{KEY}: the checkpoint's optimizer {what}; resume with the recipe as it was, or start from the "
+            "checkpoint's weights (model.init_from_checkpoint)."
+        )
+
+
 def part_of(name: str) -> str:
     """The part that a parameter belongs to.
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo.core.neural_types import AudioSignal, LabelsType, LengthsType, NeuralType
+from nemo.core.neural_types import AudioSignal, LabelsType, LengthsType, MaskType, NeuralType
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.modules.batch import MODALITIES
 
 
-def oomptimizer_schema(modality: str, vocab_size: int) -> dict[str, Any]:
+def oomptimizer_schema(modality: str, vocab_size: int, transcripts: bool = False) -> dict[str, Any]:
     """The types of a one-modality batch, and which of its lengths a bucket bounds.
 
     Args:
         modality: ``"audio"`` or ``"text"``.
         vocab_size: random ids are drawn below it.
+        transcripts: batches of speech hold what objectives read. A transcript is taken to be as long as the answer.
 
     Raises:
         ConfigError: for another modality.
@@ -36,4 +37,11 @@ def oomptimizer_schema(modality: str, vocab_size: int) -> dict[str, Any]:
             {"name": "audios", "type": NeuralType(("B", "T"), AudioSignal()), "seq_length": "input"},
             {"name": "audio_lens", "type": lengths, "seq_length": "input"},
         ]
+        if transcripts:
+            for name in ("transcript", "text_context"):
+                inputs += [
+                    {"name": f"{name}_ids", "type": ids, "seq_length": "output", "vocab_size": vocab_size},
+                    {"name": f"{name}_lens", "type": lengths, "seq_length": "output"},
+                ]
+            inputs.append({"name": "is_transcription", "type": NeuralType(("B",), MaskType()), "seq_length": "output"})
     return {"cls": dict, "inputs": inputs}

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from nemo_emmett.models.head import TeacherAnswers, teacher_answers
 from nemo_emmett.models.targets import first_line
 from nemo_emmett.modules.evaluation_mode import evaluation_mode
 from nemo_emmett.objectives.objective import Objective
-from nemo_emmett.objectives.teaching import START, WITHOUT_LORA, TeachingObjective
+from nemo_emmett.objectives.teaching import START, WITHOUT_LORA, Retention, TeachingObjective
 
 _UNTRAINED = "untrained"
 """The source of a teacher that is the trained language model itself, of which nothing is trained."""
@@ -147,6 +148,11 @@ def _trained_parts(model: Any) -> list[str]:
 
 def _source(objective: TeachingObjective, model: Any, trained: Sequence[str]) -> str:
     """What an objective's teacher is made of."""
+    if isinstance(objective, Retention) and not trained:
+        raise ConfigError(
+            f"{objective.place}: the language model is frozen, so it forgets nothing; leave the objective out, or "
+            "train the language model (model.freeze, model.lora)."
+        )
     place = f"{objective.place}.teacher"
     others = [name for name in trained if ".lora_" not in name]
     source = objective.teacher
@@ -241,7 +247,7 @@ def _check_tokenizer(folder: Path, model: Any, place: str) -> None:
     if theirs != own:
         token = min(dict(theirs.items() ^ own.items()))
         raise ModelError(
-            f"{place}: '{folder}' has another tokenizer than this model ('{token}' is {theirs.get(token)} there and "
+            f"{place}: '{folder}' has another tokenizer than this model ({token!r} is {theirs.get(token)} there and "
             f"{own.get(token)} here); give a teacher with the same."
         )
 
@@ -264,6 +270,7 @@ def _without_lora(llm: nn.Module) -> Iterator[None]:
 
 
 def _ignore_missing(teachers: Teachers, incompatible: Any) -> None:
-    own = tuple(f".{name}" for name, _ in [*teachers.named_parameters(), *teachers.named_buffers()])
+    tensors = [f(remove_duplicate=False) for f in (teachers.named_parameters, teachers.named_buffers)]
+    own = tuple(f".{name}" for name, _ in chain(*tensors))
     kept = [key for key in incompatible.missing_keys if not (".teachers." in f".{key}" and key.endswith(own))]
     incompatible.missing_keys[:] = kept

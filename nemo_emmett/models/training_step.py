@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from nemo.collections.speechlm2.parts.optim_setup import is_frozen
@@ -17,7 +18,7 @@ from torch import Tensor
 from nemo_emmett.models.dummy_batch import dummy_batch
 from nemo_emmett.models.gradient_conflict import ConflictOptions, GradientConflict, GradientConflictSteps
 from nemo_emmett.models.head import answer_loss, weighted_answer_loss
-from nemo_emmett.models.learning_rates import learning_rates
+from nemo_emmett.models.learning_rates import check_resumed_groups, learning_rates
 from nemo_emmett.models.microbatches import MicrobatchLoss, TermCounts, cut_batch, modality_tokens, term_counts
 from nemo_emmett.models.sharding import absent_modalities
 from nemo_emmett.models.step_log import StepLog, forget_logged
@@ -56,6 +57,12 @@ class TrainingStep(GradientConflictSteps):
     def on_train_start(self) -> None:
         """Start a new log."""
         self._step_log = StepLog(self.trainer.log_every_n_steps)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the optimizer's state fits, before it is loaded."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self.trainer.training:
+            check_resumed_groups(self.options.optim_param_groups is not None, checkpoint)
 
     def trained_totals(self) -> Tensor | None:
         """(M, 2) target tokens and examples of each modality that this rank has trained on in this run."""
@@ -112,9 +119,9 @@ class TrainingStep(GradientConflictSteps):
         return objective.weight_at(0 if self._trainer is None else self.trainer.global_step)
 
     def _weights(self, objectives: Sequence[Objective]) -> Tensor:
-        """(L,) weights of the terms in this step."""
+        """(L,) float32 weights of the terms in this step, whatever the type of the model."""
         weights = [self._weight_of(objective) for objective in objectives]
-        return torch.cat([self._loss_weights, self._loss_weights.new_tensor(weights)])
+        return torch.cat([self._loss_weights.float(), torch.tensor(weights, dtype=torch.float32, device=self.device)])
 
     @staticmethod
     def _by_modality(loss_sums_L: Tensor, objectives: Sequence[Objective]) -> dict[str, Tensor]:
@@ -161,7 +168,7 @@ class TrainingStep(GradientConflictSteps):
         names = [*MODALITIES, *(objective.name for objective in objectives)]
         factors_L = self._weights(objectives) / self._counts.over_all_ranks().clamp(min=1)
         factors = dict(zip(names, factors_L, strict=True))
-        zero = torch.zeros((), device=self.device)
+        zero = torch.zeros((), dtype=torch.float32, device=self.device)
         losses, sums = dict.fromkeys(MODALITIES, zero), dict.fromkeys(names, zero)
         for modality in MODALITIES:
             own = [objective for objective in objectives if objective.modality == modality]

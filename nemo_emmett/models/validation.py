@@ -24,6 +24,7 @@ class Part(NamedTuple):
     dataset: str
     modality: str
     direction: str | None  # source-target; None where the batch has no languages
+    target_lang: str | None = None
 
 
 @dataclass
@@ -90,7 +91,7 @@ def count_batch(
         tally = Tally(loss, num_tokens, num_correct)
         if hypotheses is not None and example.get("target_text") is not None:
             tally.translations.append((hypotheses[row], example["target_text"]))
-        part = Part(dataset, modality, direction)
+        part = Part(dataset, modality, direction, languages[1])
         tallies[part] = tallies.get(part, Tally())
         tallies[part] += tally
 
@@ -118,11 +119,11 @@ def validation_metrics(tallies: Tallies) -> dict[str, float]:
 
     logged: dict[str, float] = {}
     means: dict[str, list[float]] = defaultdict(list)
-    sets = _summed((part._replace(direction=None), tally) for part, tally in tallies.items())
+    sets = _summed((part._replace(direction=None, target_lang=None), tally) for part, tally in tallies.items())
     for whole, tally in sorted(sets.items()):
         name = f"{whole.dataset}_{whole.modality}" if len(modalities_of[whole.dataset]) > 1 else whole.dataset
         of_directions = {
-            part.direction: tallies[part].metrics(target_lang=part.direction.rpartition("-")[2])
+            part.direction: tallies[part].metrics(target_lang=part.target_lang)
             for part in sorted(tallies, key=str)
             if part.direction is not None and part[:2] == whole[:2]
         }

@@ -8,12 +8,15 @@ from typing import Any
 
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.objectives.consistency import Consistency
 from nemo_emmett.objectives.objective import Objective
 from nemo_emmett.objectives.teaching import Distillation, Retention
 from nemo_emmett.objectives.transcription import Transcription
 from nemo_emmett.typed_config import parse_section, parse_value
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Distillation, Retention, Transcription)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.name: kind for kind in (Distillation, Retention, Consistency, Transcription)
+}
 """In the order of the terms of a loss."""
 
 

@@ -35,17 +35,17 @@ class TeachingObjective(TokenObjective):
 
 @dataclass(frozen=True)
 class Distillation(TeachingObjective):
-    """Speech is answered as the language model would answer its transcript (Tang et al., ACL 2021, arXiv 2107.05782,
-    section 3; sequence by sequence it is "knowledge distillation from MT")."""
+    """Speech is answered as the teacher answers its transcript: knowledge distillation from text translation (Liu et
+    al., arXiv 1904.08075), here that of the language model itself (as in Tang et al., arXiv 2107.05782)."""
 
     name: ClassVar[str] = "distillation"
     modality: ClassVar[str] = "audio"
     needs_transcripts: ClassVar[bool] = True
-    batch_keys: ClassVar[tuple[str, ...]] = ("text_context_ids", "text_context_lens")
+    batch_keys: ClassVar[tuple[str, ...]] = ("text_context_ids", "text_context_lens", "is_transcription")
 
     def examples(self, part: Mapping) -> Tensor:
-        """Examples with a transcript."""
-        return part["text_context_lens"] > 0
+        """Examples with a transcript that are translated: of a transcript the teacher could only repeat its input."""
+        return (part["text_context_lens"] > 0) & ~part["is_transcription"]
 
     def teacher_batch(self, part: Mapping, pad_id: int) -> dict[str, Any]:
         """The transcripts in place of the recordings. Every example has at least one token, padding if need be."""
@@ -62,8 +62,8 @@ class Distillation(TeachingObjective):
 
 @dataclass(frozen=True)
 class Retention(TeachingObjective):
-    """Text is answered as the language model did before the training, which keeps what it could (ZeroMMT, arXiv
-    2407.13579, section 3)."""
+    """Text is answered as the teacher answers it, by default the language model before the training, so that text
+    translation is not forgotten (the divergence of ZeroMMT, arXiv 2407.13579)."""
 
     name: ClassVar[str] = "retention"
     modality: ClassVar[str] = "text"

@@ -41,6 +41,12 @@ RUN_SPECIFIC_KEYS = frozenset(
 )
 """Keys of a model's config that may change from run to run without effect on the memory of training."""
 
+OBJECTIVES_KEY = "objectives"
+"""Key of our models' config for further terms of the loss."""
+
+OBJECTIVE_SCHEDULE_KEYS = frozenset({"weight", "start_step", "warmup_steps", "end_step", "temperature"})
+"""Keys of an objective without effect on the memory of the largest step, in which all are active."""
+
 CLASS_KEYS = ("_target_", "target")
 """Keys of a model's config that name its class, which is a field of the fingerprint: a model is the same without such a
 key, with a short name and with a full one."""
@@ -121,8 +127,19 @@ def config_hash(cfg: Any) -> str | None:
     if cfg is None:
         return None
     plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
-    described = {key: value for key, value in plain.items() if key not in CLASS_KEYS}
+    described = {key: value for key, value in plain.items() if key not in (*CLASS_KEYS, OBJECTIVES_KEY)}
+    if objectives := _computed(plain.get(OBJECTIVES_KEY) or {}):
+        described[OBJECTIVES_KEY] = objectives
     return _hash(_essence(described))[:HASH_DIGITS]
+
+
+def _computed(objectives: Mapping[str, Any]) -> dict[str, Any]:
+    """The objectives that some step computes, without their weights and schedules."""
+    return {
+        name: {key: value for key, value in keys.items() if key not in OBJECTIVE_SCHEDULE_KEYS and value is not None}
+        for name, keys in objectives.items()
+        if keys is not None and keys.get("weight", 1.0)
+    }
 
 
 def _essence(value: Any) -> Any:

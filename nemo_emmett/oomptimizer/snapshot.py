@@ -57,6 +57,8 @@ def without_side_effects(trainer: Trainer, module: LightningModule) -> Iterator[
         for part in module.modules():
             if isinstance(part, LightningModule):  # restored with its other attributes
                 part.log = part.log_dict = lambda *_, **__: None
+            if hasattr(part, "all_objectives_active"):  # those of our models that begin or end later, too
+                part.all_objectives_active = True
         with replaced(
             trainer,
             callbacks=[],

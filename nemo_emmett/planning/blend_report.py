@@ -321,6 +321,8 @@ def short_name(source: Source, folder: str) -> str:
     names = [os.path.relpath(path, folder) if folder and is_local(path) else path for path in paths]
     if not names:
         return source.type
+    if source.is_transcription:
+        return "transcription"
     # In runs of equal letters, and not of folders: `train.en` and `train.de` share `train.`
     alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     stem = "".join(letters[0] for letters in alike)

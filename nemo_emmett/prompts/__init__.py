@@ -1,5 +1,6 @@
 """Translation prompts and the languages they name.
 
+- :mod:`nemo_emmett.prompts.language_codes`: the one form of a language's code, by which languages are compared.
 - :mod:`nemo_emmett.prompts.languages`: language codes, their English names, and their codes in each family of models.
 - :mod:`nemo_emmett.prompts.markup`: strings whose parts were written by a user or by a prompt format.
 - :mod:`nemo_emmett.prompts.control_tokens`: control tokens, which are text in what users write.
@@ -12,5 +13,6 @@
 - :mod:`nemo_emmett.prompts.chat`: ``emmett_llama3`` and the like, an instruction in NeMo's chat formats.
 - :mod:`nemo_emmett.prompts.translation`: registers our formats with NeMo.
 - :mod:`nemo_emmett.prompts.families`: the format of a backbone, and the tokens that end its answers.
+- :mod:`nemo_emmett.prompts.transcripts`: the transcripts of speech, prompted as text.
 - :mod:`nemo_emmett.prompts.formatting`: ``format_many``, examples prompted together.
 """

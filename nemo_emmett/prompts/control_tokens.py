@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from nemo_emmett.errors import DataError
-from nemo_emmett.prompts.languages import is_known_language
+from nemo_emmett.prompts.languages import is_backbone_language
 from nemo_emmett.prompts.markup import Markup, Prompt
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _is_marker_of_control(token: str, written: str) -> bool:
     if token[:1] not in ("<", "[") or not _MARKER.fullmatch(token):
         return False
     tag = _LANGUAGE_TAG.fullmatch(token)
-    is_language = tag is not None and is_known_language(tag[1]) and token not in _HTML
+    is_language = tag is not None and is_backbone_language(tag[1]) and token not in _HTML
     return is_language or token.startswith("<|") or token in written
 
 

@@ -11,10 +11,12 @@ from nemo.collections.common.prompts import PromptFormatter
 
 from nemo_emmett.prompts.request import EXAMPLE_TYPES, request_of
 from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
+from nemo_emmett.prompts.transcripts import prompt_transcripts
 
 
 def format_many(examples: Sequence[Cut | Formattable], prompt_formatter: PromptFormatter) -> None:
-    """Give each example what NeMo's ``tokenize_with_prompt`` gives one: ``input_ids``, ``context_ids``, ...
+    """Give each example what NeMo's ``tokenize_with_prompt`` gives one: ``input_ids``, ``context_ids``, ...; and the
+    tokens of its transcript, where its source asks for them.
 
     With our formats of encoder-decoders all texts are tokenised in one call; with any other, NeMo's among them, the
     examples are prompted one after another.
@@ -33,3 +35,10 @@ def format_many(examples: Sequence[Cut | Formattable], prompt_formatter: PromptF
     for example, tensors in zip(examples, encoded, strict=True):
         for key, value in tensors.items():
             setattr(example, key, value)
+    prompt_transcripts(examples, prompt_formatter)
+
+
+def format_one(example: Cut | Formattable, prompt_format: PromptFormatter) -> Cut | Formattable:
+    """:func:`format_many` of one example, which is returned."""
+    format_many([example], prompt_format)
+    return example

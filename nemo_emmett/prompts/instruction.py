@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_emmett.prompts.language_codes import normalized
 from nemo_emmett.prompts.languages import language_name
 from nemo_emmett.prompts.markup import Prompt, joined
 
@@ -16,7 +17,7 @@ def translation_instruction(target_lang: str, source_lang: str | None = None) ->
         >>> translation_instruction("de", "en"), translation_instruction("de")
         ('Translate from English to German:', 'Translate to German:')
     """
-    if source_lang == target_lang:
+    if normalized(source_lang) == normalized(target_lang):
         return f"Transcribe in {language_name(target_lang)}:"
     if source_lang is None:
         return f"Translate to {language_name(target_lang)}:"

@@ -31,13 +31,16 @@ from nemo.collections.common.prompts.formatter import EOS_SLOT, Modality, Prompt
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.encoding import token_id
-from nemo_emmett.prompts.languages import flores_code, m2m100_code, mbart_code
+from nemo_emmett.prompts.languages import flores_code, m2m100_code, mbart_code, with_name
 from nemo_emmett.prompts.markup import Prompt
 from nemo_emmett.prompts.seq2seq import Segment, Seq2SeqPrompt
 
 
 class LanguageTokenPrompt(Seq2SeqPrompt):
     """A side is its language's token, its text and ``</s>``; a family defines the token of a language."""
+
+    FAMILY: ClassVar[str]
+    """Its name for messages."""
 
     @staticmethod
     @abstractmethod
@@ -55,17 +58,17 @@ class LanguageTokenPrompt(Seq2SeqPrompt):
             ConfigError: if the family, or this tokenizer, has no token for the language.
         """
         if language not in self._language_ids:
-            token = self.language_token(language)
+            token, named = self.language_token(language), with_name(language)
             if token is None:
                 raise ConfigError(
-                    f"prompt_format {self.NAME}: this family of models has no token for the language '{language}'; "
-                    "leave out the data in that language, or use another model."
+                    f"prompt_format {self.NAME}: {self.FAMILY} has no token for the language {named}; leave out the "
+                    "data in that language, or use another model: T5 and decoder-only ones take any language."
                 )
             number = token_id(self.tokenizer, token)
             if number is None:
                 raise ConfigError(
-                    f"prompt_format {self.NAME}: the tokenizer has no token '{token}' for the language '{language}'; "
-                    "use the prompt format of the tokenizer's own family."
+                    f"prompt_format {self.NAME}: the tokenizer has no token '{token}' for the language {named}; use "
+                    "the prompt format of the tokenizer's own family."
                 )
             self._language_ids[language] = number
         return self._language_ids[language]
@@ -118,6 +121,7 @@ class EmmettM2M100PromptFormatter(LanguageTokenPrompt, PromptFormatter):
     """M2M100: ``__de__ text </s>``."""
 
     NAME = "emmett_m2m100"
+    FAMILY = "M2M100"
     TEMPLATE: ClassVar[dict] = _template(f"__|lang|__ |message|{EOS_SLOT}")
 
     @staticmethod
@@ -131,6 +135,7 @@ class EmmettNLLBPromptFormatter(LanguageTokenPrompt, PromptFormatter):
     """NLLB: ``deu_Latn text </s>``, as its tokenizer does it without ``legacy_behaviour``."""
 
     NAME = "emmett_nllb"
+    FAMILY = "NLLB"
     TEMPLATE: ClassVar[dict] = _template(f"|lang| |message|{EOS_SLOT}")
     language_token = staticmethod(flores_code)
 
@@ -139,6 +144,7 @@ class EmmettMBart50PromptFormatter(LanguageTokenPrompt, PromptFormatter):
     """mBART-50: ``de_DE text </s>``."""
 
     NAME = "emmett_mbart50"
+    FAMILY = "mBART-50"
     TEMPLATE: ClassVar[dict] = _template(f"|lang| |message|{EOS_SLOT}")
     language_token = staticmethod(mbart_code)
 
@@ -147,6 +153,7 @@ class EmmettMBartPromptFormatter(LanguageTokenPrompt, PromptFormatter):
     """mBART of 25 languages: ``text </s> de_DE``; answers too end in their language."""
 
     NAME = "emmett_mbart"
+    FAMILY = "mBART"
     TEMPLATE: ClassVar[dict] = _template(f"|message|{EOS_SLOT} |lang|")
     language_token = staticmethod(mbart_code)
 

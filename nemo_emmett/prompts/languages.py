@@ -1,7 +1,7 @@
-"""Language codes: ISO 639-1 as Whisper lists them, M2M100's, and FLORES-200's as NLLB writes them.
+"""Languages of translations: their names, and their codes in each family of backbones.
 
-The tables are those of the tokenizers in transformers: a code is valid if one of the backbones has it. The code of a
-language in a family of backbones: :func:`m2m100_code`, :func:`flores_code` (NLLB) and :func:`mbart_code`.
+Codes are compared in one form, :func:`language_code`. The code of a language in a family of backbones is given by
+:func:`m2m100_code`, :func:`flores_code` (NLLB) and :func:`mbart_code`, by the tables of the tokenizers in transformers.
 """
 
 from __future__ import annotations
@@ -11,36 +11,24 @@ from functools import cache
 
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.language_codes import (
+    FLORES_OF_ISO,
+    MBART_CODES,
+    NEW_CODES,
+    OWN_CODES,
+    cldr_name,
+    language_code,
+    recased,
+    slip_of,
+    usual_script,
+)
 
-_WITH_SUBTAGS = re.compile(r"(?P<code>[a-z]{2,3})(-[A-Z][a-z]{3})?(-([A-Z]{2}|\d{3}))?")
-"""A language code with a script, a region or both, as BCP 47 writes them: zh-Hant, pt-BR, es-419, zh-Hant-TW."""
-
-_ISO_AND_FLORES = """
-    af:afr_Latn ak:aka_Latn am:amh_Ethi ar:arb_Arab as:asm_Beng ay:ayr_Latn az:azj_Latn ba:bak_Cyrl be:bel_Cyrl
-    bg:bul_Cyrl bm:bam_Latn bn:ben_Beng bo:bod_Tibt bs:bos_Latn ca:cat_Latn cs:ces_Latn cy:cym_Latn da:dan_Latn
-    de:deu_Latn dz:dzo_Tibt ee:ewe_Latn el:ell_Grek en:eng_Latn eo:epo_Latn es:spa_Latn et:est_Latn eu:eus_Latn
-    fa:pes_Arab ff:fuv_Latn fi:fin_Latn fj:fij_Latn fo:fao_Latn fr:fra_Latn ga:gle_Latn gd:gla_Latn gl:glg_Latn
-    gn:grn_Latn gu:guj_Gujr ha:hau_Latn he:heb_Hebr hi:hin_Deva hr:hrv_Latn ht:hat_Latn hu:hun_Latn hy:hye_Armn
-    id:ind_Latn ig:ibo_Latn is:isl_Latn it:ita_Latn ja:jpn_Jpan jv:jav_Latn ka:kat_Geor kg:kon_Latn ki:kik_Latn
-    kk:kaz_Cyrl km:khm_Khmr kn:kan_Knda ko:kor_Hang kr:knc_Latn ks:kas_Arab ku:kmr_Latn ky:kir_Cyrl lb:ltz_Latn
-    lg:lug_Latn li:lim_Latn ln:lin_Latn lo:lao_Laoo lt:lit_Latn lv:lvs_Latn mg:plt_Latn mi:mri_Latn mk:mkd_Cyrl
-    ml:mal_Mlym mn:khk_Cyrl mr:mar_Deva ms:zsm_Latn mt:mlt_Latn my:mya_Mymr nb:nob_Latn ne:npi_Deva nl:nld_Latn
-    nn:nno_Latn no:nob_Latn ny:nya_Latn oc:oci_Latn om:gaz_Latn or:ory_Orya pa:pan_Guru pl:pol_Latn ps:pbt_Arab
-    pt:por_Latn qu:quy_Latn rn:run_Latn ro:ron_Latn ru:rus_Cyrl rw:kin_Latn sa:san_Deva sc:srd_Latn sd:snd_Arab
-    sg:sag_Latn si:sin_Sinh sk:slk_Latn sl:slv_Latn sm:smo_Latn sn:sna_Latn so:som_Latn sq:als_Latn sr:srp_Cyrl
-    ss:ssw_Latn st:sot_Latn su:sun_Latn sv:swe_Latn sw:swh_Latn ta:tam_Taml te:tel_Telu tg:tgk_Cyrl th:tha_Thai
-    ti:tir_Ethi tk:tuk_Latn tl:tgl_Latn tn:tsn_Latn tr:tur_Latn ts:tso_Latn tt:tat_Cyrl tw:twi_Latn ug:uig_Arab
-    uk:ukr_Cyrl ur:urd_Arab uz:uzn_Latn vi:vie_Latn wo:wol_Latn xh:xho_Latn yi:ydd_Hebr yo:yor_Latn zh:zho_Hans
-    zu:zul_Latn
-"""
-_FLORES_OF_ISO = dict(pair.split(":") for pair in _ISO_AND_FLORES.split())
-"""The FLORES-200 code of each ISO 639-1 language that NLLB has; of a macrolanguage, its standard (ar: Modern Standard
-Arabic; no: Bokmål), and of a language with several scripts the one it is mostly written in."""
-
-_ALIASES = {"jw": "jv", "ns": "nso"}
-"""Codes that are not ISO 639: Whisper's of Javanese and M2M100's of Northern Sotho."""
+_WITH_SUBTAGS = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|\d{3}))?")
 
 _TRADITIONAL_CHINESE = ("TW", "HK", "MO")  # regions that write Chinese in the traditional script
+
+_TAGALOG = {"fil": "tl"}
+"""Filipino, the standard of Tagalog, which is Tagalog in all families."""
 
 _NAMES = {
     "bn": "Bengali",
@@ -52,13 +40,6 @@ _NAMES = {
     "ns": "Northern Sotho",
 }
 """English names other than Babel's: Whisper's, which stay, since models were trained on prompts with them."""
-
-
-@cache
-def _names() -> dict[str, str]:
-    from babel import Locale
-
-    return dict(Locale("en").languages) | _NAMES
 
 
 @cache
@@ -76,65 +57,101 @@ def _flores_codes() -> frozenset[str]:
 
 
 @cache
-def _mbart_codes() -> dict[str, str]:
-    """``de: de_DE``; mBART-50's, among which are all of mBART's."""
-    from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES
-
-    return {code.split("_")[0]: code for code in FAIRSEQ_LANGUAGE_CODES}
-
-
-@cache
 def known_languages() -> frozenset[str]:
-    """All language codes that a recipe may name: ``de``, ``ast``, ``deu_Latn``, ..."""
+    """The language codes of the backbones' own tables: ``de``, ``ast``, ``deu_Latn``, ..."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-    return frozenset(LANGUAGES) | frozenset(_FLORES_OF_ISO) | _m2m100_codes() | _flores_codes()
-
-
-def is_iso_code(code: str) -> bool:
-    """Whether ``code`` is a language code of two letters that a recipe may name; no table of transformers is read."""
-    return code in _FLORES_OF_ISO
+    return frozenset(LANGUAGES) | frozenset(FLORES_OF_ISO) | _m2m100_codes() | _flores_codes()
 
 
 def is_known_language(code: str) -> bool:
-    """Whether ``code`` is a language code that a recipe may name; script and region may follow: ``zh-Hant``, ``en-US``.
+    """Whether ``code`` is a language code that a recipe may name, as :func:`language_code` takes them.
 
     Example:
-        >>> is_known_language("pt-BR"), is_known_language("en-de")
-        (True, False)
+        >>> is_known_language("pt-BR"), is_known_language("mdw"), is_known_language("en-de")
+        (True, True, False)
     """
-    if code in _FLORES_OF_ISO or code in known_languages():  # the latter imports transformers
-        return True
-    tagged = _WITH_SUBTAGS.fullmatch(code)
-    return tagged is not None and tagged["code"] in known_languages()
+    return language_code(code) is not None
+
+
+def is_backbone_language(code: str) -> bool:
+    """Whether ``code`` is in one of the backbones' tables, or one of theirs with a script, a region or both."""
+    return code in known_languages() or (
+        _WITH_SUBTAGS.fullmatch(code) is not None and code.split("-")[0] in known_languages()
+    )
 
 
 def check_language(code: str, where: str) -> str:
-    """Return ``code`` if it is known.
+    """Return the one form of ``code`` (:func:`language_code`).
 
     Args:
         code: a language code.
         where: the key or record that names it, for the message.
 
     Raises:
-        ConfigError: if no backbone has the code; the nearest valid one is named.
+        ConfigError: if it is no code, or a likely slip of another; the nearest valid one is named.
     """
-    if is_known_language(str(code)):
-        return str(code)
-    suggestion = nearest(str(code).lower(), known_languages())  # a code in capitals is no closer to any other
-    codes = "use an ISO 639-1 code (de; with a region: pt-BR) or a FLORES-200 one (deu_Latn)."
-    hint = f"did you mean '{suggestion}'?" if suggestion else codes
-    raise ConfigError(f"{where}: '{code}' is not a known language; {hint}")
+    code = str(code)
+    found = language_code(code)
+    if found is not None:
+        return found
+    if meant := slip_of(code):
+        name, written = _base_name(code), f"{code}-{usual_script(code) or 'Latn'}"
+        raise ConfigError(
+            f"{where}: '{code}' is the code of {name}; if {language_name(meant)} is meant, write '{meant}', for {name} "
+            f"write '{written}'."
+        )
+    raise ConfigError(f"{where}: '{code}' is not a known language; {_hint(code)}")
 
 
+def _hint(code: str) -> str:
+    """What to write in place of a code that is none."""
+    first, *others = re.split("[-_]", code)
+    if len(others) == 1 and len(others[0]) < 4 and language_code(first) and language_code(others[0]):
+        names = " and ".join(f"'{one}' ({language_name(one)})" for one in (first, *others))
+        return f"it names two, {names}; give one of them."
+    candidates = (recased(code), _by_name().get(code.lower()), nearest(code.lower(), known_languages()))
+    suggestion = next((one for one in candidates if one is not None and language_code(one)), None)
+    if suggestion is None:
+        return "use a code of ISO 639 (de, mdw; with a region: pt-BR) or FLORES-200 (deu_Latn)."
+    return f"did you mean '{suggestion}' ({language_name(suggestion)})?"
+
+
+@cache
+def _by_name() -> dict[str, str]:
+    """The code of each language that a backbone's table has, by its English name."""
+    return {language_name(code).lower(): code for code in sorted(known_languages(), reverse=True) if "_" not in code}
+
+
+@cache
 def language_name(code: str) -> str:
     """English name of a language, for prompts that spell it out; the code itself where no name is known.
 
     Example:
-        >>> language_name("de"), language_name("en-US"), language_name("deu_Latn")
-        ('German', 'English', 'deu_Latn')
+        >>> language_name("de"), language_name("en-US"), language_name("deu_Latn"), language_name("mdw")
+        ('German', 'English', 'German', 'Mbosi')
     """
-    return _names().get(code) or _names().get(code.split("-")[0], code)
+    if code in _NAMES:
+        return _NAMES[code]
+    return _base_name((language_code(code) or code).split("-")[0]) or code
+
+
+def with_name(code: str) -> str:
+    """A code for messages, with its language's name: ``'mdw' (Mbosi)``."""
+    name = language_name(code)
+    return f"'{code}'" if name == code else f"'{code}' ({name})"
+
+
+def _base_name(base: str) -> str | None:
+    """English name of a language without subtags; None where none is known."""
+    if name := _NAMES.get(base) or cldr_name(base) or NEW_CODES.get(base):
+        return name
+    if not re.fullmatch("[a-z]{2,3}", base):
+        return None
+    from langcodes import Language
+
+    name = Language.get(base, normalize=False).language_name()
+    return None if name.startswith("Unknown language") else name
 
 
 @cache
@@ -147,15 +164,13 @@ def flores_code(code: str) -> str | None:
     """
     if code in _flores_codes():
         return code
-    language, *subtags = code.split("-")
-    language = _ALIASES.get(language, language)
-    found = _FLORES_OF_ISO.get(language)
+    language, *subtags = (language_code(code) or code).split("-")
+    language = _TAGALOG.get(language, language)
+    found = FLORES_OF_ISO.get(language)
     if found is None:  # a code of three letters that one FLORES-200 code begins with
         candidates = [known for known in _flores_codes() if known.split("_")[0] == language]
-        if len(candidates) != 1:
-            return None
-        found = candidates[0]
-    script = next((tag for tag in subtags if len(tag) == 4), None)
+        found = candidates[0] if len(candidates) == 1 else f"{language}_{usual_script(language)}"
+    script = next((tag for tag in subtags if len(tag) == 4 and tag.isalpha()), None)
     if script is None and language == "zh" and not set(_TRADITIONAL_CHINESE).isdisjoint(subtags):
         script = "Hant"
     written = f"{found[:3]}_{script}" if script else found
@@ -181,14 +196,14 @@ def mbart_code(code: str) -> str | None:
         >>> mbart_code("de"), mbart_code("pt-BR"), mbart_code("deu_Latn"), mbart_code("la")
         ('de_DE', 'pt_XX', 'de_DE', None)
     """
-    return next((_mbart_codes()[known] for known in _shorter_codes(code) if known in _mbart_codes()), None)
+    codes = {known[:2]: known for known in MBART_CODES}
+    return next((codes[known] for known in _shorter_codes(code) if known in codes), None)
 
 
 def _shorter_codes(code: str) -> list[str]:
     """The codes that a language may have in families that do not distinguish scripts, its own first."""
-    language = re.split("[-_]", code)[0]
-    standard = _ALIASES.get(language, language)
-    iso_639_3 = _FLORES_OF_ISO.get(standard, standard)[:3]
-    same = [iso for iso, flores in _FLORES_OF_ISO.items() if flores[:3] == iso_639_3]
-    aliases = [alias for alias, meant in _ALIASES.items() if meant == standard]
-    return [language, standard, *same, *aliases]
+    language = (language_code(code) or code).split("-")[0]
+    language = _TAGALOG.get(language, language)
+    own = [known for known, meant in OWN_CODES.items() if meant == language]
+    same = [iso for iso, flores in FLORES_OF_ISO.items() if flores == FLORES_OF_ISO.get(language)]
+    return [language, *same, *own]

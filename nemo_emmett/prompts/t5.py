@@ -15,6 +15,7 @@ from typing import ClassVar
 from nemo.collections.common.prompts.formatter import EOS_SLOT, Modality, PromptFormatter
 
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.language_codes import normalized
 from nemo_emmett.prompts.markup import Markup, Prompt
 from nemo_emmett.prompts.seq2seq import Segment, Seq2SeqPrompt
 
@@ -38,7 +39,7 @@ class EmmettT5PromptFormatter(Seq2SeqPrompt, PromptFormatter):
         if not target_lang:
             raise ConfigError(f"prompt_format {self.NAME}: a user's turn needs the slot target_lang, such as 'de'.")
         # As one text: a tokenizer's encoding of a space may depend on the token before it.
-        return Segment((), Prompt([Markup(f"<{target_lang}>"), " ", message]), (self.eos_id,))
+        return Segment((), Prompt([Markup(f"<{normalized(target_lang)}>"), " ", message]), (self.eos_id,))
 
     def answer_segment(self, answer: Prompt, target_lang: str | None) -> Segment:
         """``answer</s>``."""

@@ -66,9 +66,10 @@ class Languages:
         if not fault and target is None:
             fault = "names no target language; give target_lang, or --to for all"
         try:
-            for key, code in (("source_lang", source), ("target_lang", target)):
-                if code is not None and not fault:
-                    check_language(code, key)
+            if source is not None and not fault:
+                source = check_language(source, "source_lang")
+            if target is not None and not fault:
+                target = check_language(target, "target_lang")
         except ConfigError as error:
             fault = str(error).rstrip(".")
         return replace(request, source_lang=source, target_lang=target, fault=fault)

@@ -98,3 +98,8 @@ def test_the_record_of_a_checkpoint(callback: TrainedExamples) -> None:
     assert (record["steps"], record["precision"]) == (3, "bf16-mixed")
     assert "/" not in str(record)
     assert record_of_checkpoint({}, OmegaConf.create({}))["directions"] == {}
+
+
+def test_counts_of_a_checkpoint_add_up_over_the_codes_of_a_language() -> None:
+    state = {"counts": [["text", "eng", "deu_Latn", 2], ["text", "en", "de", 3], ["text", None, "mdw", 1]]}
+    assert counts_of(state) == Counter({("text", "en", "de"): 5, ("text", None, "mdw"): 1})

@@ -7,12 +7,16 @@ import json
 import pytest
 from lhotse import CutSet
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
+from nemo.collections.common.tokenizers import AutoTokenizer
 from omegaconf import OmegaConf
+from transformers import AddedToken
 
 from nemo_emmett.data import SpeechTextDataset, check_data_config, get_multimodal_dataloader
 from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError, DataError
+
+from ..prompts.tiny_tokenizers import BUILDERS
 
 LOCATOR = "<|audio|>"
 
@@ -122,7 +126,7 @@ def test_no_data_at_all() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"target_lang": "dee"}, "input_cfg.0.target_lang: 'dee' is not a known language"),
+        ({"target_lang": "dee"}, "input_cfg.0.target_lang: 'dee' is the code of Dewoin; if German is meant"),
         ({"target_lang": ["de", "xx"]}, "input_cfg.0.target_lang: 'xx' is not a known language"),
         ({"tags": {"target_lang": "xx"}}, "input_cfg.0.target_lang: 'xx' is not a known language"),
         ({"source_lang": "xx"}, "input_cfg.0.source_lang: 'xx' is not a known language"),
@@ -131,6 +135,27 @@ def test_no_data_at_all() -> None:
 def test_unknown_languages_of_speech(good, change, sentence) -> None:
     speech_source(good).update(change)
     assert sentence in refused(good)
+
+
+def test_one_language_under_two_codes(good) -> None:
+    speech_source(good)["target_lang"] = ["de", "fr", "deu_Latn"]
+    assert "speech.input_cfg.0.target_lang: names one language twice, as de, fr, de; name each once" in refused(good)
+    speech_source(good)["target_lang"] = ["deu", "fr"]
+    check_data_config(good)
+
+
+def test_a_language_that_the_family_has_no_token_for(good, tmp_path) -> None:
+    good["prompt_format"] = "emmett_nllb"
+    BUILDERS["nllb"](tmp_path).save_pretrained(tmp_path / "nllb")
+    nllb = AutoTokenizer(str(tmp_path / "nllb"), use_fast=True)
+    nllb.tokenizer.add_tokens([AddedToken(LOCATOR, special=True, normalized=False)], special_tokens=True)
+    check_data_config(good, nllb)
+    text_source(good)["source_lang"] = "mdw"
+    assert (
+        "pairs.input_cfg.0.source_lang: prompt_format emmett_nllb: NLLB has no token for the language 'mdw' (Mbosi); "
+    ) in refused(good, tokenizer=nllb)
+    good["prompt_format"] = "emmett_t5"
+    check_data_config(good, nllb)
 
 
 def test_languages_of_text(good) -> None:

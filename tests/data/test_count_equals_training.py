@@ -59,6 +59,7 @@ TEXTS = [
     ({"target_lang": ["de", "es"]}, "several target languages, but no translations"),
     ({"translations": 3}, "translations is not a mapping"),
     ({"translations": {"es": "uno"}}, "no translation to '{}'"),
+    ({"translations": {"de": "eins", "deu": "zwei"}}, "two translations to '{}'"),
 ]
 TIMES = [
     ({"duration": None}, "no duration"),

@@ -22,6 +22,7 @@ from nemo_emmett.evaluation import evaluate_recipe
 from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.models.targets import parse_arguments
 from nemo_emmett.modules.cross_attention import SpeechCrossAttention
+from nemo_emmett.objectives.registry import OBJECTIVES
 from nemo_emmett.training import check_data_section, check_recipe
 from tools.reference import COMMANDS_PAGE, PAGES, RECIPE_PAGE, comments, in_words
 
@@ -70,6 +71,9 @@ def accepted() -> dict[str, set[str]]:
     return known
 
 
+OF_ALL: dict[str, dict] = {name: {} for name in OBJECTIVES}
+
+
 def uses() -> Iterator[Callable[[], Any]]:
     """Everything that parses a section, with next to nothing in it."""
     recipe = {
@@ -82,7 +86,7 @@ def uses() -> Iterator[Callable[[], Any]]:
     nested = ("checkpoint_callback_params", "early_stopping_callback_params", "step_timing_kwargs", "ema")
     for name in nested:
         yield lambda name=name: check_recipe(OmegaConf.create({**recipe, "exp_manager": {name: {}}}))
-    yield lambda: ModelConfig.from_section({"pretrained_llm": "x"}, "SALMT5")
+    yield lambda: ModelConfig.from_section({"pretrained_llm": "x", "perception": {}, "objectives": OF_ALL}, "SALMT5")
     yield lambda: parse_arguments(SpeechCrossAttention, {}, "model.cross_attention", ["hidden_size"])
     yield lambda: check_data_section(OmegaConf.create({"other": 1}))
     yield lambda: parse_dataset({"manifest_filepath": "a.json"}, "train_ds")
@@ -98,6 +102,9 @@ def test_every_key_that_is_accepted_is_there(accepted: dict[str, set[str]]) -> N
     evaluation = {key.partition(".")[0] for key in page["A recipe of evaluate"]}
     assert accepted["recipe"] <= page["The recipe"] | evaluation
     assert accepted["model"] <= page["model"]
+    for name in OBJECTIVES:
+        found = page["model.objectives"] | page[f"model.objectives.{name}"]
+        assert accepted[f"model.objectives.{name}"] == found
     assert accepted["model.cross_attention"] == page["model.cross_attention"]
     assert accepted["trainer"] == page["trainer"]
     assert accepted["data"] == page["data"]

@@ -29,6 +29,14 @@ def test_an_evaluation_survives_json(evaluation, tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["evaluation.json"]
 
 
+def test_languages_of_an_earlier_evaluation_are_read_in_one_form(evaluation, tmp_path):
+    path = tmp_path / "evaluation.json"
+    to_json(evaluation, path)
+    path.write_text(path.read_text().replace('_lang": "de"', '_lang": "deu_Latn"'))
+    assert "deu_Latn" in path.read_text()
+    assert from_json(path) == evaluation
+
+
 def test_an_interrupted_write_leaves_the_old_file(evaluation, tmp_path):
     path = tmp_path / "exp" / "evaluation.json"
     path.parent.mkdir()

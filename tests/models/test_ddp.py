@@ -10,12 +10,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
+from nemo_emmett.models.base import SpeechTextModel
 
 from .backbones import backbone
 from .memorising import built
 from .test_gradient_conflict import expected_gradients, expected_values
 from .two_ranks import (
+    LORA,
     NONE,
+    OBJECTIVES,
     SGD,
     Steps,
     assert_equal_gradients,
@@ -27,7 +30,15 @@ from .two_ranks import (
 )
 from .two_ranks import gradients as all_gradients
 
-MODELS = {"SALMT5": (SALMT5, "t5"), "SALMGPT": (SALMGPT, "llama"), "BestowGPT": (BestowGPT, "qwen2")}
+MODELS = {
+    "SALMT5": (SALMT5, "t5", {}),
+    "SALMGPT": (SALMGPT, "llama", {}),
+    "BestowGPT": (BestowGPT, "qwen2", {}),
+    "SALMT5, objectives": (SALMT5, "t5", OBJECTIVES),
+    "SALMGPT, LoRA, objectives": (SALMGPT, "llama", LORA | OBJECTIVES),
+}
+"""Name -> class, backbone, and further keys of its config."""
+
 SECTIONS = {
     # Text trains nothing, and a rank without speech has no gradient of its own.
     "gated": {"lora": {"r": 2, "target_modules": "all-linear"}, "lora_modality": "audio"},
@@ -46,6 +57,8 @@ STEPS = {
     "the other has one of both": ((slice(0, 1), slice(0, 2)), (slice(1, 3), NONE)),
 }
 """What a step holds -> of each rank, the rows of text and of speech."""
+
+PLAIN = ("SALMT5", "SALMGPT", "BestowGPT")
 
 
 class ConflictSteps(Steps):
@@ -85,7 +98,8 @@ def harmonised(model, steps):
 
 
 CASES = [
-    *((model, find_unused, 1) for model in MODELS for find_unused in (True, False)),
+    *((model, find_unused, 1) for model in PLAIN for find_unused in (True, False)),
+    *((model, False, 1) for model in MODELS if model not in PLAIN),
     *(("SALMGPT", find_unused, 2) for find_unused in (True, False)),
     *(("SALMT5", find_unused, 1, keys) for find_unused in (True, False) for keys in ("gated", "harmonised")),
     ("SALMGPT", False, 2, "harmonised"),
@@ -94,12 +108,17 @@ CASES = [
 """Model, whether DDP looks for unused parameters, batches to an optimizer step, further keys of the model."""
 
 
+def build(name: str, keys: list[str], folder: Path, asr: Path) -> SpeechTextModel:
+    model_class, backbone_name, config = MODELS[name]
+    return built(model_class, backbone_name, folder, asr, **SGD, **config, **(SECTIONS[keys[0]] if keys else {}))
+
+
 def train(rank: int, folder: Path, asr: Path) -> None:
     """All trainings, in this process, which is one rank."""
     done = {}
     for case in CASES:
         name, find_unused, accumulate, *keys = case
-        model = built(*MODELS[name], folder / "backbones", asr, **SGD, **SECTIONS[keys[0]] if keys else {})
+        model = build(name, keys, folder / "backbones", asr)
         del model.log
         steps = ConflictSteps()
         trainer = quiet_trainer(
@@ -116,7 +135,7 @@ def train(rank: int, folder: Path, asr: Path) -> None:
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
-    for _, name in MODELS.values():
+    for _, name, _ in MODELS.values():
         backbone(name, folder / "backbones")
     return folder / "backbones"
 
@@ -133,7 +152,7 @@ def ranks(backbones, tiny_asr) -> list[dict]:
 def test_gradients_and_losses_are_those_of_one_process_on_the_joined_batch(ranks, backbones, tiny_asr, case):
     """Also where DDP waits for parameters that a rank has not used, and where gradients are accumulated."""
     name, _, accumulate, *keys = case
-    model = built(*MODELS[name], backbones, tiny_asr, **SGD, **SECTIONS[keys[0]] if keys else {})
+    model = build(name, keys, backbones, tiny_asr)
     batches = [joined(model, of_ranks) for of_ranks in STEPS.values()]
     steps = [batches[first : first + accumulate] for first in range(0, len(batches), accumulate)]
     if keys == ["harmonised"]:

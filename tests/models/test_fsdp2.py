@@ -25,7 +25,9 @@ from ..oomptimizer.fits import Data
 from .backbones import backbone
 from .memorising import built
 from .two_ranks import (
+    LORA,
     NONE,
+    OBJECTIVES,
     SGD,
     Steps,
     assert_equal_gradients,
@@ -38,7 +40,6 @@ from .two_ranks import (
     weights,
 )
 
-LORA = {"lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}}
 CASES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "SALMGPT, untied": (SALMGPT, "llama", {}),
     "SALMGPT, tied": (SALMGPT, "qwen2", {}),
@@ -48,6 +49,9 @@ CASES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "BestowGPT, frozen": (BestowGPT, "llama", {"freeze": ["llm"]}),
     "SALMT5, tied": (SALMT5, "t5", {}),
     "SALMT5, untied": (SALMT5, "t5v1_1", {}),
+    "SALMGPT, untied, objectives": (SALMGPT, "llama", OBJECTIVES),
+    "SALMGPT, LoRA, objectives": (SALMGPT, "llama", LORA | OBJECTIVES),
+    "SALMT5, tied, objectives": (SALMT5, "t5", OBJECTIVES),
 }
 """Case -> model, backbone, and further keys of its config."""
 

@@ -22,7 +22,7 @@ from nemo_emmett.training import check_gradient_conflict
 
 from ..modules.test_gradient_projection import pcgrad
 from ..oomptimizer.probing import Probing
-from .backbones import model_config
+from .backbones import backbone, model_config
 from .memorising import MODES, built, items
 from .two_ranks import SGD, gradients
 
@@ -174,6 +174,27 @@ def test_accumulated_batches_are_compared_as_one(make):
     ):
         model = make(gradient_conflict={"mode": mode, "every_n_steps": 1})
         assert_close(fit(model, halves, accumulate_grad_batches=4).gradients[0], expected)
+
+
+def test_objectives_belong_to_the_gradient_of_their_modality(folder, tiny_asr):
+    """Retention to text's: with a teacher that is not the model, since there the divergence has no gradient."""
+    teacher = str(backbone("llama", folder))
+    section = {"objectives": {"retention": {"weight": 3.0, "teacher": teacher}}}
+    make = lambda **keys: disturbed(built(SALMGPT, "llama", folder, tiny_asr, **SGD | section | keys))  # noqa: E731
+    batch = items(make(), MODES["zip"])
+    of_each = apart(make, [[batch]])
+    audio, text = of_each["audio"][0], of_each["text"][0]
+    seen = fit(make(gradient_conflict={"mode": "harmonise", "every_n_steps": 1}), [batch])
+    assert_close(seen.gradients[0], expected_gradients(audio, text))
+    assert seen.values[0] == pytest.approx(expected_values(audio, text), rel=1e-4, abs=1e-5)
+
+
+def disturbed(model):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.llm.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
 
 
 def test_between_the_intervals_steps_are_lightnings_own(folder, tiny_asr, monkeypatch):

@@ -97,8 +97,8 @@ def test_every_trained_parameter_is_in_one_group(folder, tiny_asr, model_class, 
 def test_rates_are_logged_apart_and_survive_a_checkpoint(folder, tiny_asr, tmp_path):
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
 
-    def train(steps: int, **options: object) -> tuple[SALMGPT, Trainer]:
-        model = made(folder, tiny_asr, SALMGPT, "llama", optim_param_groups=GROUPS, lr_scheduler=WARMUP)
+    def train(steps: int, groups: dict | None = GROUPS, **options: object) -> tuple[SALMGPT, Trainer]:
+        model = made(folder, tiny_asr, SALMGPT, "llama", optim_param_groups=groups, lr_scheduler=WARMUP)
         trainer = Trainer(accelerator="cpu", devices=1, max_steps=steps, **quiet)
         batches = [items(model, MODES["text"])] * 3
         trainer.fit(model, DataLoader(batches, batch_size=None), **options)
@@ -118,6 +118,10 @@ def test_rates_are_logged_apart_and_survive_a_checkpoint(folder, tiny_asr, tmp_p
     assert trainer.callback_metrics["learning_rate_llm"] == 1.5
     for name, parameter in resumed.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
+    with pytest.raises(
+        ConfigError, match=r"optim_param_groups: the checkpoint's optimizer has groups of this key, and"
+    ):
+        train(3, None, ckpt_path=tmp_path / "two.ckpt")
 
 
 @pytest.mark.parametrize(

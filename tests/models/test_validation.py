@@ -62,3 +62,13 @@ def test_bleu_has_the_tokeniser_of_the_language_it_is_in():
     expected = sacrebleu.corpus_bleu([hypothesis], [[reference]], tokenize="zh").score
     assert metrics["val_bleu_dev_en-zh"] == pytest.approx(expected)
     assert metrics["val_bleu_dev_en-zh"] > metrics["val_bleu_dev_en-de"] == 0
+
+
+def test_bleu_has_the_tokeniser_of_a_language_with_a_script():
+    hypothesis, reference = "我喜歡綠色的茶", "我喜歡紅色的茶"
+    tallies = {}
+    example = {"source_lang": "en", "target_lang": "zh-Hant", "target_text": reference}
+    numbers = (torch.tensor([1.0]), torch.tensor([1]), torch.tensor([1]))
+    count_batch(tallies, "dev", "text", [example], *numbers, [hypothesis])
+    expected = sacrebleu.corpus_bleu([hypothesis], [[reference]], tokenize="zh").score
+    assert validation_metrics(tallies)["val_bleu_dev_en-zh-Hant"] == pytest.approx(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import operator
 import os
 import signal
 import socket
@@ -77,6 +78,11 @@ def _rank(rank: int, port: int, log: Path, job: Callable[..., None], arguments: 
 
 TEXT = [("one red house", "ein haus"), ("two", "zwei blaue autos"), ("three green trees", "drei")]
 SPEECH = [(0.6, "vier alte türen"), (0.9, "fünf"), (0.5, "sechs große hunde")]
+TRANSCRIPTS = ["four old doors", None, "sechs große hunde"]
+OBJECTIVES = {
+    "objectives": {"distillation": {"weight": 0.7}, "retention": {"weight": 2.0}, "transcription": {"weight": 0.3}}
+}
+"""Of a model's config. Only the last recording is transcribed."""
 
 
 def text(model: SpeechTextModel, rows: slice) -> dict[str, Any]:
@@ -85,13 +91,21 @@ def text(model: SpeechTextModel, rows: slice) -> dict[str, Any]:
 
 
 def speech(model: SpeechTextModel, rows: slice) -> dict[str, Any]:
-    """Some rows of ``SPEECH``, each always with the same noise for a recording."""
+    """Some rows of ``SPEECH``, each always with the same noise for a recording, and what objectives read."""
     seconds, answers = zip(*SPEECH[rows], strict=True)
     batch = prompted_batch(model, [model.options.audio_locator_tag] * len(seconds), list(answers))
     first = rows.start or 0
     alone = [with_recordings(model, {}, [s], seed=first + i)["audios"][0] for i, s in enumerate(seconds)]
     lens = torch.tensor([len(recording) for recording in alone])
-    return batch | {"audios": pad_sequence(alone, batch_first=True), "audio_lens": lens}
+    transcripts = TRANSCRIPTS[rows]
+    texts = prompted_batch(model, [transcript or "" for transcript in transcripts], list(answers))
+    return batch | {
+        "audios": pad_sequence(alone, batch_first=True),
+        "audio_lens": lens,
+        "text_context_ids": texts["context_ids"],
+        "text_context_lens": texts["context_lens"] * torch.tensor([text is not None for text in transcripts]),
+        "is_transcription": torch.tensor([*map(operator.eq, transcripts, answers)]),
+    }
 
 
 NONE = slice(0, 0)
@@ -164,6 +178,7 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
+LORA = {"lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}}
 SGD = {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.01}}
 """Of a model's config: plain gradient descent, which depends on the size of gradients."""
 

@@ -8,7 +8,17 @@ import torch
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
 
 from ..models.memorising import built
-from .transcribed import as_text, divergences, gradients_of, loss_of, shaken, speech_part, text_part, token_losses
+from .transcribed import (
+    as_text,
+    divergences,
+    gradients_of,
+    loss_of,
+    shaken,
+    speech_part,
+    taught,
+    text_part,
+    token_losses,
+)
 
 MODELS = {
     "SALMT5": (SALMT5, "t5"),
@@ -40,8 +50,7 @@ def test_loss_gradient_and_log_are_those_of_all_logits(case, folder, tiny_asr):
     audio, text = batch["audio"], batch["text"]
     losses, _ = token_losses(model, audio)
     asr = audio["is_transcription"]
-    with_transcript = audio["text_context_lens"] > 0
-    kept = {key: value[with_transcript] for key, value in audio.items() if isinstance(value, torch.Tensor)}
+    kept = {key: value[taught(audio)] for key, value in audio.items() if isinstance(value, torch.Tensor)}
     means = {
         "audio": losses[~asr].sum() / audio["answer_lens"][~asr].sum(),
         "text": token_losses(model, text)[0].sum() / text["answer_lens"].sum(),

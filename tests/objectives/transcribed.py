@@ -44,9 +44,14 @@ def speech_part(model: SpeechTextModel, speech: list[tuple[float, str | None, st
     return batch
 
 
+def taught(part: Mapping[str, Any]) -> Tensor:
+    """(B,) bool, the examples that are distilled: translations with a transcript."""
+    return (part["text_context_lens"] > 0) & ~part["is_transcription"]
+
+
 def as_text(part: Mapping[str, Any]) -> dict[str, Any]:
-    """The text batch of the transcripts of all examples that have one, and which these are."""
-    rows = part["text_context_lens"] > 0
+    """The text batch of the transcripts of all examples that are distilled."""
+    rows = taught(part)
     text = {key: part[key][rows] for key in ("answer_ids", "answer_lens")}
     return text | {"context_ids": part["text_context_ids"][rows], "context_lens": part["text_context_lens"][rows]}
 
@@ -64,10 +69,10 @@ def divergences(
     """Sum of T^2 KL(teacher || student) over the answer tokens of a batch, from all logits."""
     logits, targets = SpeechTextModel.forward(student, part)
     with torch.no_grad():
-        taught, taught_targets = SpeechTextModel.forward(teacher, read)
+        predicted, taught_targets = SpeechTextModel.forward(teacher, read)
     there = targets != -100
     assert torch.equal(targets[there], taught_targets[taught_targets != -100]), "the same answers"
-    ours, theirs = (logits[there] / T).log_softmax(-1), (taught[taught_targets != -100] / T).log_softmax(-1)
+    ours, theirs = (logits[there] / T).log_softmax(-1), (predicted[taught_targets != -100] / T).log_softmax(-1)
     return T**2 * F.kl_div(ours, theirs, log_target=True, reduction="sum")
 
 

@@ -96,13 +96,16 @@ def test_speech_whose_answer_is_not_known(prompt, cut) -> None:
 
 
 def test_a_language_of_another_family_is_refused(prompt, family, pair) -> None:
+    named = {"m2m100": "M2M100", "nllb": "NLLB", "mbart": "mBART", "mbart50": "mBART-50"}[family]
     with pytest.raises(DataError) as refused:
         apply_prompt_format_fn(pair("de", "la"), prompt)
     assert str(refused.value) == (
-        f"example p: prompt_format emmett_{family}: this family of models has no token for the language 'la'; "
-        "leave out the data in that language, or use another model."
+        f"example p: prompt_format emmett_{family}: {named} has no token for the language 'la' (Latin); leave out the "
+        "data in that language, or use another model: T5 and decoder-only ones take any language."
     )
-    with pytest.raises(ConfigError, match="no token for the language 'la'"):
+    with pytest.raises(ConfigError, match=r"no token for the language 'mdw' \(Mbosi\)"):
+        prompt.encode_dialog(translation_turns(prompt, "ein rotes haus", "fr", "mdw"))
+    with pytest.raises(ConfigError, match=r"no token for the language 'la' \(Latin\)"):
         prompt.encode_dialog(translation_turns(prompt, "ein rotes haus", "fr", "la"))
 
 

@@ -8,6 +8,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts import languages
+from nemo_emmett.prompts.language_codes import FLORES_OF_ISO
 from nemo_emmett.prompts.languages import (
     check_language,
     flores_code,
@@ -18,10 +19,16 @@ from nemo_emmett.prompts.languages import (
 )
 
 
-@pytest.mark.parametrize("code", ["de", "ast", "yue", "deu_Latn", "en-US", "pt-BR", "es-419", "zh-Hant", "zh-Hant-TW"])
+@pytest.mark.parametrize("code", ["de", "ast", "yue", "mdw", "en-US", "pt-BR", "es-419", "zh-Hant", "zh-Hant-TW"])
 def test_known_languages(code) -> None:
     assert is_known_language(code)
     assert check_language(code, "target_lang") == code
+
+
+@pytest.mark.parametrize(("code", "form"), [("deu_Latn", "de"), ("deu", "de"), ("de_DE", "de"), ("arz_Arab", "arz")])
+def test_a_code_that_is_checked_gets_its_one_form(code, form) -> None:
+    assert is_known_language(code)
+    assert check_language(code, "target_lang") == form
 
 
 @pytest.mark.parametrize(
@@ -35,14 +42,46 @@ def test_unknown_languages(code) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "meant"), [("DE", "de"), ("De", "de"), ("deu_latn", "deu_Latn"), ("fra_Latm", "fra_Latn")]
+    ("code", "meant"),
+    [
+        ("DE", "'de' (German)"),
+        ("De", "'de' (German)"),
+        ("deu_latn", "'deu_Latn' (German)"),
+        ("fra_Latm", "'fra_Latn' (French)"),
+        ("en-us", "'en-US' (English)"),
+        ("zh-hant", "'zh-Hant' (Chinese)"),
+        ("xx", "'xh' (Xhosa)"),
+        ("german", "'de' (German)"),
+    ],
 )
 def test_the_nearest_language_is_named(code, meant) -> None:
     with pytest.raises(ConfigError) as refused:
         check_language(code, "data.train_ds.target_lang")
-    assert str(refused.value) == (
-        f"data.train_ds.target_lang: '{code}' is not a known language; did you mean '{meant}'?"
-    )
+    assert str(refused.value) == f"data.train_ds.target_lang: '{code}' is not a known language; did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("en_de", "'en_de' is not a known language; it names two, 'en' (English) and 'de' (German); give one of them."),
+        (
+            "eng-mdw",
+            "'eng-mdw' is not a known language; it names two, 'eng' (English) and 'mdw' (Mbosi); give one of them.",
+        ),
+        ("dee", "'dee' is the code of Dewoin; if German is meant, write 'de', for Dewoin write 'dee-Latn'."),
+        ("dde", "'dde' is the code of Doondo; if German is meant, write 'de', for Doondo write 'dde-Latn'."),
+        ("faa", "'faa' is the code of Fasu; if Persian is meant, write 'fa', for Fasu write 'faa-Latn'."),
+        (
+            "klingon",
+            "'klingon' is not a known language; use a code of ISO 639 (de, mdw; with a region: pt-BR) or FLORES-200 "
+            "(deu_Latn).",
+        ),
+    ],
+)
+def test_what_to_write_instead(code, sentence) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_language(code, "--to")
+    assert str(refused.value) == f"--to: {sentence}"
 
 
 def test_names_are_those_that_models_were_trained_with() -> None:
@@ -51,12 +90,9 @@ def test_names_are_those_that_models_were_trained_with() -> None:
 
 
 def test_names() -> None:
-    assert [language_name(code) for code in ("de", "en-US", "zh-Hant", "deu_Latn")] == [
-        "German",
-        "English",
-        "Chinese",
-        "deu_Latn",
-    ]
+    codes = ("de", "en-US", "zh-Hant", "deu_Latn", "deu", "mdw", "arz_Arab", "dee-Latn", "qaa", "xx")
+    names = ["German", "English", "Chinese", "German", "German", "Mbosi", "Egyptian Arabic", "Dewoin", "qaa", "xx"]
+    assert [language_name(code) for code in codes] == names
 
 
 FLORES = {
@@ -78,8 +114,19 @@ FLORES = {
     "yue": "yue_Hant",
     "ks-Deva": "kas_Deva",
     "arz_Arab": "arz_Arab",
+    "deu": "deu_Latn",
+    "de_DE": "deu_Latn",
+    "nob": "nob_Latn",
+    "cmn": "zho_Hans",
+    "zh-Hant-HK": "zho_Hant",
+    "de-1996": "deu_Latn",
+    "ace": "ace_Latn",
+    "fil": "tgl_Latn",
+    "sd-IN": "snd_Arab",
     "la": None,
+    "mdw": None,
     "sr-Latn": None,
+    "sr-Latn-ME": None,
     "xx": None,
 }
 
@@ -103,6 +150,11 @@ def test_flores_codes(code, flores) -> None:
         ("ast", "ast", None),
         ("arz_Arab", None, None),
         ("la", None, None),
+        ("mdw", None, None),
+        ("deu", "de", "de_DE"),
+        ("ger-AT", "de", "de_DE"),
+        ("cmn-Hant", "zh", "zh_CN"),
+        ("fil", "tl", "tl_XX"),
     ],
 )
 def test_codes_of_the_other_families(code, m2m100, mbart) -> None:
@@ -114,7 +166,7 @@ def test_every_flores_code_in_the_table_is_one_and_stands_for_its_iso_code() -> 
     get_global = pytest.importorskip("babel.core", reason="Babel holds CLDR's aliases").get_global
     aliases = get_global("language_aliases")
     differs = {}
-    for iso, flores in languages._FLORES_OF_ISO.items():
+    for iso, flores in FLORES_OF_ISO.items():
         assert flores in languages._flores_codes()
         if (alias := aliases.get(flores[:3])) != iso:
             differs[iso] = (flores, alias)
@@ -134,7 +186,8 @@ def test_each_family_finds_all_of_its_own_languages() -> None:
     assert {m2m100_code(code) for code in codes} == codes
     assert {flores_code(code) for code in languages._flores_codes()} == languages._flores_codes()
     assert [code for code in sorted(codes) if flores_code(code) is None] == ["br", "fy"]
-    assert [mbart_code(code) for code in languages._mbart_codes()] == MBART50_CODES
+    assert [mbart_code(code) for code in MBART50_CODES] == MBART50_CODES
+    assert [mbart_code(code[:2]) for code in MBART50_CODES] == MBART50_CODES
 
 
 def test_every_language_of_two_letters_has_a_name() -> None:

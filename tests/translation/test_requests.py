@@ -144,7 +144,7 @@ class TestManifests:
             "line 3: has neither audio_filepath nor text",
             "line 4: offset -1 and duration None are no part of a recording",
             "line 5: offset 0 and duration 'x' are no part of a recording",
-            "source_lang: 'xx' is not a known language; did you mean 'xh'?",
+            "source_lang: 'xx' is not a known language; did you mean 'xh' (Xhosa)?",
             "line 7: offset nan and duration None are no part of a recording",
         ]
 

@@ -11,28 +11,26 @@ from nemo_emmett.errors import ConfigError
 
 @cache
 def iso_code(code: str) -> str:
-    """The code of a language in recipes: ISO 639-1 if it has one, with a script that is not its usual one.
+    """The one form of a language's code (:func:`~nemo_emmett.prompts.language_codes.language_code`) without a region.
 
-    Other varieties than the standard one keep a code of their own, FLORES-200's if recipes have no other, so that no
-    two varieties share a code. Regions are removed, since publishers write them for accents: ``es_419``.
+    Case does not matter. Regions are removed, since publishers write them for accents: ``es_419``.
 
     Args:
         code: ISO 639-1, 639-2 or 639-3, perhaps with an ISO 15924 script and a region: ``deu_Latn``, ``cmn_hans_cn``.
 
     Example:
         >>> [iso_code(code) for code in ("deu_Latn", "de_DE", "deu", "zho_Hant", "cmn_hans_cn", "arz_Arab")]
-        ['de', 'de', 'de', 'zh-Hant', 'zh', 'arz_Arab']
+        ['de', 'de', 'de', 'zh-Hant', 'zh', 'arz']
     """
-    from nemo_emmett.prompts.languages import flores_code, is_known_language
+    from nemo_emmett.prompts.language_codes import language_code
 
     language, *subtags = re.split("[-_]", code)
-    short = _shortest(language.lower())
-    usual = flores_code(short)
+    language = _SAME.get(language.lower(), language.lower())
     script = next((tag.title() for tag in subtags if len(tag) == 4 and tag.isalpha()), None)
-    if script is None and subtags and usual is not None:  # zh_TW: the region determines the script
-        script = (flores_code(f"{short}-{subtags[-1].upper()}") or usual)[-4:]
-    found = short if script is None or usual is None or usual.endswith(script) else f"{short}-{script}"
-    return found if is_known_language(found) else flores_code(code) or flores_code(found) or found
+    if script is None and language in _CHINESE and subtags and subtags[-1].upper() in _TRADITIONAL:
+        script = "Hant"
+    found = language_code(language) or language
+    return language_code(f"{language}-{script}") or found if script else found
 
 
 def chosen(asked: Sequence[str] | None, there: Iterable[str], what: str) -> tuple[str, ...]:
@@ -70,29 +68,8 @@ def check_languages(asked: Sequence[str] | None, there: Iterable[str] = ()) -> N
             check_language(language, "languages")
 
 
-_SAME = {"fil": "tl", "iw": "he", "jw": "jv"}
-"""Codes of languages that have another code in all models here: Filipino (as Tagalog), and two obsolete ones."""
+_SAME = {"fil": "tl"}
+"""Filipino is Tagalog in all models here."""
 
-
-def _shortest(language: str) -> str:
-    from nemo_emmett.prompts.languages import is_known_language
-
-    language = _SAME.get(language, language)
-    if len(language) == 2:
-        return language
-    if (standard := _two_letter_codes().get(language)) is not None:
-        return standard
-    from babel.core import get_global
-
-    # The CLDR's: of a macrolanguage's members only the standard one has an alias (arb and cmn, not arz and yue).
-    alias = get_global("language_aliases").get(language, language)
-    return alias if is_known_language(alias) else language
-
-
-@cache
-def _two_letter_codes() -> dict[str, str]:
-    """The ISO 639-1 code of each ISO 639-3 code in FLORES-200's tables."""
-    from nemo_emmett.prompts.languages import flores_code, known_languages
-
-    short = sorted((code for code in known_languages() if len(code) == 2), reverse=True)  # of no and nb, nb stays
-    return {flores[:3]: code for code in short if (flores := flores_code(code)) is not None}
+_CHINESE, _TRADITIONAL = ("zh", "zho", "chi", "cmn"), ("TW", "HK", "MO")
+"""Codes of Chinese, and the regions that write it in the traditional script."""

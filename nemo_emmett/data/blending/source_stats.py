@@ -45,7 +45,7 @@ from nemo_emmett.errors import ConfigError, DataError
 
 SIDECAR_SUFFIX = ".sizes.json"
 
-_VERSION = 3
+_VERSION = 4
 """Raised when other records are usable or sizes are measured in another way: older counts are not used."""
 
 

@@ -118,7 +118,7 @@ class _Sizes:
 def _measured(group: SourceGroup) -> Iterator[Source]:
     """The sources on whose size a weight depends."""
     if group.is_auto and len(group.members) > 1 and group.members[0].weight is None:
-        yield from group.sources()
+        yield from (source for source in group.sources() if not source.is_transcription)
         return
     for member in group.members:
         if isinstance(member, SourceGroup):
@@ -152,6 +152,7 @@ def _node(
         *(frozenset((str(key), str(value)) for key, value in (leaf.tags or {}).items()) for leaf in entry.sources())
     )
     name = ", ".join(f"{key}: {value}" for key, value in sorted(tags - tags_above))
+    name = entry.members[0].name if entry.is_pair else name
     node = Node(name or entry.place.rpartition(".")[2], entry.place, share, weight)
     for member, of_member, part in zip(
         entry.members, weights, temperature_reweighting(weights, temperature), strict=True
@@ -159,7 +160,7 @@ def _node(
         own = member.temperatures if isinstance(member, SourceGroup) else None
         of_members = below if own is None else own
         node.children.append(_node(member, share * part, of_member, of_members, tags, sizes))
-    of_children = [child.size for child in node.children]
+    of_children = [child.size for child in node.children[: 1 if entry.is_pair else None]]
     node.size = None if None in of_children else sum(of_children, Size())
     return node
 
@@ -179,10 +180,12 @@ def _weights(group: SourceGroup, sizes: _Sizes) -> list[float]:
 
 
 def _held(group: SourceGroup, sizes: _Sizes) -> list[float]:
-    """What the members hold, in one unit: hours, tokens, or, where there are both, tokens and what they equal."""
-    sources = list(group.sources())
+    """What the members hold, in one unit: hours, tokens, or, where there are both, tokens and what they equal. What is
+    transcribed as well counts once."""
+    members = [[source for source in member.sources() if not source.is_transcription] for member in group.members]
+    sources = [source for of_member in members for source in of_member]
     if not any(source.is_text for source in sources):
-        return [sum(sizes.of[source.place].hours for source in member.sources()) for member in group.members]
+        return [sum(sizes.of[source.place].hours for source in of_member) for of_member in members]
     if sizes.tokenizer is None:
         logging.warning(
             f"{group.place}: there is no tokenizer, so text weighs its words rather than its tokens.",
@@ -199,4 +202,4 @@ def _held(group: SourceGroup, sizes: _Sizes) -> list[float]:
         size = sizes.of[source.place]
         return size.tokens if source.is_text else size.seconds / source.token_equivalent_duration
 
-    return [float(sum(map(tokens, member.sources()))) for member in group.members]
+    return [float(sum(map(tokens, of_member))) for of_member in members]

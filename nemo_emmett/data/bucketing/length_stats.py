@@ -39,7 +39,7 @@ from nemo_emmett.data.lengths.measures import Measures
 from nemo_emmett.data.lengths.selection import Selection, filter_of_text
 from nemo_emmett.data.readers.examples import ExampleKind, lengths_in_tokens
 from nemo_emmett.data.readers.registry import ReaderContext, injected_examples, reader_context, register_data_types
-from nemo_emmett.data.sampling.global_batches import GroupOrder, GroupSchedule
+from nemo_emmett.data.sampling.global_batches import GroupOrder, GroupSchedule, ends_with
 from nemo_emmett.data.sampling.shuffle import SHUFFLE_BLOCK_SIZE
 from nemo_emmett.data.sampling.source_order import SourceOrder, joined
 from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION, SKIPPED, build_tolerant_sampler, guarded
@@ -190,7 +190,7 @@ def _first_measures(
         for number, (source, index) in enumerate(zip(group.sources, indexes, strict=True))
     ]
     names = [source.name for source in group.sources]
-    order = GroupOrder(group.name, sources, names, list(shares), [limit], drop_last=False)
+    order = GroupOrder(group.name, sources, names, list(shares), [limit], False, ends_with=ends_with(group.sources))
     is_once = config.force_finite or (len(sources) == 1 and not _has_weights(group.root))
     schedule = GroupSchedule(order, world_size=1, only_pass=0 if is_once else None)
     steps: list[np.ndarray] = []

@@ -26,6 +26,7 @@ from nemo_emmett.data.config.sources import (
     parse_classic,
     parse_entries,
     parse_group,
+    refuse_without_speech,
 )
 from nemo_emmett.data.io.commands import refuse_pipes
 from nemo_emmett.errors import ConfigError, Help
@@ -39,6 +40,8 @@ _OF_ALL_GROUPS = (*SHARED_BY_GROUPS, "sampler_fusion", "sampler_weights", "multi
 INHERITED_BY_GROUPS = (
     *("prompt_format", "audio_locator_tag", "token_equivalent_duration", "sample_rate", "source_lang", "target_lang"),
     *("weights", "index_dir", "num_sub_buckets", "allow_commands", "force_map_dataset", "force_iterable_dataset"),
+    "transcripts",
+    "transcription",
 )
 """Keys of a ``multi_config`` that hold for the groups which do not set them."""
 
@@ -59,6 +62,9 @@ _KEYS_OF_A_BATCH = (
     *("bucket_batch_size", "bucket_duration_bins", "num_buckets", "use_multimodal_sampling"),
 )
 """Keys of how a batch is put together, which under ``mux`` there is but one of."""
+
+_OF_MERGED_GROUPS = (*LANGUAGE_KEYS, "transcripts", "transcription")
+"""Keys that a group may have under ``mux``, for its sources."""
 
 LIMITS = tuple((f"min_{name}", f"max_{name}") for name in ("duration", "tokens", "tps", "tpt"))
 """Keys of the least and the most that NeMo's filters let pass."""
@@ -224,6 +230,8 @@ def parse_dataset(section: Mapping[str, Any] | DictConfig, place: str) -> Datase
         _warn_of_keys_without_effect(own, sections, unknown_keys, place)
     else:
         groups = (_group_config(own, place, ""),)
+    sources = [source for group in groups for source in group.sources]
+    refuse_without_speech(sources, own.get("transcription"), place)
     _check_keys_under_zip(own, groups, is_multi_config and own.get("sampler_fusion") == "zip", place)
     values = {f.name: own[f.name] for f in fields(DatasetConfig) if f.name in own}
     return DatasetConfig(
@@ -305,17 +313,17 @@ def _merged_group(own: Mapping[str, Any], sections: Mapping[str, dict], place: s
                     f"{place}.{name}.{key}: under sampler_fusion: mux all groups share their batches; "
                     f"set {place}.{key}."
                 )
-            if key not in ("input_cfg", *LANGUAGE_KEYS):
+            if key not in ("input_cfg", *_OF_MERGED_GROUPS):
                 raise ConfigError(
-                    f"{place}.{name}.{key}: under sampler_fusion: mux a group has an input_cfg and languages, no more; "
-                    f"set {place}.{key} for all groups, or another fusion."
+                    f"{place}.{name}.{key}: under sampler_fusion: mux a group has an input_cfg, languages, "
+                    f"transcripts and transcription, no more; set {place}.{key} for all groups, or another fusion."
                 )
         if section.get("input_cfg") is None:
             raise ConfigError(
                 f"{place}.{name}.input_cfg: missing; under sampler_fusion: mux a group lists its sources."
             )
         section = {**section, "type": "group", **({} if weights is None else {"weight": weights[name]})}
-        of_group = {**inherited, **{key: section[key] for key in LANGUAGE_KEYS if section.get(key) is not None}}
+        of_group = {**inherited, **{key: section[key] for key in _OF_MERGED_GROUPS if section.get(key) is not None}}
         members.append(parse_group(section, f"{place}.{name}", of_group, **how))
     check_weights(members, how["is_auto"])
     root = SourceGroup(place=place, members=tuple(members), is_auto=how["is_auto"], keys={})

@@ -52,11 +52,21 @@ def sampler_config(group: GroupConfig, **overrides: Any) -> DictConfig:
     keys = {key: value for key, value in group.keys.items() if key not in _READ_BY_US}
     noise = None if group.noise is None else _noise_read_by_us(group.noise)
     keys = {"noise_path": noise, **keys, "input_cfg": wrap_sources(members), **overrides}
+    if group.root.has_pairs and isinstance(temperatures := keys.get("reweight_temperature"), list):
+        # NeMo wants one for each level, and a pair is one: exact, whatever stands here.
+        keys["reweight_temperature"] = [*temperatures, *[1.0] * (_levels(group.root) - len(temperatures))]
     try:
         return make_structured_with_schema_warnings(config_of(keys))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"{group.place}.{error.full_key}: {reason}; correct it.") from error
+
+
+def _levels(group: SourceGroup) -> int:
+    """How many levels of ``input_cfg`` NeMo finds in a group."""
+    return 1 + max(
+        _levels(member) if isinstance(member, SourceGroup) else int(bool(member.members)) for member in group.members
+    )
 
 
 def wrap_sources(members: Iterable[SourceGroup | Source], **settings: Any) -> list[dict[str, Any]]:

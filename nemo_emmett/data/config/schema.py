@@ -39,6 +39,9 @@ MAX_BATCH_SIZE, MAX_BUCKETS, MAX_WORKERS = 10**6, 10**5, 10**4
 Seed = Count | Literal["trng", "randomized"]
 """A random seed, or one of lhotse's ways to choose one."""
 
+TranscriptionShare = Annotated[Number, annotated_types.Gt(0), annotated_types.Lt(1)]
+"""The share of a source's examples that are read for transcription."""
+
 _NonEmptyList = Annotated[list[NonEmpty], annotated_types.MinLen(1)]
 
 OUR_TYPES = {
@@ -51,8 +54,10 @@ OUR_TYPES = {
     "index_dir": NonEmpty | None,  # folder for indexes and counts where they cannot be written next to the data
     "allow_commands": Switch,  # sources and recordings may be the output of commands, which a shell runs
     "num_sub_buckets": PositiveWhole | None,  # output-length buckets in each input-length bucket, for `auto` bins
+    "transcription": TranscriptionShare | None,  # share of the speech examples that are transcribed, not translated
     "every_n_steps": PositiveWhole,  # of a group under zip: it gives a batch to every n-th step only, from the first on
     "batch_ratio": Positive | None,  # of a group under zip: its examples in a step per example of the first group
+    "transcripts": Switch | None,  # batches of speech have the transcripts, and the prompts of these as text
 }
 """Keys of ``train_ds``, ``validation_ds``, ... beyond those of NeMo's ``LhotseDataLoadingConfig``."""
 
@@ -170,7 +175,8 @@ LEGACY_KEYS = frozenset(
 
 ANY_SOURCE_KEYS = frozenset(
     {"type", "weight", "weights", "tags", "input_cfg"}
-    | {"source_lang", "target_lang", "source_language", "target_language"}
+    | {"source_lang", "target_lang", "source_language", "target_language", "transcripts"}
+    | {"transcription"}
 )
 
 _MANIFEST = frozenset({"manifest_filepath", "tarred_audio_filepaths", "extra_fields"})

@@ -5,12 +5,11 @@ Each source has what it inherits from the groups around it, its languages and it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from nemo.collections.common.data.lhotse.cutset import get_known_config_data_types
 from nemo.utils import logging, logging_mode
 
@@ -27,10 +26,11 @@ from nemo_emmett.data.config.schema import (
     Seed,
     WeightedPaths,
 )
-from nemo_emmett.data.config.section import plain
+from nemo_emmett.data.config.section import load_entries
 from nemo_emmett.data.io.commands import is_pipe, refuse_pipes
-from nemo_emmett.data.io.files import expand_paths, open_bytes
-from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.data.io.files import expand_paths
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.language_codes import normalized
 from nemo_emmett.typed_config import (
     Count,
     NonEmpty,
@@ -71,7 +71,7 @@ PATTERN_KEYS = ("manifest_filepath", "tarred_audio_filepaths", "source_paths", "
 LANGUAGE_KEYS = {"source_lang": "source_language", "target_lang": "target_language"}
 """Our keys for the languages of a source, with NeMo's for those of a text."""
 
-INHERITED = (*LANGUAGE_KEYS, "channel_selector")
+INHERITED = (*LANGUAGE_KEYS, "channel_selector", "transcription", "transcripts")
 """Keys that a source inherits from the groups around it and from its dataset, beyond NeMo's."""
 
 INHERITED_IN_NEMO = (
@@ -94,8 +94,11 @@ class Source:
         type: of the source, such as ``nemo_tarred`` or ``parallel_text``; ``group`` for a list of sources.
         weight: sampling weight among the members of its group.
         tags: added to each example, such as ``context`` (the prompt), ``source_lang``, ``target_lang``.
-        source_lang: language of the input; by its tags, else by our key, else by NeMo's.
+        source_lang: language of the input, in the one form of its code (:func:`language_code`), as all languages here;
+            by its tags, else by our key, else by NeMo's.
         target_lang: language, or languages, to translate to; in the same way.
+        transcripts: batches have the transcripts of its speech.
+        is_transcription: it is read for transcription only: the answers are what is spoken (``transcription``).
         members: the sources that a conversation type of NeMo's reads, if they are listed.
         extra_fields: fields that NeMo adds to each example of a manifest.
         paths: text files, or TSV and JSONL files with both sides in a line.
@@ -117,6 +120,8 @@ class Source:
     tags: Mapping[str, Any] | None = None
     source_lang: Text | None = None
     target_lang: Text | list[Text] | None = None
+    transcripts: Switch | None = None
+    is_transcription: Switch = False
     members: tuple[Source, ...] = ()
     manifest_filepath: WeightedPaths | None = None
     tarred_audio_filepaths: WeightedPaths | None = None
@@ -179,7 +184,7 @@ class Source:
         """What a report calls it: its file(s)."""
         for key in ("manifest_filepath", "shar_path", "cuts_path", "paths", "target_paths", "data_dir"):
             if (value := getattr(self, key)) is not None:
-                return str(value)
+                return f"{value} (transcription)" if self.is_transcription else str(value)
         return self.place
 
     def files(self) -> Iterator[tuple[str, str]]:
@@ -212,6 +217,7 @@ class SourceGroup:
         members: its groups and sources.
         weight: among the members of the group around it; None where none is given.
         is_auto: whether its members weigh what they hold (``weights: auto``).
+        is_pair: its members are one source, read for translation and for transcription; it is no level of the recipe.
         temperatures: its own ``reweight_temperature``, of its members, of theirs, ...; None: those of the dataset.
         keys: that NeMo reads of a group.
     """
@@ -220,6 +226,7 @@ class SourceGroup:
     members: tuple[SourceGroup | Source, ...]
     weight: float | None = None
     is_auto: bool = False
+    is_pair: bool = False
     temperatures: tuple[float, ...] | None = None
     keys: Mapping[str, Any]
 
@@ -231,9 +238,15 @@ class SourceGroup:
     @property
     def depth(self) -> int:
         """How many levels of ``input_cfg`` there are below it."""
-        return 1 + max(
+        below = max(
             member.depth if isinstance(member, SourceGroup) else int(bool(member.members)) for member in self.members
         )
+        return below + (not self.is_pair)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether there are pairs of sources in it."""
+        return any(member.is_pair or member.has_pairs for member in self.members if isinstance(member, SourceGroup))
 
 
 def _paths_in(value: Any, is_pattern: bool) -> Iterator[tuple[str, str]]:
@@ -278,13 +291,29 @@ def parse_source(entry: Mapping[str, Any], place: str, *, allow_commands: bool =
         members = [source for member in inside for source in member.sources()]
     given = {"keys": dict(entry), "place": place, "members": tuple(members)}
     source = parse_section(Source, {**entry, **languages}, place, **given)
+    source = replace(source, source_lang=normalized(source.source_lang), target_lang=_normalized(source.target_lang))
+    if isinstance(source.paths, Mapping):
+        source = replace(source, paths=_by_language(source.paths, place))
     typed = {field.name: getattr(source, field.name) for field in fields(source) if field.name not in LANGUAGE_KEYS}
     return source.with_keys(**{k: typed[k] for k in entry.keys() & typed.keys() if typed[k] != entry[k]})  # 5 for '5'
 
 
+def _normalized(languages: str | list[str] | None) -> str | list[str] | None:
+    return [normalized(code) for code in languages] if isinstance(languages, list) else normalized(languages)
+
+
+def _by_language(paths: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The files of each language, by its one code."""
+    found: dict[str, str] = {}
+    for code in map(str, paths):
+        if (other := found.setdefault(normalized(code), code)) != code:
+            raise ConfigError(f"{place}.paths: '{other}' and '{code}' are one language; list all its files under one.")
+    return {normalized(str(code)): of_language for code, of_language in paths.items()}
+
+
 def parse_classic(
     section: Mapping[str, Any], place: str, inherited: Mapping[str, Any], *, allow_commands: bool
-) -> Source:
+) -> SourceGroup | Source:
     """The one source of a dataset that names it by NeMo's classic keys (``manifest_filepath``, ...).
 
     Raises:
@@ -295,7 +324,7 @@ def parse_classic(
         raise ConfigError(f"{place}: names no data; give input_cfg, manifest_filepath, cuts_path or shar_path.")
     files = {key: section[key] for key in _CLASSIC[kind] if section.get(key) is not None}
     entry = {**inherited, "type": kind, **files}
-    return parse_source(entry, place, allow_commands=allow_commands)
+    return _with_transcription(entry, place, allow_commands=allow_commands)
 
 
 def parse_entries(
@@ -324,7 +353,7 @@ def parse_entries(
     if isinstance(entries, (str, Path)):
         if is_pipe(str(entries)):
             raise ConfigError(f"{place}: '{entries}' is a command; write its output to a file, and name that.")
-        entries = _load_entries(entries, place)
+        entries = load_entries(entries, place)
     if not isinstance(entries, Sequence) or not entries:
         raise ConfigError(f"{place}: is empty or not a list; it must list the sources of the data.")
     how = {"allow_commands": allow_commands, "is_auto": is_auto}
@@ -349,8 +378,47 @@ def _parse_entry(
     inherited = {**inherited, **own, **{key: entry[key] for key in INHERITED_IN_NEMO if key in entry}}
     if entry["type"] == "group":
         return parse_group(entry, place, inherited, allow_commands=allow_commands, tags=tags, is_auto=is_auto)
+    if entry["type"] in TEXT_TYPES and entry.get("transcription") is not None:
+        raise ConfigError(
+            f"{place}.transcription: a source of the type '{entry['type']}' holds no speech; remove the key."
+        )
     entry = {**inherited, **entry, **({"tags": tags} if tags else {})}
-    return parse_source(entry, place, allow_commands=allow_commands)
+    return _with_transcription(entry, place, allow_commands=allow_commands)
+
+
+def _with_transcription(entry: Mapping[str, Any], place: str, *, allow_commands: bool) -> SourceGroup | Source:
+    """A source; with ``transcription`` two of its files, one of which is read for transcription, and their shares.
+
+    Raises:
+        ConfigError: if the share cannot be used, or the source is of conversations.
+    """
+    share = parse_value(TYPES["transcription"], entry.get("transcription"), f"{place}.transcription")
+    source = parse_source(
+        {key: value for key, value in entry.items() if key != "transcription"}, place, allow_commands=allow_commands
+    )
+    if share is None or source.is_text:
+        return source
+    if source.is_conversation:
+        raise ConfigError(
+            f"{place}.transcription: a source of the type '{source.type}' has the answers of its conversations; "
+            "set transcription: null for it."
+        )
+    translated = source.with_keys(weight=1.0 - share)
+    transcribed = replace(source.with_keys(weight=share, is_transcription=True), place=f"{place}.transcription")
+    # Shares are exact: no temperature applies to them.
+    keys = {"reweight_temperature": [], **({} if source.weight is None else {"weight": source.weight})}
+    members = (translated, transcribed)
+    return SourceGroup(place=place, members=members, weight=source.weight, is_pair=True, temperatures=(), keys=keys)
+
+
+def refuse_without_speech(sources: Iterable[Source], share: float | None, place: str) -> None:
+    """Refuse ``transcription`` for a dataset or group without speech.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if share is not None and not any(source.is_transcription for source in sources):
+        raise ConfigError(f"{place}.transcription: there is no speech to transcribe; remove the key.")
 
 
 def parse_group(
@@ -370,9 +438,12 @@ def parse_group(
         temperatures = parse_value(
             list[NonNegative] | None, entry["reweight_temperature"], f"{place}.reweight_temperature"
         )
+    members = parse_entries(entry.get("input_cfg"), f"{place}.input_cfg", inherited, **how)
+    sources = [source for member in members for source in member.sources()]
+    refuse_without_speech(sources, entry.get("transcription"), place)
     return SourceGroup(
         place=place,
-        members=parse_entries(entry.get("input_cfg"), f"{place}.input_cfg", inherited, **how),
+        members=members,
         weight=parse_value(Positive | None, entry.get("weight"), f"{place}.weight"),
         is_auto=is_auto,
         temperatures=None if "reweight_temperature" not in entry else tuple(temperatures or ()),
@@ -420,14 +491,3 @@ def _check_type_and_keys(entry: Mapping[str, Any], place: str) -> None:
     if unknown_keys := check_keys(entry, own | LOADER_KEYS | _KEYS_OF_SOME_TYPE, place, LEGACY_KEYS):
         message = f"{place}: these keys have no meaning for '{kind}': {', '.join(unknown_keys)}"
         logging.warning(message, mode=logging_mode.ONCE)
-
-
-def _load_entries(path: str | Path, place: str) -> Any:
-    try:
-        with open_bytes(str(path)) as file:
-            entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except OSError as error:
-        raise DataError(f"{place}: the file '{path}' cannot be read ({error.strerror or error}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{place}: the file '{path}' is not YAML: {' '.join(str(error).split())}.") from error
-    return plain(entries, place) if isinstance(entries, list) else entries

@@ -28,6 +28,7 @@ NOT_READ = frozenset(
     (
         *("weight", "shuffle", "shard_seed", "force_finite", "metadata_only", "max_open_streams", "slice_length"),
         *("audio_locator_tag", "token_equivalent_duration", "force_map_dataset", "force_iterable_dataset", *FILE_KEYS),
+        "transcripts",
     )
 )
 """Keys of a source that do not change what its reader yields in a pass, or whose files are identified by content."""
@@ -58,9 +59,12 @@ def maps_config(group: GroupConfig, tokenizer: Any) -> DictConfig:
     return sampler_config(group, **_UNFILTERED, **of_text)
 
 
-def settings_of(source: Source) -> dict[str, Any]:
+def settings_of(source: Source, kind: ExampleKind) -> dict[str, Any]:
     """The settings of a source's reader, apart from the place of its files."""
     settings: dict[str, Any] = {key: value for key, value in source.keys.items() if key not in NOT_READ}
+    if kind is not ExampleKind.AS_READ:  # then languages are read in one form
+        languages = {"source_lang": source.source_lang, "target_lang": source.target_lang}
+        settings |= languages | ({"tags": {**source.tags, **languages}} if source.tags else {})
     settings["languages"] = list(source.paths) if isinstance(source.paths, Mapping) else None
     settings["tars"] = _base_names(source.tarred_audio_filepaths)
     return settings
@@ -100,7 +104,7 @@ def identity_of(
     folder = os.path.dirname(files[0][0]) if files else ""
     prefix = os.path.join(folder, "")
     names = [[_relative(path, prefix) for path in shard] for shard in files]
-    facts = [settings_of(source), names, kind.value, forbidden, counter.fingerprint, maps, tokens]
+    facts = [settings_of(source, kind), names, kind.value, forbidden, counter.fingerprint, maps, tokens]
     return {"identity": hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()}
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -66,7 +67,8 @@ class SourceMeasurer:
         self.source, self.structured, self.counter, self.kind = source, structured, counter, kind
         self.recorder = Recorder()
         self.records = open_records(source, self.recorder, kind, index_dir, metadata_only=True)
-        self._examples = Examples((), kind, defaults_of(source), self.recorder, forbidden)
+        defaults = replace(defaults_of(source), transcripts=False)  # they have no part in the lengths
+        self._examples = Examples((), kind, defaults, self.recorder, forbidden)
 
     @cached_property
     def pipeline(self) -> TransformPipeline:

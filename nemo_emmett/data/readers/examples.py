@@ -30,8 +30,10 @@ from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.io.files import is_unicode
 from nemo_emmett.data.io.skipped_records import InvalidRecord, SkippedRecords
 from nemo_emmett.prompts.instruction import translation_instruction
+from nemo_emmett.prompts.language_codes import normalized
 from nemo_emmett.prompts.languages import is_known_language
 from nemo_emmett.prompts.markup import Prompt
+from nemo_emmett.prompts.transcripts import set_transcript
 
 
 class ExampleKind(str, Enum):
@@ -70,6 +72,8 @@ class SourceDefaults:
     token_equivalent_duration: float | None = None  # seconds of speech that count as one token
     context: str | None = None  # instruction of a conversation
     system_prompt: str | None = None  # of a conversation
+    transcripts: bool = False  # are prompted as text, next to the speech
+    is_transcription: bool = False  # the answers are what is spoken
 
 
 class Examples:
@@ -120,8 +124,12 @@ class Examples:
 
     def _of_speech(self, cut: Cut) -> Iterator[Cut | NeMoMultimodalConversation]:
         custom = _custom_of(cut)
+        is_transcription = self.defaults.is_transcription
         try:
-            translations = list(_translations(cut, custom, self.defaults, self._has_instruction(custom)))
+            if is_transcription:
+                translations = [_spoken(cut, custom, self.defaults)]
+            else:
+                translations = list(_translations(cut, custom, self.defaults, self._has_instruction(custom)))
         except InvalidRecord as cause:
             self._note(cut, str(cause))
             return
@@ -130,18 +138,31 @@ class Examples:
             try:
                 _check_example(text, target_lang, source_lang)
                 example = _speech_example(cut, text, source_lang, target_lang, self.defaults.audio_locator_tag)
-                if len(translations) > 1:
+                if is_transcription:
+                    _drop_instruction(example)  # that of the translation
+                if len(translations) > 1 or is_transcription:
                     example.id = f"{cut.id}-{target_lang}"
+                if self.defaults.transcripts:
+                    self._mark_transcript(example)
                 example = self._finished(example)
             except InvalidRecord as cause:
                 self._note(cut, str(cause))
                 continue
             yield example
 
+    def _mark_transcript(self, example: Cut) -> None:
+        """Have the transcript of a speech example prompted; an empty one if it has none that can be."""
+        transcript = _custom_of(example).get("source_text")
+        if not isinstance(transcript, str) or not is_unicode(transcript):
+            transcript = ""
+        if self.forbidden is not None and self.forbidden.search(transcript):
+            transcript = ""
+        set_transcript(example, transcript.strip())
+
     def _of_text(self, pair: SourceTargetTextExample) -> Iterator[SourceTargetTextExample | NeMoMultimodalConversation]:
         custom = pair.custom or {}
-        source_lang = custom.get("source_lang") or pair.source.language or self.defaults.source_lang
-        target_lang = custom.get("target_lang") or pair.target.language or self.defaults.target_lang
+        source_lang = normalized(custom.get("source_lang") or pair.source.language or self.defaults.source_lang)
+        target_lang = normalized(custom.get("target_lang") or pair.target.language or self.defaults.target_lang)
         try:
             if not pair.source.text:
                 raise InvalidRecord("empty text")
@@ -163,7 +184,8 @@ class Examples:
             example.data = {**example.data, "conversations": turns}
         defaults = {"source_lang": self.defaults.source_lang, "target_lang": self.defaults.target_lang}
         known = {key: value for key, value in defaults.items() if isinstance(value, str)}
-        example.custom = {**known, **(getattr(example, "custom", None) or {})}
+        custom = {**known, **(getattr(example, "custom", None) or {})}
+        example.custom = custom | {key: normalized(custom[key]) for key in defaults if key in custom}
         return example
 
     def _has_instruction(self, custom: Mapping) -> bool:
@@ -235,7 +257,25 @@ def _spoken_language(cut: Cut, custom: Mapping, defaults: SourceDefaults) -> str
     spoken = custom.get("lang")
     if spoken is None and "translations" in custom:
         spoken = next((s.language for s in cut.supervisions if s.language), None)
-    return custom.get("source_lang") or defaults.source_lang or spoken
+    return normalized(custom.get("source_lang") or defaults.source_lang or spoken)
+
+
+def _spoken(cut: Cut, custom: Mapping, defaults: SourceDefaults) -> tuple[str, str]:
+    """The spoken language and what is spoken."""
+    language = _spoken_language(cut, custom, defaults)
+    if language is None:
+        raise InvalidRecord("no source language")
+    text = custom.get("source_text")
+    if text is None and ("translations" in custom or (custom.get("target_lang") or defaults.target_lang) == language):
+        text = _transcript(cut)
+    if text is None or text == "":
+        raise InvalidRecord("no transcript")
+    return language, text.strip() if isinstance(text, str) else text
+
+
+def _drop_instruction(example: Cut) -> None:
+    holder = example._first_non_padding_cut if isinstance(example, MixedCut) else example
+    holder.custom = {key: value for key, value in holder.custom.items() if key != "context"}
 
 
 def _translations(
@@ -252,17 +292,27 @@ def _translations(
             raise InvalidRecord("several target languages, but no translations")
         if wanted is None and not has_instruction:
             raise InvalidRecord("no target language")
-        yield wanted, _transcript(cut)
+        yield normalized(wanted), _transcript(cut)
         return
     if not isinstance(texts, Mapping):
         raise InvalidRecord("translations is not a mapping")
+    texts = _by_language(texts)
     spoken = _spoken_language(cut, custom, defaults)
     targets = [wanted] if isinstance(wanted, str) else list(wanted or texts)
-    for target in targets:
+    for target in map(normalized, targets):
         text = texts.get(target)
         if text is None and target == spoken:
             text = _transcript(cut)
         yield target, text
+
+
+def _by_language(translations: Mapping[str, str]) -> dict[str, str]:
+    """The translations by the one form of their languages' codes."""
+    found: dict[str, str] = {}
+    for code, text in translations.items():
+        if found.setdefault(normalized(code), text) != text:
+            raise InvalidRecord(f"two translations to '{normalized(code)}'")
+    return found
 
 
 def _check_example(text: str | None, target_lang: str | None, source_lang: str | None) -> None:

@@ -22,6 +22,7 @@ from nemo_emmett.data.readers.base import Records
 from nemo_emmett.data.readers.examples import mark_origin
 from nemo_emmett.data.readers.tsv import TsvColumns
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.prompts.language_codes import normalized
 from nemo_emmett.prompts.languages import is_known_language
 
 
@@ -157,8 +158,8 @@ class _OneFileText(ABC):
             raise InvalidRecord("empty text")
         if not is_unicode(source) or not is_unicode(target):
             raise InvalidRecord("text is not Unicode")
-        source_lang = fields.get("source_lang") or self.source_lang
-        target_lang = fields.get("target_lang") or self.target_lang
+        source_lang = normalized(fields.get("source_lang") or self.source_lang)
+        target_lang = normalized(fields.get("target_lang") or self.target_lang)
         if not target_lang:
             raise InvalidRecord("no target language")
         for language in (source_lang, target_lang):
@@ -318,14 +319,19 @@ def directions_of(source: Source) -> list[tuple[str, str]]:
     languages = [str(language) for language in source.paths]
     if source.directions is None:
         return list(permutations(languages, 2))
-    known = {f"{one}-{other}": (one, other) for one, other in permutations(languages, 2)}
-    for direction in source.directions:
-        if direction not in known:
-            raise ConfigError(
-                f"{source.place}.directions: '{direction}' is not a pair of two languages that have files "
-                f"({', '.join(languages)})."
-            )
-    return [known[direction] for direction in source.directions]
+    return [_direction(direction, languages, f"{source.place}.directions") for direction in source.directions]
+
+
+def _direction(direction: str, languages: Sequence[str], place: str) -> tuple[str, str]:
+    """The two languages that a direction names by any of their codes, which may have hyphens: ``eng-deu``."""
+    parts = direction.split("-")
+    for number in range(1, len(parts)):
+        sides = normalized("-".join(parts[:number])), normalized("-".join(parts[number:]))
+        if sides[0] != sides[1] and sides[0] in languages and sides[1] in languages:
+            return sides
+    raise ConfigError(
+        f"{place}: '{direction}' is not a pair of two languages that have files ({', '.join(languages)})."
+    )
 
 
 def open_parallel_text(source: Source, skipped_records: SkippedRecords) -> AlignedText | TsvText | JsonlText:

@@ -139,10 +139,12 @@ def defaults_of(source: Source) -> SourceDefaults:
         name=source.name,
         audio_locator_tag=source.audio_locator_tag,
         token_equivalent_duration=source.token_equivalent_duration,
-        context=tags.get("context"),
+        context=None if source.is_transcription else tags.get("context"),
         system_prompt=tags.get("system_prompt"),
         source_lang=source.source_lang,
         target_lang=source.target_lang,
+        transcripts=bool(source.transcripts),
+        is_transcription=bool(source.is_transcription),
     )
 
 

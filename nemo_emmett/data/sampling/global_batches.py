@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from nemo.utils import logging
 
+from nemo_emmett.data.config.sources import Source
 from nemo_emmett.data.lengths.selection import Selection
 from nemo_emmett.data.sampling.mixing_sequence import MixingSequence
 from nemo_emmett.data.sampling.source_order import Cursor, SourceOrder, joined
@@ -51,6 +52,7 @@ class GroupOrder:
         drop_last: leave out what does not fill a global batch when the data ends.
         every_n_steps: under ``zip``, it is in every n-th step.
         ratio: under ``zip``, its examples in a step per example of the first group without a ratio; None: none.
+        ends_with: of each source the number of the source with which it ends, though it has more; None: at its own end.
     """
 
     name: str
@@ -61,6 +63,13 @@ class GroupOrder:
     drop_last: bool
     every_n_steps: int = 1
     ratio: float | None = None
+    ends_with: Sequence[int | None] = ()
+
+
+def ends_with(sources: Sequence[Source]) -> list[int | None]:
+    """For each source the number of the one with which it ends: of one that is read for transcription, that which is
+    translated; None for all others, which end with their data."""
+    return [number - 1 if source.is_transcription else None for number, source in enumerate(sources)]
 
 
 class Snapshot(NamedTuple):
@@ -192,9 +201,13 @@ class GroupSchedule:
         self._drawn += len(draws)
         self._put_into_buckets(examples)
         if short:
-            del self._alive[short[min(short)]]
+            ended = self._alive.pop(short[min(short)])
+            self._alive = [source for source in self._alive if not self._ends_with(source, ended)]
             self._drawn = 0
             self._mixing = self._new_mixing()
+
+    def _ends_with(self, source: int, other: int) -> bool:
+        return bool(self.order.ends_with) and self.order.ends_with[source] == other
 
     def _take(self, draws: np.ndarray) -> list[np.ndarray]:
         wanted = np.bincount(draws, minlength=len(self._alive)).tolist()

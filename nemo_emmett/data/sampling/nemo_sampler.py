@@ -19,6 +19,7 @@ from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.registry import ReaderContext, reader_context
 from nemo_emmett.data.sampling.tolerance import build_tolerant_sampler
+from nemo_emmett.data.sampling.transforms import prompt_with_transcripts
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.families import forbidden_text
 
@@ -96,6 +97,8 @@ def nemo_sampler(
             samplers[group.name], in_workers = build_tolerant_sampler(
                 structured, global_rank, world_size, tokenizer, skipped_records
             )
+        if any(source.transcripts for source in group.sources):
+            prompt_with_transcripts(samplers[group.name])
     if not dataset.is_multi_config:
         return samplers[""], in_workers, seed
     return fuse(samplers, dataset.sampler_fusion, dataset.sampler_weights, seed), in_workers, seed

@@ -32,7 +32,7 @@ from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.readers.random_access import open_records
 from nemo_emmett.data.readers.registry import ReaderContext, defaults_of, reader_context
 from nemo_emmett.data.sampling.example_reader import ExampleReader, SourceReader
-from nemo_emmett.data.sampling.global_batches import GroupOrder
+from nemo_emmett.data.sampling.global_batches import GroupOrder, ends_with
 from nemo_emmett.data.sampling.nemo_sampler import tarred_noise_reason
 from nemo_emmett.data.sampling.proportional_mixing import ProportionalMixer
 from nemo_emmett.data.sampling.sampler import GroupPlan, SamplingPlan
@@ -144,9 +144,8 @@ def plan_sampling(
         num_open = [chunks_to_open(reader, chain, group.structured.shuffle) for reader in readers]
         skipped_records.drain()  # what was read here is read again by the workers
         names = [source.name for source in group.sources]
-        plans.append(
-            GroupPlan(group.group.name, readers, names, group.seeds, num_open, shares, chain, group.group.every_n_steps)
-        )
+        more = {"every_n_steps": group.group.every_n_steps, "ends_with": ends_with(group.sources)}
+        plans.append(GroupPlan(group.group.name, readers, names, group.seeds, num_open, shares, chain, **more))
     return SamplingPlan(
         groups=plans,
         fusion=_fusion(dataset),
@@ -242,6 +241,7 @@ def plan_schedule(
                 shares=shares,
                 global_batch_sizes=None if sizes is None else [size * world_size for size in sizes],
                 drop_last=chain.drop_last,
+                ends_with=ends_with(group.sources),
                 every_n_steps=group.group.every_n_steps,
                 ratio=group.group.batch_ratio,
             )
@@ -376,6 +376,7 @@ def _numbers_of_sources(group: str, sources: Sequence[Source]) -> list[int]:
 
 def _nemo_ends(sources: Sequence[Source]) -> bool:
     """Whether NeMo reads the data once in an epoch: a single source of plain manifests."""
+    sources = [source for source in sources if not source.is_transcription]
     if len(sources) != 1 or sources[0].is_tarred or sources[0].is_text:
         return False
     return isinstance(sources[0].manifest_filepath or "", str)

@@ -33,6 +33,7 @@ class GroupPlan:
         num_open: chunks of each source that are open at a time.
         shares: of the examples, one for each source.
         pipeline: NeMo's maps and filters.
+        ends_with: of each source the number of the source with which it ends, though it has more; None: at its own end.
         every_n_steps: under ``zip``, it is in every n-th step.
     """
 
@@ -43,6 +44,7 @@ class GroupPlan:
     num_open: list[int]
     shares: list[float]
     pipeline: TransformPipeline
+    ends_with: Sequence[int | None] = ()
     every_n_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -116,6 +118,9 @@ class GroupSampler:
                 example, (chunk, index) = self.sources[number].next()
             except StopIteration:
                 self.mixer.remove(number)
+                for other, ends_with in enumerate(self.plan.ends_with):
+                    if ends_with == number:
+                        self.mixer.remove(other)
                 continue
             self._put_into_buckets([SampledExample(example, number, chunk, index)])
         return [[sampled.example for sampled in batch] for batch in self._ready.pop(0)]

@@ -29,6 +29,7 @@ _LONGEST_CAUSE = 60
 
 KEYS_OF_FUNCTION = {
     "tokenize_with_prompt": "prompt_format",
+    "format_one": "prompt_format",
     "tokenize": "tokenizer",
     "resample": "sample_rate",
     "_flatten_alt_text": "alt_text",

@@ -25,7 +25,7 @@ from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.readers.registry import ReaderContext, injected_examples, reader_context
 from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION, SKIPPED, build_tolerant_sampler, guarded, stages_of
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.prompts.formatting import format_many
+from nemo_emmett.prompts.formatting import format_many, format_one
 
 Step = Callable[[list], list]
 """One stage of the pipeline: maps a list of examples to a list. Can be pickled, for workers that are spawned."""
@@ -233,9 +233,7 @@ class TransformPipeline:
         except ConfigError:
             raise
         except Exception:  # one by one, to find those that cannot be prompted
-            prompt = guarded(
-                partial(tokenize_with_prompt, tokenizer=None, prompt_format=formatter), self.skipped_records
-            )
+            prompt = guarded(partial(format_one, prompt_format=formatter), self.skipped_records)
             return _apply_map(prompt, None, examples)
         return examples
 
@@ -260,6 +258,13 @@ def _apply_map(function: Callable, applies: Callable | None, examples: list) -> 
 
 def _flatten(examples: list) -> list:
     return list(chain.from_iterable(examples))
+
+
+def prompt_with_transcripts(sampler: CutSampler) -> None:
+    """Have a sampler of NeMo's prompt the transcripts of speech as well."""
+    for stage in (stage for cuts in sampler.cuts for stage in stages_of(cuts)):
+        if isinstance(stage, LazyMapper) and _is_prompting(stage):
+            stage.fn = partial(format_one, prompt_format=_formatter_of(stage))
 
 
 def _is_prompting(stage: LazyMapper) -> bool:

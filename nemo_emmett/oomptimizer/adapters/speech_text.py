@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
+from operator import add
 from typing import Any
 
 import torch
@@ -67,7 +68,23 @@ class SpeechTextAdapter(Adapter):
             samples = [samples_of(self.model, row.seconds, shape.contents.seconds_per_token) for row in rows]
             batch["audios"] = random_recordings(size, max(samples), device)
             batch["audio_lens"] = torch.tensor(samples, device=device)
+            batch |= self._transcripts([length - 1 for length in context_lens], answer_lens, device)
         return {shape.modality: batch}
+
+    def _transcripts(
+        self, prompt_lens: Sequence[int], answer_lens: Sequence[int], device: torch.device
+    ) -> dict[str, Tensor]:
+        """What the model's objectives read of a batch of speech. A transcript has as many tokens as the answer, and as
+        text the prompt of the recording."""
+        if "transcript_ids" not in {item["name"] for item in self.model.oomptimizer_schema("audio")["inputs"]}:
+            return {}
+        size = len(answer_lens)
+        lens = {"transcript": list(answer_lens), "text_context": list(map(add, prompt_lens, answer_lens))}
+        batch = {"is_transcription": torch.tensor([index % 2 == 0 for index in range(size)], device=device)}
+        for name, of_rows in lens.items():
+            ids = self._ids("audio", size, max(of_rows), device)
+            batch |= {f"{name}_ids": self._padded(ids, of_rows), f"{name}_lens": torch.tensor(of_rows, device=device)}
+        return batch
 
     def _rows_of(self, shape: Shape, size: int) -> list[Lengths] | None:
         """The examples of a bucket's worst batch."""
@@ -112,7 +129,7 @@ class SpeechTextAdapter(Adapter):
 
     def join(self, batches: Sequence[Mapping]) -> dict[str, Any]:
         """See :meth:`Adapter.join`."""
-        padding = {"context_ids": self.model.pad_id, "answer_ids": self.model.pad_id}
+        padding = dict.fromkeys(("context_ids", "answer_ids", "transcript_ids", "text_context_ids"), self.model.pad_id)
         joined: dict[str, Any] = {}
         for modality, part in (item for batch in batches for item in batch.items()):
             if (first := joined.get(modality)) is not None:

@@ -162,6 +162,25 @@ def test_every_format_and_every_cause(tmp_path, tokenizer, name) -> None:
     assert index.num_entries > 0
 
 
+def test_a_language_by_another_code_has_the_same_index(tmp_path, tokenizer) -> None:
+    config, _ = CASES["nemo"](tmp_path)
+    (entry,) = config["input_cfg"]
+    identities = {}
+    for kind in (ExampleKind.TRANSLATION, ExampleKind.AS_READ):
+        for code in ("de", "deu_Latn", "fr"):
+            for place in ("key", "tag"):
+                named = {"target_lang": code} if place == "key" else {"tags": {"target_lang": code}}
+                index = opened(
+                    {**config, "input_cfg": [{**entry, **named}], "prompt_format": "emmett_t5"}, tokenizer, kind
+                )
+                identities[kind, place, code] = index.identity
+    for place in ("key", "tag"):
+        of = {code: identities[ExampleKind.TRANSLATION, place, code] for code in ("de", "deu_Latn", "fr")}
+        assert of["de"] == of["deu_Latn"] != of["fr"]
+        as_read = {code: identities[ExampleKind.AS_READ, place, code] for code in ("de", "deu_Latn")}
+        assert as_read["de"] != as_read["deu_Latn"], "NeMo's own formats may write the code as it is"
+
+
 def test_what_has_no_numbers_has_no_index(tmp_path, tokenizer) -> None:
     config, _ = CASES["nemo_with_extra_fields"](tmp_path)
     assert opened({**config, "prompt_format": "emmett_t5"}, tokenizer) is None

@@ -114,3 +114,42 @@ def test_transcription_is_not_called_translation() -> None:
     options = {"kind": ExampleKind.CONVERSATION, "audio_locator_tag": "<|audio|>"}
     (audio,), _ = made([cut("one", source_lang="en", target_lang="en")], **options)
     assert turns(audio)[0] == ("user", "Transcribe in English:")
+
+
+@pytest.mark.parametrize(
+    ("record", "defaults", "expected"),
+    [
+        # A manifest's codes and a recipe's are of different standards.
+        (cut(lang="eng", translations={"deu": "eins zwei"}), {"target_lang": "de"}, [("en", "de", "eins zwei")]),
+        (cut(lang="en", translations={"fra": "un deux"}), {"target_lang": "fr"}, [("en", "fr", "un deux")]),
+        (cut(lang="mdw", translations={"fr": "un deux"}), {"target_lang": "fra_Latn"}, [("mdw", "fr", "un deux")]),
+        (cut(lang="deu_Latn", translations={"en": "x"}), {"target_lang": ["ger"]}, [("de", "de", "one two")]),
+        (cut("eins zwei", source_lang="eng_Latn", target_lang="deu"), {}, [("en", "de", "eins zwei")]),
+        (cut("eins zwei"), {"source_lang": "eng", "target_lang": "ger"}, [("en", "de", "eins zwei")]),
+        (cut(lang="eng", translations={"deu": "eins", "fre": "un"}), {}, [("en", "de", "eins"), ("en", "fr", "un")]),
+        (cut(lang="en", translations={"deu": "eins", "de": "eins"}), {}, [("en", "de", "eins")]),
+    ],
+)
+def test_a_language_is_the_same_by_any_of_its_codes(record, defaults, expected) -> None:
+    examples, skipped = made([record], **defaults)
+    assert summary(examples) == expected
+    assert [e.supervisions[0].language for e in examples] == [target for _, target, _ in expected]
+    assert skipped.count() == 0
+
+
+def test_translations_that_differ_under_two_codes_of_a_language_are_no_example() -> None:
+    examples, skipped = made([cut(lang="en", translations={"de": "eins", "deu": "zwei"})], target_lang="de")
+    assert (examples, skipped.causes()) == ([], {"two translations to 'de'": 1})
+
+
+def test_a_pair_and_a_conversation_have_languages_in_one_form() -> None:
+    pair = SourceTargetTextExample(
+        TextExample("one", "eng"), TextExample("eins", "deu_Latn"), custom={"id": "1", "target_lang": "ger"}
+    )
+    (example,), _ = made([pair], source_lang="fr")
+    assert (example.source.language, example.target.language) == ("en", "de")
+    assert (example.custom["source_lang"], example.custom["target_lang"]) == ("en", "de")
+    speech, _ = made([cut("eins", target_lang="deu")], ExampleKind.CONVERSATION)
+    assert speech[0].turns[0].value == "Translate to German:"
+    text, _ = made([TextExample("one", custom={"target_lang": "deu"})], source_lang="en")
+    assert text[0].custom == {"source_lang": "en", "target_lang": "de"}

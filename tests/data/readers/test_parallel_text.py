@@ -214,3 +214,30 @@ def test_a_line_that_is_empty_on_both_sides_is_one_bad_record(write_lines) -> No
         "a.de, line 2: empty text",
         "a.de, line 3: empty text",
     ]
+
+
+def test_directions_and_files_name_languages_by_any_of_their_codes(write_lines) -> None:
+    files = {
+        lang: str(write_lines(f"a.{lang}", [text])) for lang, text in (("en", "one"), ("de", "eins"), ("zh", "一"))
+    }
+    paths = {"eng_Latn": files["en"], "deu": files["de"], "zho_Hant": files["zh"]}
+    expected = [("one", "eins", "en", "de"), ("一", "one", "zh-Hant", "en"), ("eins", "一", "de", "zh-Hant")]
+    for directions in (["en-de", "zh-Hant-en", "de-zh-Hant"], ["eng-ger", "zho_Hant-eng_Latn", "deu_Latn-cmn-Hant"]):
+        assert read({"paths": paths, "directions": directions})[0] == expected
+    with pytest.raises(ConfigError, match=r"directions: 'eng-fra' is not a pair .* files \(en, de, zh-Hant\)"):
+        read({"paths": paths, "directions": ["eng-fra"]})
+    with pytest.raises(ConfigError, match=r"train_ds.paths: 'de' and 'deu' are one language; list all its files under"):
+        read({"paths": {"de": files["de"], "en": files["en"], "deu": files["zh"]}})
+
+
+def test_columns_and_fields_name_languages_by_any_of_their_codes(write_lines) -> None:
+    rows = write_lines("a.tsv", ["one\teins\teng\tger", "one\tdeux\ten_XX\tfra_Latn"])
+    columns = {"source_lang_column": 2, "target_lang_column": 3}
+    expected = [("one", "eins", "en", "de"), ("one", "deux", "en", "fr")]
+    assert read({"paths": str(rows), **columns})[0] == expected
+    records = [
+        {"source": "one", "target": "eins", "source_lang": "eng", "target_lang": "ger"},
+        {"source": "one", "target": "deux", "target_lang": "fra"},
+    ]
+    lines = write_lines("a.jsonl", [json.dumps(record) for record in records])
+    assert read({"paths": str(lines), "source_lang": "eng"})[0] == expected

@@ -1,0 +1,3 @@
+from .infinite import InfiniteLR as InfiniteLR
+
+__all__ = ["InfiniteLR"]
