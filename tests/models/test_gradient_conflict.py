@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
@@ -339,6 +341,22 @@ def test_data_of_which_no_step_has_both_modalities_is_refused(recipe, change, se
     assert str(refused.value).startswith(sentence)
     cfg.model.gradient_conflict = None
     check_gradient_conflict(cfg)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sentence"),
+    [
+        (ModelParallelStrategy(), "model.gradient_conflict: ModelParallelStrategy has no whole gradients to compare"),
+        (SingleDeviceStrategy(), "model.gradient_conflict: SALMGPT optimizes by itself"),
+    ],
+)
+def test_trainings_whose_gradients_cannot_be_compared_are_refused(folder, tiny_asr, strategy, sentence):
+    model = built(SALMGPT, "llama", folder, tiny_asr, gradient_conflict="monitor")
+    model.trainer = SimpleNamespace(strategy=strategy)
+    model.automatic_optimization = not isinstance(strategy, SingleDeviceStrategy)
+    with pytest.raises(ConfigError) as refused:
+        model.on_fit_start()
+    assert str(refused.value).startswith(sentence)
 
 
 def test_a_language_model_that_is_not_trained_is_refused(folder, tiny_asr):
