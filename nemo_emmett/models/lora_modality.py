@@ -47,6 +47,11 @@ def check_lora_modality(config: ModelConfig) -> None:
             "model.compile: is not possible together with model.activation_checkpointing where model.lora_modality is "
             "audio; leave one of the three out."
         )
+    if "retention" in config.objectives:
+        raise ConfigError(
+            "model.objectives.retention: trains nothing with model.lora_modality: audio, under which text stays as it "
+            "is; leave either out."
+        )
     lora: Mapping[str, Any] = config.lora or {}
     for key, reason in _CHANGES_TEXT.items():
         if lora.get(key):
