@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from nemo.utils import logging
 
 from nemo_emmett.config import check_keys
-from nemo_emmett.errors import ConfigError, Help
+from nemo_emmett.errors import ConfigError, Help, ModelError
 from nemo_emmett.models.exported import BASE_MODELS_KEY, TRAINING_KEY
 from nemo_emmett.models.initial_weights import PERCEPTION_KEY, WHOLE_MODEL_KEYS
 from nemo_emmett.models.nemo_keys import NEMO_KEYS, is_off
@@ -18,7 +19,7 @@ from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.modules.linear_cross_entropy import KERNEL_PACKAGES, check_implementation
 from nemo_emmett.objectives.objective import Objective, TokenObjective
 from nemo_emmett.objectives.registry import parse_objectives
-from nemo_emmett.objectives.teaching import Distillation
+from nemo_emmett.objectives.teaching import START, WITHOUT_LORA, Distillation, TeachingObjective
 from nemo_emmett.prompts.answers import SUFFIX, is_two_step
 from nemo_emmett.prompts.markup import AUDIO_LOCATOR
 from nemo_emmett.typed_config import NonEmpty, NonNegative, Positive, PositiveWhole, Share, Switch, Text, parse_section
@@ -154,11 +155,23 @@ class ModelConfig:
                     f"{self.prompt_format} begin; use {self.prompt_format.removesuffix(SUFFIX)}, or leave the "
                     "objective out."
                 )
+            if isinstance(objective, TeachingObjective):
+                self._check_teacher(objective.teacher, f"{objective.place}.teacher")
             if isinstance(objective, TokenObjective) and self.loss_implementation in KERNEL_PACKAGES:
                 raise ConfigError(
                     f"model.loss_implementation: {self.loss_implementation} does not compute {objective.place}; choose "
                     "auto or chunked, or leave the objective out."
                 )
+
+    def _check_teacher(self, teacher: str | None, place: str) -> None:
+        """What can be known before anything is built; the rest is found by ``models/teachers.py``."""
+        if teacher == WITHOUT_LORA and self.lora is None:
+            raise ConfigError(f"{place}: {WITHOUT_LORA} needs LoRA; give the model model.lora, or write {START}.")
+        if teacher not in (None, START, WITHOUT_LORA) and not Path(teacher).expanduser().is_dir():
+            raise ModelError(
+                f"{place}: '{teacher}' is no folder; give {START}, {WITHOUT_LORA}, the folder of an exported model, or "
+                "that of a Hugging Face language model."
+            )
 
     def initial_weights(self) -> dict[str, str]:
         """The checkpoints that the training starts from, by the keys that name them."""

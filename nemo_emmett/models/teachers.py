@@ -167,8 +167,6 @@ def _source(objective: TeachingObjective, model: Any, trained: Sequence[str]) ->
     if source is None:
         source = WITHOUT_LORA if lora is not None and keeps_weights and not others else START
     if source == WITHOUT_LORA:
-        if lora is None:
-            raise ConfigError(f"{place}: {WITHOUT_LORA} needs LoRA; give the model model.lora, or write {START}.")
         if not keeps_weights:
             raise ConfigError(
                 f"{place}: {WITHOUT_LORA} is not the language model that was given, whose weights "
@@ -197,11 +195,6 @@ def _build(source: str, model: Any, place: str) -> LanguageModel:
 def _from_folder(source: str, model: Any, place: str) -> dict[str, nn.Module]:
     """The language model of an exported model, or one of Hugging Face's."""
     folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise ModelError(
-            f"{place}: '{source}' is no folder; give {START}, {WITHOUT_LORA}, the folder of an exported model, or that "
-            "of a Hugging Face language model."
-        )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         is_export = "_target_" in config
