@@ -96,6 +96,15 @@ def training_step() -> Iterator[str]:
     yield f"agree to {worst:.1e}".replace("e-07", "e-7")
 
 
+def gradient_conflict() -> Iterator[str]:
+    row = result("gradient_conflict")
+    for kind, seconds in row["seconds"].items():
+        yield f"| {kind} | {seconds:.2f} | " + (f"{row['ratio'][kind]:.2f} |" if kind in row["ratio"] else "|")
+    yield f"which adds {100 * row['overhead_of_monitoring']:.2f} % to the training"
+    yield f"{row['copy_of_gradients_mib']} MiB here"
+    assert row["overhead_of_monitoring"] < 0.03
+
+
 def loss() -> Iterator[str]:
     for name, row in result("loss")["cases"].items():
         yield (
@@ -149,6 +158,7 @@ SECTIONS = {
     "OOMptimizer": oomptimizer,
     "Planning": planning,
     "Training step": training_step,
+    "Gradients of speech and text": gradient_conflict,
     "The loss alone": loss,
     "Objectives": objectives,
     "Placing speech among tokens": placement,

@@ -65,7 +65,10 @@ COMPLETED = {
     "migrate-from-salm.md 1": "resumes_a_dataset_of_ours",
     "migrate-from-salm.md 2": "names_callbacks",
     "migrate-from-salm.md 3": "has_groups",
-    "models.md 1": "begins_with_weights",
+    "models.md 1": "is_a_model_section",
+    "models.md 2": "is_a_model_section",
+    "models.md 3": "is_a_model_section",
+    "models.md 4": "begins_with_weights",
     "oomptimizer.md 1": "trains_with_oomptimizer",
     "oomptimizer.md 2": "is_a_profile",  # a profile, no recipe
     "out-of-memory.md 1": "names_callbacks",
@@ -172,6 +175,16 @@ class Completed:
         model = build_training(OmegaConf.create({**self.recipe, "model": self.recipe["model"] | documented})).model
         weights = model.state_dict()
         assert all(torch.equal(value, weights[name]) for name, value in first.state_dict().items())
+
+    def is_a_model_section(self, text: str) -> None:
+        """Keys with which a model is built and configured."""
+        documented = OmegaConf.to_container(compose_recipe(self._written(text)))["model"]
+        recipe = {**self.recipe, "model": self.recipe["model"] | documented}
+        model = build_training(OmegaConf.create(recipe)).model
+        model.configure_optimizers()
+        for key, value in documented.items():
+            if key != "optimizer":
+                assert OmegaConf.to_container(model.cfg)[key] == value
 
     def has_a_schedule(self, text: str) -> None:
         """A model's schedule, as its comments say, and with the keys that are commented out."""

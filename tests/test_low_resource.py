@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ON_CPU = ("trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto", "trainer.precision=32-true")
-FEW_STEPS = ("trainer.max_steps=4", "trainer.limit_train_batches=2", "data.train_ds.num_workers=0")
+FEW_STEPS = ("trainer.max_steps=2", "trainer.limit_train_batches=2", "data.train_ds.num_workers=0")
 
 
 def first_records(split: str, number: int) -> list[str]:
@@ -93,8 +93,3 @@ def test_from_a_manifest_to_a_bleu(corpus: Path, small_t5: Path, tiny_asr: Path)
     assert [one.reference for one in from_json("scores/evaluation.json").translations] == [
         json.loads(line)["translations"]["fr"] for line in first_records("test", 6)
     ]
-    translated = run(
-        *("translate", corpus / "audio" / "test-0000.opus", "--model", "exp/mdw_fr/model", "--to", "fr"),
-        *("--from", "mdw", "--max-new-tokens", 12, "--device", "cpu"),
-    )
-    assert "Traceback" not in translated

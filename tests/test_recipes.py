@@ -18,6 +18,7 @@ from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.config.section import plain
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models.config import ModelConfig
+from nemo_emmett.objectives.registry import OBJECTIVES, parse_objectives
 from nemo_emmett.runner import compose_recipe
 from nemo_emmett.training import check_recipe, train
 
@@ -88,6 +89,17 @@ def test_each_way_of_freezing_is_chosen_by_a_word(freezing):
     expected = {"full": [], "lora": [], "lora_speech": [], "frozen_llm": ["llm"], "frozen_encoder": ["encoder"]}
     assert model.freeze == expected[freezing]
     assert (model.lora is not None) is freezing.startswith("lora")
+
+
+def test_objectives_are_chosen_by_words_several_at_a_time():
+    groups = sorted(path.stem for path in (CONF / "emmett_objectives").glob("*.yaml"))
+    assert groups == sorted(OBJECTIVES)
+    model = compose_recipe("salm_t5", [f"+emmett_objectives=[{','.join(groups)}]"]).model
+    assert [objective.name for objective in parse_objectives(plain(model.objectives))] == list(OBJECTIVES)
+    one = compose_recipe("salm_gpt", ["+emmett_objectives=retention", "model.objectives.retention.weight=0.1"]).model
+    assert [(objective.name, objective.weight) for objective in parse_objectives(plain(one.objectives))] == [
+        ("retention", 0.1)
+    ]
 
 
 def test_each_way_of_distribution_is_chosen_by_a_word():

@@ -75,7 +75,7 @@ class RunProgress(Callback):
         if not (is_first or is_last) and now - self._printed_at < self.every_seconds:
             return
         self._pause()
-        parts = [self._step(trainer), *filter(None, [_losses(trainer)])]
+        parts = [self._step(trainer), *filter(None, [_losses(trainer, pl_module)])]
         examples = _examples(pl_module)
         if not is_first:
             seconds = self.training_seconds - self._printed_seconds
@@ -128,9 +128,10 @@ class RunProgress(Callback):
         return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _losses(trainer: Trainer) -> str:
+def _losses(trainer: Trainer, model: LightningModule) -> str:
     metrics = trainer.callback_metrics
-    losses = {name: metrics[f"loss_{name}"] for name in MODALITIES if f"loss_{name}" in metrics}
+    objectives = [objective.name for objective in getattr(model, "objectives", ())]
+    losses = {name: metrics[f"loss_{name}"] for name in (*MODALITIES, *objectives) if f"loss_{name}" in metrics}
     if losses:
         return "loss " + ", ".join(f"{name} {float(loss):.3f}" for name, loss in losses.items())
     total = next((metrics[name] for name in ("loss", "train_loss") if name in metrics), None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from nemo_emmett.corpora.sentence_files import json_record
 from nemo_emmett.errors import DataError
 from nemo_emmett.prompts.instruction import translation_instruction
+from nemo_emmett.prompts.language_codes import normalized
 
 
 def manifest_texts(manifests: Iterable[str | Path]) -> Iterator[str]:
@@ -79,7 +80,7 @@ def train_t5_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int
     Returns:
         The folder.
     """
-    tags = [f"<{lang}>" for lang in languages]
+    tags = [f"<{normalized(lang)}>" for lang in languages]
     # T5's order: <pad> is 0 and starts the decoder, </s> is 1.
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return _train_bpe(texts, folder, vocab_size, special, tags)

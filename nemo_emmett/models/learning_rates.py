@@ -16,6 +16,7 @@ from nemo.core.classes.common import safe_instantiate
 from nemo.core.optim import patch_flashoptim_uneven_shard_support
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError
@@ -105,14 +106,30 @@ def configure_by_part(model: LightningModule, groups: Mapping[str, Mapping[str, 
     configured: dict[str, Any] = {"optimizer": optimizer}
     if "lr_scheduler" in model.cfg:
         # Built on groups that all have the rate of `model.optimizer`: minima and the like mean that one.
-        scheduler = safe_instantiate(model.cfg.lr_scheduler, optimizer)
-        kind = type(scheduler)
-        scheduler.__class__ = type(kind.__name__, (_InProportion, kind), {})
+        scheduler = in_proportion(safe_instantiate(model.cfg.lr_scheduler, optimizer))
         configured["lr_scheduler"] = {"scheduler": scheduler, "interval": "step", "frequency": 1}
-        scheduler._last_lr = _scale(optimizer)
     else:
         _scale(optimizer)
     return configured
+
+
+def check_resumed_groups(has_parts: bool, checkpoint: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's optimizer has the groups of the recipe's.
+
+    Args:
+        has_parts: whether the recipe has ``optim_param_groups``.
+        checkpoint: Lightning's; one whose optimizer is in other files (FSDP2) is not checked.
+
+    Raises:
+        ConfigError: if either has groups by part, and the other has not.
+    """
+    saved = [group for state in checkpoint.get("optimizer_states") or () for group in state.get("param_groups", ())]
+    if saved and any("part" in group for group in saved) != has_parts:
+        what = "does not have the groups of this key" if has_parts else "has groups of this key, and the recipe has not"
+        raise ConfigError(
+            f"{KEY}: the checkpoint's optimizer {what}; resume with the recipe as it was, or start from the "
+            "checkpoint's weights (model.init_from_checkpoint)."
+        )
 
 
 def part_of(name: str) -> str:
@@ -136,6 +153,18 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     first, *_ = groups = optimizer.param_groups
     rates = {"learning_rate": first.get("schedule_lr", first["lr"])}
     return rates | {f"learning_rate_{group['part']}": group["lr"] for group in groups if "part" in group}
+
+
+def in_proportion(scheduler: LRScheduler) -> LRScheduler:
+    """Have a schedule compute the rate of ``model.optimizer`` alone, and give every group its share.
+
+    Args:
+        scheduler: newly made, of an optimizer whose groups have ``part_lr`` and ``base_lr``; it is changed.
+    """
+    kind = type(scheduler)
+    scheduler.__class__ = type(kind.__name__, (_InProportion, kind), {})
+    scheduler._last_lr = _scale(scheduler.optimizer)
+    return scheduler
 
 
 class _InProportion:

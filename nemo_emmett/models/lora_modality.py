@@ -23,7 +23,7 @@ _CHANGES_TEXT = {
 }
 """Arguments of peft's ``LoraConfig`` -> why they are refused."""
 
-_KEEP_BASE_WEIGHTS = ("true", "false", "gaussian", "orthogonal", "eva")
+KEEP_BASE_WEIGHTS = ("true", "false", "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the language model's weights as they are."""
 
 
@@ -47,12 +47,17 @@ def check_lora_modality(config: ModelConfig) -> None:
             "model.compile: is not possible together with model.activation_checkpointing where model.lora_modality is "
             "audio; leave one of the three out."
         )
+    if "retention" in config.objectives:
+        raise ConfigError(
+            "model.objectives.retention: trains nothing with model.lora_modality: audio, under which text stays as it "
+            "is; leave either out."
+        )
     lora: Mapping[str, Any] = config.lora or {}
     for key, reason in _CHANGES_TEXT.items():
         if lora.get(key):
             raise ConfigError(f"model.lora.{key}: {lora[key]!r} {reason}; {_REMEDY}.")
     initialisation = lora.get("init_lora_weights", True)
-    if str(initialisation).lower() not in _KEEP_BASE_WEIGHTS:
+    if str(initialisation).lower() not in KEEP_BASE_WEIGHTS:
         raise ConfigError(
             f"model.lora.init_lora_weights: {initialisation!r} changes weights that text uses; {_REMEDY}."
         )

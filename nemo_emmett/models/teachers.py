@@ -31,6 +31,7 @@ from nemo_emmett.models.building import build_llm
 from nemo_emmett.models.causal import detach_embeddings
 from nemo_emmett.models.exported import CONFIG_FILE, check_weights
 from nemo_emmett.models.head import TeacherAnswers, teacher_answers
+from nemo_emmett.models.lora_modality import KEEP_BASE_WEIGHTS
 from nemo_emmett.models.targets import first_line
 from nemo_emmett.modules.evaluation_mode import evaluation_mode
 from nemo_emmett.objectives.objective import Objective
@@ -153,14 +154,26 @@ def _source(objective: TeachingObjective, model: Any, trained: Sequence[str]) ->
             f"{objective.place}: the language model is frozen, so it forgets nothing; leave the objective out, or "
             "train the language model (model.freeze, model.lora)."
         )
-    place = f"{objective.place}.teacher"
+    if isinstance(objective, Retention) and model.options.lora_modality == "audio":
+        raise ConfigError(
+            f"{objective.place}: with model.lora_modality: audio the language model reads text as it always did, so it "
+            "forgets nothing; leave either out."
+        )
+    place, lora = f"{objective.place}.teacher", model.options.lora
     others = [name for name in trained if ".lora_" not in name]
+    initialisation = (lora or {}).get("init_lora_weights", True)
+    keeps_weights = str(initialisation).lower() in KEEP_BASE_WEIGHTS
     source = objective.teacher
     if source is None:
-        source = WITHOUT_LORA if model.options.lora is not None and not others else START
+        source = WITHOUT_LORA if lora is not None and keeps_weights and not others else START
     if source == WITHOUT_LORA:
-        if model.options.lora is None:
+        if lora is None:
             raise ConfigError(f"{place}: {WITHOUT_LORA} needs LoRA; give the model model.lora, or write {START}.")
+        if not keeps_weights:
+            raise ConfigError(
+                f"{place}: {WITHOUT_LORA} is not the language model that was given, whose weights "
+                f"model.lora.init_lora_weights: {initialisation} changes; write {START}."
+            )
         if others:
             raise ConfigError(
                 f"{place}: {WITHOUT_LORA} is no fixed teacher, since '{others[0]}' of the language model is trained as "

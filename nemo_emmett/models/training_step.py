@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from nemo.collections.speechlm2.parts.optim_setup import is_frozen
@@ -17,7 +18,7 @@ from torch import Tensor
 from nemo_emmett.models.dummy_batch import dummy_batch
 from nemo_emmett.models.gradient_conflict import ConflictOptions, GradientConflict, GradientConflictSteps
 from nemo_emmett.models.head import answer_loss, weighted_answer_loss
-from nemo_emmett.models.learning_rates import learning_rates
+from nemo_emmett.models.learning_rates import check_resumed_groups, learning_rates
 from nemo_emmett.models.microbatches import MicrobatchLoss, TermCounts, cut_batch, modality_tokens, term_counts
 from nemo_emmett.models.sharding import absent_modalities
 from nemo_emmett.models.step_log import StepLog, forget_logged
@@ -56,6 +57,12 @@ class TrainingStep(GradientConflictSteps):
     def on_train_start(self) -> None:
         """Start a new log."""
         self._step_log = StepLog(self.trainer.log_every_n_steps)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the optimizer's state fits, before it is loaded."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self.trainer.training:
+            check_resumed_groups(self.options.optim_param_groups is not None, checkpoint)
 
     def trained_totals(self) -> Tensor | None:
         """(M, 2) target tokens and examples of each modality that this rank has trained on in this run."""

@@ -17,7 +17,7 @@ from nemo_emmett.prompts.control_tokens import any_of, control_tokens_of, templa
 from nemo_emmett.prompts.encoding import token_id
 from nemo_emmett.prompts.instruction import translation_turns
 from nemo_emmett.prompts.language_tokens import LanguageTokenPrompt
-from nemo_emmett.prompts.languages import is_known_language, known_languages
+from nemo_emmett.prompts.languages import is_backbone_language, is_known_language, known_languages
 from nemo_emmett.prompts.markup import UserTextPrompt
 from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
 from nemo_emmett.prompts.translation import register_prompt_formats
@@ -166,7 +166,9 @@ def may_be_read(token: str, name: str, tokenizer: Any) -> bool:
     if token in (inner.bos_token, inner.eos_token, inner.pad_token, inner.unk_token):
         return True
     language = token.strip("<>_")  # <de>, __de__, deu_Latn, de_DE
-    if is_known_language(language) or is_known_language(language.partition("_")[0]):
+    if is_backbone_language(language) or is_backbone_language(language.partition("_")[0]):
+        return True
+    if token == f"<{language}>" and is_known_language(language):  # T5's tag of any language; not <end_of_image>
         return True
     return any(token in template for template in templates_of(type(prompt_formatter(name, tokenizer))))
 

@@ -61,8 +61,8 @@ class LanguageTokenPrompt(Seq2SeqPrompt):
             token, named = self.language_token(language), with_name(language)
             if token is None:
                 raise ConfigError(
-                    f"prompt_format {self.NAME}: {self.FAMILY} has no token for the language {named}; leave out the "
-                    "data in that language, or use another model: T5 and decoder-only ones take any language."
+                    f"{self.FAMILY} has no token for the language {named}; leave out the data in that language "
+                    f"(prompt_format {self.NAME}), or use another model: T5 and decoder-only ones take any language."
                 )
             number = token_id(self.tokenizer, token)
             if number is None:

@@ -74,6 +74,16 @@ def test_a_line_after_the_first_step_then_every_thirty_seconds_and_at_the_end(cl
     assert lines[1] == "step 31/100 (31%)  loss audio 1.500, text 2.250  10.0 examples/s  0:01:09 left"
 
 
+def test_objectives_of_the_step_follow_the_modalities(clock, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(
+        Model, "objectives", (SimpleNamespace(name="distillation"), SimpleNamespace(name="retention")), raising=False
+    )
+    of = trainer()
+    of.callback_metrics |= {"loss_distillation": torch.tensor(0.125), "loss_other": torch.tensor(1.0)}
+    train(RunProgress(), of, clock, steps=1)
+    assert capsys.readouterr().out == "step 1/100 (1%)  loss audio 1.500, text 2.250, distillation 0.125\n"
+
+
 def test_validation_counts_for_what_is_left_but_not_for_the_rate(clock, capsys) -> None:
     progress, of = RunProgress(), trainer()
     train(progress, of, clock, steps=1)

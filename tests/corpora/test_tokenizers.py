@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nemo_emmett.corpora.tokenizers import file_texts, manifest_texts, train_llama_tokenizer
+from nemo_emmett.corpora.tokenizers import file_texts, manifest_texts, train_llama_tokenizer, train_t5_tokenizer
 from nemo_emmett.errors import DataError
 from nemo_emmett.prompts.instruction import translation_instruction
 
@@ -35,6 +35,14 @@ def test_each_word_of_an_instruction_is_one_token(llama, target, source):
 def test_texts_come_back_from_their_ids(llama):
     for text in TEXTS:
         assert llama.decode(llama.encode(text, add_special_tokens=False)) == text
+
+
+def test_t5s_tags_of_languages_are_those_of_its_prompts(tmp_path):
+    languages = ["deu", "mdw", "fra_Latn"]
+    tokenizer = AutoTokenizer.from_pretrained(
+        train_t5_tokenizer(TEXTS * 4, tmp_path, vocab_size=60, languages=languages)
+    )
+    assert [tokenizer.tokenize(f"<{code}>") for code in ("de", "mdw", "fr")] == [["<de>"], ["<mdw>"], ["<fr>"]]
 
 
 def test_no_more_tokens_than_asked(llama):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from lhotse import CutSet
@@ -152,8 +153,12 @@ def test_a_language_that_the_family_has_no_token_for(good, tmp_path) -> None:
     check_data_config(good, nllb)
     text_source(good)["source_lang"] = "mdw"
     assert (
-        "pairs.input_cfg.0.source_lang: prompt_format emmett_nllb: NLLB has no token for the language 'mdw' (Mbosi); "
+        "pairs.input_cfg.0.source_lang: NLLB has no token for the language 'mdw' (Mbosi); leave out the data in that "
     ) in refused(good, tokenizer=nllb)
+    text_source(good)["source_lang"] = "en"
+    manifest = Path(speech_source(good)["manifest_filepath"])
+    manifest.write_text(manifest.read_text().replace('"lang": "en"', '"lang": "mdw"'))
+    assert "(3 x NLLB has no token for the language 'mdw' (Mbosi))" in refused(good, DataError, nllb)
     good["prompt_format"] = "emmett_t5"
     check_data_config(good, nllb)
 

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "SALMGPT, untied": (SALMGPT, "llama", {}),
     "SALMGPT, tied": (SALMGPT, "qwen2", {}),
     "SALMGPT, LoRA": (SALMGPT, "llama", LORA),
+    "SALMGPT, LoRA on speech alone": (SALMGPT, "llama", LORA | {"lora_modality": "audio"}),
     "BestowGPT, untied": (BestowGPT, "llama", {}),
     "BestowGPT, tied": (BestowGPT, "qwen2", {}),
     "BestowGPT, frozen": (BestowGPT, "llama", {"freeze": ["llm"]}),

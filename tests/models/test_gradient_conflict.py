@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
@@ -22,7 +24,7 @@ from nemo_emmett.training import check_gradient_conflict
 
 from ..modules.test_gradient_projection import pcgrad
 from ..oomptimizer.probing import Probing
-from .backbones import model_config
+from .backbones import backbone, model_config
 from .memorising import MODES, built, items
 from .two_ranks import SGD, gradients
 
@@ -176,6 +178,27 @@ def test_accumulated_batches_are_compared_as_one(make):
         assert_close(fit(model, halves, accumulate_grad_batches=4).gradients[0], expected)
 
 
+def test_objectives_belong_to_the_gradient_of_their_modality(folder, tiny_asr):
+    """Retention to text's: with a teacher that is not the model, since there the divergence has no gradient."""
+    teacher = str(backbone("llama", folder))
+    section = {"objectives": {"retention": {"weight": 3.0, "teacher": teacher}}}
+    make = lambda **keys: disturbed(built(SALMGPT, "llama", folder, tiny_asr, **SGD | section | keys))  # noqa: E731
+    batch = items(make(), MODES["zip"])
+    of_each = apart(make, [[batch]])
+    audio, text = of_each["audio"][0], of_each["text"][0]
+    seen = fit(make(gradient_conflict={"mode": "harmonise", "every_n_steps": 1}), [batch])
+    assert_close(seen.gradients[0], expected_gradients(audio, text))
+    assert seen.values[0] == pytest.approx(expected_values(audio, text), rel=1e-4, abs=1e-5)
+
+
+def disturbed(model):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.llm.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
 def test_between_the_intervals_steps_are_lightnings_own(folder, tiny_asr, monkeypatch):
     make = lambda **section: built(SALMGPT, "llama", folder, tiny_asr, **SGD | section)  # noqa: E731
     batch = items(make(), MODES["zip"])
@@ -318,6 +341,22 @@ def test_data_of_which_no_step_has_both_modalities_is_refused(recipe, change, se
     assert str(refused.value).startswith(sentence)
     cfg.model.gradient_conflict = None
     check_gradient_conflict(cfg)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sentence"),
+    [
+        (ModelParallelStrategy(), "model.gradient_conflict: ModelParallelStrategy has no whole gradients to compare"),
+        (SingleDeviceStrategy(), "model.gradient_conflict: SALMGPT optimizes by itself"),
+    ],
+)
+def test_trainings_whose_gradients_cannot_be_compared_are_refused(folder, tiny_asr, strategy, sentence):
+    model = built(SALMGPT, "llama", folder, tiny_asr, gradient_conflict="monitor")
+    model.trainer = SimpleNamespace(strategy=strategy)
+    model.automatic_optimization = not isinstance(strategy, SingleDeviceStrategy)
+    with pytest.raises(ConfigError) as refused:
+        model.on_fit_start()
+    assert str(refused.value).startswith(sentence)
 
 
 def test_a_language_model_that_is_not_trained_is_refused(folder, tiny_asr):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
-from nemo_emmett.models.learning_rates import learning_rates, part_of
+from nemo_emmett.models.learning_rates import in_proportion, learning_rates, part_of
 
 from .backbones import model_config
 from .memorising import MODES, items
@@ -97,8 +97,8 @@ def test_every_trained_parameter_is_in_one_group(folder, tiny_asr, model_class, 
 def test_rates_are_logged_apart_and_survive_a_checkpoint(folder, tiny_asr, tmp_path):
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
 
-    def train(steps: int, **options: object) -> tuple[SALMGPT, Trainer]:
-        model = made(folder, tiny_asr, SALMGPT, "llama", optim_param_groups=GROUPS, lr_scheduler=WARMUP)
+    def train(steps: int, groups: dict | None = GROUPS, **options: object) -> tuple[SALMGPT, Trainer]:
+        model = made(folder, tiny_asr, SALMGPT, "llama", optim_param_groups=groups, lr_scheduler=WARMUP)
         trainer = Trainer(accelerator="cpu", devices=1, max_steps=steps, **quiet)
         batches = [items(model, MODES["text"])] * 3
         trainer.fit(model, DataLoader(batches, batch_size=None), **options)
@@ -118,6 +118,10 @@ def test_rates_are_logged_apart_and_survive_a_checkpoint(folder, tiny_asr, tmp_p
     assert trainer.callback_metrics["learning_rate_llm"] == 1.5
     for name, parameter in resumed.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
+    with pytest.raises(
+        ConfigError, match=r"optim_param_groups: the checkpoint's optimizer has groups of this key, and"
+    ):
+        train(3, None, ckpt_path=tmp_path / "two.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -156,3 +160,17 @@ def test_the_parts_do_not_overlap():
     assert [part_of(name) for name in [*names, "cross_attention.norm.weight"]] == [
         "encoder", "adapter", "adapter", "llm", "adapter",
     ]  # fmt: skip
+
+
+def test_a_schedule_that_goes_on_from_the_last_rate_stays_in_proportion():
+    """PyTorch's multiply what they find in a group; by hand: halved in each step."""
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "part": part, "part_lr": lr, "base_lr": 0.5}
+        for part, lr in (("encoder", 0.3), ("llm", 0.5))
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    schedule = in_proportion(torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5))
+    for step in range(4):
+        assert schedule.get_last_lr() == [0.3 / 2**step, 0.5 / 2**step]
+        optimizer.step()
+        schedule.step()

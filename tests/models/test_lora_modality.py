@@ -247,6 +247,7 @@ def test_it_is_never_merged_and_never_guessed(folder, tiny_asr, tmp_path):
         ({"lora": None}, "model.lora_modality: audio needs LoRA to act, and the recipe has no model.lora; add it"),
         ({"perception": None}, "model.lora_modality: audio needs speech to act on"),
         ({"compile": True, "activation_checkpointing": True}, "model.compile: is not possible together with"),
+        ({"objectives": {"retention": {}}}, "model.objectives.retention: trains nothing with model.lora_modality"),
         ({"lora_modality": "speech"}, "model.lora_modality: 'speech' cannot be used; give 'all' or 'audio'."),
         ({"prevent_freeze_params": [r"^llm\..+norm.+$"]}, "model.prevent_freeze_params: trains 'llm."),
         ({"prevent_freeze_params": [r"^embed_tokens\..+$"]}, "trains 'embed_tokens.weight', which text uses"),

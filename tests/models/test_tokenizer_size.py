@@ -89,16 +89,20 @@ def test_a_table_that_is_large_enough_stays_as_it_is(folder) -> None:
     assert model.token_embedding.num_embeddings == len(model.tokenizer.tokenizer) - 1 + 8  # less the locator
 
 
-@pytest.mark.parametrize("family", ["t5", "gemma3"])
-def test_special_tokens_that_no_prompt_needs_need_no_row(larger, folder, family) -> None:
-    """Gemma 3 of one billion parameters has a token for images behind its table."""
-    path, rows = larger(family, AddedToken("<image_soft_token>", special=True, normalized=False))
+@pytest.mark.parametrize(
+    ("family", "token"), [("t5", "<image_soft_token>"), ("gemma3", "<image_soft_token>"), ("t5", "<end_of_image>")]
+)
+def test_special_tokens_that_no_prompt_needs_need_no_row(larger, folder, family, token) -> None:
+    """Gemma 3 of one billion parameters has a token for images behind its table; ``end`` is the code of Ende."""
+    path, rows = larger(family, AddedToken(token, special=True, normalized=False))
     model = kind_of(family)(model_config(family, folder, tokenizer_path=path)).eval()
-    assert model.tokenizer.token_to_id("<image_soft_token>") == rows == model.token_embedding.num_embeddings
-    model.translate(["<image_soft_token>"], "en", "de", max_new_tokens=2)
+    assert model.tokenizer.token_to_id(token) == rows == model.token_embedding.num_embeddings
+    model.translate([token], "en", "de", max_new_tokens=2)
 
 
-@pytest.mark.parametrize(("family", "token"), [("t5", "<fr>"), ("llama", "[INST]"), ("mbart", "pl_PL")])
+@pytest.mark.parametrize(
+    ("family", "token"), [("t5", "<fr>"), ("t5", "<mdw>"), ("llama", "[INST]"), ("mbart", "pl_PL")]
+)
 def test_special_tokens_that_prompts_need_are_told(larger, folder, family, token) -> None:
     path, rows = larger(family, AddedToken(token, special=True, normalized=False))
     with pytest.raises(ConfigError, match=f"up to '{re.escape(token)}', whose id is {rows}"):

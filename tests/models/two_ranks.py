@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nemo_emmett.models.base import SpeechTextModel
 
 from ..fork_server import fork_server, print_to
-from .batches import prompted_batch, with_recordings
+from .batches import padded, prompted_batch, with_recordings
 
 RANKS = 2
 SECONDS_TO_END = 240
@@ -80,7 +80,12 @@ TEXT = [("one red house", "ein haus"), ("two", "zwei blaue autos"), ("three gree
 SPEECH = [(0.6, "vier alte türen"), (0.9, "fünf"), (0.5, "sechs große hunde")]
 TRANSCRIPTS = ["four old doors", None, "sechs große hunde"]
 OBJECTIVES = {
-    "objectives": {"distillation": {"weight": 0.7}, "retention": {"weight": 2.0}, "transcription": {"weight": 0.3}}
+    "objectives": {
+        "distillation": {"weight": 0.7},
+        "retention": {"weight": 2.0},
+        "transcription": {"weight": 0.3},
+        "consistency": {"weight": 0.5, "train_text": True},
+    }
 }
 """Of a model's config. Only the last recording is transcribed."""
 
@@ -99,11 +104,14 @@ def speech(model: SpeechTextModel, rows: slice) -> dict[str, Any]:
     lens = torch.tensor([len(recording) for recording in alone])
     transcripts = TRANSCRIPTS[rows]
     texts = prompted_batch(model, [transcript or "" for transcript in transcripts], list(answers))
+    tokens = padded([model.tokenizer.text_to_ids(transcript or "") for transcript in transcripts], model.pad_id)
     return batch | {
         "audios": pad_sequence(alone, batch_first=True),
         "audio_lens": lens,
         "text_context_ids": texts["context_ids"],
         "text_context_lens": texts["context_lens"] * torch.tensor([text is not None for text in transcripts]),
+        "transcript_ids": tokens[0].long(),
+        "transcript_lens": tokens[1],
         "is_transcription": torch.tensor([*map(operator.eq, transcripts, answers)]),
     }
 

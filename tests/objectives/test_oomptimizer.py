@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_emmett.callbacks import OOMptimizer
 from nemo_emmett.models import SALMGPT, SALMT5
 from nemo_emmett.oomptimizer.adapters import SpeechTextAdapter, adapter_for
 from nemo_emmett.oomptimizer.buckets import Shape
 from nemo_emmett.oomptimizer.fingerprint import config_hash
+from nemo_emmett.oomptimizer.meter import TensorMeter
+from nemo_emmett.oomptimizer.profile import Profile
 from nemo_emmett.oomptimizer.snapshot import without_side_effects
+from nemo_emmett.oomptimizer.steps import TrainingSteps
 from nemo_emmett.planning.architecture import architecture_only
 from nemo_emmett.planning.fake_training import fake_training
 
@@ -85,6 +89,37 @@ def test_a_probe_computes_objectives_that_begin_later(folder, tiny_asr, tmp_path
 
     trainer_with(tmp_path, AtFitStart(at_start)).fit(model, datamodule=Data({}))
     assert seen == [(), tuple(LATER), ()]
+
+
+def test_a_teacher_takes_its_memory_in_every_step(folder, tiny_asr, tmp_path):
+    resident = {}
+    for objectives in ({}, {"distillation": {"start_step": 1000}}):
+        model = built(SALMGPT, "llama", folder, tiny_asr, objectives=objectives)
+
+        def at_start(trainer, module) -> None:
+            with TrainingSteps(trainer, module, TensorMeter(CPU)) as steps:
+                reading = steps.warm_up(adapter_for(module).synthetic_batch(TEXT, 1, CPU))
+            resident[len(module.objectives)] = reading.resident
+
+        del model.log
+        trainer_with(tmp_path, AtFitStart(at_start)).fit(model, datamodule=Data({}))
+    copied = sum(tensor.nbytes for tensor in (*model.teachers.parameters(), *model.teachers.buffers()))
+    assert copied > 100_000
+    assert resident[1] - resident[0] == pytest.approx(copied, rel=1e-3)
+
+
+def test_a_plan_gives_the_batch_sizes_that_calibration_gives(folder, tiny_asr, tmp_path):
+    """Also where the objectives begin after the training's last step."""
+    found = {}
+    for mode in ("plan", "calibrate"):
+        model = built(SALMGPT, "llama", folder, tiny_asr, objectives=LATER)
+        del model.log
+        path = tmp_path / f"{mode}.yaml"
+        callback = OOMptimizer(mode=mode, profile=path, memory_budget="16MiB", guard=False)
+        trainer_with(tmp_path, callback).fit(model, datamodule=Data({"bucket_duration_bins": [[2, 10]]}))
+        found[mode] = Profile.read(path).groups[""].bucket_batch_size
+        assert not model.all_objectives_active
+    assert found["plan"] == found["calibrate"]
 
 
 @pytest.mark.parametrize("teacher", ["start", "other", "export"])

@@ -212,6 +212,12 @@ def test_a_folder_of_hugging_face_or_of_an_exported_model_is_the_teacher(folder,
             ConfigError,
             "without_lora is no fixed teacher, since 'llm.base_model.model.model.norm.weight' of the language",
         ),
+        (
+            "without_lora",
+            {"lora": LORA | {"init_lora_weights": "pissa"}},
+            ConfigError,
+            "without_lora is not the language model that was given, whose weights model.lora.init_lora_weights: pissa",
+        ),
         ("LLAMA", {}, ModelError, "has another tokenizer than this model"),
         ("T5", {}, ModelError, "has another tokenizer than this model"),
         ("EMPTY", {}, ModelError, "has no config.json that can be read"),
@@ -241,6 +247,10 @@ def test_an_export_of_another_class_and_a_frozen_language_model_are_refused(fold
         built(SALMGPT, "qwen2", folder, tiny_asr, objectives=objectives)
     with pytest.raises(ConfigError, match=r"model\.objectives\.retention: the language model is frozen, so it forgets"):
         built(SALMGPT, "qwen2", folder, tiny_asr, objectives={"retention": {}}, freeze=["llm"])
+    with pytest.raises(
+        ConfigError, match=r"model\.objectives\.retention: with model\.lora_modality: audio the language"
+    ):
+        built(SALMGPT, "qwen2", folder, tiny_asr, objectives={"retention": {}}, lora=LORA, lora_modality="audio")
 
 
 # Trainings.

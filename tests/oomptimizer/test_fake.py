@@ -86,6 +86,9 @@ def with_checkpointing(model):
         pytest.param({}, with_checkpointing, {"precision": "bf16-mixed"}, id="activation checkpointing"),
         pytest.param({}, None, {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2}, id="accumulated, clipped"),
         pytest.param({"optimizer": {"_target_": "torch.optim.Adafactor", "lr": 1e-3}}, None, {}, id="Adafactor"),
+        pytest.param(
+            {"gradient_conflict": "monitor"}, None, {"accumulate_grad_batches": 2}, id="gradients of modalities apart"
+        ),
     ],
 )
 def test_planned_peaks_of_salm_t5_are_the_measured_ones(tmp_path, salm_t5_config, changes, change, trainer_options):
@@ -111,6 +114,13 @@ def test_planned_peaks_of_salm_t5_are_the_measured_ones(tmp_path, salm_t5_config
             {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}},
             {"precision": "bf16-mixed"},
             id="LoRA",
+        ),
+        pytest.param(
+            BestowGPT,
+            "qwen3",
+            {"lora": {"r": 4, "target_modules": ["q_proj"]}, "lora_modality": "audio"},
+            {},
+            id="LoRA on speech alone",
         ),
         pytest.param(BestowGPT, "qwen3", {"freeze": ["llm"]}, {}, id="frozen LLM, which text cannot train"),
         pytest.param(

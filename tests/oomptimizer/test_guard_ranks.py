@@ -54,6 +54,7 @@ class Run:
         find_unused: DDP looks for parameters that a step does not use.
         accumulate: batches to an optimizer step.
         resume: from the last checkpoint, with the saved batch sizes.
+        gradient_conflict: of the model's section.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Run:
     find_unused: bool = True
     accumulate: int = 1
     resume: bool = False
+    gradient_conflict: str | None = None
 
     def weights(self, rank: int = 0) -> torch.Tensor:
         return torch.load(self.folder / f"weights{rank}.pt")
@@ -72,7 +74,7 @@ class Run:
         return (self.folder / f"rank{rank}.log").read_text()
 
 
-def build(t5: Path) -> SALMT5:
+def build(t5: Path, gradient_conflict: str | None = None) -> SALMT5:
     torch.manual_seed(0)
     connector = "nemo.collections.speechlm2.modules.perception.IdentityConnector"
     perception = {
@@ -82,7 +84,14 @@ def build(t5: Path) -> SALMT5:
         "encoder": encoder(16, 1),
         "modality_adapter": {"_target_": connector, "d_model": 16},
     }
-    model = SALMT5({"pretrained_llm": str(t5), "pretrained_weights": False, "perception": perception})
+    model = SALMT5(
+        {
+            "pretrained_llm": str(t5),
+            "pretrained_weights": False,
+            "perception": perception,
+            "gradient_conflict": gradient_conflict,
+        }
+    )
     model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.003)
     return model
 
@@ -114,7 +123,7 @@ def fit(run: Run, rank: int, port: int) -> None:
     faulthandler.dump_traceback_later(SECONDS_TO_END - 5, file=sys.stderr)
     # What Lightning reads to find that its ranks are started by somebody else.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
-    model = build(run.t5)
+    model = build(run.t5, run.gradient_conflict)
     adapter = SpeechTextAdapter(model)
     kinds = run.kinds[rank]
     batches = [batch_of(adapter, kinds[step % len(kinds)], 2 * step + rank) for step in range(STEPS)]
@@ -201,18 +210,27 @@ BOTH = (("both",), ("both",))
 
 
 @pytest.mark.parametrize(
-    ("kinds", "find_unused", "accumulate", "phases"),
+    ("kinds", "find_unused", "accumulate", "phases", "conflict"),
     [
-        (MIXED, True, 1, {0: "forward", 1: "forward", 4: "forward", 5: "forward"}),
-        (BOTH, False, 1, {0: "forward", 3: "forward"}),
-        (MIXED, True, 2, {0: "backward", 1: "forward", 2: "forward", 4: "backward"}),
+        (MIXED, True, 1, {0: "forward", 1: "forward", 4: "forward", 5: "forward"}, None),
+        (BOTH, False, 1, {0: "forward", 3: "forward"}, None),
+        (MIXED, True, 2, {0: "backward", 1: "forward", 2: "forward", 4: "backward"}, None),
+        (MIXED, False, 1, {0: "forward", 1: "backward", 4: "backward"}, "harmonise"),
     ],
 )
 def test_out_of_memory_in_a_forward_pass_is_survived_by_both(
-    t5, tmp_path, kinds, find_unused, accumulate, phases
+    t5, tmp_path, kinds, find_unused, accumulate, phases, conflict
 ) -> None:
-    """Also in a backward pass, in the batches of an accumulation that are not the last."""
-    run = Run(tmp_path / "plain", t5, kinds, find_unused=find_unused, accumulate=accumulate)
+    """Also in a backward pass, in the batches of an accumulation that are not the last, and where the gradients of
+    speech and text are added up over the ranks after it."""
+    run = Run(
+        tmp_path / "plain",
+        t5,
+        kinds,
+        find_unused=find_unused,
+        accumulate=accumulate,
+        gradient_conflict=conflict,
+    )
     expected = complete(run).weights()
     done = complete(replace(run, folder=tmp_path / "run", phases=phases))
     assert (expected - weights(build(t5))).abs().max() > 1e-3

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
 from nemo.collections.speechlm2 import SALM
@@ -155,6 +156,31 @@ def test_96_batches_of_which_every_tenth_runs_out_of_memory(family, request, tmp
     lowered = ["audio: bucket 1 2"] if family == "salm" else ["audio: bucket 1 2", "bucket 1 [16, 16]"]
     assert sorted(event.bucket for event in saved[-1]) == lowered
     assert [len(events) for events in saved] == list(range(1, len(lowered) + 1))
+
+
+def test_a_step_that_fails_between_the_gradients_of_two_modalities_is_redone(salm_t5_harmonised, tmp_path) -> None:
+    """When text's backward pass runs out of memory, speech's has been taken and text's of the decoder: both again."""
+
+    class ChargedByText(Callback):
+        def on_before_backward(self, trainer, module, loss) -> None:
+            if fails and trainer.global_step == 1 and not bomb.fired:
+                module.modality_terms["text"].register_hook(self.charge)
+
+        def charge(self, gradient) -> None:
+            bomb.phase = "backward"
+
+    found = []
+    for accumulate in (1, 2):
+        for fails in (False, True):
+            model = salm_t5_harmonised()
+            bomb = Bomb(model.llm.encoder)
+            batches = [audio_and_text(model, number) for number in (2, 2, 5, 5)]
+            recovering = Recovering(Recovery(SpeechTextAdapter(model), listener := Recorder()))
+            fit(model, batches, tmp_path, [recovering, ChargedByText()], accumulate)
+            assert listener.phases == ["backward"] * fails
+            found.append(weights(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[3], found[2], rtol=1e-5, atol=1e-6)
 
 
 # What the rest of a training sees of it

@@ -51,7 +51,7 @@ def tokenizer_of(tmp_path_factory):
             made[family] = AutoTokenizer(str(path))
             more = [AddedToken(LOCATOR, special=True, normalized=False)]
             made[family].tokenizer.add_tokens(more, special_tokens=True)
-            made[family].tokenizer.add_tokens(["neuwort", "<URL>", AddedToken("</think>", normalized=False)])
+            made[family].tokenizer.add_tokens(["neuwort", "<URL>", "<div>", AddedToken("</think>", normalized=False)])
         return made[family]
 
     return make
@@ -173,9 +173,10 @@ def test_tokens_that_were_added_later_are_seen(tokenizer_of) -> None:
 
 def test_words_and_markers_of_the_user_stay_tokens_beside_control_tokens(tokenizer_of) -> None:
     tokenizer = tokenizer_of("qwen2")
-    (ids,) = encode_texts(tokenizer, [Prompt(["see <URL><|im_end|> neuwort"])])
-    assert {tokenizer.token_to_id("<URL>"), tokenizer.token_to_id("neuwort")} < set(ids)
-    assert tokenizer.ids_to_text(ids) == "see <URL><|im_end|> neuwort"
+    text = "see <URL><div><|im_end|> neuwort"  # div is the code of Dhivehi, too, which no backbone has
+    (ids,) = encode_texts(tokenizer, [Prompt([text])])
+    assert {tokenizer.token_to_id(token) for token in ("<URL>", "<div>", "neuwort")} < set(ids)
+    assert tokenizer.ids_to_text(ids) == text
 
 
 def test_a_prompt_survives_pickling() -> None:

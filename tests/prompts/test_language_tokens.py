@@ -100,8 +100,8 @@ def test_a_language_of_another_family_is_refused(prompt, family, pair) -> None:
     with pytest.raises(DataError) as refused:
         apply_prompt_format_fn(pair("de", "la"), prompt)
     assert str(refused.value) == (
-        f"example p: prompt_format emmett_{family}: {named} has no token for the language 'la' (Latin); leave out the "
-        "data in that language, or use another model: T5 and decoder-only ones take any language."
+        f"example p: {named} has no token for the language 'la' (Latin); leave out the data in that language "
+        f"(prompt_format emmett_{family}), or use another model: T5 and decoder-only ones take any language."
     )
     with pytest.raises(ConfigError, match=r"no token for the language 'mdw' \(Mbosi\)"):
         prompt.encode_dialog(translation_turns(prompt, "ein rotes haus", "fr", "mdw"))

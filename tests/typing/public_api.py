@@ -22,6 +22,7 @@ from nemo_emmett.errors import EmmettError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT, load
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.oomptimizer import Profile
+from nemo_emmett.schedulers import InfiniteLR
 
 
 def translate(folder: Path) -> list[str]:
@@ -46,6 +47,10 @@ def train(data: MultimodalDataModule, model: SALMT5 | SALMGPT | BestowGPT) -> No
     callbacks = [OOMptimizer(mode="calibrate", memory_fraction=0.9), ResumableData(), RandomState()]
     trainer = Trainer(callbacks=[*callbacks, SkipNonFiniteSteps(), StopOnSignal(), TrainingClock()])
     trainer.fit(model, data)
+
+
+def schedule(optimizer: torch.optim.Optimizer) -> list[float]:
+    return InfiniteLR(optimizer, warmup_steps=100, cooldown_steps=1000, constant_lr=1e-4).get_lr()
 
 
 def batches(config: dict[str, object], dataset: SpeechTextDataset) -> MultimodalDataLoader:
