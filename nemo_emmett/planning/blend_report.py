@@ -283,7 +283,10 @@ def _rows_below(node: Node, lead: str, share: float, draws: float | None, folder
         own, below = _branches(is_last=number == len(node.children) - 1)
         weight = _number(child.weight) if len(node.children) > 1 else ""
         if child.source is None:
-            yield _row(lead + own + child.name, child.size, share * child.share, weight)
+            first, last = child.children[0].source, child.children[-1].source
+            is_pair = last is not None and last.is_transcription
+            name = short_name(first, folder) if is_pair else child.name
+            yield _row(lead + own + name, child.size, share * child.share, weight)
             yield from _rows_below(child, lead + below, share, draws, folder)
             continue
         known = draws is not None and child.size is not None and child.size.examples
