@@ -269,11 +269,18 @@ def test_records_without_transcripts_or_language_are_refused_early(manifest) -> 
         check_data_config({**SETTINGS, "input_cfg": [source]}, examples=ExampleKind.AS_READ)
 
 
-def test_a_record_without_a_transcript_is_translated_and_counted(load, manifest) -> None:
+def test_a_record_without_a_transcript_or_its_language_is_translated_and_counted(load, manifest) -> None:
     path = Path(manifest(text="eins", source_text="one", target_lang="de"))
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    del records[3]["source_text"]
+    del records[3]["source_text"], records[5]["lang"]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     loader = load({"manifest_filepath": str(path), "transcription": 0.5}, force_finite=True)
-    assert directions(speech_of(loader)) == {("en", "de"): RECORDS, ("en", "en"): RECORDS - 1}
-    assert loader.skipped_records.causes() == {"no transcript": 1}
+    expected = {("en", "de"): RECORDS - 1, (None, "de"): 1, ("en", "en"): RECORDS - 2}
+    assert directions(speech_of(loader)) == expected
+    assert loader.skipped_records.causes() == {"no transcript": 1, "no source language": 1}
+
+
+def test_a_transcript_in_another_code_of_the_same_language_is_one(load, manifest) -> None:
+    path = manifest(text="one", lang="en", target_lang="eng")
+    loader = load({"manifest_filepath": path, "transcription": 0.5}, force_finite=True)
+    assert directions(speech_of(loader)) == {("en", "en"): 2 * RECORDS}

@@ -265,8 +265,8 @@ def _spoken(cut: Cut, custom: Mapping, defaults: SourceDefaults) -> tuple[str, s
     language = _spoken_language(cut, custom, defaults)
     if language is None:
         raise InvalidRecord("no source language")
-    text = custom.get("source_text")
-    if text is None and ("translations" in custom or (custom.get("target_lang") or defaults.target_lang) == language):
+    text, target = custom.get("source_text"), custom.get("target_lang") or defaults.target_lang
+    if text is None and ("translations" in custom or (isinstance(target, str) and normalized(target) == language)):
         text = _transcript(cut)
     if text is None or text == "":
         raise InvalidRecord("no transcript")
