@@ -284,3 +284,8 @@ def test_a_transcript_in_another_code_of_the_same_language_is_one(load, manifest
     path = manifest(text="one", lang="en", target_lang="eng")
     loader = load({"manifest_filepath": path, "transcription": 0.5}, force_finite=True)
     assert directions(speech_of(loader)) == {("en", "en"): 2 * RECORDS}
+
+
+def test_nemos_samplers_give_finite_recordings_twice(load, manifest) -> None:
+    section = {"manifest_filepath": manifest(), "target_lang": "de", "transcription": 0.25, "sampling": "nemo"}
+    assert directions(speech_of(load(section, force_finite=True))) == {("en", "de"): RECORDS, ("en", "en"): RECORDS}
