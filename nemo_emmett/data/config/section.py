@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_emmett.config import escape_interpolations
-from nemo_emmett.data.io.files import open_bytes
-from nemo_emmett.errors import ConfigError, DataError
+from nemo_emmett.errors import ConfigError
 
 
 def place_of(section: Mapping | DictConfig, parent: str) -> str:
@@ -85,19 +83,3 @@ def keys_within(section: Any, place: str) -> Iterator[tuple[str, str, Any]]:
         if isinstance(key, str):
             yield place, key, value
         yield from keys_within(value, f"{place}.{key}")
-
-
-def load_entries(path: str | Path, place: str) -> Any:
-    """The content of an ``input_cfg`` file.
-
-    Raises:
-        DataError: if it cannot be read, or is not YAML.
-    """
-    try:
-        with open_bytes(str(path)) as file:
-            entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except OSError as error:
-        raise DataError(f"{place}: the file '{path}' cannot be read ({error.strerror or error}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{place}: the file '{path}' is not YAML: {' '.join(str(error).split())}.") from error
-    return plain(entries, place) if isinstance(entries, list) else entries

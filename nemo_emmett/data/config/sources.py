@@ -14,6 +14,7 @@ from nemo.collections.common.data.lhotse.cutset import get_known_config_data_typ
 from nemo.utils import logging, logging_mode
 
 from nemo_emmett.config import check_keys, item_of, nearest
+from nemo_emmett.data.config.entries import load_entries
 from nemo_emmett.data.config.schema import (
     ANY_SOURCE_KEYS,
     AUTO,
@@ -26,7 +27,6 @@ from nemo_emmett.data.config.schema import (
     Seed,
     WeightedPaths,
 )
-from nemo_emmett.data.config.section import load_entries
 from nemo_emmett.data.io.commands import is_pipe, refuse_pipes
 from nemo_emmett.data.io.files import expand_paths
 from nemo_emmett.errors import ConfigError
