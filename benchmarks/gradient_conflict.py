@@ -1,8 +1,9 @@
 """What do `gradient_conflict: monitor` and `harmonise` add to a training step?
 
 One model trains on speech and text in every step, by Lightning. Its steps take turns: without the key, a step that is
-monitored, a harmonised one; so whatever else the machine does falls on all three, and the ratios are medians over these
-turns. A monitored step is one in `every_n_steps`; the overhead of a training is the excess of one divided by that.
+monitored, a harmonised one; so whatever else the machine does falls on all three. Ratios are of CPU seconds, medians
+over these turns. A monitored step is one in `every_n_steps`; the overhead of a training is the excess of one divided by
+that.
 
     python benchmarks/gradient_conflict.py [--repeats 7]
 """
@@ -51,15 +52,15 @@ class Turns(Callback):
         """Choose what this step does, and start its clock."""
         self.kind = KINDS[batch_idx % len(KINDS)]
         module.gradient_conflict = self.conflicts[self.kind]
-        self.began = time.perf_counter()
+        self.began = time.process_time()
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Stop the clock."""
-        self.seconds[self.kind].append(time.perf_counter() - self.began)
+        self.seconds[self.kind].append(time.process_time() - self.began)
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """Seconds of each kind of step, and what part of a plain one they are."""
+    """CPU seconds of each kind of step, and what part of a plain one they are."""
     with tempfile.TemporaryDirectory() as folder:
         write_llama(Path(folder), WIDTH, LAYERS, VOCABULARY)
         section = model_section(Path(folder), "qwen", WIDTH, **ENCODER)

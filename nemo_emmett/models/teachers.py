@@ -154,11 +154,6 @@ def _source(objective: TeachingObjective, model: Any, trained: Sequence[str]) ->
             f"{objective.place}: the language model is frozen, so it forgets nothing; leave the objective out, or "
             "train the language model (model.freeze, model.lora)."
         )
-    if isinstance(objective, Retention) and model.options.lora_modality == "audio":
-        raise ConfigError(
-            f"{objective.place}: with model.lora_modality: audio the language model reads text as it always did, so it "
-            "forgets nothing; leave either out."
-        )
     place, lora = f"{objective.place}.teacher", model.options.lora
     others = [name for name in trained if ".lora_" not in name]
     initialisation = (lora or {}).get("init_lora_weights", True)

@@ -247,10 +247,6 @@ def test_an_export_of_another_class_and_a_frozen_language_model_are_refused(fold
         built(SALMGPT, "qwen2", folder, tiny_asr, objectives=objectives)
     with pytest.raises(ConfigError, match=r"model\.objectives\.retention: the language model is frozen, so it forgets"):
         built(SALMGPT, "qwen2", folder, tiny_asr, objectives={"retention": {}}, freeze=["llm"])
-    with pytest.raises(
-        ConfigError, match=r"model\.objectives\.retention: with model\.lora_modality: audio the language"
-    ):
-        built(SALMGPT, "qwen2", folder, tiny_asr, objectives={"retention": {}}, lora=LORA, lora_modality="audio")
 
 
 # Trainings.
