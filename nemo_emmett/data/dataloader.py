@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -25,6 +26,7 @@ from nemo_emmett.data.checks import check_dataset, check_records
 from nemo_emmett.data.config.dataset_config import DatasetConfig, parse_dataset
 from nemo_emmett.data.config.section import place_of
 from nemo_emmett.data.config.sources import source_of_files
+from nemo_emmett.data.dataset import SpeechTextDataset
 from nemo_emmett.data.io.commands import commands_allowed
 from nemo_emmett.data.io.skipped_records import RecordsDelta, SkippedRecords
 from nemo_emmett.data.loader_state import VERSION as STREAM_VERSION
@@ -378,6 +380,9 @@ def get_multimodal_dataloader(
     if shard_batches and data.sampling == "emmett":
         raise ConfigError(f"{data.place}.sampling: batches are dealt out from NeMo's samplers only; leave the key out.")
     maybe_set_cuda_expandable_segments(enabled=data.cuda_expandable_segments)
+    if isinstance(dataset, SpeechTextDataset) and any(source.transcripts for source in data.sources):
+        dataset = copy(dataset)  # other loaders have it, too
+        dataset.has_transcripts = True
 
     skipped_records = SkippedRecords()
     dataset = WorkerBatchDataset(dataset, skipped_records, data.allow_commands)

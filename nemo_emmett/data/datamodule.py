@@ -83,6 +83,7 @@ class MultimodalDataModule(DataModule, Serialization):
         for name in EVALUATION_SETS:
             if cfg.get(name) is not None:
                 check_dataset_names(plain(cfg[name]).get("datasets") or {}, f"data.{name}")
+        self._needs_transcripts = bool((defaults or {}).get("transcripts"))
         super().__init__(cfg, tokenizer, dataset)
 
     def setup(self, stage: str) -> None:
@@ -97,6 +98,15 @@ class MultimodalDataModule(DataModule, Serialization):
         """The loader of ``train_ds``."""
         if self.cfg.get("train_ds") is None:
             return None
+        if self._needs_transcripts:
+            speech = [
+                source for source in parse_dataset(self.cfg.train_ds, "data.train_ds").sources if not source.is_text
+            ]
+            if speech and not any(source.transcripts for source in speech):
+                raise ConfigError(
+                    "data.train_ds.transcripts: is false, but model.objectives has some that need transcripts; leave "
+                    "the key out, or set it to false for single sources without transcripts alone."
+                )
         return self._loader(self.cfg.train_ds, "data.train_ds")
 
     def resolve_bins(self) -> None:

@@ -48,6 +48,7 @@ class SpeechTextDataset(torch.utils.data.Dataset):
     def __init__(self, tokenizer: Any) -> None:
         self.pad_id = get_pad_id(tokenizer)
         self.skipped_records = SkippedRecords()
+        self.has_transcripts = False  # every batch of speech has them; set by a loader, some of whose sources do
 
     def __getitem__(self, examples: CutSet) -> dict[str, dict]:
         """Collate the examples of one batch.
@@ -91,9 +92,9 @@ class SpeechTextDataset(torch.utils.data.Dataset):
     def _collate_transcripts(
         self, examples: Sequence[Cut | NeMoMultimodalConversation], described: Sequence[dict]
     ) -> dict:
-        """Nothing where no source asks for transcripts."""
+        """Nothing where no source of the dataset asks for transcripts."""
         rows = [transcript_ids(example) for example in examples]
-        if not any(rows):
+        if not (self.has_transcripts or any(rows)):
             return {}
         nothing = dict.fromkeys(TRANSCRIPT_KEYS, torch.zeros(0, dtype=torch.int64))
         batch: dict[str, torch.Tensor] = {}

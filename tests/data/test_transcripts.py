@@ -216,3 +216,26 @@ def test_by_default_only_training_data_gets_them(recordings, tokenizer) -> None:
     batch, *_ = next(iter(module.val_dataloader()))
     assert NEW_KEYS.isdisjoint(batch["plain"]["audio"])
     assert batch["asked"]["audio"].keys() >= NEW_KEYS
+
+
+def test_a_batch_of_a_source_that_opts_out_has_empty_transcripts(batches, recordings) -> None:
+    """Objectives find their keys in every batch."""
+    sources = [
+        {"type": "nemo", "manifest_filepath": str(recordings(target_lang="de"))},
+        {"type": "nemo", "manifest_filepath": str(recordings(name="b.json", target_lang="de")), "transcripts": False},
+    ]
+    found = [batch["audio"] for batch in batches({"input_cfg": sources}, transcripts=True, batch_size=1)]
+    assert len(found) == 2 * len(SENTENCES)
+    assert all(batch.keys() >= NEW_KEYS for batch in found)
+    assert sum(int(batch["transcript_lens"].sum() > 0) for batch in found) == sum(map(bool, SENTENCES))
+    assert {batch["transcript_ids"].shape for batch in found if not batch["transcript_lens"].any()} == {(1, 0)}
+
+
+@pytest.mark.parametrize("place", ["dataset", "source"])
+def test_a_model_that_needs_transcripts_refuses_data_that_has_none(tokenizer, recordings, place) -> None:
+    source = {"type": "nemo", "manifest_filepath": str(recordings(target_lang="de"))}
+    train_ds = {**SETTINGS, "input_cfg": [source]}
+    (train_ds if place == "dataset" else source)["transcripts"] = False
+    data = MultimodalDataModule({"train_ds": train_ds}, tokenizer, SpeechTextDataset(tokenizer), {"transcripts": True})
+    with pytest.raises(ConfigError, match=r"data.train_ds.transcripts: is false, but model.objectives"):
+        data.train_dataloader()
