@@ -40,6 +40,7 @@ PARTS_OF_MODELS = (
     "nemo.core.classes.mixins.adapter_mixin_strategies.",
     "nemo.core.optim.",
     "nemo_emmett.modules.",
+    "nemo_emmett.schedulers.InfiniteLR",
     "torch.nn.",
     "torch.optim.",
 )

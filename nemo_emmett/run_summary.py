@@ -123,7 +123,8 @@ class RunSummary(Callback):
             rows.append(("exported", f"{_shown(folder)} ({self.exported})"))
         self._print(title, _table(rows))
         if folder:  # lines to copy, which are not folded
-            print("Next:", *_next_commands(folder, self._targets(trainer)), sep="\n  ", flush=True)  # noqa: T201
+            commands = _next_commands(folder, self._targets(trainer), self._has_text(trainer))
+            print("Next:", *commands, sep="\n  ", flush=True)  # noqa: T201
 
     def _end_rows(self, trainer: Trainer, model: LightningModule) -> Rows:
         steps, planned = trainer.global_step - self.progress.first_step, self.progress.planned_steps(trainer)
@@ -180,6 +181,10 @@ class RunSummary(Callback):
             return []
         sources = parse_dataset(trainer.datamodule.cfg.train_ds, "data.train_ds").sources
         return list(dict.fromkeys(target for source in sources for _, target in _directions(source) if target))
+
+    def _has_text(self, trainer: Trainer) -> bool:
+        totals = self._totals if self._totals is not None else _totals_here(trainer.lightning_module)
+        return totals is None or bool(totals[MODALITIES.index("text"), 1] > 0)
 
     def _step_rows(self, trainer: Trainer) -> Rows:
         planned, start = self.progress.planned_steps(trainer), ""
@@ -374,9 +379,9 @@ def _out_of_time(trainer: Trainer) -> bool:
     return any(seconds is not None and seconds <= 0 for seconds in left)
 
 
-def _next_commands(folder: str, targets: Sequence[str]) -> Iterator[str]:
-    model = shlex.quote(_shown(folder))
-    yield f'nemo-emmett translate --model {model} --to {targets[0] if targets else "LANGUAGE"} "..."'
+def _next_commands(folder: str, targets: Sequence[str], has_text: bool) -> Iterator[str]:
+    model, what = shlex.quote(_shown(folder)), '"..."' if has_text else "RECORDING.wav"
+    yield f"nemo-emmett translate --model {model} --to {targets[0] if targets else 'LANGUAGE'} {what}"
     yield f"nemo-emmett evaluate {model} TEST_SETS.yaml"
 
 

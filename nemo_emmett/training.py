@@ -44,6 +44,8 @@ from nemo_emmett.exporting import (
     is_failed_write,
 )
 from nemo_emmett.models.checkpoint import read_checkpoint
+from nemo_emmett.objectives.registry import parse_objectives
+from nemo_emmett.objectives.transcription import Transcription
 from nemo_emmett.recipe_checks import build_trainer, check_run_keys, mistakes_in_fit, set_up_experiment
 from nemo_emmett.run_folders import SaveRecipe, check_space, lock_folders
 from nemo_emmett.run_log import write_log_file
@@ -99,6 +101,7 @@ def train(cfg: DictConfig) -> LightningModule:
         )
     check_data_section(cfg.data, ExampleKind.CONVERSATION if issubclass(model_class, SALM) else ExampleKind.TRANSLATION)
     check_gradient_conflict(cfg)
+    check_objectives(cfg)
     recipe, best = SaveRecipe(cfg), BestCheckpoint()
     with ExitStack() as locks:
         lock_folders(cfg, locks, existing_only=True)
@@ -296,3 +299,41 @@ def check_gradient_conflict(cfg: DictConfig) -> None:
             f"model.gradient_conflict: under data.train_ds.sampler_fusion: {dataset.sampler_fusion} each step holds "
             "one modality; write zip, or accumulate several batches to a step (trainer.accumulate_grad_batches)."
         )
+
+
+def check_objectives(cfg: DictConfig) -> None:
+    """Check that the training data has the modality that each of ``model.objectives`` reads; warn of ``transcription``
+    where no source says that it is transcribed.
+
+    Args:
+        cfg: a recipe whose data is checked.
+
+    Raises:
+        ConfigError: for an objective that would never be computed.
+    """
+    section = cfg.model.get("objectives")
+    if not isinstance(section, DictConfig) or cfg.data.get("train_ds") is None:
+        return
+    sources = parse_dataset(cfg.data.train_ds, "data.train_ds").sources
+    has_both = any(source.is_conversation for source in sources)
+    there = {"text" if source.is_text else "audio" for source in sources}
+    for objective in parse_objectives(OmegaConf.to_container(section, resolve=True)):
+        if objective.modality not in there and not has_both:
+            reads, other = ("text", "speech") if objective.modality == "text" else ("speech", "text")
+            raise ConfigError(
+                f"{objective.place}: reads {reads}, and data.train_ds holds {other} alone; add sources of {reads}, or "
+                "leave the objective out."
+            )
+        may_transcribe = any(
+            source.is_transcription or _may_be(source.target_lang, source.source_lang) for source in sources
+        )
+        if objective.name == Transcription.name and not may_transcribe:
+            logging.warning(
+                f"{objective.place}: no source of data.train_ds has the key transcription, so it has examples only "
+                "where records ask for their transcripts; set transcription: 0.2, a share, for the dataset or a source."
+            )
+
+
+def _may_be(targets: str | list[str] | None, spoken: str | None) -> bool:
+    """Whether speech may be answered in its own language."""
+    return spoken in targets if isinstance(targets, list) else targets is not None and targets == spoken

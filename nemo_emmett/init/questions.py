@@ -76,12 +76,24 @@ class Answers:
         """
         from nemo_emmett.prompts.languages import check_language
 
-        for option, code in (("--from", self.source_lang), ("--to", self.target_lang)):
+        for side, (option, code) in enumerate((("--from", self.source_lang), ("--to", self.target_lang))):
             if code is not None:
-                check_language(code, option)
+                self._refuse_unused(option, check_language(code, option), side)
         check_backbone(self.backbone)
         if self.encoder is not None:
             check_encoder(self.encoder)
+
+    def _refuse_unused(self, option: str, code: str, side: int) -> None:
+        """A language that no data is without, and that none has."""
+        of_data = [file.languages[side] for file in self.files]
+        if not of_data or None in of_data:
+            return
+        named = sorted({language.strip() for languages in of_data for language in languages.split(",")})
+        if code not in named:
+            raise ConfigError(
+                f"{option}: '{code}' would have no effect, since all records name their languages "
+                f"({', '.join(named)}); leave the option out, or correct the data."
+            )
 
 
 def check_backbone(backbone: str) -> None:

@@ -49,8 +49,10 @@ def model_card(config: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    target = next((pair[1] for pairs in directions.values() for pair in pairs), "de")
-    source = next((pair[0] for pairs in directions.values() for pair in pairs if pair[1] == target and pair[0]), None)
+    pairs = [pair for of_modality in directions.values() for pair in of_modality]
+    pairs.sort(key=lambda pair: pair[0] == pair[1])  # a translation, if there is one
+    target = pairs[0][1] if pairs else "de"
+    source = next((source for source, other in pairs if other == target and source), None)
     return environment.get_template("card.md.j2").render(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         architecture=str(config.get("_target_") or "nemo.collections.speechlm2.models.SALM").rpartition(".")[2],

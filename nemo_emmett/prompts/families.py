@@ -170,7 +170,10 @@ def may_be_read(token: str, name: str, tokenizer: Any) -> bool:
         return True
     if token == f"<{language}>" and is_known_language(language):  # T5's tag of any language; not <end_of_image>
         return True
-    return any(token in template for template in templates_of(type(prompt_formatter(name, tokenizer))))
+    prompt = prompt_formatter(name, tokenizer)
+    if token == SENTINEL and isinstance(prompt, TwoStepT5):
+        return True
+    return any(token in template for template in templates_of(type(prompt)))
 
 
 def stop_ids(formatter: PromptFormatter, tokenizer: Any) -> list[int]:

@@ -266,7 +266,8 @@ def test_fusion(good) -> None:
 def test_how_much_of_a_group_a_step_of_zip_holds(good, tokenizer) -> None:
     good["sampler_fusion"], good["pairs"]["every_n_steps"] = "round_robin", 2
     assert refused(good).startswith(
-        "data.train_ds.pairs.every_n_steps: is a key of a group of a multi_config with sampler_fusion: zip"
+        "data.train_ds.pairs.every_n_steps: has a meaning under sampler_fusion: zip alone, where a step holds a batch "
+        "of every group, and here it is round_robin; leave the key out, or set data.train_ds.sampler_fusion: zip."
     )
     good["sampler_fusion"] = "zip"
     check_data_config(good)

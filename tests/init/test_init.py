@@ -105,6 +105,17 @@ def test_an_own_corpus_trains(folder: Path, tiny_t5: Path, tiny_asr: Path) -> No
     assert load("exp/my recipe/model").translate(["one red house"], "en", "de")
 
 
+@pytest.mark.parametrize(("option", "named"), [("--from", "mdw"), ("--to", "fr")])
+def test_a_language_that_the_data_contradicts_is_refused(tmp_path, tiny_t5, tiny_asr, option, named) -> None:
+    record = {"audio_filepath": "a.wav", "duration": 1.0, "text": "a", "lang": "mdw", "translations": {"fr": "b"}}
+    (tmp_path / "train.jsonl").write_text(json.dumps(record))
+    parts = ("--backbone", tiny_t5, "--encoder", tiny_asr)
+    assert sentence_of(run("r.yaml", "--data", tmp_path / "train.jsonl", option, "de", *parts)) == (
+        f"{option}: 'de' would have no effect, since all records name their languages ({named}); leave the option out, "
+        "or correct the data."
+    )
+
+
 @pytest.fixture
 def llama(tmp_path_factory) -> Path:
     """A decoder-only language model."""

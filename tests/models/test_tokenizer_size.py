@@ -107,3 +107,14 @@ def test_special_tokens_that_prompts_need_are_told(larger, folder, family, token
     path, rows = larger(family, AddedToken(token, special=True, normalized=False))
     with pytest.raises(ConfigError, match=f"up to '{re.escape(token)}', whose id is {rows}"):
         kind_of(family)(model_config(family, folder, tokenizer_path=path))
+
+
+@pytest.mark.parametrize("prompt_format", ["emmett_t5", "emmett_t5_two_step"])
+def test_the_separator_of_two_step_answers_needs_a_row_where_it_is_written(larger, folder, prompt_format) -> None:
+    path, rows = larger("t5", AddedToken("<extra_id_0>", special=True, normalized=False))
+    make = lambda **keys: SALMT5(model_config("t5", folder, tokenizer_path=path, prompt_format=prompt_format, **keys))  # noqa: E731
+    needs_row = prompt_format.endswith("two_step")
+    if needs_row:
+        with pytest.raises(ConfigError, match="has tokens up to '<extra_id_0>'"):
+            make()
+    assert make(resize_token_embeddings=True).token_embedding.num_embeddings == rows + needs_row

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from lightning.pytorch import Callback, Trainer
+from nemo.utils import logging
 from omegaconf import OmegaConf
 
 from nemo_emmett.data import MultimodalDataModule, SpeechTextDataset
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMT5
+from nemo_emmett.training import check_objectives
 
 
 class Seen(Callback):
@@ -43,3 +47,33 @@ def test_a_share_is_transcribed_and_every_objective_is_logged(recipe) -> None:
             assert kind == (example["target_text"] == example["source_text"])
     assert 0 < seen.logged["loss_consistency"] < 2
     assert seen.logged["loss_transcription"] > 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "group", "sentence"),
+    [
+        ("retention", "text", "model.objectives.retention: reads text, and data.train_ds holds speech alone"),
+        ("distillation", "audio", "model.objectives.distillation: reads speech, and data.train_ds holds text alone"),
+    ],
+)
+def test_an_objective_of_a_modality_that_is_not_there_is_refused(recipe, objective, group, sentence) -> None:
+    recipe["model"]["objectives"] = {objective: {}}
+    cfg = OmegaConf.create(recipe)
+    check_objectives(cfg)
+    del cfg.data.train_ds[group]
+    with pytest.raises(ConfigError) as refused:
+        check_objectives(cfg)
+    assert str(refused.value).startswith(sentence)
+
+
+def test_transcription_where_no_source_is_transcribed_is_warned_of(recipe, monkeypatch) -> None:
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda message, **_: warnings.append(message))
+    recipe["model"]["objectives"] = {"transcription": {}}
+    cfg = OmegaConf.create(recipe)
+    check_objectives(cfg)
+    assert len(warnings) == 1
+    assert "no source of data.train_ds has the key transcription" in warnings[0]
+    cfg.data.train_ds.audio.transcription = 0.2
+    check_objectives(cfg)
+    assert len(warnings) == 1

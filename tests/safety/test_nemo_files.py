@@ -73,6 +73,7 @@ def targets(payload: Payload, backbone: Path) -> dict[str, Callable[[dict], None
         "nemo.collections.common.tokenizers.canary_multilingual_tokenizer.CanaryMultilingualTokenizer",
         "nemo.collections.speechlm2.modules.perception.MultiLayerProjectionConnector",
         "nemo_emmett.modules.modality_adapters.QFormer",
+        "nemo_emmett.schedulers.InfiniteLR",
     ],
 )
 def test_what_nemos_published_models_name_is_admitted(target: str) -> None:

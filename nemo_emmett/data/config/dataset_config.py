@@ -385,6 +385,12 @@ def _check_keys_under_zip(own: Mapping[str, Any], groups: Sequence[GroupConfig],
     for key in _KEYS_UNDER_ZIP:
         holders = [place] if key in own else [g.place for g in groups if getattr(g, key) != getattr(GroupConfig, key)]
         if holders and (key in own or not is_zip):
+            if key not in own and own.get("multi_config"):
+                raise ConfigError(
+                    f"{holders[0]}.{key}: has a meaning under sampler_fusion: zip alone, where a step holds a batch of "
+                    f"every group, and here it is {own.get('sampler_fusion', 'round_robin')}; leave the key out, or "
+                    f"set {place}.sampler_fusion: zip."
+                )
             raise ConfigError(
                 f"{holders[0]}.{key}: is a key of a group of a multi_config with sampler_fusion: zip, where each step "
                 "holds a batch of every group; set it there."

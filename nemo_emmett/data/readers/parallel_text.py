@@ -330,7 +330,8 @@ def _direction(direction: str, languages: Sequence[str], place: str) -> tuple[st
         if sides[0] != sides[1] and sides[0] in languages and sides[1] in languages:
             return sides
     raise ConfigError(
-        f"{place}: '{direction}' is not a pair of two languages that have files ({', '.join(languages)})."
+        f"{place}: '{direction}' is not a pair of two languages that have files ({', '.join(languages)}); "
+        f"write such as {languages[0]}-{languages[-1]}."
     )
 
 
