@@ -131,9 +131,10 @@ class RunProgress(Callback):
 def _losses(trainer: Trainer, model: LightningModule) -> str:
     metrics = trainer.callback_metrics
     objectives = [objective.name for objective in getattr(model, "objectives", ())]
-    losses = {name: metrics[f"loss_{name}"] for name in (*MODALITIES, *objectives) if f"loss_{name}" in metrics}
-    if losses:
-        return "loss " + ", ".join(f"{name} {float(loss):.3f}" for name, loss in losses.items())
+    losses = {n: float(metrics[f"loss_{n}"]) for n in (*MODALITIES, *objectives) if f"loss_{n}" in metrics}
+    if losses := {name: loss for name, loss in losses.items() if name in MODALITIES or not math.isnan(loss)}:
+        # A divergence of zero may be rounded to below it.
+        return "loss " + ", ".join(f"{name} {round(loss, 3) + 0.0:.3f}" for name, loss in losses.items())
     total = next((metrics[name] for name in ("loss", "train_loss") if name in metrics), None)
     return "" if total is None else f"loss {float(total):.3f}"
 

@@ -76,12 +76,23 @@ def test_a_line_after_the_first_step_then_every_thirty_seconds_and_at_the_end(cl
 
 def test_objectives_of_the_step_follow_the_modalities(clock, capsys, monkeypatch) -> None:
     monkeypatch.setattr(
-        Model, "objectives", (SimpleNamespace(name="distillation"), SimpleNamespace(name="retention")), raising=False
+        Model,
+        "objectives",
+        (
+            SimpleNamespace(name="distillation"),
+            SimpleNamespace(name="retention"),
+            SimpleNamespace(name="transcription"),
+        ),
+        raising=False,
     )
     of = trainer()
     of.callback_metrics |= {"loss_distillation": torch.tensor(0.125), "loss_other": torch.tensor(1.0)}
+    of.callback_metrics |= {"loss_retention": torch.tensor(-1e-6), "loss_transcription": torch.tensor(torch.nan)}
     train(RunProgress(), of, clock, steps=1)
-    assert capsys.readouterr().out == "step 1/100 (1%)  loss audio 1.500, text 2.250, distillation 0.125\n"
+    assert (
+        capsys.readouterr().out
+        == "step 1/100 (1%)  loss audio 1.500, text 2.250, distillation 0.125, retention 0.000\n"
+    )
 
 
 def test_validation_counts_for_what_is_left_but_not_for_the_rate(clock, capsys) -> None:
