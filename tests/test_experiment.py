@@ -223,11 +223,11 @@ def test_the_common_target_is_reached_by_every_run():
 
 
 def test_a_mean_has_the_deviation_of_a_sample_beside_it():
-    from experiment_results import _mean
+    from experiment_results import mean_and_deviation
 
-    assert _mean([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
-    assert _mean([-1.0, -2.0, -3.0], "+.1f") == "-2.0 ± 1.0"
-    assert _mean([4.0]) == "4.0"
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert mean_and_deviation([-1.0, -2.0, -3.0], "+.1f") == "-2.0 ± 1.0"
+    assert mean_and_deviation([4.0]) == "4.0"
 
 
 def test_the_page_in_the_docs_has_the_tables_of_the_results_kept():

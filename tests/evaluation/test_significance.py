@@ -118,7 +118,9 @@ def test_a_bootstrap_over_seeds_scores_the_sentences_that_were_drawn():
     def bleu(translations: list[Translation], numbers: list[int]) -> float:
         scores = []
         for lang in ("de", "fr"):
-            by_item = {item(one): one for one in sorted(translations, key=lambda one: one.id) if one.target_lang == lang}
+            by_item = {
+                item(one): one for one in sorted(translations, key=lambda one: one.id) if one.target_lang == lang
+            }
             drawn = [list(by_item.values())[number] for number in numbers]
             found = sacrebleu.corpus_bleu([one.hypothesis for one in drawn], [[one.reference for one in drawn]])
             scores.append(found.score)
