@@ -106,21 +106,24 @@ def test_every_training_has_a_recipe_without_a_mistake(name, trainings, parts):
 @pytest.mark.parametrize("name", ["scarce", "forgetting", "mboshi", "zero_shot"])
 def test_seeds_have_pretrained_parts_of_their_own(name, parts):
     starts = [run for run in parts[name].runs if "/start/" in run.name]
-    seeds: dict[str, set[int]] = {"encoder": set(), "t5": set()}
+    seeds: dict[str, set[int]] = {part: set() for part in ("encoder", "t5", "random_encoder")}
     for run in starts:
         recipe = recipe_of(run.command())
         *_, seed, part = run.name.removesuffix("/score").split("/")
         if not run.name.endswith("/score"):
-            data = recipe.model.train_ds if part == "encoder" else recipe.data.train_ds
+            data = recipe.data.train_ds if part == "t5" else recipe.model.train_ds
             assert recipe.seed == data.seed == data.shard_seed == int(seed)
             seeds[part].add(int(seed))
-    assert seeds == {"encoder": set(SEEDS), "t5": set(SEEDS)}
+            assert (recipe.trainer.max_steps == 0) is (part == "random_encoder")
+    untrained = set(SEEDS) if name == "mboshi" else set()
+    assert seeds == {"encoder": set(SEEDS), "t5": set(SEEDS), "random_encoder": untrained}
     folder = next(run.result for run in starts).parents[2]
     for run in parts[name].runs:
         if run.unfinished is not None:
             home = folder / run.name.split("/")[-1]
-            assert f"model.pretrained_llm={home}/t5/t5" in run.command()
-            assert f"model.pretrained_asr={home}/encoder/encoder.nemo" in run.command()
+            weights = ("init", "random_encoder") if "from_nothing" in run.name else ("t5", "encoder")
+            assert f"model.pretrained_llm={home}/t5/{weights[0]}" in run.command()
+            assert f"model.pretrained_asr={home}/{weights[1]}/encoder.nemo" in run.command()
 
 
 def test_the_arms_of_scarce_speech_are_those_of_the_question(parts):

@@ -54,7 +54,7 @@ def part(source: Path, data: Path, exp: Path, seeds: Sequence[int]) -> Part:
         seeds: of pretraining and training.
     """
     corpus, home = data / "mboshi", exp / "mboshi"
-    setting = Setting("mboshi", "mboshi", corpus, home, home / "start", "mboshi/corpus", STEPS)
+    setting = Setting("mboshi", "mboshi", corpus, home, home / "start", "mboshi/corpus", STEPS, True)
     prepare = script("experiment_corpora.py", "mboshi", "--source", str(source), "--out", str(corpus))
     runs = [Run("mboshi/corpus", lambda: prepare, corpus / SUMMARY), *start_runs(setting, seeds)]
     for seed in seeds:

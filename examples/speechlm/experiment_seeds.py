@@ -22,6 +22,9 @@ VALIDATIONS = 8
 DEV_SPEECH = "val_bleu_dev_speech"
 """The score by which checkpoints are chosen, in all arms: that of speech, which is what the parts compare."""
 
+RANDOM_ENCODER = "random_encoder"
+"""A speech encoder that was not trained."""
+
 Results = dict[str, Any]
 
 
@@ -47,7 +50,7 @@ class Setting:
     starts: Path  # folder of the pretrained parts, which two parts may share
     after: str  # the run that writes the corpus
     steps: int  # of speech
-    unscored: tuple[str, ...] = ()  # overrides of a start's evaluation
+    from_nothing: bool = False  # some arms start from random weights
 
 
 @dataclass(frozen=True)
@@ -62,24 +65,32 @@ class Part:
 
 
 def start_runs(setting: Setting, seeds: Sequence[int]) -> list[Run]:
-    """Speech encoder and language model of each seed; the language model is scored."""
+    """Speech encoder and language model of each seed; the language model is scored.
+
+    The language model with random weights is a file of the pretraining.
+    """
     runs = []
     for seed in seeds:
         home = setting.starts / str(seed)
-        for part, script_name, result in (
-            ("encoder", "pretrain_encoder.py", home / "encoder" / "encoder.nemo"),
-            ("t5", "pretrain_t5.py", home / "t5" / "t5" / "config.json"),
-        ):
-            data = "model.train_ds" if part == "encoder" else "data.train_ds"
+        parts = [
+            ("encoder", "encoder", home / "encoder" / "encoder.nemo", []),
+            ("t5", "t5", home / "t5" / "t5" / "config.json", []),
+        ]
+        if setting.from_nothing:
+            random = home / RANDOM_ENCODER / "encoder.nemo"
+            parts.append((RANDOM_ENCODER, "encoder", random, ["trainer.max_steps=0"]))
+        for part, kind, result, overrides in parts:
+            data = "model.train_ds" if kind == "encoder" else "data.train_ds"
             command = script(
-                script_name,
-                f"--config-name=pretrain_{part}_{setting.recipe}",
+                f"pretrain_{kind}.py",
+                f"--config-name=pretrain_{kind}_{setting.recipe}",
                 f"corpus={setting.start_corpus}",
                 f"exp_dir={home / part}",
                 f"seed={seed}",
                 f"{data}.seed={seed}",
                 f"{data}.shard_seed={seed}",
                 "num_threads=1",
+                *overrides,
             )
             runs.append(Run(_start(setting, part, seed), lambda c=command: c, result, (setting.after,)))
         output = home / "t5" / "evaluation"
@@ -100,13 +111,13 @@ def training_run(setting: Setting, corpus: Path, folder: Path, name: str, arm: A
     """SALM-T5 trained in one of the ways from its seed's start, and scored on the test sets."""
     home = setting.starts / str(seed)
     steps = setting.steps * (2 if arm.alternates else 1)
+    encoder = RANDOM_ENCODER if arm.from_nothing else "encoder"
     command = script(
         "train_and_evaluate.py",
         f"--config-name=salm_t5_{setting.recipe}",
         f"corpus={corpus}",
-        f"model.pretrained_llm={home / 't5' / 't5'}",
-        f"model.pretrained_asr={home / 'encoder' / 'encoder.nemo'}",
-        f"model.pretrained_weights={str(not arm.from_nothing).lower()}",
+        f"model.pretrained_llm={home / 't5' / ('init' if arm.from_nothing else 't5')}",
+        f"model.pretrained_asr={home / encoder / 'encoder.nemo'}",
         f"exp_dir={folder}",
         f"seed={seed}",
         f"data.train_ds.seed={seed}",
@@ -122,7 +133,7 @@ def training_run(setting: Setting, corpus: Path, folder: Path, name: str, arm: A
         "+evaluation.best=true",
         *arm.overrides,
     )
-    after = tuple(_start(setting, part, seed) for part in ("encoder", "t5"))
+    after = tuple(_start(setting, part, seed) for part in (encoder, "t5"))
     return Run(name, lambda: command, folder / "evaluation" / "report.html", after, unfinished=folder)
 
 
