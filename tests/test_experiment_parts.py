@@ -38,6 +38,7 @@ def parts(tmp_path: Path) -> dict[str, Any]:
     import experiment_forgetting
     import experiment_mboshi
     import experiment_scarce
+    import experiment_settings
     import experiment_zero_shot
     from experiment_runs import captions, phrasebook
 
@@ -45,6 +46,7 @@ def parts(tmp_path: Path) -> dict[str, Any]:
     corpus = captions(data, source)
     made = [
         experiment_scarce.part(corpus, source, data, tmp_path, SEEDS),
+        experiment_settings.part(corpus, source, data, tmp_path, SEEDS),
         experiment_forgetting.part(corpus, source, data, tmp_path, SEEDS),
         experiment_mboshi.part(Path("mboshi"), data, tmp_path, SEEDS),
         experiment_zero_shot.part(phrasebook(data), tmp_path, SEEDS),
@@ -80,12 +82,16 @@ def test_every_run_comes_after_those_it_needs_and_parts_share_what_they_have_in_
         assert seen.issuperset(run.after), run.name
         seen.add(run.name)
     assert len(runs) == len({run.result for run in runs})
-    for name in {run.name for run in parts["scarce"].runs} & {run.name for run in parts["forgetting"].runs}:
-        one, other = (next(run for run in parts[part].runs if run.name == name) for part in ("scarce", "forgetting"))
-        assert (one.command(), one.result) == (other.command(), other.result)
+    scarce = {run.name: run for run in parts["scarce"].runs}
+    shared = {name: [run for run in parts[name].runs if run.name in scarce] for name in ("forgetting", "settings")}
+    assert {name: len(of_part) for name, of_part in shared.items()} == {"forgetting": 8, "settings": 12}
+    for run in (*shared["forgetting"], *shared["settings"]):
+        assert (run.command(), run.result) == (scarce[run.name].command(), scarce[run.name].result)
 
 
-@pytest.mark.parametrize(("name", "trainings"), [("scarce", 23), ("forgetting", 12), ("mboshi", 8), ("zero_shot", 4)])
+@pytest.mark.parametrize(
+    ("name", "trainings"), [("scarce", 23), ("settings", 9), ("forgetting", 12), ("mboshi", 8), ("zero_shot", 4)]
+)
 def test_every_training_has_a_recipe_without_a_mistake(name, trainings, parts):
     found = recipes(parts[name])
     assert len(found) == trainings
@@ -402,6 +408,15 @@ def test_text_lost_is_what_the_start_had(collected):
     gated = next(one for one in results["comparisons"] if one["arm"] == "gated_lora")
     assert gated["text"]["difference"] == pytest.approx(100 - bleu(4))
     assert (gated["difference"], gated["p"]) == (0.0, 1.0)
+
+
+def test_each_setting_is_compared_with_speech_alone_trained_as_long(collected):
+    results, text = collected("settings", lambda name: 3 if "/speech" in name else 2, [("en", "fr")])
+    over = {one["arm"]: one["reference"] for one in results["comparisons"]}
+    assert over.pop("joint_longer") == "speech_longer"
+    assert set(over.values()) == {"speech"}
+    assert f"| joint, twice the steps | speech alone, twice the steps | {bleu(2) - bleu(3):+.1f} ± 0.0 |" in text
+    assert f"| speech alone, twice the steps | {bleu(3):.1f} ± 0.0 |" in text
 
 
 def test_mboshi_is_scored_in_both_metrics_against_its_own_start(collected):
