@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -320,7 +321,10 @@ def test_mboshi_training_utterances_that_are_tested_are_left_out(tmp_path):
     assert texts(out, "dev", ("mdw", "fr")) == [("okobhá má", "ils dorment")]  # the other's French is tested
     assert len(spoken(out, "mdw", "test")) == 3
     assert summary["left_out"] == {"train": 2, "dev": 1, "test": 0}
-    assert Path(spoken(out, "mdw")[0]["audio_filepath"]).is_file()
+    (kept,) = spoken(out, "mdw")
+    samples, rate = soundfile.read(kept["audio_filepath"], dtype="int16")
+    expected, expected_rate = soundfile.read(tmp_path / "source" / "audio" / "train2.wav", dtype="int16")
+    assert (samples.tolist(), rate) == (expected.tolist(), expected_rate)
 
 
 # Results.

@@ -6,8 +6,9 @@ Each way of training starts from a speech encoder and a language model that were
 utterances that equal one of the development or test set in either language are left out. Text is the transcripts and
 their translations: there is no other text in Mboshi.
 
-Estimate, from the times in docs/experiment.md: 24 trainings of 400 steps, about 240 CPU seconds each, evaluation
-included, and nine runs of pretraining and scoring of about 130, together 1.9 CPU hours: an hour on two cores.
+Estimate, from some steps on a busy machine (0.7 to 0.9 CPU seconds each): 24 trainings of 304 steps, about 300 CPU
+seconds each, evaluation included, and nine runs of pretraining and scoring of about 200, together 2.5 CPU hours: 75
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from experiment_scarce import ARMS as SCARCE_ARMS
 from experiment_seeds import Part, Results, Setting, start_runs, training_run
 from stages import script
 
-STEPS = 400
+STEPS = 304
 """Of a training; each has 32 recordings."""
 
 _WAYS = {arm.name: arm for arm in SCARCE_ARMS}

@@ -7,9 +7,10 @@ that are not among the 4,000; the text of joint training is all pairs. No traini
 test set, in either language.
 
 Estimate, from the times in docs/experiment.md: 69 trainings of about 125 CPU seconds each, evaluation included, and
-nine runs of pretraining and scoring of about 200, together 2.9 CPU hours: just under 90 minutes on two cores. The
-corpus takes some minutes more, once. All arms are trained with 1,000 and with all recordings; with the other sizes
-speech alone, joint, and all together.
+nine runs of pretraining and scoring of about 200, together 2.9 CPU hours: just under 90 minutes on two idle cores.
+With other load a step took 0.65 CPU seconds in place of 0.4, which makes it two hours. The corpus takes some minutes
+more, once. All arms are trained with 1,000 and with all recordings; with the other sizes speech alone, joint, and all
+together.
 """
 
 from __future__ import annotations
