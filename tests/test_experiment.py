@@ -151,6 +151,9 @@ class TestRunning:
         (["--captions", "nowhere"], "there is no nowhere/train.en; give a folder with Multi30k's raw text"),
         (["--jobs", "0"], "--jobs 0: must be 1 or more"),
         (["--seeds", "1", "2", "1"], "--seeds 1 2 1: each must be given once"),
+        (["--scarce"], "--scarce needs --captions; give a folder with Multi30k's raw text"),
+        (["--zero-shot", "--forgetting"], "--forgetting needs --captions"),
+        (["--mboshi", "nowhere"], "there is no nowhere/train.jsonl; give the folder of the Mboshi manifests"),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(arguments, message, monkeypatch, capsys):
@@ -162,6 +165,33 @@ def test_a_mistake_is_told_before_anything_runs(arguments, message, monkeypatch,
         experiment.main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--scarce", "--settings", "--forgetting"], ["scarce", "settings", "forgetting"]),
+        (["--zero-shot"], ["zero_shot"]),
+        (["--mboshi", "mboshi"], ["mboshi"]),
+    ],
+)
+def test_options_choose_parts_which_are_run_alone_and_shared_runs_once(arguments, parts, tmp_path, monkeypatch):
+    import experiment
+    import experiment_results
+
+    done = {}
+    for name in (*experiment.CAPTION_FILES, "mboshi/train.jsonl", "mboshi/dev.jsonl", "mboshi/test.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *arguments, "--captions", "."])
+    monkeypatch.setattr(experiment, "run_all", lambda runs, *_: done.update(runs=[run.name for run in runs]))
+    monkeypatch.setattr(experiment_results, "report_parts", lambda parts, *_: done.update(parts=parts))
+    experiment.main()
+    assert [part.name for part in done["parts"]] == parts
+    assert len(set(done["runs"])) == len(done["runs"])
+    assert set(done["runs"]) == {run.name for part in done["parts"] for run in part.runs}
+    assert not any(name.startswith("efficiency") for name in done["runs"])
 
 
 @pytest.mark.parametrize(
@@ -223,11 +253,11 @@ def test_the_common_target_is_reached_by_every_run():
 
 
 def test_a_mean_has_the_deviation_of_a_sample_beside_it():
-    from experiment_results import _mean
+    from experiment_results import mean_and_deviation
 
-    assert _mean([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
-    assert _mean([-1.0, -2.0, -3.0], "+.1f") == "-2.0 ± 1.0"
-    assert _mean([4.0]) == "4.0"
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert mean_and_deviation([-1.0, -2.0, -3.0], "+.1f") == "-2.0 ± 1.0"
+    assert mean_and_deviation([4.0]) == "4.0"
 
 
 def test_the_page_in_the_docs_has_the_tables_of_the_results_kept():

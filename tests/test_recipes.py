@@ -30,7 +30,7 @@ SMALL = [
     f"{name}_{corpus}"
     for corpus in ("phrasebook", "captions")
     for name in ("salm_t5", "salm_gpt", "pretrain_t5", "pretrain_llm")
-] + ["experiment_efficiency"]
+] + ["salm_t5_mboshi", "pretrain_t5_mboshi", "experiment_efficiency"]
 BACKBONES = {"salm_t5": "t5", "salm_gpt": "llama", "bestow_gpt": "llama"}
 LANGUAGES = ("en", "de", "es", "fr")
 CONF = Path(__file__).parents[1] / "nemo_emmett" / "conf"

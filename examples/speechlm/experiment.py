@@ -2,11 +2,17 @@
 
 Usage:
     python examples/speechlm/experiment.py [--captions FOLDER] [--data data] [--exp exp/experiment]
+    python examples/speechlm/experiment.py --scarce --settings --forgetting --captions FOLDER
+    python examples/speechlm/experiment.py --mboshi FOLDER --zero-shot
 
 On the phrasebook, and on real captions if their folder is given (Multi30k: train.en, train.de, train.fr, val.en, ...),
 SALM-T5 and SALM-GPT are trained from one pretrained start on text translation, on speech translation, and on both, with
 three seeds each; then, on a corpus with much English speech and little French, with other buckets, batch sizes and
 blends. It ends with the tables, and writes them with the curves and all numbers into the experiment's folder.
+
+Options choose parts that are run in place of this: where speech is scarce (``--scarce``), how to set up joint training
+there (``--settings``), what becomes of text translation (``--forgetting``), real speech (``--mboshi``), directions
+without recordings (``--zero-shot``).
 
 Each run is a command whose output is logged; a run that has finished is not run again, so an interrupted experiment
 continues where it stopped. docs/experiment.md has the results and what they show.
@@ -26,36 +32,71 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from pathlib import Path
 
+import experiment_forgetting
+import experiment_mboshi
+import experiment_scarce
+import experiment_settings
+import experiment_zero_shot
 from experiment_runs import CAPTION_FILES, SEEDS, Run, all_runs, captions, phrasebook
+from experiment_seeds import Part
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from stages import KEEP_MEMORY, tail
 
 from nemo_emmett.processes import available_cores
 
+ON_CAPTIONS = {"scarce": experiment_scarce, "settings": experiment_settings, "forgetting": experiment_forgetting}
+"""Parts that divide the captions, by the options that choose them."""
+
 
 def main() -> None:
     """Run what has not finished yet, then print and write the results."""
     parser = argparse.ArgumentParser(description="EMMeTT's claims in miniature.")
     parser.add_argument("--captions", type=Path, help="folder with Multi30k's train.en, train.de, ..., val.fr")
+    parser.add_argument("--scarce", action="store_true", help="part: from 250 recordings on; needs --captions")
+    parser.add_argument("--settings", action="store_true", help="part: set-up of joint training; needs --captions")
+    parser.add_argument("--forgetting", action="store_true", help="part: text lost, speech gained; needs --captions")
+    parser.add_argument("--mboshi", type=Path, help="part: real speech; folder of the Mboshi manifests")
+    parser.add_argument("--zero-shot", action="store_true", help="part: directions without recordings")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder for the corpora")
     parser.add_argument("--exp", type=Path, default=Path("exp/experiment"), help="folder of the experiment")
     parser.add_argument("--jobs", type=int, default=available_cores(), help="runs at a time, one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the trainings")
     options = parser.parse_args()
     check(options, parser)
+    console = Console()
+    if parts := chosen_parts(options):
+        runs = list({run.name: run for part in parts for run in part.runs}.values())  # parts share starts
+        run_all(runs, options.exp / "logs", options.jobs, console)
+        from experiment_results import report_parts
+
+        report_parts(parts, options.exp, console)
+        return
 
     corpora = [phrasebook(options.data)]
     if options.captions is not None:
         corpora.append(captions(options.data, options.captions))
     runs = all_runs(corpora, options.exp, options.seeds)
-    console = Console()
     run_all(runs, options.exp / "logs", options.jobs, console)
 
     # Imported here: it imports NeMo, and the progress bar should not wait ten seconds for that.
     from experiment_results import collect, report
 
     report(collect(corpora, options.exp, options.seeds), options.exp, console)
+
+
+def chosen_parts(options: argparse.Namespace) -> list[Part]:
+    """The parts that the options name."""
+    data, exp, seeds = options.data, options.exp, options.seeds
+    parts = []
+    for name, module in ON_CAPTIONS.items():
+        if getattr(options, name):
+            parts.append(module.part(captions(data, options.captions), options.captions, data, exp, seeds))
+    if options.mboshi is not None:
+        parts.append(experiment_mboshi.part(options.mboshi, data, exp, seeds))
+    if options.zero_shot:
+        parts.append(experiment_zero_shot.part(phrasebook(data), exp, seeds))
+    return parts
 
 
 def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -70,6 +111,13 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
                 parser.error(
                     f"--captions: there is no {options.captions / name}; give a folder with Multi30k's raw text"
                 )
+    for name in ON_CAPTIONS:
+        if getattr(options, name) and options.captions is None:
+            parser.error(f"--{name} needs --captions; give a folder with Multi30k's raw text")
+    if options.mboshi is not None:
+        for name in experiment_mboshi.FILES:
+            if not (options.mboshi / name).is_file():
+                parser.error(f"--mboshi: there is no {options.mboshi / name}; give the folder of the Mboshi manifests")
     for module, extra in {"espeakng_loader": "synthesis", "num2words": "synthesis", "matplotlib": "charts"}.items():
         if find_spec(module) is None:
             parser.error(f"'{module}' is not installed; run: pip install 'nemo_emmett[{extra}]'")

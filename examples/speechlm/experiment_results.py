@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from experiment_runs import ARMS, EFFICIENCY, MEMORY_BUDGET, MODELS, Corpus
+from experiment_seeds import DEV_SPEECH, Part
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -22,7 +23,7 @@ from nemo_emmett.evaluation import average, columns, from_json, read_curves
 
 MODEL_TITLES = {"salm_t5": "SALM-T5", "salm_gpt": "SALM-GPT"}
 ARM_TITLES = {"nmt": "text alone (NMT)", "ast": "speech alone (AST)", "joint": "both (joint)"}
-DEV_SPEECH, DEV_TEXT = "val_bleu_dev_speech", "val_bleu_dev_text"
+DEV_TEXT = "val_bleu_dev_text"
 
 Results = Mapping[str, Any]
 
@@ -33,15 +34,15 @@ def collect(corpora: Sequence[Corpus], exp: Path, seeds: Sequence[int]) -> dict[
     for corpus in corpora:
         home = exp / corpus.name
         for model, llm in MODELS.items():
-            starts.append({"corpus": corpus.name, "model": model, **_scores(home / llm)})
+            starts.append({"corpus": corpus.name, "model": model, **scores_of(home / llm)})
             for arm in ARMS:
                 for seed in seeds:
                     run = {"corpus": corpus.name, "model": model, "arm": arm, "seed": seed, "steps": corpus.steps}
-                    trainings.append(run | _training(home / model / arm / str(seed)))
+                    trainings.append(run | training_scores(home / model / arm / str(seed)))
     for arm in EFFICIENCY:
         for seed in seeds:
             folder = exp / "efficiency" / arm.replace(" ", "_") / str(seed)
-            efficiency.append({"arm": arm, "seed": seed, **_training(folder)})
+            efficiency.append({"arm": arm, "seed": seed, **training_scores(folder)})
     return {"machine": _machine(), "starts": starts, "trainings": trainings, "efficiency": efficiency}
 
 
@@ -49,10 +50,30 @@ def report(results: Results, exp: Path, console: Console) -> None:
     """Print the tables, and write them with the numbers and the curves."""
     text = tables(results)
     console.print(Markdown(text))
-    (exp / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_results(exp, results)
     (exp / "tables.md").write_text(text)
     draw_curves(results, exp)
     console.print(f"Numbers, tables and curves: {exp / 'results.json'}, tables.md, *.svg", highlight=False)
+
+
+def report_parts(parts: Sequence[Part], exp: Path, console: Console) -> None:
+    """The same of parts; their results are added to the others under their names."""
+    for part in parts:
+        results = part.collect()
+        text = part.tables(results)
+        console.print(Markdown(text))
+        write_results(exp, {"machine": _machine(), part.name: results})
+        (exp / f"tables_{part.name}.md").write_text(text)
+        part.draw(results, exp / f"{part.name}.svg")
+    names = ", ".join(f"tables_{part.name}.md, {part.name}.svg" for part in parts)
+    console.print(f"Numbers, tables and plots: {exp / 'results.json'}, {names}", highlight=False)
+
+
+def write_results(exp: Path, results: Results) -> None:
+    """Add to the results of the folder; those of the same names are replaced."""
+    file = exp / "results.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**kept, **results}, indent=1) + "\n")
 
 
 def tables(results: Results) -> str:
@@ -121,13 +142,17 @@ def _joint_table(results: Results, corpus: str) -> str:
             runs = [
                 one for one in results["trainings"] if (one["corpus"], one["model"], one["arm"]) == (corpus, model, arm)
             ]
-            speech = "–" if arm == "nmt" else _mean(one["speech"] for one in runs)
-            cells = [_mean(one["text"] for one in runs), speech, _mean((one["cpu_seconds"] for one in runs), ".0f")]
+            speech = "–" if arm == "nmt" else mean_and_deviation(one["speech"] for one in runs)
+            cells = [
+                mean_and_deviation(one["text"] for one in runs),
+                speech,
+                mean_and_deviation((one["cpu_seconds"] for one in runs), ".0f"),
+            ]
             lines.append(f"| {title} | {ARM_TITLES[arm]} | {' | '.join(cells)} |")
     lines += ["", "Joint training, difference seed by seed:", ""]
     for model in MODELS:
         changed = differences(results, corpus, model)
-        text, speech = (_mean(changed[modality], "+.1f") for modality in ("text", "speech"))
+        text, speech = (mean_and_deviation(changed[modality], "+.1f") for modality in ("text", "speech"))
         lines.append(f"- {MODEL_TITLES[model]}: text {text} over text alone, speech {speech} over speech alone")
     return "\n".join([*lines, ""])
 
@@ -144,30 +169,30 @@ def _efficiency_table(runs: Sequence[Mapping]) -> str:
         of_arm = [run for run in runs if run["arm"] == arm]
         reached = [seconds_to(run["curve"], target) for run in of_arm]
         cells = [
-            _mean((run["examples"] for run in of_arm), ".0f"),
-            _mean((100 * run["padding"] for run in of_arm), ".1f") + " %",
-            _mean((steps for steps, _ in reached), ".0f"),
-            _mean((seconds for _, seconds in reached), ".0f"),
-            _mean(run["speech"] for run in of_arm),
-            _mean(run["speech_from_fr"] for run in of_arm),
+            mean_and_deviation((run["examples"] for run in of_arm), ".0f"),
+            mean_and_deviation((100 * run["padding"] for run in of_arm), ".1f") + " %",
+            mean_and_deviation((steps for steps, _ in reached), ".0f"),
+            mean_and_deviation((seconds for _, seconds in reached), ".0f"),
+            mean_and_deviation(run["speech"] for run in of_arm),
+            mean_and_deviation(run["speech_from_fr"] for run in of_arm),
         ]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
-def _mean(values: Iterable[float], form: str = ".1f") -> str:
+def mean_and_deviation(values: Iterable[float], form: str = ".1f") -> str:
     """``12.3 ± 0.4``; the mean alone where there is one value."""
     values = list(values)
     mean = f"{fmean(values):{form}}"
     return f"{mean} ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else mean
 
 
-def _training(folder: Path) -> dict[str, Any]:
+def training_scores(folder: Path) -> dict[str, Any]:
     """Scores, seconds and curves of one training."""
     curves = read_curves(folder)
     seconds = dict(zip(curves["train_cpu_seconds"].steps, curves["train_cpu_seconds"].values, strict=True))
     of_run = {
-        **_scores(folder),
+        **scores_of(folder),
         "cpu_seconds": max(seconds.values()),
         "seconds": max(curves["train_seconds"].values),
     }
@@ -184,7 +209,7 @@ def _training(folder: Path) -> dict[str, Any]:
     return of_run
 
 
-def _scores(folder: Path) -> dict[str, float | None]:
+def scores_of(folder: Path) -> dict[str, float | None]:
     """Mean BLEU by modality, from the evaluation in a run's folder, and of French speech."""
     evaluation = from_json(folder / "evaluation" / "evaluation.json")
     means = {found.modality: found.bleu for column in columns(evaluation.scores) if (found := average(column))}
@@ -227,7 +252,7 @@ def _draw_trainings(runs: Sequence[Mapping], path: Path) -> None:
                     for run in runs
                     if (run["model"], run["arm"]) == (model, arm)
                 ]
-                _draw_lines(axes, lines, colour, ARM_TITLES[arm])
+                draw_lines(axes, lines, colour, ARM_TITLES[arm])
             axes.set_title(f"{MODEL_TITLES[model]}: {title} BLEU, development set", fontsize=10)
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
@@ -243,7 +268,7 @@ def _draw_efficiency(runs: Sequence[Mapping], path: Path) -> None:
     axes = figure.subplots()
     for number, arm in enumerate(EFFICIENCY):
         lines = [[(0.0, 0.0), *((s, bleu) for _, s, bleu in run["curve"])] for run in runs if run["arm"] == arm]
-        _draw_lines(axes, lines, f"C{number}", arm)
+        draw_lines(axes, lines, f"C{number}", arm)
     axes.set_xlabel("CPU seconds of training")
     axes.set_title("Speech BLEU, development set", fontsize=10)
     axes.grid(alpha=0.3)
@@ -251,7 +276,7 @@ def _draw_efficiency(runs: Sequence[Mapping], path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_lines(axes: Any, lines: Sequence[Sequence[tuple[float, float]]], colour: str, label: str) -> None:
+def draw_lines(axes: Any, lines: Sequence[Sequence[tuple[float, float]]], colour: str, label: str) -> None:
     """One thin line for each seed, and their mean in bold."""
     for line in lines:
         axes.plot(*zip(*line, strict=True), color=colour, linewidth=0.8, alpha=0.4)

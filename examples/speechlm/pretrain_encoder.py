@@ -3,7 +3,8 @@
 Usage:
     python examples/speechlm/pretrain_encoder.py corpus=data/phrasebook exp_dir=exp/phrasebook/encoder
 
-EMMeTT's speech encoder comes pretrained (Canary-1B's); for a demo from nothing, this makes one.
+EMMeTT's speech encoder comes pretrained (Canary-1B's); for a demo from nothing, this makes one. With
+``trainer.max_steps=0`` it has random weights.
 """
 
 from pathlib import Path
@@ -30,7 +31,8 @@ def main(cfg) -> None:
     train_sentencepiece(manifest_texts(cfg.tokenizer.manifests), cfg.tokenizer.dir, cfg.tokenizer.vocab_size)
     trainer = lightning.Trainer(**resolve_trainer_cfg(cfg.trainer))
     model = EncDecCTCModelBPE(cfg.model, trainer)
-    trainer.fit(model)
+    if trainer.max_steps:  # NeMo's schedules cannot be built for no steps
+        trainer.fit(model)
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
     model.save_to(cfg.output)
     print(f"The speech encoder is in {cfg.output}")

@@ -2,7 +2,8 @@
 
 Sacrebleu does the resampling (Koehn, 2004, "Statistical Significance Tests for Machine Translation Evaluation"): 1000
 resamples, the seed from ``SACREBLEU_SEED`` or 12345. Two evaluations are paired sentence by sentence, by test set,
-modality, direction and id, never by position.
+modality, direction and id, never by position. Where both were trained with several seeds, the seeds are resampled too
+(:func:`compare_over_seeds`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from statistics import fmean
 
+import numpy as np
 import sacrebleu
 from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import PairedTest, Result
@@ -129,3 +134,120 @@ def by_key(translations: Iterable[Translation]) -> dict[Key, list[Translation]]:
 
 def _names(scores: Iterable[Score]) -> str:
     return ", ".join(sorted({f"'{one.test_set}' ({one.modality})" for one in scores}))
+
+
+@dataclass(frozen=True)
+class SeedComparison:
+    """A metric of two ways of training, each with several seeds, and whether the difference is chance.
+
+    Scores are means over seeds and directions.
+    """
+
+    metric: str
+    score: float
+    baseline_score: float
+    differences: tuple[float, ...]  # of each seed
+    low: float  # 95 % of the resampled differences lie between low and high
+    high: float
+    p_value: float  # of a difference of zero, two-sided
+
+    @property
+    def difference(self) -> float:
+        """The score minus the baseline's."""
+        return self.score - self.baseline_score
+
+
+def compare_over_seeds(
+    ours: Sequence[Sequence[Translation]],
+    theirs: Sequence[Sequence[Translation]],
+    metric: str = "BLEU",
+    item_of: Callable[[Translation], Hashable] = attrgetter("id"),
+    resamples: int = RESAMPLES,
+) -> SeedComparison:
+    """The difference between two ways of training by a paired bootstrap over seeds and test items.
+
+    A resample draws seeds with replacement, and test items with replacement, the same for both ways and for all seeds
+    and directions; of each drawn seed and each direction the corpus score of the drawn items is computed, and their
+    mean is the resample's score. So a difference is significant if neither another test set of the kind nor other
+    seeds would probably reverse it (two levels of a hierarchical bootstrap; Koehn, 2004, has that of the items). p is
+    twice the share of the resamples on the other side of zero, those at zero included, each count plus one.
+
+    Args:
+        ours: the translations of each seed, of one or several directions.
+        theirs: the baseline's, of the same seeds in the same order.
+        metric: one of sacreBLEU's.
+        item_of: what is drawn: translations with the same value are drawn together, such as those of one sentence into
+            several languages.
+        resamples: number of resamples.
+
+    Raises:
+        DataError: if there is no seed or no translation, if there are not as many seeds on both sides, or if
+            translations are not of the same sentences.
+    """
+    if not ours or len(ours) != len(theirs) or not all(ours):
+        raise DataError(
+            f"{len(ours)} seeds cannot be compared with {len(theirs)}: give the translations of the same seeds."
+        )
+    pairs = [_scorers(one, metric, item_of) for one in (*ours, *theirs)]
+    _, first = pairs[0]
+    for _, sentences in pairs[1:]:
+        if sentences != first:
+            raise DataError("The seeds were tested on different sentences or against different references.")
+    items = {item: number for number, item in enumerate(dict.fromkeys(item for _, item, _ in first))}
+    places = {key: np.array([items[item] for one, item, _ in first if one == key]) for key in pairs[0][0]}
+    seeds = len(ours)
+    draw = np.random.default_rng(int(os.environ.get("SACREBLEU_SEED", "12345")))
+
+    def differences(counts_I: np.ndarray) -> np.ndarray:
+        """Of each seed, with each item so many times."""
+        scores = np.array([fmean(one.of(counts_I[places[key]]) for key, one in way.items()) for way, _ in pairs])
+        return scores[:seeds] - scores[seeds:]
+
+    once = np.ones(len(items), dtype=np.int64)
+    scores = [fmean(one.of(once[places[key]]) for key, one in way.items()) for way, _ in pairs]
+    resampled = np.array(
+        [
+            differences(np.bincount(draw.integers(len(items), size=len(items)), minlength=len(items)))[
+                draw.integers(seeds, size=seeds)
+            ].mean()
+            for _ in range(resamples)
+        ]
+    )
+    sides = min(np.count_nonzero(resampled <= 0), np.count_nonzero(resampled >= 0))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return SeedComparison(
+        metric,
+        fmean(scores[:seeds]),
+        fmean(scores[seeds:]),
+        tuple(mine - other for mine, other in zip(scores[:seeds], scores[seeds:], strict=True)),
+        float(low),
+        float(high),
+        min(1.0, 2 * (int(sides) + 1) / (resamples + 1)),
+    )
+
+
+class _Scorer:
+    """Corpus scores of one direction from the statistics of its N sentences."""
+
+    def __init__(self, metric: Metric, translations: Sequence[Translation]) -> None:
+        self._metric = metric
+        hypotheses, references = ([one_line(text) for text in texts] for texts in _texts(translations))
+        # Private functions of sacrebleu, which has no public ones for this; its own bootstrap is built on the same two.
+        self._statistics_NS = np.array(metric._extract_corpus_statistics(hypotheses, [references]))
+
+    def of(self, counts_N: np.ndarray) -> float:
+        """The score of the corpus that has each sentence so many times."""
+        return float(self._metric._compute_score_from_stats((counts_N @ self._statistics_NS).tolist()).score)
+
+
+def _texts(translations: Sequence[Translation]) -> tuple[list[str], list[str]]:
+    return [one.hypothesis for one in translations], [one.reference or "" for one in translations]
+
+
+def _scorers(
+    translations: Sequence[Translation], metric: str, item_of: Callable[[Translation], Hashable]
+) -> tuple[dict[Key, _Scorer], list[tuple[Key, Hashable, str | None]]]:
+    """The scorer of each direction, and all sentences: direction, item, reference."""
+    groups = dict(sorted(by_key(translations).items()))
+    scorers = {key: _Scorer(sacrebleu_metric(metric, key[-1]), group) for key, group in groups.items()}
+    return scorers, [(key, item_of(one), one.reference) for key, group in groups.items() for one in group]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from statistics import fmean
 
+import numpy as np
 import pytest
+import sacrebleu
 
+from nemo_emmett.errors import DataError
 from nemo_emmett.evaluation.results import Evaluation, Translation
-from nemo_emmett.evaluation.significance import by_key, compare
+from nemo_emmett.evaluation.significance import by_key, compare, compare_over_seeds
 
 from .samples import build_evaluation, noisy_sentences
 
@@ -87,3 +92,90 @@ def test_recordings_that_share_an_id_are_paired_by_what_was_said_and_their_file(
     for order in ([one, *others], [*others[::-1], one]):
         (paired,) = by_key(order).values()
         assert [translation.hypothesis for translation in paired] == ["first", "second", "third"]
+
+
+# Over seeds.
+
+
+def of_seeds(noises: list[float], name: str, sentences: int = 20) -> list[list[Translation]]:
+    """A seed's translations into two languages for each noise; items are numbers of sentences."""
+    seeds = [evaluation(noise, f"{name} {number}").translations[:sentences] for number, noise in enumerate(noises)]
+    return [
+        [replace(one, target_lang=lang, id=f"{one.id}-{lang}") for lang in ("de", "fr") for one in translations]
+        for translations in seeds
+    ]
+
+
+def item(translation: Translation) -> str:
+    return translation.id.partition("-")[0]
+
+
+def test_a_bootstrap_over_seeds_scores_the_sentences_that_were_drawn():
+    """The same draws, with the corpora written out."""
+    ours, theirs = of_seeds([0.1, 0.2, 0.3], "ours"), of_seeds([0.2, 0.3, 0.3], "theirs")
+    compared = compare_over_seeds(ours, theirs, item_of=item, resamples=40)
+
+    def bleu(translations: list[Translation], numbers: list[int]) -> float:
+        scores = []
+        for lang in ("de", "fr"):
+            by_item = {
+                item(one): one for one in sorted(translations, key=lambda one: one.id) if one.target_lang == lang
+            }
+            drawn = [list(by_item.values())[number] for number in numbers]
+            found = sacrebleu.corpus_bleu([one.hypothesis for one in drawn], [[one.reference for one in drawn]])
+            scores.append(found.score)
+        return fmean(scores)
+
+    draw = np.random.default_rng(12345)
+    differences = []
+    for _ in range(40):
+        numbers = sorted(draw.integers(20, size=20))
+        seeds = draw.integers(3, size=3)
+        differences.append(fmean(bleu(ours[seed], numbers) - bleu(theirs[seed], numbers) for seed in seeds))
+    everything = list(range(20))
+    assert compared.differences == pytest.approx(
+        [bleu(mine, everything) - bleu(other, everything) for mine, other in zip(ours, theirs, strict=True)]
+    )
+    assert compared.difference == pytest.approx(fmean(compared.differences))
+    assert (compared.low, compared.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])))
+    other_side = min(sum(one <= 0 for one in differences), sum(one >= 0 for one in differences))
+    assert compared.p_value == pytest.approx(min(1.0, 2 * (other_side + 1) / 41))
+
+
+def test_seeds_are_drawn_too():
+    """With one item each resample is a draw of seeds: 27 are possible, and their share of losses can be counted."""
+    reference = "a b c d e f g h"
+    one = Translation("test", "0", "text", "en", "de", "source", reference, reference)
+    half = replace(one, hypothesis="a b c d x y z w")
+    ours, theirs = [[one], [one], [half]], [[half], [half], [one]]
+    compared = compare_over_seeds(ours, theirs, resamples=4000)
+    first, second, third = compared.differences
+    assert first == second == -third > 0
+    losses = sum(sum(draw) <= 0 for draw in itertools.product(compared.differences, repeat=3)) / 27
+    assert losses == 7 / 27  # two or three draws of the third seed
+    assert compared.p_value == pytest.approx(2 * losses, abs=0.05)
+    assert compare_over_seeds(ours[:2], theirs[:2]).p_value == pytest.approx(2 / 1001)
+
+
+def test_the_same_translations_differ_by_nothing_over_seeds():
+    ours = of_seeds([0.1, 0.2], "ours")
+    for metric in ("BLEU", "chrF++"):
+        compared = compare_over_seeds(ours, ours, metric, resamples=20)
+        assert (compared.difference, compared.low, compared.high, compared.p_value) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_the_scores_over_seeds_are_those_of_each_evaluation():
+    ours, theirs = of_seeds([0.1], "ours"), of_seeds([0.4], "theirs")
+    found = {one.metric: one for one in compare(build_evaluation(ours[0], "a"), build_evaluation(theirs[0], "b"))}
+    for metric in ("BLEU", "chrF++"):
+        compared = compare_over_seeds(ours, theirs, metric, resamples=5)
+        assert compared.score == pytest.approx(found[metric].score)
+        assert compared.baseline_score == pytest.approx(found[metric].baseline_score)
+
+
+def test_seeds_of_other_sentences_are_refused():
+    ours = of_seeds([0.1, 0.2], "ours")
+    with pytest.raises(DataError, match=r"^2 seeds cannot be compared with 1"):
+        compare_over_seeds(ours, ours[:1])
+    with pytest.raises(DataError, match=r"^The seeds were tested on different sentences"):
+        compare_over_seeds(ours, [ours[0], ours[1][:-1]])

@@ -1,0 +1,189 @@
+"""The corpora of the experiment's parts, in the layout of the captions corpus, so that the captions' recipes read them.
+
+Usage:
+    python examples/speechlm/experiment_corpora.py scarce --captions data/captions --source multi30k --out data/scarce
+    python examples/speechlm/experiment_corpora.py mboshi --source mboshi --out data/mboshi
+
+``scarce`` divides the captions: ``{out}/start`` is what encoder and language model are pretrained on, ``{out}/250``,
+``500``, ... ``all`` are what the models are trained on, each with all pairs of sentences as text and with the first
+recordings of one random order. ``mboshi`` writes text files, and recordings as WAV. Either leaves out of all
+training data what equals a sentence of the test or development set in any language, and writes a summary last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from nemo_emmett.corpora.leaks import HeldOut
+from nemo_emmett.corpora.sentence_files import PlacedSentence
+from nemo_emmett.errors import DataError
+
+SIZES = ("250", "500", "1000", "2000", "all")
+"""Recordings with translations; the names of the folders."""
+
+SPOKEN = 4000
+"""Recordings in ``all``. The others, without their translations, are what the speech encoder is pretrained on."""
+
+SUMMARY = "corpus.json"
+"""Written last: what the corpus holds, and how many sentences were left out."""
+
+Texts = Mapping[str, str]
+
+
+def main() -> None:
+    """Write one of the corpora."""
+    parser = argparse.ArgumentParser(description="The corpora of the experiment's parts.")
+    parser.add_argument("corpus", choices=("scarce", "mboshi"))
+    parser.add_argument("--captions", type=Path, help="the captions corpus, as nemo-emmett prepare captions writes it")
+    parser.add_argument("--source", type=Path, required=True, help="folder of Multi30k, or of the Mboshi manifests")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    options = parser.parse_args()
+    if options.corpus == "mboshi":
+        summary = write_mboshi(options.source, options.out)
+    elif options.captions is None:
+        parser.error("--captions: the captions corpus is needed for scarce")
+    else:
+        summary = write_scarce(options.captions, options.source, options.out)
+    print(json.dumps(summary))
+
+
+def write_scarce(captions: Path, source: Path, out: Path, spoken: int = SPOKEN, seed: int = 0) -> dict[str, Any]:
+    """Divide the captions corpus; returns the summary.
+
+    Args:
+        captions: the corpus; its recordings name their lines of ``source``.
+        source: Multi30k's raw text: all its training pairs are the text, its whole validation set is held out.
+        out: the folder to write to.
+        spoken: recordings in ``all``.
+        seed: of the order in which recordings are taken.
+
+    Raises:
+        DataError: if there are not more recordings than ``spoken``, or they are not of this source.
+    """
+    pairs = {line: texts for line, texts in enumerate(_pairs(source, "train"), start=1) if all(texts.values())}
+    held_out = _held_out(_pairs(source, "val"))
+    kept = {line: texts for line, texts in pairs.items() if held_out.match(texts) is None}
+    records = _records(captions / "speech" / "train.en.jsonl")
+    if any(pairs.get(one["line"], {}).get("en") != one["text"] for one in records):
+        raise DataError(f"'{captions}' was not made from the captions in '{source}'; give the folder it was made from.")
+    records = [one for one in records if one["line"] in kept]
+    random.Random(seed).shuffle(records)
+    translated, transcribed = records[:spoken], records[spoken:]
+    if not transcribed:
+        raise DataError(
+            f"'{captions}' has {len(records)} recordings, of which {spoken} are to be translated, so that none is left "
+            "to pretrain the speech encoder on; prepare the corpus with more captions."
+        )
+    of_speech = _held_out(kept[one["line"]] for one in translated)
+    disjoint = [texts for texts in kept.values() if of_speech.match(texts) is None]
+    # Of a caption that equals one that is translated the encoder must not learn the recording either.
+    transcribed = [one for one in transcribed if of_speech.match(kept[one["line"]]) is None]
+
+    _write_corpus(out / "start", captions, disjoint, transcribed)
+    for size in SIZES:
+        count = spoken if size == "all" else int(size)
+        _write_corpus(out / size, captions, list(kept.values()), translated[:count])
+    summary = {
+        "pairs": len(pairs),
+        "left_out": len(pairs) - len(kept),
+        "text": len(kept),
+        "start_text": len(disjoint),
+        "start_recordings": len(transcribed),
+        "recordings": {size: min(spoken, spoken if size == "all" else int(size)) for size in SIZES},
+    }
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def write_mboshi(source: Path, out: Path) -> dict[str, Any]:
+    """Write the Mboshi recordings, as WAV, and their texts, Mboshi to French; returns the summary."""
+    splits = {split: _records(source / f"{split}.jsonl") for split in ("train", "dev", "test")}
+    texts = {split: [_mboshi_texts(one) for one in records] for split, records in splits.items()}
+    held_out = {split: _held_out(texts[split]) for split in ("dev", "test")}
+    left_out = {}
+    for split, others in {"train": ("dev", "test"), "dev": ("test",), "test": ()}.items():
+        kept = [
+            record
+            for record, pair in zip(splits[split], texts[split], strict=True)
+            if all(held_out[other].match(pair) is None for other in others)
+        ]
+        left_out[split] = len(splits[split]) - len(kept)
+        _write_records(out / "speech" / f"{split}.mdw.jsonl", [_decoded(one, out / "audio") for one in kept])
+        _write_texts(out / "text", split, [_mboshi_texts(one) for one in kept])
+        splits[split] = kept
+    summary = {"recordings": {split: len(records) for split, records in splits.items()}, "left_out": left_out}
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _write_corpus(out: Path, captions: Path, text: Sequence[Texts], recordings: Sequence[Mapping]) -> None:
+    """A corpus with other training data than the captions', and the same development and test sets."""
+    _write_texts(out / "text", "train", text)
+    _write_records(out / "speech" / "train.en.jsonl", recordings)
+    for split in ("dev", "test"):
+        for language in ("en", "fr"):
+            name = f"{split}.{language}"
+            (out / "text" / name).write_bytes((captions / "text" / name).read_bytes())
+        _write_records(out / "speech" / f"{split}.en.jsonl", _records(captions / "speech" / f"{split}.en.jsonl"))
+
+
+def _pairs(source: Path, split: str) -> list[dict[str, str]]:
+    """The captions of a split in English and French, with single spaces as in the corpus."""
+    columns = {
+        # Not splitlines(), which divides at other characters too.
+        language: (source / f"{split}.{language}").read_bytes().decode().removesuffix("\n").split("\n")
+        for language in ("en", "fr")
+    }
+    lines = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, (" ".join(text.split()) for text in texts), strict=True)) for texts in lines]
+
+
+def _held_out(sentences: Iterable[Texts]) -> HeldOut:
+    return HeldOut((PlacedSentence(one, Path("held out"), n) for n, one in enumerate(sentences, start=1)), near=False)
+
+
+def _decoded(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A record of the same recording as WAV: decoding Opus at each step takes a fifth of a training's time."""
+    path = folder / f"{Path(record['audio_filepath']).stem}.wav"
+    samples, rate = soundfile.read(record["audio_filepath"], dtype="int16")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, samples, rate, subtype="PCM_16")
+    return {**record, "audio_filepath": str(path.resolve())}
+
+
+def _mboshi_texts(record: Mapping) -> dict[str, str]:
+    return {
+        "mdw": " ".join(record["text"].split()),
+        "fr": " ".join(record["translations"]["fr"].split()),
+    }
+
+
+def _records(manifest: Path) -> list[dict[str, Any]]:
+    """The records of a manifest, with absolute paths."""
+    with manifest.open(encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines]
+    for record in records:
+        record["audio_filepath"] = str((manifest.parent / record["audio_filepath"]).resolve())
+    return records
+
+
+def _write_records(manifest: Path, records: Iterable[Mapping]) -> None:
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records), encoding="utf-8")
+
+
+def _write_texts(folder: Path, split: str, sentences: Sequence[Texts]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for language in sentences[0]:
+        (folder / f"{split}.{language}").write_text("".join(f"{one[language]}\n" for one in sentences), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Where joint training helps: speech translation from 250 to 4,000 recordings.
+
+Multi30k's captions of at most 12 words, in one synthetic voice, English to French. Of 6,462 recordings 4,000 have
+translations; the models are trained on the first 250, 500, 1,000, 2,000 or all of these. The others, without
+translations, are what the speech encoder is pretrained on. The language model is pretrained on the pairs of sentences
+that are not among the 4,000; the text of joint training is all pairs. No training sentence is in the development or
+test set, in either language.
+
+Estimate, from the times in docs/experiment.md: 69 trainings of about 125 CPU seconds each, evaluation included, and
+nine runs of pretraining and scoring of about 200, together 2.9 CPU hours: just under 90 minutes on two idle cores.
+With other load a step took 0.65 CPU seconds in place of 0.4, which makes it two hours. The corpus takes some minutes
+more, once. All arms are trained with 1,000 and with all recordings; with the other sizes speech alone, joint, and all
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiment_corpora import SIZES, SPOKEN, SUMMARY
+from experiment_runs import Corpus, Run
+from experiment_seeds import SPEECH_ALONE, Arm, Part, Results, Setting, objective, start_runs, training_run
+from stages import script
+
+STEPS = 200
+"""Of a training; each has 32 recordings."""
+
+TEXT = ("+data.train_ds.text.every_n_steps=4", "model.modality_loss_weights.text=0.5")
+"""As fairseq recommends for joint training: text in a quarter of the steps, its loss with half the weight."""
+
+TRANSCRIPTION = ("+data.train_ds.audio.transcription=0.2", objective("transcription", 0.5))
+"""A fifth of the recordings is transcribed instead of translated, with half the weight."""
+
+DISTILLATION, CONSISTENCY, RETENTION = (objective(name, 1.0) for name in ("distillation", "consistency", "retention"))
+
+ARMS = (
+    Arm("speech", "speech alone", (SPEECH_ALONE,)),
+    Arm("joint", "joint", TEXT),
+    Arm("distillation", "joint + distillation", (*TEXT, DISTILLATION)),
+    Arm("consistency", "joint + consistency", (*TEXT, CONSISTENCY)),
+    Arm("retention", "joint + retention", (*TEXT, RETENTION)),
+    Arm("transcription", "joint + transcription", (*TEXT, *TRANSCRIPTION)),
+    Arm("together", "all together", (*TEXT, DISTILLATION, CONSISTENCY, RETENTION, *TRANSCRIPTION)),
+)
+"""Ways of training; the first is what the others are compared with."""
+
+AT_EVERY_SIZE = ("speech", "joint", "together")
+"""The other arms are trained with the sizes of ``MAIN_SIZES`` alone."""
+
+MAIN_SIZES = ("1000", "all")
+
+
+def arms_of(size: str) -> tuple[Arm, ...]:
+    """The arms that are trained with so many recordings."""
+    return tuple(arm for arm in ARMS if size in MAIN_SIZES or arm.name in AT_EVERY_SIZE)
+
+
+def part(captions: Corpus, source: Path, data: Path, exp: Path, seeds: Sequence[int]) -> Part:
+    """The part of the experiment.
+
+    Args:
+        captions: the corpus that is divided.
+        source: Multi30k's raw text.
+        data: folder of the corpora.
+        exp: folder of the experiment.
+        seeds: of pretraining and training.
+    """
+    home = exp / "scarce"
+    setting = scarce_setting(data, exp)
+    runs = corpus_runs(captions, source, data) + start_runs(setting, seeds)
+    for seed in seeds:
+        for size in SIZES:
+            for arm in arms_of(size):
+                folder, name = home / size / arm.name / str(seed), f"scarce/{size}/{arm.name}/{seed}"
+                runs.append(training_run(setting, data / "scarce" / size, folder, name, arm, seed))
+    return Part("scarce", runs, lambda: collect(home, seeds), tables, draw)
+
+
+def scarce_setting(data: Path, exp: Path) -> Setting:
+    """The divided captions and the starts, which the part on forgetting has too."""
+    scarce = data / "scarce"
+    starts = exp / "scarce" / "start"
+    return Setting("scarce", "captions", scarce / "start", exp / "scarce", starts, "scarce/corpus", STEPS)
+
+
+def corpus_runs(captions: Corpus, source: Path, data: Path) -> list[Run]:
+    """The captions, spoken, and their division."""
+    out = data / "scarce"
+    options = ["--captions", str(captions.folder), "--source", str(source), "--out", str(out)]
+    command = script("experiment_corpora.py", "scarce", *options)
+    spoken = Run("captions/corpus", lambda: captions.prepare, captions.folder / captions.summary)
+    return [spoken, Run("scarce/corpus", lambda: command, out / SUMMARY, ("captions/corpus",))]
+
+
+def collect(home: Path, seeds: Sequence[int]) -> Results:
+    """Scores of all trainings, and each arm compared with speech alone of its size."""
+    from experiment_compare import collect_arms, speech_into_others, start_scores
+
+    trainings, comparisons = [], []
+    for size in SIZES:
+        arms = [arm.name for arm in arms_of(size)]
+        of_size, differences = collect_arms(
+            arms,
+            seeds,
+            lambda arm, seed, size=size: home / size / arm / str(seed),
+            dict.fromkeys(arms[1:], arms[0]),
+            speech_into_others,
+        )
+        trainings += [{"size": size, **one} for one in of_size]
+        comparisons += [{"size": size, **one} for one in differences]
+    starts = [{"seed": seed, **start_scores(home / "start" / str(seed))} for seed in seeds]
+    return {"steps": STEPS, "starts": starts, "trainings": trainings, "comparisons": comparisons}
+
+
+def tables(results: Mapping) -> str:
+    """Speech and text BLEU of each size and arm, and the differences from speech alone."""
+    from experiment_compare import comparison_cells, comparison_heads, mean_and_deviation, score_cells
+
+    lines = ["**Scarce speech**: BLEU at the best checkpoint (mean ± deviation over seeds)\n"]
+    lines += ["| recordings | trained on | speech | text | CPU seconds |", "|---:|---|---:|---:|---:|"]
+    starts = mean_and_deviation(one["text"] for one in results["starts"])
+    lines.append(f"| – | nothing yet (the start) | – | {starts} | – |")
+    for size in SIZES:
+        for arm in arms_of(size):
+            runs = [one for one in results["trainings"] if (one["size"], one["arm"]) == (size, arm.name)]
+            if runs:
+                cells = score_cells(runs, ("speech", "text", "cpu_seconds"))
+                lines.append(f"| {recordings(size):,} | {arm.title} | {' | '.join(cells)} |")
+    lines += ["", "Speech BLEU, difference from speech alone:", ""]
+    lines += [f"| recordings | | {' | '.join(comparison_heads())} |", "|---:|---|---:|---:|---:|---:|"]
+    titles = {arm.name: arm.title for arm in ARMS}
+    for one in results["comparisons"]:
+        lines.append(f"| {recordings(one['size']):,} | {titles[one['arm']]} | {' | '.join(comparison_cells(one))} |")
+    return "\n".join([*lines, ""])
+
+
+def recordings(size: str) -> int:
+    """How many recordings a folder of the corpus holds."""
+    return SPOKEN if size == "all" else int(size)
+
+
+def draw(results: Mapping, path: Path) -> None:
+    """Speech BLEU over the number of recordings, for each arm."""
+    from experiment_compare import draw_means
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, arm in enumerate(ARMS):
+        points = [(recordings(one["size"]), one["speech"]) for one in results["trainings"] if one["arm"] == arm.name]
+        draw_means(axes, points, f"C{number}", arm.title, line=arm.name in AT_EVERY_SIZE)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({recordings(one["size"]) for one in results["trainings"]})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_xlabel("recordings with translations")
+    axes.set_title("Captions: speech BLEU, test set", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path)

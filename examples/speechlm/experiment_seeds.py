@@ -1,0 +1,151 @@
+"""What the experiment's parts share: pretrained starts for each seed, and trainings that stop where the development
+set says so.
+
+A seed is one of everything: of the pretraining of speech encoder and language model, of the order of the data, of
+dropout and SpecAugment. A training validates eight times; the checkpoint with the best speech BLEU on the development
+set is scored on the test sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment_runs import Run
+from stages import script
+
+VALIDATIONS = 8
+"""Of a training, at equal intervals."""
+
+DEV_SPEECH = "val_bleu_dev_speech"
+"""The score by which checkpoints are chosen, in all arms: that of speech, which is what the parts compare."""
+
+RANDOM_ENCODER = "random_encoder"
+"""A speech encoder that was not trained."""
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training."""
+
+    name: str  # in run names and results
+    title: str  # in tables
+    overrides: tuple[str, ...]
+    from_nothing: bool = False  # speech encoder and language model with random weights
+    alternates: bool = False  # a step holds one modality, so that there are two of them for each step of speech
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A corpus, its recipes, and the trainings on it."""
+
+    part: str  # begins the names of its runs
+    recipe: str  # suffix of the recipes' names: salm_t5_captions
+    start_corpus: Path  # that encoder and language model are pretrained on
+    exp: Path  # folder of the part
+    starts: Path  # folder of the pretrained parts, which two parts may share
+    after: str  # the run that writes the corpus
+    steps: int  # of speech
+    from_nothing: bool = False  # some arms start from random weights
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the experiment."""
+
+    name: str
+    runs: Sequence[Run]
+    collect: Callable[[], Results]  # reads the runs' results; imports NeMo
+    tables: Callable[[Mapping], str]
+    draw: Callable[[Mapping, Path], None]  # results, file
+
+
+def start_runs(setting: Setting, seeds: Sequence[int]) -> list[Run]:
+    """Speech encoder and language model of each seed; the language model is scored.
+
+    The language model with random weights is a file of the pretraining.
+    """
+    runs = []
+    for seed in seeds:
+        home = setting.starts / str(seed)
+        parts = [
+            ("encoder", "encoder", home / "encoder" / "encoder.nemo", []),
+            ("t5", "t5", home / "t5" / "t5" / "config.json", []),
+        ]
+        if setting.from_nothing:
+            random = home / RANDOM_ENCODER / "encoder.nemo"
+            parts.append((RANDOM_ENCODER, "encoder", random, ["trainer.max_steps=0"]))
+        for part, kind, result, overrides in parts:
+            data = "model.train_ds" if kind == "encoder" else "data.train_ds"
+            command = script(
+                f"pretrain_{kind}.py",
+                f"--config-name=pretrain_{kind}_{setting.recipe}",
+                f"corpus={setting.start_corpus}",
+                f"exp_dir={home / part}",
+                f"seed={seed}",
+                f"{data}.seed={seed}",
+                f"{data}.shard_seed={seed}",
+                "num_threads=1",
+                *overrides,
+            )
+            runs.append(Run(_start(setting, part, seed), lambda c=command: c, result, (setting.after,)))
+        output = home / "t5" / "evaluation"
+        scoring = script(
+            "evaluate.py",
+            f"--config-name=evaluate_{setting.recipe}",
+            f"model={home / 't5' / 'model'}",
+            f"corpus={setting.start_corpus}",
+            f"output={output}",
+            "~test_ds.datasets.test_speech",
+        )
+        name = f"{_start(setting, 't5', seed)}/score"
+        runs.append(Run(name, lambda c=scoring: c, output / "report.html", (_start(setting, "t5", seed),)))
+    return runs
+
+
+def training_run(setting: Setting, corpus: Path, folder: Path, name: str, arm: Arm, seed: int) -> Run:
+    """SALM-T5 trained in one of the ways from its seed's start, and scored on the test sets."""
+    home = setting.starts / str(seed)
+    steps = setting.steps * (2 if arm.alternates else 1)
+    encoder = RANDOM_ENCODER if arm.from_nothing else "encoder"
+    command = script(
+        "train_and_evaluate.py",
+        f"--config-name=salm_t5_{setting.recipe}",
+        f"corpus={corpus}",
+        f"model.pretrained_llm={home / 't5' / ('init' if arm.from_nothing else 't5')}",
+        f"model.pretrained_asr={home / encoder / 'encoder.nemo'}",
+        f"exp_dir={folder}",
+        f"seed={seed}",
+        f"data.train_ds.seed={seed}",
+        f"data.train_ds.shard_seed={seed}",
+        f"trainer.max_steps={steps}",
+        f"trainer.limit_train_batches={steps // VALIDATIONS}",
+        "num_threads=1",
+        "+trainer.callbacks=[{_target_: nemo_emmett.callbacks.TrainingClock}]",
+        "exp_manager.resume_if_exists=false",
+        f"exp_manager.checkpoint_callback_params.monitor={DEV_SPEECH}",
+        f"+evaluation.recipe=evaluate_{setting.recipe}",
+        f"+evaluation.output={folder / 'evaluation'}",
+        "+evaluation.best=true",
+        *arm.overrides,
+    )
+    after = tuple(_start(setting, part, seed) for part in (encoder, "t5"))
+    return Run(name, lambda: command, folder / "evaluation" / "report.html", after, unfinished=folder)
+
+
+def _start(setting: Setting, part: str, seed: int) -> str:
+    """The name of a start's run: that of its folder, so that parts that share starts share the runs."""
+    return f"{setting.starts.parent.name}/start/{seed}/{part}"
+
+
+SPEECH_ALONE = "~data.train_ds.text"
+"""Without text in training."""
+
+
+def objective(name: str, weight: float) -> str:
+    """An override that adds an objective to the loss."""
+    return f"+model.objectives.{name}.weight={weight}"

@@ -1,0 +1,115 @@
+"""How to set up joint training with 1,000 recordings: ratio, weight, learning rate of the encoder, length.
+
+The captions, starts, and two of the trainings of the part on scarce speech: speech alone and joint. The others change
+one setting of joint training; the longer ones have twice the steps, and speech alone is trained longer too.
+
+Estimate, from the times in docs/experiment.md: 15 trainings of about 125 CPU seconds each, evaluation included, and
+six of 210, together 52 CPU minutes: 26 minutes on two cores; and where the part on scarce speech has not been run,
+another 20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from experiment_runs import Corpus
+from experiment_scarce import ARMS as SCARCE_ARMS
+from experiment_scarce import STEPS, TEXT, corpus_runs, scarce_setting
+from experiment_seeds import SPEECH_ALONE, VALIDATIONS, Arm, Part, Results, start_runs, training_run
+
+SIZE = "1000"
+"""Recordings; the name of the corpus' folder."""
+
+LONGER = (f"trainer.max_steps={2 * STEPS}", f"trainer.limit_train_batches={2 * STEPS // VALIDATIONS}")
+
+
+def _encoder(rate: float) -> str:
+    return f"+model.optim_param_groups={{encoder: {{lr: {rate}}}}}"
+
+
+SHARED = tuple(arm for arm in SCARCE_ARMS if arm.name in ("speech", "joint"))
+"""Trainings of the part on scarce speech."""
+
+ARMS = (
+    Arm("equal", "as much text as speech, weight 1", ()),
+    Arm("weight_1", "text in a quarter, weight 1", ("+data.train_ds.text.every_n_steps=4",)),
+    Arm("encoder_slow", "a third of the encoder's learning rate", (*TEXT, _encoder(0.0033))),
+    Arm("encoder_fast", "three times the encoder's learning rate", (*TEXT, _encoder(0.03))),
+    Arm("encoder_frozen", "frozen encoder", (*TEXT, "+model.freeze=[encoder]")),
+    Arm("speech_longer", "speech alone, twice the steps", (SPEECH_ALONE, *LONGER)),
+    Arm("joint_longer", "joint, twice the steps", (*TEXT, *LONGER)),
+)
+"""Ways of training. The encoder's rate in the recipe is 0.01, as that of all parts."""
+
+REFERENCES = {
+    **{arm.name: "speech" for arm in (*SHARED, *ARMS) if arm.name != "speech"},
+    "joint_longer": "speech_longer",
+}
+"""What each is compared with."""
+
+
+def part(captions: Corpus, source: Path, data: Path, exp: Path, seeds: Sequence[int]) -> Part:
+    """The part of the experiment; arguments as for that on scarce speech."""
+    setting = scarce_setting(data, exp)
+    runs = corpus_runs(captions, source, data) + start_runs(setting, seeds)
+    for seed in seeds:
+        for arm in (*SHARED, *ARMS):
+            folder = _folder(exp, arm.name, seed)
+            name = f"scarce/{SIZE}/{arm.name}/{seed}" if arm in SHARED else f"settings/{arm.name}/{seed}"
+            runs.append(training_run(setting, data / "scarce" / SIZE, folder, name, arm, seed))
+    return Part("settings", runs, lambda: collect(exp, seeds), tables, draw)
+
+
+def _folder(exp: Path, arm: str, seed: int) -> Path:
+    home = exp / "scarce" / SIZE if arm in {one.name for one in SHARED} else exp / "settings"
+    return home / arm / str(seed)
+
+
+def collect(exp: Path, seeds: Sequence[int]) -> Results:
+    """Scores of all trainings, and comparisons with speech alone."""
+    from experiment_compare import collect_arms, speech_into_others
+
+    names = [arm.name for arm in (*SHARED, *ARMS)]
+    trainings, comparisons = collect_arms(
+        names, seeds, lambda arm, seed: _folder(exp, arm, seed), REFERENCES, speech_into_others
+    )
+    return {"steps": STEPS, "trainings": trainings, "comparisons": comparisons}
+
+
+def tables(results: Mapping) -> str:
+    """Scores of each arm, and the differences from speech alone."""
+    from experiment_compare import comparison_cells, comparison_heads, score_cells
+
+    titles = {arm.name: arm.title for arm in (*SHARED, *ARMS)}
+    lines = ["**Settings, 1,000 recordings**: BLEU at the best checkpoint (mean ± deviation over seeds)\n"]
+    lines += ["| trained with | speech | text | CPU seconds |", "|---|---:|---:|---:|"]
+    for arm, title in titles.items():
+        runs = [one for one in results["trainings"] if one["arm"] == arm]
+        lines.append(f"| {title} | {' | '.join(score_cells(runs, ('speech', 'text', 'cpu_seconds')))} |")
+    lines += ["", "Speech BLEU, differences:", ""]
+    lines += [f"| | over | {' | '.join(comparison_heads())} |", "|---|---|---:|---:|---:|---:|"]
+    for one in results["comparisons"]:
+        lines.append(f"| {titles[one['arm']]} | {titles[one['reference']]} | {' | '.join(comparison_cells(one))} |")
+    return "\n".join([*lines, ""])
+
+
+def draw(results: Mapping, path: Path) -> None:
+    """The differences with their 95 % intervals, and a point for each seed."""
+    from matplotlib.figure import Figure
+
+    titles = {arm.name: arm.title for arm in (*SHARED, *ARMS)}
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for place, one in enumerate(results["comparisons"]):
+        axes.plot([one["low"], one["high"]], [place, place], color="C0", linewidth=2)
+        axes.plot(one["differences"], [place] * len(one["differences"]), "k.", markersize=4)
+        axes.plot(fmean(one["differences"]), place, "o", color="C0")
+    labels = [f"{titles[one['arm']]}\nover {titles[one['reference']]}" for one in results["comparisons"]]
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(0.0, color="grey", linewidth=1)
+    axes.set_title("Captions, 1,000 recordings: difference in speech BLEU, test set", fontsize=10)
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(path)

@@ -1,0 +1,474 @@
+"""The parts of the experiment: their runs compose, their corpora are disjoint, their tables say what the runs say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_emmett.data.config.dataset_config import parse_dataset
+from nemo_emmett.data.config.section import plain
+from nemo_emmett.evaluation.results import Evaluation, Score, Translation, to_json
+from nemo_emmett.models.config import ModelConfig
+from nemo_emmett.modules.metrics import corpus_bleu, sacrebleu_metric
+from nemo_emmett.training import check_recipe
+
+from .conftest import write_tone
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "speechlm"
+SEEDS = (1, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_importable():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        yield
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> dict[str, Any]:
+    """All parts by name, in a folder in which nothing has been run."""
+    import experiment_forgetting
+    import experiment_mboshi
+    import experiment_scarce
+    import experiment_settings
+    import experiment_zero_shot
+    from experiment_runs import captions, phrasebook
+
+    data, source = Path("data"), Path("multi30k")
+    corpus = captions(data, source)
+    made = [
+        experiment_scarce.part(corpus, source, data, tmp_path, SEEDS),
+        experiment_settings.part(corpus, source, data, tmp_path, SEEDS),
+        experiment_forgetting.part(corpus, source, data, tmp_path, SEEDS),
+        experiment_mboshi.part(Path("mboshi"), data, tmp_path, SEEDS),
+        experiment_zero_shot.part(phrasebook(data), tmp_path, SEEDS),
+    ]
+    return {part.name: part for part in made}
+
+
+def recipe_of(command: list[str]):
+    """The recipe that a run's command composes; Hydra refuses an override that is none."""
+    name = next(word.partition("=")[2] for word in command if word.startswith("--config-name="))
+    overrides = [word for word in command[2:] if not word.startswith("--")]
+    with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
+        return compose(name, overrides=overrides)
+
+
+def recipes(part, seed: int = 1) -> dict[str, Any]:
+    """The recipes of a seed's trainings, by the names of their runs."""
+    commands = {run.name: run.command() for run in part.runs}
+    return {
+        name: recipe_of(command)
+        for name, command in commands.items()
+        if name.endswith(f"/{seed}") and any("train_and_evaluate" in word for word in command)
+    }
+
+
+# Runs.
+
+
+def test_every_run_comes_after_those_it_needs_and_parts_share_what_they_have_in_common(parts):
+    runs = list({run.name: run for part in parts.values() for run in part.runs}.values())
+    seen: set[str] = set()
+    for run in runs:
+        assert seen.issuperset(run.after), run.name
+        seen.add(run.name)
+    assert len(runs) == len({run.result for run in runs})
+    scarce = {run.name: run for run in parts["scarce"].runs}
+    shared = {name: [run for run in parts[name].runs if run.name in scarce] for name in ("forgetting", "settings")}
+    assert {name: len(of_part) for name, of_part in shared.items()} == {"forgetting": 8, "settings": 12}
+    for run in (*shared["forgetting"], *shared["settings"]):
+        assert (run.command(), run.result) == (scarce[run.name].command(), scarce[run.name].result)
+
+
+@pytest.mark.parametrize(
+    ("name", "trainings"), [("scarce", 23), ("settings", 9), ("forgetting", 12), ("mboshi", 8), ("zero_shot", 4)]
+)
+def test_every_training_has_a_recipe_without_a_mistake(name, trainings, parts):
+    found = recipes(parts[name])
+    assert len(found) == trainings
+    for run, recipe in found.items():
+        OmegaConf.resolve(recipe)
+        check_recipe(recipe)
+        ModelConfig.from_section(plain(recipe.model), "salm_t5")
+        assert set(recipe.model) <= {"_target_", *ModelConfig.__dataclass_fields__}, run
+        assert parse_dataset(plain(recipe.data.train_ds), "data.train_ds").unknown_keys == (), run
+        assert recipe.seed == recipe.data.train_ds.seed == 1
+        assert recipe.exp_manager.checkpoint_callback_params.monitor == "val_bleu_dev_speech"
+        assert "dev_speech" in recipe.data.validation_ds.datasets
+        assert recipe.trainer.max_steps == 8 * recipe.trainer.limit_train_batches
+        assert recipe.evaluation.best is True
+        assert Path(recipe.export_dir) == Path(recipe.exp_dir) / "model"
+
+
+@pytest.mark.parametrize("name", ["scarce", "forgetting", "mboshi", "zero_shot"])
+def test_seeds_have_pretrained_parts_of_their_own(name, parts):
+    starts = [run for run in parts[name].runs if "/start/" in run.name]
+    seeds: dict[str, set[int]] = {part: set() for part in ("encoder", "t5", "random_encoder")}
+    for run in starts:
+        recipe = recipe_of(run.command())
+        *_, seed, part = run.name.removesuffix("/score").split("/")
+        if not run.name.endswith("/score"):
+            data = recipe.data.train_ds if part == "t5" else recipe.model.train_ds
+            assert recipe.seed == data.seed == data.shard_seed == int(seed)
+            seeds[part].add(int(seed))
+            assert (recipe.trainer.max_steps == 0) is (part == "random_encoder")
+    untrained = set(SEEDS) if name == "mboshi" else set()
+    assert seeds == {"encoder": set(SEEDS), "t5": set(SEEDS), "random_encoder": untrained}
+    folder = next(run.result for run in starts).parents[2]
+    for run in parts[name].runs:
+        if run.unfinished is not None:
+            home = folder / run.name.split("/")[-1]
+            weights = ("init", "random_encoder") if "from_nothing" in run.name else ("t5", "encoder")
+            assert f"model.pretrained_llm={home}/t5/{weights[0]}" in run.command()
+            assert f"model.pretrained_asr={home}/{weights[1]}/encoder.nemo" in run.command()
+
+
+def test_the_arms_of_scarce_speech_are_those_of_the_question(parts):
+    found = recipes(parts["scarce"])
+    speech, joint, together = (found[f"scarce/1000/{arm}/1"] for arm in ("speech", "joint", "together"))
+    assert "text" not in speech.data.train_ds
+    assert joint.data.train_ds.text.every_n_steps == 4
+    assert dict(joint.model.modality_loss_weights) == {"audio": 1.0, "text": 0.5}
+    assert "objectives" not in joint.model
+    assert set(together.model.objectives) == {"distillation", "consistency", "retention", "transcription"}
+    assert together.data.train_ds.audio.transcription == 0.2
+    assert {name.split("/")[1] for name in found} == {"250", "500", "1000", "2000", "all"}
+    for name, recipe in found.items():
+        assert recipe.corpus == f"data/scarce/{name.split('/')[1]}"
+        assert "data/captions" not in OmegaConf.to_yaml(recipe, resolve=True)
+
+
+def test_alternating_steps_are_twice_as_many(parts):
+    found = recipes(parts["forgetting"])
+    assert found["forgetting/alternating/1"].trainer.max_steps == 2 * found["forgetting/speech/1"].trainer.max_steps
+    assert found["forgetting/alternating/1"].data.train_ds.sampler_fusion == "round_robin"
+
+
+def test_what_leaves_text_alone_trains_on_no_text(parts):
+    found = recipes(parts["forgetting"])
+    for arm in ("gated_lora", "frozen"):
+        assert "text" not in found[f"forgetting/{arm}/1"].data.train_ds
+    assert found["forgetting/gated_lora/1"].model.lora_modality == "audio"
+    assert found["forgetting/frozen/1"].model.freeze == ["llm"]
+
+
+def test_no_speech_is_translated_into_another_language_than_english_but_in_the_supervised_arm(parts):
+    for name, recipe in recipes(parts["zero_shot"]).items():
+        OmegaConf.resolve(recipe)
+        trained = recipe.data.train_ds.audio.input_cfg
+        validated = recipe.data.validation_ds.datasets.dev_speech.input_cfg
+        assert list(recipe.data.validation_ds.datasets) == ["dev_speech"]
+        for split, sources in (("train", trained), ("dev", validated)):
+            if "supervised" not in name or split == "dev":
+                files = [f"data/phrasebook/speech/{split}.{lang}.jsonl" for lang in ("de", "es", "fr")]
+                assert [one.manifest_filepath for one in sources] == files
+                assert {one.target_lang for one in sources} == {"en"}
+    control = recipes(parts["zero_shot"])["zero_shot/control/1"].data.train_ds.text.input_cfg
+    assert [(one.source_lang, one.target_lang) for one in control] == [
+        (lang, lang) for lang in ("en", "de", "es", "fr")
+    ]
+
+
+# Corpora.
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_jsonl(path: Path, records: Sequence[dict]) -> None:
+    write_lines(path, [json.dumps(one) for one in records])
+
+
+def texts(folder: Path, split: str, languages: Sequence[str]) -> list[tuple[str, ...]]:
+    files = [(folder / "text" / f"{split}.{language}").read_text().splitlines() for language in languages]
+    return list(zip(*files, strict=True))
+
+
+def spoken(folder: Path, language: str, split: str = "train") -> list[dict]:
+    return [json.loads(line) for line in (folder / "speech" / f"{split}.{language}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def captions_source(tmp_path: Path) -> tuple[Path, Path]:
+    """Sixty pairs, of which forty are spoken. The first two share a sentence with the validation set, in one language
+    each; the last, which is not spoken, shares its French with the third."""
+    en = [f"a dog number {n} runs over the wide grass" for n in range(60)]
+    fr = [f"le chien numéro {n} court dans l'herbe haute" for n in range(60)]
+    val_en = [en[0].upper(), *(f"two cats of age {n} sit there" for n in range(9))]
+    val_fr = [*(f"deux chats de {n} ans sont assis" for n in range(9)), fr[1]]
+    fr[59] = fr[2]
+    source, corpus = tmp_path / "multi30k", tmp_path / "captions"
+    for split, pair in {"train": (en, fr), "val": (val_en, val_fr)}.items():
+        for language, lines in zip(("en", "fr"), pair, strict=True):
+            write_lines(source / f"{split}.{language}", lines)
+
+    def record(split: str, n: int, text: str, translation: str) -> dict:
+        audio = {"audio_filepath": f"../audio/{split}/{n}.wav", "duration": 1.0}
+        return {
+            "id": f"{split}-{n}",
+            **audio,
+            "text": text,
+            "lang": "en",
+            "translations": {"fr": translation},
+            "line": n,
+        }
+
+    write_jsonl(corpus / "speech" / "train.en.jsonl", [record("train", n + 1, en[n], fr[n]) for n in range(40)])
+    for split, places in {"dev": range(3), "test": range(3, 10)}.items():
+        write_jsonl(
+            corpus / "speech" / f"{split}.en.jsonl", [record(split, n + 1, val_en[n], val_fr[n]) for n in places]
+        )
+        for language, lines in (("en", val_en), ("fr", val_fr)):
+            write_lines(corpus / "text" / f"{split}.{language}", [lines[n] for n in places])
+    return source, corpus
+
+
+def test_scarce_corpora_are_nested_and_apart_from_test_and_start(captions_source, tmp_path, monkeypatch):
+    import experiment_corpora
+
+    monkeypatch.setattr(experiment_corpora, "SIZES", ("5", "10", "all"))
+    source, corpus = captions_source
+    out = tmp_path / "scarce"
+    summary = experiment_corpora.write_scarce(corpus, source, out, spoken=20)
+    ids = {size: [one["id"] for one in spoken(out / size, "en")] for size in ("5", "10", "all")}
+    assert ids["5"] == ids["10"][:5]
+    assert ids["10"] == ids["all"][:10]
+    assert len(set(ids["all"])) == 20
+    lines = [one["line"] for one in spoken(out / "all", "en")]
+    assert lines != sorted(lines)  # not the first of the file
+
+    val = {text for pair in texts(corpus, "dev", ("en", "fr")) + texts(corpus, "test", ("en", "fr")) for text in pair}
+    held_out = {text.lower() for text in val}
+    everything = texts(out / "5", "train", ("en", "fr"))
+    assert len(everything) == 58  # two pairs share a sentence with the validation set, in one language each
+    assert everything == texts(out / "all", "train", ("en", "fr"))
+    assert held_out.isdisjoint(text.lower() for pair in everything for text in pair)
+
+    of_speech = {(one["text"], one["translations"]["fr"]) for one in spoken(out / "all", "en")}
+    start = texts(out / "start", "train", ("en", "fr"))
+    for language in (0, 1):
+        assert {pair[language] for pair in start}.isdisjoint({pair[language] for pair in of_speech})
+    assert set(start) | of_speech | {everything[-1]} == set(everything)
+    heard = {one["text"] for one in spoken(out / "start", "en")}
+    assert heard.isdisjoint({pair[0] for pair in of_speech})
+    assert len(heard) == 38 - 20
+    assert all(Path(one["audio_filepath"]).is_absolute() for one in spoken(out / "start", "en", "test"))
+    assert summary["left_out"] == 2
+    assert (out / "corpus.json").exists()
+
+
+def test_a_pair_that_shares_a_sentence_with_translated_speech_is_not_pretrained_on(
+    captions_source, tmp_path, monkeypatch
+):
+    import experiment_corpora
+
+    monkeypatch.setattr(experiment_corpora, "SIZES", ("all",))
+    source, corpus = captions_source
+    experiment_corpora.write_scarce(
+        corpus, source, tmp_path / "out", spoken=37
+    )  # of 38, so that the third is among them
+    start = texts(tmp_path / "out" / "start", "train", ("en", "fr"))
+    english, third_line = {pair[0] for pair in start}, 3
+    assert third_line in {one["line"] for one in spoken(tmp_path / "out" / "all", "en")}
+    assert (source / "train.en").read_text().splitlines()[59] not in english  # its French is that of the third
+
+
+def test_captions_of_another_source_are_refused(captions_source, tmp_path):
+    from experiment_corpora import write_scarce
+
+    from nemo_emmett.errors import DataError
+
+    source, corpus = captions_source
+    with pytest.raises(DataError, match=r"has 38 recordings, of which 38 are to be translated"):
+        write_scarce(corpus, source, tmp_path / "out", spoken=38)
+    lines = (source / "train.en").read_text().splitlines()
+    write_lines(source / "train.en", lines[::-1])
+    with pytest.raises(DataError, match=r"was not made from the captions in"):
+        write_scarce(corpus, source, tmp_path / "out", spoken=20)
+
+
+def test_mboshi_training_utterances_that_are_tested_are_left_out(tmp_path):
+    from experiment_corpora import write_mboshi
+
+    def record(split: str, n: int, text: str, french: str) -> dict:
+        audio = str(write_tone(tmp_path / "source" / "audio" / f"{split}{n}.wav", 0.1).relative_to(tmp_path / "source"))
+        return {"audio_filepath": audio, "duration": 0.1, "text": text, "lang": "mdw", "translations": {"fr": french}}
+
+    pairs = {
+        "train": [("wa áyεε la midí", "il vient"), ("bare ádí", "Il est venu à midi."), ("okobhá", "il  dort")],
+        "dev": [("olωngώ", "la savane"), ("okobhá má", "ils dorment")],
+        "test": [("wa áyεε", "il est venu à midi"), ("ngá latóngá", "la savane"), ("Wa áyεε la midí", "elle vient")],
+    }
+    for split, of_split in pairs.items():
+        write_jsonl(
+            tmp_path / "source" / f"{split}.jsonl", [record(split, n, *pair) for n, pair in enumerate(of_split)]
+        )
+    out = tmp_path / "mboshi"
+    summary = write_mboshi(tmp_path / "source", out)
+    assert texts(out, "train", ("mdw", "fr")) == [("okobhá", "il dort")]
+    assert texts(out, "dev", ("mdw", "fr")) == [("okobhá má", "ils dorment")]  # the other's French is tested
+    assert len(spoken(out, "mdw", "test")) == 3
+    assert summary["left_out"] == {"train": 2, "dev": 1, "test": 0}
+    (kept,) = spoken(out, "mdw")
+    samples, rate = soundfile.read(kept["audio_filepath"], dtype="int16")
+    expected, expected_rate = soundfile.read(tmp_path / "source" / "audio" / "train2.wav", dtype="int16")
+    assert (samples.tolist(), rate) == (expected.tolist(), expected_rate)
+
+
+# Results.
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def write_evaluation(folder: Path, wrong: int, directions: Sequence[tuple[str, str]], wrong_text: int = 0) -> None:
+    """Five sentences of speech and text in each direction; the last words of each are wrong."""
+    translations = []
+    for modality, errors in (("audio", wrong), ("text", wrong_text)):
+        for source, target in directions:
+            for n in range(5):
+                reference = WORDS[n:] + WORDS[:n]
+                hypothesis = " ".join(reference[: 10 - errors] + ["x"] * errors)
+                audio = f"{source}/{n}.wav" if modality == "audio" else None
+                where = (f"test_{modality}", f"{source}{n}-{target}", modality, source, target)
+                translations.append(Translation(*where, "source", " ".join(reference), hypothesis, audio_path=audio))
+    scores = []
+    for key in dict.fromkeys(one.key for one in translations):
+        ours = [[one.hypothesis, one.reference] for one in translations if one.key == key]
+        hypotheses, references = zip(*ours, strict=True)
+        chrf = sacrebleu_metric("chrF++").corpus_score(list(hypotheses), [list(references)]).score
+        metrics = {"BLEU": corpus_bleu(hypotheses, references), "chrF++": chrf}
+        scores.append(Score(*key, sentences=5, metrics=metrics))
+    evaluation = Evaluation("m", "m", "2025", scores, translations, {}, {}, {}, {}, "evaluate.py", {})
+    (folder / "evaluation").mkdir(parents=True)
+    to_json(evaluation, folder / "evaluation" / "evaluation.json")
+
+
+def bleu(wrong: int) -> float:
+    """Of sentences whose last words are wrong."""
+    references = [" ".join(WORDS[n:] + WORDS[:n]) for n in range(5)]
+    return corpus_bleu([" ".join(one.split()[: 10 - wrong] + ["x"] * wrong) for one in references], references)
+
+
+@pytest.fixture
+def collected(tmp_path, monkeypatch, parts) -> Callable[..., tuple[dict, str]]:
+    """Writes made-up evaluations of a part's runs, collects them, and gives results and tables; the plot is drawn."""
+    import experiment_compare
+
+    def training_scores(folder: Path) -> dict:
+        """Every training takes 100 CPU seconds, those of 'joint' and its kind 200, and reaches 30 BLEU halfway."""
+        seconds = 100.0 if "speech" in folder.parent.name else 200.0
+        curve = [[100, seconds / 2, 30.0], [200, seconds, 20.0]]
+        scores = experiment_compare.scores_of(folder)
+        return {**scores, "cpu_seconds": seconds, "seconds": seconds, "curve": curve}
+
+    monkeypatch.setattr(experiment_compare, "training_scores", training_scores)
+
+    def collect(name: str, wrong: Callable[[str], int], directions: Sequence[tuple[str, str]], **text: int):
+        for run in parts[name].runs:
+            if run.unfinished is not None:
+                write_evaluation(run.unfinished, wrong(run.name), directions, text.get(run.name.split("/")[-2], 2))
+            elif run.name.endswith("/score"):
+                write_evaluation(run.result.parents[1], 9, directions, 0)
+        results = json.loads(json.dumps(parts[name].collect()))
+        parts[name].draw(results, tmp_path / "plot.svg")
+        assert (tmp_path / "plot.svg").stat().st_size > 1000
+        return results, parts[name].tables(results)
+
+    return collect
+
+
+def test_scarce_speech_is_compared_size_by_size(collected):
+    results, text = collected("scarce", lambda name: 4 if "/speech/" in name else 2, [("en", "fr")])
+    joint = next(one for one in results["comparisons"] if (one["size"], one["arm"]) == ("250", "joint"))
+    assert joint["difference"] == pytest.approx(bleu(2) - bleu(4))
+    assert joint["differences"] == pytest.approx([bleu(2) - bleu(4)] * 2)
+    # After 100 s speech alone has reached 30, and so has joint, at its best checkpoint.
+    assert joint["dev_at_equal_seconds"] == [0.0, 0.0]
+    assert {one["best_step"] for one in results["trainings"]} == {100}
+    assert f"| 250 | speech alone | {bleu(4):.1f} ± 0.0 | {bleu(2):.1f} ± 0.0 | 100 ± 0 |" in text
+    assert f"| 4,000 | all together | {bleu(2) - bleu(4):+.1f} ± 0.0 |" in text
+    assert "| – | nothing yet (the start) | – | 100.0 ± 0.0 | – |" in text
+    assert {one["size"] for one in results["comparisons"] if one["arm"] == "distillation"} == {"1000", "all"}
+
+
+def test_text_lost_is_what_the_start_had(collected):
+    results, text = collected("forgetting", lambda _: 3, [("en", "fr")], gated_lora=0, speech=4)
+    lost = {one["arm"]: one["text_lost"] for one in results["trainings"]}
+    assert lost["gated_lora"] == 0.0
+    assert lost["speech"] == pytest.approx(100 - bleu(4))
+    assert f"| LoRA on speech alone | {bleu(3):.1f} ± 0.0 | 100.0 ± 0.0 | 0.0 ± 0.0 |" in text
+    gated = next(one for one in results["comparisons"] if one["arm"] == "gated_lora")
+    assert gated["text"]["difference"] == pytest.approx(100 - bleu(4))
+    assert (gated["difference"], gated["p"]) == (0.0, 1.0)
+
+
+def test_each_setting_is_compared_with_speech_alone_trained_as_long(collected):
+    results, text = collected("settings", lambda name: 3 if "/speech" in name else 2, [("en", "fr")])
+    over = {one["arm"]: one["reference"] for one in results["comparisons"]}
+    assert over.pop("joint_longer") == "speech_longer"
+    assert set(over.values()) == {"speech"}
+    assert f"| joint, twice the steps | speech alone, twice the steps | {bleu(2) - bleu(3):+.1f} ± 0.0 |" in text
+    assert f"| speech alone, twice the steps | {bleu(3):.1f} ± 0.0 |" in text
+
+
+def test_mboshi_is_scored_in_both_metrics_against_its_own_start(collected):
+    results, text = collected("mboshi", lambda name: 5 if "nothing" in name else 3, [("mdw", "fr")])
+    assert [(one["arm"], one["reference"], one["metric"]) for one in results["comparisons"]][:4] == [
+        ("joint_from_nothing", "speech_from_nothing", "BLEU"),
+        ("joint_from_nothing", "speech_from_nothing", "chrF++"),
+        ("joint", "speech", "BLEU"),
+        ("joint", "speech", "chrF++"),
+    ]
+    assert all(one["difference"] == 0 for one in results["comparisons"])
+    references = [" ".join(WORDS[n:] + WORDS[:n]) for n in range(5)]
+    hypotheses = [" ".join(one.split()[:7] + ["x"] * 3) for one in references]
+    chrf = sacrebleu_metric("chrF++").corpus_score(hypotheses, [references]).score
+    assert f"| joint | {bleu(3):.1f} ± 0.0 | {chrf:.1f} ± 0.0 |" in text
+
+
+def test_directions_without_recordings_are_scored_apart(collected, tmp_path, monkeypatch):
+    import experiment_zero_shot
+
+    directions = list(permutations(("en", "de", "es", "fr"), 2))
+    results, text = collected("zero_shot", lambda name: 3 if "joint" in name else 6, directions)
+    groups = {pair: experiment_zero_shot.group_of(*pair) for pair in directions}
+    assert [sum(group == name for group in groups.values()) for name in experiment_zero_shot.GROUPS] == [3, 6, 3]
+    joint = next(one for one in results["comparisons"] if one["arm"] == "joint")
+    assert joint["difference"] == pytest.approx(bleu(3) - bleu(6))
+    assert f"| joint | {bleu(3):.1f} ± 0.0 | {bleu(3):.1f} ± 0.0 | {bleu(3):.1f} ± 0.0 |" in text
+
+
+def test_the_score_within_a_budget_is_the_best_until_then():
+    from experiment_compare import best_within
+
+    curve = [(25, 100.0, 20.0), (50, 200.0, 40.0), (75, 300.0, 10.0)]
+    assert best_within(curve, 50.0) == 10.0
+    assert best_within(curve, 150.0) == 30.0
+    assert best_within(curve, 200.0) == 40.0
+    assert best_within(curve, 250.0) == 40.0  # 25 there, but training could have stopped before
+    assert best_within(curve, 900.0) == 40.0
+
+
+def test_results_of_parts_are_kept_together(tmp_path):
+    from experiment_results import write_results
+
+    write_results(tmp_path, {"trainings": [1], "machine": "a"})
+    write_results(tmp_path, {"scarce": {"steps": 2}, "machine": "b"})
+    write_results(tmp_path, {"scarce": {"steps": 3}})
+    assert json.loads((tmp_path / "results.json").read_text()) == {
+        "trainings": [1],
+        "machine": "b",
+        "scarce": {"steps": 3},
+    }
