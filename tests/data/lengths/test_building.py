@@ -228,7 +228,9 @@ def test_two_ranks_share_the_work(data, tokenizer, small, tmp_path, monkeypatch,
             rank.kill()
             rank.join()
     assert ended(two_ranks(tmp_path / "last", work)) == [0, 0]
-    assert files_of(data) == expected
+    # A process that is killed while it writes leaves the unfinished file, under a hidden name that nothing reads.
+    finished = {name: content for name, content in files_of(data).items() if not name.startswith(".")}
+    assert (finished if is_killed else files_of(data)) == expected
     measured = log.read_text().splitlines()
     assert is_killed or len(measured) == len(set(measured)), "no rank repeats another's"
 
