@@ -104,7 +104,7 @@ class Teachers(nn.Module):
         return list(self._models)
 
     def state_dict(self, *args: Any, destination: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Nothing: teachers are made anew from what the recipe names."""
+        """Nothing: teachers are made again from what the recipe names."""
         return {} if destination is None else destination
 
     @torch.no_grad()

@@ -115,7 +115,7 @@ def gate_lora(llm: nn.Module, output_layer: nn.Module) -> SpeechGate:
         The gate of all layers, also under ``llm.speech_gate``.
 
     Raises:
-        ConfigError: for a layer whose output cannot be told apart by example.
+        ConfigError: for a layer whose output rows do not belong to single examples.
     """
     gate = SpeechGate()
     for name, layer in llm.named_modules():

@@ -1,4 +1,4 @@
-"""What a model is trained on beside the cross-entropy of its answers (``model.objectives``).
+"""What a model is trained on besides the cross-entropy of its answers (``model.objectives``).
 
 - :mod:`nemo_emmett.objectives.objective`: the interface, and the schedule of weights.
 - :mod:`nemo_emmett.objectives.transcription`: transcripts as answers, with a weight of their own.

@@ -86,7 +86,7 @@ def cross_attentive_distance(frames_BFH: Tensor, frame_lens_B: Tensor, text_BTH:
 
     Cross-attentive regularisation of Tang et al. (Improving Speech Translation by Understanding and Learning from the
     Auxiliary Text Translation Task, arXiv 2107.05782): with ``S = softmax(text @ speech.T)`` the text is
-    reconstructed as ``S @ speech``, and likewise from itself; the loss is the mean over the tokens of the L2 norm of
+    reconstructed as ``S @ speech``, and so from itself; the loss is the mean over the tokens of the L2 norm of
     the difference, without a gradient through the reconstruction from itself. As by default in the authors' code
     (fairseq), all vectors have the norm 1. Theirs are states of a shared encoder; here they are what the language model
     reads.

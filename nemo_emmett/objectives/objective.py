@@ -1,4 +1,4 @@
-"""The interface of training objectives: what a step's loss holds beside the modalities' own cross-entropies.
+"""The interface of training objectives: what a step's loss holds besides the modalities' own cross-entropies.
 
 An objective is a frozen dataclass of its keys under ``model.objectives.<name>``. A step's loss is a sum over terms,
 first the modalities, then the objectives that are active in the step::

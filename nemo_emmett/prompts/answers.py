@@ -12,6 +12,7 @@ T5's tokenizers have no line breaks, so it is their first sentinel token, which 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -66,13 +67,13 @@ class _TwoStepAnswer(DirectAnswer):
             return super().answer_of(request)
         return Prompt([" ".join(request.transcript.split()), *self.separator(), request.answer])
 
+    @abstractmethod
     def separator(self) -> Sequence[str]:
         """What is between transcript and translation.
 
         Raises:
             ConfigError: if the tokenizer does not have it.
         """
-        raise NotImplementedError
 
 
 class TwoStepT5(_TwoStepAnswer):

@@ -157,12 +157,16 @@ def test_the_adapter_is_not_computed_for_a_batch_of_text(make):
     assert runs
 
 
-@pytest.mark.parametrize("how", [{"activation_checkpointing": True}, {"compile": {"backend": "eager"}}])
+CHECKPOINTED, COMPILED = {"activation_checkpointing": True}, {"compile": {"backend": "eager"}}
+
+
+# Tracing takes up to 20 s, and the layers are alike in all families.
+@pytest.mark.parametrize(
+    ("make", "how"), [*((name, CHECKPOINTED) for name in MODELS), ("llama", COMPILED)], indirect=["make"]
+)
 def test_gradients_are_the_same_where_blocks_are_checkpointed_or_compiled(make, how):
     """What is computed again has the rows of its own forward pass, though text has been in the model since."""
     torch._dynamo.reset()
-    if "compile" in how and make().llm.config.model_type != "llama":
-        pytest.skip("tracing takes up to 20 s, and layers are alike in all families")
     plain, other = make(**GATED), make(**GATED, **how)
     found = []
     for model in (plain, other):

@@ -53,7 +53,7 @@ def sampler_config(group: GroupConfig, **overrides: Any) -> DictConfig:
     noise = None if group.noise is None else _noise_read_by_us(group.noise)
     keys = {"noise_path": noise, **keys, "input_cfg": wrap_sources(members), **overrides}
     if group.root.has_pairs and isinstance(temperatures := keys.get("reweight_temperature"), list):
-        # NeMo wants one for each level, and a pair is one: exact, whatever stands here.
+        # NeMo wants one for each level, and a pair is one: exact, whatever the value is.
         keys["reweight_temperature"] = [*temperatures, *[1.0] * (_levels(group.root) - len(temperatures))]
     try:
         return make_structured_with_schema_warnings(config_of(keys))
