@@ -328,3 +328,11 @@ PROMPT_FORMAT: dict[str, str] = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3"), "emmett_gemma"),
 }
 """Name -> the prompt format that the family was made for."""
+
+
+def seeded(kind, section: dict):
+    """The model of a section in evaluation mode, with the same random weights each time; it logs nothing."""
+    torch.manual_seed(0)
+    model = kind(section).eval()
+    model.log = lambda *_, **__: None
+    return model

@@ -12,7 +12,7 @@ from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT, load
 from nemo_emmett.models.head import output_layer
 from nemo_emmett.modules.gated_lora import GatedLinear
 
-from .backbones import model_config
+from .backbones import model_config, seeded
 from .batches import prompted_batch, with_recordings
 from .memorising import MODES, items
 from .two_ranks import gradients
@@ -26,14 +26,7 @@ GATED = {"lora": LORA, "lora_modality": "audio"}
 def make(request, folder, tiny_asr):
     """Makes the model of a family with further keys in its section; the same random weights each time."""
 
-    def make_with(**overrides):
-        section = model_config(request.param, folder, tiny_asr, **overrides)
-        torch.manual_seed(0)
-        model = MODELS[request.param](section).eval()
-        model.log = lambda *_, **__: None
-        return model
-
-    return make_with
+    return lambda **overrides: seeded(MODELS[request.param], model_config(request.param, folder, tiny_asr, **overrides))
 
 
 def same_weights(model, other):

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
 
-from .backbones import model_config
+from .backbones import model_config, seeded
 from .memorising import MODES, items
 
 MODELS = {"t5": SALMT5, "llama": SALMGPT, "qwen2": BestowGPT}
@@ -20,14 +20,7 @@ LORA = {"r": 2, "target_modules": "all-linear"}
 def make(request, folder, tiny_asr):
     """Makes the model of a family with further keys in its section; the same random weights each time."""
 
-    def make_with(**overrides):
-        section = model_config(request.param, folder, tiny_asr, **overrides)
-        torch.manual_seed(0)
-        model = MODELS[request.param](section).eval()
-        model.log = lambda *_, **__: None
-        return model
-
-    return make_with
+    return lambda **overrides: seeded(MODELS[request.param], model_config(request.param, folder, tiny_asr, **overrides))
 
 
 def step(model, batch) -> torch.Tensor:
