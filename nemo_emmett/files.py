@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import fsspec
+
 from nemo_emmett.errors import ConfigError, Help
 
 LOCK_FOLDER = ".lock"
@@ -155,6 +157,17 @@ def shown(bytes_: float) -> str:
             return f"{bytes_:.0f} B" if unit == "B" else f"{bytes_:.1f} {unit}"
         bytes_ /= 1024
     return f"{bytes_:.1f} TiB"
+
+
+def end_failed_transaction() -> None:
+    """After a checkpoint could not be written: let this process write files again.
+
+    Lightning writes a checkpoint in a transaction of fsspec's. If its commit fails, as on a full disk, the transaction
+    stays open, and no file that is written through fsspec from then on, such as a logger's, ever gets its name.
+    """
+    local = fsspec.filesystem("file")
+    if local._intrans:
+        local.transaction.complete(commit=False)
 
 
 def new_folder_elsewhere(name: str, places: Sequence[str | os.PathLike[str]] = ()) -> Iterator[Path]:

@@ -20,6 +20,7 @@ import torch
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -560,6 +561,16 @@ def test_a_checkpoint_that_finds_its_disk_full_does_not_cost_the_model(recipe, s
     assert re.match(r"step 2: the training ended because it could not write \(.*No space left on device\)", sentence)
     assert f"the weights of that step are exported to '{recipe.export_dir}'" in sentence
     assert exported(recipe.export_dir)
+
+
+def test_after_a_failed_write_the_process_can_write_again(recipe, small_disk, tmp_path, monkeypatch):
+    disk = small_disk("8m")
+    recipe.exp_manager.explicit_log_dir = str(disk / "exp")
+    train_on_full_disk(recipe, monkeypatch, Fill(disk, at_start=True))
+    logger = CSVLogger(tmp_path / "log")
+    logger.log_metrics({"loss": 1.5}, step=0)
+    logger.save()
+    assert "1.5" in Path(logger.log_dir, "metrics.csv").read_text()
 
 
 def test_nowhere_to_write(trained, tmp_path, monkeypatch):

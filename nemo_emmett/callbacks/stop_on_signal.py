@@ -20,6 +20,7 @@ from nemo.utils import logging
 from nemo.utils.callbacks.preemption import PreemptionCallback
 
 from nemo_emmett.errors import EXIT_TRY_AGAIN
+from nemo_emmett.files import end_failed_transaction
 from nemo_emmett.modules.loss import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -113,8 +114,9 @@ class StopOnSignal(Callback, Serialization):
         self._uninstall()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the previous signal handlers."""
+        """Restore the previous signal handlers; if a checkpoint could not be written, let loggers still write."""
         self._uninstall()
+        end_failed_transaction()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the previous signal handlers."""
