@@ -34,8 +34,8 @@ def scripts_importable():
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> dict[str, Any]:
-    """All parts by name, in a folder in which nothing has been run."""
+def parts(tmp_path: Path, monkeypatch) -> dict[str, Any]:
+    """All parts by name, in a folder in which nothing has been run but the division of the captions."""
     import experiment_forgetting
     import experiment_mboshi
     import experiment_scarce
@@ -43,7 +43,10 @@ def parts(tmp_path: Path) -> dict[str, Any]:
     import experiment_zero_shot
     from experiment_runs import captions, phrasebook
 
+    monkeypatch.chdir(tmp_path)
     data, source = Path("data"), Path("multi30k")
+    counts = {"250": 250, "500": 500, "1000": 1000, "2000": 2000, "all": 6459}
+    write_lines(data / "scarce" / "corpus.json", [json.dumps({"recordings": counts})])
     corpus = captions(data, source)
     made = [
         experiment_scarce.part(corpus, source, data, tmp_path, SEEDS),
@@ -91,7 +94,7 @@ def test_every_run_comes_after_those_it_needs_and_parts_share_what_they_have_in_
 
 
 @pytest.mark.parametrize(
-    ("name", "trainings"), [("scarce", 23), ("settings", 9), ("forgetting", 12), ("mboshi", 8), ("zero_shot", 4)]
+    ("name", "trainings"), [("scarce", 23), ("settings", 11), ("forgetting", 12), ("mboshi", 8), ("zero_shot", 4)]
 )
 def test_every_training_has_a_recipe_without_a_mistake(name, trainings, parts):
     found = recipes(parts[name])
@@ -110,6 +113,21 @@ def test_every_training_has_a_recipe_without_a_mistake(name, trainings, parts):
         assert Path(recipe.export_dir) == Path(recipe.exp_dir) / "model"
 
 
+def test_what_is_frozen_at_first_is_trained_in_the_second_half(parts):
+    runs = {run.name: run for run in parts["settings"].runs}
+    for arm, part in {"llm_late": "llm", "encoder_late": "encoder"}.items():
+        first, second = (runs[f"settings/{arm}/1{half}"] for half in ("_first_half", ""))
+        before, after = recipe_of(first.command()), recipe_of(second.command())
+        check_recipe(before)
+        assert (before.model.freeze, before.export_dir) == ([part], None)
+        assert "freeze" not in after.model
+        assert after.model.init_from_checkpoint == str(first.result)
+        assert before.data == after.data
+        assert first.result.is_relative_to(before.exp_dir)
+        joint = recipe_of(runs["scarce/1000/joint/1"].command())
+        assert before.trainer.max_steps + after.trainer.max_steps == joint.trainer.max_steps
+
+
 @pytest.mark.parametrize("name", ["scarce", "forgetting", "mboshi", "zero_shot"])
 def test_seeds_have_pretrained_parts_of_their_own(name, parts):
     starts = [run for run in parts[name].runs if "/start/" in run.name]
@@ -126,7 +144,7 @@ def test_seeds_have_pretrained_parts_of_their_own(name, parts):
     assert seeds == {"encoder": set(SEEDS), "t5": set(SEEDS), "random_encoder": untrained}
     folder = next(run.result for run in starts).parents[2]
     for run in parts[name].runs:
-        if run.unfinished is not None:
+        if run.name.endswith(tuple(f"/{seed}" for seed in SEEDS)):
             home = folder / run.name.split("/")[-1]
             weights = ("init", "random_encoder") if "from_nothing" in run.name else ("t5", "encoder")
             assert f"model.pretrained_llm={home}/t5/{weights[0]}" in run.command()
@@ -146,6 +164,13 @@ def test_the_arms_of_scarce_speech_are_those_of_the_question(parts):
     for name, recipe in found.items():
         assert recipe.corpus == f"data/scarce/{name.split('/')[1]}"
         assert "data/captions" not in OmegaConf.to_yaml(recipe, resolve=True)
+
+
+def test_text_that_is_kept_is_that_of_the_pretraining(parts):
+    pretrained = "data/scarce/all/../start/text/train.en"
+    for name, recipe in recipes(parts["forgetting"]).items():
+        if "text" in recipe.data.train_ds:
+            assert [one.paths.en for one in recipe.data.train_ds.text.input_cfg] == [pretrained], name
 
 
 def test_alternating_steps_are_twice_as_many(parts):
@@ -241,11 +266,12 @@ def test_scarce_corpora_are_nested_and_apart_from_test_and_start(captions_source
     monkeypatch.setattr(experiment_corpora, "SIZES", ("5", "10", "all"))
     source, corpus = captions_source
     out = tmp_path / "scarce"
-    summary = experiment_corpora.write_scarce(corpus, source, out, spoken=20)
-    ids = {size: [one["id"] for one in spoken(out / size, "en")] for size in ("5", "10", "all")}
+    summary = experiment_corpora.write_scarce(corpus, source, out)
+    ids = {size: [one["id"] for one in spoken(out / size, "en")] for size in ("5", "10", "all", "start")}
     assert ids["5"] == ids["10"][:5]
     assert ids["10"] == ids["all"][:10]
-    assert len(set(ids["all"])) == 20
+    assert ids["all"] == ids["start"]
+    assert len(set(ids["all"])) == 38
     lines = [one["line"] for one in spoken(out / "all", "en")]
     assert lines != sorted(lines)  # not the first of the file
 
@@ -260,43 +286,28 @@ def test_scarce_corpora_are_nested_and_apart_from_test_and_start(captions_source
     start = texts(out / "start", "train", ("en", "fr"))
     for language in (0, 1):
         assert {pair[language] for pair in start}.isdisjoint({pair[language] for pair in of_speech})
+    assert (source / "train.en").read_text().splitlines()[59] not in {en for en, _ in start}  # its French is spoken
     assert set(start) | of_speech | {everything[-1]} == set(everything)
-    heard = {one["text"] for one in spoken(out / "start", "en")}
-    assert heard.isdisjoint({pair[0] for pair in of_speech})
-    assert len(heard) == 38 - 20
     assert all(Path(one["audio_filepath"]).is_absolute() for one in spoken(out / "start", "en", "test"))
     assert summary["left_out"] == 2
+    assert summary["recordings"] == {"5": 5, "10": 10, "all": 38}
     assert (out / "corpus.json").exists()
 
 
-def test_a_pair_that_shares_a_sentence_with_translated_speech_is_not_pretrained_on(
-    captions_source, tmp_path, monkeypatch
-):
-    import experiment_corpora
-
-    monkeypatch.setattr(experiment_corpora, "SIZES", ("all",))
-    source, corpus = captions_source
-    experiment_corpora.write_scarce(
-        corpus, source, tmp_path / "out", spoken=37
-    )  # of 38, so that the third is among them
-    start = texts(tmp_path / "out" / "start", "train", ("en", "fr"))
-    english, third_line = {pair[0] for pair in start}, 3
-    assert third_line in {one["line"] for one in spoken(tmp_path / "out" / "all", "en")}
-    assert (source / "train.en").read_text().splitlines()[59] not in english  # its French is that of the third
-
-
-def test_captions_of_another_source_are_refused(captions_source, tmp_path):
+def test_captions_that_cannot_be_divided_are_refused(captions_source, tmp_path):
     from experiment_corpora import write_scarce
 
     from nemo_emmett.errors import DataError
 
     source, corpus = captions_source
-    with pytest.raises(DataError, match=r"has 38 recordings, of which 38 are to be translated"):
-        write_scarce(corpus, source, tmp_path / "out", spoken=38)
-    lines = (source / "train.en").read_text().splitlines()
-    write_lines(source / "train.en", lines[::-1])
+    lines = {language: (source / f"train.{language}").read_text().splitlines() for language in ("en", "fr")}
+    for language, of_language in lines.items():
+        write_lines(source / f"train.{language}", of_language[:40])
+    with pytest.raises(DataError, match=r"has a recording of every pair of sentences in"):
+        write_scarce(corpus, source, tmp_path / "out")
+    write_lines(source / "train.en", lines["en"][:40][::-1])
     with pytest.raises(DataError, match=r"was not made from the captions in"):
-        write_scarce(corpus, source, tmp_path / "out", spoken=20)
+        write_scarce(corpus, source, tmp_path / "out")
 
 
 def test_mboshi_training_utterances_that_are_tested_are_left_out(tmp_path):
@@ -377,8 +388,10 @@ def collected(tmp_path, monkeypatch, parts) -> Callable[..., tuple[dict, str]]:
 
     def collect(name: str, wrong: Callable[[str], int], directions: Sequence[tuple[str, str]], **text: int):
         for run in parts[name].runs:
-            if run.unfinished is not None:
-                write_evaluation(run.unfinished, wrong(run.name), directions, text.get(run.name.split("/")[-2], 2))
+            if run.result.name == "report.html" and "/start/" not in run.name:
+                write_evaluation(
+                    run.result.parents[1], wrong(run.name), directions, text.get(run.name.split("/")[-2], 2)
+                )
             elif run.name.endswith("/score"):
                 write_evaluation(run.result.parents[1], 9, directions, 0)
         results = json.loads(json.dumps(parts[name].collect()))
@@ -398,7 +411,7 @@ def test_scarce_speech_is_compared_size_by_size(collected):
     assert joint["dev_at_equal_seconds"] == [0.0, 0.0]
     assert {one["best_step"] for one in results["trainings"]} == {100}
     assert f"| 250 | speech alone | {bleu(4):.1f} ± 0.0 | {bleu(2):.1f} ± 0.0 | 100 ± 0 |" in text
-    assert f"| 4,000 | all together | {bleu(2) - bleu(4):+.1f} ± 0.0 |" in text
+    assert f"| 6,459 | all together | {bleu(2) - bleu(4):+.1f} ± 0.0 |" in text
     assert "| – | nothing yet (the start) | – | 100.0 ± 0.0 | – |" in text
     assert {one["size"] for one in results["comparisons"] if one["arm"] == "distillation"} == {"1000", "all"}
 
@@ -459,6 +472,29 @@ def test_the_score_within_a_budget_is_the_best_until_then():
     assert best_within(curve, 200.0) == 40.0
     assert best_within(curve, 250.0) == 40.0  # 25 there, but training could have stopped before
     assert best_within(curve, 900.0) == 40.0
+
+
+def test_curves_of_a_training_in_halves_follow_one_another(tmp_path, monkeypatch):
+    import experiment_compare
+    import experiment_results
+
+    from nemo_emmett.evaluation.curves import Curve
+
+    def curves(seconds: float, bleu: list[float]) -> dict[str, Curve]:
+        points = {"train_cpu_seconds": [seconds / 2, seconds], "train_seconds": [seconds] * 2}
+        points |= {experiment_results.DEV_SPEECH: bleu, experiment_results.DEV_TEXT: [50.0, 60.0]}
+        return {name: Curve(name, [9, 19], values) for name, values in points.items()}
+
+    folder, first = tmp_path / "1", tmp_path / "1_first_half"
+    first.mkdir()
+    halves = {first: curves(30.0, [9.0, 8.0]), folder: curves(50.0, [5.0, 7.0])}
+    monkeypatch.setattr(experiment_results, "read_curves", halves.__getitem__)
+    monkeypatch.setattr(experiment_results, "scores_of", lambda folder: {"speech": 1.0})
+    monkeypatch.setattr(experiment_compare, "VALIDATIONS", 2)
+    found = experiment_compare.training_results(folder)
+    assert found["curve"] == [[9, 15.0, 9.0], [19, 30.0, 8.0], [29, 55.0, 5.0], [39, 80.0, 7.0]]
+    assert found["text_curve"] == [[9, 50.0], [19, 60.0], [29, 50.0], [39, 60.0]]
+    assert (found["cpu_seconds"], found["best_step"], found["best_cpu_seconds"]) == (80.0, 39, 80.0)
 
 
 def test_results_of_parts_are_kept_together(tmp_path):

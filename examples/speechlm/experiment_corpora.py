@@ -4,10 +4,11 @@ Usage:
     python examples/speechlm/experiment_corpora.py scarce --captions data/captions --source multi30k --out data/scarce
     python examples/speechlm/experiment_corpora.py mboshi --source mboshi --out data/mboshi
 
-``scarce`` divides the captions: ``{out}/start`` is what encoder and language model are pretrained on, ``{out}/250``,
-``500``, ... ``all`` are what the models are trained on, each with all pairs of sentences as text and with the first
-recordings of one random order. ``mboshi`` writes text files, and recordings as WAV. Either leaves out of all
-training data what equals a sentence of the test or development set in any language, and writes a summary last.
+``scarce`` divides the captions: ``{out}/start`` is what encoder and language model are pretrained on, all recordings
+and the pairs of sentences that are not spoken; ``{out}/250``, ``500``, ... ``all`` are what the models are trained on,
+each with all pairs of sentences as text and with the first recordings of one random order. ``mboshi`` writes text
+files, and recordings as WAV. Either leaves out of all training data what equals a sentence of the test or development
+set in any language, and writes a summary last.
 """
 
 from __future__ import annotations
@@ -26,10 +27,7 @@ from nemo_emmett.corpora.sentence_files import PlacedSentence
 from nemo_emmett.errors import DataError
 
 SIZES = ("250", "500", "1000", "2000", "all")
-"""Recordings with translations; the names of the folders."""
-
-SPOKEN = 4000
-"""Recordings in ``all``. The others, without their translations, are what the speech encoder is pretrained on."""
+"""Recordings that translation is trained on; the names of the folders."""
 
 SUMMARY = "corpus.json"
 """Written last: what the corpus holds, and how many sentences were left out."""
@@ -54,18 +52,17 @@ def main() -> None:
     print(json.dumps(summary))
 
 
-def write_scarce(captions: Path, source: Path, out: Path, spoken: int = SPOKEN, seed: int = 0) -> dict[str, Any]:
+def write_scarce(captions: Path, source: Path, out: Path, seed: int = 0) -> dict[str, Any]:
     """Divide the captions corpus; returns the summary.
 
     Args:
         captions: the corpus; its recordings name their lines of ``source``.
         source: Multi30k's raw text: all its training pairs are the text, its whole validation set is held out.
         out: the folder to write to.
-        spoken: recordings in ``all``.
         seed: of the order in which recordings are taken.
 
     Raises:
-        DataError: if there are not more recordings than ``spoken``, or they are not of this source.
+        DataError: if the recordings are not of this source, or no pair of sentences is left that is not spoken.
     """
     pairs = {line: texts for line, texts in enumerate(_pairs(source, "train"), start=1) if all(texts.values())}
     held_out = _held_out(_pairs(source, "val"))
@@ -75,28 +72,24 @@ def write_scarce(captions: Path, source: Path, out: Path, spoken: int = SPOKEN, 
         raise DataError(f"'{captions}' was not made from the captions in '{source}'; give the folder it was made from.")
     records = [one for one in records if one["line"] in kept]
     random.Random(seed).shuffle(records)
-    translated, transcribed = records[:spoken], records[spoken:]
-    if not transcribed:
+    spoken = _held_out(kept[one["line"]] for one in records)
+    unspoken = [texts for texts in kept.values() if spoken.match(texts) is None]
+    if not unspoken:
         raise DataError(
-            f"'{captions}' has {len(records)} recordings, of which {spoken} are to be translated, so that none is left "
-            "to pretrain the speech encoder on; prepare the corpus with more captions."
+            f"'{captions}' has a recording of every pair of sentences in '{source}', so that none is left to pretrain "
+            "the language model on; prepare the corpus with fewer captions."
         )
-    of_speech = _held_out(kept[one["line"]] for one in translated)
-    disjoint = [texts for texts in kept.values() if of_speech.match(texts) is None]
-    # Of a caption that equals one that is translated the encoder must not learn the recording either.
-    transcribed = [one for one in transcribed if of_speech.match(kept[one["line"]]) is None]
 
-    _write_corpus(out / "start", captions, disjoint, transcribed)
-    for size in SIZES:
-        count = spoken if size == "all" else int(size)
-        _write_corpus(out / size, captions, list(kept.values()), translated[:count])
+    _write_corpus(out / "start", captions, unspoken, records)
+    counts = {size: len(records) if size == "all" else min(int(size), len(records)) for size in SIZES}
+    for size, count in counts.items():
+        _write_corpus(out / size, captions, list(kept.values()), records[:count])
     summary = {
         "pairs": len(pairs),
         "left_out": len(pairs) - len(kept),
         "text": len(kept),
-        "start_text": len(disjoint),
-        "start_recordings": len(transcribed),
-        "recordings": {size: min(spoken, spoken if size == "all" else int(size)) for size in SIZES},
+        "start_text": len(unspoken),
+        "recordings": counts,
     }
     (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary

@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from experiment_runs import ARMS, EFFICIENCY, MEMORY_BUDGET, MODELS, Corpus
-from experiment_seeds import DEV_SPEECH, Part
+from experiment_seeds import DEV_SPEECH, FIRST_HALF, Part
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -189,24 +189,40 @@ def mean_and_deviation(values: Iterable[float], form: str = ".1f") -> str:
 
 def training_scores(folder: Path) -> dict[str, Any]:
     """Scores, seconds and curves of one training."""
+    return {**scores_of(folder), **training_curves(folder)}
+
+
+def training_curves(folder: Path) -> dict[str, Any]:
+    """Seconds of one training, and its curves; of one in halves both."""
     curves = read_curves(folder)
     seconds = dict(zip(curves["train_cpu_seconds"].steps, curves["train_cpu_seconds"].values, strict=True))
-    of_run = {
-        **scores_of(folder),
-        "cpu_seconds": max(seconds.values()),
-        "seconds": max(curves["train_seconds"].values),
-    }
+    found = {"cpu_seconds": max(seconds.values()), "seconds": max(curves["train_seconds"].values)}
     if DEV_SPEECH in curves:
         speech = zip(curves[DEV_SPEECH].steps, curves[DEV_SPEECH].values, strict=True)
-        of_run["curve"] = [[step, seconds[step], bleu] for step, bleu in speech]
+        found["curve"] = [[step, seconds[step], bleu] for step, bleu in speech]
     if DEV_TEXT in curves:
-        of_run["text_curve"] = [
+        found["text_curve"] = [
             list(point) for point in zip(curves[DEV_TEXT].steps, curves[DEV_TEXT].values, strict=True)
         ]
     if "padding_audio" in curves:
-        of_run["padding"] = fmean(curves["padding_audio"].values)
-        of_run["examples"] = fmean(curves["examples_audio"].values)
-    return of_run
+        found["padding"] = fmean(curves["padding_audio"].values)
+        found["examples"] = fmean(curves["examples_audio"].values)
+    if (first := folder.with_name(folder.name + FIRST_HALF)).is_dir():
+        return _after_first_half(training_curves(first), found)
+    return found
+
+
+def _after_first_half(first: Mapping, second: Mapping) -> dict[str, Any]:
+    """The curves of both halves, the second's after the first's; the best checkpoint is one of the second's."""
+    steps, cpu_seconds = first["curve"][-1][0] + 1, first["cpu_seconds"]  # validation counts steps from 0
+    after = [[step + steps, seconds + cpu_seconds, bleu] for step, seconds, bleu in second["curve"]]
+    return {
+        **second,
+        "cpu_seconds": second["cpu_seconds"] + cpu_seconds,
+        "seconds": second["seconds"] + first["seconds"],
+        "curve": [*first["curve"], *after],
+        "text_curve": [*first["text_curve"], *([step + steps, bleu] for step, bleu in second["text_curve"])],
+    }
 
 
 def scores_of(folder: Path) -> dict[str, float | None]:

@@ -19,6 +19,9 @@ from stages import script
 VALIDATIONS = 8
 """Of a training, at equal intervals."""
 
+FIRST_HALF = "_first_half"
+"""After the name of a training's folder: the folder of its first half, where that is a training of its own."""
+
 DEV_SPEECH = "val_bleu_dev_speech"
 """The score by which checkpoints are chosen, in all arms: that of speech, which is what the parts compare."""
 
@@ -37,6 +40,7 @@ class Arm:
     overrides: tuple[str, ...]
     from_nothing: bool = False  # speech encoder and language model with random weights
     alternates: bool = False  # a step holds one modality, so that there are two of them for each step of speech
+    frozen_at_first: str | None = None  # part of the model that is not trained in the first half of the steps
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Setting:
     after: str  # the run that writes the corpus
     steps: int  # of speech
     from_nothing: bool = False  # some arms start from random weights
+    encoder: tuple[str, ...] = ()  # overrides of the encoder's pretraining
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,12 @@ def start_runs(setting: Setting, seeds: Sequence[int]) -> list[Run]:
     for seed in seeds:
         home = setting.starts / str(seed)
         parts = [
-            ("encoder", "encoder", home / "encoder" / "encoder.nemo", []),
-            ("t5", "t5", home / "t5" / "t5" / "config.json", []),
+            ("encoder", "encoder", home / "encoder" / "encoder.nemo", setting.encoder),
+            ("t5", "t5", home / "t5" / "t5" / "config.json", ()),
         ]
         if setting.from_nothing:
             random = home / RANDOM_ENCODER / "encoder.nemo"
-            parts.append((RANDOM_ENCODER, "encoder", random, ["trainer.max_steps=0"]))
+            parts.append((RANDOM_ENCODER, "encoder", random, ("trainer.max_steps=0",)))
         for part, kind, result, overrides in parts:
             data = "model.train_ds" if kind == "encoder" else "data.train_ds"
             command = script(
@@ -107,17 +112,48 @@ def start_runs(setting: Setting, seeds: Sequence[int]) -> list[Run]:
     return runs
 
 
-def training_run(setting: Setting, corpus: Path, folder: Path, name: str, arm: Arm, seed: int) -> Run:
-    """SALM-T5 trained in one of the ways from its seed's start, and scored on the test sets."""
-    home = setting.starts / str(seed)
+def training_runs(setting: Setting, corpus: Path, folder: Path, name: str, arm: Arm, seed: int) -> list[Run]:
+    """SALM-T5 trained in one of the ways from its seed's start, and scored on the test sets.
+
+    Where a part is frozen at first, that half is a training of its own; the second starts from the weights of its end.
+    """
     steps = setting.steps * (2 if arm.alternates else 1)
-    encoder = RANDOM_ENCODER if arm.from_nothing else "encoder"
-    command = script(
-        "train_and_evaluate.py",
+    needed, overrides = _needed(setting, arm, seed), list(arm.overrides)
+    runs = []
+    if arm.frozen_at_first is not None:
+        steps, first = steps // 2, folder.with_name(folder.name + FIRST_HALF)
+        checkpoint = first / "checkpoints" / "half-last.ckpt"
+        half = [
+            *_training("train.py", setting, corpus, first, arm, seed, steps),
+            "export_dir=null",
+            "+exp_manager.checkpoint_callback_params.filename=half",
+            f"+model.freeze=[{arm.frozen_at_first}]",
+            *arm.overrides,
+        ]
+        runs.append(Run(f"{name}{FIRST_HALF}", lambda: half, checkpoint, needed, first))
+        needed, overrides = (runs[0].name,), [*overrides, f"+model.init_from_checkpoint={checkpoint}"]
+    command = [
+        *_training("train_and_evaluate.py", setting, corpus, folder, arm, seed, steps),
+        f"exp_manager.checkpoint_callback_params.monitor={DEV_SPEECH}",
+        f"+evaluation.recipe=evaluate_{setting.recipe}",
+        f"+evaluation.output={folder / 'evaluation'}",
+        "+evaluation.best=true",
+        *overrides,
+    ]
+    return [*runs, Run(name, lambda: command, folder / "evaluation" / "report.html", needed, unfinished=folder)]
+
+
+def _training(
+    script_name: str, setting: Setting, corpus: Path, folder: Path, arm: Arm, seed: int, steps: int
+) -> list[str]:
+    """The command of a training, with the overrides that all have."""
+    home = setting.starts / str(seed)
+    return script(
+        script_name,
         f"--config-name=salm_t5_{setting.recipe}",
         f"corpus={corpus}",
         f"model.pretrained_llm={home / 't5' / ('init' if arm.from_nothing else 't5')}",
-        f"model.pretrained_asr={home / encoder / 'encoder.nemo'}",
+        f"model.pretrained_asr={home / _encoder(arm) / 'encoder.nemo'}",
         f"exp_dir={folder}",
         f"seed={seed}",
         f"data.train_ds.seed={seed}",
@@ -127,14 +163,15 @@ def training_run(setting: Setting, corpus: Path, folder: Path, name: str, arm: A
         "num_threads=1",
         "+trainer.callbacks=[{_target_: nemo_emmett.callbacks.TrainingClock}]",
         "exp_manager.resume_if_exists=false",
-        f"exp_manager.checkpoint_callback_params.monitor={DEV_SPEECH}",
-        f"+evaluation.recipe=evaluate_{setting.recipe}",
-        f"+evaluation.output={folder / 'evaluation'}",
-        "+evaluation.best=true",
-        *arm.overrides,
     )
-    after = tuple(_start(setting, part, seed) for part in (encoder, "t5"))
-    return Run(name, lambda: command, folder / "evaluation" / "report.html", after, unfinished=folder)
+
+
+def _needed(setting: Setting, arm: Arm, seed: int) -> tuple[str, ...]:
+    return tuple(_start(setting, part, seed) for part in (_encoder(arm), "t5"))
+
+
+def _encoder(arm: Arm) -> str:
+    return RANDOM_ENCODER if arm.from_nothing else "encoder"
 
 
 def _start(setting: Setting, part: str, seed: int) -> str:

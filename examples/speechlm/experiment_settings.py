@@ -1,4 +1,5 @@
-"""How to set up joint training with 1,000 recordings: ratio, weight, learning rate of the encoder, length.
+"""How to set up joint training with 1,000 recordings: ratio, weight, learning rate of the encoder, length, order of
+unfreezing.
 
 The captions, starts, and two of the trainings of the part on scarce speech: speech alone and joint. The others change
 one setting of joint training; the longer ones have twice the steps, and speech alone is trained longer too.
@@ -17,7 +18,7 @@ from statistics import fmean
 from experiment_runs import Corpus
 from experiment_scarce import ARMS as SCARCE_ARMS
 from experiment_scarce import STEPS, TEXT, corpus_runs, scarce_setting
-from experiment_seeds import SPEECH_ALONE, VALIDATIONS, Arm, Part, Results, start_runs, training_run
+from experiment_seeds import SPEECH_ALONE, VALIDATIONS, Arm, Part, Results, start_runs, training_runs
 
 SIZE = "1000"
 """Recordings; the name of the corpus' folder."""
@@ -38,6 +39,8 @@ ARMS = (
     Arm("encoder_slow", "a third of the encoder's learning rate", (*TEXT, _encoder(0.0033))),
     Arm("encoder_fast", "three times the encoder's learning rate", (*TEXT, _encoder(0.03))),
     Arm("encoder_frozen", "frozen encoder", (*TEXT, "+model.freeze=[encoder]")),
+    Arm("llm_late", "language model frozen in the first half", TEXT, frozen_at_first="llm"),
+    Arm("encoder_late", "encoder frozen in the first half", TEXT, frozen_at_first="encoder"),
     Arm("speech_longer", "speech alone, twice the steps", (SPEECH_ALONE, *LONGER)),
     Arm("joint_longer", "joint, twice the steps", (*TEXT, *LONGER)),
 )
@@ -58,7 +61,7 @@ def part(captions: Corpus, source: Path, data: Path, exp: Path, seeds: Sequence[
         for arm in (*SHARED, *ARMS):
             folder = _folder(exp, arm.name, seed)
             name = f"scarce/{SIZE}/{arm.name}/{seed}" if arm in SHARED else f"settings/{arm.name}/{seed}"
-            runs.append(training_run(setting, data / "scarce" / SIZE, folder, name, arm, seed))
+            runs += training_runs(setting, data / "scarce" / SIZE, folder, name, arm, seed)
     return Part("settings", runs, lambda: collect(exp, seeds), tables, draw)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiment_runs import Corpus, Run
-from experiment_seeds import SPEECH_ALONE, Arm, Part, Results, Setting, start_runs, training_run
+from experiment_seeds import SPEECH_ALONE, Arm, Part, Results, Setting, start_runs, training_runs
 
 if TYPE_CHECKING:
     from nemo_emmett.evaluation import Translation
@@ -90,7 +90,7 @@ def part(phrasebook: Corpus, exp: Path, seeds: Sequence[int]) -> Part:
     for seed in seeds:
         for arm in ARMS:
             folder, name = home / arm.name / str(seed), f"zero_shot/{arm.name}/{seed}"
-            runs.append(training_run(setting, phrasebook.folder, folder, name, arm, seed))
+            runs += training_runs(setting, phrasebook.folder, folder, name, arm, seed)
     return Part("zero_shot", runs, lambda: collect(home, seeds), tables, draw)
 
 
