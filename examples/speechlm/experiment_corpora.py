@@ -6,7 +6,8 @@ Usage:
 
 ``scarce`` divides the captions: ``{out}/start`` is what encoder and language model are pretrained on, all recordings
 and the pairs of sentences that are not spoken; ``{out}/250``, ``500``, ... ``all`` are what the models are trained on,
-each with all pairs of sentences as text and with the first recordings of one random order. ``mboshi`` writes text
+each with all pairs of sentences as text and with the first recordings of one random order; some recordings are moved
+to the development set. ``mboshi`` writes text
 files, and recordings as WAV. Either leaves out of all training data what equals a sentence of the test or development
 set in any language, and writes a summary last.
 """
@@ -28,6 +29,10 @@ from nemo_emmett.errors import DataError
 
 SIZES = ("250", "500", "1000", "2000", "all")
 """Recordings that translation is trained on; the names of the folders."""
+
+DEV = 300
+"""Recordings that are taken from the training data to choose checkpoints by, with those of the development set: by
+100 captions alone the choice is mostly chance."""
 
 SUMMARY = "corpus.json"
 """Written last: what the corpus holds, and how many sentences were left out."""
@@ -52,26 +57,32 @@ def main() -> None:
     print(json.dumps(summary))
 
 
-def write_scarce(captions: Path, source: Path, out: Path, seed: int = 0) -> dict[str, Any]:
+def write_scarce(captions: Path, source: Path, out: Path, dev: int = DEV, seed: int = 0) -> dict[str, Any]:
     """Divide the captions corpus; returns the summary.
 
     Args:
         captions: the corpus; its recordings name their lines of ``source``.
         source: Multi30k's raw text: all its training pairs are the text, its whole validation set is held out.
         out: the folder to write to.
+        dev: recordings that are moved from the training data to the development set of speech.
         seed: of the order in which recordings are taken.
 
     Raises:
         DataError: if the recordings are not of this source, or no pair of sentences is left that is not spoken.
     """
     pairs = {line: texts for line, texts in enumerate(_pairs(source, "train"), start=1) if all(texts.values())}
-    held_out = _held_out(_pairs(source, "val"))
-    kept = {line: texts for line, texts in pairs.items() if held_out.match(texts) is None}
     records = _records(captions / "speech" / "train.en.jsonl")
     if any(pairs.get(one["line"], {}).get("en") != one["text"] for one in records):
         raise DataError(f"'{captions}' was not made from the captions in '{source}'; give the folder it was made from.")
-    records = [one for one in records if one["line"] in kept]
+    validation = _held_out(_pairs(source, "val"))
     random.Random(seed).shuffle(records)
+    records = [one for one in records if validation.match(pairs[one["line"]]) is None]
+    moved = records[:dev]
+    of_dev = _held_out(pairs[one["line"]] for one in moved)
+    kept = {
+        line: texts for line, texts in pairs.items() if validation.match(texts) is None and of_dev.match(texts) is None
+    }
+    records = [one for one in records if one["line"] in kept]
     spoken = _held_out(kept[one["line"]] for one in records)
     unspoken = [texts for texts in kept.values() if spoken.match(texts) is None]
     if not unspoken:
@@ -80,13 +91,14 @@ def write_scarce(captions: Path, source: Path, out: Path, seed: int = 0) -> dict
             "the language model on; prepare the corpus with fewer captions."
         )
 
-    _write_corpus(out / "start", captions, unspoken, records)
+    _write_corpus(out / "start", captions, unspoken, records, moved)
     counts = {size: len(records) if size == "all" else min(int(size), len(records)) for size in SIZES}
     for size, count in counts.items():
-        _write_corpus(out / size, captions, list(kept.values()), records[:count])
+        _write_corpus(out / size, captions, list(kept.values()), records[:count], moved)
     summary = {
         "pairs": len(pairs),
-        "left_out": len(pairs) - len(kept),
+        "left_out": len(pairs) - len(kept) - len({one["line"] for one in moved}),
+        "dev_recordings": len(moved),
         "text": len(kept),
         "start_text": len(unspoken),
         "recordings": counts,
@@ -116,15 +128,18 @@ def write_mboshi(source: Path, out: Path) -> dict[str, Any]:
     return summary
 
 
-def _write_corpus(out: Path, captions: Path, text: Sequence[Texts], recordings: Sequence[Mapping]) -> None:
-    """A corpus with other training data than the captions', and the same development and test sets."""
+def _write_corpus(
+    out: Path, captions: Path, text: Sequence[Texts], recordings: Sequence[Mapping], dev: Sequence[Mapping]
+) -> None:
+    """A corpus with other training data than the captions', more development data of speech, and the same test set."""
     _write_texts(out / "text", "train", text)
     _write_records(out / "speech" / "train.en.jsonl", recordings)
-    for split in ("dev", "test"):
+    for split, more in {"dev": dev, "test": ()}.items():
         for language in ("en", "fr"):
             name = f"{split}.{language}"
             (out / "text" / name).write_bytes((captions / "text" / name).read_bytes())
-        _write_records(out / "speech" / f"{split}.en.jsonl", _records(captions / "speech" / f"{split}.en.jsonl"))
+        of_split = _records(captions / "speech" / f"{split}.en.jsonl")
+        _write_records(out / "speech" / f"{split}.en.jsonl", [*of_split, *more])
 
 
 def _pairs(source: Path, split: str) -> list[dict[str, str]]:
