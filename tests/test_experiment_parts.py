@@ -88,13 +88,13 @@ def test_every_run_comes_after_those_it_needs_and_parts_share_what_they_have_in_
     assert len(runs) == len({run.result for run in runs})
     scarce = {run.name: run for run in parts["scarce"].runs}
     shared = {name: [run for run in parts[name].runs if run.name in scarce] for name in ("forgetting", "settings")}
-    assert {name: len(of_part) for name, of_part in shared.items()} == {"forgetting": 8, "settings": 12}
+    assert {name: len(of_part) for name, of_part in shared.items()} == {"forgetting": 8, "settings": 14}
     for run in (*shared["forgetting"], *shared["settings"]):
         assert (run.command(), run.result) == (scarce[run.name].command(), scarce[run.name].result)
 
 
 @pytest.mark.parametrize(
-    ("name", "trainings"), [("scarce", 23), ("settings", 11), ("forgetting", 12), ("mboshi", 8), ("zero_shot", 4)]
+    ("name", "trainings"), [("scarce", 25), ("settings", 11), ("forgetting", 12), ("mboshi", 8), ("zero_shot", 4)]
 )
 def test_every_training_has_a_recipe_without_a_mistake(name, trainings, parts):
     found = recipes(parts[name])
@@ -158,6 +158,8 @@ def test_the_arms_of_scarce_speech_are_those_of_the_question(parts):
     assert joint.data.train_ds.text.every_n_steps == 4
     assert dict(joint.model.modality_loss_weights) == {"audio": 1.0, "text": 0.5}
     assert "objectives" not in joint.model
+    assert "every_n_steps" not in found["scarce/250/equal/1"].data.train_ds.text
+    assert {recipe.data.train_ds.audio.batch_size for recipe in found.values()} == {16}
     assert set(together.model.objectives) == {"distillation", "consistency", "retention", "transcription"}
     assert together.data.train_ds.audio.transcription == 0.2
     assert {name.split("/")[1] for name in found} == {"250", "500", "1000", "2000", "all"}

@@ -56,6 +56,7 @@ class Setting:
     steps: int  # of speech
     from_nothing: bool = False  # some arms start from random weights
     encoder: tuple[str, ...] = ()  # overrides of the encoder's pretraining
+    overrides: tuple[str, ...] = ()  # of all trainings
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def _training(
         "num_threads=1",
         "+trainer.callbacks=[{_target_: nemo_emmett.callbacks.TrainingClock}]",
         "exp_manager.resume_if_exists=false",
+        *setting.overrides,
     )
 
 

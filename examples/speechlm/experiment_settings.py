@@ -30,11 +30,10 @@ def _encoder(rate: float) -> str:
     return f"+model.optim_param_groups={{encoder: {{lr: {rate}}}}}"
 
 
-SHARED = tuple(arm for arm in SCARCE_ARMS if arm.name in ("speech", "joint"))
+SHARED = tuple(arm for arm in SCARCE_ARMS if arm.name in ("speech", "joint", "equal"))
 """Trainings of the part on scarce speech."""
 
 ARMS = (
-    Arm("equal", "as much text as speech, weight 1", ()),
     Arm("weight_1", "text in a quarter, weight 1", ("+data.train_ds.text.every_n_steps=4",)),
     Arm("encoder_slow", "a third of the encoder's learning rate", (*TEXT, _encoder(0.0033))),
     Arm("encoder_fast", "three times the encoder's learning rate", (*TEXT, _encoder(0.03))),
