@@ -1,4 +1,4 @@
-"""Where joint training helps: speech translation from 250 to 6,459 recordings.
+"""Where joint training helps: speech translation from 250 to 6,156 recordings.
 
 Multi30k's captions of at most 12 words, in one synthetic voice, English to French. The models are trained on the first
 250, 500, 1,000, 2,000 or all recordings with translations. The speech encoder is pretrained on all of them with their
