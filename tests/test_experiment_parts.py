@@ -94,7 +94,7 @@ def test_every_run_comes_after_those_it_needs_and_parts_share_what_they_have_in_
 
 
 @pytest.mark.parametrize(
-    ("name", "trainings"), [("scarce", 25), ("settings", 11), ("forgetting", 12), ("mboshi", 8), ("zero_shot", 4)]
+    ("name", "trainings"), [("scarce", 25), ("settings", 10), ("forgetting", 10), ("mboshi", 8), ("zero_shot", 4)]
 )
 def test_every_training_has_a_recipe_without_a_mistake(name, trainings, parts):
     found = recipes(parts[name])
@@ -482,7 +482,7 @@ def test_the_score_within_a_budget_is_the_best_until_then():
     assert best_within(curve, 900.0) == 40.0
 
 
-def test_curves_of_a_training_in_halves_follow_one_another(tmp_path, monkeypatch):
+def test_the_curves_of_both_halves_follow_one_another(tmp_path, monkeypatch):
     import experiment_compare
     import experiment_results
 
@@ -490,7 +490,7 @@ def test_curves_of_a_training_in_halves_follow_one_another(tmp_path, monkeypatch
 
     def curves(seconds: float, bleu: list[float]) -> dict[str, Curve]:
         points = {"train_cpu_seconds": [seconds / 2, seconds], "train_seconds": [seconds] * 2}
-        points |= {experiment_results.DEV_SPEECH: bleu, experiment_results.DEV_TEXT: [50.0, 60.0]}
+        points |= {experiment_results.DEV_SPEECH: bleu}
         return {name: Curve(name, [9, 19], values) for name, values in points.items()}
 
     folder, first = tmp_path / "1", tmp_path / "1_first_half"
@@ -501,7 +501,6 @@ def test_curves_of_a_training_in_halves_follow_one_another(tmp_path, monkeypatch
     monkeypatch.setattr(experiment_compare, "VALIDATIONS", 2)
     found = experiment_compare.training_results(folder)
     assert found["curve"] == [[9, 15.0, 9.0], [19, 30.0, 8.0], [29, 55.0, 5.0], [39, 80.0, 7.0]]
-    assert found["text_curve"] == [[9, 50.0], [19, 60.0], [29, 50.0], [39, 60.0]]
     assert (found["cpu_seconds"], found["best_step"], found["best_cpu_seconds"]) == (80.0, 39, 80.0)
 
 

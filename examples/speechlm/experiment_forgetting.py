@@ -44,9 +44,7 @@ ARMS = (
     Arm("speech", "speech alone", (SPEECH_ALONE,)),
     Arm("replay_1_8", "replay 1/8", _replay(0.125)),
     Arm("replay_1_4", "replay 1/4", _replay(0.25)),
-    Arm("replay_1_2", "replay 1/2", _replay(0.5)),
     Arm("replay_1", "replay 1", _replay(1.0)),
-    Arm("retention_1_4", "retention 0.25", _retention(0.25)),
     Arm("retention_1", "retention 1", _retention(1.0)),
     Arm("retention_4", "retention 4", _retention(4.0)),
     Arm("replay_retention", "replay 1/4 + retention 1", (*_replay(0.25), RETENTION)),
@@ -57,8 +55,8 @@ ARMS = (
 """Ways of training; the first is what the others are compared with."""
 
 FAMILIES = {
-    "replay": ("replay_1_8", "replay_1_4", "replay_1_2", "replay_1"),
-    "retention": ("retention_1_4", "retention_1", "retention_4"),
+    "replay": ("replay_1_8", "replay_1_4", "replay_1"),
+    "retention": ("retention_1", "retention_4"),
 }
 """Arms that differ in one number; joined by a line in the plot."""
 

@@ -213,7 +213,7 @@ def training_curves(folder: Path) -> dict[str, Any]:
 
 
 def _after_first_half(first: Mapping, second: Mapping) -> dict[str, Any]:
-    """The curves of both halves, the second's after the first's; the best checkpoint is one of the second's."""
+    """The curve of both halves, the second after the first; the best checkpoint is one of the second's."""
     steps, cpu_seconds = first["curve"][-1][0] + 1, first["cpu_seconds"]  # validation counts steps from 0
     after = [[step + steps, seconds + cpu_seconds, bleu] for step, seconds, bleu in second["curve"]]
     return {
@@ -221,7 +221,6 @@ def _after_first_half(first: Mapping, second: Mapping) -> dict[str, Any]:
         "cpu_seconds": second["cpu_seconds"] + cpu_seconds,
         "seconds": second["seconds"] + first["seconds"],
         "curve": [*first["curve"], *after],
-        "text_curve": [*first["text_curve"], *([step + steps, bleu] for step, bleu in second["text_curve"])],
     }
 
 
