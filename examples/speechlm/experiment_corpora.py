@@ -3,13 +3,15 @@
 Usage:
     python examples/speechlm/experiment_corpora.py scarce --captions data/captions --source multi30k --out data/scarce
     python examples/speechlm/experiment_corpora.py mboshi --source mboshi --out data/mboshi
+    python examples/speechlm/experiment_corpora.py leaks --out data/mboshi
 
 ``scarce`` divides the captions: ``{out}/start`` is what encoder and language model are pretrained on, all recordings
 and the pairs of sentences that are not spoken; ``{out}/250``, ``500``, ... ``all`` are what the models are trained on,
 each with all pairs of sentences as text and with the first recordings of one random order; some recordings are moved
-to the development set. ``mboshi`` writes text
-files, and recordings as WAV. Either leaves out of all training data what equals a sentence of the test or development
-set in any language, and writes a summary last.
+to the development set. ``mboshi`` writes text files, and recordings as WAV. Either leaves out of all training data what
+equals a sentence of the test or development set in any language, and writes a summary last. ``leaks`` fails if a test
+or development sentence is in the training data of a corpus, or of the corpora in its subfolders; else it writes
+``{out}/leaks.json``.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import soundfile
+from experiment_runs import LEAKS
 
 from nemo_emmett.corpora.leaks import HeldOut
+from nemo_emmett.corpora.leaks_command import print_leaks
 from nemo_emmett.corpora.sentence_files import PlacedSentence
 from nemo_emmett.errors import DataError
 
@@ -41,20 +45,23 @@ Texts = Mapping[str, str]
 
 
 def main() -> None:
-    """Write one of the corpora."""
+    """Write one of the corpora, or search one for leaks."""
     parser = argparse.ArgumentParser(description="The corpora of the experiment's parts.")
-    parser.add_argument("corpus", choices=("scarce", "mboshi"))
+    parser.add_argument("task", choices=("scarce", "mboshi", "leaks"))
     parser.add_argument("--captions", type=Path, help="the captions corpus, as nemo-emmett prepare captions writes it")
-    parser.add_argument("--source", type=Path, required=True, help="folder of Multi30k, or of the Mboshi manifests")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    parser.add_argument("--source", type=Path, help="folder of Multi30k, or of the Mboshi manifests")
+    parser.add_argument("--out", type=Path, required=True, help="the corpus' folder")
     options = parser.parse_args()
-    if options.corpus == "mboshi":
-        summary = write_mboshi(options.source, options.out)
-    elif options.captions is None:
-        parser.error("--captions: the captions corpus is needed for scarce")
+    needed = {"scarce": ("captions", "source"), "mboshi": ("source",), "leaks": ()}[options.task]
+    for name in needed:
+        if getattr(options, name) is None:
+            parser.error(f"--{name} is needed for {options.task}")
+    if options.task == "leaks":
+        search_leaks(options.out)
+    elif options.task == "mboshi":
+        print(json.dumps(write_mboshi(options.source, options.out)))
     else:
-        summary = write_scarce(options.captions, options.source, options.out)
-    print(json.dumps(summary))
+        print(json.dumps(write_scarce(options.captions, options.source, options.out)))
 
 
 def write_scarce(captions: Path, source: Path, out: Path, dev: int = DEV, seed: int = 0) -> dict[str, Any]:
@@ -75,8 +82,8 @@ def write_scarce(captions: Path, source: Path, out: Path, dev: int = DEV, seed: 
     if any(pairs.get(one["line"], {}).get("en") != one["text"] for one in records):
         raise DataError(f"'{captions}' was not made from the captions in '{source}'; give the folder it was made from.")
     validation = _held_out(_pairs(source, "val"))
-    random.Random(seed).shuffle(records)
     records = [one for one in records if validation.match(pairs[one["line"]]) is None]
+    random.Random(seed).shuffle(records)
     moved = records[:dev]
     of_dev = _held_out(pairs[one["line"]] for one in moved)
     kept = {
@@ -128,6 +135,28 @@ def write_mboshi(source: Path, out: Path) -> dict[str, Any]:
     return summary
 
 
+def search_leaks(corpus: Path) -> None:
+    """Fail if a sentence of a corpus' test or development set is in its training data; else write that there is none.
+
+    Args:
+        corpus: its folder, or one with corpora.
+    """
+    folders = [corpus] if (corpus / "text").is_dir() else sorted(path.parent for path in corpus.glob("*/text"))
+    training, held_out = (
+        sorted(
+            file
+            for folder in folders
+            for split in splits
+            for file in (*(folder / "text").glob(f"{split}.*"), *(folder / "speech").glob(f"{split}.*"))
+        )
+        for splits in (("train",), ("dev", "test"))
+    )
+    if print_leaks(training, held_out, near=False):
+        raise SystemExit(f"'{corpus}': test sentences are in the training data.")
+    searched = {"training_files": len(training), "held_out_files": len(held_out), "leaks": 0}
+    (corpus / LEAKS).write_text(json.dumps(searched, indent=1) + "\n")
+
+
 def _write_corpus(
     out: Path, captions: Path, text: Sequence[Texts], recordings: Sequence[Mapping], dev: Sequence[Mapping]
 ) -> None:
@@ -174,11 +203,12 @@ def _mboshi_texts(record: Mapping) -> dict[str, str]:
 
 
 def _records(manifest: Path) -> list[dict[str, Any]]:
-    """The records of a manifest, with absolute paths."""
+    """The records of a manifest, with absolute paths, and with no other translation than the French."""
     with manifest.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
     for record in records:
         record["audio_filepath"] = str((manifest.parent / record["audio_filepath"]).resolve())
+        record["translations"] = {"fr": record["translations"]["fr"]}
     return records
 
 

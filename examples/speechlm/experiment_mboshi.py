@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiment_corpora import SUMMARY
-from experiment_runs import Run
+from experiment_runs import Run, leaks_run
 from experiment_scarce import ARMS as SCARCE_ARMS
 from experiment_seeds import Part, Results, Setting, start_runs, training_runs
 from stages import script
@@ -55,9 +55,10 @@ def part(source: Path, data: Path, exp: Path, seeds: Sequence[int]) -> Part:
         seeds: of pretraining and training.
     """
     corpus, home = data / "mboshi", exp / "mboshi"
-    setting = Setting("mboshi", "mboshi", corpus, home, home / "start", "mboshi/corpus", STEPS, True)
+    setting = Setting("mboshi", "mboshi", corpus, home, home / "start", "mboshi/leaks", STEPS, True)
     prepare = script("experiment_corpora.py", "mboshi", "--source", str(source), "--out", str(corpus))
-    runs = [Run("mboshi/corpus", lambda: prepare, corpus / SUMMARY), *start_runs(setting, seeds)]
+    made = Run("mboshi/corpus", lambda: prepare, corpus / SUMMARY)
+    runs = [made, leaks_run("mboshi", corpus), *start_runs(setting, seeds)]
     for seed in seeds:
         for arm in ARMS:
             name = f"mboshi/{arm.name}/{seed}"

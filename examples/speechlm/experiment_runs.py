@@ -47,6 +47,10 @@ MEMORY_BUDGET, MODALITY_SHARE = "400MiB", "0.8"
 """Memory of a step in the second part, and speech's share of it: batches of some thirty recordings."""
 
 
+LEAKS = "leaks.json"
+"""Written where no test sentence is in a corpus' training data."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A corpus, and how long the models are trained on it."""
@@ -95,6 +99,18 @@ def all_runs(corpora: Sequence[Corpus], exp: Path, seeds: Sequence[int] = SEEDS)
     return starts + efficiency + trainings
 
 
+def corpus_runs(corpus: Corpus) -> list[Run]:
+    """The corpus, and the search for test sentences in its training data."""
+    spoken = Run(f"{corpus.name}/corpus", lambda: corpus.prepare, corpus.folder / corpus.summary)
+    return [spoken, leaks_run(corpus.name, corpus.folder)]
+
+
+def leaks_run(name: str, folder: Path) -> Run:
+    """The search for test sentences in the training data of a corpus; fails if there is one."""
+    command = script("experiment_corpora.py", "leaks", "--out", str(folder))
+    return Run(f"{name}/leaks", lambda: command, folder / LEAKS, (f"{name}/corpus",))
+
+
 def start_runs(corpus: Corpus, exp: Path) -> list[Run]:
     """The corpus, and the pretrained parts that all trainings on it start from; the language models are scored."""
 
@@ -106,7 +122,7 @@ def start_runs(corpus: Corpus, exp: Path) -> list[Run]:
             f"exp_dir={exp / part}",
             "num_threads=1",
         )
-        return Run(f"{corpus.name}/{part}", lambda: command, result, after=(f"{corpus.name}/corpus",))
+        return Run(f"{corpus.name}/{part}", lambda: command, result, after=(f"{corpus.name}/leaks",))
 
     def scoring(part: str) -> Run:
         output = exp / part / "evaluation"
@@ -121,7 +137,7 @@ def start_runs(corpus: Corpus, exp: Path) -> list[Run]:
         return Run(f"{corpus.name}/{part}/start", lambda: command, output / "report.html", (f"{corpus.name}/{part}",))
 
     return [
-        Run(f"{corpus.name}/corpus", lambda: corpus.prepare, corpus.folder / corpus.summary),
+        *corpus_runs(corpus),
         pretraining("encoder", "pretrain_encoder.py", exp / "encoder" / "encoder.nemo"),
         pretraining("t5", "pretrain_t5.py", exp / "t5" / "t5" / "config.json"),
         pretraining("llm", "pretrain_llm.py", exp / "llm" / "llm" / "config.json"),

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiment_corpora import SIZES, SUMMARY
-from experiment_runs import Corpus, Run
+from experiment_runs import Corpus, Run, leaks_run
+from experiment_runs import corpus_runs as captions_runs
 from experiment_seeds import SPEECH_ALONE, Arm, Part, Results, Setting, objective, start_runs, training_runs
 from stages import script
 
@@ -98,7 +99,7 @@ def scarce_setting(data: Path, exp: Path) -> Setting:
         corpus,
         exp / "scarce",
         starts,
-        "scarce/corpus",
+        "scarce/leaks",
         STEPS,
         encoder=ENCODER,
         overrides=COMMON,
@@ -110,8 +111,8 @@ def corpus_runs(captions: Corpus, source: Path, data: Path) -> list[Run]:
     out = data / "scarce"
     options = ["--captions", str(captions.folder), "--source", str(source), "--out", str(out)]
     command = script("experiment_corpora.py", "scarce", *options)
-    spoken = Run("captions/corpus", lambda: captions.prepare, captions.folder / captions.summary)
-    return [spoken, Run("scarce/corpus", lambda: command, out / SUMMARY, ("captions/corpus",))]
+    divided = Run("scarce/corpus", lambda: command, out / SUMMARY, ("captions/corpus",))
+    return [*captions_runs(captions), divided, leaks_run("scarce", out)]
 
 
 def collect(data: Path, home: Path, seeds: Sequence[int]) -> Results:

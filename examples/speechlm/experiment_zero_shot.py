@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiment_runs import Corpus, Run
+from experiment_runs import Corpus, corpus_runs
 from experiment_seeds import SPEECH_ALONE, Arm, Part, Results, Setting, start_runs, training_runs
 
 if TYPE_CHECKING:
@@ -84,9 +84,8 @@ def part(phrasebook: Corpus, exp: Path, seeds: Sequence[int]) -> Part:
         seeds: of pretraining and training.
     """
     home = exp / "zero_shot"
-    setting = Setting("zero_shot", "phrasebook", phrasebook.folder, home, home / "start", "phrasebook/corpus", STEPS)
-    corpus = Run("phrasebook/corpus", lambda: phrasebook.prepare, phrasebook.folder / phrasebook.summary)
-    runs = [corpus, *start_runs(setting, seeds)]
+    setting = Setting("zero_shot", "phrasebook", phrasebook.folder, home, home / "start", "phrasebook/leaks", STEPS)
+    runs = [*corpus_runs(phrasebook), *start_runs(setting, seeds)]
     for seed in seeds:
         for arm in ARMS:
             folder, name = home / arm.name / str(seed), f"zero_shot/{arm.name}/{seed}"

@@ -18,10 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_emmett.corpora.leaks import HeldOut
 from nemo_emmett.corpora.phrasebook.config import LANGUAGES, Names, check_choices, check_interval, check_range
 from nemo_emmett.corpora.phrasebook.espeak import check_variants, draw_voice
 from nemo_emmett.corpora.phrasebook.speaking import Contents, Spoken, SpokenSummary, prepare_spoken
 from nemo_emmett.corpora.readers.files import SourceFiles
+from nemo_emmett.corpora.sentence_files import PlacedSentence
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.typed_config import Count, PositiveWhole, Switch, Whole, parse_fields
 
@@ -152,12 +154,14 @@ def _contents(lines: Mapping[str, Mapping[str, Sequence[str]]], config: Captions
 
 
 def _split(lines: Mapping[str, Mapping[str, Sequence[str]]], config: CaptionsConfig) -> dict[str, list[Caption]]:
-    held_out = {text for caption in _captions(lines["val"]) for text in caption.texts.items()}
+    held_out = HeldOut(
+        (PlacedSentence(one.texts, Path("val"), one.line) for one in _captions(lines["val"])), near=False
+    )
     validation = [caption for caption in _captions(lines["val"]) if _fits(caption, config.max_words)]
     train = [
         caption
         for caption in _captions(lines["train"])
-        if _fits(caption, config.max_words) and held_out.isdisjoint(caption.texts.items())
+        if _fits(caption, config.max_words) and held_out.match(caption.texts) is None
     ]
     for name, left in (("dev_captions", len(validation) - 1), ("train_captions", len(train))):
         if (count := getattr(config, name)) is not None and count > left:

@@ -65,6 +65,18 @@ def test_train_captions_that_are_long_empty_or_held_out_are_left_out_in_every_la
     assert lines_of(out / "text" / "train.de") == ["Ein Hund rennt.", "Zwei Männer sitzen.", "Vier Vögel fliegen."]
 
 
+def test_no_train_caption_is_a_leak(tmp_path):
+    train = {
+        "en": ["a man, walks", "Three old girls play in the wide park, and a dog barks.", "A dog runs."],
+        "de": ["Es geht wer.", "Drei Mädchen spielen, und ein Hund bellt.", "Ein Hund rennt."],
+    }
+    val = {"en": ["A man walks.", "Three old girls play in the wide park."], "de": ["Ein Mann geht.", "Drei Mädchen."]}
+    source = write_source(tmp_path / "source", train, val)
+    config = dataclasses.replace(CONFIG, max_words=None)
+    prepare_captions(source, tmp_path / "out", config, num_jobs=1, show_progress=False)
+    assert lines_of(tmp_path / "out" / "text" / "train.en") == ["A dog runs."]
+
+
 def test_as_many_train_captions_are_spoken_as_asked_and_all_that_are_held_out(out):
     assert {path.name for path in (out / "speech").iterdir()} == {"train.en.jsonl", "dev.en.jsonl", "test.en.jsonl"}
     spoken = {split: [json.loads(line) for line in lines_of(out / "speech" / f"{split}.en.jsonl")] for split in SPLITS}
