@@ -88,7 +88,7 @@ def test_every_run_comes_after_those_it_needs_and_parts_share_what_they_have_in_
     assert len(runs) == len({run.result for run in runs})
     scarce = {run.name: run for run in parts["scarce"].runs}
     shared = {name: [run for run in parts[name].runs if run.name in scarce] for name in ("forgetting", "settings")}
-    assert {name: len(of_part) for name, of_part in shared.items()} == {"forgetting": 8, "settings": 14}
+    assert {name: len(of_part) for name, of_part in shared.items()} == {"forgetting": 10, "settings": 16}
     for run in (*shared["forgetting"], *shared["settings"]):
         assert (run.command(), run.result) == (scarce[run.name].command(), scarce[run.name].result)
 
@@ -297,9 +297,29 @@ def test_scarce_corpora_are_nested_and_apart_from_test_and_start(captions_source
     assert (source / "train.en").read_text().splitlines()[59] not in {en for en, _ in start}  # its French is spoken
     assert set(start) | of_speech | {everything[-1]} == set(everything)
     assert all(Path(one["audio_filepath"]).is_absolute() for one in spoken(out / "start", "en", "test"))
-    assert summary["left_out"] == 2
+    assert summary["left_out"] == 60 - 4 - len(everything)
+    experiment_corpora.search_leaks(out)
+    assert json.loads((out / "leaks.json").read_text()) == {"training_files": 12, "held_out_files": 24, "leaks": 0}
     assert summary["recordings"] == {"5": 5, "10": 10, "all": 34}
     assert (out / "corpus.json").exists()
+
+
+@pytest.mark.parametrize("planted", ["text/train.en", "speech/train.en.jsonl"])
+def test_a_test_sentence_in_the_training_data_of_a_corpus_ends_the_experiment(
+    planted, captions_source, tmp_path, monkeypatch
+):
+    import experiment_corpora
+
+    monkeypatch.setattr(experiment_corpora, "SIZES", ("all",))
+    source, corpus = captions_source
+    out = tmp_path / "scarce"
+    experiment_corpora.write_scarce(corpus, source, out, dev=4)
+    tested = spoken(out / "all", "en", "test")[0]
+    with (out / "all" / planted).open("a") as file:
+        file.write(f"{tested['text'].upper() if planted.startswith('text') else json.dumps(tested)}\n")
+    with pytest.raises(SystemExit, match="test sentences are in the training data"):
+        experiment_corpora.search_leaks(out)
+    assert not (out / "leaks.json").exists()
 
 
 def test_captions_that_cannot_be_divided_are_refused(captions_source, tmp_path):
