@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Callable, Sequence
 from itertools import permutations
@@ -44,22 +46,27 @@ def parts(tmp_path: Path, monkeypatch) -> dict[str, Any]:
     from experiment_runs import captions, phrasebook
 
     monkeypatch.chdir(tmp_path)
-    data, source = Path("data"), Path("multi30k")
+    data, exp, source = Path("data"), Path("exp"), Path("multi30k")
     counts = {"250": 250, "500": 500, "1000": 1000, "2000": 2000, "all": 6156}
     write_lines(data / "scarce" / "corpus.json", [json.dumps({"recordings": counts})])
     corpus = captions(data, source)
     made = [
-        experiment_scarce.part(corpus, source, data, tmp_path, SEEDS),
-        experiment_settings.part(corpus, source, data, tmp_path, SEEDS),
-        experiment_forgetting.part(corpus, source, data, tmp_path, SEEDS),
-        experiment_mboshi.part(Path("mboshi"), data, tmp_path, SEEDS),
-        experiment_zero_shot.part(phrasebook(data), tmp_path, SEEDS),
+        experiment_scarce.part(corpus, source, data, exp, SEEDS),
+        experiment_settings.part(corpus, source, data, exp, SEEDS),
+        experiment_forgetting.part(corpus, source, data, exp, SEEDS),
+        experiment_mboshi.part(Path("mboshi"), data, exp, SEEDS),
+        experiment_zero_shot.part(phrasebook(data), exp, SEEDS),
     ]
     return {part.name: part for part in made}
 
 
 def recipe_of(command: list[str]):
     """The recipe that a run's command composes; Hydra refuses an override that is none."""
+    return copy.deepcopy(composed(tuple(command)))  # tests resolve it
+
+
+@functools.cache
+def composed(command: tuple[str, ...]):
     name = next(word.partition("=")[2] for word in command if word.startswith("--config-name="))
     overrides = [word for word in command[2:] if not word.startswith("--")]
     with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
