@@ -115,7 +115,7 @@ def test_every_training_has_a_recipe_without_a_mistake(name, trainings, parts):
         assert recipe.seed == recipe.data.train_ds.seed == 1
         assert recipe.exp_manager.checkpoint_callback_params.monitor == "val_bleu_dev_speech"
         assert "dev_speech" in recipe.data.validation_ds.datasets
-        assert recipe.trainer.max_steps == 8 * recipe.trainer.limit_train_batches
+        assert recipe.trainer.max_steps == 5 * recipe.trainer.limit_train_batches
         assert recipe.evaluation.best is True
         assert Path(recipe.export_dir) == Path(recipe.exp_dir) / "model"
 

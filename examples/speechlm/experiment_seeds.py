@@ -2,7 +2,7 @@
 set says so.
 
 A seed is one of everything: of the pretraining of speech encoder and language model, of the order of the data, of
-dropout and SpecAugment. A training validates eight times; the checkpoint with the best speech BLEU on the development
+dropout and SpecAugment. A training validates five times; the checkpoint with the best speech BLEU on the development
 set is scored on the test sets.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from experiment_runs import Run
 from stages import script
 
-VALIDATIONS = 8
+VALIDATIONS = 5
 """Of a training, at equal intervals."""
 
 FIRST_HALF = "_first_half"
