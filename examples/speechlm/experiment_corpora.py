@@ -104,7 +104,7 @@ def write_scarce(captions: Path, source: Path, out: Path, dev: int = DEV, seed: 
         _write_corpus(out / size, captions, list(kept.values()), records[:count], moved)
     summary = {
         "pairs": len(pairs),
-        "left_out": len(pairs) - len(kept) - len({one["line"] for one in moved}),
+        "left_out": len(pairs) - len(kept) - len(moved),
         "dev_recordings": len(moved),
         "text": len(kept),
         "start_text": len(unspoken),
