@@ -23,6 +23,7 @@ from nemo_emmett.corpora.phrasebook import (
     write_item,
 )
 from nemo_emmett.corpora.phrasebook.espeak import Voice, draw_voice
+from nemo_emmett.corpora.phrasebook.items import candidate_items
 from nemo_emmett.corpora.phrasebook.speaker import Speaker, Utterance
 from nemo_emmett.errors import ConfigError, DataError, EmmettError
 
@@ -175,6 +176,19 @@ def test_types_written_alike_are_kept_apart_as_well():
     held_out = {phrase.texts["en"] for phrase in splits["test"]}
     assert len(held_out) == 10
     assert held_out.isdisjoint(phrase.texts["en"] for phrase in splits["train"])
+
+
+def test_no_line_is_inside_of_a_training_line():
+    """79 pounds and 52 pence, in words, ends as 9 pounds and 52 pence."""
+    config = dataclasses.replace(PhrasebookConfig(), types=("price",), currencies=("GBP",), max_price=99)
+    candidates = {"price": list(candidate_items("price", config))}
+    sizes = {"test": {"price": 200}, "train": {"price": 2000}}
+    splits = split_phrases(candidates, sizes, lambda i: {lang: write_item(i, lang) for lang in ("en", "fr")}, seed=0)
+    assert [len(phrases) for phrases in splits.values()] == [200, 2000]
+    for language in ("en", "fr"):
+        test = {line for phrase in splits["test"] if len((line := phrase.texts[language]).split()) >= 6}
+        assert len(test) > 100
+        assert not [line for phrase in splits["train"] for line in test if line in phrase.texts[language]]
 
 
 def test_more_training_items_leave_the_test_items_as_they_are():

@@ -6,8 +6,11 @@ import datetime
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from nemo_emmett.corpora.leaks import HeldOut
 from nemo_emmett.corpora.phrasebook.config import PhrasebookConfig
+from nemo_emmett.corpora.sentence_files import PlacedSentence
 from nemo_emmett.errors import ConfigError
 
 
@@ -53,10 +56,12 @@ def split_phrases(
     write: Callable[[Item], Mapping[str, str]],
     seed: int,
 ) -> dict[str, list[Phrase]]:
-    """Divide items into splits that have neither an item nor, in any language, a whole line in common.
+    """Divide items into splits that have no item in common, and of which none has a line of an earlier one in any
+    language, alone or inside of a longer one.
 
-    Different items may have the same text. Splits are filled in the given order, so list held-out splits first: an item
-    whose text in any language is in an earlier split is skipped. The order of the items is drawn from ``seed`` for each
+    Different items may have the same text, and long ones end like others (79.52 and 9.52). Splits are filled in the
+    given order, so list held-out splits first: an item that would be a leak (``corpora.leaks``) of an earlier split is
+    skipped. The order of the items is drawn from ``seed`` for each
     type; a larger split extends the smaller one of the same seed.
 
     Args:
@@ -75,9 +80,12 @@ def split_phrases(
         item_type: iter(sorted(items, key=lambda item: _draw(seed, "split", item)))
         for item_type, items in candidates.items()
     }
-    taken: set[tuple[str, str]] = set()  # (language, line) of the earlier splits
-    splits = {}
+    splits: dict[str, list[Phrase]] = {}
     for split, counts in sizes.items():
+        earlier = (
+            PlacedSentence(phrase.texts, Path(name), 0) for name, of_split in splits.items() for phrase in of_split
+        )
+        held_out = HeldOut(earlier, near=False)
         phrases: list[Phrase] = []
         for item_type, count in counts.items():
             found = 0
@@ -88,10 +96,9 @@ def split_phrases(
                         f"are left; lower {split}_items or widen the range of the type's values"
                     )
                 phrase = Phrase(item, write(item))
-                if taken.isdisjoint(phrase.texts.items()):
+                if held_out.match(phrase.texts) is None:
                     phrases.append(phrase)
                     found += 1
-        taken.update(line for phrase in phrases for line in phrase.texts.items())
         splits[split] = sorted(phrases, key=lambda phrase: _draw(seed, "order", phrase.item))
     return splits
 
