@@ -25,7 +25,7 @@ demo: $(INSTALLED) ## Train SALM-T5 on text and speech translation in four langu
 	$(BIN)/python examples/speechlm/demo.py
 
 experiment: $(INSTALLED) ## Joint training against text alone and speech alone, or the parts in EXPERIMENT_ARGS (hours)
-	@echo "==> Experiment: up to three hours on two cores; an interrupted one continues (examples/speechlm/experiment.py)"
+	@echo "==> Experiment: hours on two cores (docs/experiment.md); an interrupted one continues (examples/speechlm/experiment.py)"
 	@echo '    EXPERIMENT_ARGS="[--captions DIR] [--scarce] [--settings] [--forgetting] [--mboshi DIR] [--zero-shot]"'
 	$(BIN)/python examples/speechlm/experiment.py $(EXPERIMENT_ARGS)
 

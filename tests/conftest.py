@@ -338,3 +338,11 @@ def fill(disk: Path) -> None:
                     file.write(bytes(size))
             except OSError:
                 pass
+
+
+@pytest.fixture(scope="module")
+def scripts_importable() -> Iterator[None]:
+    """The scripts of examples/speechlm can be imported by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "examples" / "speechlm"))
+        yield

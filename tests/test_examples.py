@@ -15,21 +15,16 @@ from nemo_emmett.training import check_recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "speechlm"
 
+pytestmark = pytest.mark.usefixtures("scripts_importable")
+
 
 def composed(name: str, *overrides: str):
     with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
         return compose(name, overrides=list(overrides))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scripts_importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        yield
-
-
 @pytest.fixture(scope="module")
-def demo():
+def demo(scripts_importable):
     return importlib.import_module("demo")
 
 

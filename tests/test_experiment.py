@@ -15,11 +15,7 @@ from rich.console import Console
 EXAMPLES = Path(__file__).parents[1] / "examples" / "speechlm"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scripts_importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        yield
+pytestmark = pytest.mark.usefixtures("scripts_importable")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Where joint training helps: speech translation from 250 to 6,156 recordings.
+"""Where joint training helps: speech translation from 250 to 6,159 recordings.
 
 Multi30k's captions of at most 12 words, in one synthetic voice, English to French. The models are trained on the first
 250, 500, 1,000, 2,000 or all recordings with translations. The speech encoder is pretrained on all of them with their
@@ -26,7 +26,7 @@ STEPS = 400
 """Of a training."""
 
 COMMON = (
-    # Half of the captions' recipe: where recordings are few, more and smaller steps reach as much in less time.
+    # Half of the captions' recipe, and twice its steps.
     "data.train_ds.audio.batch_size=16",
     "data.train_ds.text.batch_size=16",
     "~data.validation_ds.datasets.dev_text",
