@@ -143,6 +143,29 @@ def test_captions_that_cannot_be_divided_are_refused(captions_source, tmp_path):
         write_scarce(corpus, source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("line", ['{"broken": ', "3", '{"audio_filepath": "a.wav", "text": "a", "line": 1}'])
+def test_a_damaged_record_is_named(line, captions_source, tmp_path):
+    from experiment_corpora import write_scarce
+
+    from nemo_emmett.errors import DataError
+
+    source, corpus = captions_source
+    manifest = corpus / "speech" / "train.en.jsonl"
+    lines = manifest.read_text().splitlines()
+    write_lines(manifest, [*lines[:4], line, *lines[5:]])
+    with pytest.raises(DataError, match=r"train\.en\.jsonl', line 5: not a recording with a French translation"):
+        write_scarce(corpus, source, tmp_path / "out", dev=4)
+
+
+def test_a_folder_without_a_corpus_is_refused(tmp_path):
+    from experiment_corpora import search_leaks
+
+    from nemo_emmett.errors import DataError
+
+    with pytest.raises(DataError, match=r"holds no corpus: there is no folder 'text' in it"):
+        search_leaks(tmp_path)
+
+
 def test_mboshi_training_utterances_that_are_tested_are_left_out(tmp_path):
     from experiment_corpora import write_mboshi
 

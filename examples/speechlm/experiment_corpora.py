@@ -56,12 +56,15 @@ def main() -> None:
     for name in needed:
         if getattr(options, name) is None:
             parser.error(f"--{name} is needed for {options.task}")
-    if options.task == "leaks":
-        search_leaks(options.out)
-    elif options.task == "mboshi":
-        print(json.dumps(write_mboshi(options.source, options.out)))
-    else:
-        print(json.dumps(write_scarce(options.captions, options.source, options.out)))
+    try:
+        if options.task == "leaks":
+            search_leaks(options.out)
+        elif options.task == "mboshi":
+            print(json.dumps(write_mboshi(options.source, options.out)))
+        else:
+            print(json.dumps(write_scarce(options.captions, options.source, options.out)))
+    except (DataError, OSError) as error:
+        raise SystemExit(f"Error: {error}") from None
 
 
 def write_scarce(captions: Path, source: Path, out: Path, dev: int = DEV, seed: int = 0) -> dict[str, Any]:
@@ -142,6 +145,8 @@ def search_leaks(corpus: Path) -> None:
         corpus: its folder, or one with corpora.
     """
     folders = [corpus] if (corpus / "text").is_dir() else sorted(path.parent for path in corpus.glob("*/text"))
+    if not folders:
+        raise DataError(f"'{corpus}' holds no corpus: there is no folder 'text' in it, nor in one of its folders.")
     training, held_out = (
         sorted(
             file
@@ -204,11 +209,18 @@ def _mboshi_texts(record: Mapping) -> dict[str, str]:
 
 def _records(manifest: Path) -> list[dict[str, Any]]:
     """The records of a manifest, with absolute paths, and with no other translation than the French."""
+    records = []
     with manifest.open(encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines]
-    for record in records:
-        record["audio_filepath"] = str((manifest.parent / record["audio_filepath"]).resolve())
-        record["translations"] = {"fr": record["translations"]["fr"]}
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                audio = str((manifest.parent / record["audio_filepath"]).resolve())
+                records.append(record | {"audio_filepath": audio, "translations": {"fr": record["translations"]["fr"]}})
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"'{manifest}', line {number}: not a recording with a French translation ({error!r}); prepare the "
+                    "corpus again."
+                ) from error
     return records
 
 
