@@ -43,9 +43,9 @@ Curve = Sequence[Sequence[float]]
 Chosen = Callable[[Translation], bool]
 
 
-def start_scores(home: Path) -> dict[str, float | None]:
-    """Text BLEU of a seed's language model before the training."""
-    return scores_of(home / "t5")
+def start_scores(home: Path, part: str = "t5") -> dict[str, float | None]:
+    """Text BLEU of a seed's language model before the training, or of its teacher."""
+    return scores_of(home / part)
 
 
 def training_results(folder: Path) -> dict[str, Any]:

@@ -9,11 +9,15 @@ of the start minus that of the best checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from experiment_runs import Corpus
-from experiment_scarce import RETENTION, STEPS, corpus_runs, scarce_setting
+from experiment_scarce import RETENTION, corpus_runs, scarce_setting
 from experiment_seeds import SPEECH_ALONE, Arm, Part, Results, objective, start_runs, training_runs
+
+STEPS = 400
+"""Of a training."""
 
 LORA = "+model.lora={r: 16, lora_alpha: 32, target_modules: [q, k, v, o, wi_0, wi_1, wo]}"
 """Low-rank updates of all linear layers of T5's blocks."""
@@ -63,7 +67,7 @@ FAMILIES = {
 
 def part(captions: Corpus, source: Path, data: Path, exp: Path, seeds: Sequence[int]) -> Part:
     """The part of the experiment; arguments as for that on scarce speech."""
-    home, setting = exp / "forgetting", scarce_setting(data, exp)
+    home, setting = exp / "forgetting", replace(scarce_setting(data, exp), steps=STEPS)
     runs = corpus_runs(captions, source, data) + start_runs(setting, seeds)
     for seed in seeds:
         for arm in ARMS:

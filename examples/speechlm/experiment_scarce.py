@@ -3,40 +3,54 @@
 Multi30k's captions of at most 12 words, in one synthetic voice, English to French. The models are trained on the first
 250, 500, 1,000, 2,000 or all recordings with translations. The speech encoder is pretrained on all of them with their
 transcripts, since there is more transcribed than translated speech everywhere; the language model on the pairs of
-sentences that are not spoken, which are longer. The text of joint training is all pairs. No training sentence is in
-the development or test set, in either language.
+sentences that are not spoken, which are longer. The text of joint training is all pairs, and the teacher of
+distillation and retention is the language model trained on them without speech. No training sentence is in the
+development or test set, in either language.
 
-All arms are trained with 1,000 and with all recordings; with the other sizes speech alone, joint, and joint with as
-much text as speech.
+Speech alone, and joint training with the objectives that won, are trained with every number of recordings; the other
+arms with 1,000.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from experiment_corpora import SIZES, SUMMARY
 from experiment_runs import Corpus, Run, leaks_run
 from experiment_runs import corpus_runs as captions_runs
-from experiment_seeds import SPEECH_ALONE, Arm, Part, Results, Setting, objective, start_runs, training_runs
+from experiment_seeds import (
+    SPEECH_ALONE,
+    TEACHER,
+    Arm,
+    Part,
+    Results,
+    Setting,
+    objective,
+    start_runs,
+    teacher_run,
+    training_runs,
+)
 from stages import script
 
-STEPS = 400
+STEPS = 600
 """Of a training."""
 
-COMMON = (
-    # Half of the captions' recipe, and twice its steps.
-    "data.train_ds.audio.batch_size=16",
-    "data.train_ds.text.batch_size=16",
-    "~data.validation_ds.datasets.dev_text",
-)
+BATCH = ("data.train_ds.audio.batch_size=16", "data.train_ds.text.batch_size=16")
+"""Half of the captions' recipe, which has fewer steps."""
+
+COMMON = (*BATCH, "~data.validation_ds.datasets.dev_text")
 """Overrides of all trainings."""
 
 ENCODER = ("trainer.max_steps=1800",)
 """Pretraining of the speech encoder: twice the steps of the captions' recipe."""
 
-TEXT = ("+data.train_ds.text.every_n_steps=4", "model.modality_loss_weights.text=0.5")
+TEACHER_STEPS = 1200
+"""Training of the language model on all text."""
+
+QUARTER = ("+data.train_ds.text.every_n_steps=4", "model.modality_loss_weights.text=0.5")
 """As fairseq recommends for joint training: text in a quarter of the steps, its loss with half the weight."""
 
 TRANSCRIPTION = ("+data.train_ds.audio.transcription=0.2", objective("transcription", 0.5))
@@ -46,25 +60,31 @@ DISTILLATION, CONSISTENCY, RETENTION = (objective(name, 1.0) for name in ("disti
 
 ARMS = (
     Arm("speech", "speech alone", (SPEECH_ALONE,)),
-    Arm("joint", "joint", TEXT),
-    Arm("equal", "joint, as much text as speech", ()),
-    Arm("distillation", "joint + distillation", (*TEXT, DISTILLATION)),
-    Arm("consistency", "joint + consistency", (*TEXT, CONSISTENCY)),
-    Arm("retention", "joint + retention", (*TEXT, RETENTION)),
-    Arm("transcription", "joint + transcription", (*TEXT, *TRANSCRIPTION)),
-    Arm("together", "all together", (*TEXT, DISTILLATION, CONSISTENCY, RETENTION, *TRANSCRIPTION)),
+    Arm("joint", "joint", ()),
+    Arm("best", "joint + distillation + consistency", (DISTILLATION, CONSISTENCY), teaches=("distillation",)),
+    Arm("quarter", "joint, a quarter of the text", QUARTER),
+    Arm("distillation", "joint + distillation", (DISTILLATION,), teaches=("distillation",)),
+    Arm("consistency", "joint + consistency", (CONSISTENCY,)),
+    Arm("retention", "joint + retention", (RETENTION,), teaches=("retention",)),
+    Arm("transcription", "joint + transcription", TRANSCRIPTION),
+    Arm(
+        "together",
+        "all together",
+        (DISTILLATION, CONSISTENCY, RETENTION, *TRANSCRIPTION),
+        teaches=("distillation", "retention"),
+    ),
 )
 """Ways of training; the first is what the others are compared with."""
 
-AT_EVERY_SIZE = ("speech", "joint", "equal")
-"""The other arms are trained with the sizes of ``MAIN_SIZES`` alone."""
+AT_EVERY_SIZE = ("speech", "best")
+"""The other arms are trained with ``MAIN_SIZE`` recordings alone."""
 
-MAIN_SIZES = ("1000", "all")
+MAIN_SIZE = "1000"
 
 
 def arms_of(size: str) -> tuple[Arm, ...]:
     """The arms that are trained with so many recordings."""
-    return tuple(arm for arm in ARMS if size in MAIN_SIZES or arm.name in AT_EVERY_SIZE)
+    return tuple(arm for arm in ARMS if size == MAIN_SIZE or arm.name in AT_EVERY_SIZE)
 
 
 def part(captions: Corpus, source: Path, data: Path, exp: Path, seeds: Sequence[int]) -> Part:
@@ -81,6 +101,7 @@ def part(captions: Corpus, source: Path, data: Path, exp: Path, seeds: Sequence[
     setting = scarce_setting(data, exp)
     runs = corpus_runs(captions, source, data) + start_runs(setting, seeds)
     for seed in seeds:
+        runs.append(teacher_run(replace(setting, overrides=BATCH), data / "scarce" / "all", TEACHER_STEPS, seed))
         for size in SIZES:
             for arm in arms_of(size):
                 folder, name = home / size / arm.name / str(seed), f"scarce/{size}/{arm.name}/{seed}"
@@ -132,8 +153,9 @@ def collect(data: Path, home: Path, seeds: Sequence[int]) -> Results:
         trainings += [{"size": size, **one} for one in of_size]
         comparisons += [{"size": size, **one} for one in differences]
     starts = [{"seed": seed, **start_scores(home / "start" / str(seed))} for seed in seeds]
+    teachers = [{"seed": seed, **start_scores(home / "start" / str(seed), TEACHER)} for seed in seeds]
     counts = json.loads((data / "scarce" / SUMMARY).read_text())["recordings"]
-    found = {"starts": starts, "trainings": trainings, "comparisons": comparisons}
+    found = {"starts": starts, "teachers": teachers, "trainings": trainings, "comparisons": comparisons}
     return {"steps": STEPS, "recordings": counts, **found}
 
 
@@ -143,8 +165,9 @@ def tables(results: Mapping) -> str:
 
     lines = ["**Scarce speech**: BLEU at the best checkpoint (mean ± deviation over seeds)\n"]
     lines += ["| recordings | trained on | speech | text | CPU seconds |", "|---:|---|---:|---:|---:|"]
-    starts = mean_and_deviation(one["text"] for one in results["starts"])
-    lines.append(f"| – | nothing yet (the start) | – | {starts} | – |")
+    for key, title in {"starts": "nothing yet (the start)", "teachers": "text alone (the teacher)"}.items():
+        text = mean_and_deviation(one["text"] for one in results[key])
+        lines.append(f"| – | {title} | – | {text} | – |")
     for size in SIZES:
         for arm in arms_of(size):
             runs = [one for one in results["trainings"] if (one["size"], one["arm"]) == (size, arm.name)]

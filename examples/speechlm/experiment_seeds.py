@@ -28,6 +28,9 @@ DEV_SPEECH = "val_bleu_dev_speech"
 RANDOM_ENCODER = "random_encoder"
 """A speech encoder that was not trained."""
 
+TEACHER = "teacher"
+"""A seed's language model after training on all text that joint training has."""
+
 Results = dict[str, Any]
 
 
@@ -41,6 +44,7 @@ class Arm:
     from_nothing: bool = False  # speech encoder and language model with random weights
     alternates: bool = False  # a step holds one modality, so that there are two of them for each step of speech
     frozen_at_first: str | None = None  # part of the model that is not trained in the first half of the steps
+    teaches: tuple[str, ...] = ()  # objectives whose teacher is the language model trained on all text
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,30 @@ def start_runs(setting: Setting, seeds: Sequence[int]) -> list[Run]:
     return runs
 
 
+def teacher_run(setting: Setting, corpus: Path, steps: int, seed: int) -> Run:
+    """The seed's language model trained on all text of a corpus, without speech, and scored."""
+    folder = teacher_folder(setting, seed)
+    command = [
+        *_training("train_and_evaluate.py", setting, corpus, folder, Arm(TEACHER, "text alone", ()), seed, steps),
+        "model.pretrained_asr=null",
+        "model.perception=null",
+        "~data.train_ds.audio",
+        "~data.validation_ds.datasets.dev_speech",
+        f"+evaluation.recipe=evaluate_{setting.recipe}",
+        f"+evaluation.output={folder / 'evaluation'}",
+        "+evaluation.without=[test_speech]",
+        "+evaluation.best=true",
+    ]
+    needed = (_start(setting, "t5", seed),)
+    name = _start(setting, TEACHER, seed)
+    return Run(name, lambda: command, folder / "evaluation" / "report.html", needed, unfinished=folder)
+
+
+def teacher_folder(setting: Setting, seed: int) -> Path:
+    """The folder of :func:`teacher_run`."""
+    return setting.starts / str(seed) / TEACHER
+
+
 def training_runs(setting: Setting, corpus: Path, folder: Path, name: str, arm: Arm, seed: int) -> list[Run]:
     """SALM-T5 trained in one of the ways from its seed's start, and scored on the test sets.
 
@@ -120,6 +148,9 @@ def training_runs(setting: Setting, corpus: Path, folder: Path, name: str, arm: 
     """
     steps = setting.steps * (2 if arm.alternates else 1)
     needed, overrides = _needed(setting, arm, seed), list(arm.overrides)
+    for name_of_objective in arm.teaches:
+        model = teacher_folder(setting, seed) / "model"
+        overrides.append(f"+model.objectives.{name_of_objective}.teacher={model}")
     runs = []
     if arm.frozen_at_first is not None:
         steps, first = steps // 2, folder.with_name(folder.name + FIRST_HALF)
@@ -169,7 +200,8 @@ def _training(
 
 
 def _needed(setting: Setting, arm: Arm, seed: int) -> tuple[str, ...]:
-    return tuple(_start(setting, part, seed) for part in (_encoder(arm), "t5"))
+    parts = (_encoder(arm), "t5", *([TEACHER] if arm.teaches else []))
+    return tuple(_start(setting, part, seed) for part in parts)
 
 
 def _encoder(arm: Arm) -> str:

@@ -1,8 +1,8 @@
 """How to set up joint training with 1,000 recordings: ratio, weight, learning rate of the encoder, length, order of
 unfreezing.
 
-The captions, starts, and three of the trainings of the part on scarce speech: speech alone, joint, and joint with as
-much text as speech. The others change one setting of joint training; the longer ones have twice the steps, and speech
+The captions, starts, and three of the trainings of the part on scarce speech: speech alone, joint, and joint with a
+quarter of the text. The others change one setting of joint training; the longer ones have twice the steps, and speech
 alone is trained longer too.
 """
 
@@ -14,7 +14,7 @@ from statistics import fmean
 
 from experiment_runs import Corpus
 from experiment_scarce import ARMS as SCARCE_ARMS
-from experiment_scarce import STEPS, TEXT, corpus_runs, scarce_setting
+from experiment_scarce import STEPS, corpus_runs, scarce_setting
 from experiment_seeds import SPEECH_ALONE, VALIDATIONS, Arm, Part, Results, start_runs, training_runs
 
 SIZE = "1000"
@@ -23,26 +23,29 @@ SIZE = "1000"
 LONGER = (f"trainer.max_steps={2 * STEPS}", f"trainer.limit_train_batches={2 * STEPS // VALIDATIONS}")
 
 
-SHARED = tuple(arm for arm in SCARCE_ARMS if arm.name in ("speech", "joint", "equal"))
+SHARED = tuple(arm for arm in SCARCE_ARMS if arm.name in ("speech", "joint", "quarter"))
 """Trainings of the part on scarce speech."""
 
 ARMS = (
-    Arm("weight_1", "text in a quarter, weight 1", ("+data.train_ds.text.every_n_steps=4",)),
+    Arm("weight_half", "text with half the weight", ("model.modality_loss_weights.text=0.5",)),
     Arm(
         "encoder_slow",
         "a third of the encoder's learning rate",
-        (*TEXT, "+model.optim_param_groups={encoder: {lr: 0.0033}}"),
+        ("+model.optim_param_groups={encoder: {lr: 0.0033}}",),
     ),
-    Arm("encoder_frozen", "frozen encoder", (*TEXT, "+model.freeze=[encoder]")),
-    Arm("llm_late", "language model frozen in the first half", TEXT, frozen_at_first="llm"),
-    Arm("encoder_late", "encoder frozen in the first half", TEXT, frozen_at_first="encoder"),
+    Arm("encoder_frozen", "frozen encoder", ("+model.freeze=[encoder]",)),
+    Arm("llm_late", "language model frozen in the first half", (), frozen_at_first="llm"),
+    Arm("encoder_late", "encoder frozen in the first half", (), frozen_at_first="encoder"),
     Arm("speech_longer", "speech alone, twice the steps", (SPEECH_ALONE, *LONGER)),
-    Arm("joint_longer", "joint, twice the steps", (*TEXT, *LONGER)),
+    Arm("joint_longer", "joint, twice the steps", LONGER),
 )
 """Ways of training. The encoder's rate in the recipe is 0.01, as that of all parts."""
 
 REFERENCES = {
-    **{arm.name: "speech" for arm in (*SHARED, *ARMS) if arm.name != "speech"},
+    **{arm.name: "joint" for arm in ARMS},
+    "quarter": "joint",
+    "joint": "speech",
+    "speech_longer": "speech",
     "joint_longer": "speech_longer",
 }
 """What each is compared with."""
