@@ -135,20 +135,22 @@ def test_what_is_frozen_at_first_is_trained_in_the_second_half(parts):
 @pytest.mark.parametrize("name", ["scarce", "forgetting", "mboshi", "zero_shot"])
 def test_seeds_have_pretrained_parts_of_their_own(name, parts):
     starts = [run for run in parts[name].runs if "/start/" in run.name]
-    seeds: dict[str, set[int]] = {part: set() for part in ("encoder", "t5", "random_encoder")}
+    parts_of_start = ("encoder", "t5", "random_encoder", "teacher")
+    seeds: dict[str, set[int]] = {part: set() for part in parts_of_start}
     for run in starts:
         recipe = recipe_of(run.command())
         *_, seed, part = run.name.removesuffix("/score").split("/")
         if not run.name.endswith("/score"):
-            data = recipe.data.train_ds if part == "t5" else recipe.model.train_ds
+            data = recipe.data.train_ds if part in ("t5", "teacher") else recipe.model.train_ds
             assert recipe.seed == data.seed == data.shard_seed == int(seed)
             seeds[part].add(int(seed))
             assert (recipe.trainer.max_steps == 0) is (part == "random_encoder")
-    untrained = set(SEEDS) if name == "mboshi" else set()
-    assert seeds == {"encoder": set(SEEDS), "t5": set(SEEDS), "random_encoder": untrained}
+    without, those = set(), set(SEEDS)
+    untrained, taught = (those if name == part else without for part in ("mboshi", "scarce"))
+    assert [seeds[part] for part in parts_of_start] == [those, those, untrained, taught]
     folder = next(run.result for run in starts).parents[2]
     for run in parts[name].runs:
-        if run.name.endswith(tuple(f"/{seed}" for seed in SEEDS)):
+        if run.name.endswith(tuple(f"/{seed}" for seed in SEEDS)):  # a training
             home = folder / run.name.split("/")[-1]
             weights = ("init", "random_encoder") if "from_nothing" in run.name else ("t5", "encoder")
             assert f"model.pretrained_llm={home}/t5/{weights[0]}" in run.command()
@@ -157,12 +159,14 @@ def test_seeds_have_pretrained_parts_of_their_own(name, parts):
 
 def test_the_arms_of_scarce_speech_are_those_of_the_question(parts):
     found = recipes(parts["scarce"])
-    speech, joint, together = (found[f"scarce/1000/{arm}/1"] for arm in ("speech", "joint", "together"))
+    arms = ("speech", "joint", "best", "quarter", "together")
+    speech, joint, best, quarter, together = (found[f"scarce/1000/{arm}/1"] for arm in arms)
     assert "text" not in speech.data.train_ds
-    assert joint.data.train_ds.text.every_n_steps == 4
-    assert dict(joint.model.modality_loss_weights) == {"audio": 1.0, "text": 0.5}
+    assert quarter.data.train_ds.text.every_n_steps == 4
+    assert dict(quarter.model.modality_loss_weights) == {"audio": 1.0, "text": 0.5}
     assert "objectives" not in joint.model
-    assert "every_n_steps" not in found["scarce/250/equal/1"].data.train_ds.text
+    assert "every_n_steps" not in joint.data.train_ds.text
+    assert set(best.model.objectives) == {"distillation", "consistency"}
     assert {recipe.data.train_ds.audio.batch_size for recipe in found.values()} == {16}
     assert set(together.model.objectives) == {"distillation", "consistency", "retention", "transcription"}
     assert together.data.train_ds.audio.transcription == 0.2
@@ -170,6 +174,23 @@ def test_the_arms_of_scarce_speech_are_those_of_the_question(parts):
     for name, recipe in found.items():
         assert recipe.corpus == f"data/scarce/{name.split('/')[1]}"
         assert "data/captions" not in OmegaConf.to_yaml(recipe, resolve=True)
+
+
+def test_the_teacher_is_the_start_of_its_seed_trained_on_all_text(parts):
+    runs = {run.name: run for run in parts["scarce"].runs}
+    teacher = recipe_of(runs["scarce/start/2/teacher"].command())
+    check_recipe(teacher)
+    assert "audio" not in teacher.data.train_ds
+    assert list(teacher.data.validation_ds.datasets) == ["dev_text"]
+    assert (teacher.model.perception, teacher.evaluation.without) == (None, ["test_speech"])
+    best = recipe_of(runs["scarce/250/best/2"].command())
+    assert (teacher.model.pretrained_llm, teacher.seed) == (best.model.pretrained_llm, best.seed)
+    assert teacher.data.train_ds.text == recipe_of(runs["scarce/all/best/2"].command()).data.train_ds.text
+    assert best.model.objectives.distillation.teacher == teacher.export_dir.replace("${exp_dir}", teacher.exp_dir)
+    assert "scarce/start/2/teacher" in runs["scarce/250/best/2"].after
+    assert "scarce/start/2/teacher" not in runs["scarce/250/speech/2"].after
+    mboshi = recipes(parts["mboshi"])["mboshi/best/1"].model.objectives
+    assert "teacher" not in mboshi.distillation  # there it is the start
 
 
 def test_text_that_is_kept_is_that_of_the_pretraining(parts):
@@ -264,7 +285,7 @@ def collected(tmp_path, monkeypatch, parts) -> Callable[..., tuple[dict, str]]:
                 write_evaluation(
                     run.result.parents[1], wrong(run.name), directions, text.get(run.name.split("/")[-2], 2)
                 )
-            elif run.name.endswith("/score"):
+            elif run.name.endswith(("/score", "/teacher")):
                 write_evaluation(run.result.parents[1], 9, directions, 0)
         results = json.loads(json.dumps(parts[name].collect()))
         parts[name].draw(results, tmp_path / "plot.svg")
@@ -276,16 +297,17 @@ def collected(tmp_path, monkeypatch, parts) -> Callable[..., tuple[dict, str]]:
 
 def test_scarce_speech_is_compared_size_by_size(collected):
     results, text = collected("scarce", lambda name: 4 if "/speech/" in name else 2, [("en", "fr")])
-    joint = next(one for one in results["comparisons"] if (one["size"], one["arm"]) == ("250", "joint"))
+    joint = next(one for one in results["comparisons"] if (one["size"], one["arm"]) == ("250", "best"))
     assert joint["difference"] == pytest.approx(bleu(2) - bleu(4))
     assert joint["differences"] == pytest.approx([bleu(2) - bleu(4)] * 2)
     # After 100 s speech alone has reached 30, and so has joint, at its best checkpoint.
     assert joint["dev_at_equal_seconds"] == [0.0, 0.0]
     assert {one["best_step"] for one in results["trainings"]} == {100}
     assert f"| 250 | speech alone | {bleu(4):.1f} ± 0.0 | {bleu(2):.1f} ± 0.0 | 100 ± 0 |" in text
-    assert f"| 6,159 | all together | {bleu(2) - bleu(4):+.1f} ± 0.0 |" in text
+    assert f"| 1,000 | all together | {bleu(2) - bleu(4):+.1f} ± 0.0 |" in text
     assert "| – | nothing yet (the start) | – | 100.0 ± 0.0 | – |" in text
-    assert {one["size"] for one in results["comparisons"] if one["arm"] == "distillation"} == {"1000", "all"}
+    assert "| – | text alone (the teacher) | – | 100.0 ± 0.0 | – |" in text
+    assert {one["size"] for one in results["comparisons"] if one["arm"] == "distillation"} == {"1000"}
 
 
 def test_text_lost_is_what_the_start_had(collected):
@@ -299,11 +321,12 @@ def test_text_lost_is_what_the_start_had(collected):
     assert (gated["difference"], gated["p"]) == (0.0, 1.0)
 
 
-def test_each_setting_is_compared_with_speech_alone_trained_as_long(collected):
+def test_each_setting_is_compared_with_joint_training_and_that_with_speech_alone_trained_as_long(collected):
     results, text = collected("settings", lambda name: 3 if "/speech" in name else 2, [("en", "fr")])
     over = {one["arm"]: one["reference"] for one in results["comparisons"]}
     assert over.pop("joint_longer") == "speech_longer"
-    assert set(over.values()) == {"speech"}
+    assert over.pop("joint") == over.pop("speech_longer") == "speech"
+    assert set(over.values()) == {"joint"}
     assert f"| joint, twice the steps | speech alone, twice the steps | {bleu(2) - bleu(3):+.1f} ± 0.0 |" in text
     assert f"| speech alone, twice the steps | {bleu(3):.1f} ± 0.0 |" in text
 
