@@ -14,19 +14,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiment_results import mean_and_deviation, scores_of, training_scores
+from experiment_results import markdown_table, mean_and_deviation, scores_of, training_scores
 from experiment_seeds import VALIDATIONS
 
 from nemo_emmett.evaluation import Translation, from_json
 from nemo_emmett.evaluation.significance import compare_over_seeds
 
 __all__ = [
+    "COMPARISON",
     "best_within",
     "collect_arms",
     "compared",
     "comparison_cells",
-    "comparison_heads",
     "draw_means",
+    "markdown_table",
     "mean_and_deviation",
     "mean_scores",
     "score_cells",
@@ -184,9 +185,8 @@ def scores_in(folder: Path, modality: str, metric: str) -> float:
     return mean_scores(folder, modality, lambda *_: "all", metric)["all"]
 
 
-def comparison_heads() -> tuple[str, ...]:
-    """The columns of :func:`comparison_cells`."""
-    return "equal steps, test", "95 % interval", "p", "equal CPU seconds, dev"
+COMPARISON = "equal steps, test", "95 % interval", "p", "equal CPU seconds, dev"
+"""The columns of :func:`comparison_cells`."""
 
 
 def comparison_cells(one: Mapping) -> list[str]:

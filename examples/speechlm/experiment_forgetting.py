@@ -100,24 +100,25 @@ def collect(home: Path, starts: Path, seeds: Sequence[int]) -> Results:
 
 def tables(results: Mapping) -> str:
     """Speech gained and text lost by each arm, and the differences from speech alone."""
-    from experiment_compare import comparison_cells, comparison_heads, mean_and_deviation, score_cells
+    from experiment_compare import COMPARISON, comparison_cells, markdown_table, mean_and_deviation, score_cells
 
     titles = {arm.name: arm.title for arm in ARMS}
     starts = mean_and_deviation(one["text"] for one in results["starts"])
-    lines = [f"**Forgetting**: BLEU at the best checkpoint (mean ± deviation over seeds); text before: {starts}\n"]
-    lines += ["| trained on | speech | text | text lost | CPU seconds |", "|---|---:|---:|---:|---:|"]
+    scores, differences = [], []
     for arm, title in titles.items():
         runs = [one for one in results["trainings"] if one["arm"] == arm]
-        lines.append(f"| {title} | {' | '.join(score_cells(runs, ('speech', 'text', 'text_lost', 'cpu_seconds')))} |")
-    lines += ["", "Difference from speech alone: speech, and text after as many steps:", ""]
-    lines += [
-        f"| | {' | '.join(comparison_heads())} | text, equal steps, test | p |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+        scores.append([title, *score_cells(runs, ("speech", "text", "text_lost", "cpu_seconds"))])
     for one in results["comparisons"]:
         of_text = [mean_and_deviation(one["text"]["differences"], "+.1f"), f"{one['text']['p']:.3f}"]
-        lines.append(f"| {titles[one['arm']]} | {' | '.join([*comparison_cells(one), *of_text])} |")
-    return "\n".join([*lines, ""])
+        differences.append([titles[one["arm"]], *comparison_cells(one), *of_text])
+    return "\n".join(
+        [
+            f"**Forgetting**: BLEU at the best checkpoint (mean ± deviation over seeds); text before: {starts}\n",
+            markdown_table(("trained on", "speech", "text", "text lost", "CPU seconds"), scores),
+            "Difference from speech alone: speech, and text after as many steps:\n",
+            markdown_table(("", *COMPARISON, "text, equal steps, test", "p"), differences),
+        ]
+    )
 
 
 def draw(results: Mapping, path: Path) -> None:

@@ -87,22 +87,24 @@ def collect(home: Path, seeds: Sequence[int]) -> Results:
 
 def tables(results: Mapping) -> str:
     """Scores of each arm, and the differences from speech alone."""
-    from experiment_compare import comparison_cells, comparison_heads, mean_and_deviation, score_cells
+    from experiment_compare import COMPARISON, comparison_cells, markdown_table, mean_and_deviation, score_cells
 
     titles = {arm.name: arm.title for arm in ARMS}
-    lines = ["**Mboshi to French**: scores at the best checkpoint (mean ± deviation over seeds)\n"]
-    lines += ["| trained on | speech BLEU | chrF++ | text BLEU | CPU seconds |", "|---|---:|---:|---:|---:|"]
     starts = mean_and_deviation(one["text"] for one in results["starts"])
-    lines.append(f"| nothing yet (the pretrained start) | – | – | {starts} | – |")
+    scores = [["nothing yet (the pretrained start)", "–", "–", starts, "–"]]
     for arm, title in titles.items():
         runs = [one for one in results["trainings"] if one["arm"] == arm]
-        lines.append(f"| {title} | {' | '.join(score_cells(runs, ('speech', 'speech_chrf', 'text', 'cpu_seconds')))} |")
-    lines += ["", "Speech, difference from speech alone from the same start:", ""]
-    lines += [f"| | metric | {' | '.join(comparison_heads())} |", "|---|---|---:|---:|---:|---:|"]
-    for one in results["comparisons"]:
-        lines.append(f"| {titles[one['arm']]} | {one['metric']} | {' | '.join(comparison_cells(one))} |")
-    lines += ["", "At equal CPU seconds the difference is one of BLEU on the development set."]
-    return "\n".join([*lines, ""])
+        scores.append([title, *score_cells(runs, ("speech", "speech_chrf", "text", "cpu_seconds"))])
+    differences = [[titles[one["arm"]], one["metric"], *comparison_cells(one)] for one in results["comparisons"]]
+    return "\n".join(
+        [
+            "**Mboshi to French**: scores at the best checkpoint (mean ± deviation over seeds)\n",
+            markdown_table(("trained on", "speech BLEU", "chrF++", "text BLEU", "CPU seconds"), scores),
+            "Speech, difference from speech alone from the same start:\n",
+            markdown_table(("", "metric", *COMPARISON), differences, names=2),
+            "At equal CPU seconds the difference is one of BLEU on the development set.\n",
+        ]
+    )
 
 
 def draw(results: Mapping, path: Path) -> None:

@@ -129,15 +129,11 @@ def draw_curves(results: Results, folder: Path) -> None:
 
 
 def _joint_table(results: Results, corpus: str) -> str:
-    lines = [
-        f"**{corpus}**: BLEU after training on each kind of data (mean ± deviation over seeds)\n",
-        "| model | trained on | text | speech | CPU seconds |",
-        "|---|---|---:|---:|---:|",
-    ]
+    rows = []
     for model in MODELS:
         title = MODEL_TITLES[model]
         start = next(one for one in results["starts"] if (one["corpus"], one["model"]) == (corpus, model))
-        lines.append(f"| {title} | nothing yet (the start) | {start['text']:.1f} | – | – |")
+        rows.append([title, "nothing yet (the start)", f"{start['text']:.1f}", "–", "–"])
         for arm in ARMS:
             runs = [
                 one for one in results["trainings"] if (one["corpus"], one["model"], one["arm"]) == (corpus, model, arm)
@@ -148,8 +144,12 @@ def _joint_table(results: Results, corpus: str) -> str:
                 speech,
                 mean_and_deviation((one["cpu_seconds"] for one in runs), ".0f"),
             ]
-            lines.append(f"| {title} | {ARM_TITLES[arm]} | {' | '.join(cells)} |")
-    lines += ["", "Joint training, difference seed by seed:", ""]
+            rows.append([title, ARM_TITLES[arm], *cells])
+    lines = [
+        f"**{corpus}**: BLEU after training on each kind of data (mean ± deviation over seeds)\n",
+        markdown_table(("model", "trained on", "text", "speech", "CPU seconds"), rows, names=2),
+        "Joint training, difference seed by seed:\n",
+    ]
     for model in MODELS:
         changed = differences(results, corpus, model)
         text, speech = (mean_and_deviation(changed[modality], "+.1f") for modality in ("text", "speech"))
@@ -160,11 +160,7 @@ def _joint_table(results: Results, corpus: str) -> str:
 def _efficiency_table(runs: Sequence[Mapping]) -> str:
     target = common_target(runs)
     heads = ("", "examples a step", "padding", f"steps to {target:.1f}", "CPU seconds to it", "test BLEU", "from fr")
-    lines = [
-        f"**Efficiency**: speech BLEU on the development set, steps of at most {MEMORY_BUDGET} (mean ± deviation)\n",
-        f"| {' | '.join(heads)} |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for arm in EFFICIENCY:
         of_arm = [run for run in runs if run["arm"] == arm]
         reached = [seconds_to(run["curve"], target) for run in of_arm]
@@ -176,8 +172,15 @@ def _efficiency_table(runs: Sequence[Mapping]) -> str:
             mean_and_deviation(run["speech"] for run in of_arm),
             mean_and_deviation(run["speech_from_fr"] for run in of_arm),
         ]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        rows.append([arm, *cells])
+    title = f"**Efficiency**: speech BLEU on the development set, steps of at most {MEMORY_BUDGET} (mean ± deviation)\n"
+    return "\n".join([title, markdown_table(heads, rows)])
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str:
+    """A table whose first columns, so many as ``names``, are left-aligned; the others are numbers."""
+    line = "---|" * names + "---:|" * (len(heads) - names)
+    return "\n".join([f"| {' | '.join(heads)} |", f"|{line}", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
 def mean_and_deviation(values: Iterable[float], form: str = ".1f") -> str:

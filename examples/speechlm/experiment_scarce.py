@@ -161,27 +161,31 @@ def collect(data: Path, home: Path, seeds: Sequence[int]) -> Results:
 
 def tables(results: Mapping) -> str:
     """Speech and text BLEU of each size and arm, and the differences from speech alone."""
-    from experiment_compare import comparison_cells, comparison_heads, mean_and_deviation, score_cells
+    from experiment_compare import COMPARISON, comparison_cells, markdown_table, mean_and_deviation, score_cells
 
-    lines = ["**Scarce speech**: BLEU at the best checkpoint (mean ± deviation over seeds)\n"]
-    lines += ["| recordings | trained on | speech | text | CPU seconds |", "|---:|---|---:|---:|---:|"]
+    scores = []
     for key, title in {"starts": "nothing yet (the start)", "teachers": "text alone (the teacher)"}.items():
         text = mean_and_deviation(one["text"] for one in results[key])
-        lines.append(f"| – | {title} | – | {text} | – |")
+        scores.append(["–", title, "–", text, "–"])
     for size in SIZES:
         for arm in arms_of(size):
             runs = [one for one in results["trainings"] if (one["size"], one["arm"]) == (size, arm.name)]
             if runs:
                 cells = score_cells(runs, ("speech", "text", "cpu_seconds"))
-                lines.append(f"| {results['recordings'][size]:,} | {arm.title} | {' | '.join(cells)} |")
-    lines += ["", "Speech BLEU, difference from speech alone:", ""]
-    lines += [f"| recordings | | {' | '.join(comparison_heads())} |", "|---:|---|---:|---:|---:|---:|"]
+                scores.append([f"{results['recordings'][size]:,}", arm.title, *cells])
     titles = {arm.name: arm.title for arm in ARMS}
-    for one in results["comparisons"]:
-        lines.append(
-            f"| {results['recordings'][one['size']]:,} | {titles[one['arm']]} | {' | '.join(comparison_cells(one))} |"
-        )
-    return "\n".join([*lines, ""])
+    differences = [
+        [f"{results['recordings'][one['size']]:,}", titles[one["arm"]], *comparison_cells(one)]
+        for one in results["comparisons"]
+    ]
+    return "\n".join(
+        [
+            "**Scarce speech**: BLEU at the best checkpoint (mean ± deviation over seeds)\n",
+            markdown_table(("recordings", "trained on", "speech", "text", "CPU seconds"), scores, names=2),
+            "Speech BLEU, difference from speech alone:\n",
+            markdown_table(("recordings", "", *COMPARISON), differences, names=2),
+        ]
+    )
 
 
 def draw(results: Mapping, path: Path) -> None:

@@ -81,19 +81,24 @@ def collect(exp: Path, seeds: Sequence[int]) -> Results:
 
 def tables(results: Mapping) -> str:
     """Scores of each arm, and the differences from speech alone."""
-    from experiment_compare import comparison_cells, comparison_heads, score_cells
+    from experiment_compare import COMPARISON, comparison_cells, markdown_table, score_cells
 
     titles = {arm.name: arm.title for arm in (*SHARED, *ARMS)}
-    lines = ["**Settings, 1,000 recordings**: BLEU at the best checkpoint (mean ± deviation over seeds)\n"]
-    lines += ["| trained with | speech | text | CPU seconds |", "|---|---:|---:|---:|"]
+    scores = []
     for arm, title in titles.items():
         runs = [one for one in results["trainings"] if one["arm"] == arm]
-        lines.append(f"| {title} | {' | '.join(score_cells(runs, ('speech', 'text', 'cpu_seconds')))} |")
-    lines += ["", "Speech BLEU, differences:", ""]
-    lines += [f"| | over | {' | '.join(comparison_heads())} |", "|---|---|---:|---:|---:|---:|"]
-    for one in results["comparisons"]:
-        lines.append(f"| {titles[one['arm']]} | {titles[one['reference']]} | {' | '.join(comparison_cells(one))} |")
-    return "\n".join([*lines, ""])
+        scores.append([title, *score_cells(runs, ("speech", "text", "cpu_seconds"))])
+    differences = [
+        [titles[one["arm"]], titles[one["reference"]], *comparison_cells(one)] for one in results["comparisons"]
+    ]
+    return "\n".join(
+        [
+            "**Settings, 1,000 recordings**: BLEU at the best checkpoint (mean ± deviation over seeds)\n",
+            markdown_table(("trained with", "speech", "text", "CPU seconds"), scores),
+            "Speech BLEU, differences:\n",
+            markdown_table(("", "over", *COMPARISON), differences, names=2),
+        ]
+    )
 
 
 def draw(results: Mapping, path: Path) -> None:

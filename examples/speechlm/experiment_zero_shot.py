@@ -136,19 +136,24 @@ def collect(home: Path, seeds: Sequence[int]) -> Results:
 
 def tables(results: Mapping) -> str:
     """Speech BLEU of each arm in each group of directions, and the differences where nothing was trained."""
-    from experiment_compare import comparison_cells, comparison_heads, score_cells
+    from experiment_compare import COMPARISON, comparison_cells, markdown_table, score_cells
 
     titles = {arm.name: arm.title for arm in ARMS}
-    lines = ["**Directions without recordings**: speech BLEU at the best checkpoint (mean ± deviation over seeds)\n"]
-    lines += [f"| trained on | {' | '.join(GROUPS.values())} | text | CPU seconds |", "|---|---:|---:|---:|---:|---:|"]
+    scores = []
     for arm, title in titles.items():
         runs = [one for one in results["trainings"] if one["arm"] == arm]
-        lines.append(f"| {title} | {' | '.join(score_cells(runs, (*GROUPS, 'text', 'cpu_seconds')))} |")
-    lines += ["", "Between German, Spanish and French, differences (development set: into English):", ""]
-    lines += [f"| | over | {' | '.join(comparison_heads())} |", "|---|---|---:|---:|---:|---:|"]
-    for one in results["comparisons"]:
-        lines.append(f"| {titles[one['arm']]} | {titles[one['reference']]} | {' | '.join(comparison_cells(one))} |")
-    return "\n".join([*lines, ""])
+        scores.append([title, *score_cells(runs, (*GROUPS, "text", "cpu_seconds"))])
+    differences = [
+        [titles[one["arm"]], titles[one["reference"]], *comparison_cells(one)] for one in results["comparisons"]
+    ]
+    return "\n".join(
+        [
+            "**Directions without recordings**: speech BLEU at the best checkpoint (mean ± deviation over seeds)\n",
+            markdown_table(("trained on", *GROUPS.values(), "text", "CPU seconds"), scores),
+            "Between German, Spanish and French, differences (development set: into English):\n",
+            markdown_table(("", "over", *COMPARISON), differences, names=2),
+        ]
+    )
 
 
 def draw(results: Mapping, path: Path) -> None:
