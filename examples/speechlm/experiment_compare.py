@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import Any
 
 from experiment_results import markdown_table, mean_and_deviation, scores_of, training_scores
-from experiment_seeds import VALIDATIONS
 
 from nemo_emmett.evaluation import Translation, from_json
 from nemo_emmett.evaluation.significance import compare_over_seeds
@@ -52,8 +51,7 @@ def start_scores(home: Path, part: str = "t5") -> dict[str, float | None]:
 def training_results(folder: Path) -> dict[str, Any]:
     """Scores, curves and seconds of one training, and where its best checkpoint is."""
     found = training_scores(folder)
-    # Of a training in halves only the second keeps checkpoints; of equal ones the first is kept.
-    step, seconds, _ = max(found["curve"][-VALIDATIONS:], key=lambda point: point[2])
+    step, seconds, _ = max(found["curve"], key=lambda point: point[2])  # of equal ones the first is kept
     return {**found, "best_step": step, "best_cpu_seconds": seconds}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiment_runs import Corpus
 from experiment_scarce import RETENTION, corpus_runs, scarce_setting
-from experiment_seeds import SPEECH_ALONE, Arm, Part, Results, objective, start_runs, training_runs
+from experiment_seeds import SPEECH_ALONE, Arm, Part, Results, objective, start_runs, training_run
 
 STEPS = 400
 """Of a training."""
@@ -72,7 +72,7 @@ def part(captions: Corpus, source: Path, data: Path, exp: Path, seeds: Sequence[
     for seed in seeds:
         for arm in ARMS:
             folder, name = home / arm.name / str(seed), f"forgetting/{arm.name}/{seed}"
-            runs += training_runs(setting, data / "scarce" / "all", folder, name, arm, seed)
+            runs.append(training_run(setting, data / "scarce" / "all", folder, name, arm, seed))
     return Part("forgetting", runs, lambda: collect(home, setting.starts, seeds), tables, draw)
 
 

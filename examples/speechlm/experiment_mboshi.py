@@ -20,7 +20,7 @@ from pathlib import Path
 from experiment_corpora import SUMMARY
 from experiment_runs import Run, leaks_run
 from experiment_scarce import ARMS as SCARCE_ARMS
-from experiment_seeds import Part, Results, Setting, start_runs, training_runs
+from experiment_seeds import Part, Results, Setting, start_runs, training_run
 from stages import script
 
 STEPS = 300
@@ -64,7 +64,7 @@ def part(source: Path, data: Path, exp: Path, seeds: Sequence[int]) -> Part:
     for seed in seeds:
         for arm in ARMS:
             name = f"mboshi/{arm.name}/{seed}"
-            runs += training_runs(setting, corpus, home / arm.name / str(seed), name, arm, seed)
+            runs.append(training_run(setting, corpus, home / arm.name / str(seed), name, arm, seed))
     return Part("mboshi", runs, lambda: collect(home, seeds), tables, draw)
 
 

@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from experiment_runs import ARMS, EFFICIENCY, MEMORY_BUDGET, MODELS, Corpus
-from experiment_seeds import DEV_SPEECH, FIRST_HALF, Part
+from experiment_seeds import DEV_SPEECH, Part
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -196,7 +196,7 @@ def training_scores(folder: Path) -> dict[str, Any]:
 
 
 def training_curves(folder: Path) -> dict[str, Any]:
-    """Seconds of one training, and its curves; of one in halves both."""
+    """Seconds of one training, and its curves."""
     curves = read_curves(folder)
     seconds = dict(zip(curves["train_cpu_seconds"].steps, curves["train_cpu_seconds"].values, strict=True))
     found = {"cpu_seconds": max(seconds.values()), "seconds": max(curves["train_seconds"].values)}
@@ -210,21 +210,7 @@ def training_curves(folder: Path) -> dict[str, Any]:
     if "padding_audio" in curves:
         found["padding"] = fmean(curves["padding_audio"].values)
         found["examples"] = fmean(curves["examples_audio"].values)
-    if (first := folder.with_name(folder.name + FIRST_HALF)).is_dir():
-        return _after_first_half(training_curves(first), found)
     return found
-
-
-def _after_first_half(first: Mapping, second: Mapping) -> dict[str, Any]:
-    """The curve of both halves, the second after the first; the best checkpoint is one of the second's."""
-    steps, cpu_seconds = first["curve"][-1][0] + 1, first["cpu_seconds"]  # validation counts steps from 0
-    after = [[step + steps, seconds + cpu_seconds, bleu] for step, seconds, bleu in second["curve"]]
-    return {
-        **second,
-        "cpu_seconds": second["cpu_seconds"] + cpu_seconds,
-        "seconds": second["seconds"] + first["seconds"],
-        "curve": [*first["curve"], *after],
-    }
 
 
 def scores_of(folder: Path) -> dict[str, float | None]:

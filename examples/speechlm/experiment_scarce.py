@@ -31,7 +31,7 @@ from experiment_seeds import (
     objective,
     start_runs,
     teacher_run,
-    training_runs,
+    training_run,
 )
 from stages import script
 
@@ -105,7 +105,7 @@ def part(captions: Corpus, source: Path, data: Path, exp: Path, seeds: Sequence[
         for size in SIZES:
             for arm in arms_of(size):
                 folder, name = home / size / arm.name / str(seed), f"scarce/{size}/{arm.name}/{seed}"
-                runs += training_runs(setting, data / "scarce" / size, folder, name, arm, seed)
+                runs.append(training_run(setting, data / "scarce" / size, folder, name, arm, seed))
     return Part("scarce", runs, lambda: collect(data, home, seeds), tables, draw)
 
 

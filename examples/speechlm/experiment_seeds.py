@@ -19,9 +19,6 @@ from stages import script
 VALIDATIONS = 5
 """Of a training, at equal intervals."""
 
-FIRST_HALF = "_first_half"
-"""After the name of a training's folder: the folder of its first half, where that is a training of its own."""
-
 DEV_SPEECH = "val_bleu_dev_speech"
 """The score by which checkpoints are chosen, in all arms: that of speech, which is what the parts compare."""
 
@@ -43,7 +40,6 @@ class Arm:
     overrides: tuple[str, ...]
     from_nothing: bool = False  # speech encoder and language model with random weights
     alternates: bool = False  # a step holds one modality, so that there are two of them for each step of speech
-    frozen_at_first: str | None = None  # part of the model that is not trained in the first half of the steps
     teaches: tuple[str, ...] = ()  # objectives whose teacher is the language model trained on all text
 
 
@@ -119,21 +115,16 @@ def start_runs(setting: Setting, seeds: Sequence[int]) -> list[Run]:
 
 def teacher_run(setting: Setting, corpus: Path, steps: int, seed: int) -> Run:
     """The seed's language model trained on all text of a corpus, without speech, and scored."""
-    folder = teacher_folder(setting, seed)
+    folder, needed = teacher_folder(setting, seed), (_start(setting, "t5", seed),)
     command = [
-        *_training("train_and_evaluate.py", setting, corpus, folder, Arm(TEACHER, "text alone", ()), seed, steps),
+        *_training(setting, corpus, folder, Arm(TEACHER, "text alone", ()), seed, steps),
         "model.pretrained_asr=null",
         "model.perception=null",
         "~data.train_ds.audio",
         "~data.validation_ds.datasets.dev_speech",
-        f"+evaluation.recipe=evaluate_{setting.recipe}",
-        f"+evaluation.output={folder / 'evaluation'}",
         "+evaluation.without=[test_speech]",
-        "+evaluation.best=true",
     ]
-    needed = (_start(setting, "t5", seed),)
-    name = _start(setting, TEACHER, seed)
-    return Run(name, lambda: command, folder / "evaluation" / "report.html", needed, unfinished=folder)
+    return Run(_start(setting, TEACHER, seed), lambda: command, _report(folder), needed, unfinished=folder)
 
 
 def teacher_folder(setting: Setting, seed: int) -> Path:
@@ -141,47 +132,23 @@ def teacher_folder(setting: Setting, seed: int) -> Path:
     return setting.starts / str(seed) / TEACHER
 
 
-def training_runs(setting: Setting, corpus: Path, folder: Path, name: str, arm: Arm, seed: int) -> list[Run]:
-    """SALM-T5 trained in one of the ways from its seed's start, and scored on the test sets.
-
-    Where a part is frozen at first, that half is a training of its own; the second starts from the weights of its end.
-    """
+def training_run(setting: Setting, corpus: Path, folder: Path, name: str, arm: Arm, seed: int) -> Run:
+    """SALM-T5 trained in one of the ways from its seed's start, and scored on the test sets."""
     steps = setting.steps * (2 if arm.alternates else 1)
-    needed, overrides = _needed(setting, arm, seed), list(arm.overrides)
-    for name_of_objective in arm.teaches:
-        model = teacher_folder(setting, seed) / "model"
-        overrides.append(f"+model.objectives.{name_of_objective}.teacher={model}")
-    runs = []
-    if arm.frozen_at_first is not None:
-        steps, first = steps // 2, folder.with_name(folder.name + FIRST_HALF)
-        checkpoint = first / "checkpoints" / "half-last.ckpt"
-        half = [
-            *_training("train.py", setting, corpus, first, arm, seed, steps),
-            "export_dir=null",
-            "+exp_manager.checkpoint_callback_params.filename=half",
-            f"+model.freeze=[{arm.frozen_at_first}]",
-            *arm.overrides,
-        ]
-        runs.append(Run(f"{name}{FIRST_HALF}", lambda: half, checkpoint, needed, first))
-        needed, overrides = (runs[0].name,), [*overrides, f"+model.init_from_checkpoint={checkpoint}"]
     command = [
-        *_training("train_and_evaluate.py", setting, corpus, folder, arm, seed, steps),
+        *_training(setting, corpus, folder, arm, seed, steps),
         f"exp_manager.checkpoint_callback_params.monitor={DEV_SPEECH}",
-        f"+evaluation.recipe=evaluate_{setting.recipe}",
-        f"+evaluation.output={folder / 'evaluation'}",
-        "+evaluation.best=true",
-        *overrides,
+        *arm.overrides,
+        *(f"+model.objectives.{one}.teacher={teacher_folder(setting, seed) / 'model'}" for one in arm.teaches),
     ]
-    return [*runs, Run(name, lambda: command, folder / "evaluation" / "report.html", needed, unfinished=folder)]
+    return Run(name, lambda: command, _report(folder), _needed(setting, arm, seed), unfinished=folder)
 
 
-def _training(
-    script_name: str, setting: Setting, corpus: Path, folder: Path, arm: Arm, seed: int, steps: int
-) -> list[str]:
-    """The command of a training, with the overrides that all have."""
+def _training(setting: Setting, corpus: Path, folder: Path, arm: Arm, seed: int, steps: int) -> list[str]:
+    """The command of a training and its scoring, with the overrides that all have."""
     home = setting.starts / str(seed)
     return script(
-        script_name,
+        "train_and_evaluate.py",
         f"--config-name=salm_t5_{setting.recipe}",
         f"corpus={corpus}",
         f"model.pretrained_llm={home / 't5' / ('init' if arm.from_nothing else 't5')}",
@@ -195,8 +162,16 @@ def _training(
         "num_threads=1",
         "+trainer.callbacks=[{_target_: nemo_emmett.callbacks.TrainingClock}]",
         "exp_manager.resume_if_exists=false",
+        f"+evaluation.recipe=evaluate_{setting.recipe}",
+        f"+evaluation.output={folder / 'evaluation'}",
+        "+evaluation.best=true",
         *setting.overrides,
     )
+
+
+def _report(folder: Path) -> Path:
+    """The last file of a run."""
+    return folder / "evaluation" / "report.html"
 
 
 def _needed(setting: Setting, arm: Arm, seed: int) -> tuple[str, ...]:

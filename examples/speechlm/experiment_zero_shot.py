@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiment_runs import Corpus, corpus_runs
-from experiment_seeds import SPEECH_ALONE, Arm, Part, Results, Setting, start_runs, training_runs
+from experiment_seeds import SPEECH_ALONE, Arm, Part, Results, Setting, start_runs, training_run
 
 if TYPE_CHECKING:
     from nemo_emmett.evaluation import Translation
@@ -89,7 +89,7 @@ def part(phrasebook: Corpus, exp: Path, seeds: Sequence[int]) -> Part:
     for seed in seeds:
         for arm in ARMS:
             folder, name = home / arm.name / str(seed), f"zero_shot/{arm.name}/{seed}"
-            runs += training_runs(setting, phrasebook.folder, folder, name, arm, seed)
+            runs.append(training_run(setting, phrasebook.folder, folder, name, arm, seed))
     return Part("zero_shot", runs, lambda: collect(home, seeds), tables, draw)
 
 
