@@ -22,8 +22,8 @@ LEAST_CHUNK_SECONDS = 1.0
 """Smallest limit on the length of chunks; less is no sentence."""
 
 CUT_COST = 0.1
-"""What a cut costs besides the power around it, as a fraction of the recording's mean power: another cut has to be worth
-it, since a chunk is translated without its context."""
+"""What a cut costs besides the power around it, as a fraction of the recording's mean power: another cut has to be
+worth it, since a chunk is translated without its context."""
 
 _FRAMES_PER_SECOND = 50
 _PAUSE_FRAMES = 5
@@ -39,8 +39,8 @@ _WITHOUT_SPACES = frozenset({"zh", "yue", "wuu", "lzh", "ja", "th", "lo", "km", 
 def cut_into_chunks(samples: np.ndarray, sampling_rate: int, max_seconds: float) -> list[tuple[int, int]]:
     """Cut a recording at its quietest places into chunks that are not too long.
 
-    Of all ways to cut it into chunks between a quarter of ``max_seconds`` and ``max_seconds``, the one of the least sum,
-    over the cuts, of the mean power within 0.1 s of the cut, and of :data:`CUT_COST` times the recording's mean power.
+    Of all ways to cut it into chunks between a quarter of ``max_seconds`` and ``max_seconds``, the one of the least
+    sum, over the cuts, of the mean power within 0.1 s of the cut, and of :data:`CUT_COST` times the recording's mean.
 
     Args:
         samples: (N,) of one channel.
@@ -127,7 +127,7 @@ def _cut_costs(energies_F: np.ndarray, hop: int) -> np.ndarray:
 
 
 def _cheapest_cuts(costs_F: np.ndarray, shortest: int, longest: int) -> list[int]:
-    """The frames before which to cut, of the least sum of costs, so that chunks have ``shortest`` to ``longest`` frames.
+    """The frames before which to cut into chunks of ``shortest`` to ``longest`` frames, of the least sum of costs.
 
     Dynamic programming over the last cut, with the minimum over its range kept in a deque, so that time and memory are
     linear in F.

@@ -103,7 +103,7 @@ def test_windows_are_cut_as_the_whole(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, -3.0, 0.9, float("nan")])
 def test_a_limit_below_a_second_is_refused(seconds: float) -> None:
-    with pytest.raises(ConfigError, match="max_seconds: .* give 1 second or more"):
+    with pytest.raises(ConfigError, match=r"max_seconds: .* give 1 second or more"):
         cut_into_chunks(np.ones(1000), RATE, seconds)
 
 
