@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import takewhile
+from itertools import chain, islice, takewhile
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from nemo_emmett.audio_chunks import check_chunk_seconds, join_translations
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.models.exported import untrained_warning
+from nemo_emmett.models.exported import chunk_seconds_of, untrained_warning
 from nemo_emmett.models.inputs import (
     Input,
     check_inputs,
@@ -30,6 +31,7 @@ from nemo_emmett.models.inputs import (
     is_audio_path,
     load_recordings,
     recording_seconds,
+    split_recording,
 )
 from nemo_emmett.modules.batch import pack_left, padding_mask
 from nemo_emmett.modules.evaluation_mode import evaluation_mode
@@ -166,8 +168,10 @@ class Generation:
         max_new_tokens: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
         batch_size: int | None = None,
+        chunk_seconds: float | None = None,
     ) -> list[str]:
-        """Translate texts and recordings.
+        """Translate texts and recordings. A long recording is cut at its quietest places, and the translations of its
+        parts are joined.
 
         Args:
             inputs: sentences, paths of audio files (a ``Path``, or a string that ends like one), and segments of them
@@ -178,6 +182,9 @@ class Generation:
             max_new_tokens: longest translation; default: the model's.
             batch_tokens: most positions of the language model's input in a batch, padding included.
             batch_size: most inputs of a batch; default: as many as ``batch_tokens`` allows.
+            chunk_seconds: longest part of a recording that is translated at once; ``float("inf")``: recordings are
+                not cut. Default: the longest recordings that the model was trained on, if its config says how long
+                they were (``max_duration`` of the training data), otherwise 30.
 
         Returns:
             One translation per input, in their order; of answers in two steps, the translations alone.
@@ -198,6 +205,10 @@ class Generation:
         parse_value(PositiveWhole | None, max_new_tokens, "max_new_tokens")
         parse_value(PositiveWhole | None, batch_size, "batch_size")
         check_inputs(inputs)
+        chunk_seconds = chunk_seconds_of(self.cfg) if chunk_seconds is None else chunk_seconds
+        check_chunk_seconds(chunk_seconds, "chunk_seconds")
+        parts = [split_recording(item, chunk_seconds) if is_audio_path(item) else [item] for item in inputs]
+        inputs = list(chain(*parts))
         recordings = {i: item for i, item in enumerate(inputs) if is_audio_path(item)}
         locator = Markup(self.options.audio_locator_tag)
         messages = [locator if i in recordings else Prompt([str(item)]) for i, item in enumerate(inputs)]
@@ -219,7 +230,8 @@ class Generation:
                 f"{malformed} of {len(recordings)} answers to recordings are not a transcript and a translation: they "
                 "are returned whole."
             )
-        return [answers[i].translation for i in range(len(inputs))]
+        translations = (answers[i].translation for i in range(len(inputs)))
+        return [join_translations(list(islice(translations, len(of_input))), target_lang) for of_input in parts]
 
     def _warn_of_untrained(self, target_lang: str) -> None:
         if target_lang in self.warned_targets:
