@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models.exported import untrained_warning
 from nemo_emmett.models.inputs import (
+    BATCH_TOKENS,
     Input,
     check_inputs,
     fill_batches,
@@ -40,9 +41,6 @@ from nemo_emmett.prompts.languages import check_language
 from nemo_emmett.prompts.markup import Markup, Prompt
 from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
 from nemo_emmett.typed_config import PositiveWhole, parse_value
-
-BATCH_TOKENS = 4096
-"""Positions of the language model's input in a batch to translate: about ten recordings of half a minute."""
 
 _PLAIN_SEARCH: dict[str, Any] = {
     **dict.fromkeys(("do_sample", "early_stopping"), False),

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from nemo_emmett.audio_file import AudioFault, Header
 
+BATCH_TOKENS = 4096
+"""Positions of the language model's input in a batch to translate: about ten recordings of half a minute."""
+
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".mp4", ".sph", ".webm"})
 """A string with one of these suffixes is the path of a recording."""
 
