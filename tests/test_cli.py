@@ -29,7 +29,7 @@ def invoke():
 def test_version_and_commands(invoke) -> None:
     assert invoke("--version").output == f"nemo-emmett, version {__version__}\n"
     of_data = {"prepare", "index", "blend", "bins", "plan", "oomptimize"}
-    assert set(cli.main.commands) == of_data | {"init", "train", "export", "evaluate", "translate", "doctor"}
+    assert set(cli.main.commands) == of_data | {"init", "train", "export", "evaluate", "translate", "serve", "doctor"}
 
 
 def test_the_version_is_the_one_that_the_changelog_describes() -> None:
