@@ -31,7 +31,7 @@ def invoke():
 def test_version_and_commands(invoke) -> None:
     assert invoke("--version").output == f"nemo-emmett, version {__version__}\n"
     of_data = {"prepare", "index", "blend", "bins", "plan", "oomptimize"}
-    assert set(cli.main.commands) == of_data | {"init", "train", "export", "evaluate", "translate", "doctor"}
+    assert set(cli.main.commands) == of_data | {"init", "train", "export", "evaluate", "translate", "serve", "doctor"}
 
 
 def test_the_version_is_the_one_that_the_changelog_describes() -> None:
@@ -147,8 +147,9 @@ class TestTranslate:
                 self.device = device
                 return self
 
-            def translate(self, inputs, target_lang: str, source_lang: str | None = None, **options) -> list[str]:
-                calls.append((self.folder, inputs, target_lang, source_lang, *([options] if options else [])))
+            def translate(self, inputs, source_lang: list, target_lang: list, **options) -> list[str]:
+                codes = (each[0] if len(set(each)) == 1 else each for each in (target_lang, source_lang))
+                calls.append((self.folder, inputs, *codes, *([options] if options else [])))
                 if "bad" in inputs:
                     raise DataError("the text cannot be translated.")
                 return [Path(getattr(item, "path", item)).name.upper() for item in inputs]

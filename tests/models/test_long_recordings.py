@@ -13,7 +13,7 @@ from nemo_emmett import audio_file
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models import SALMT5
 from nemo_emmett.models.exported import chunk_seconds_of
-from nemo_emmett.models.inputs import Segment, load_recordings, split_recording
+from nemo_emmett.models.inputs import Segment, Waveform, load_recordings, split_recording
 from nemo_emmett.prompts.answers import Answer
 
 from .backbones import model_config
@@ -68,6 +68,16 @@ def test_parts_of_a_segment_are_within_it(recording) -> None:
     assert len(parts) == 2
 
 
+def test_parts_of_a_waveform_are_those_of_its_file(recording) -> None:
+    waveform = Waveform(soundfile.read(recording, dtype="float32")[0], RATE)
+    parts = split_recording(waveform, 1.5)
+    assert [part.seconds for part in parts] == pytest.approx(
+        [part.duration for part in split_recording(recording, 1.5)]
+    )
+    np.testing.assert_array_equal(np.concatenate([part.samples for part in parts]), waveform.samples)
+    assert split_recording(waveform, 5.0)[0].seconds == 5.0
+
+
 def test_what_is_short_enough_is_not_read(recording, monkeypatch) -> None:
     monkeypatch.setattr(audio_file, "load_samples", None)
     assert split_recording(recording, 5.0) == [recording]
@@ -107,12 +117,12 @@ def test_a_long_recording_is_translated_as_its_parts(salm_t5, recording, tmp_pat
         soundfile.write(files[-1], samples[round(part.start * RATE) : end], RATE)
     of_files = salm_t5.translate(files, "en", "de")
     assert len(set(of_files)) == len(parts) > 3
-    found = salm_t5.translate(["six", recording, files[0]], "en", "de", chunk_seconds=1.5)
-    assert found == ["a text", " ".join(of_files), of_files[0]]
+    given, targets = ["six", recording, files[0], recording], ["de", "de", "de", "ja"]
+    found = salm_t5.translate(given, "en", targets, chunk_seconds=1.5)
+    assert found == ["a text", " ".join(of_files), of_files[0], "".join(of_files)]
     (whole,) = salm_t5.translate([recording], "en", "de")
     assert whole.startswith(f"{5 * RATE}:")
     assert salm_t5.translate([recording], "en", "de", chunk_seconds=float("inf")) == [whole]
-    assert salm_t5.translate([recording], "en", "ja", chunk_seconds=1.5) == ["".join(of_files)]
 
 
 def test_the_longest_part_is_that_of_the_training(salm_t5, recording, monkeypatch) -> None:
