@@ -6,7 +6,7 @@ Shapes: B examples, T context tokens, A answer tokens, R recordings, N samples.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain, islice, takewhile
@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from nemo_emmett.audio_chunks import check_chunk_seconds, join_translations
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models.exported import chunk_seconds_of, untrained_warning
+from nemo_emmett.models.greedy import greedy_search, leaves_early
 from nemo_emmett.models.inputs import (
     BATCH_TOKENS,
     Input,
@@ -376,6 +377,31 @@ class Generation:
         eager = torch.compiler.set_stance("force_eager") if self.options.compile else nullcontext()
         with evaluation_mode(self), eager:
             return self.generate_answers(batch, **search)
+
+    def search_answers(
+        self,
+        inputs: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        select: Callable[[Tensor], None] = lambda kept_R: None,
+    ) -> Tensor:
+        """Hugging Face ``generate`` of the language model.
+
+        Args:
+            inputs: ``inputs_embeds`` (B, S, H) and ``attention_mask`` (B, S) of ``generate``.
+            options: of ``generate``.
+            select: of :func:`~nemo_emmett.models.greedy.greedy_search`.
+        """
+        gate = getattr(self.llm, "speech_gate", None)
+
+        def select_all(kept_R: Tensor) -> None:
+            select(kept_R)
+            if gate is not None:
+                gate.select(kept_R)
+
+        embeds_BSH = inputs["inputs_embeds"]
+        if leaves_early(options, len(embeds_BSH), embeds_BSH.device):
+            options = options | {"custom_generate": greedy_search(select_all)}
+        return self.llm.generate(**inputs, **options)
 
 
 def _of_each(languages: str | Sequence[str | None] | None, count: int, key: str) -> list[Any]:

@@ -46,6 +46,11 @@ class SpeechMemory:
     mask_BS: Tensor
     has_speech_B: Tensor
 
+    def select(self, kept_R: Tensor) -> SpeechMemory:
+        """The speech of some of the utterances, by their numbers (R,) int64."""
+        keys, values = (tuple(layer[kept_R] for layer in layers) for layers in (self.keys_BNSD, self.values_BNSD))
+        return SpeechMemory(keys, values, self.mask_BS[kept_R], self.has_speech_B[kept_R])
+
 
 class SpeechCrossAttention(nn.Module):
     """Adds to text embeddings what they attend to in speech.
