@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,8 @@ from nemo_emmett.cli.parameters import (
     COUNT,
     FILE,
     MODEL,
+    available_device,
+    check_device,
     loading,
     overwrite_option,
     trust_argument,
@@ -90,6 +91,14 @@ _SHOWN_FAULTS = 20
 )
 @click.option("--max-new-tokens", type=COUNT, help="Longest translation, in tokens.  [default: the model's]")
 @click.option(
+    "--chunk-seconds",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Longest part of a recording that is translated at once; a longer recording is cut at its quietest places.  "
+    "[default: the longest recordings of the training (max_duration of its data), if the model's config.json has "
+    "them; otherwise 30]",
+)
+@click.option(
     "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one, otherwise cpu]"
 )
 @trust_option
@@ -116,15 +125,18 @@ def translate(
     The files that the command line names are looked for first: if one does not exist, nothing is translated. A line, a
     recording, or a record of a TSV or manifest that cannot be translated is reported with its cause, and the others
     are translated; then the exit code is 1. Its line is empty, as is that of an empty line.
+
+    A recording that is longer than --chunk-seconds is translated in parts, with a bar; its line is their translations
+    in their order, and in JSON it has them and their times as well.
     """
-    from nemo_emmett.models.exported import check_exported, untrained_warning
+    from nemo_emmett.models.exported import check_exported, chunk_seconds_of, untrained_warning
     from nemo_emmett.prompts.language_codes import normalized
     from nemo_emmett.translation.requests import STDIN, Languages, read_requests
     from nemo_emmett.translation.results import check_output, format_of
 
     if not (inputs or tsv or manifests):
         inputs = (STDIN,)
-    _check_device(device)
+    check_device(device)
     check_output(output, overwrite)
     languages = Languages(source_lang, target_lang)
     requests = read_requests(inputs, tsv, manifests, stdin=sys.stdin, languages=languages, column=column)
@@ -134,7 +146,7 @@ def translate(
     with loading("the model"):
         from nemo_emmett.models import load
 
-        loaded = load(model, **trust_argument(trust_remote_code)).to(_device(device))
+        loaded = load(model, **trust_argument(trust_remote_code)).to(available_device(device))
         if target_lang is not None:
             loaded.warned_targets = frozenset([normalized(target_lang)])
         if STDIN in inputs and sys.stdin.isatty():
@@ -142,7 +154,10 @@ def translate(
         window = _window(options["batch_size"], is_live=STDIN in inputs)
         given = {name: value for name, value in options.items() if value is not None}
         requests = _with_only_sources(requests, config)
-        failed = _write(loaded, requests, window, given, output, format_of(output, format_), target_lang is None)
+        longest = options["chunk_seconds"] or chunk_seconds_of(config)
+        failed = _write(
+            loaded, requests, window, given, output, format_of(output, format_), target_lang is None, longest
+        )
         raise SystemExit(int(failed))
 
 
@@ -154,6 +169,7 @@ def _write(
     output: Path | None,
     format_: str,
     languages_vary: bool,
+    chunk_seconds: float,
 ) -> bool:
     """Write the translations of all requests; whether one could not be translated."""
     from tqdm import tqdm
@@ -164,7 +180,9 @@ def _write(
     done = faults = 0
     # Where translations come on standard output, they are the progress.
     with opened(output) as file, tqdm(unit="input", disable=True if output is None else None) as bar:
-        for results in translate_requests(model, requests, window, options, languages_vary=languages_vary):
+        for results in translate_requests(
+            model, requests, window, options, languages_vary=languages_vary, chunk_seconds=chunk_seconds
+        ):
             for result in results:
                 print(as_line(result, format_), file=file)
                 if result.fault:
@@ -203,24 +221,3 @@ def _window(batch_size: int | None, is_live: bool) -> int:
     if is_live:
         return 1 if sys.stdin.isatty() else batch_size or _WINDOW
     return 4 * (batch_size or _WINDOW)
-
-
-def _check_device(device: str | None) -> None:
-    from nemo_emmett.errors import ConfigError
-
-    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
-        raise ConfigError(f"--device: '{device}' is no device; name cpu, cuda, or one of several as cuda:1.")
-
-
-def _device(device: str | None) -> str:
-    import torch
-
-    from nemo_emmett.errors import ConfigError
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-    if int(number or 0) >= count:
-        raise ConfigError(f"--device: there is no '{device}' on this machine; leave the option out, or name cpu.")
-    return device

@@ -9,7 +9,7 @@ Shapes: B examples, T tokens, A target tokens, H hidden size, R recordings, K re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -81,9 +81,9 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
         )
         memory = self._memory(batch, layout)
         gate = gated(self.llm, speech_rows(batch, self.audio_locator_id))
-        with self.embeddings_inside(), self._looking_up(memory), gate:
-            return self.llm.generate(
-                inputs_embeds=self.embed(ids_BT), attention_mask=mask_BT.long(), **generate_options
+        with self.embeddings_inside(), self._looking_up(memory) as select, gate:
+            return self.search_answers(
+                {"inputs_embeds": self.embed(ids_BT), "attention_mask": mask_BT.long()}, generate_options, select
             )
 
     def _layout(self, batch: Mapping, read: Sequences) -> _Layout:
@@ -115,11 +115,20 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
         return self.cross_attention.memory(*layout.by_example(audio_RFH, lens_R))
 
     @contextmanager
-    def _looking_up(self, memory: SpeechMemory | None) -> Iterator[None]:
-        """Within it, all input of the language model passes the cross-attention layers, unless there is no speech."""
+    def _looking_up(self, memory: SpeechMemory | None) -> Iterator[Callable[[Tensor], None]]:
+        """Within it, all input of the language model passes the cross-attention layers, unless there is no speech.
+
+        Yields:
+            A function that keeps only some rows of the batch's speech.
+        """
         if memory is None:
-            yield
+            yield lambda kept_R: None
             return
+
+        def select(kept_R: Tensor) -> None:
+            nonlocal memory
+            memory = memory.select(kept_R)
+
         # The layers' own cache goes on top of the language model's, so that a beam search reorders both.
         cache_layers = [DynamicLayer() for _ in self.cross_attention.layers]
 
@@ -145,7 +154,7 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
         # peft's wrapper calls `generate` of the model inside.
         handle = unwrap_peft(self.llm).register_forward_pre_hook(look_up, with_kwargs=True)
         try:
-            yield
+            yield select
         finally:
             handle.remove()
 

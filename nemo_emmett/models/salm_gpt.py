@@ -58,8 +58,8 @@ class SALMGPT(DecoderOnly, SpeechTextModel):
         read = context_only(batch)
         placed = self.place(batch, read.ids_BT, read.mask_BT, pad_left=True)
         with self.embeddings_inside(), gated(self.llm, speech_rows(batch, self.audio_locator_id)):
-            return self.llm.generate(
-                inputs_embeds=placed.embeds_BSH, attention_mask=placed.mask_BS.long(), **generate_options
+            return self.search_answers(
+                {"inputs_embeds": placed.embeds_BSH, "attention_mask": placed.mask_BS.long()}, generate_options
             )
 
     # As NeMo's SALM has it.

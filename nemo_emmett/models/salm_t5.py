@@ -120,8 +120,8 @@ class SALMT5(SpeechTextModel):
         start_BD = self._decoder_start(batch, generate_options)
         own = {"decoder_input_ids": start_BD, "decoder_start_token_id": start_BD[:, 0].tolist()}
         with gated(self.llm, speech_rows(batch, self.audio_locator_id)):
-            ids = self.llm.generate(
-                inputs_embeds=placed.embeds_BSH, attention_mask=placed.mask_BS.long(), **generate_options | own
+            ids = self.search_answers(
+                {"inputs_embeds": placed.embeds_BSH, "attention_mask": placed.mask_BS.long()}, generate_options | own
             )
         return ids[:, start_BD.shape[1] :]
 

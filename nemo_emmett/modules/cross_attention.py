@@ -46,6 +46,11 @@ class SpeechMemory:
     mask_BS: Tensor
     has_speech_B: Tensor
 
+    def select(self, kept_R: Tensor) -> SpeechMemory:
+        """The speech of some of the utterances, by their numbers (R,) int64."""
+        keys, values = (tuple(layer[kept_R] for layer in layers) for layers in (self.keys_BNSD, self.values_BNSD))
+        return SpeechMemory(keys, values, self.mask_BS[kept_R], self.has_speech_B[kept_R])
+
 
 class SpeechCrossAttention(nn.Module):
     """Adds to text embeddings what they attend to in speech.
@@ -149,11 +154,13 @@ class SpeechCrossAttention(nn.Module):
         past = cache[0].get_seq_length() if cache else 0
         mask = _self_attention_mask(text_mask_BT, past, text_BTH.shape[1], text_BTH.device)
         hidden_BTW = self.project_in(text_BTH)
+        # Once for queries and keys of all layers.
+        rotation = _rotation(past, hidden_BTW, self.layers[0].self_attention.num_heads)
         is_recomputed = self.activation_checkpointing and self.training and not cache
         caches = cache or [None] * len(self.layers)
         for layer, keys, values, own in zip(self.layers, memory.keys_BNSD, memory.values_BNSD, caches, strict=True):
             run = partial(checkpoint, layer, use_reentrant=False) if is_recomputed else layer
-            hidden_BTW = run(hidden_BTW, keys, values, memory.mask_BS, mask, own)
+            hidden_BTW = run(hidden_BTW, keys, values, memory.mask_BS, mask, rotation, own)
         found_BTH = self.project_out(self.norm(hidden_BTW)).to(text_BTH.dtype)
         has_speech_B = memory.has_speech_B.repeat_interleave(len(text_BTH) // len(memory.has_speech_B))
         return text_BTH + torch.where(has_speech_B[:, None, None], found_BTH, 0.0)
@@ -179,9 +186,11 @@ class _Layer(nn.Module):
         values_BNSD: Tensor,
         frame_mask_BS: Tensor,
         text_mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
         cache: CacheLayerMixin | None,
     ) -> Tensor:
-        x_BTW = x_BTW + self.dropout(self.self_attention(self.self_attention_norm(x_BTW), text_mask, cache))
+        attended_BTW = self.self_attention(self.self_attention_norm(x_BTW), text_mask, rotation, cache)
+        x_BTW = x_BTW + self.dropout(attended_BTW)
         x_BTW = x_BTW + self.dropout(
             self.cross_attention(self.cross_attention_norm(x_BTW), keys_BNSD, values_BNSD, frame_mask_BS)
         )
@@ -197,12 +206,14 @@ class _SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BTW: Tensor, mask: Tensor | None, cache: CacheLayerMixin | None) -> Tensor:
+    def forward(
+        self, x_BTW: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor], cache: CacheLayerMixin | None
+    ) -> Tensor:
         """``mask`` is (B, 1, T, P + T) bool, or None where being causal is all there is to it."""
-        past, T = (cache.get_seq_length() if cache is not None else 0), x_BTW.shape[1]
-        query, key, value = (_split_heads(x, self.num_heads) for x in self.query_key_value(x_BTW).chunk(3, dim=2))
-        position_T = torch.arange(past, past + T, device=x_BTW.device)
-        query, key = _rotate(query, position_T), _rotate(key, position_T)
+        T = x_BTW.shape[1]
+        parts_3BNTD = self.query_key_value(x_BTW).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key = _rotate(parts_3BNTD[:2], *rotation)
+        value = parts_3BNTD[2]
         if cache is not None:
             key, value = cache.update(key, value)
         # A single position attends to all before it; several without a past are causal from the first on.
@@ -245,14 +256,20 @@ def _join_heads(x_BNTD: Tensor) -> Tensor:
     return x_BNTD.transpose(1, 2).flatten(2)
 
 
-def _rotate(x_BNTD: Tensor, position_T: Tensor) -> Tensor:
-    """Rotary positions: pairs of features are turned by angles proportional to the position (arXiv 2104.09864)."""
-    half = x_BNTD.shape[3] // 2
-    frequency = WAVELENGTH ** -(torch.arange(half, device=x_BNTD.device) / half)
-    angle = position_T[:, None] * frequency
-    cosine, sine = angle.cos().to(x_BNTD.dtype), angle.sin().to(x_BNTD.dtype)
-    first, second = x_BNTD.chunk(2, dim=3)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=3)
+def _rotation(past: int, x_BTW: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions, (T, D / 2) each, for T positions after ``past`` others."""
+    T, half = x_BTW.shape[1], x_BTW.shape[2] // num_heads // 2
+    frequency = WAVELENGTH ** -(torch.arange(half, device=x_BTW.device) / half)
+    angle = torch.arange(past, past + T, device=x_BTW.device)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions: pairs of features (..., T, D) are turned by angles proportional to the position (arXiv
+    2104.09864)."""
+    cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
 def _places(mask_BS: Tensor, size: int) -> Tensor:

@@ -42,6 +42,11 @@ class SpeechGate:
         finally:
             self.rows = before
 
+    def select(self, kept_R: Tensor) -> None:
+        """Go on with some rows of the batch, by their numbers (R,) int64."""
+        if isinstance(self.rows, Tensor):
+            self.rows = self.rows[kept_R]
+
     def checkpoint(self, function: Callable, *args: Any) -> Any:
         """``torch.utils.checkpoint``: activations are computed again with the rows of the forward pass, after which
         other batches may have been in the model."""
