@@ -9,7 +9,7 @@ import pytest
 
 from nemo_emmett.prompts.answers import Answer
 
-from .serving import RATE, StubModel, encoded, served, tone
+from .serving import RATE, TRAINED, StubModel, encoded, served, tone
 
 TRANSLATIONS, TRANSCRIPTIONS = "/v1/audio/translations", "/v1/audio/transcriptions"
 
@@ -107,6 +107,14 @@ def test_a_long_recording_is_translated_in_chunks_that_are_cut_where_it_is_quiet
     assert 2.95 <= second["end"] == third["start"] <= 3.2
     assert body["text"] == " ".join(segment["text"] for segment in body["segments"])
     assert first["text"] == f"de:{round(first['end'] * RATE)} samples"
+
+
+def test_chunks_are_as_long_as_the_recordings_of_the_training() -> None:
+    asked = form(3.0, to_language="de", response_format="verbose_json")
+    config = {"training": TRAINED["training"] | {"max_duration": 2.0}}
+    limited, whole = answers_of((TRANSLATIONS, asked), config=config) + answers_of((TRANSLATIONS, asked))
+    assert max(part["end"] - part["start"] for part in limited.json()["segments"]) <= 2.0
+    assert len(whole.json()["segments"]) == 1
 
 
 def test_texts() -> None:
