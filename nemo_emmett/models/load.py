@@ -16,8 +16,8 @@ from hydra.utils import get_class
 
 from nemo_emmett.errors import ModelError
 from nemo_emmett.models.base import SpeechTextModel
-from nemo_emmett.models.exported import check_exported
-from nemo_emmett.models.exported_files import CONFIG_FILE
+from nemo_emmett.models.exported import find_config
+from nemo_emmett.models.exported_files import read_json_object
 
 _OWN_MODELS = "nemo_emmett.models."
 
@@ -38,7 +38,8 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> SpeechTextMo
         ModelError: if the folder is not such an export, or its weights are not those of the model that it names.
     """
     folder = Path(folder)
-    model_class = _class_of(check_exported(folder), folder / CONFIG_FILE)
+    path = find_config(folder)
+    model_class = _class_of(read_json_object(path), path)
     # huggingface_hub prints where it reads from; standard output belongs to the translations.
     with redirect_stdout(io.StringIO()), _expected_type():
         return model_class.from_pretrained(str(folder), trust_remote_code=trust_remote_code).eval()

@@ -20,7 +20,6 @@ from transformers import AutoTokenizer
 
 from nemo_emmett.errors import DataError, ModelError
 from nemo_emmett.models import SALMGPT, load
-from nemo_emmett.models.exported_files import FILES_KEY
 from nemo_emmett.prompts.encoding import encode_texts
 from tests.models.backbones import model_config
 from tests.safety.conftest import Payload, set_in_json
@@ -43,7 +42,7 @@ AUTO_MAP = {
 def exported_gpt(tmp_path_factory, tiny_asr) -> Path:
     folder = tmp_path_factory.mktemp("gpt")
     SALMGPT(model_config("qwen3", folder, tiny_asr, max_new_tokens=3)).save_pretrained(folder / "model")
-    set_in_json(folder / "model" / "config.json", **{FILES_KEY: None})  # by which any change would be found
+    set_in_json(folder / "model" / "config.json", files=None)  # whose sizes would tell that a file was tampered with
     return folder / "model"
 
 
