@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import CONFIG_NAME
+from huggingface_hub.errors import HfHubHTTPError
 from nemo.collections.speechlm2.parts.hf_hub import SAFETENSORS_SINGLE_FILE
 from nemo.utils import logging
 from omegaconf import OmegaConf
@@ -31,6 +32,7 @@ from nemo_emmett.models.checkpoint import listed, read_checkpoint, shared_names
 from nemo_emmett.models.exported import BASE_MODELS_KEY, check_exported
 from nemo_emmett.models.exported_files import FILES_KEY, check_no_code, files_of_export, sizes_of_files
 from nemo_emmett.models.public_names import without_paths
+from nemo_emmett.models.targets import first_line
 from nemo_emmett.modules.tensors import refuse_nonfinite
 
 
@@ -207,7 +209,15 @@ class Export:
 
 def _local_folder(name: str, **where: Any) -> str:
     """The folder of a model; one on the Hugging Face Hub is fetched whole, so that all of it is checked."""
-    return name if Path(name).is_dir() else snapshot_download(name, allow_patterns=_FILES_ON_THE_HUB, **where)
+    if Path(name).is_dir():
+        return name
+    try:
+        return snapshot_download(name, allow_patterns=_FILES_ON_THE_HUB, **where)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ModelError(
+            f"'{name}' is neither the folder of an exported model nor the name of one that could be fetched "
+            f"({first_line(error)}); name the folder that `nemo-emmett train` or `nemo-emmett export` has written."
+        ) from error
 
 
 _WHERE_ON_THE_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")

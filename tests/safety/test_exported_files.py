@@ -276,5 +276,12 @@ def test_a_model_on_the_hub_is_checked_like_a_folder(folder, payload, on_the_hub
         SALMGPT.from_pretrained("someone/model")
 
 
+@pytest.mark.parametrize("name", ["someone/model", "no/such/folder", "gone"])
+def test_a_model_that_is_nowhere_gets_one_sentence(name) -> None:
+    with pytest.raises(ModelError, match=f"'{name}' is neither the folder of an exported model nor the name") as error:
+        SALMGPT.from_pretrained(name)
+    assert "\n" not in str(error.value)
+
+
 def use_text(folder: Path) -> list[str]:
     return load(folder).translate(["one"], "en", "de")
