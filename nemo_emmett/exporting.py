@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ import yaml
 from huggingface_hub.constants import CONFIG_NAME
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -24,13 +24,14 @@ from nemo_emmett.config import check_model_file
 from nemo_emmett.early_checks import RECIPE_FILE, check_checkpoint
 from nemo_emmett.errors import ConfigError, EmmettError, ModelError, NonFiniteError, OutputError
 from nemo_emmett.files import atomic_folder, check_writable, new_folder_elsewhere
+from nemo_emmett.models.artifacts import write_artifacts
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.card import CARD_FILE, model_card
 from nemo_emmett.models.checkpoint import check_fit, read_rest, read_weights
 from nemo_emmett.models.export import public_config
 from nemo_emmett.models.exported import TRAINING_KEY
+from nemo_emmett.models.exported_files import FILES_KEY, files_of_export, read_json_object, sizes_of_files
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
-from nemo_emmett.models.public_names import clean_folder
 from nemo_emmett.models.targets import check_local_path
 from nemo_emmett.modules.tensors import refuse_nonfinite
 from nemo_emmett.training_record import record_of_checkpoint, record_of_trainer
@@ -245,13 +246,14 @@ def write_export(
     # NeMo writes no `_target_`; `load` takes a folder without one for NeMo's SALM.
     config = {key: value for key, value in OmegaConf.to_container(model.cfg).items() if key != "_target_"}
     config = public_config(config | of_training)
-    with atomic_folder(folder, last=CONFIG_NAME) as unfinished:
+    with atomic_folder(folder, last=CONFIG_NAME, stale=files_of_export(Path(folder))) as unfinished:
         (unfinished / CARD_FILE).write_text(model_card(config), encoding="utf-8")
         model.save_pretrained(unfinished, config=config)
         # As NeMo's to_hf.py does it: then nothing of the folder refers to the files that the training began with.
-        model.tokenizer.tokenizer.save_pretrained(unfinished)
-        model.llm.config.save_pretrained(unfinished / LLM_BACKBONE_DIR)
-        clean_folder(unfinished)
+        write_artifacts(unfinished, model, config)
+        written = unfinished / CONFIG_NAME
+        content = read_json_object(written) | {FILES_KEY: sizes_of_files(unfinished)}
+        written.write_text(json.dumps(content, sort_keys=True, indent=2), encoding="utf-8")
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, recipe: DictConfig | None) -> None:
