@@ -10,6 +10,7 @@ Rooms, from those that users call down to those that everything uses (docs/archi
 - ``callbacks``: Lightning callbacks (``OOMptimizer``, ``ResumableData``, ``RandomState``, ``TrainingClock``).
 - ``planning``: bins, batch sizes and blend before a training.
 - ``evaluation``: translate test sets, score and report. ``translation``: translate texts and recordings.
+- ``serving``: models behind an HTTP interface.
 - ``corpora``: public corpora to manifests, text and shards.
 - ``models``: the models (``SALMT5``, ``SALMGPT``, ``BestowGPT``), and ``load`` for a saved one.
 - ``data``: files to batches (``MultimodalDataModule``, ``get_multimodal_dataloader``).

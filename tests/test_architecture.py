@@ -30,6 +30,7 @@ FLOORS = (
         "doctor",
         "callbacks",
     ),
+    ("serving",),
     ("planning", "evaluation", "translation", "corpora"),
     ("callbacks.oomptimizer",),
     ("models", "data", "oomptimizer"),
