@@ -13,7 +13,6 @@ import yaml
 from huggingface_hub.constants import CONFIG_NAME
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -24,13 +23,13 @@ from nemo_emmett.config import check_model_file
 from nemo_emmett.early_checks import RECIPE_FILE, check_checkpoint
 from nemo_emmett.errors import ConfigError, EmmettError, ModelError, NonFiniteError, OutputError
 from nemo_emmett.files import atomic_folder, check_writable, new_folder_elsewhere
+from nemo_emmett.models.artifacts import write_artifacts
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.card import CARD_FILE, model_card
 from nemo_emmett.models.checkpoint import check_fit, read_rest, read_weights
 from nemo_emmett.models.export import public_config
 from nemo_emmett.models.exported import TRAINING_KEY
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
-from nemo_emmett.models.public_names import clean_folder
 from nemo_emmett.models.targets import check_local_path
 from nemo_emmett.modules.tensors import refuse_nonfinite
 from nemo_emmett.training_record import record_of_checkpoint, record_of_trainer
@@ -249,9 +248,7 @@ def write_export(
         (unfinished / CARD_FILE).write_text(model_card(config), encoding="utf-8")
         model.save_pretrained(unfinished, config=config)
         # As NeMo's to_hf.py does it: then nothing of the folder refers to the files that the training began with.
-        model.tokenizer.tokenizer.save_pretrained(unfinished)
-        model.llm.config.save_pretrained(unfinished / LLM_BACKBONE_DIR)
-        clean_folder(unfinished)
+        write_artifacts(unfinished, model, config)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, recipe: DictConfig | None) -> None:

@@ -1,7 +1,7 @@
 """A model as one folder, in the layout of Hugging Face and of NeMo's SALM, and checks that weights fit.
 
-The folder holds ``model.safetensors``, ``config.json``, a model card (``README.md``), the tokenizer, and the language
-model's own config under ``llm_backbone``; nothing else is needed to load it with :func:`nemo_emmett.models.load`.
+The folder holds ``model.safetensors``, ``config.json``, a model card (``README.md``) and the files of
+:mod:`nemo_emmett.models.artifacts`; nothing else is needed to load it with :func:`nemo_emmett.models.load`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 from huggingface_hub.constants import CONFIG_NAME
-from nemo.collections.speechlm2.parts.hf_hub import LLM_BACKBONE_DIR, SAFETENSORS_SINGLE_FILE
+from nemo.collections.speechlm2.parts.hf_hub import SAFETENSORS_SINGLE_FILE
 from nemo.utils import logging
 from omegaconf import OmegaConf
 from safetensors import safe_open
@@ -25,10 +25,11 @@ from transformers.utils import cached_file
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ModelError
 from nemo_emmett.files import atomic_folder
+from nemo_emmett.models.artifacts import write_artifacts
 from nemo_emmett.models.card import CARD_FILE, model_card
 from nemo_emmett.models.checkpoint import listed, read_checkpoint, shared_names
 from nemo_emmett.models.exported import BASE_MODELS_KEY
-from nemo_emmett.models.public_names import clean_folder, without_paths
+from nemo_emmett.models.public_names import without_paths
 from nemo_emmett.modules.tensors import refuse_nonfinite
 
 
@@ -89,9 +90,7 @@ class Export:
         self._weights_to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}
         try:
             with atomic_folder(folder, last=CONFIG_NAME) as unfinished:
-                self.tokenizer.tokenizer.save_pretrained(unfinished)
-                self.llm.config.save_pretrained(unfinished / LLM_BACKBONE_DIR)
-                clean_folder(unfinished)
+                write_artifacts(unfinished, self, config)
                 (unfinished / CARD_FILE).write_text(model_card(config), encoding="utf-8")
                 return super().save_pretrained(unfinished, config=config, **kwargs)
         finally:

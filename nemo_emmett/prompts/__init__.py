@@ -12,6 +12,7 @@
 - :mod:`nemo_emmett.prompts.t5`: ``emmett_t5``, ``<de> text`` for T5-like encoder-decoders, and ``emmett_ul2``.
 - :mod:`nemo_emmett.prompts.language_tokens`: ``emmett_m2m100``, ``emmett_nllb``, ``emmett_mbart50``, ``emmett_mbart``.
 - :mod:`nemo_emmett.prompts.chat`: ``emmett_llama3`` and the like, an instruction in NeMo's chat formats.
+- :mod:`nemo_emmett.prompts.chat_template`: a chat format as a template of Hugging Face.
 - :mod:`nemo_emmett.prompts.translation`: registers our formats with NeMo.
 - :mod:`nemo_emmett.prompts.families`: the format of a backbone, and the tokens that end its answers.
 - :mod:`nemo_emmett.prompts.transcripts`: the transcripts of speech, prompted as text.

@@ -1,0 +1,204 @@
+"""Exported folders: complete wherever they are, the same each time, and what others read of them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from nemo.collections.common.tokenizers import AutoTokenizer as NemoTokenizer
+from transformers import AutoFeatureExtractor, AutoTokenizer, GenerationConfig
+
+from nemo_emmett import plugin
+from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT, load
+from nemo_emmett.models.artifacts import preprocessor_settings
+from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.prompts.families import prompt_formatter
+from nemo_emmett.prompts.instruction import translation_turns
+from nemo_emmett.prompts.markup import Markup, Prompt
+
+from ..conftest import perception_config
+from ..fork_server import call_in_new_process
+from .backbones import DECODER_ONLY, PROMPT_FORMAT, model_config
+from .batches import prompted_batch, with_recordings
+
+LOCATOR = "<|audio|>"
+
+OURS = "nemo_emmett.modules.modality_adapters"
+QUERIES = {"prompt_size": 3, "target_layer_ids": [0], "qformer_num_hidden_layers": 1}
+ADAPTERS = {
+    "identity": perception_config()["modality_adapter"],
+    "mlp": {"_target_": f"{OURS}.MLPConnector", "input_dim": 32, "output_dim": None, "subsampling_factor": 2},
+    "qformer": {
+        "_target_": f"{OURS}.QFormer",
+        **QUERIES,
+        "encoder_config": {"d_model": 32, "encoder_attention_heads": 4},
+        "output_dim": None,
+    },
+}
+FAMILIES = {
+    **dict.fromkeys(DECODER_ONLY, SALMGPT),
+    **dict.fromkeys(("t5", "mt5", "nllb", "m2m100", "mbart50"), SALMT5),
+}
+KINDS: dict[str, tuple[type[SpeechTextModel], str, str | None]] = {
+    **{f"{name}, {adapter}": (SALMGPT, name, adapter) for name in DECODER_ONLY for adapter in ADAPTERS},
+    **{f"{name}, identity": (SALMT5, name, "identity") for name, kind in FAMILIES.items() if kind is SALMT5},
+    "BESTOW-GPT, llama3": (BestowGPT, "llama3", "identity"),
+    "BESTOW-GPT, gemma2": (BestowGPT, "gemma2", "mlp"),
+    "text alone": (SALMGPT, "qwen2", None),
+}
+
+
+def section(name: str, adapter: str | None, folder: Path, asr: Path) -> dict[str, Any]:
+    config = model_config(name, folder, asr if adapter else None, max_new_tokens=6)
+    return config if adapter is None else config | {"perception": {"modality_adapter": ADAPTERS[adapter]}}
+
+
+@torch.no_grad()
+def outputs(model: SpeechTextModel) -> list[torch.Tensor]:
+    """Logits of text and speech."""
+    batches = [prompted_batch(model, ["one red house", "four old doors?"], ["ein rotes haus", "vier türen"])]
+    if model.perception is not None:
+        batches.append(with_recordings(model, prompted_batch(model, [LOCATOR], ["ein rotes haus"]), [0.7]))
+    return [model(batch)[0] for batch in batches]
+
+
+@pytest.fixture(scope="module")
+def moved(tiny_asr, tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """An export of each kind, moved and made read-only (``folder``), and the outputs of the models that were exported;
+    what they were made from is gone."""
+    plugin.register()
+    origin = tmp_path_factory.mktemp("origin")
+    asr = shutil.copy(tiny_asr, origin / "encoder.nemo")
+    expected = {}
+    with tempfile.TemporaryDirectory() as elsewhere:
+        home = Path(elsewhere, "my models – Übersetzer 翻訳 #1 100%")
+        for kind, (model_class, name, adapter) in KINDS.items():
+            torch.manual_seed(0)
+            layers = {"cross_attention": {"num_layers": 1, "num_heads": 4, "width": 24}}
+            options = layers if model_class is BestowGPT else {}
+            model = model_class(section(name, adapter, origin, asr) | options).eval()
+            model.save_pretrained(origin / "exports" / kind)
+            expected[kind] = outputs(model)
+        shutil.move(origin / "exports", home)
+        shutil.rmtree(origin)
+        for path in [*home.rglob("*"), home]:
+            path.chmod(path.stat().st_mode & ~0o222)
+        yield SimpleNamespace(home=home, folder=home.__truediv__, outputs=expected)
+        for path in [home, *home.rglob("*")]:
+            path.chmod(path.stat().st_mode | 0o200)
+
+
+def load_all(home: str) -> SimpleNamespace:
+    """The outputs of the exports of a folder, loaded without the rights of root, a cache or a network, and the network
+    addresses that were asked for."""
+    if os.getuid() == 0:  # else it could write to what is read-only
+        header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, nothing) == 0
+        with pytest.raises(PermissionError):
+            Path(home, "new").mkdir()
+    asked: list[Any] = []
+
+    def ask(*address: Any, **_: Any) -> None:
+        asked.append(address)
+        raise OSError("there is no network")
+
+    socket.socket.connect = socket.getaddrinfo = ask
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    huggingface_hub.constants.HF_HUB_CACHE = "/nowhere"
+    plugin.register()
+    folders = sorted(Path(home).iterdir())
+    return SimpleNamespace(outputs={folder.name: outputs(load(folder)) for folder in folders}, asked=asked)
+
+
+@pytest.fixture(scope="module")
+def loaded(moved) -> SimpleNamespace:
+    return call_in_new_process(load_all, str(moved.home))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_was_moved_and_is_read_only_gives_what_the_model_gave(moved, loaded, kind) -> None:
+    for expected, got in zip(moved.outputs[kind], loaded.outputs[kind], strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_loading_asks_no_network(loaded) -> None:
+    assert loaded.asked == []
+
+
+# What other programs read.
+
+ENDS = {
+    "llama": ["</s>"],
+    "llama3": ["<|eot_id|>"],
+    "mistral": ["</s>"],
+    "qwen2": ["<|im_end|>"],
+    "qwen3": ["<|im_end|>"],
+    **{name: ["<eos>", "<end_of_turn>"] for name in ("gemma", "gemma2", "gemma3")},
+    **{name: ["</s>"] for name, kind in FAMILIES.items() if kind is SALMT5},
+}
+"""The tokens that end an answer."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generation_defaults_are_those_of_translate(moved, name) -> None:
+    folder = moved.folder(f"{name}, identity")
+    tokenizer, defaults = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    assert tokenizer.convert_ids_to_tokens(defaults.eos_token_id) == ENDS[name]
+    assert (defaults.max_new_tokens, defaults.do_sample, defaults.temperature) == (6, False, 0.0)
+    pads = [number for number in (tokenizer.pad_token_id, tokenizer.unk_token_id, 0) if number is not None]
+    assert defaults.pad_token_id == pads[0]
+    assert (defaults.decoder_start_token_id is not None) == (FAMILIES[name] is SALMT5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_chat_template_of_an_export_has_the_ids_of_its_prompt_format(moved, name) -> None:
+    folder = moved.folder(f"{name}, identity")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if FAMILIES[name] is SALMT5:
+        assert tokenizer.chat_template is None
+        return
+    formatter = prompt_formatter(PROMPT_FORMAT[name], NemoTokenizer(str(folder), use_fast=True))
+    for message in (Prompt(["drei grüne Bäume"]), Markup(LOCATOR)):
+        expected = formatter.encode_dialog(translation_turns(formatter, message, "de", "en"))["context_ids"]
+        asked = [{"role": "user", "content": f"Translate from English to German: {message}"}]
+        got = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        assert got == expected.tolist()
+
+
+def test_preprocessor_settings_give_transformers_the_same_features(moved) -> None:
+    folder = moved.folder("qwen2, mlp")
+    extractor, perception = AutoFeatureExtractor.from_pretrained(folder), load(folder).perception
+    samples = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0)) * 0.1
+    lens = torch.tensor([9000, 6000])
+    expected, frames = perception.preprocessor(input_signal=samples, length=lens)
+    recordings = [row[:n].numpy() for row, n in zip(samples, lens, strict=True)]
+    got = extractor(recordings, sampling_rate=16000, return_tensors="pt")
+    assert got["attention_mask"].sum(1).equal(frames)
+    torch.testing.assert_close(got["input_features"].mT, expected, rtol=1e-3, atol=1e-3)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert settings["seconds_per_token"] == pytest.approx(0.01 * 8 * 2)
+    assert settings["audio_token"] == LOCATOR
+
+
+def test_other_features_than_those_of_transformers_are_not_said_to_be_the_same(moved) -> None:
+    config = json.loads(moved.folder("qwen2, mlp").joinpath("config.json").read_text())
+    perception = load(moved.folder("qwen2, mlp")).perception
+    assert "feature_extractor_type" in preprocessor_settings(perception, config)
+    for key, value in (("normalize", "all_features"), ("window", "hamming"), ("_target_", "nemo.x.Other")):
+        changed = config["perception"] | {"preprocessor": config["perception"]["preprocessor"] | {key: value}}
+        assert "feature_extractor_type" not in preprocessor_settings(perception, config | {"perception": changed})
+
+
+def test_a_model_of_text_alone_has_no_preprocessor(moved) -> None:
+    assert not moved.folder("text alone").joinpath("preprocessor_config.json").exists()
