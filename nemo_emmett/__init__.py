@@ -10,15 +10,15 @@ Rooms, from those that users call down to those that everything uses (docs/archi
 - ``callbacks``: Lightning callbacks (``OOMptimizer``, ``ResumableData``, ``RandomState``, ``TrainingClock``).
 - ``planning``: bins, batch sizes and blend before a training.
 - ``evaluation``: translate test sets, score and report. ``translation``: translate texts and recordings.
-- ``serving``: models behind an HTTP interface.
+- ``serving``: a model behind HTTP.
 - ``corpora``: public corpora to manifests, text and shards.
 - ``models``: the models (``SALMT5``, ``SALMGPT``, ``BestowGPT``), and ``load`` for a saved one.
 - ``data``: files to batches (``MultimodalDataModule``, ``get_multimodal_dataloader``).
 - ``oomptimizer``: batch sizes that fit the memory.
 - ``objectives``: what a model is trained on besides the cross-entropy of its answers.
 - ``modules``, ``prompts``, ``schedulers``: parts of models; translation prompts and languages; learning-rate schedules.
-- ``errors``, ``config``, ``typed_config``, ``early_checks``, ``files``, ``processes``, ``audio_file``, ``run_log``:
-  what all rooms use.
+- ``errors``, ``config``, ``typed_config``, ``early_checks``, ``files``, ``processes``, ``audio_file``,
+  ``audio_chunks``, ``run_log``: what all rooms use.
 
 Importing the package imports neither torch nor NeMo: these modules load when they are first used. It registers
 post-import hooks, which add our data types, prompt formats and dataloader to NeMo as soon as NeMo is imported.

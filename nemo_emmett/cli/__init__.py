@@ -2,8 +2,8 @@
 
 - ``group``: what all commands have in common. ``parameters``: arguments and options that several have.
 - ``corpora``: ``prepare``. ``data``: ``index``, ``blend``, ``bins``. ``batch_sizes``: ``plan``, ``oomptimize``.
-- ``training``: ``train``, ``export``. ``translation``: ``translate``. ``evaluation``: ``evaluate``.
-- ``installation``: ``doctor``. ``init`` has a room of its own.
+- ``training``: ``train``, ``export``. ``translation``: ``translate``. ``serving``: ``serve``.
+- ``evaluation``: ``evaluate``. ``installation``: ``doctor``. ``init`` has a room of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from nemo_emmett.cli.data import bins, blend, index
 from nemo_emmett.cli.evaluation import evaluate
 from nemo_emmett.cli.group import CommandGroup
 from nemo_emmett.cli.installation import doctor
+from nemo_emmett.cli.serving import serve
 from nemo_emmett.cli.training import export, train
 from nemo_emmett.cli.translation import translate
 from nemo_emmett.init.command import init
@@ -28,5 +29,5 @@ def main() -> None:
     """Train one model on text and speech translation, with NeMo."""
 
 
-for command in (doctor, init, prepare, index, blend, bins, plan, oomptimize, train, export, translate, evaluate):
+for command in (doctor, init, prepare, index, blend, bins, plan, oomptimize, train, export, translate, serve, evaluate):
     main.add_command(command)

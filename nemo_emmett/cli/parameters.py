@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -79,3 +80,34 @@ def warn(sentence: str) -> None:
 def trust_argument(trust_remote_code: bool) -> dict[str, bool]:
     """The argument as functions take it that load a model; absent where it is not set."""
     return {"trust_remote_code": True} if trust_remote_code else {}
+
+
+def check_device(device: str | None) -> None:
+    """Refuse what is no name of a device.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    from nemo_emmett.errors import ConfigError
+
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
+        raise ConfigError(f"--device: '{device}' is no device; name cpu, cuda, or one of several as cuda:1.")
+
+
+def available_device(device: str | None) -> str:
+    """The device by that name; without one, a GPU if there is one.
+
+    Raises:
+        ConfigError: if this machine has no such device.
+    """
+    import torch
+
+    from nemo_emmett.errors import ConfigError
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(number or 0) >= count:
+        raise ConfigError(f"--device: there is no '{device}' on this machine; leave the option out, or name cpu.")
+    return device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,8 @@ from nemo_emmett.cli.parameters import (
     COUNT,
     FILE,
     MODEL,
+    available_device,
+    check_device,
     loading,
     overwrite_option,
     trust_argument,
@@ -124,7 +125,7 @@ def translate(
 
     if not (inputs or tsv or manifests):
         inputs = (STDIN,)
-    _check_device(device)
+    check_device(device)
     check_output(output, overwrite)
     languages = Languages(source_lang, target_lang)
     requests = read_requests(inputs, tsv, manifests, stdin=sys.stdin, languages=languages, column=column)
@@ -134,7 +135,7 @@ def translate(
     with loading("the model"):
         from nemo_emmett.models import load
 
-        loaded = load(model, **trust_argument(trust_remote_code)).to(_device(device))
+        loaded = load(model, **trust_argument(trust_remote_code)).to(available_device(device))
         if target_lang is not None:
             loaded.warned_targets = frozenset([normalized(target_lang)])
         if STDIN in inputs and sys.stdin.isatty():
@@ -203,24 +204,3 @@ def _window(batch_size: int | None, is_live: bool) -> int:
     if is_live:
         return 1 if sys.stdin.isatty() else batch_size or _WINDOW
     return 4 * (batch_size or _WINDOW)
-
-
-def _check_device(device: str | None) -> None:
-    from nemo_emmett.errors import ConfigError
-
-    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
-        raise ConfigError(f"--device: '{device}' is no device; name cpu, cuda, or one of several as cuda:1.")
-
-
-def _device(device: str | None) -> str:
-    import torch
-
-    from nemo_emmett.errors import ConfigError
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-    if int(number or 0) >= count:
-        raise ConfigError(f"--device: there is no '{device}' on this machine; leave the option out, or name cpu.")
-    return device

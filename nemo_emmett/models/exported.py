@@ -78,16 +78,21 @@ def check_weights(folder: str | Path) -> None:
         raise ModelError(f"'{folder}' has no {WEIGHTS_FILE}, so it is no complete export; export it again.")
 
 
-def trained_directions(config: Mapping[str, Any]) -> set[tuple[str | None, str]]:
+def trained_directions(config: Mapping[str, Any], modality: str | None = None) -> set[tuple[str | None, str]]:
     """Source and target languages that a model was trained on, of text and speech; empty if its config does not say.
 
     A source language is None where the data did not name it.
+
+    Args:
+        config: of the exported model.
+        modality: ``audio`` or ``text``; None: both.
     """
     training = config.get(TRAINING_KEY)
     directions = training.get("directions") if isinstance(training, Mapping) else None
     if not isinstance(directions, Mapping):
         return set()
-    return {(normalized(source), normalized(str(target))) for pairs in directions.values() for source, target in pairs}
+    chosen = directions.values() if modality is None else [directions.get(modality) or []]
+    return {(normalized(source), normalized(str(target))) for pairs in chosen for source, target in pairs}
 
 
 def trained_targets(config: Mapping[str, Any]) -> set[str]:

@@ -6,7 +6,7 @@ Shapes: B examples, T context tokens, A answer tokens, R recordings, N samples.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import takewhile
@@ -24,10 +24,11 @@ from transformers import GenerationConfig
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models.exported import untrained_warning
 from nemo_emmett.models.inputs import (
+    BATCH_TOKENS,
     Input,
     check_inputs,
     fill_batches,
-    is_audio_path,
+    is_recording,
     load_recordings,
     recording_seconds,
 )
@@ -38,10 +39,8 @@ from nemo_emmett.prompts.families import forbidden_text, prompt_formatter, stop_
 from nemo_emmett.prompts.instruction import translation_turns
 from nemo_emmett.prompts.languages import check_language
 from nemo_emmett.prompts.markup import Markup, Prompt
+from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
 from nemo_emmett.typed_config import PositiveWhole, parse_value
-
-BATCH_TOKENS = 4096
-"""Positions of the language model's input in a batch to translate: about ten recordings of half a minute."""
 
 _PLAIN_SEARCH: dict[str, Any] = {
     **dict.fromkeys(("do_sample", "early_stopping"), False),
@@ -155,12 +154,11 @@ class Generation:
             for answer, in_steps in zip(answers, has_steps, strict=True)
         ]
 
-    @torch.no_grad()
     def translate(
         self,
         inputs: Sequence[Input],
-        source_lang: str | None,
-        target_lang: str,
+        source_lang: str | Sequence[str | None] | None,
+        target_lang: str | Sequence[str],
         *,
         num_beams: int = 1,
         max_new_tokens: int | None = None,
@@ -170,10 +168,12 @@ class Generation:
         """Translate texts and recordings.
 
         Args:
-            inputs: sentences, paths of audio files (a ``Path``, or a string that ends like one), and segments of them
-                (:class:`~nemo_emmett.models.inputs.Segment`).
-            source_lang: language code of the inputs, for prompts that name it; None if it is not known.
-            target_lang: language code of the translations.
+            inputs: sentences, paths of audio files (a ``Path``, or a string that ends like one), segments of them
+                (:class:`~nemo_emmett.models.inputs.Segment`), and recordings in memory
+                (:class:`~nemo_emmett.models.inputs.Waveform`).
+            source_lang: language code of the inputs, of all or of each, for prompts that name it; None if it is not
+                known.
+            target_lang: language code of the translations, of all or of each.
             num_beams: beams of the search; 1 is greedy.
             max_new_tokens: longest translation; default: the model's.
             batch_tokens: most positions of the language model's input in a batch, padding included.
@@ -190,42 +190,100 @@ class Generation:
             >>> model.translate(["ten past nine", Path("nine.wav")], "en", "de")
             ['zehn nach neun', 'neun']
         """
-        target_lang = check_language(target_lang, "target_lang")
-        self._warn_of_untrained(target_lang)
-        if source_lang is not None:
-            source_lang = check_language(source_lang, "source_lang")
+        answers = self.answer_inputs(
+            inputs,
+            source_lang,
+            target_lang,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            batch_tokens=batch_tokens,
+            batch_size=batch_size,
+        )
+        if malformed := sum(answer.is_malformed for answer in answers):
+            logging.warning(
+                f"{malformed} of {sum(map(is_recording, inputs))} answers to recordings are not a transcript and a "
+                "translation: they are returned whole."
+            )
+        return [answer.translation for answer in answers]
+
+    @torch.no_grad()
+    def answer_inputs(
+        self,
+        inputs: Sequence[Input],
+        source_lang: str | Sequence[str | None] | None,
+        target_lang: str | Sequence[str],
+        *,
+        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        batch_size: int | None = None,
+    ) -> list[Answer]:
+        """As :meth:`translate`, with the transcripts of recordings where the prompt format has two steps."""
         parse_value(PositiveWhole, num_beams, "num_beams")
         parse_value(PositiveWhole | None, max_new_tokens, "max_new_tokens")
         parse_value(PositiveWhole | None, batch_size, "batch_size")
         check_inputs(inputs)
-        recordings = {i: item for i, item in enumerate(inputs) if is_audio_path(item)}
-        locator = Markup(self.options.audio_locator_tag)
-        messages = [locator if i in recordings else Prompt([str(item)]) for i, item in enumerate(inputs)]
-        formatter = self._prompt_formatter()
-        contexts = self._contexts_of(
-            [translation_turns(formatter, message, target_lang, source_lang) for message in messages]
-        )
+        sources = _of_each(source_lang, len(inputs), "source_lang")
+        targets = _of_each(target_lang, len(inputs), "target_lang")
+        self._warn_of_untrained(targets)
+        contexts = self._translation_contexts(inputs, sources, targets)
+        recordings = {i: item for i, item in enumerate(inputs) if is_recording(item)}
         answers: dict[int, Answer] = {}
         for chosen in self._batches(contexts, recordings, batch_tokens, batch_size):
             context_ids, context_lens = self._collate_contexts([contexts[i] for i in chosen])
-            examples = [{"source_lang": source_lang, "target_lang": target_lang}] * len(chosen)
+            examples = [{"source_lang": sources[i], "target_lang": targets[i]} for i in chosen]
             batch = {"context_ids": context_ids, "context_lens": context_lens, "examples": examples}
             if chosen[0] in recordings:
                 audios, audio_lens = load_recordings([recordings[i] for i in chosen], self.sampling_rate)
                 batch |= {"audios": audios.to(self.device), "audio_lens": audio_lens.to(self.device)}
             answers |= zip(chosen, self.answer_batch(batch, num_beams, max_new_tokens), strict=True)
-        if malformed := sum(answer.is_malformed for answer in answers.values()):
-            logging.warning(
-                f"{malformed} of {len(recordings)} answers to recordings are not a transcript and a translation: they "
-                "are returned whole."
-            )
-        return [answers[i].translation for i in range(len(inputs))]
+        return [answers[i] for i in range(len(inputs))]
 
-    def _warn_of_untrained(self, target_lang: str) -> None:
-        if target_lang in self.warned_targets:
-            return
-        self.warned_targets |= {target_lang}
-        if sentence := untrained_warning(self.cfg, [target_lang]):
+    def input_lengths(
+        self,
+        inputs: Sequence[Input],
+        source_lang: str | Sequence[str | None] | None,
+        target_lang: str | Sequence[str],
+    ) -> list[int]:
+        """Positions of the language model's input that each input takes.
+
+        Raises:
+            ConfigError, DataError: as :meth:`translate`, which reads recordings as well.
+        """
+        check_inputs(inputs)
+        sources = _of_each(source_lang, len(inputs), "source_lang")
+        targets = _of_each(target_lang, len(inputs), "target_lang")
+        contexts = self._translation_contexts(inputs, sources, targets)
+        return [self._length(context, item) for context, item in zip(contexts, inputs, strict=True)]
+
+    def _translation_contexts(
+        self, inputs: Sequence[Input], sources: Sequence[str | None], targets: Sequence[str]
+    ) -> list[Tensor]:
+        """The context that asks for the translation of each input, (T,) ids."""
+        formatter, locator = self._prompt_formatter(), Markup(self.options.audio_locator_tag)
+        if isinstance(
+            formatter, Seq2SeqPrompt
+        ):  # a language that the model lacks is found before anything is generated
+            for target in set(targets):
+                formatter.decoder_start(target)
+        messages = [locator if is_recording(item) else Prompt([str(item)]) for item in inputs]
+        return self._contexts_of(
+            [
+                translation_turns(formatter, message, target, source)
+                for message, source, target in zip(messages, sources, targets, strict=True)
+            ]
+        )
+
+    def _length(self, context: Tensor, item: Input) -> int:
+        """Positions of the language model's input: a recording's replace its locator."""
+        if not is_recording(item):
+            return len(context)
+        return len(context) + ceil(recording_seconds(item) / self.token_equivalent_duration) - 1
+
+    def _warn_of_untrained(self, target_langs: Collection[str]) -> None:
+        new = set(target_langs) - self.warned_targets
+        self.warned_targets |= new
+        if new and (sentence := untrained_warning(self.cfg, new)):
             logging.warning(f"target_lang: {sentence}")
 
     def _prompt_formatter(self) -> PromptFormatter:
@@ -273,11 +331,9 @@ class Generation:
         batch_size: int | None,
     ) -> Iterator[list[int]]:
         """Batches of one modality, speech first."""
-        tokens = {i: float(len(context)) for i, context in enumerate(contexts)}
-        for i, path in recordings.items():
-            tokens[i] += ceil(recording_seconds(path) / self.token_equivalent_duration) - 1
         for is_speech in (True, False):
-            sizes = {i: size for i, size in tokens.items() if (i in recordings) == is_speech}
+            numbers = [i for i in range(len(contexts)) if (i in recordings) == is_speech]
+            sizes = {i: self._length(contexts[i], recordings.get(i, "")) for i in numbers}
             yield from fill_batches(sizes, batch_tokens, batch_size)
 
     def _collate_contexts(self, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -300,6 +356,20 @@ class Generation:
         eager = torch.compiler.set_stance("force_eager") if self.options.compile else nullcontext()
         with evaluation_mode(self), eager:
             return self.generate_answers(batch, **search)
+
+
+def _of_each(languages: str | Sequence[str | None] | None, count: int, key: str) -> list[Any]:
+    """The language of each input, in its one form (``language_code``).
+
+    Raises:
+        ConfigError: naming the key, for a language that is unknown, or another number of them than of inputs.
+    """
+    each = [languages] * count if languages is None or isinstance(languages, str) else list(languages)
+    if len(each) != count:
+        raise ConfigError(f"{key}: {len(each)} languages for {count} inputs; give one for each, or one for all.")
+    optional = key == "source_lang"
+    checked = {code: None if code is None and optional else check_language(code, key) for code in dict.fromkeys(each)}
+    return [checked[code] for code in each]
 
 
 def _check_prompts(prompts: Tensor | Sequence[Sequence[dict]]) -> None:

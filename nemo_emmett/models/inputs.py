@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING
 from nemo_emmett.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from nemo_emmett.audio_file import AudioFault, Header
+
+BATCH_TOKENS = 4096
+"""Positions of the language model's input in a batch to translate: about ten recordings of half a minute."""
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".mp4", ".sph", ".webm"})
 """A string with one of these suffixes is the path of a recording."""
@@ -40,23 +44,41 @@ class Segment:
     duration: float | None = None  # seconds; None: to the end of the file
 
 
+@dataclass(frozen=True, eq=False)
+class Waveform:
+    """A recording in memory, of one channel."""
+
+    samples: np.ndarray  # (N,) float32
+    sampling_rate: int
+
+    @property
+    def seconds(self) -> float:
+        """Its duration."""
+        return len(self.samples) / self.sampling_rate
+
+
 class PlainText(str):
     """A text, whatever it ends in."""
 
 
-Input = str | Path | Segment
-"""What is translated: a text, or a recording by the path of its file, or a part of it."""
+Input = str | Path | Segment | Waveform
+"""What is translated: a text, or a recording by the path of its file, a part of it, or one in memory."""
 
 
-def is_audio_path(item: Input) -> bool:
-    """Whether an input is a recording: a ``Path``, a :class:`Segment`, or a string with an audio file's suffix."""
+def is_recording(item: Input) -> bool:
+    """Whether an input is a recording and no text."""
+    return isinstance(item, Waveform) or is_audio_path(item)
+
+
+def is_audio_path(item: str | Path | Segment) -> bool:
+    """Whether an input is in an audio file: a ``Path``, a :class:`Segment`, or a string with an audio file's suffix."""
     if isinstance(item, PlainText):
         return False
     return not isinstance(item, str) or Path(item).suffix.lower() in AUDIO_SUFFIXES
 
 
 def check_inputs(inputs: Sequence[Input]) -> None:
-    """Check that inputs are texts, paths or segments, and that recordings exist.
+    """Check that inputs are texts, paths, segments or waveforms, and that files exist.
 
     Raises:
         DataError: naming the first one.
@@ -64,9 +86,9 @@ def check_inputs(inputs: Sequence[Input]) -> None:
     if isinstance(inputs, (str, Path)):
         raise DataError(f"inputs: '{inputs}' is one input, not a list of them; write ['{inputs}'].")
     for item in inputs:
-        if not isinstance(item, (str, Path, Segment)):
+        if not isinstance(item, (str, Path, Segment, Waveform)):
             raise DataError(f"inputs: {item!r} is neither a text nor the path of an audio file; leave it out.")
-        if is_audio_path(item) and not _path_of(item).is_file():
+        if not isinstance(item, Waveform) and is_audio_path(item) and not _path_of(item).is_file():
             raise DataError(f"audio file '{_path_of(item)}' does not exist.")
 
 
@@ -104,6 +126,8 @@ def recording_seconds(item: Input) -> float:
     """
     from nemo_emmett.audio_file import AudioFault, read_header
 
+    if isinstance(item, Waveform):
+        return item.seconds
     try:
         return _window(item, read_header(str(_path_of(item))))[1]
     except AudioFault as fault:
@@ -114,14 +138,15 @@ def load_recordings(items: Sequence[Input], sampling_rate: int) -> tuple[Tensor,
     """Read recordings, mixed down to one channel and resampled.
 
     Args:
-        items: audio files, and segments of them.
+        items: audio files, segments of them, and waveforms.
         sampling_rate: samples per second of the result.
 
     Returns:
         (R, N) float32, zero-padded on the right, and (R,) int64 samples per recording.
 
     Raises:
-        DataError: if a file is missing, breaks off, cannot be read, or holds values that are not numbers.
+        DataError: if a file is missing, breaks off, cannot be read, or holds values that are not numbers, or if a
+            waveform has another sampling rate.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -136,6 +161,13 @@ def _load_recording(item: Input, sampling_rate: int) -> Tensor:
 
     from nemo_emmett.audio_file import AudioFault, load_samples, open_recording, read_header
 
+    if isinstance(item, Waveform):
+        if item.sampling_rate != sampling_rate:
+            raise DataError(
+                f"inputs: a waveform has {item.sampling_rate} samples per second, but the model reads {sampling_rate}; "
+                "resample it."
+            )
+        return torch.from_numpy(item.samples)
     path = _path_of(item)
     try:
         header = read_header(str(path))
@@ -147,11 +179,11 @@ def _load_recording(item: Input, sampling_rate: int) -> Tensor:
         raise _unusable(item, fault) from fault
 
 
-def _path_of(item: Input) -> Path:
+def _path_of(item: str | Path | Segment) -> Path:
     return item.path if isinstance(item, Segment) else Path(item)
 
 
-def _window(item: Input, header: Header) -> tuple[float, float]:
+def _window(item: str | Path | Segment, header: Header) -> tuple[float, float]:
     """Start and duration of a recording or segment, unless it breaks off."""
     from nemo_emmett.audio_file import fitted
 
@@ -162,8 +194,18 @@ def _window(item: Input, header: Header) -> tuple[float, float]:
     )
 
 
-def _unusable(item: Input, fault: AudioFault) -> DataError:
+def _unusable(item: str | Path | Segment, fault: AudioFault) -> DataError:
     place = f"audio file '{_path_of(item)}'"
     if isinstance(item, Segment) and item.duration is not None and str(fault) == "truncated audio":
         return DataError(f"{place} ends before {item.start + item.duration:g} s, where the segment ends; correct it.")
+    return unusable(place, fault)
+
+
+def unusable(place: str, fault: AudioFault) -> DataError:
+    """The error of a recording that cannot be used.
+
+    Args:
+        place: the recording, for the message.
+        fault: why not.
+    """
     return DataError(f"{place} {_SENTENCES.get(str(fault), f'cannot be used ({fault})')}.")

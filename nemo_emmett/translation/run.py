@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,34 +48,37 @@ def translate_requests(
     requests = iter(requests)
     while taken := list(islice(requests, window)):
         found: dict[int, Result] = {}
-        groups: dict[tuple[str | None, str | None], list[int]] = defaultdict(list)
         for number, request in enumerate(taken):
             if request.fault:
                 found[number] = Result(request, None, request.fault)
             elif isinstance(request.input, str) and not request.input.strip():
                 found[number] = Result(request, "")  # an empty line between paragraphs
-            else:
-                groups[request.source_lang, request.target_lang].append(number)
-        for (source, target), numbers in groups.items():
-            of_group = [taken[number] for number in numbers]
-            translate = partial(model.translate, source_lang=source, target_lang=target, **options)
-            try:
-                results = _tolerant(of_group, translate)
-            except ConfigError as error:
-                if not languages_vary:
-                    raise
-                results = [Result(request, None, str(error).rstrip(".")) for request in of_group]
-            found |= dict(zip(numbers, results, strict=True))
+        numbers = [number for number in range(len(taken)) if number not in found]
+        faults = (DataError, ConfigError) if languages_vary else (DataError,)
+        results = _tolerant([taken[number] for number in numbers], partial(_translate, model, options), faults)
+        found |= dict(zip(numbers, results, strict=True))
         yield [found[number] for number in range(len(taken))]
 
 
-def _tolerant(requests: Sequence[Request], translate: Callable[[list], list[str]]) -> list[Result]:
+def _translate(model: Any, options: Mapping[str, Any], requests: Sequence[Request]) -> list[str]:
+    inputs = [request.input for request in requests]
+    sources, targets = ([getattr(one, f"{side}_lang") for one in requests] for side in ("source", "target"))
+    return model.translate(inputs, sources, targets, **options)
+
+
+def _tolerant(
+    requests: Sequence[Request],
+    translate: Callable[[Sequence[Request]], list[str]],
+    faults: tuple[type[Exception], ...],
+) -> list[Result]:
     """The results of requests; where one of them is at fault, the others are translated in halves without it."""
+    if not requests:
+        return []
     try:
-        translations = translate([request.input for request in requests])
-    except DataError as error:
+        translations = translate(requests)
+    except faults as error:
         if len(requests) == 1:
             return [Result(requests[0], None, str(error).rstrip("."))]
         middle = len(requests) // 2
-        return _tolerant(requests[:middle], translate) + _tolerant(requests[middle:], translate)
+        return _tolerant(requests[:middle], translate, faults) + _tolerant(requests[middle:], translate, faults)
     return [Result(request, text) for request, text in zip(requests, translations, strict=True)]

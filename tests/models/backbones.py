@@ -219,9 +219,8 @@ def write_gemma2(folder: Path) -> Path:
 def write_gemma3(folder: Path) -> Path:
     """Gemma 3, text alone: a layer in a sliding window and a global one, of different rotary bases."""
     layers = ["sliding_attention", "full_attention"]
-    return _write_gemma(
-        folder, "Gemma3", "Gemma3Text", head_dim=HEAD_DIM, query_pre_attn_scalar=HEAD_DIM, sliding_window=16, layer_types=layers
-    )
+    heads = {"head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM}
+    return _write_gemma(folder, "Gemma3", "Gemma3Text", **heads, sliding_window=16, layer_types=layers)
 
 
 def _write_gemma(folder: Path, kind: str, config_kind: str | None = None, **options: Any) -> Path:

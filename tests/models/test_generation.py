@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from nemo_emmett.errors import ConfigError, DataError
 from nemo_emmett.models import SALMGPT, SALMT5
-from nemo_emmett.models.inputs import PlainText, Segment, fill_batches, load_recordings, recording_seconds
+from nemo_emmett.models.inputs import PlainText, Segment, Waveform, fill_batches, load_recordings, recording_seconds
 from nemo_emmett.prompts.encoding import encode_texts
 from nemo_emmett.prompts.markup import Prompt
 
@@ -96,6 +96,52 @@ def test_translations_come_in_the_order_of_the_inputs(salm_t5, tiny_corpus) -> N
     assert together == [salm_t5.translate([item], "en", "de")[0] for item in inputs]
     assert len(set(together)) > 2
     assert salm_t5.translate([], "en", "de") == []
+
+
+def test_each_input_has_languages_of_its_own(folder, tiny_corpus, tiny_asr, monkeypatch) -> None:
+    model = livelier(SALMT5(model_config("nllb", folder, tiny_asr, max_new_tokens=6)).eval())
+    inputs = [*TEXTS, *recordings(tiny_corpus, 0, 3)]
+    sources = ["en", "de", None, "fr", "en", "deu_Latn", None]
+    targets = ["de", "en", "deu_Latn", "es", "fr", "fr", "de"]
+    seen = batches_of(model, monkeypatch)
+    together = model.translate(inputs, sources, targets)
+    assert len(seen) == 2  # one of speech, one of text
+    alone = [model.translate([item], *codes)[0] for item, *codes in zip(inputs, sources, targets, strict=True)]
+    assert together == alone
+    assert len(set(together)) > 4
+    with pytest.raises(ConfigError, match="target_lang: 2 languages for 7 inputs; give one for each, or one for all"):
+        model.translate(inputs, None, ["de", "en"])
+    with pytest.raises(ConfigError, match="NLLB has no token for the language 'la'"):
+        model.translate(TEXTS, "en", ["de", "de", "la", "de", "de"], batch_tokens=1)
+    assert len(seen) == 2 + len(inputs)  # the language was looked for before anything was generated
+    with pytest.raises(ConfigError, match="target_lang: 'None' is not a known language"):
+        model.translate(TEXTS[:2], "en", ["de", None])
+
+
+def test_a_recording_in_memory_is_translated_as_its_file(salm_t5, tiny_corpus) -> None:
+    paths = recordings(tiny_corpus, 3, 0)
+    waveforms = [Waveform(soundfile.read(path, dtype="float32")[0], 16000) for path in paths]
+    assert [one.seconds for one in waveforms] == [recording_seconds(path) for path in paths] == [0.8, 0.5]
+    inputs = [TEXTS[0], *waveforms, paths[0]]
+    assert salm_t5.translate(inputs, "en", "de") == salm_t5.translate([TEXTS[0], *paths, paths[0]], "en", "de")
+    assert salm_t5.input_lengths(inputs, "en", "de") == salm_t5.input_lengths([TEXTS[0], *paths, paths[0]], "en", "de")
+    with pytest.raises(DataError, match="a waveform has 8000 samples per second, but the model reads 16000"):
+        salm_t5.translate([Waveform(waveforms[0].samples, 8000)], "en", "de")
+
+
+def test_lengths_of_inputs_are_those_of_the_batches(salm_t5, tiny_corpus, monkeypatch) -> None:
+    inputs = [*TEXTS, *recordings(tiny_corpus, 0, 5)]
+    lengths = salm_t5.input_lengths(inputs, "en", "de")
+    seen, original = [], salm_t5.encoder_inputs
+
+    def spy(batch):
+        seen.append(original(batch))
+        return seen[-1]
+
+    monkeypatch.setattr(salm_t5, "encoder_inputs", spy)
+    for item, length in zip(inputs, lengths, strict=True):
+        salm_t5.translate([item], "en", "de")
+        assert abs(int(seen[-1].mask_BS.sum()) - length) <= (0 if isinstance(item, str) else 1)
 
 
 def test_texts_fill_batches_by_their_tokens(salm_t5, monkeypatch) -> None:

@@ -1,9 +1,10 @@
 """The plugin by which vLLM serves the folder of a SALMGPT (docs/how-to/serve_vllm.md).
 
-vLLM calls :func:`register` by the entry point ``vllm.general_plugins`` in each of its processes. Modules, in the order in
-which vLLM uses them:
+vLLM calls :func:`register` by the entry point ``vllm.general_plugins`` in each of its processes. Modules, in the order
+in which vLLM uses them:
 
-- ``config``: the folder's ``config.json`` as vLLM's config, with the language model's own config.
+- ``config``: the folder's ``config.json`` as vLLM's config, with the language model's own config; ``parts``: what is
+  built from it.
 - ``processing``: recordings of a request, and how many positions each takes.
 - ``speech_to_text``: prompts of ``/v1/audio/translations`` and ``/v1/audio/transcriptions``.
 - ``model``: our speech encoder and adapter, with vLLM's language model; ``weights``: names and LoRA.

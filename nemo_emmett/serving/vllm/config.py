@@ -14,6 +14,7 @@ SERVED = "SALMGPT"
 """The architecture in ``config.json`` of the models that are served."""
 
 _BACKBONE = "llm_backbone"
+_OF_TRANSFORMERS = ("_name_or_path", "transformers_version")
 
 
 class ExportedConfig(PretrainedConfig):
@@ -50,7 +51,7 @@ class ExportedConfig(PretrainedConfig):
         """
         folder = str(kwargs.pop("name_or_path", config_dict.get("_name_or_path", "")))
         return_unused = kwargs.pop("return_unused_kwargs", False)
-        section = {key: value for key, value in config_dict.items() if key not in ("_name_or_path", "transformers_version")}
+        section = {key: value for key, value in config_dict.items() if key not in _OF_TRANSFORMERS}
         _check_served(section, folder)
         text_config = AutoConfig.from_pretrained(folder, subfolder=_BACKBONE, **_where(kwargs))
         config = cls(section, folder, text_config, architectures=[SERVED], dtype=text_config.dtype, name_or_path=folder)

@@ -20,13 +20,11 @@ from vllm.multimodal.processing import (
     PromptUpdate,
 )
 
+from nemo_emmett.audio_chunks import DEFAULT_CHUNK_SECONDS
 from nemo_emmett.modules.perception_lengths import PerceptionLengths
 from nemo_emmett.prompts.markup import AUDIO_LOCATOR
 from nemo_emmett.serving.vllm.config import ExportedConfig
 from nemo_emmett.serving.vllm.parts import lengths_of
-
-LONGEST_SECONDS = 30.0
-"""Of a recording for which memory is reserved, unless ``--limit-mm-per-prompt`` names its ``length`` in samples."""
 
 _RESERVED_FOR_TEXT = 32  # tokens of a prompt
 
@@ -74,12 +72,12 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Silent recordings."""
+        """Silent recordings of 30 s, or of the ``length`` in samples that ``--limit-mm-per-prompt`` names."""
         count = mm_counts.get("audio", 0)
         if not count:
             return {}
         lengths, wanted = self.info.lengths, mm_options.get("audio")
-        samples = getattr(wanted, "length", None) or round(LONGEST_SECONDS * lengths.sampling_rate)
+        samples = getattr(wanted, "length", None) or round(DEFAULT_CHUNK_SECONDS * lengths.sampling_rate)
         fitting = lengths.most_samples(max(1, seq_len // count - _RESERVED_FOR_TEXT))
         return {"audio": [torch.zeros(max(lengths.shortest, min(samples, fitting))).numpy()] * count}
 

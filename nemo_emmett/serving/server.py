@@ -1,0 +1,75 @@
+"""The process of a server: its socket, which is taken before the model is loaded, and how it stops.
+
+The first SIGTERM or SIGINT lets the requests in flight finish; new ones get 503. A second one ends them.
+"""
+
+from __future__ import annotations
+
+import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.serving.gate import Traffic
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take a port. It refuses connections until the server starts.
+
+    Args:
+        host: address to listen at.
+        port: 0: any that is free.
+
+    Raises:
+        ConfigError: if the port is taken, or the address is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = socket.socket(family, socket.SOCK_STREAM)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+    except (OSError, OverflowError) as error:
+        taken.close()
+        raise ConfigError(
+            f"--host, --port: the server cannot listen at {host}:{port} ({error.strerror or error}); give another port."
+            if isinstance(error, OSError)
+            else f"--port: {port} is no port; give one up to 65535."
+        ) from error
+    return taken
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that finishes the requests in flight when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, traffic: Traffic) -> None:
+        super().__init__(config)
+        self.traffic = traffic
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take no more requests; at the second signal, stop at once."""
+        if self.traffic.is_stopping:
+            self.force_exit = True
+            super().handle_exit(sig, frame)
+        self.traffic.is_stopping = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop now; uvicorn asks every tenth of a second."""
+        if self.traffic.is_stopping and not self.traffic.in_flight:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def run(app: FastAPI, traffic: Traffic, listener: socket.socket, **options: Any) -> None:
+    """Serve until a signal.
+
+    Args:
+        app: from :func:`nemo_emmett.serving.app.create_app`.
+        traffic: the application's.
+        listener: from :func:`bind`.
+        options: of ``uvicorn.Config``.
+    """
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, **options)
+    Server(config, traffic).run(sockets=[listener])
