@@ -115,7 +115,9 @@ def own_answers(model: SpeechTextModel, chosen: Sequence[Request], new: int = 24
             lens = torch.tensor([len(signal) for signal in signals])
             padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(signal) for signal in signals], batch_first=True)
             speech = {"audios": padded, "audio_lens": lens}
-        answers.append(model.generate(torch.tensor([context(model, request)]), **speech, max_new_tokens=new)[0].tolist())
+        answers.append(
+            model.generate(torch.tensor([context(model, request)]), **speech, max_new_tokens=new)[0].tolist()
+        )
     return answers
 
 

@@ -41,7 +41,8 @@ def generation_prompt(params: SpeechToTextParams) -> TokensPrompt:
     """The prompt of a clip, as the model was trained with it.
 
     Raises:
-        ValueError: for a language that is missing or not the model's, or a model that reads text only; vLLM answers 400.
+        ValueError: for a language that is missing or not the model's, or a model that reads text only; the status of
+            vLLM's answer is 400.
     """
     config: ExportedConfig = params.model_config.hf_config
     if lengths_of(config) is None:
@@ -60,7 +61,7 @@ def generation_prompt(params: SpeechToTextParams) -> TokensPrompt:
         raise ValueError(str(error)) from error
     if direction.wants_transcript:
         raise ValueError(
-            "language: this model transcribes in front of a translation only; ask /v1/audio/translations, whose answers "
-            "begin with the transcript."
+            "language: this model transcribes in front of a translation only; send the recording to "
+            "/v1/audio/translations, whose answers begin with the transcript."
         )
     return TokensPrompt(prompt_token_ids=ids, multi_modal_data={"audio": (params.audio, params.stt_config.sample_rate)})
