@@ -51,20 +51,31 @@ FAMILIES = tuple(backbones.DECODER_ONLY)
 
 
 def exported(family: str, adapter: str, folder: Path, asr: Path, **overrides: Any) -> Path:
-    """A folder of a model that answers, moved; nothing that it was made of is left."""
-    made = folder / "made"
-    made.mkdir(parents=True)
+    """The folder of a model that answers."""
+    made = backbone(family, folder)
     own_asr = shutil.copy(asr, made / "encoder.nemo")
-    with pytest.MonkeyPatch.context() as patch:  # vLLM on a CPU has heads of 32 at least
-        for name, value in {"HIDDEN": 64, "HEADS": 2, "HEAD_DIM": 32}.items():
-            patch.setattr(backbones, name, value)
-        backbones.backbone(family, made)
     section = {"perception": {"modality_adapter": ADAPTERS[adapter]}} | overrides
     model = built(SALMGPT, family, made, own_asr, **section)
     memorise(model, training_batch(model), steps=600, lr=3e-3)
-    model.save_pretrained(made / "export")
-    shutil.move(made / "export", folder / "moved")
-    shutil.rmtree(made)
+    return moved(model, folder)
+
+
+def backbone(family: str, folder: Path) -> Path:
+    """The folder ``made`` with a language model that vLLM takes on a CPU, where heads are 32 wide at least."""
+    made = folder / "made"
+    made.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"HIDDEN": 64, "HEADS": 2, "HEAD_DIM": 32}.items():
+            patch.setattr(backbones, name, value)
+        backbones.backbone(family, made)
+    return made
+
+
+def moved(model: SpeechTextModel, folder: Path) -> Path:
+    """An export that has been moved; nothing that the model was made of is left in ``made``."""
+    model.save_pretrained(folder / "made" / "export")
+    shutil.move(folder / "made" / "export", folder / "moved")
+    shutil.rmtree(folder / "made")
     return folder / "moved"
 
 
