@@ -72,7 +72,7 @@ def test_a_model_that_reads_text_only(tmp_path):
     chosen = requests(20)[:10]
     with engine(moved(model, tmp_path)) as llm:
         assert answers_of(llm, model, chosen) == own_answers(model, chosen)
-        with pytest.raises(ValueError, match="audio"):
+        with pytest.raises(ValueError, match="text-only"):
             answers_of(llm, model, [(None, [np.zeros(16000, np.float32)])])
 
 
@@ -80,10 +80,10 @@ def test_a_model_that_reads_text_only(tmp_path):
     ("name", "change", "sentence"),
     [
         ("perception.encoder.layers.0.norm_out.weight", None, "lacks 'encoder.layers.0.norm_out.weight'"),
-        ("perception.proj.weight", torch.zeros(3, 3), "'proj.weight' in another shape"),
+        ("perception.proj.weight", torch.zeros(3, 3), r"'proj.weight' in the shape \(3, 3\)"),
         ("perception.other.weight", torch.zeros(3), "surplus 'other.weight'"),
-        ("llm.model.layers.1.mlp.up_proj.weight", None, "language_model.model.layers.1"),
-        ("llm.model.layers.7.mlp.up_proj.weight", torch.zeros(3, 3), "layers.7"),
+        ("llm.model.layers.1.mlp.up_proj.weight", None, "lacks 'model.layers.1.mlp.up_proj.weight'"),
+        ("llm.model.layers.7.mlp.up_proj.weight", torch.zeros(3, 3), "surplus 'model.layers.7"),
     ],
 )
 def test_other_weights_are_refused(folder, tmp_path, name, change, sentence):
@@ -94,7 +94,7 @@ def test_other_weights_are_refused(folder, tmp_path, name, change, sentence):
     if change is not None:
         weights[name] = change
     save_file(weights, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises((ModelError, ValueError, KeyError), match=sentence), engine(tmp_path / "damaged"):
+    with pytest.raises(ModelError, match=sentence), engine(tmp_path / "damaged"):
         pass
 
 

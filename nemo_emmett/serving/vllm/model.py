@@ -5,7 +5,7 @@ Shapes: T tokens of a batch of requests, H hidden size, R recordings, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,8 +22,6 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from nemo_emmett.errors import ModelError
-from nemo_emmett.models.checkpoint import listed
 from nemo_emmett.prompts.markup import AUDIO_LOCATOR
 from nemo_emmett.serving.vllm.parts import lengths_of, perception_of
 from nemo_emmett.serving.vllm.processing import DummyInputs, ProcessingInfo, Processor
@@ -33,7 +31,7 @@ from nemo_emmett.serving.vllm.speech_to_text import (
     generation_prompt,
     speech_to_text_config,
 )
-from nemo_emmett.serving.vllm.weights import language_model_weights
+from nemo_emmett.serving.vllm.weights import checked_weights, language_model_shapes, language_model_weights
 
 _PERCEPTION = "perception."
 
@@ -141,8 +139,7 @@ class SpeechTextForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsT
         """Load the folder's weights.
 
         Raises:
-            ModelError: if weights of the speech encoder are missing, of another shape or too many, or LoRA cannot be
-                merged; vLLM raises for the language model's.
+            ModelError: if weights are missing, of another shape or too many, or LoRA cannot be merged.
         """
         perception: dict[str, Tensor] = {}
 
@@ -153,16 +150,15 @@ class SpeechTextForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsT
                 else:
                     yield name, value
 
-        is_tied = bool(self.config.text_config.tie_word_embeddings)
-        own = language_model_weights(others(), self.config.section.get("lora"), is_tied)
-        loaded = AutoWeightsLoader(self).load_weights((f"language_model.{name}", value) for name, value in own)
+        text_config = self.config.text_config
+        own = language_model_weights(others(), self.config.section.get("lora"), bool(text_config.tie_word_embeddings))
+        # vLLM joins several weights to one, and does not see that a part of one is missing.
+        checked = checked_weights(own, language_model_shapes(text_config), "language model")
+        loaded = AutoWeightsLoader(self).load_weights((f"language_model.{name}", value) for name, value in checked)
+        expected = {} if self.perception is None else self.perception.state_dict()
+        perception = dict(checked_weights(perception.items(), expected, "speech encoder"))
         if self.perception is not None:
-            _load_strictly(self.perception, perception)
-        elif perception:
-            raise ModelError(
-                f"model.safetensors holds {listed(perception)} of a speech encoder, which config.json does not "
-                "describe; export the model again."
-            )
+            self.perception.load_state_dict(perception)
         return loaded | {f"{_PERCEPTION}{name}" for name in perception}
 
     def get_mm_mapping(self) -> MultiModelKeys:
@@ -196,18 +192,3 @@ class SpeechTextForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsT
     def post_process_output(cls, text: str) -> str:
         """Without the whitespace around it, as ``translate`` returns it."""
         return text.strip()
-
-
-def _load_strictly(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    own = module.state_dict()
-    missing, surplus = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    shapes = [name for name in weights if name in own and own[name].shape != weights[name].shape]
-    if missing or surplus or shapes:
-        what = f"lacks {listed(missing)}" if missing else f"holds the surplus {listed(surplus)}"
-        if not missing and not surplus:
-            what = f"has '{shapes[0]}' in another shape"
-        raise ModelError(
-            f"model.safetensors {what} of the speech encoder: it is not of the model that its config.json describes; "
-            "export the model again."
-        )
-    module.load_state_dict(weights)

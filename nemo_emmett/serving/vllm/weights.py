@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from nemo_emmett.errors import ModelError
+from nemo_emmett.models.checkpoint import listed
 
 _PEFT = "base_model.model."
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.", ".lora_B.default."
@@ -63,3 +66,46 @@ def _scale(lora: Mapping[str, Any]) -> float:
             )
     rank = lora.get("r", 8)  # peft's defaults
     return lora.get("lora_alpha", 8) / (rank**0.5 if lora.get("use_rslora") else rank)
+
+
+def checked_weights(
+    weights: Iterable[tuple[str, Tensor]], expected: Mapping[str, Tensor], part: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights, once each is known to be the model's.
+
+    Args:
+        weights: names and values.
+        expected: the model's own, of which the shapes are read.
+        part: of the model, for messages.
+
+    Raises:
+        ModelError: at a weight that the model does not have, or of another shape; after the last one, if some are
+            missing.
+    """
+    found = set()
+    for name, value in weights:
+        if name not in expected:
+            raise _other(f"holds the surplus '{name}'", part)
+        if value.shape != expected[name].shape:
+            shapes = f"{tuple(value.shape)}, not {tuple(expected[name].shape)}"
+            raise _other(f"has '{name}' in the shape {shapes}", part)
+        found.add(name)
+        yield name, value
+    if missing := sorted(set(expected) - found):
+        raise _other(f"lacks {listed(missing)}", part)
+
+
+def language_model_shapes(config: PretrainedConfig) -> dict[str, Tensor]:
+    """The language model's weights as transformers has them, without their values."""
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+    if config.tie_word_embeddings:
+        state.pop(_OUTPUT, None)
+    return state
+
+
+def _other(what: str, part: str) -> ModelError:
+    return ModelError(
+        f"model.safetensors {what} of the {part}: it is not of the model that its config.json describes; export the "
+        "model again."
+    )
