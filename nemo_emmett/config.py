@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_emmett.errors import ConfigError, Help, ModelError
@@ -48,6 +50,8 @@ PARTS_OF_MODELS = (
 
 TARGET_KEYS = ("_target_", "target", "cls")
 """Keys under which Hydra and NeMo name a target to call."""
+
+_KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 
 _RESOLVER = re.compile(r"\$\{[^{}]*:")
 """OmegaConf's ``${oc.env:...}`` and the like; ``${other.key}`` is harmless."""
@@ -183,13 +187,16 @@ def check_model_file(config: Any, where: str) -> None:
     if isinstance(config, Mapping):
         for key, value in config.items():
             place = f"{where}: {key}" if ": " not in where else f"{where}.{key}"
-            if key in TARGET_KEYS and isinstance(value, str) and not value.startswith(PARTS_OF_MODELS):
+            if key in TARGET_KEYS and isinstance(value, str) and not _is_part_of_model(value):
                 raise _refused(place, value, "is not a part of a model")
             if key == "trust_remote_code" and value:
                 raise _refused(place, value, "asks for code to be run")
-            # Arguments without their names, and a module that peft imports (megatron_core).
-            if key in ("_args_", "megatron_config") and value is not None:
+            # Arguments without their names, a module that peft imports (megatron_core), and options of a compiler.
+            if key in ("_args_", "megatron_config", "compile_config") and value is not None:
                 raise _refused(place, value, "may have code run")
+            # A name of two parts is a kernel on the Hugging Face Hub, whose code transformers would fetch and run.
+            if key.lstrip("_").removesuffix("_internal") in _KERNEL_KEYS and "/" in str(value):
+                raise _refused(place, value, "names code of the Hugging Face Hub")
             # Other arguments of torch.compile may name code to run.
             if key == "compile" and isinstance(value, Mapping) and value.keys() - {"dynamic", "fullgraph", "mode"}:
                 raise _refused(place, dict(value), "may have code run")
@@ -199,6 +206,24 @@ def check_model_file(config: Any, where: str) -> None:
             check_model_file(value, f"{where}[{number}]")
     elif isinstance(config, str) and _RESOLVER.search(config):
         raise _refused(where, config, "calls a resolver")
+
+
+def _is_part_of_model(target: str) -> bool:
+    """Whether a target is one name in a module of those packages; ``torch.nn.functional.torch.hub.load`` is not."""
+    if not target.startswith(PARTS_OF_MODELS):
+        return False
+    top, *names = target.split(".")
+    spec = find_spec(top)
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        path, inner = Path(place), list(names)
+        while inner and (path / inner[0]).is_dir():
+            path /= inner.pop(0)
+        if inner and any((path / inner[0]).with_suffix(suffix).is_file() for suffix in (".py", ".pyi")):
+            inner.pop(0)
+        # NeMo's published models name a module that NeMo 3 does not have, canary_multilingual_tokenizer.
+        if len(inner) == 1 or (len(inner) == 2 and inner[0].startswith("canary_")):
+            return True
+    return False
 
 
 def _refused(where: str, value: Any, what: str) -> ModelError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from nemo_emmett.models.card import CARD_FILE, model_card
 from nemo_emmett.models.checkpoint import check_fit, read_rest, read_weights
 from nemo_emmett.models.export import public_config
 from nemo_emmett.models.exported import TRAINING_KEY
+from nemo_emmett.models.exported_files import FILES_KEY, files_of_export, read_json_object, sizes_of_files
 from nemo_emmett.models.initial_weights import INITIAL_WEIGHTS_KEYS
 from nemo_emmett.models.targets import check_local_path
 from nemo_emmett.modules.tensors import refuse_nonfinite
@@ -244,11 +246,14 @@ def write_export(
     # NeMo writes no `_target_`; `load` takes a folder without one for NeMo's SALM.
     config = {key: value for key, value in OmegaConf.to_container(model.cfg).items() if key != "_target_"}
     config = public_config(config | of_training)
-    with atomic_folder(folder, last=CONFIG_NAME) as unfinished:
+    with atomic_folder(folder, last=CONFIG_NAME, stale=files_of_export(Path(folder))) as unfinished:
         (unfinished / CARD_FILE).write_text(model_card(config), encoding="utf-8")
         model.save_pretrained(unfinished, config=config)
         # As NeMo's to_hf.py does it: then nothing of the folder refers to the files that the training began with.
         write_artifacts(unfinished, model, config)
+        written = unfinished / CONFIG_NAME
+        content = read_json_object(written) | {FILES_KEY: sizes_of_files(unfinished)}
+        written.write_text(json.dumps(content, sort_keys=True, indent=2), encoding="utf-8")
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, recipe: DictConfig | None) -> None:

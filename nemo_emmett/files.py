@@ -11,7 +11,7 @@ import socket
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -72,7 +72,7 @@ def write_text(path: str | os.PathLike[str], text: str, folder: str | os.PathLik
 
 
 @contextmanager
-def atomic_folder(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
+def atomic_folder(folder: str | os.PathLike[str], last: str, stale: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder whose files are moved to ``folder`` when the block ends without an error.
 
     Files of other names stay in ``folder``. All files get the mode that the umask gives, whatever wrote them.
@@ -80,6 +80,7 @@ def atomic_folder(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
     Args:
         folder: is created if it is missing; it is locked meanwhile.
         last: name of the file without which readers do not accept the folder: it is removed first and moved last.
+        stale: paths in ``folder`` of files that are removed unless new ones replace them.
 
     Raises:
         ConfigError: if another process is writing to ``folder``.
@@ -97,7 +98,8 @@ def atomic_folder(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
             for path in files:
                 path.chmod(stat.S_IMODE(temporary.stat().st_mode) & 0o666)
                 _fsync(path)
-            (folder / last).unlink(missing_ok=True)
+            for name in (last, *stale):
+                (folder / name).unlink(missing_ok=True)
             for path in files:
                 target = folder / path.relative_to(temporary)
                 target.parent.mkdir(parents=True, exist_ok=True)

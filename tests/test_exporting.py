@@ -300,7 +300,8 @@ def test_the_card_is_read_by_the_hub_and_its_code_runs(trained, tmp_path, capsys
     (code,) = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
     exec(code.replace("FOLDER", str(folder)), {})
     assert capsys.readouterr().out.startswith("['")
-    (command,) = re.findall("```bash\nnemo-emmett (.*?)\n```", card.text, re.DOTALL)
+    command, serve = re.findall("```bash\nnemo-emmett (.*?)\n```", card.text, re.DOTALL)
+    assert serve == "serve FOLDER"
     assert "--from de --to en" in command
     done = CliRunner().invoke(main, shlex.split(command.replace("FOLDER", str(folder))))
     assert done.exit_code == 0, done.output

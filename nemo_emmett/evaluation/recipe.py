@@ -20,7 +20,8 @@ from nemo_emmett.evaluation.metrics import DEFAULT_METRICS, check_metrics
 from nemo_emmett.evaluation.results import FILE_NAME, Evaluation, from_json
 from nemo_emmett.files import check_writable
 from nemo_emmett.models.card import check_card
-from nemo_emmett.models.exported import CONFIG_FILE, check_exported
+from nemo_emmett.models.exported import check_exported
+from nemo_emmett.models.exported_files import CONFIG_FILE
 from nemo_emmett.typed_config import Count, FilePath, PositiveWhole, Switch, Text, parse_section, parse_value
 
 

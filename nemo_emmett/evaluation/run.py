@@ -28,7 +28,7 @@ from nemo_emmett.evaluation.report import write_report
 from nemo_emmett.evaluation.results import FILE_NAME, Evaluation, to_json, unused_name, write_hypotheses
 from nemo_emmett.evaluation.scoring import score
 from nemo_emmett.evaluation.significance import compare, resampling_signature
-from nemo_emmett.evaluation.table import print_table, scores_in_markdown
+from nemo_emmett.evaluation.table import print_table, scores_as_metadata, scores_in_markdown
 from nemo_emmett.evaluation.translation import Translated, merge_ranks, translate
 from nemo_emmett.files import check_writable, hold_folder, new_folder_elsewhere
 from nemo_emmett.models import load
@@ -134,7 +134,7 @@ def evaluate(
         if sentence := untrained_warning(getattr(loaded, "cfg", {}), {one.target_lang for one in evaluation.scores}):
             console.print(f"Warning: {sentence}", highlight=False, style="bold red", soft_wrap=True)
         if settings.update_card:
-            write_scores(model_name, scores_in_markdown(evaluation))
+            write_scores(model_name, scores_in_markdown(evaluation), scores_as_metadata(evaluation))
         with writer.writing() as folder:
             if folder is not None:
                 to_json(evaluation, folder / FILE_NAME)

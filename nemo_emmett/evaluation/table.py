@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -211,6 +212,20 @@ def scores_in_markdown(evaluation: Evaluation) -> str:
     beams = evaluation.decoding.get("num_beams")
     signatures = "\n".join(f"- {metric}: `{signature}`" for metric, signature in evaluation.signatures.items())
     return f"Evaluated on {evaluation.date[:10]}, beams: {beams}.\n\n{table}\n\n{signatures}"
+
+
+def scores_as_metadata(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The scores as the results of Hugging Face's ``model-index``, one for each direction of a test set."""
+    return [
+        {
+            "task": {"type": "translation", "name": f"translation of {MODALITY_NAMES.get(one.modality, one.modality)}"},
+            "dataset": {"type": one.test_set, "name": one.test_set, "config": f"{one.source_lang}-{one.target_lang}"},
+            "metrics": [
+                {"type": name.lower(), "name": name, "value": round(value, 2)} for name, value in one.metrics.items()
+            ],
+        }
+        for one in evaluation.scores
+    ]
 
 
 def throughput_lines(evaluation: Evaluation) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import CONFIG_NAME
+from huggingface_hub.errors import StrictDataclassError
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.utils import logging
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -69,7 +71,7 @@ def build_llm(config: ModelConfig, auto_class: type, model_name: str, trusted: b
     """
     name, trust = config.pretrained_llm, {"trust_remote_code": trusted}
     if not trusted:
-        _check_adapter_config(Path(name))
+        _check_configs(Path(name))
     with _as_model_error(name):
         llm_config = AutoConfig.from_pretrained(name, **trust)
     if llm_config.is_encoder_decoder != (auto_class is AutoModelForSeq2SeqLM):
@@ -82,7 +84,13 @@ def build_llm(config: ModelConfig, auto_class: type, model_name: str, trusted: b
         # Weights in pickles (pytorch_model.bin) are read as data, whatever the environment sets.
         llm = auto_class.from_pretrained(name, dtype=torch.float32, weights_only=True, **trust)
     else:
-        llm = auto_class.from_config(llm_config, dtype=torch.float32, **trust)
+        try:
+            llm = auto_class.from_config(llm_config, dtype=torch.float32, **trust)
+        except (*BUILD_FAULTS, ImportError) as error:
+            raise ModelError(
+                f"'{name}': transformers cannot build the language model of its {CONFIG_NAME} ({first_line(error)}); "
+                "correct it, or copy the folder again."
+            ) from error
     # transformers returns it in evaluation mode, and Lightning's fit does not change modes.
     return llm.train()
 
@@ -174,15 +182,16 @@ def add_lora(
     return adapted
 
 
-def _check_adapter_config(folder: Path) -> None:
-    """transformers applies a LoRA in the language model's folder, whose config can have peft import a module."""
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        return
-    try:
-        check_model_file(json.loads(path.read_text()), f"'{path}'")
-    except ValueError as error:
-        raise ModelError(f"'{path}' is not JSON ({error}); correct or remove it.") from error
+def _check_configs(folder: Path) -> None:
+    """Refuse configs that could run code: transformers applies a LoRA in the language model's folder, whose config can
+    have peft import a module, and fetches a kernel that the config names."""
+    for path in (folder / "adapter_config.json", folder / CONFIG_NAME):
+        if not path.is_file():
+            continue
+        try:
+            check_model_file(json.loads(path.read_text(encoding="utf-8")), f"'{path}'")
+        except ValueError as error:
+            raise ModelError(f"'{path}' is not JSON ({error}); correct or remove it.") from error
 
 
 @contextmanager
@@ -190,15 +199,16 @@ def _as_model_error(name: str) -> Iterator[None]:
     """Errors of transformers and NeMo for a name that does not exist, as one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"'{name}' needs code that came with it, which is not run unless you trust it: pass "
                 "trust_remote_code=True (--trust-remote-code, or model.trust_remote_code: true in a recipe).",
                 page=Help.CODE_IN_MODEL,
             ) from error
+        reason = f" ({first_line(error).rstrip(':')})" if Path(name).is_dir() else ""
         raise ModelError(
-            f"'{name}' is neither a folder with a Hugging Face model nor the name of one that could be fetched; "
-            "check model.pretrained_llm and model.tokenizer_path.",
+            f"'{name}' is neither a folder with a Hugging Face model nor the name of one that could be fetched"
+            f"{reason}; check model.pretrained_llm and model.tokenizer_path.",
             page=Help.NO_MODEL,
         ) from error

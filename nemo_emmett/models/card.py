@@ -19,6 +19,8 @@ CARD_FILE = "README.md"
 """Hugging Face's name of a model card."""
 
 _SCORES = re.compile(r"(<!-- scores -->\n).*?(\n<!-- end of scores -->)", re.DOTALL)
+_METADATA = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
+_EARLIER_RESULTS = re.compile(r"^model-index:\n(?:[ -].*\n)*", re.MULTILINE)
 _MODALITIES = {"audio": "speech", "text": "text"}
 
 
@@ -85,12 +87,13 @@ def check_card(folder: str | Path) -> None:
         )
 
 
-def write_scores(folder: str | Path, scores: str) -> None:
+def write_scores(folder: str | Path, scores: str, results: Sequence[Mapping[str, Any]] = ()) -> None:
     """Put the scores of an evaluation into the card of an export, in the place of earlier ones.
 
     Args:
         folder: of the export.
         scores: in Markdown.
+        results: the same as Hugging Face's ``model-index`` has them, for the card's metadata.
 
     Raises:
         ModelError: if the card is missing, or has no place for scores.
@@ -98,4 +101,7 @@ def write_scores(folder: str | Path, scores: str) -> None:
     check_card(folder)
     path = Path(folder, CARD_FILE)
     text = path.read_text(encoding="utf-8")
-    write_text(path, _SCORES.sub(lambda found: f"{found[1]}{scores.strip()}{found[2]}", text))
+    text = _SCORES.sub(lambda found: f"{found[1]}{scores.strip()}{found[2]}", text)
+    index = {"model-index": [{"name": Path(folder).resolve().name, "results": [dict(one) for one in results]}]}
+    index = yaml.safe_dump(index, sort_keys=False, allow_unicode=True)
+    write_text(path, _METADATA.sub(lambda found: f"---\n{_EARLIER_RESULTS.sub('', found[1])}{index}---\n", text))

@@ -13,6 +13,7 @@ from nemo.utils import logging
 from nemo_emmett.config import check_keys
 from nemo_emmett.errors import ConfigError, Help, ModelError
 from nemo_emmett.models.exported import BASE_MODELS_KEY, TRAINING_KEY
+from nemo_emmett.models.exported_files import FILES_KEY
 from nemo_emmett.models.initial_weights import PERCEPTION_KEY, WHOLE_MODEL_KEYS
 from nemo_emmett.models.nemo_keys import NEMO_KEYS, is_off
 from nemo_emmett.modules.batch import MODALITIES
@@ -46,6 +47,7 @@ _TOLERATED_KEYS = (
     "dtype",
     TRAINING_KEY,
     BASE_MODELS_KEY,
+    FILES_KEY,
 )
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch.distributed as dist
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import CONFIG_NAME
 from nemo.collections.speechlm2.parts.hf_hub import SAFETENSORS_SINGLE_FILE
 from nemo.utils import logging
 from omegaconf import OmegaConf
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers.utils import cached_file
 
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ModelError
@@ -28,7 +28,8 @@ from nemo_emmett.files import atomic_folder
 from nemo_emmett.models.artifacts import write_artifacts
 from nemo_emmett.models.card import CARD_FILE, model_card
 from nemo_emmett.models.checkpoint import listed, read_checkpoint, shared_names
-from nemo_emmett.models.exported import BASE_MODELS_KEY
+from nemo_emmett.models.exported import BASE_MODELS_KEY, check_exported
+from nemo_emmett.models.exported_files import FILES_KEY, check_no_code, files_of_export, sizes_of_files
 from nemo_emmett.models.public_names import without_paths
 from nemo_emmett.modules.tensors import refuse_nonfinite
 
@@ -37,7 +38,9 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of an export without private paths, with the names of the pretrained parts."""
     public = without_paths(dict(config))
     parts = {"language_model": "pretrained_llm", "speech_encoder": "pretrained_asr"}
-    # A model that was loaded has the folder of its export in the place of the first name.
+    # A model that was loaded has the folder of its export in the place of the first name, and of its tokenizer's.
+    if BASE_MODELS_KEY in config:
+        public.pop("tokenizer_path", None)
     names = config.get(BASE_MODELS_KEY) or {part: public[key] for part, key in parts.items() if public.get(key)}
     public.update({key: names[part] for part, key in parts.items() if part in names})
     return public | {BASE_MODELS_KEY: dict(names)}
@@ -87,18 +90,20 @@ class Export:
         config.pop("trust_remote_code", None)  # decided by who loads the folder
         config.pop("objectives", None)  # of the training, not of the model
         config = public_config(config)
-        self._weights_to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}
+        self._to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}, config
         try:
-            with atomic_folder(folder, last=CONFIG_NAME) as unfinished:
+            with atomic_folder(folder, last=CONFIG_NAME, stale=files_of_export(Path(folder))) as unfinished:
                 write_artifacts(unfinished, self, config)
                 (unfinished / CARD_FILE).write_text(model_card(config), encoding="utf-8")
                 return super().save_pretrained(unfinished, config=config, **kwargs)
         finally:
-            del self._weights_to_save
+            del self._to_save
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the weights; called by huggingface_hub."""
-        save_file(self._weights_to_save, Path(save_directory) / SAFETENSORS_SINGLE_FILE, metadata={"format": "pt"})
+        """Write the weights; called by huggingface_hub, which then writes the config."""
+        weights, config = self._to_save
+        save_file(weights, Path(save_directory) / SAFETENSORS_SINGLE_FILE, metadata={"format": "pt"})
+        config[FILES_KEY] = sizes_of_files(Path(save_directory))
 
     def whole_weights(self) -> dict[str, Tensor]:
         """All weights on the CPU; of a sharded model, on rank 0. Every rank must call it."""
@@ -119,12 +124,19 @@ class Export:
             kwargs: of huggingface_hub's ``from_pretrained``.
 
         Raises:
-            ModelError: if its ``config.json`` names what could run code, or the weights are not the model's.
+            ModelError: if a file is missing, damaged or could run code, or the weights are not the model's.
         """
+        where = {name: kwargs[name] for name in _WHERE_ON_THE_HUB if name in kwargs}
+        folder = _local_folder(str(pretrained_model_name_or_path), **where)
+        if check_exported(folder).get("trust_remote_code"):
+            logging.warning(
+                f"'{Path(folder, CONFIG_NAME)}' asks for code of the model to be run (trust_remote_code), which only "
+                "the caller can allow; the key is ignored."
+            )
+        if not trust_remote_code:
+            check_no_code(Path(folder))
         # Always given: huggingface_hub takes an argument that is absent from the folder's config.json.
-        return super().from_pretrained(
-            str(pretrained_model_name_or_path), trust_remote_code=trust_remote_code, **kwargs
-        )
+        return super().from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Export:
@@ -146,17 +158,19 @@ class Export:
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, trust_remote_code: bool = False, **kwargs: Any) -> Export:
+    def _from_pretrained(cls, **kwargs: Any) -> Export:
         """Build a model and read its weights; called by huggingface_hub."""
-        if not trust_remote_code:
-            _check_config(model_id, **{name: kwargs.get(name) for name in _WHERE_ON_THE_HUB})
-        kwargs["for_loading"] = True
-        return super()._from_pretrained(model_id=model_id, trust_remote_code=trust_remote_code, **kwargs)
+        return super()._from_pretrained(**kwargs | {"for_loading": True})
 
     @classmethod
     def _load_as_safetensor(cls, model: Export, model_file: str, map_location: str, strict: bool) -> Export:
         """huggingface_hub's, which alone would leave weights that it does not find at random."""
-        loaded = super()._load_as_safetensor(model, model_file, map_location, strict)
+        try:
+            loaded = super()._load_as_safetensor(model, model_file, map_location, strict)
+        except SafetensorError as error:
+            raise ModelError(
+                f"'{model_file}' is damaged ({error}); copy the folder again, or export the model again."
+            ) from error
         with safe_open(model_file, framework="pt") as file:
             found = set(file.keys())
         for names in shared_names(loaded):
@@ -188,21 +202,10 @@ class Export:
         return super().load_state_dict(state_dict, *args, **kwargs)
 
 
+def _local_folder(name: str, **where: Any) -> str:
+    """The folder of a model; one on the Hugging Face Hub is fetched whole, so that all of it is checked."""
+    return name if Path(name).is_dir() else snapshot_download(name, allow_patterns=_FILES_ON_THE_HUB, **where)
+
+
 _WHERE_ON_THE_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-
-
-def _check_config(model_id: str, **where: Any) -> None:
-    """Refuse a ``config.json`` that could run code; read as NeMo reads it."""
-    path = cached_file(model_id, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where)
-    if path is None:
-        return  # NeMo raises
-    config = OmegaConf.to_container(OmegaConf.load(path))
-    if not isinstance(config, dict):
-        raise ModelError(f"'{path}' is not the config of a model; export the model again.")
-    if config.pop("trust_remote_code", False):
-        logging.warning(
-            f"'{path}' asks for code of the model to be run (trust_remote_code), which only the caller can allow; it "
-            "is not run."
-        )
-    config.pop("_target_", None)  # the class is chosen already
-    check_model_file(config, f"'{path}'")
+_FILES_ON_THE_HUB = ["*.json", "*.jinja", "*.md", "*.model", "*.txt", "*.safetensors"]

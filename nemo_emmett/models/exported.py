@@ -5,20 +5,14 @@ Commands check a folder with it before they load the model, which takes seconds.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_emmett.errors import ModelError
+from nemo_emmett.models.exported_files import CONFIG_FILE, check_whole, read_json_object
 from nemo_emmett.prompts.language_codes import normalized
-
-CONFIG_FILE = "config.json"
-"""Hugging Face's name of the config."""
-
-WEIGHTS_FILE = "model.safetensors"
-"""Hugging Face's name of the weights."""
 
 TRAINING_KEY = "training"
 """Key of the config for what is known of the training: see ``nemo_emmett.training_record``."""
@@ -29,21 +23,17 @@ BASE_MODELS_KEY = "base_models"
 
 
 def check_exported(folder: str | Path) -> dict[str, Any]:
-    """Check that a folder holds an exported model.
+    """Check that a folder holds an exported model, and that its files are whole.
 
     Returns:
-        Its config; empty where ``config.json`` is no JSON object, which :func:`~nemo_emmett.models.load` refuses.
+        Its config.
 
     Raises:
-        ModelError: if its config or weights are missing.
+        ModelError: if a file is missing or damaged.
     """
-    path = find_config(folder)
-    check_weights(folder)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        config = None
-    return config if isinstance(config, dict) else {}
+    config = read_json_object(find_config(folder))
+    check_whole(Path(folder), config)
+    return config
 
 
 def find_config(folder: str | Path) -> Path:
@@ -66,16 +56,6 @@ def _remedy(path: Path) -> str:
         command = f"nemo-emmett export {shlex.quote(str(found[0]))} FOLDER"
         return f"write the model of a checkpoint into a folder, such as by `{command}`"
     return "name the folder that `nemo-emmett train` (key export_dir) or `nemo-emmett export` has written"
-
-
-def check_weights(folder: str | Path) -> None:
-    """Check that an export has its weights.
-
-    Raises:
-        ModelError: if it has none.
-    """
-    if not Path(folder, WEIGHTS_FILE).is_file():
-        raise ModelError(f"'{folder}' has no {WEIGHTS_FILE}, so it is no complete export; export it again.")
 
 
 def trained_directions(config: Mapping[str, Any], modality: str | None = None) -> set[tuple[str | None, str]]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_class
 
 from nemo_emmett.errors import ModelError
 from nemo_emmett.models.base import SpeechTextModel
-from nemo_emmett.models.exported import check_weights, find_config
+from nemo_emmett.models.exported import find_config
+from nemo_emmett.models.exported_files import read_json_object
 
 _OWN_MODELS = "nemo_emmett.models."
 
@@ -37,8 +38,8 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> SpeechTextMo
         ModelError: if the folder is not such an export, or its weights are not those of the model that it names.
     """
     folder = Path(folder)
-    model_class = _class_of(find_config(folder))
-    check_weights(folder)
+    path = find_config(folder)
+    model_class = _class_of(read_json_object(path), path)
     # huggingface_hub prints where it reads from; standard output belongs to the translations.
     with redirect_stdout(io.StringIO()), _expected_type():
         return model_class.from_pretrained(str(folder), trust_remote_code=trust_remote_code).eval()
@@ -56,9 +57,8 @@ def _expected_type() -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
-def _class_of(config_path: Path) -> type[SpeechTextModel]:
+def _class_of(config: Mapping[str, Any], config_path: Path) -> type[SpeechTextModel]:
     try:
-        config = json.loads(config_path.read_text())
         # NeMo's folders do not name their class; the one with an audio locator is SALM.
         is_nemo_salm = "_target_" not in config and "audio_locator_tag" in config
         name = f"{_OWN_MODELS}salm_gpt.SALMGPT" if is_nemo_salm else config["_target_"]

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.models.building import build_llm
 from nemo_emmett.models.causal import detach_embeddings
-from nemo_emmett.models.exported import CONFIG_FILE, check_weights
+from nemo_emmett.models.exported_files import CONFIG_FILE, check_whole
 from nemo_emmett.models.head import TeacherAnswers, teacher_answers
 from nemo_emmett.models.lora_modality import KEEP_BASE_WEIGHTS
 from nemo_emmett.models.targets import first_line
@@ -217,7 +217,7 @@ def _exported(folder: Path, config: Mapping[str, Any], model: Any, place: str) -
         section = dict(config) | {"pretrained_llm": str(folder / "llm_backbone"), "tokenizer_path": str(folder)}
         section |= {"pretrained_weights": False, "perception": None}
         return _parts(own_class(section, for_loading=True))
-    check_weights(folder)
+    check_whole(folder, config)
     with redirect_stdout(io.StringIO()):  # huggingface_hub prints where it reads from
         return _parts(own_class.from_pretrained(str(folder), trust_remote_code=model.trust_remote_code))
 

@@ -146,7 +146,8 @@ def _named_control_tokens(formatter: PromptFormatter) -> list[str]:
     tokenizer, control = formatter.tokenizer.tokenizer, control_tokens_of(formatter.tokenizer, refresh=True)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     own = str(tokenizer.chat_template or "")
-    return sorted(token for token in (control.ids if control else ()) if token in own and token not in special)
+    named = {token for token in (control.ids if control else ()) if token in own and token not in special}
+    return sorted(token for token in named if "#}" not in token)  # which would end the comment
 
 
 def _requests(formatter: PromptFormatter, locator: str) -> Iterator[Conversation]:

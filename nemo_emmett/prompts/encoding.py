@@ -8,6 +8,7 @@ from typing import Any
 from nemo.collections.common.tokenizers import AutoTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from nemo_emmett.errors import DataError
 from nemo_emmett.prompts.control_tokens import control_tokens_of
 from nemo_emmett.prompts.markup import Prompt
 
@@ -32,10 +33,17 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
-        if len(texts) < _WORTH_A_BATCH:
-            encoded = [backend.encode(text, add_special_tokens=False).ids for text in texts]
-        else:
-            encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            if len(texts) < _WORTH_A_BATCH:
+                encoded = [backend.encode(text, add_special_tokens=False).ids for text in texts]
+            else:
+                encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:  # PanicException of Rust is no Exception, and has no name to import
+            if type(error).__name__ != "PanicException":
+                raise
+            reason = str(error).splitlines()[0]
+            which = repr(str(texts[0])[:80]) if len(texts) == 1 else f"one of {len(texts)} texts"
+            raise DataError(f"the tokenizer cannot encode {which} ({reason}); leave the text out.") from error
     if (control := control_tokens_of(tokenizer)) is None:
         return encoded
     return [

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from nemo.collections.common.tokenizers import AutoTokenizer
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -451,6 +452,18 @@ def test_the_card_of_the_model_gets_the_scores(recipe, tokenizer, tmp_path, monk
         (score,) = [one for one in evaluation.scores if one.modality == "audio" and one.direction == ("en", "de")]
         assert row.endswith(f"| {SENTENCES} | {score.bleu:.1f} | {score.metrics['chrF++']:.1f} |")
         assert text.count("- BLEU: `nrefs:1|") == 1
+        metadata = ModelCard(text).data
+        assert (metadata.model_name, metadata.license) == (tmp_path.name, "unknown")
+        found = {
+            (one.dataset_type, one.task_name, one.dataset_config, one.metric_type) for one in metadata.eval_results
+        }
+        assert len(found) == len(metadata.eval_results) == sum(len(one.metrics) for one in evaluation.scores)
+        (bleu,) = [
+            one
+            for one in metadata.eval_results
+            if (one.task_name, one.dataset_config, one.metric_type) == ("translation of speech", "en-de", "bleu")
+        ]
+        assert (bleu.dataset_name, bleu.metric_value) == ("test_speech", pytest.approx(score.bleu, abs=0.01))
     with pytest.raises(ConfigError, match="update_card: the card is in the folder of an exported model"):
         evaluate(Oracle(tokenizer), recipe, update_card=True)
     card.write_text("# mine\n")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +18,17 @@ import huggingface_hub.constants
 import pytest
 import torch
 from nemo.collections.common.tokenizers import AutoTokenizer as NemoTokenizer
+from nemo.collections.speechlm2.models import SALM
+from nemo.collections.speechlm2.vllm.salm.config import NeMoSpeechLMConfig
+from omegaconf import OmegaConf
 from transformers import AutoFeatureExtractor, AutoTokenizer, GenerationConfig
 
 from nemo_emmett import plugin
+from nemo_emmett.errors import ModelError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT, load
 from nemo_emmett.models.artifacts import preprocessor_settings
 from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.models.perception import read_asr_config
 from nemo_emmett.prompts.families import prompt_formatter
 from nemo_emmett.prompts.instruction import translation_turns
 from nemo_emmett.prompts.markup import Markup, Prompt
@@ -51,17 +57,26 @@ FAMILIES = {
     **dict.fromkeys(("t5", "mt5", "nllb", "m2m100", "mbart50"), SALMT5),
 }
 KINDS: dict[str, tuple[type[SpeechTextModel], str, str | None]] = {
-    **{f"{name}, {adapter}": (SALMGPT, name, adapter) for name in DECODER_ONLY for adapter in ADAPTERS},
+    **{f"{name}, {adapter}": (SALMGPT, name, adapter) for name in DECODER_ONLY for adapter in ("identity", "mlp")},
+    **{f"{name}, qformer": (SALMGPT, name, "qformer") for name in ("llama", "qwen3", "gemma3")},
     **{f"{name}, identity": (SALMT5, name, "identity") for name, kind in FAMILIES.items() if kind is SALMT5},
     "BESTOW-GPT, llama3": (BestowGPT, "llama3", "identity"),
     "BESTOW-GPT, gemma2": (BestowGPT, "gemma2", "mlp"),
     "text alone": (SALMGPT, "qwen2", None),
+    "no pretrained encoder": (SALMGPT, "qwen3", "of its own"),
 }
 
 
 def section(name: str, adapter: str | None, folder: Path, asr: Path) -> dict[str, Any]:
-    config = model_config(name, folder, asr if adapter else None, max_new_tokens=6)
-    return config if adapter is None else config | {"perception": {"modality_adapter": ADAPTERS[adapter]}}
+    config = model_config(name, folder, asr if adapter in ADAPTERS else None, max_new_tokens=6)
+    if adapter in ADAPTERS:
+        config["perception"] = {"modality_adapter": ADAPTERS[adapter]}
+    elif adapter is not None:
+        parts = read_asr_config(str(asr))
+        config["perception"] = {**perception_config(), "output_dim": 32}
+        config["perception"] |= {part: parts[part] for part in ("preprocessor", "encoder")}
+        config["pretrained_weights"] = False
+    return config
 
 
 @torch.no_grad()
@@ -202,3 +217,139 @@ def test_other_features_than_those_of_transformers_are_not_said_to_be_the_same(m
 
 def test_a_model_of_text_alone_has_no_preprocessor(moved) -> None:
     assert not moved.folder("text alone").joinpath("preprocessor_config.json").exists()
+
+
+# Whole folders.
+
+WHOLE = ("qwen3, qformer", "m2m100, identity", "BESTOW-GPT, gemma2")
+"""With a fast tokenizer, one of SentencePiece, and weights of cross-attention."""
+
+
+@pytest.fixture
+def copied(moved, tmp_path) -> Callable[[str], Path]:
+    """A copy of an export that a test may change."""
+
+    def copy(kind: str) -> Path:
+        folder = shutil.copytree(moved.folder(kind), tmp_path / "model")
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(path.stat().st_mode | 0o200)
+        return folder
+
+    return copy
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut_in_half, Path.touch], ids=["missing", "cut", "emptied"])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_folder_with_a_damaged_file_is_refused_by_its_name_or_gives_the_same(moved, copied, kind, damage) -> None:
+    whole = copied(kind)
+    refused, loaded = {}, set()
+    for path in [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]:
+        content = (whole / path).read_bytes()
+        if damage is Path.touch:
+            (whole / path).unlink()
+        damage(whole / path)
+        try:
+            results = outputs(load(whole))
+        except ModelError as error:
+            refused[path.as_posix()] = str(error)
+        else:
+            assert all(map(torch.equal, results, moved.outputs[kind])), path
+            loaded.add(path.as_posix())
+        (whole / path).write_bytes(content)
+    assert loaded <= {"README.md", "chat_template.jinja", "generation_config.json", "preprocessor_config.json"}
+    for name, sentence in refused.items():
+        assert name in sentence
+        assert re.search(r"copy the folder again|name the folder", sentence)
+        assert "\n" not in sentence
+    assert refused.keys() >= {"config.json", "model.safetensors", "llm_backbone/config.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json", "llm_backbone/config.json"])
+def test_a_damaged_file_of_an_earlier_export_is_found_without_its_size(copied, name) -> None:
+    folder = copied("qwen3, qformer")
+    config = json.loads((folder / "config.json").read_text())
+    del config["files"]
+    (folder / "config.json").write_text(json.dumps(config))
+    load(folder)
+    cut_in_half(folder / name)
+    with pytest.raises(ModelError, match=f"'{folder / name}' is damaged"):
+        load(folder)
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=f"'{folder}' has no {name}, so it is no complete export"):
+        load(folder)
+
+
+def test_what_is_not_read_may_be_changed(moved, copied) -> None:
+    folder = copied("qwen3, qformer")
+    for name in ("README.md", "chat_template.jinja"):
+        (folder / name).write_text("Of my own.")
+    (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 9}))
+    (folder / "notes.txt").write_text("x")
+    assert torch.equal(outputs(load(folder))[0], moved.outputs["qwen3, qformer"][0])
+
+
+@pytest.mark.parametrize("name", ["model_type", "num_attention_heads", "hidden_act", "hidden_size", "layer_types"])
+def test_a_config_of_no_language_model_gets_one_sentence(copied, name) -> None:
+    folder = copied("qwen3, qformer")
+    path = folder / "llm_backbone" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: "other"}))
+    config = json.loads((folder / "config.json").read_text())
+    del config["files"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"'{path.parent}'") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_exporting_twice_gives_the_same_bytes(moved, tmp_path, kind) -> None:
+    model = load(moved.folder(kind))
+    model.save_pretrained(tmp_path / "one" / "model")
+    model.translate(["one red house"], "en", "de", max_new_tokens=2)
+    model.tokenizer.tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)
+    model.save_pretrained(tmp_path / "two" / "model")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    model = load(tmp_path / "two" / "model")
+    model.save_pretrained(tmp_path / "three" / "model")
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+
+
+def test_an_export_leaves_no_file_of_the_one_before(moved, tmp_path) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    for kind in ("m2m100, identity", "qwen3, qformer", "t5, identity", "text alone"):
+        load(moved.folder(kind)).save_pretrained(tmp_path)
+        assert contents(tmp_path).keys() == contents(moved.folder(kind)).keys() | {"mine.txt"}
+
+
+# NeMo's own SALM, and its plugin for vLLM.
+
+
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_nemos_salm_reads_a_folder_that_was_moved(moved, name) -> None:
+    kind = f"{name}, mlp"
+    theirs = SALM.from_pretrained(str(moved.folder(kind))).eval()
+    ours = SALMGPT(OmegaConf.to_container(theirs.cfg), for_loading=True).eval()
+    ours.load_state_dict(theirs.state_dict())
+    for expected, got in zip(moved.outputs[kind], outputs(ours), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_nemos_plugin_for_vllm_finds_its_config(moved, name) -> None:
+    folder = moved.folder(f"{name}, identity")
+    section = json.loads((folder / "config.json").read_text())
+    config = NeMoSpeechLMConfig(**section | {"pretrained_llm": str(folder / "llm_backbone")})
+    assert config.llm_architectures == [type(load(folder).llm).__name__]
+    assert config.perception["preprocessor"]["sample_rate"] == 16000
+    assert (section["model_type"], section["architectures"]) == (
+        "nemo_speechlm",
+        ["NeMoSpeechLMForConditionalGeneration"],
+    )

@@ -349,7 +349,11 @@ def test_a_name_that_no_hub_knows_is_told_in_one_sentence(salm_t5_config, monkey
 def test_a_folder_that_is_no_export_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"is not an exported model: it has no config\.json"):
         load(tmp_path)
-    for content in ("{", "{}", '{"_target_": "no.such.Class"}', '{"_target_": 3}'):
+    for content in ("{", "[]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ModelError, match=r"config\.json' is damaged: it is not "):
+            load(tmp_path)
+    for content in ("{}", '{"_target_": "no.such.Class"}', '{"_target_": 3}'):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ModelError, match="names no model class"):
             load(tmp_path)

@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.models import SALMT5, load
-from nemo_emmett.models.building import _check_adapter_config
+from nemo_emmett.models.building import _check_configs
 from nemo_emmett.planning.blend_report import load_tokenizer
 from tests.safety.conftest import Payload, set_in_json, with_own_code
 
@@ -231,7 +231,7 @@ def test_of_a_lora_beside_a_backbone_only_what_imports_is_refused(backbone: Path
     set_in_json(
         backbone / "adapter_config.json", megatron_config=None, megatron_core="megatron.core"
     )  # as peft writes it
-    _check_adapter_config(backbone)
+    _check_configs(backbone)
 
 
 def test_a_recipe_may_trust_a_backbone(backbone: Path, payload: Payload) -> None:
