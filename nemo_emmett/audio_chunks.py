@@ -121,7 +121,7 @@ def _cut_costs(energies_F: np.ndarray, hop: int) -> np.ndarray:
     sums = np.concatenate([[0.0], energies_F.cumsum()])
     frames = np.arange(len(energies_F))
     first, last = np.maximum(frames - _PAUSE_FRAMES, 0), np.minimum(frames + _PAUSE_FRAMES, len(frames))
-    powers = (sums[last] - sums[first]) / ((last - first) * hop)
+    powers: np.ndarray = (sums[last] - sums[first]) / ((last - first) * hop)
     mean = sums[-1] / (len(frames) * hop)
     return (powers / mean if mean > 0 else powers) + CUT_COST
 

@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_emmett import __version__
 from nemo_emmett.callbacks.trained_examples import Direction, TrainedExamples, counts_of
 from nemo_emmett.early_checks import SOURCE_PATHS
+from nemo_emmett.models.exported import MAX_DURATION_KEY
+from nemo_emmett.typed_config import is_number
 
 _SHOWN_FILES = 8
 """Files that are named of a group of sources."""
@@ -54,24 +56,41 @@ def _record(cfg: DictConfig, counts: Counter[Direction]) -> dict[str, Any]:
         if target is not None:
             directions[modality].append([source, target])
     optimizer = OmegaConf.select(cfg, "model.optimizer") or {}
+    section = _train_ds(cfg)
     return {
         "nemo_emmett": __version__,
         "precision": str(OmegaConf.select(cfg, "trainer.precision") or "32-true"),
         "optimizer": {"name": str(optimizer.get("_target_", "")).rpartition(".")[2], "lr": optimizer.get("lr")},
         "examples": dict(examples),
         "directions": dict(directions),
-        "data": _data(cfg),
+        "data": _data(section),
+        **_max_duration(section),
     }
 
 
-def _data(cfg: DictConfig) -> dict[str, list[str]]:
-    """The names of the training data's files, by the group of sources."""
+def _train_ds(cfg: DictConfig) -> dict[str, Any]:
+    """The section of the training data; empty where it cannot be resolved."""
     try:
-        section = OmegaConf.to_container(OmegaConf.select(cfg, "data.train_ds") or OmegaConf.create(), resolve=True)
+        return OmegaConf.to_container(OmegaConf.select(cfg, "data.train_ds") or OmegaConf.create(), resolve=True)
     except OmegaConfBaseException:
         return {}
+
+
+def _groups(section: dict[str, Any]) -> dict[str, dict[str, Any]]:
     groups = {key: value for key, value in section.items() if isinstance(value, dict) and "input_cfg" in value}
-    files = {name: list(dict.fromkeys(_files(group))) for name, group in (groups or {"train": section}).items()}
+    return groups or {"train": section}
+
+
+def _max_duration(section: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the longest recordings that are trained on, where a group of sources limits them."""
+    limits = [group.get("max_duration", section.get("max_duration")) for group in _groups(section).values()]
+    finite = [float(limit) for limit in limits if is_number(limit) and 0 < limit < float("inf")]
+    return {MAX_DURATION_KEY: max(finite)} if finite else {}
+
+
+def _data(section: dict[str, Any]) -> dict[str, list[str]]:
+    """The names of the training data's files, by the group of sources."""
+    files = {name: list(dict.fromkeys(_files(group))) for name, group in _groups(section).items()}
     return {
         name: [*found[:_SHOWN_FILES], *([f"{len(found) - _SHOWN_FILES} more"] if len(found) > _SHOWN_FILES else [])]
         for name, found in files.items()

@@ -20,6 +20,8 @@ from nemo_emmett import __version__, cli, doctor, plugin
 from nemo_emmett.corpora.registry import CORPORA
 from nemo_emmett.errors import DataError, ModelError
 
+from .conftest import write_tone
+
 
 @pytest.fixture
 def invoke():
@@ -29,7 +31,7 @@ def invoke():
 def test_version_and_commands(invoke) -> None:
     assert invoke("--version").output == f"nemo-emmett, version {__version__}\n"
     of_data = {"prepare", "index", "blend", "bins", "plan", "oomptimize"}
-    assert set(cli.main.commands) == of_data | {"init", "train", "export", "evaluate", "translate", "doctor"}
+    assert set(cli.main.commands) == of_data | {"init", "train", "export", "evaluate", "translate", "serve", "doctor"}
 
 
 def test_the_version_is_the_one_that_the_changelog_describes() -> None:
@@ -145,11 +147,12 @@ class TestTranslate:
                 self.device = device
                 return self
 
-            def translate(self, inputs, target_lang: str, source_lang: str | None = None, **options) -> list[str]:
-                calls.append((self.folder, inputs, target_lang, source_lang, *([options] if options else [])))
+            def translate(self, inputs, source_lang: list, target_lang: list, **options) -> list[str]:
+                codes = (each[0] if len(set(each)) == 1 else each for each in (target_lang, source_lang))
+                calls.append((self.folder, inputs, *codes, *([options] if options else [])))
                 if "bad" in inputs:
                     raise DataError("the text cannot be translated.")
-                return [str(Path(item).name).upper() for item in inputs]
+                return [Path(getattr(item, "path", item)).name.upper() for item in inputs]
 
         monkeypatch.setitem(vars(nemo_emmett.models), "load", Upper)
         return calls
@@ -214,6 +217,23 @@ class TestTranslate:
         assert f"--output: '{output}' exists already; name another file, or add --overwrite." in again.output
         assert invoke(*command, "--overwrite", "--format", "lines").exit_code == 1
         assert output.read_text() == "ONE\n\nTHREE\n\n"
+
+    def test_a_long_recording_is_translated_in_parts(self, invoke, model, calls, tmp_path) -> None:
+        recording, output = write_tone(tmp_path / "a.wav", 3.0), tmp_path / "out.jsonl"
+        command = ["translate", recording, "--to", "de", "--model", model, "--output", output]
+        done = invoke(*command, "--chunk-seconds", "2")
+        assert (done.exit_code, done.stderr.splitlines()[-1]) == (0, f"Translations: {output}")
+        (record,) = map(json.loads, output.read_text().splitlines())
+        first, second = record["chunks"]
+        assert (first["start"], first["end"], second["end"]) == (0.0, second["start"], 3.0)
+        assert 1.0 <= first["end"] <= 2.0
+        assert [len(inputs) for _, inputs, *_ in calls] == [2]
+        (model / "config.json").write_text(json.dumps({"training": {"max_duration": 1.1}}))
+        assert invoke(*command, "--overwrite").exit_code == 0
+        assert len(json.loads(output.read_text())["chunks"]) == 3
+        done = invoke(*command, "--overwrite", "--chunk-seconds", "0.5")
+        assert done.exit_code == 2
+        assert "--chunk-seconds" in done.stderr
 
     def test_a_language_that_the_model_never_saw_is_named(self, invoke, model, calls) -> None:
         said = "Warning: --to: the model was not trained to translate to es, but to de, fr; expect translations"

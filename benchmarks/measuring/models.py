@@ -38,7 +38,9 @@ def write_t5(folder: Path, width: int, layers: int, vocab_size: int, **options: 
     """
     from transformers import T5Config
 
-    _write_tokenizer(folder)
+    from nemo_emmett.corpora.tokenizers import train_t5_tokenizer
+
+    train_t5_tokenizer(WORDS.split(), folder, vocab_size=120, languages=("en", "de"))
     sizes = {"d_model": width, "d_kv": 64, "d_ff": 4 * width, "num_layers": layers, "num_heads": width // 64}
     T5Config(
         vocab_size=vocab_size,
@@ -60,21 +62,17 @@ def write_llama(folder: Path, width: int, layers: int, vocab_size: int, **option
     """
     from transformers import LlamaConfig
 
-    _write_tokenizer(folder)
+    from nemo_emmett.corpora.tokenizers import train_llama_tokenizer
+
+    train_llama_tokenizer(WORDS.split(), folder, vocab_size=120, languages=("en", "de"))
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    special = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}  # the tokenizer's
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}  # the tokenizer's
     LlamaConfig(
         vocab_size=vocab_size,
         num_attention_heads=width // 64,
         architectures=["LlamaForCausalLM"],
         **sizes | special | options,
     ).save_pretrained(folder)
-
-
-def _write_tokenizer(folder: Path) -> None:
-    from nemo_emmett.corpora.tokenizers import train_t5_tokenizer
-
-    train_t5_tokenizer(WORDS.split(), folder, vocab_size=120, languages=("en", "de"))
 
 
 def model_section(

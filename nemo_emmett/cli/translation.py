@@ -91,6 +91,14 @@ _SHOWN_FAULTS = 20
 )
 @click.option("--max-new-tokens", type=COUNT, help="Longest translation, in tokens.  [default: the model's]")
 @click.option(
+    "--chunk-seconds",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Longest part of a recording that is translated at once; a longer recording is cut at its quietest places.  "
+    "[default: the longest recordings of the training (max_duration of its data), if the model's config.json has "
+    "them; otherwise 30]",
+)
+@click.option(
     "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one, otherwise cpu]"
 )
 @trust_option
@@ -117,8 +125,11 @@ def translate(
     The files that the command line names are looked for first: if one does not exist, nothing is translated. A line, a
     recording, or a record of a TSV or manifest that cannot be translated is reported with its cause, and the others
     are translated; then the exit code is 1. Its line is empty, as is that of an empty line.
+
+    A recording that is longer than --chunk-seconds is translated in parts, with a bar; its line is their translations
+    in their order, and in JSON it has them and their times as well.
     """
-    from nemo_emmett.models.exported import check_exported, untrained_warning
+    from nemo_emmett.models.exported import check_exported, chunk_seconds_of, untrained_warning
     from nemo_emmett.prompts.language_codes import normalized
     from nemo_emmett.translation.requests import STDIN, Languages, read_requests
     from nemo_emmett.translation.results import check_output, format_of
@@ -143,7 +154,10 @@ def translate(
         window = _window(options["batch_size"], is_live=STDIN in inputs)
         given = {name: value for name, value in options.items() if value is not None}
         requests = _with_only_sources(requests, config)
-        failed = _write(loaded, requests, window, given, output, format_of(output, format_), target_lang is None)
+        longest = options["chunk_seconds"] or chunk_seconds_of(config)
+        failed = _write(
+            loaded, requests, window, given, output, format_of(output, format_), target_lang is None, longest
+        )
         raise SystemExit(int(failed))
 
 
@@ -155,6 +169,7 @@ def _write(
     output: Path | None,
     format_: str,
     languages_vary: bool,
+    chunk_seconds: float,
 ) -> bool:
     """Write the translations of all requests; whether one could not be translated."""
     from tqdm import tqdm
@@ -165,7 +180,9 @@ def _write(
     done = faults = 0
     # Where translations come on standard output, they are the progress.
     with opened(output) as file, tqdm(unit="input", disable=True if output is None else None) as bar:
-        for results in translate_requests(model, requests, window, options, languages_vary=languages_vary):
+        for results in translate_requests(
+            model, requests, window, options, languages_vary=languages_vary, chunk_seconds=chunk_seconds
+        ):
             for result in results:
                 print(as_line(result, format_), file=file)
                 if result.fault:

@@ -13,10 +13,13 @@ from typing import Any
 from nemo_emmett.errors import ModelError
 from nemo_emmett.models.exported_files import CONFIG_FILE, check_whole, read_json_object
 from nemo_emmett.prompts.language_codes import normalized
+from nemo_emmett.typed_config import is_number
 
 TRAINING_KEY = "training"
 """Key of the config for what is known of the training: see ``nemo_emmett.training_record``."""
 
+MAX_DURATION_KEY = "max_duration"
+"""Key of it for the longest recordings of the training data, in seconds, where the recipe limits them."""
 
 BASE_MODELS_KEY = "base_models"
 """Key of the config for the names of the pretrained parts: ``language_model``, ``speech_encoder``."""
@@ -89,6 +92,23 @@ def only_source(config: Mapping[str, Any], target_lang: str) -> str | None:
     """
     sources = {source for source, target in trained_directions(config) if target == normalized(target_lang)}
     return sources.pop() if len(sources) == 1 else None
+
+
+def chunk_seconds_of(config: Mapping[str, Any]) -> float:
+    """Longest recording that a model translates at once: the ``max_duration`` of its training data, if its config says
+    so, otherwise half a minute.
+
+    Example:
+        >>> chunk_seconds_of({"training": {"max_duration": 20.0}}), chunk_seconds_of({})
+        (20.0, 30.0)
+    """
+    from nemo_emmett.audio_chunks import DEFAULT_CHUNK_SECONDS, LEAST_CHUNK_SECONDS  # imports NumPy
+
+    training = config.get(TRAINING_KEY)
+    longest = training.get(MAX_DURATION_KEY) if isinstance(training, Mapping) else None
+    if is_number(longest) and 0 < longest < float("inf"):
+        return max(float(longest), LEAST_CHUNK_SECONDS)
+    return DEFAULT_CHUNK_SECONDS
 
 
 def untrained_warning(config: Mapping[str, Any], target_langs: Collection[str]) -> str | None:

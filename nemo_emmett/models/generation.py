@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import takewhile
+from itertools import chain, islice, takewhile
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from nemo_emmett.audio_chunks import check_chunk_seconds, join_translations
 from nemo_emmett.errors import ConfigError, DataError
-from nemo_emmett.models.exported import untrained_warning
+from nemo_emmett.models.exported import chunk_seconds_of, untrained_warning
 from nemo_emmett.models.inputs import (
     BATCH_TOKENS,
     Input,
@@ -31,6 +32,7 @@ from nemo_emmett.models.inputs import (
     is_recording,
     load_recordings,
     recording_seconds,
+    split_recording,
 )
 from nemo_emmett.modules.batch import pack_left, padding_mask
 from nemo_emmett.modules.evaluation_mode import evaluation_mode
@@ -164,8 +166,10 @@ class Generation:
         max_new_tokens: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
         batch_size: int | None = None,
+        chunk_seconds: float | None = None,
     ) -> list[str]:
-        """Translate texts and recordings.
+        """Translate texts and recordings. A long recording is cut at its quietest places, and the translations of its
+        parts are joined.
 
         Args:
             inputs: sentences, paths of audio files (a ``Path``, or a string that ends like one), segments of them
@@ -178,6 +182,9 @@ class Generation:
             max_new_tokens: longest translation; default: the model's.
             batch_tokens: most positions of the language model's input in a batch, padding included.
             batch_size: most inputs of a batch; default: as many as ``batch_tokens`` allows.
+            chunk_seconds: longest part of a recording that is translated at once; ``float("inf")``: recordings are
+                not cut. Default: the longest recordings that the model was trained on, if its config says how long
+                they were (``max_duration`` of the training data), otherwise 30.
 
         Returns:
             One translation per input, in their order; of answers in two steps, the translations alone.
@@ -190,21 +197,33 @@ class Generation:
             >>> model.translate(["ten past nine", Path("nine.wav")], "en", "de")
             ['zehn nach neun', 'neun']
         """
+        check_inputs(inputs)
+        sources = _of_each(source_lang, len(inputs), "source_lang")
+        targets = _of_each(target_lang, len(inputs), "target_lang")
+        chunk_seconds = chunk_seconds_of(self.cfg) if chunk_seconds is None else chunk_seconds
+        check_chunk_seconds(chunk_seconds, "chunk_seconds")
+        parts = [split_recording(item, chunk_seconds) if is_recording(item) else [item] for item in inputs]
+        input_of_part = [number for number, of_input in enumerate(parts) for _ in of_input]
         answers = self.answer_inputs(
-            inputs,
-            source_lang,
-            target_lang,
+            list(chain(*parts)),
+            [sources[number] for number in input_of_part],
+            [targets[number] for number in input_of_part],
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
             batch_size=batch_size,
         )
         if malformed := sum(answer.is_malformed for answer in answers):
+            recordings = sum(map(is_recording, chain(*parts)))
             logging.warning(
-                f"{malformed} of {sum(map(is_recording, inputs))} answers to recordings are not a transcript and a "
-                "translation: they are returned whole."
+                f"{malformed} of {recordings} answers to recordings are not a transcript and a translation: they are "
+                "returned whole."
             )
-        return [answer.translation for answer in answers]
+        translations = (answer.translation for answer in answers)
+        return [
+            join_translations(list(islice(translations, len(of_input))), target)
+            for of_input, target in zip(parts, targets, strict=True)
+        ]
 
     @torch.no_grad()
     def answer_inputs(
@@ -218,7 +237,8 @@ class Generation:
         batch_tokens: int = BATCH_TOKENS,
         batch_size: int | None = None,
     ) -> list[Answer]:
-        """As :meth:`translate`, with the transcripts of recordings where the prompt format has two steps."""
+        """As :meth:`translate`, with the transcripts of recordings where the prompt format has two steps; recordings
+        are not cut."""
         parse_value(PositiveWhole, num_beams, "num_beams")
         parse_value(PositiveWhole | None, max_new_tokens, "max_new_tokens")
         parse_value(PositiveWhole | None, batch_size, "batch_size")
@@ -261,9 +281,7 @@ class Generation:
     ) -> list[Tensor]:
         """The context that asks for the translation of each input, (T,) ids."""
         formatter, locator = self._prompt_formatter(), Markup(self.options.audio_locator_tag)
-        if isinstance(
-            formatter, Seq2SeqPrompt
-        ):  # a language that the model lacks is found before anything is generated
+        if isinstance(formatter, Seq2SeqPrompt):  # it raises for a language that it lacks: before anything is generated
             for target in set(targets):
                 formatter.decoder_start(target)
         messages = [locator if is_recording(item) else Prompt([str(item)]) for item in inputs]

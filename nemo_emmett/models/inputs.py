@@ -1,4 +1,4 @@
-"""Inputs of a translation, texts and audio files, and batches of them.
+"""Inputs of a translation, texts and audio files, parts of long recordings, and batches of them.
 
 Cheap to import, so that a command can check its arguments before it loads a model.
 """
@@ -6,7 +6,8 @@ Cheap to import, so that a command can check its arguments before it loads a mod
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ BATCH_TOKENS = 4096
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".mp4", ".sph", ".webm"})
 """A string with one of these suffixes is the path of a recording."""
+
+_WINDOW_SECONDS = 60
+"""Seconds of a long recording that are in memory while places to cut are looked for."""
 
 _SENTENCES = {
     "missing audio": "does not exist",
@@ -132,6 +136,48 @@ def recording_seconds(item: Input) -> float:
         return _window(item, read_header(str(_path_of(item))))[1]
     except AudioFault as fault:
         raise _unusable(item, fault) from fault
+
+
+def split_recording(item: Input, chunk_seconds: float) -> list[Input]:
+    """The parts of a recording that is too long to be translated at once, cut at its quietest places.
+
+    It is read in windows of a minute: it is never in memory as a whole.
+
+    Args:
+        item: an audio file, a segment of one, or a waveform.
+        chunk_seconds: longest part.
+
+    Returns:
+        Segments of the file, or waveforms, each of which starts where the one before ends; the item itself if it is
+        short enough.
+
+    Raises:
+        DataError: if the file is missing, breaks off, cannot be read, or, of a long one, holds values that are not
+            numbers.
+    """
+    from nemo_emmett.audio_chunks import cut_into_chunks, cut_windows
+    from nemo_emmett.audio_file import AudioFault, load_samples, open_recording, read_header
+
+    if isinstance(item, Waveform):
+        chunks = cut_into_chunks(item.samples, item.sampling_rate, chunk_seconds)
+        return [replace(item, samples=item.samples[begin:end]) for begin, end in chunks] or [item]
+    path = _path_of(item)
+    try:
+        header = read_header(str(path))
+        start, seconds = _window(item, header)
+        if seconds <= chunk_seconds + 1e-6:  # differences of decimal fractions are not exact
+            return [item]
+        recording, rate = open_recording(path, header), header.sampling_rate
+        first, last = round(start * rate), round((start + seconds) * rate)
+        bounds = [*range(first, last, _WINDOW_SECONDS * rate), last]
+        windows = (
+            load_samples(recording, offset=begin / rate, duration=(end - begin) / rate).mean(0)
+            for begin, end in pairwise(bounds)
+        )
+        chunks = cut_windows(windows, rate, chunk_seconds)
+    except AudioFault as fault:
+        raise _unusable(item, fault) from fault
+    return [Segment(path, (first + begin) / rate, (end - begin) / rate) for begin, end in chunks]
 
 
 def load_recordings(items: Sequence[Input], sampling_rate: int) -> tuple[Tensor, Tensor]:

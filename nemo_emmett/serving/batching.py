@@ -105,6 +105,7 @@ class Batcher:
         self._thread.join()
 
     def _run(self) -> None:
+        batch: list[_Entry] = []
         try:
             while self._take():
                 batch = _next_batch(self._waiting, self._batch_tokens)
@@ -118,8 +119,9 @@ class Batcher:
         finally:
             with self._changed:
                 self._is_closed = True
-            for entry in (*self._waiting, *self._arrived):
-                entry.future.cancel()
+            for entry in (*batch, *self._waiting, *self._arrived):
+                if not (entry.future.cancel() or entry.future.done()):
+                    entry.future.set_exception(RuntimeError("the thread of the model has ended"))
 
     def _take(self) -> bool:
         """Wait until there are inputs, and for a few milliseconds more; false if the thread is to end."""

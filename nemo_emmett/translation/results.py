@@ -56,4 +56,9 @@ def as_line(result: Result, format_: str) -> str:
         "source_lang": result.request.source_lang,
         "target_lang": result.request.target_lang,
     }
+    if result.chunks:
+        record["chunks"] = [
+            {"start": round(chunk.start, 3), "end": round(chunk.end, 3), "translation": chunk.translation}
+            for chunk in result.chunks
+        ]
     return json.dumps(record | ({"error": result.fault} if result.fault else {}), ensure_ascii=False)

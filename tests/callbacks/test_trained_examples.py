@@ -103,3 +103,19 @@ def test_the_record_of_a_checkpoint(callback: TrainedExamples) -> None:
 def test_counts_of_a_checkpoint_add_up_over_the_codes_of_a_language() -> None:
     state = {"counts": [["text", "eng", "deu_Latn", 2], ["text", "en", "de", 3], ["text", None, "mdw", 1]]}
     assert counts_of(state) == Counter({("text", "en", "de"): 5, ("text", None, "mdw"): 1})
+
+
+@pytest.mark.parametrize(
+    ("train_ds", "seconds"),
+    [
+        ({"input_cfg": [], "max_duration": 20}, 20.0),
+        ({"audio": {"input_cfg": [], "max_duration": 40.0}, "text": {"input_cfg": []}}, 40.0),
+        ({"audio": {"input_cfg": []}, "text": {"input_cfg": [], "max_duration": 5.0}, "max_duration": 30.0}, 30.0),
+        ({"input_cfg": [], "max_duration": float("inf")}, None),
+        ({"input_cfg": [], "max_duration": "${gone}"}, None),
+        ({"input_cfg": []}, None),
+    ],
+)
+def test_the_record_has_the_longest_recordings(train_ds: dict, seconds: float | None) -> None:
+    record = record_of_checkpoint({}, OmegaConf.create({"data": {"train_ds": train_ds}}))
+    assert record.get("max_duration") == seconds

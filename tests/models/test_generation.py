@@ -17,18 +17,9 @@ from nemo_emmett.models.inputs import PlainText, Segment, Waveform, fill_batches
 from nemo_emmett.prompts.encoding import encode_texts
 from nemo_emmett.prompts.markup import Prompt
 
-from .backbones import DECODER_ONLY, model_config
+from .backbones import DECODER_ONLY, livelier, model_config
 
 TEXTS = ["one red house", "six", "four old doors and five new keys", "two", "three green trees"]
-
-
-def livelier(model):
-    """With weights so large that answers differ."""
-    torch.manual_seed(0)
-    for parameter in model.llm.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter)
-    return model
 
 
 @pytest.fixture(scope="module")
