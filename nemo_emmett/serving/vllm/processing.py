@@ -20,7 +20,7 @@ from vllm.multimodal.processing import (
     PromptUpdate,
 )
 
-from nemo_emmett.audio_chunks import DEFAULT_CHUNK_SECONDS
+from nemo_emmett.models.exported import chunk_seconds_of
 from nemo_emmett.modules.perception_lengths import PerceptionLengths
 from nemo_emmett.prompts.markup import AUDIO_LOCATOR
 from nemo_emmett.serving.vllm.config import ExportedConfig
@@ -72,12 +72,15 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Silent recordings of 30 s, or of the ``length`` in samples that ``--limit-mm-per-prompt`` names."""
+        """Silent recordings, as long as those of the training, or of the ``length`` in samples that vLLM's option
+        ``--limit-mm-per-prompt`` names."""
         count = mm_counts.get("audio", 0)
         if not count:
             return {}
         lengths, wanted = self.info.lengths, mm_options.get("audio")
-        samples = getattr(wanted, "length", None) or round(DEFAULT_CHUNK_SECONDS * lengths.sampling_rate)
+        samples = getattr(wanted, "length", None) or round(
+            chunk_seconds_of(self.info.get_hf_config().section) * lengths.sampling_rate
+        )
         fitting = lengths.most_samples(max(1, seq_len // count - _RESERVED_FOR_TEXT))
         return {"audio": [torch.zeros(max(lengths.shortest, min(samples, fitting))).numpy()] * count}
 

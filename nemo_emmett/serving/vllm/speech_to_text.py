@@ -9,8 +9,8 @@ from vllm.config import SpeechToTextConfig
 from vllm.config.speech_to_text import SpeechToTextParams
 from vllm.inputs import TokensPrompt
 
-from nemo_emmett.audio_chunks import DEFAULT_CHUNK_SECONDS
 from nemo_emmett.errors import EmmettError
+from nemo_emmett.models.exported import chunk_seconds_of
 from nemo_emmett.prompts.instruction import translation_turns
 from nemo_emmett.prompts.languages import language_name
 from nemo_emmett.prompts.markup import AUDIO_LOCATOR, Markup
@@ -22,13 +22,17 @@ from nemo_emmett.serving.vllm.parts import formatter_of, lengths_of
 SUPPORTED_LANGUAGES: Mapping[str, str] = {code: language_name(code) for code in LANGUAGES}
 """Languages of requests: those that vLLM knows, by our names."""
 
+_SHORTEST_CLIP = 2
+"""Seconds: vLLM looks for a quiet place in the last second of a clip."""
+
 
 def speech_to_text_config(config: ExportedConfig) -> SpeechToTextConfig:
-    """Longer recordings are cut into clips at quiet places."""
+    """Recordings longer than those of the training are cut into clips, by vLLM, at quiet places."""
     lengths = lengths_of(config)
     if lengths is None:
         return SpeechToTextConfig()
-    return SpeechToTextConfig(sample_rate=lengths.sampling_rate, max_audio_clip_s=int(DEFAULT_CHUNK_SECONDS))
+    seconds = max(_SHORTEST_CLIP, int(chunk_seconds_of(config.section)))
+    return SpeechToTextConfig(sample_rate=lengths.sampling_rate, max_audio_clip_s=seconds)
 
 
 def audio_tokens(config: ExportedConfig, seconds: float) -> int | None:
