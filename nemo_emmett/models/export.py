@@ -51,8 +51,7 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
 class Export:
     """Mixin of :class:`~nemo_emmett.models.base.SpeechTextModel`: writing and reading of folders and weights."""
 
-    model_type: ClassVar[str] = "nemo_emmett"
-    architecture: ClassVar[str | None] = None  # in config.json; None: the class's own name
+    model_type: ClassVar[str] = "nemo_emmett"  # in config.json, by which our plugin of vLLM recognises the folder
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write the model to a folder, from rank 0; every rank must call it.
@@ -82,15 +81,13 @@ class Export:
         refuse_nonfinite(weights, {name for name, _ in self.named_buffers()})
         again = {name for names in shared_names(self) for name in names[1:]}
         kwargs.setdefault("repo_id", Path(folder).name)
-        # vLLM's plugin for NeMo would apply LoRA to text as well.
-        is_ours_alone = self.cfg.get("lora_modality") == "audio"
         own_class = next(kind for kind in type(self).__mro__ if not issubclass(kind, FSDPModule))
         config = {
             **(kwargs.pop("config", None) or {}),
             **OmegaConf.to_container(self.cfg, resolve=True),
             "_target_": f"{own_class.__module__}.{own_class.__qualname__}",
-            "model_type": Export.model_type if is_ours_alone else self.model_type,
-            "architectures": [own_class.__name__ if is_ours_alone else self.architecture or own_class.__name__],
+            "model_type": self.model_type,
+            "architectures": [own_class.__name__],
         }
         config.pop("trust_remote_code", None)  # decided by who loads the folder
         config.pop("objectives", None)  # of the training, not of the model

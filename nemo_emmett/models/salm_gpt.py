@@ -35,10 +35,6 @@ class SALMGPT(DecoderOnly, SpeechTextModel):
         ConfigError: for a misspelt key.
     """
 
-    # NeMo's values, by which vLLM's plugin for NeMo recognises the model.
-    model_type = "nemo_speechlm"
-    architecture = "NeMoSpeechLMForConditionalGeneration"
-
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
         """Contexts and answers one after another, padded on the right.
 

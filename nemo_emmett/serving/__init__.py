@@ -9,5 +9,7 @@ The modules in the order of a request's way:
 - ``directions``: which languages the model translates. ``uploads``: bytes to samples.
 - ``service``: requests to inputs of the model, and answers to results. ``batching``: the thread that owns the model.
 
+- ``vllm``: the plugin by which vLLM serves exported models, instead of the server here.
+
 ``app``, ``gate``, ``metrics`` and ``server`` need the extra ``serve``.
 """

@@ -20,6 +20,8 @@ from ..conftest import SENTENCES, perception_config
 from ..prompts import tiny_tokenizers
 
 HIDDEN = 32
+HEADS = 4
+HEAD_DIM = 8
 LAYERS = 2
 TEXTS = (
     *(sentence for language in SENTENCES.values() for sentence in language),
@@ -198,7 +200,7 @@ def write_qwen3(folder: Path) -> Path:
     """Qwen3 of a small size: tied embeddings, normalised heads; it samples by default."""
     markers = ["<|im_start|>", "<think>", "</think>"]
     tokenizer = _byte_tokenizer(markers, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    config = transformers.Qwen3Config(**_llama_size(tokenizer), head_dim=8, tie_word_embeddings=True)
+    config = transformers.Qwen3Config(**_llama_size(tokenizer), head_dim=HEAD_DIM, tie_word_embeddings=True)
     generation = _qwen_generation(tokenizer, temperature=0.6, top_p=0.95, top_k=20)
     return _save(folder, transformers.Qwen3ForCausalLM(config), tokenizer, generation)
 
@@ -214,21 +216,20 @@ def _qwen_generation(tokenizer: PreTrainedTokenizerBase, **sampling: float) -> G
 
 def write_gemma(folder: Path) -> Path:
     """Gemma: scaled embeddings, heads wider than the hidden size would make them."""
-    return _write_gemma(folder, "Gemma", head_dim=16)
+    return _write_gemma(folder, "Gemma", head_dim=2 * HEAD_DIM)
 
 
 def write_gemma2(folder: Path) -> Path:
     """Gemma 2: every second layer in a sliding window, capped logits in attention and output."""
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    return _write_gemma(folder, "Gemma2", head_dim=8, query_pre_attn_scalar=8, sliding_window=16, **caps)
+    return _write_gemma(folder, "Gemma2", head_dim=HEAD_DIM, query_pre_attn_scalar=HEAD_DIM, sliding_window=16, **caps)
 
 
 def write_gemma3(folder: Path) -> Path:
     """Gemma 3, text alone: a layer in a sliding window and a global one, of different rotary bases."""
     layers = ["sliding_attention", "full_attention"]
-    return _write_gemma(
-        folder, "Gemma3", "Gemma3Text", head_dim=8, query_pre_attn_scalar=8, sliding_window=16, layer_types=layers
-    )
+    heads = {"head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM}
+    return _write_gemma(folder, "Gemma3", "Gemma3Text", **heads, sliding_window=16, layer_types=layers)
 
 
 def _write_gemma(folder: Path, kind: str, config_kind: str | None = None, **options: Any) -> Path:
@@ -250,7 +251,7 @@ def _llama_size(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "hidden_size": HIDDEN,
         "intermediate_size": 64,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
+        "num_attention_heads": HEADS,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "initializer_range": 0.1,

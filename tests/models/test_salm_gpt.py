@@ -185,7 +185,7 @@ def test_a_folder_of_ours_becomes_nemos(pair, tmp_path):
     _, ours = pair
     ours.save_pretrained(tmp_path)
     assert_same(SALM.from_pretrained(str(tmp_path)).eval(), ours)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "nemo_speechlm"
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "nemo_emmett"
 
 
 def test_lightning_checkpoints_are_exchanged(pair, tmp_path):
