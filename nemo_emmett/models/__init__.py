@@ -15,9 +15,10 @@ Modules, in the order in which a model is built, trained and used:
 - ``training_step`` (losses of modalities and objectives), ``teachers`` (of objectives).
 - ``causal`` (common parts of decoder-only models), ``head`` (losses in the output layer), ``microbatches``,
   ``dummy_batch``, ``step_log``, ``validation``, ``oomptimizer_schema``.
-- ``generation``, ``inputs`` (texts and recordings to translate), ``export``, ``artifacts`` (what others read of its
-  folder), ``exported`` (what its folder says, without torch), ``exported_files`` (its files: whole, and without code),
-  ``card`` (its README), ``public_names`` (no paths in it), ``checkpoint``, ``load``.
+- ``generation``, ``greedy`` (its search on a CPU), ``inputs`` (texts and recordings to translate), ``export``,
+  ``artifacts`` (what others read of its folder), ``exported`` (what its folder says, without torch),
+  ``exported_files`` (its files: whole, and without code), ``card`` (its README), ``public_names`` (no paths in it),
+  ``checkpoint``, ``load``.
 """
 
 import lazy_loader
