@@ -71,6 +71,7 @@ REFUSALS = {
     "export gone.ckpt out": "'gone.ckpt': there is no such checkpoint",
     "export keys.yaml out": "recipe.yaml' does not exist; give the recipe of the training by --config",
     "export keys.yaml keys.yaml --config salm_t5": "FOLDER: ",
+    "serve gone": "'gone' is not an exported model",
     "translate text --to de --model gone": "'gone' is not an exported model",
     "translate text --to de --model half": "'half' has no model.safetensors",
     "translate text --to xx --model model": "--to: 'xx' is not a known language",

@@ -65,7 +65,8 @@ def _limit(flag: str, field: str, kind: click.ParamType, text: str, unit: str | 
     type=click.FloatRange(min=1),
     metavar="SECONDS",
     help="Longest part of a recording that is translated at once; a longer recording is cut at its quietest places.  "
-    "[default: 30]",
+    "[default: the longest recordings of the training (max_duration of its data), if the model's config.json has "
+    "them; otherwise 30]",
 )
 @_limit("--max-text-characters", "text_characters", COUNT, "Longest text.")
 @_limit("--max-texts", "texts", COUNT, "Most texts of a request.")
@@ -113,7 +114,6 @@ def serve(
         from nemo_emmett.models import load
         from nemo_emmett.serving.app import create_app
         from nemo_emmett.serving.batching import Batcher
-        from nemo_emmett.serving.directions import Directions
         from nemo_emmett.serving.gate import Traffic
         from nemo_emmett.serving.metrics import Metrics
         from nemo_emmett.serving.server import run
@@ -129,7 +129,7 @@ def serve(
         options={"num_beams": num_beams, "max_new_tokens": max_new_tokens},
         observe=metrics.batch,
     )
-    service = Service(loaded, name or model.resolve().name, batcher, Directions(config), chosen)
+    service = Service(loaded, name or model.resolve().name, batcher, config, chosen)
     try:
         address = f"[{host}]" if ":" in host else host
         click.echo(f"Serving {service.name} at http://{address}:{listener.getsockname()[1]} (stop with Ctrl-C)")

@@ -282,9 +282,7 @@ class Generation:
     ) -> list[Tensor]:
         """The context that asks for the translation of each input, (T,) ids."""
         formatter, locator = self._prompt_formatter(), Markup(self.options.audio_locator_tag)
-        if isinstance(
-            formatter, Seq2SeqPrompt
-        ):  # a language that the model lacks is found before anything is generated
+        if isinstance(formatter, Seq2SeqPrompt):  # it raises for a language that it lacks: before anything is generated
             for target in set(targets):
                 formatter.decoder_start(target)
         messages = [locator if is_recording(item) else Prompt([str(item)]) for item in inputs]

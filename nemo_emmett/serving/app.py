@@ -128,7 +128,7 @@ def create_app(service: Service, metrics: Metrics, traffic: Traffic, api_key: st
     @app.post("/v1/audio/translations")
     async def translations(form: Annotated[TranslationForm, Form(media_type="multipart/form-data")]) -> Response:
         """Translate a recording, to English by default."""
-        direction = service.directions.translation(form.language, form.to_language)
+        direction = service.directions.translation("audio", form.language, form.to_language)
         return await answer(form, direction, "translate")
 
     @app.post("/v1/audio/transcriptions")
@@ -158,7 +158,7 @@ def create_app(service: Service, metrics: Metrics, traffic: Traffic, api_key: st
                 param="text",
                 code="too_many_texts",
             )
-        direction = service.directions.translation(request.source, request.target, "source", "target")
+        direction = service.directions.translation("text", request.source, request.target, "source", "target")
         found = await service.translate_texts(texts, direction)
         metrics.characters.inc(sum(map(len, texts)))
         return {

@@ -40,11 +40,17 @@ class Directions:
         self.gives_transcripts = is_two_step(config.get("prompt_format"))
 
     def translation(
-        self, source: str | None, target: str | None, source_key: str = "language", target_key: str = "to_language"
+        self,
+        modality: str,
+        source: str | None,
+        target: str | None,
+        source_key: str = "language",
+        target_key: str = "to_language",
     ) -> Direction:
         """The direction that a request names.
 
         Args:
+            modality: of the input, ``audio`` or ``text``.
             source: the language code of the input; None or empty: the only one that the target was trained from, or
                 none.
             target: the language code of the translation; None or empty: English.
@@ -72,10 +78,9 @@ class Directions:
                     f"{_named(filter(None, sources))}; name one of these, or leave it out.",
                     source_key,
                 )
-            if source == target and (source, target) not in self._trained:
+            if source == target and (source, target) not in trained_directions(self._config, modality):
                 raise _refused(
-                    f"{target_key}: {_named([target])} is the language of the input, and the model was not trained to "
-                    "transcribe; name another.",
+                    f"{target_key}: {_named([target])} is the language of the input; name another.",
                     target_key,
                 )
         return Direction(source, target)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_emmett.audio_chunks import DEFAULT_CHUNK_SECONDS
+from nemo_emmett.audio_chunks import cut_into_chunks, join_translations
 from nemo_emmett.errors import EmmettError
+from nemo_emmett.models.exported import chunk_seconds_of
 from nemo_emmett.models.inputs import Input, PlainText, Waveform
 from nemo_emmett.prompts.answers import Answer
 from nemo_emmett.serving.batching import Batcher
@@ -17,7 +18,6 @@ from nemo_emmett.serving.directions import Direction, Directions
 from nemo_emmett.serving.limits import Limits
 from nemo_emmett.serving.request_errors import RequestError
 from nemo_emmett.serving.uploads import decode
-from nemo_emmett.translation.chunks import cut_into_chunks, join_translations
 
 _DECODERS = 2
 """Recordings that are decoded at once: each may take a few hundred megabytes."""
@@ -50,17 +50,17 @@ class Service:
         model: one of ``nemo_emmett.models``.
         name: by which requests name it.
         batcher: the thread that owns it.
-        directions: languages that it translates.
+        config: of the exported model: languages that it was trained on, and how long recordings were.
         limits: of a request.
     """
 
-    def __init__(self, model: Any, name: str, batcher: Batcher, directions: Directions, limits: Limits) -> None:
+    def __init__(self, model: Any, name: str, batcher: Batcher, config: Mapping[str, Any], limits: Limits) -> None:
         self.name = name
-        self.directions = directions
+        self.directions = Directions(config)
         self.limits = limits
         self.batcher = batcher
         self.sampling_rate = None if model.perception is None else model.sampling_rate
-        self._chunk_seconds = limits.chunk_seconds or DEFAULT_CHUNK_SECONDS
+        self._chunk_seconds = limits.chunk_seconds or chunk_seconds_of(config)
         self._decoders = ThreadPoolExecutor(_DECODERS, "decoder")
 
     @property

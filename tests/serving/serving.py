@@ -19,7 +19,6 @@ from nemo_emmett.models.inputs import is_recording
 from nemo_emmett.prompts.answers import Answer
 from nemo_emmett.serving.app import create_app
 from nemo_emmett.serving.batching import Batcher
-from nemo_emmett.serving.directions import Directions
 from nemo_emmett.serving.gate import Traffic
 from nemo_emmett.serving.limits import Limits
 from nemo_emmett.serving.metrics import Metrics
@@ -85,7 +84,7 @@ def served(
     """An application on a model, for the length of a block."""
     metrics, traffic, chosen = Metrics(), Traffic(), Limits(**limits)
     batcher = Batcher(model, wait=wait, batch_tokens=chosen.batch_tokens, observe=metrics.batch)
-    service = Service(model, "tiny", batcher, Directions(TRAINED if config is None else config), chosen)
+    service = Service(model, "tiny", batcher, TRAINED if config is None else config, chosen)
     app = create_app(service, metrics, traffic, api_key)
     try:
         yield Served(app=app, model=model, service=service, traffic=traffic, metrics=metrics)

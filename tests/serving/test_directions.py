@@ -27,13 +27,18 @@ BOTH = {"text": [["en", "de"], ["de", "en"]], "audio": [["en", "de"], ["fr", "en
     ],
 )
 def test_translation(source: str | None, target: str | None, expected: tuple) -> None:
-    assert directions(**BOTH).translation(source, target) == Direction(*expected)
+    assert directions(**BOTH).translation("audio", source, target) == Direction(*expected)
 
 
 @pytest.mark.parametrize(
     ("source", "target", "param", "sentence"),
     [
-        ("en", "es", "to_language", "to_language: the model does not translate to es (Spanish), but to de (German), en"),
+        (
+            "en",
+            "es",
+            "to_language",
+            "to_language: the model does not translate to es (Spanish), but to de (German), en",
+        ),
         ("es", "en", "language", "language: the model does not translate from es (Spanish), but from de (German), en"),
         ("en", "en", "to_language", "to_language: en (English) is the language of the input"),
         ("xx", "en", "language", "language: 'xx' is not a known language"),
@@ -42,22 +47,31 @@ def test_translation(source: str | None, target: str | None, expected: tuple) ->
 )
 def test_languages_that_were_not_trained_are_refused(source, target, param: str, sentence: str) -> None:
     with pytest.raises(RequestError) as refused:
-        directions(**BOTH).translation(source, target)
+        directions(**BOTH).translation("audio", source, target)
     assert str(refused.value).startswith(sentence)
     assert (refused.value.status, refused.value.param) == (400, param)
 
 
+def test_a_text_is_not_translated_to_its_own_language_though_speech_may_be_transcribed() -> None:
+    trained = directions(audio=[["en", "en"]], text=[["de", "en"]])
+    assert trained.translation("audio", "en", "en") == Direction("en", "en")
+    with pytest.raises(RequestError, match=r"to_language: en \(English\) is the language of the input; name another"):
+        trained.translation("text", "en", "en")
+
+
 def test_english_is_the_default_but_never_replaced() -> None:
-    with pytest.raises(RequestError, match=r"does not translate to en \(English\) \(the default\), but to fr \(French\)"):
-        directions(text=[["en", "fr"]]).translation("en", None)
+    with pytest.raises(
+        RequestError, match=r"does not translate to en \(English\) \(the default\), but to fr \(French\)"
+    ):
+        directions(text=[["en", "fr"]]).translation("audio", "en", None)
 
 
 def test_a_source_that_was_not_named_in_training_may_be_any() -> None:
-    assert directions(text=[[None, "de"]]).translation("es", "de") == Direction("es", "de")
+    assert directions(text=[[None, "de"]]).translation("audio", "es", "de") == Direction("es", "de")
 
 
 def test_a_model_that_does_not_say_what_it_was_trained_on_takes_all() -> None:
-    assert directions().translation("mdw", "es") == Direction("mdw", "es")
+    assert directions().translation("audio", "mdw", "es") == Direction("mdw", "es")
     assert directions().transcription("es") == Direction("es", "es")
     with pytest.raises(RequestError, match="language: is missing; name the language that is spoken"):
         directions().transcription(None)

@@ -17,7 +17,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     """The error of a response, in OpenAI's form: one sentence."""
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"].endswith(".")
+    assert error["message"].endswith((".", "?"))
     assert "\n" not in error["message"]
     return error
 

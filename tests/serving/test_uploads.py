@@ -92,7 +92,7 @@ REFUSED = {
 def test_what_is_refused_is_refused_in_one_sentence_and_at_once(name: str) -> None:
     audio, sentence = REFUSED[name]
     started = time.perf_counter()
-    with pytest.raises(DataError, match=rf"^file: the recording .*\.$") as refused:
+    with pytest.raises(DataError, match=r"^file: the recording .*\.$") as refused:
         decode(audio, RATE, 10.0)
     assert time.perf_counter() - started < 1.0
     refused.match(sentence)

@@ -91,6 +91,7 @@ function showResult(translation, transcript = null) {
   $("transcript").textContent = transcript ?? "";
   $("transcript-part").hidden = !transcript;
   $("result").hidden = false;
+  $("result").scrollIntoView({ block: "nearest" }); // on a phone it is below the forms
 }
 
 function showError(error) {
@@ -204,13 +205,14 @@ async function startRecording() {
     $("level").value = Math.max(...data.map(Math.abs));
     const limit = model.limits.audio_seconds;
     const limitOfSize = (model.limits.upload_bytes - 2 ** 16) / 2 / context.sampleRate;
-    $("record").textContent = `Stop (${seconds.toFixed(0)} s)`;
+    $("record").textContent = `Stop (${Math.floor(seconds)} s)`;
     if (seconds >= Math.min(limit, limitOfSize) - 1) stopRecording();
   };
   context.createMediaStreamSource(stream).connect(node);
   $("record").setAttribute("aria-pressed", "true");
   $("record").textContent = "Stop (0 s)";
   $("level").hidden = false;
+  $("recording").hidden = $("result").hidden = true;
   $("status").textContent = "Recording.";
 }
 
