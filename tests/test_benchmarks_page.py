@@ -138,6 +138,22 @@ def models() -> Iterator[str]:
             yield "| peak, GiB | " + " | ".join(f"{row['peak_gib'][name]:.2f}" for name in names)
 
 
+def generation() -> Iterator[str]:
+    results = result("generation")["results"]
+    sizes = ("tiny", "50 M")
+    for tiny, medium in zip(*(results[size]["differing_lengths"] for size in sizes), strict=True):
+        yield f"| {tiny['model']}: {tiny['lengths']} | {tiny['ratio']['ours']:.2f} | {medium['ratio']['ours']:.2f} |"
+    for size in sizes:
+        cases = results[size]["same_lengths"]
+        for first in range(0, len(cases), 4):
+            four = cases[first : first + 4]
+            ratios = " | ".join(f"{case['ratio']['ours']:.2f}" for case in four)
+            yield f"| {size}: {four[0]['model']}, {four[0]['modality']} | {ratios} |"
+    for row in results["ways_to_decode"]:
+        ratios = " | ".join(f"{row['ratio'][way]:.2f}" for way in ("static", "compiled", "inference_mode"))
+        yield f"| {row['model']} | {ratios} | {row['seconds_to_compile']} s |"
+
+
 def published_sizes() -> Iterator[str]:
     for name, row in result("scaling")["runs"].items():
         code = ", ".join(f"`{part}`" for part in name.split("+"))
@@ -163,6 +179,7 @@ SECTIONS = {
     "Objectives": objectives,
     "Placing speech among tokens": placement,
     "The three models": models,
+    "Generation": generation,
     "Published sizes": published_sizes,
     "Starting": starting,
 }

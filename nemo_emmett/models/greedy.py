@@ -42,7 +42,8 @@ def leaves_early(options: Mapping[str, Any], batch_size: int, device: torch.devi
     """
     # What is not among the options is decided by the checkpoint's generation config.
     is_greedy = options.get("num_beams") == 1 and options.get("do_sample") is False
-    return is_greedy and batch_size > 1 and device.type == "cpu" and options.keys() <= _ROWWISE
+    is_known = options.keys() <= _ROWWISE and options.get("pad_token_id") is not None
+    return is_greedy and is_known and batch_size > 1 and device.type == "cpu"
 
 
 def greedy_search(select: Callable[[Tensor], None] = lambda rows_R: None) -> Callable[..., Tensor]:
@@ -64,7 +65,7 @@ def greedy_search(select: Callable[[Tensor], None] = lambda rows_R: None) -> Cal
     ) -> Tensor:
         """(B, T) ids: those that the search began with, and those that it found, padded on the right."""
         begun_BT, columns_B = input_ids, []
-        pad_id = generation_config.pad_token_id
+        pad_id, new_tokens = generation_config.pad_token_id, 1 if model_kwargs.get("use_cache") else None
         rows_R = torch.arange(len(input_ids))  # their numbers in the original batch
         is_open_R = torch.ones(len(input_ids), dtype=torch.bool)
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
@@ -90,7 +91,7 @@ def greedy_search(select: Callable[[Tensor], None] = lambda rows_R: None) -> Cal
                 model_kwargs = {name: _rows(value, kept_R, len(rows_R)) for name, value in model_kwargs.items()}
                 select(kept_R)
                 input_ids, rows_R, is_open_R = input_ids[kept_R], rows_R[kept_R], is_open_R[kept_R]
-            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new_tokens, **model_kwargs)
 
     return search
 

@@ -17,7 +17,7 @@ from .test_generation import livelier
 
 MESSAGES = ["one red house", "six", "four old doors and five new keys", "two", "three green trees", "six red"]
 NEW_TOKENS = 10
-PLAIN = {"num_beams": 1, "do_sample": False, "max_new_tokens": 5}
+PLAIN = {"num_beams": 1, "do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
 LORA = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
 
 
@@ -71,6 +71,12 @@ def test_encoder_decoders_give_the_same_ids(folder, name, monkeypatch) -> None:
     check(model, prompted_batch(model, MESSAGES, MESSAGES), monkeypatch)
 
 
+def test_a_model_without_a_cache_gives_the_same_ids(folder, monkeypatch) -> None:
+    model = build(SALMT5, "t5", folder)
+    model.llm.generation_config.use_cache = False
+    check(model, prompted_batch(model, MESSAGES, MESSAGES), monkeypatch)
+
+
 @pytest.mark.parametrize("name", DECODER_ONLY)
 def test_decoder_only_models_give_the_same_ids(folder, name, monkeypatch) -> None:
     model = build(SALMGPT, name, folder)
@@ -102,7 +108,8 @@ def test_speech_and_its_adapters_follow_the_rows(folder, tiny_asr, kind, name, o
         (PLAIN, 2, "cpu", True),
         (PLAIN, 1, "cpu", False),
         (PLAIN, 2, "cuda", False),
-        ({"max_new_tokens": 5}, 2, "cpu", False),
+        ({"max_new_tokens": 5, "pad_token_id": 0}, 2, "cpu", False),
+        (PLAIN | {"pad_token_id": None}, 2, "cpu", False),
         (PLAIN | {"num_beams": 2}, 2, "cpu", False),
         (PLAIN | {"do_sample": True}, 2, "cpu", False),
         (PLAIN | {"cache_implementation": "static"}, 2, "cpu", False),
