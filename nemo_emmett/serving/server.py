@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import socket
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.serving.gate import Traffic
+
+_CLOSING_SECONDS = 5
+"""How long connections are waited for that are open when all requests are answered."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -62,14 +64,19 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def run(app: FastAPI, traffic: Traffic, listener: socket.socket, **options: Any) -> None:
+def run(app: FastAPI, traffic: Traffic, listener: socket.socket) -> None:
     """Serve until a signal.
 
     Args:
         app: from :func:`nemo_emmett.serving.app.create_app`.
         traffic: the application's.
         listener: from :func:`bind`.
-        options: of ``uvicorn.Config``.
     """
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, **options)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_CLOSING_SECONDS,
+    )
     Server(config, traffic).run(sockets=[listener])
