@@ -6,6 +6,7 @@ The first SIGTERM or SIGINT lets the requests in flight finish; new ones get 503
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -44,11 +45,23 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that finishes the requests in flight when it is told to stop."""
+    """A uvicorn server that finishes the requests in flight when it is told to stop.
 
-    def __init__(self, config: uvicorn.Config, traffic: Traffic) -> None:
+    Args:
+        config: of uvicorn.
+        traffic: of the application.
+        on_start: called when it listens.
+    """
+
+    def __init__(self, config: uvicorn.Config, traffic: Traffic, on_start: Callable[[], None] = lambda: None) -> None:
         super().__init__(config)
         self.traffic = traffic
+        self.on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self.on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no more requests; at the second signal, stop at once."""
@@ -64,13 +77,14 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def run(app: FastAPI, traffic: Traffic, listener: socket.socket) -> None:
+def run(app: FastAPI, traffic: Traffic, listener: socket.socket, on_start: Callable[[], None]) -> None:
     """Serve until a signal.
 
     Args:
         app: from :func:`nemo_emmett.serving.app.create_app`.
         traffic: the application's.
         listener: from :func:`bind`.
+        on_start: called when it listens.
     """
     config = uvicorn.Config(
         app,
@@ -79,4 +93,4 @@ def run(app: FastAPI, traffic: Traffic, listener: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
-    Server(config, traffic).run(sockets=[listener])
+    Server(config, traffic, on_start).run(sockets=[listener])

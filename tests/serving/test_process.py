@@ -24,7 +24,6 @@ from nemo_emmett.cli import main
 from ..fork_server import fork_server, print_to
 from .serving import encoded, tone
 
-
 CLIENT = httpx.Client(timeout=30)  # each new one reads the certificates of all authorities
 
 
