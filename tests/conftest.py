@@ -57,6 +57,8 @@ SLOWEST = (
     "test_train_command.py",
     "test_documented_recipes.py",
     "data/test_epochs.py",
+    "serving/test_process.py",
+    "serving/test_load.py",
     "oomptimizer/test_token_bins.py",
     "data/test_ranks.py",
     "data/test_stationarity.py",

@@ -166,6 +166,14 @@ def starting() -> Iterator[str]:
         yield f"| {row['median']:,} |"
 
 
+def serving() -> Iterator[str]:
+    for row in result("serving")["measurements"]:
+        latencies = " | ".join(f"{row['latency_ms'][p]:,.0f}" for p in ("p50", "p95", "p99"))
+        times = f" {row['times_one_at_a_time']:.2f} |" if row["clients"] > 1 else " |"
+        yield f"| {row['requests']}, {row['clients']} | {row['requests_per_second']:.1f} | {latencies} |{times}"
+        assert row.get("times_one_at_a_time", 2) >= 2
+
+
 SECTIONS = {
     "Data loading": data_loading,
     "Resuming": resuming,
@@ -181,6 +189,7 @@ SECTIONS = {
     "The three models": models,
     "Generation": generation,
     "Published sizes": published_sizes,
+    "Serving": serving,
     "Starting": starting,
 }
 

@@ -130,10 +130,11 @@ def serve(
         observe=metrics.batch,
     )
     service = Service(loaded, name or model.resolve().name, batcher, config, chosen)
+    address = f"[{host}]" if ":" in host else host
+    place = f"http://{address}:{listener.getsockname()[1]}"
     try:
-        address = f"[{host}]" if ":" in host else host
-        click.echo(f"Serving {service.name} at http://{address}:{listener.getsockname()[1]} (stop with Ctrl-C)")
-        run(create_app(service, metrics, traffic, key), traffic, listener)
+        app = create_app(service, metrics, traffic, key)
+        run(app, traffic, listener, lambda: click.echo(f"Serving {service.name} at {place} (stop with Ctrl-C)"))
     finally:
         service.close()
     click.echo("Stopped; all requests were answered.")

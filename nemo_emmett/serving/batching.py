@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,14 +92,14 @@ class Batcher:
         entry = _Entry(item, source_lang, target_lang)
         with self._changed:
             if self._is_closed:
-                entry.future.cancel()
+                entry.future.set_exception(_ended())
             else:
                 self._arrived.append(entry)
                 self._changed.notify()
         return entry.future
 
     def close(self) -> None:
-        """End the thread after the batch that it is at; what waits is cancelled."""
+        """End the thread after the batch that it is at; what waits fails."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -120,8 +121,8 @@ class Batcher:
             with self._changed:
                 self._is_closed = True
             for entry in (*batch, *self._waiting, *self._arrived):
-                if not (entry.future.cancel() or entry.future.done()):
-                    entry.future.set_exception(RuntimeError("the thread of the model has ended"))
+                with suppress(InvalidStateError):  # those that are done, or cancelled
+                    entry.future.set_exception(_ended())
 
     def _take(self) -> bool:
         """Wait until there are inputs, and for a few milliseconds more; false if the thread is to end."""
@@ -168,6 +169,10 @@ class Batcher:
                 return []
         middle = len(entries) // 2
         return self._each(entries[:middle], compute) + self._each(entries[middle:], compute)
+
+
+def _ended() -> RuntimeError:
+    return RuntimeError("the thread of the model has ended")
 
 
 def _fail(entry: _Entry, error: Exception) -> None:

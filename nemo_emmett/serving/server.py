@@ -6,14 +6,17 @@ The first SIGTERM or SIGINT lets the requests in flight finish; new ones get 503
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.serving.gate import Traffic
+
+_CLOSING_SECONDS = 5
+"""How long connections are waited for that are open when all requests are answered."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -42,11 +45,23 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that finishes the requests in flight when it is told to stop."""
+    """A uvicorn server that finishes the requests in flight when it is told to stop.
 
-    def __init__(self, config: uvicorn.Config, traffic: Traffic) -> None:
+    Args:
+        config: of uvicorn.
+        traffic: of the application.
+        on_start: called when it listens.
+    """
+
+    def __init__(self, config: uvicorn.Config, traffic: Traffic, on_start: Callable[[], None] = lambda: None) -> None:
         super().__init__(config)
         self.traffic = traffic
+        self.on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self.on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no more requests; at the second signal, stop at once."""
@@ -62,14 +77,20 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def run(app: FastAPI, traffic: Traffic, listener: socket.socket, **options: Any) -> None:
+def run(app: FastAPI, traffic: Traffic, listener: socket.socket, on_start: Callable[[], None]) -> None:
     """Serve until a signal.
 
     Args:
         app: from :func:`nemo_emmett.serving.app.create_app`.
         traffic: the application's.
         listener: from :func:`bind`.
-        options: of ``uvicorn.Config``.
+        on_start: called when it listens.
     """
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, **options)
-    Server(config, traffic).run(sockets=[listener])
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_CLOSING_SECONDS,
+    )
+    Server(config, traffic, on_start).run(sockets=[listener])

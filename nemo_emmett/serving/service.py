@@ -141,6 +141,8 @@ class Service:
 
     async def _answers(self, inputs: Sequence[Input], direction: Direction) -> list[Answer]:
         """Answers in the order of the inputs. If one fails, or nobody waits for them any more, the others are left."""
+        if not self.batcher.is_alive:
+            raise RequestError("The model has stopped; the server's log says why.", 503)
         futures = [self.batcher.submit(item, direction.source, direction.target) for item in inputs]
         try:
             return await asyncio.gather(*map(asyncio.wrap_future, futures))

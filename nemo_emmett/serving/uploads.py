@@ -1,7 +1,7 @@
 """An uploaded recording, from the bytes of its file to samples in memory, by the rules of ``nemo_emmett.audio_file``.
 
 The header is read first, so that what would be too large once it is decoded is refused before it is decoded. Only
-libsndfile's containers are read. Nothing is written to a disk, and no name that a client gives is used.
+libsndfile's containers are read. No name that a client gives is used.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from nemo_emmett.audio_file import AudioFault, CheckedSource, fitted, load_sampl
 from nemo_emmett.errors import DataError
 from nemo_emmett.models.inputs import Waveform, unusable
 
-MAX_CHANNELS = 8
 MAX_RATE = 192_000
+"""Largest sampling rate; resampling from arbitrary ones takes memory that grows with them."""
+
+_VALUES_PER_SECOND = 96_000
+"""Samples in all channels that the longest recording may have per second: two channels of 48 kHz. Silence that is
+compressed would otherwise take gigabytes."""
 
 _UNKNOWN_FRAMES = 2**62
 """libsndfile reports its largest number where a header does not say how long the recording is."""
@@ -43,10 +47,11 @@ def decode(audio: bytes, sampling_rate: int, max_seconds: float) -> Waveform:
             raise DataError(
                 f"{place} lasts {header.duration:.0f} s, more than the {max_seconds:g} s that are allowed; cut it."
             )
-        if header.num_channels > MAX_CHANNELS or header.sampling_rate > MAX_RATE:
+        is_large = header.num_samples * header.num_channels > max_seconds * _VALUES_PER_SECOND
+        if is_large or header.sampling_rate > MAX_RATE:
             raise DataError(
-                f"{place} has {header.num_channels} channels of {header.sampling_rate} samples per second, more than "
-                f"{MAX_CHANNELS} of {MAX_RATE}; convert it to one channel of {sampling_rate}."
+                f"{place} has {header.num_channels} channels of {header.sampling_rate} samples per second, too many to "
+                f"be decoded; convert it to one channel of {sampling_rate}."
             )
         fitted(header.duration, 0.0, header.duration, header.missing)
         source = CheckedSource(AudioSource("memory", [], audio), header)

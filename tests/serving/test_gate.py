@@ -208,6 +208,25 @@ def test_a_bug_is_a_500_that_says_nothing_of_its_inside() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_model_has_ended_says_so(monkeypatch) -> None:
+    def die(*_, **__):
+        raise SystemExit
+
+    async def main() -> None:
+        with served(StubModel()) as server:
+            monkeypatch.setattr(server.model, "answer_inputs", die)
+            async with server.client() as client:
+                assert (await client.post("/v1/translate", json=TEXT)).status_code == 500
+                response = await client.post("/v1/translate", json=TEXT)
+                assert response.status_code == 503
+                assert error_of(response)["message"] == "The model has stopped; the server's log says why."
+                health = await client.get("/health")
+                assert (health.status_code, health.json()) == (503, {"status": "failed"})
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("path", ["/", "/page.js", "/v1/models", "/nothing", "/health"])
 def test_no_page_may_load_from_elsewhere_or_be_shown_elsewhere(path: str) -> None:
     async def main() -> None:

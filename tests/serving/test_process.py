@@ -24,6 +24,8 @@ from nemo_emmett.cli import main
 from ..fork_server import fork_server, print_to
 from .serving import encoded, tone
 
+CLIENT = httpx.Client(timeout=30)  # each new one reads the certificates of all authorities
+
 
 @pytest.fixture(scope="module")
 def exported(tiny_model, tmp_path_factory) -> Path:
@@ -77,8 +79,8 @@ def server(exported, tmp_path_factory) -> Iterator[Running]:
 
 def test_it_listens_at_this_machine_alone_and_needs_the_key(server) -> None:
     assert server.url.startswith("http://127.0.0.1:")
-    assert httpx.get(f"{server.url}/v1/models").status_code == 401
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert CLIENT.get(f"{server.url}/v1/models").status_code == 401
+    assert CLIENT.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
 def test_openais_client_gets_what_the_model_gives(server, tiny_model, tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_what_is_no_request_is_refused_at_once(server, request_: bytes, status: 
     started = time.monotonic()
     assert exchange(server, request_).startswith(b"HTTP/1.1 %d " % status)
     assert time.monotonic() - started < 1.0
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert CLIENT.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
 def test_a_connection_that_is_cut_leaves_nothing_behind(server) -> None:
@@ -141,14 +143,14 @@ def test_a_connection_that_is_cut_leaves_nothing_behind(server) -> None:
         with socket.create_connection(server.address, timeout=5) as connection:
             connection.sendall(sent)
     for _ in range(100):
-        if "nemo_emmett_requests_in_flight 0.0" in httpx.get(f"{server.url}/metrics").text:
+        if "nemo_emmett_requests_in_flight 0.0" in CLIENT.get(f"{server.url}/metrics").text:
             return
         time.sleep(0.05)
     raise AssertionError("a request is still in flight")
 
 
 def post(url: str, word: str) -> httpx.Response:
-    return httpx.post(f"{url}/v1/translate", json={"text": word, "target": "de"}, timeout=30)
+    return CLIENT.post(f"{url}/v1/translate", json={"text": word, "target": "de"})
 
 
 def test_sigterm_lets_the_requests_in_flight_finish(exported, tiny_model, tmp_path: Path) -> None:
@@ -157,9 +159,9 @@ def test_sigterm_lets_the_requests_in_flight_finish(exported, tiny_model, tmp_pa
     # They wait for others long enough for the signal to find all of them in flight, on a busy machine too.
     with running(exported, tmp_path / "log", "--batch-wait-ms", "6000") as server, ThreadPoolExecutor(9) as pool:
         pending = [pool.submit(post, server.url, word) for word in words]
-        wait_for(lambda: f"requests_in_flight {len(words)}.0" in httpx.get(f"{server.url}/metrics").text)
+        wait_for(lambda: f"requests_in_flight {len(words)}.0" in CLIENT.get(f"{server.url}/metrics").text)
         os.kill(server.process.pid, signal.SIGTERM)
-        wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        wait_for(lambda: CLIENT.get(f"{server.url}/health").status_code == 503)
         refused = post(server.url, "late")
         assert refused.status_code == 503
         assert refused.json()["error"]["message"].startswith("The server stops")

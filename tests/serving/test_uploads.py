@@ -82,7 +82,7 @@ REFUSED = {
     "too long": (encoded(tone(11.0)), "lasts 11 s, more than the 10 s that are allowed"),
     "not numbers": (NAN, "holds values that are not numbers"),
     "far too loud": (encoded(np.full(100, 3e4), subtype="FLOAT"), "far above full scale"),
-    "too many channels": (encoded(tone(0.1, channels=9)), "has 9 channels of 16000 samples per second"),
+    "too many channels": (encoded(tone(1.0, channels=70)), "has 70 channels of 16000 samples per second, too many"),
     "too many samples a second": (encoded(tone(0.1, rate=200_001), 200_001), "1 channels of 200001 samples per second"),
     "a rate of 0": (wav(1000, bytes(1000), rate=0), "the recording (cannot be read|cannot be used)"),
 }

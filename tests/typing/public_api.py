@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import assert_type
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
@@ -21,6 +22,7 @@ from nemo_emmett.data import MultimodalDataLoader, MultimodalDataModule, SpeechT
 from nemo_emmett.errors import EmmettError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT, load
 from nemo_emmett.models.base import SpeechTextModel
+from nemo_emmett.models.inputs import Waveform
 from nemo_emmett.oomptimizer import Profile
 from nemo_emmett.schedulers import InfiniteLR
 
@@ -29,6 +31,8 @@ def translate(folder: Path) -> list[str]:
     model = load(folder)
     assert_type(model, SpeechTextModel)
     assert_type(model.translate(["Hello."], "en", "de", num_beams=2), list[str])
+    waveform = Waveform(np.zeros(16000, np.float32), 16000)
+    model.translate([waveform, "Hello."], [None, "en"], ["de", "fr"])
     return model.translate([Path("hello.wav")], source_lang=None, target_lang="de", max_new_tokens=100)
 
 
