@@ -69,6 +69,8 @@ SLOWEST = (
     "planning/test_shipped_recipes.py",
     "models/test_memorising_salm_t5.py",
     "safety/test_models.py",
+    "models/test_export.py",
+    "safety/test_exported_files.py",
     "test_recipes.py",
     "test_exporting.py",
     "data/test_nemo_configs.py",
