@@ -19,7 +19,7 @@ FOLDERS = (ROOT, EXAMPLES)
 """Where a command may have been started."""
 
 OTHERS = frozenset(
-    ". [ cat cd curl docker echo export git ls mkdir nvidia-smi sacrebleu scontrol source tar tensorboard".split()  # noqa: SIM905
+    ". [ cat cd curl docker echo export git ls mkdir nvidia-smi sacrebleu scontrol source tar tensorboard vllm".split()  # noqa: SIM905
 )
 """Programs of others, whose arguments are not checked."""
 
@@ -105,7 +105,7 @@ def _of_recipe(recipe: str, overrides: Sequence[str]) -> str | None:
 
 
 def _of_make(arguments: Sequence[str]) -> str | None:
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     unknown = [word for word in arguments if "=" not in word and word not in targets]
     return f"no target {unknown}" if unknown else None
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -84,3 +87,9 @@ def test_the_language_models_config_is_read_from_the_folder(tmp_path):
     config = ExportedConfig.from_dict(section, name_or_path=str(tmp_path))
     assert config.get_text_config().hidden_size == LLAMA["hidden_size"]
     assert config.section["pretrained_llm"] == "gone"
+
+
+def test_the_plugin_costs_nothing_before_vllm_calls_it():
+    names = "{'torch', 'transformers', 'nemo', 'vllm'} & set(sys.modules)"
+    code = f"import sys, nemo_emmett.serving.vllm; print({names})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
