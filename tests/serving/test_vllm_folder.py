@@ -11,7 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_emmett.errors import ModelError
+from nemo_emmett.serving.request_errors import RequestError
 from nemo_emmett.serving.vllm.config import ExportedConfig
+from nemo_emmett.serving.vllm.parts import direction_of
 from nemo_emmett.serving.vllm.weights import language_model_weights
 
 LLAMA = {
@@ -93,3 +95,11 @@ def test_the_plugin_costs_nothing_before_vllm_calls_it():
     names = "{'torch', 'transformers', 'nemo', 'vllm'} & set(sys.modules)"
     code = f"import sys, nemo_emmett.serving.vllm; print({names})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_the_languages_of_a_request_are_those_of_the_api_here():
+    section = {"training": {"directions": {"audio": [["en", "de"], ["en", "en"]]}}}
+    assert direction_of(section, "translate", None, "de")[:2] == ("en", "de")
+    assert direction_of(section, "transcribe", None, None)[:2] == ("en", "en")
+    with pytest.raises(RequestError, match="does not translate to fr"):
+        direction_of(section, "translate", "en", "fr")

@@ -1,8 +1,10 @@
-"""Parts of the model by its config: speech encoder, lengths of recordings, tokenizer and prompt format."""
+"""What follows from the model's config: speech encoder, lengths of recordings, prompt format, languages."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.speechlm2.modules.perception import AudioPerceptionModule
@@ -14,6 +16,7 @@ from nemo_emmett.models.config import ModelConfig
 from nemo_emmett.models.perception import build_perception
 from nemo_emmett.modules.perception_lengths import PerceptionLengths
 from nemo_emmett.prompts.families import default_prompt_format, prompt_formatter
+from nemo_emmett.serving.directions import Direction, Directions
 from nemo_emmett.serving.vllm.config import ExportedConfig
 
 
@@ -50,6 +53,24 @@ def formatter_of(config: ExportedConfig) -> PromptFormatter:
         name = options.prompt_format or default_prompt_format(tokenizer, config.text_config)
         _FORMATTERS[config.folder] = prompt_formatter(name, tokenizer)
     return _FORMATTERS[config.folder]
+
+
+def direction_of(section: Mapping[str, Any], task: str, language: str | None, to_language: str | None) -> Direction:
+    """The languages of a request for a recording.
+
+    Args:
+        section: the folder's config.
+        task: ``transcribe`` or ``translate``.
+        language: code of the language that is spoken, where named.
+        to_language: code of the translation's, where named.
+
+    Raises:
+        RequestError: for a language that is missing, or not the model's.
+    """
+    directions = Directions(section)
+    if task == "transcribe":
+        return directions.transcription(language)
+    return directions.translation("audio", language, to_language)
 
 
 # A process serves one folder.

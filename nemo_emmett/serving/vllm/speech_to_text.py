@@ -14,10 +14,9 @@ from nemo_emmett.models.exported import chunk_seconds_of
 from nemo_emmett.prompts.instruction import translation_turns
 from nemo_emmett.prompts.languages import language_name
 from nemo_emmett.prompts.markup import AUDIO_LOCATOR, Markup
-from nemo_emmett.serving.directions import Directions
 from nemo_emmett.serving.request_errors import RequestError
 from nemo_emmett.serving.vllm.config import ExportedConfig
-from nemo_emmett.serving.vllm.parts import formatter_of, lengths_of
+from nemo_emmett.serving.vllm.parts import direction_of, formatter_of, lengths_of
 
 SUPPORTED_LANGUAGES: Mapping[str, str] = {code: language_name(code) for code in LANGUAGES}
 """Languages of requests: those that vLLM knows, by our names."""
@@ -51,12 +50,8 @@ def generation_prompt(params: SpeechToTextParams) -> TokensPrompt:
     config: ExportedConfig = params.model_config.hf_config
     if lengths_of(config) is None:
         raise ValueError("this model reads text only, so it cannot take audio.")
-    directions = Directions(config.section)
     try:
-        if params.task_type == "transcribe":
-            direction = directions.transcription(params.language)
-        else:
-            direction = directions.translation(params.language, params.to_language)
+        direction = direction_of(config.section, params.task_type, params.language, params.to_language)
         formatter = formatter_of(config)
         locator = Markup(config.section.get("audio_locator_tag", AUDIO_LOCATOR))
         turns = translation_turns(formatter, locator, direction.target, direction.source)
