@@ -19,7 +19,6 @@ import pytest
 import torch
 from nemo.collections.common.tokenizers import AutoTokenizer as NemoTokenizer
 from nemo.collections.speechlm2.models import SALM
-from nemo.collections.speechlm2.vllm.salm.config import NeMoSpeechLMConfig
 from omegaconf import OmegaConf
 from transformers import AutoFeatureExtractor, AutoTokenizer, GenerationConfig
 
@@ -340,16 +339,3 @@ def test_nemos_salm_reads_a_folder_that_was_moved(moved, name) -> None:
     ours.load_state_dict(theirs.state_dict())
     for expected, got in zip(moved.outputs[kind], outputs(ours), strict=True):
         assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("name", DECODER_ONLY)
-def test_nemos_plugin_for_vllm_finds_its_config(moved, name) -> None:
-    folder = moved.folder(f"{name}, identity")
-    section = json.loads((folder / "config.json").read_text())
-    config = NeMoSpeechLMConfig(**section | {"pretrained_llm": str(folder / "llm_backbone")})
-    assert config.llm_architectures == [type(load(folder).llm).__name__]
-    assert config.perception["preprocessor"]["sample_rate"] == 16000
-    assert (section["model_type"], section["architectures"]) == (
-        "nemo_speechlm",
-        ["NeMoSpeechLMForConditionalGeneration"],
-    )
