@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -208,7 +209,8 @@ def test_mistakes_are_told_before_the_model_is_loaded(exported, arguments: list[
 
 
 def test_a_missing_extra_is_told_with_the_command_that_installs_it(exported, monkeypatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
+    find = importlib.util.find_spec  # others ask it as well
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *of: None if name == "uvicorn" else find(name, *of))
     result = CliRunner().invoke(main, ["serve", str(exported)])
     assert result.exit_code == 2
     assert "serve needs 'uvicorn', which is not installed; run: pip install 'nemo_emmett[serve]'" in result.output
