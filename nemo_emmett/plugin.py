@@ -16,6 +16,7 @@ import functools
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -145,6 +146,8 @@ def _listed(names: Any) -> str:
 
 # Registration with NeMo
 
+_PROMPTS = "nemo_emmett.prompts."
+
 
 @dataclass
 class Registration:
@@ -161,6 +164,8 @@ class Registration:
         if self.state == "new":
             self.state = "waiting"
             wrapt.register_post_import_hook(self.run, self.trigger)
+        elif self.state == "waiting" and self.trigger in sys.modules:
+            self.run(sys.modules[self.trigger])
 
     def run(self, module: ModuleType) -> None:
         """Run the action. A failure is logged, not raised, since it would make the user's import of NeMo fail."""
@@ -168,14 +173,25 @@ class Registration:
             self.action(module)
             self.state = "done"
         except Exception as error:
+            if isinstance(error, ImportError) and _is_importing_prompts():
+                return  # a module that the action needs has imported NeMo, and is not complete; the next call of wait
             self.state, self.error = "failed", f"{type(error).__name__}: {error}"
             _logger.exception("nemo_emmett could not register its %s with NeMo: recipes cannot use them.", self.what)
+
+
+def _is_importing_prompts() -> bool:
+    """Whether a module of ``nemo_emmett.prompts`` is being imported."""
+    specs = [
+        getattr(module, "__spec__", None) for name, module in list(sys.modules.items()) if name.startswith(_PROMPTS)
+    ]
+    return any(getattr(spec, "_initializing", False) for spec in specs)
 
 
 def register() -> tuple[Registration, ...]:
     """Register with NeMo when it is imported, or now if it is imported already.
 
-    Importing ``nemo_emmett`` calls this, and so does Hydra when it starts. A second call does nothing.
+    Importing ``nemo_emmett`` calls this, and so does Hydra when it starts. A second call does what could not be done
+    yet.
 
     Returns:
         the registrations, with their states.

@@ -257,3 +257,15 @@ class TestSeam:
         config.multi_config = True
         assert get_lhotse_dataloader_from_config(config, 0, 1, "d", "t") == "ours"
         assert len(ours) == 2
+
+
+def test_prompt_formats_are_registered_whichever_of_our_modules_imports_nemo_first() -> None:
+    code = """
+import nemo_emmett.prompts.answers
+from nemo_emmett.plugin import register
+from nemo.collections.common.prompts import PromptFormatter
+print([one.state for one in register() if one.what == "prompt formats"], PromptFormatter.resolve("emmett_t5").NAME)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["['done'] emmett_t5"], done.stderr
+    assert "could not register" not in done.stderr
