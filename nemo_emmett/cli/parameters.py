@@ -63,6 +63,20 @@ trust_option = click.option(
     is_flag=True,
     help="Run code that came with the model, of a language model that transformers does not know (docs/security.md).",
 )
+max_new_tokens_option = click.option(
+    "--max-new-tokens", type=COUNT, help="Longest translation, in tokens.  [default: the model's]"
+)
+chunk_seconds_option = click.option(
+    "--chunk-seconds",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Longest part of a recording that is translated at once; a longer recording is cut at its quietest places.  "
+    "[default: the longest recordings of the training (max_duration of its data), if the model's config.json has "
+    "them; otherwise 30]",
+)
+device_option = click.option(
+    "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one, otherwise cpu]"
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 
 

@@ -14,7 +14,10 @@ from nemo_emmett.cli.parameters import (
     MODEL,
     available_device,
     check_device,
+    chunk_seconds_option,
+    device_option,
     loading,
+    max_new_tokens_option,
     trust_argument,
     trust_option,
     warn,
@@ -54,20 +57,11 @@ def _limit(flag: str, field: str, kind: click.ParamType, text: str, unit: str | 
 )
 @click.option("--name", help="By which requests name the model.  [default: the folder's name]")
 @click.option("--num-beams", type=COUNT, default=1, show_default=True, help="Beams of the search; 1 is greedy.")
-@click.option("--max-new-tokens", type=COUNT, help="Longest translation, in tokens.  [default: the model's]")
-@click.option(
-    "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one, otherwise cpu]"
-)
+@max_new_tokens_option
+@device_option
 @_limit("--max-upload-bytes", "upload_bytes", COUNT, "Largest body of a request.")
 @_limit("--max-audio-seconds", "audio_seconds", _POSITIVE, "Longest recording.", "SECONDS")
-@click.option(
-    "--chunk-seconds",
-    type=click.FloatRange(min=1),
-    metavar="SECONDS",
-    help="Longest part of a recording that is translated at once; a longer recording is cut at its quietest places.  "
-    "[default: the longest recordings of the training (max_duration of its data), if the model's config.json has "
-    "them; otherwise 30]",
-)
+@chunk_seconds_option
 @_limit("--max-text-characters", "text_characters", COUNT, "Longest text.")
 @_limit("--max-texts", "texts", COUNT, "Most texts of a request.")
 @_limit("--max-requests", "requests", COUNT, "Most requests in flight; more get 429.")

@@ -16,7 +16,10 @@ from nemo_emmett.cli.parameters import (
     MODEL,
     available_device,
     check_device,
+    chunk_seconds_option,
+    device_option,
     loading,
+    max_new_tokens_option,
     overwrite_option,
     trust_argument,
     trust_option,
@@ -89,18 +92,9 @@ _SHOWN_FAULTS = 20
     type=COUNT,
     help="Most inputs of a batch.  [default: as many as 4096 tokens hold]",
 )
-@click.option("--max-new-tokens", type=COUNT, help="Longest translation, in tokens.  [default: the model's]")
-@click.option(
-    "--chunk-seconds",
-    type=click.FloatRange(min=1),
-    metavar="SECONDS",
-    help="Longest part of a recording that is translated at once; a longer recording is cut at its quietest places.  "
-    "[default: the longest recordings of the training (max_duration of its data), if the model's config.json has "
-    "them; otherwise 30]",
-)
-@click.option(
-    "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one, otherwise cpu]"
-)
+@max_new_tokens_option
+@chunk_seconds_option
+@device_option
 @trust_option
 def translate(
     inputs: Sequence[str],
