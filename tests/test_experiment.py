@@ -7,6 +7,7 @@ import sys
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -89,6 +90,35 @@ def test_a_fixed_batch_size_is_the_one_that_fits_every_bucket(runs):
     assert list(fixed.text.bucket_batch_size) == [200, 200]
     assert list(calibrated.audio.bucket_batch_size) == [40, 17]
     assert fixed.audio.bucket_duration_bins == calibrated.audio.bucket_duration_bins
+
+
+class TestBins:
+    """The bins of the second part: the fewest that keep padding within a fifth, the mean of inputs and outputs."""
+
+    def fewest(self, inputs: list[float], outputs: list[float]) -> list:
+        from experiment_bins import fewest
+
+        from nemo_emmett.data.bucketing.bins import optimal_bins_2d
+
+        sides = np.array(inputs, dtype=float), np.array(outputs, dtype=float)
+
+        def every(count: int):
+            return (optimal_bins_2d(*sides, n, count // n) for n in range(1, count + 1) if count % n == 0)
+
+        return fewest(every, *sides)
+
+    def test_one_bucket_is_enough_where_only_one_side_is_padded_a_little(self):
+        assert self.fewest([2, 2, 2, 2], [1, 1, 4, 4]) == [[2, 4]]  # no input and 6/16 of the outputs: 18.75 %
+
+    def test_as_many_as_it_takes_and_divided_where_that_pads_least(self):
+        assert self.fewest([2, 2, 2, 2], [1, 1, 8, 8]) == [[2, 1], [2, 8]]  # one: 14/32 of the outputs, 21.9 %
+        assert self.fewest([1, 1, 8, 8], [2, 2, 2, 2]) == [[1, 2], [8, 2]]
+
+    def test_in_one_dimension_outputs_are_padded_to_the_longest_of_their_bucket(self):
+        from experiment_bins import padding
+
+        inputs, outputs = np.array([1.0, 2.0, 4.0]), np.array([3.0, 1.0, 5.0])
+        assert padding([2.0, 4.0], inputs, outputs) == pytest.approx((1 / 8 + 2 / 11) / 2)
 
 
 class TestRunning:

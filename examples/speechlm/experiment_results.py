@@ -43,7 +43,10 @@ def collect(corpora: Sequence[Corpus], exp: Path, seeds: Sequence[int]) -> dict[
         for seed in seeds:
             folder = exp / "efficiency" / arm.replace(" ", "_") / str(seed)
             efficiency.append({"arm": arm, "seed": seed, **training_scores(folder)})
-    return {"machine": _machine(), "starts": starts, "trainings": trainings, "efficiency": efficiency}
+    bins = json.loads((exp / "efficiency" / "bins.json").read_text())
+    buckets = {arm: len(bins[kind]["audio"]) for arm, (kind, _, _) in EFFICIENCY.items()}
+    parts = {"starts": starts, "trainings": trainings, "efficiency": efficiency, "buckets": buckets}
+    return {"machine": _machine(), **parts}
 
 
 def report(results: Results, exp: Path, console: Console) -> None:
@@ -79,7 +82,7 @@ def write_results(exp: Path, results: Results) -> None:
 def tables(results: Results) -> str:
     """The tables, as Markdown."""
     parts = [_joint_table(results, corpus) for corpus in dict.fromkeys(one["corpus"] for one in results["starts"])]
-    return "\n".join([*parts, _efficiency_table(results["efficiency"])])
+    return "\n".join([*parts, _efficiency_table(results["efficiency"], results["buckets"])])
 
 
 def differences(results: Results, corpus: str, model: str) -> dict[str, list[float]]:
@@ -157,14 +160,16 @@ def _joint_table(results: Results, corpus: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _efficiency_table(runs: Sequence[Mapping]) -> str:
+def _efficiency_table(runs: Sequence[Mapping], buckets: Mapping[str, int]) -> str:
     target = common_target(runs)
-    heads = ("", "examples a step", "padding", f"steps to {target:.1f}", "CPU seconds to it", "test BLEU", "from fr")
+    to_target = (f"steps to {target:.1f}", "CPU seconds to it")
+    heads = ("", "buckets", "examples a step", "padding", *to_target, "test BLEU", "from fr")
     rows = []
     for arm in EFFICIENCY:
         of_arm = [run for run in runs if run["arm"] == arm]
         reached = [seconds_to(run["curve"], target) for run in of_arm]
         cells = [
+            str(buckets[arm]),
             mean_and_deviation((run["examples"] for run in of_arm), ".0f"),
             mean_and_deviation((100 * run["padding"] for run in of_arm), ".1f") + " %",
             mean_and_deviation((steps for steps, _ in reached), ".0f"),

@@ -43,6 +43,9 @@ CAPTIONS = ["--max-words", "12", "--variants", "m3", "--speed", "200", "200", "-
 CAPTION_FILES = [f"{split}.{language}" for split in ("train", "val") for language in ("en", "de", "fr")]
 """Files of the folder with the captions; German serves to choose those that are short in all languages."""
 
+MAX_PADDING = 0.2
+"""Of the bins in the second part, the mean of inputs and outputs: of each kind there are as many as that needs."""
+
 MEMORY_BUDGET, MODALITY_SHARE = "400MiB", "0.8"
 """Memory of a step in the second part, and speech's share of it: batches of some thirty recordings."""
 
