@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from nemo_emmett import __version__
+from nemo_emmett.config import nearest
 from nemo_emmett.prompts.languages import language_name
 from nemo_emmett.serving.directions import Direction
 from nemo_emmett.serving.gate import Gate, Traffic
@@ -28,7 +29,6 @@ _NOT_SUPPORTED = "is not supported; leave it out"
 
 _SENTENCES = {
     "missing": "is missing",
-    "extra_forbidden": "is no field of this request; leave it out",
     "json_invalid": "is not JSON",
     "literal_error": "must be {expected}",
 }
@@ -67,6 +67,14 @@ class TextRequest(BaseModel):
     target: str | None = None
     source: str | None = None
     model: str | None = None
+
+
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/audio/translations": TranslationForm,
+    "/v1/audio/transcriptions": TranscriptionForm,
+    "/v1/translate": TextRequest,
+}
+"""What is sent to the addresses that take a body."""
 
 
 def create_app(service: Service, metrics: Metrics, traffic: Traffic, api_key: str | None = None) -> FastAPI:
@@ -225,8 +233,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         return response(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return response(_of_pydantic(error.errors()))
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return response(_of_pydantic(error.errors(), BODIES[request.url.path].model_fields))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -244,14 +252,19 @@ def _add_error_handlers(app: FastAPI) -> None:
         return response(RequestError("The server failed at this request; its log says why.", 500, code="server_error"))
 
 
-def _of_pydantic(errors: Any) -> RequestError:
-    """The first fault of a body, as one sentence."""
+def _of_pydantic(errors: Any, fields: Iterable[str]) -> RequestError:
+    """The first fault of a body, as one sentence; ``fields``: those that it may have."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "str") and not str(part).startswith("list[")]
     if first["type"] == "json_invalid":
         place = []
     sentence = _SENTENCES.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
+    if first["type"] == "extra_forbidden":
+        suggestion = nearest(place[-1], fields)
+        remedy = "leave it out" if suggestion is None else f"did you mean '{suggestion}'?"
+        sentence = f"is no field of this request; {remedy}"
     if place and place[0] in ("temperature", "stream", "prompt"):
         sentence = _NOT_SUPPORTED
     key = ".".join(place)
-    return RequestError(f"{key or 'The body'}: {sentence}." if key else f"The body {sentence}.", param=key or None)
+    message = f"{key}: {sentence}" if key else f"The body {sentence}"
+    return RequestError(message if message.endswith("?") else f"{message}.", param=key or None)

@@ -128,6 +128,21 @@ def test_texts() -> None:
     assert empty.json()["translations"] == [""]
 
 
+def test_a_misspelt_field_is_told_which_was_meant() -> None:
+    misspelt, foreign, form_field = answers_of(
+        ("/v1/translate", {"json": {"text": "six", "targt": "de"}}),
+        ("/v1/translate", {"json": {"text": "six", "seed": 1}}),
+        (TRANSLATIONS, form(to_langage="de")),
+    )
+    messages = [response.json()["error"]["message"] for response in (misspelt, foreign, form_field)]
+    assert messages == [
+        "targt: is no field of this request; did you mean 'target'?",
+        "seed: is no field of this request; leave it out.",
+        "to_langage: is no field of this request; did you mean 'to_language'?",
+    ]
+    assert {response.status_code for response in (misspelt, foreign, form_field)} == {400}
+
+
 def test_one_bad_text_of_a_request_fails_it_and_no_other_request() -> None:
     async def main() -> None:
         with served(StubModel(), wait=0.1) as server:
