@@ -141,6 +141,14 @@ class TestRunning:
         self.run(tmp_path)
         assert (tmp_path / "c").read_text() == "xxa"
 
+    def test_a_log_begins_with_the_command_and_ends_with_its_seconds(self, tmp_path: Path):
+        from stages import noted_seconds
+
+        self.run(tmp_path)
+        log = tmp_path / "logs" / "b.log"
+        assert log.read_text().startswith(f"$ {sys.executable} -c ")
+        assert 0 <= noted_seconds(log) < 60
+
     def test_what_has_finished_is_not_run_again(self, tmp_path: Path):
         (tmp_path / "a").write_text("earlier")
         self.run(tmp_path)

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable, Sequence
+from io import StringIO
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -291,7 +292,7 @@ def test_scarce_speech_is_compared_size_by_size(collected):
     assert f"| 250 | speech alone | {bleu(4):.1f} ± 0.0 | {bleu(2):.1f} ± 0.0 | 100 ± 0 |" in text
     assert f"| 1,000 | all together | {bleu(2) - bleu(4):+.1f} ± 0.0 |" in text
     assert "| – | nothing yet (the start) | – | 100.0 ± 0.0 | – |" in text
-    assert "| – | text alone (the teacher) | – | 100.0 ± 0.0 | – |" in text
+    assert "| – | text alone (the teacher) | – | 100.0 ± 0.0 | 200 ± 0 |" in text
     assert {one["size"] for one in results["comparisons"] if one["arm"] == "distillation"} == {"1000"}
 
 
@@ -351,6 +352,24 @@ def test_the_score_within_a_budget_is_the_best_until_then():
     assert best_within(curve, 200.0) == 40.0
     assert best_within(curve, 250.0) == 40.0  # 25 there, but training could have stopped before
     assert best_within(curve, 900.0) == 40.0
+
+
+def test_a_part_is_reported_with_the_seconds_of_all_its_runs(tmp_path):
+    from experiment_results import report_parts
+    from experiment_runs import Run
+    from experiment_seeds import Part
+    from rich.console import Console
+    from stages import note_seconds
+
+    (tmp_path / "logs").mkdir()
+    runs = [Run(name, list, tmp_path / name) for name in ("a", "b")]
+    for run, seconds in zip(runs, (12.4, 30.0), strict=True):
+        note_seconds(tmp_path / "logs" / f"{run.name}.log", seconds)
+    part = Part("scarce", runs, lambda: {"steps": 2}, lambda _: "the table", lambda _, path: path.write_text("drawn"))
+    report_parts([part], tmp_path, Console(file=StringIO()))
+    assert json.loads((tmp_path / "results.json").read_text())["scarce"] == {"steps": 2, "seconds": 42.0}
+    assert (tmp_path / "tables_scarce.md").read_text() == "the table"
+    assert (tmp_path / "scarce.svg").exists()
 
 
 def test_results_of_parts_are_kept_together(tmp_path):

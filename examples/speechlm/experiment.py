@@ -14,8 +14,9 @@ Options choose parts that are run in place of this: where speech is scarce (``--
 there (``--settings``), what becomes of text translation (``--forgetting``), real speech (``--mboshi``), directions
 without recordings (``--zero-shot``).
 
-Each run is a command whose output is logged; a run that has finished is not run again, so an interrupted experiment
-continues where it stopped. docs/experiment.md has the results and what they show.
+Each run is a command; its log begins with the command and ends with the seconds that it took. A run that has finished
+is not run again, so an interrupted experiment continues where it stopped. docs/experiment.md has the results and what
+they show.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from experiment_runs import CAPTION_FILES, SEEDS, Run, all_runs, captions, phras
 from experiment_seeds import Part
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from stages import KEEP_MEMORY, tail
+from stages import KEEP_MEMORY, note_seconds, tail
 
 from nemo_emmett.processes import available_cores
 
@@ -183,7 +184,9 @@ def start(run: Run, logs: Path, progress: Progress, stop: threading.Event) -> fl
     progress.remove_task(task)
     if process.returncode != 0 or not run.result.exists():
         raise RunFailed(f"'{run.name}' failed (exit code {process.returncode}): {_last_line(log)} See {log}.")
-    return time.monotonic() - begun
+    seconds = time.monotonic() - begun
+    note_seconds(log, seconds)
+    return seconds
 
 
 def _watch(process: subprocess.Popen, log: Path, progress: Progress, task: TaskID, stop: threading.Event) -> None:

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from experiment_results import markdown_table, mean_and_deviation, scores_of, training_scores
+from experiment_seeds import TEACHER
 
 from nemo_emmett.evaluation import Translation, from_json
 from nemo_emmett.evaluation.significance import compare_over_seeds
@@ -33,6 +34,7 @@ __all__ = [
     "scores_in",
     "speech_into_others",
     "start_scores",
+    "teacher_scores",
     "text",
     "training_results",
 ]
@@ -43,9 +45,14 @@ Curve = Sequence[Sequence[float]]
 Chosen = Callable[[Translation], bool]
 
 
-def start_scores(home: Path, part: str = "t5") -> dict[str, float | None]:
-    """Text BLEU of a seed's language model before the training, or of its teacher."""
-    return scores_of(home / part)
+def start_scores(home: Path) -> dict[str, float | None]:
+    """Text BLEU of a seed's language model before the training."""
+    return scores_of(home / "t5")
+
+
+def teacher_scores(home: Path) -> dict[str, Any]:
+    """Text BLEU of a seed's teacher, and the seconds of its training."""
+    return training_scores(home / TEACHER)
 
 
 def training_results(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from experiment_runs import ARMS, EFFICIENCY, MEMORY_BUDGET, MODELS, Corpus
 from experiment_seeds import DEV_SPEECH, Part
 from rich.console import Console
 from rich.markdown import Markdown
+from stages import noted_seconds
 
 from nemo_emmett.evaluation import average, columns, from_json, read_curves
 
@@ -60,9 +61,10 @@ def report(results: Results, exp: Path, console: Console) -> None:
 
 
 def report_parts(parts: Sequence[Part], exp: Path, console: Console) -> None:
-    """The same of parts; their results are added to the others under their names."""
+    """The same of parts; their results are added to the others under their names, with the seconds of all runs."""
     for part in parts:
-        results = part.collect()
+        seconds = sum(noted_seconds(exp / "logs" / f"{run.name}.log") for run in part.runs)
+        results = {**part.collect(), "seconds": seconds}
         text = part.tables(results)
         console.print(Markdown(text))
         write_results(exp, {"machine": _machine(), part.name: results})

@@ -23,7 +23,6 @@ from experiment_runs import Corpus, Run, leaks_run
 from experiment_runs import corpus_runs as captions_runs
 from experiment_seeds import (
     SPEECH_ALONE,
-    TEACHER,
     Arm,
     Part,
     Results,
@@ -138,7 +137,7 @@ def corpus_runs(captions: Corpus, source: Path, data: Path) -> list[Run]:
 
 def collect(data: Path, home: Path, seeds: Sequence[int]) -> Results:
     """Scores of all trainings, and each arm compared with speech alone of its size."""
-    from experiment_compare import collect_arms, speech_into_others, start_scores
+    from experiment_compare import collect_arms, speech_into_others, start_scores, teacher_scores
 
     trainings, comparisons = [], []
     for size in SIZES:
@@ -153,20 +152,20 @@ def collect(data: Path, home: Path, seeds: Sequence[int]) -> Results:
         trainings += [{"size": size, **one} for one in of_size]
         comparisons += [{"size": size, **one} for one in differences]
     starts = [{"seed": seed, **start_scores(home / "start" / str(seed))} for seed in seeds]
-    teachers = [{"seed": seed, **start_scores(home / "start" / str(seed), TEACHER)} for seed in seeds]
-    counts = json.loads((data / "scarce" / SUMMARY).read_text())["recordings"]
+    teachers = [{"seed": seed, **teacher_scores(home / "start" / str(seed))} for seed in seeds]
+    corpus = json.loads((data / "scarce" / SUMMARY).read_text())
     found = {"starts": starts, "teachers": teachers, "trainings": trainings, "comparisons": comparisons}
-    return {"steps": STEPS, "recordings": counts, **found}
+    return {"steps": STEPS, **corpus, **found}
 
 
 def tables(results: Mapping) -> str:
     """Speech and text BLEU of each size and arm, and the differences from speech alone."""
-    from experiment_compare import COMPARISON, comparison_cells, markdown_table, mean_and_deviation, score_cells
+    from experiment_compare import COMPARISON, comparison_cells, markdown_table, score_cells
 
     scores = []
-    for key, title in {"starts": "nothing yet (the start)", "teachers": "text alone (the teacher)"}.items():
-        text = mean_and_deviation(one["text"] for one in results[key])
-        scores.append(["–", title, "–", text, "–"])
+    starts, teachers = results["starts"], results["teachers"]
+    scores.append(["–", "nothing yet (the start)", "–", *score_cells(starts, ("text",)), "–"])
+    scores.append(["–", "text alone (the teacher)", "–", *score_cells(teachers, ("text", "cpu_seconds"))])
     for size in SIZES:
         for arm in arms_of(size):
             runs = [one for one in results["trainings"] if (one["size"], one["arm"]) == (size, arm.name)]

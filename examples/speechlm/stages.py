@@ -21,6 +21,19 @@ def tail(log: Path, size: int = 4096) -> str:
         return lines.read().decode(errors="replace")
 
 
+def note_seconds(log: Path, seconds: float) -> None:
+    """Write how long a command took into the last line of its log."""
+    with log.open("a") as lines:
+        lines.write(f"\n# {seconds:.0f} s\n")
+
+
+def noted_seconds(log: Path) -> float:
+    """What :func:`note_seconds` wrote."""
+    mark, seconds, _ = tail(log).split("\n")[-2].split(" ")
+    assert mark == "#", log
+    return float(seconds)
+
+
 def installed(command: str) -> str:
     """The path of a command next to the interpreter, relative to the working directory if it is below it."""
     path = Path(sys.executable).with_name(command)
