@@ -37,13 +37,19 @@ PACKAGES = (
 )
 """Required distributions, whose versions are printed."""
 
-EXTRAS = {"synthesis": ("espeakng_loader", "num2words"), "langid": ("py3langid",), "charts": ("matplotlib",)}
+EXTRAS = {
+    "synthesis": ("espeakng_loader", "num2words"),
+    "langid": ("py3langid",),
+    "charts": ("matplotlib",),
+    "serve": ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
+}
 """Modules of each optional extra."""
 
 PURPOSES = {
     "synthesis": "prepare phrasebook and prepare captions, which speak their texts",
     "langid": "prepare CORPUS --language-id",
     "charts": "pictures: --output of bins, plan and oomptimize",
+    "serve": "the HTTP server",
 }
 """What each extra enables."""
 

@@ -267,6 +267,7 @@ class TestTranslate:
             (tmp_path / "exp", "has no config.json", export),
             (tmp_path / "gone", "there is no such folder", "that `nemo-emmett train` (key export_dir) or"),
             (tmp_path, "has no config.json", "or `nemo-emmett export` has written."),
+            ("org/some-model", "there is no such folder", "by `hf download org/some-model --local-dir FOLDER`."),
         ):
             done = invoke("translate", "good day", "--to", "de", "--model", given)
             assert (done.exit_code, done.stderr.count("\n")) == (2, 1)

@@ -32,7 +32,7 @@ from nemo_emmett.evaluation.table import print_table, scores_as_metadata, scores
 from nemo_emmett.evaluation.translation import Translated, merge_ranks, translate
 from nemo_emmett.files import check_writable, hold_folder, new_folder_elsewhere
 from nemo_emmett.models import load
-from nemo_emmett.models.card import check_card, write_scores
+from nemo_emmett.models.card import CARD_FILE, check_card, write_scores
 from nemo_emmett.models.exported import untrained_warning
 from nemo_emmett.run_log import plain_console
 
@@ -142,9 +142,11 @@ def evaluate(
                     evaluation, folder / REPORT_FILE, curves=curves, examples=settings.examples, baselines=earlier
                 )
         writer.raise_failure()
+        if settings.update_card:
+            console.print(f"Scores are in {Path(model_name, CARD_FILE)}.", highlight=False, soft_wrap=True)
         if settings.output is not None:
             console.print(f"Report: {settings.output / REPORT_FILE}", highlight=False, soft_wrap=True)
-        else:
+        elif not settings.update_card:
             console.print(NOT_SAVED, highlight=False, soft_wrap=True)
     return evaluation
 

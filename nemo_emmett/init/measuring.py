@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -293,7 +294,7 @@ def _planned(content: RecipeContent, memory: str, console: Console) -> RecipeCon
 
 
 def _with_steps(content: RecipeContent) -> RecipeContent:
-    """The content with the steps of a pass over the data: of that of its groups which takes most."""
-    steps = [int(np.ceil(np.divide(group.counts, group.sizes)).sum()) for group in content.groups]
+    """The content with the steps of a pass over each group; an interval is a pass over that which takes most."""
+    steps = {group.name: float(np.divide(group.counts, group.sizes).sum()) for group in content.groups}
     fewest, most = STEPS_OF_AN_INTERVAL
-    return replace(content, pass_steps=max(steps), interval=min(max(max(steps), fewest), most))
+    return replace(content, pass_steps=steps, interval=min(max(math.ceil(max(steps.values())), fewest), most))

@@ -77,7 +77,7 @@ class RecipeContent:
         groups: of the training data.
         dev: sets of the validation data.
         prompt_format: of the language model's family; None while it is not known.
-        pass_steps: steps of a pass over the data on one device.
+        pass_steps: for each group the steps of a pass over its data on one device.
         interval: steps between checkpoints.
     """
 
@@ -89,12 +89,24 @@ class RecipeContent:
     groups: tuple[RecipeGroup, ...]
     dev: tuple[RecipeGroup, ...] = ()
     prompt_format: str | None = None
-    pass_steps: int = 1
+    pass_steps: Mapping[str, float] = field(default_factory=dict)
     interval: int = 1
+
+    @property
+    def max_steps(self) -> int:
+        """Of the training."""
+        return NUM_INTERVALS * self.interval
+
+    def passes(self) -> dict[str, float]:
+        """For each group the passes over its data in the training, on one device."""
+        return {name: self.max_steps / steps for name, steps in self.pass_steps.items()}
 
 
 NUM_INTERVALS = 20
 """Checkpoints and validations of a training."""
+
+MANY_PASSES = 50
+"""A group that is read more often is memorised."""
 
 WARMUP = 0.05
 """Share of the steps in which the learning rate rises."""
@@ -111,15 +123,14 @@ def recipe_text(content: RecipeContent, path: str | os.PathLike[str]) -> str:
         autoescape=False,
     )
     environment.filters |= {"quoted": _quoted, "flow": _flow}
-    max_steps = NUM_INTERVALS * content.interval
     return environment.get_template("recipe.yaml.j2").render(
         vars(content),
         model_name=NAMES_OF_MODELS[content.target],
         name=Path(path).stem,
         command_path=shlex.quote(str(path)),
-        max_steps=max_steps,
-        passes=_passes(max_steps / content.pass_steps),
-        warmup_steps=max(round(WARMUP * max_steps), 1),
+        max_steps=content.max_steps,
+        passes=" and ".join(f"{_passes(number)} over {name}" for name, number in content.passes().items()),
+        warmup_steps=max(round(WARMUP * content.max_steps), 1),
         num_intervals=NUM_INTERVALS,
         min_duration=MIN_DURATION,
         max_duration=MAX_DURATION,

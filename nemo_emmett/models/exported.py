@@ -5,6 +5,7 @@ Commands check a folder with it before they load the model, which takes seconds.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -58,6 +59,8 @@ def _remedy(path: Path) -> str:
     if found:
         command = f"nemo-emmett export {shlex.quote(str(found[0]))} FOLDER"
         return f"write the model of a checkpoint into a folder, such as by `{command}`"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.exists():
+        return f"name a folder; a model on the Hugging Face Hub is fetched by `hf download {path} --local-dir FOLDER`"
     return "name the folder that `nemo-emmett train` (key export_dir) or `nemo-emmett export` has written"
 
 

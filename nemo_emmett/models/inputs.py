@@ -32,7 +32,7 @@ _SENTENCES = {
     "missing audio": "does not exist",
     "empty audio": "holds no samples; leave it out",
     "truncated audio": "breaks off before its end; get the whole of it",
-    "unreadable audio": "cannot be read; is it complete?",
+    "unreadable audio": "cannot be read; is it complete? If it is, convert it to WAV or FLAC",
     "audio holds values that are not numbers": "holds values that are not numbers; convert it again",
     "audio far above full scale": "holds values far above full scale, which is 1; convert it again",
 }

@@ -30,6 +30,7 @@ _NOT_SUPPORTED = "is not supported; leave it out"
 _SENTENCES = {
     "missing": "is missing",
     "json_invalid": "is not JSON",
+    "model_attributes_type": "is no JSON object; send one, with the header Content-Type: application/json",
     "literal_error": "must be {expected}",
 }
 """Messages for what pydantic finds, by its name; others have pydantic's own."""

@@ -444,7 +444,9 @@ def test_the_card_of_the_model_gets_the_scores(recipe, tokenizer, tmp_path, monk
     card = tmp_path / "README.md"
     card.write_text(model_card(config | {"training": {**RECORD, "validation": {"val_bleu": 31.4}}}))
     for _ in range(2):  # the second replaces those of the first
-        evaluation = evaluate(tmp_path, recipe, update_card=True, console=Console(file=io.StringIO()))
+        shown = io.StringIO()
+        evaluation = evaluate(tmp_path, recipe, update_card=True, console=Console(file=shown, width=500))
+        assert shown.getvalue().endswith(f"Scores are in {tmp_path / 'README.md'}.\n")  # and nothing of "not saved"
         text = card.read_text()
         assert "No evaluation on test sets is recorded." not in text
         assert "`val_bleu` on the validation data: 31.4" in text

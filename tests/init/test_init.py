@@ -99,6 +99,10 @@ def test_an_own_corpus_trains(folder: Path, tiny_t5: Path, tiny_asr: Path) -> No
     tokens = sum(count(sentence) for sentences in SENTENCES.values() for sentence in sentences)
     for shown in ("train.tsv", "en → de", "skipped: missing audio", "skipped: missing column", f"{tokens}\n"):
         assert shown in done.output
+    for group in ("audio", "text"):  # one batch each, so that a step is a pass
+        assert f"{group}: is read 1,000 times in trainer.max_steps=1000, and data that" in done.output
+    comment = "# 20 times limit_train_batches; 1,000 passes over audio and 1,000 passes over text on one GPU"
+    assert f"max_steps: 1000  {comment}\n" in Path("my recipe.yaml").read_text()
     assert done.output.rstrip().endswith("Next: nemo-emmett train 'my recipe.yaml'")
     train(cfg)
     assert list(Path("exp/my recipe/checkpoints").glob("*-last.ckpt"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import numpy as np
 import pytest
@@ -141,6 +142,17 @@ def test_a_misspelt_field_is_told_which_was_meant() -> None:
         "to_langage: is no field of this request; did you mean 'to_language'?",
     ]
     assert {response.status_code for response in (misspelt, foreign, form_field)} == {400}
+
+
+def test_a_body_without_its_type_is_told_which_to_send() -> None:
+    texts = json.dumps({"text": "six", "target": "de"})
+    untyped, listed = answers_of(
+        ("/v1/translate", {"content": texts, "headers": {"Content-Type": "text/plain"}}),
+        ("/v1/translate", {"json": ["six"]}),
+    )
+    sentence = "The body is no JSON object; send one, with the header Content-Type: application/json."
+    assert [response.json()["error"]["message"] for response in (untyped, listed)] == [sentence, sentence]
+    assert (untyped.status_code, listed.status_code) == (400, 400)
 
 
 def test_one_bad_text_of_a_request_fails_it_and_no_other_request() -> None:
