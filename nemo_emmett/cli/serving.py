@@ -55,7 +55,10 @@ def _limit(flag: str, field: str, kind: click.ParamType, text: str, unit: str | 
     show_default=True,
     help="0: any that is free.",
 )
-@click.option("--name", help="By which requests name the model.  [default: the folder's name]")
+@click.option(
+    "--name",
+    help="By which requests name the model.  [default: that of its folder or, if that is model, of the one above]",
+)
 @click.option("--num-beams", type=COUNT, default=1, show_default=True, help="Beams of the search; 1 is greedy.")
 @max_new_tokens_option
 @device_option
@@ -93,7 +96,7 @@ def serve(
     is set, is the key that requests must have. Ctrl-C or SIGTERM stops the server when the requests in flight are
     answered.
     """
-    from nemo_emmett.models.exported import check_exported
+    from nemo_emmett.models.exported import check_exported, model_name
 
     check_device(device)
     config = check_exported(model)
@@ -123,7 +126,7 @@ def serve(
         options={"num_beams": num_beams, "max_new_tokens": max_new_tokens},
         observe=metrics.batch,
     )
-    service = Service(loaded, name or model.resolve().name, batcher, config, chosen)
+    service = Service(loaded, name or model_name(model), batcher, config, chosen)
     address = f"[{host}]" if ":" in host else host
     place = f"http://{address}:{listener.getsockname()[1]}"
     try:

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nemo_emmett.errors import ModelError
 from nemo_emmett.files import write_text
-from nemo_emmett.models.exported import BASE_MODELS_KEY, TRAINING_KEY
+from nemo_emmett.models.exported import BASE_MODELS_KEY, TRAINING_KEY, model_name
 from nemo_emmett.prompts.languages import language_name
 
 CARD_FILE = "README.md"
@@ -102,6 +102,6 @@ def write_scores(folder: str | Path, scores: str, results: Sequence[Mapping[str,
     path = Path(folder, CARD_FILE)
     text = path.read_text(encoding="utf-8")
     text = _SCORES.sub(lambda found: f"{found[1]}{scores.strip()}{found[2]}", text)
-    index = {"model-index": [{"name": Path(folder).resolve().name, "results": [dict(one) for one in results]}]}
+    index = {"model-index": [{"name": model_name(folder), "results": [dict(one) for one in results]}]}
     index = yaml.safe_dump(index, sort_keys=False, allow_unicode=True)
     write_text(path, _METADATA.sub(lambda found: f"---\n{_EARLIER_RESULTS.sub('', found[1])}{index}---\n", text))

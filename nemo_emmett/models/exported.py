@@ -53,6 +53,17 @@ def find_config(folder: str | Path) -> Path:
     return path
 
 
+def model_name(folder: str | Path) -> str:
+    """What a model is called: by its folder, or by the one above if it is called ``model``, as recipes call theirs.
+
+    Example:
+        >>> model_name("/exp/salm_t5/model"), model_name("/exp/salm_t5/best")
+        ('salm_t5', 'best')
+    """
+    path = Path(folder).resolve()
+    return path.parent.name or path.name if path.name == "model" else path.name
+
+
 def _remedy(path: Path) -> str:
     """What to do with something that is no exported model."""
     found = [path] if path.suffix == ".ckpt" else sorted(path.glob("*.ckpt")) or sorted(path.glob("checkpoints/*.ckpt"))
