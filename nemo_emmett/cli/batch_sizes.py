@@ -16,6 +16,7 @@ from nemo_emmett.cli.parameters import (
     recipe_arguments,
     together,
 )
+from nemo_emmett.corpora.commands import NumberRange
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -40,13 +41,13 @@ _search_options = together(
     ),
     click.option(
         "--memory-fraction",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=NumberRange(0, 1, min_open=True),
         default=0.9,
         help="Share of the device's memory that a step may take.",
     ),
     click.option(
         "--safety-margin",
-        type=click.FloatRange(0, 1, max_open=True),
+        type=NumberRange(0, 1, max_open=True),
         default=0.03,
         help="Share of that which stays free.",
     ),

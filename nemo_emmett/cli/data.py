@@ -19,6 +19,7 @@ from nemo_emmett.cli.parameters import (
     section_option,
     tokenizer_option,
 )
+from nemo_emmett.corpora.commands import NumberRange
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig, ListConfig
@@ -119,13 +120,13 @@ def blend(config: str, overrides: Sequence[str], section: str | None, tokenizer:
 @limit_option
 @click.option(
     "--outliers",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, min_open=True),
     help="Leave out outputs so many standard deviations too long for their inputs.  [default: none]",
 )
 @tokenizer_option
 @click.option(
     "--token-equivalent-duration",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, min_open=True),
     help="Seconds of speech that count as one token.  [default: the config's, or the model's]",
 )
 @click.option("--output", type=FILE, help="PNG to draw the lengths and bins in.  [default: none]")

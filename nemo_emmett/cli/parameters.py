@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import click
 
-from nemo_emmett.corpora.commands import NamedPath
+from nemo_emmett.corpora.commands import NamedPath, NumberRange
 from nemo_emmett.run_log import quiet_console
 
 
@@ -30,7 +30,7 @@ RECIPE = NamedPath("path|name", path_type=str)
 MODEL = NamedPath("folder")  # whether it is one is checked with what is in it
 COUNT = click.IntRange(min=1)
 COUNT.name = "number"
-BETWEEN_0_AND_1 = click.FloatRange(0, 1, min_open=True, max_open=True)
+BETWEEN_0_AND_1 = NumberRange(0, 1, min_open=True, max_open=True)
 
 recipe_arguments = together(
     click.argument("config", type=RECIPE), click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
@@ -68,7 +68,7 @@ max_new_tokens_option = click.option(
 )
 chunk_seconds_option = click.option(
     "--chunk-seconds",
-    type=click.FloatRange(min=1),
+    type=NumberRange(min=1),
     metavar="SECONDS",
     help="Longest part of a recording that is translated at once; a longer recording is cut at its quietest places.  "
     "[default: the longest recordings of the training (max_duration of its data), if the model's config.json has "

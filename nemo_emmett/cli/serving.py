@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from nemo_emmett.cli.parameters import (
     trust_option,
     warn,
 )
+from nemo_emmett.corpora.commands import NumberRange
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.serving.limits import Limits
 
 KEY_VARIABLE = "NEMO_EMMETT_API_KEY"
@@ -29,7 +33,7 @@ KEY_VARIABLE = "NEMO_EMMETT_API_KEY"
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DEFAULTS = Limits()
-_POSITIVE = click.FloatRange(min=0, min_open=True)
+_POSITIVE = NumberRange(min=0, min_open=True)
 
 
 def _limit(flag: str, field: str, kind: click.ParamType, text: str, unit: str | None = None) -> Callable:
@@ -72,7 +76,7 @@ def _limit(flag: str, field: str, kind: click.ParamType, text: str, unit: str | 
 @_limit(
     "--batch-wait-ms",
     "batch_wait_ms",
-    click.FloatRange(min=0),
+    NumberRange(min=0),
     "How long a request waits for others, to be translated in one batch.",
     "MILLISECONDS",
 )
@@ -104,6 +108,11 @@ def serve(
     from nemo_emmett.serving.server import bind
 
     key = os.environ.get(KEY_VARIABLE) or None
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise ConfigError(
+            f"{KEY_VARIABLE}: the key has a space, a line's end or a character that is not ASCII, which clients cannot "
+            "send; give another."
+        )
     listener = bind(host, port)
     if host not in _LOOPBACK and key is None:
         warn(f"--host: everyone who reaches {host} can use the server; set {KEY_VARIABLE} to a key.")
@@ -133,8 +142,13 @@ def serve(
         app = create_app(service, metrics, traffic, key)
         run(app, traffic, listener, lambda: click.echo(f"Serving {service.name} at {place} (stop with Ctrl-C)"))
     finally:
-        service.close()
-    click.echo("Stopped; all requests were answered.")
+        service.close(wait=not traffic.is_ending.is_set())
+    if not traffic.is_ending.is_set():
+        click.echo("Stopped; all requests were answered.")
+        return
+    click.echo(f"Stopped; {traffic.ended} request(s) in flight were ended.")
+    sys.stdout.flush()
+    os._exit(1)  # the thread of the model may be at a long batch, which the interpreter would wait for
 
 
 def _require_extra() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ class NamedPath(click.Path):
         if value == "":
             self.fail("is empty; name a path, or leave it out.", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class NumberRange(click.FloatRange):
+    """A number within bounds; ``nan``, which is within any for click, is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the number."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return number
 
 
 class CorpusCommands(click.Group):
@@ -105,7 +117,7 @@ def _parameters(corpus: Corpus) -> list[click.Parameter]:
         *(of_speech if corpus.name in SPEECH else ()),
         click.Option(
             ["--max-length-ratio"],
-            type=click.FloatRange(min=1),
+            type=NumberRange(min=1),
             help="Leave out training sentences with a text this many times as long as another.  [default: none]",
         ),
         click.Option(["--min-words"], type=count, help="Leave out shorter training sentences.  [default: none]"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Form, Request, Response, UploadFile
+from fastapi import Depends, FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from nemo_emmett import __version__
@@ -19,63 +22,90 @@ from nemo_emmett.prompts.languages import language_name
 from nemo_emmett.serving.directions import Direction
 from nemo_emmett.serving.gate import Gate, Traffic
 from nemo_emmett.serving.metrics import Metrics
-from nemo_emmett.serving.request_errors import RequestError
+from nemo_emmett.serving.request_errors import MOST_SHOWN, RequestError, shown
 from nemo_emmett.serving.service import Part, Service, Spoken
 
 PAGE_FILES = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript", "recorder.js": "text/javascript"}
 """The files of the page, by their addresses, with their types."""
+
+TEXTS = "/v1/translate"
+"""The address that takes JSON; the others take forms."""
+
+logger = logging.getLogger(__name__)
+
+_UNREADABLE = "There was an error parsing the body"
+"""FastAPI's words where a parser fails; the exception's cause is the parser's."""
 
 _NOT_SUPPORTED = "is not supported; leave it out"
 
 _SENTENCES = {
     "missing": "is missing",
     "json_invalid": "is not JSON",
+    "unknown_field": "is no field of this request; {remedy}",
+    "value_error": "is no file; send the recording as a file of the form",  # of starlette's upload
+    "string_type": "must be a text",
+    "string_unicode": "holds half of a surrogate pair, which is no character",
+    "string_too_long": "is longer than the {max_length} characters that it may have",
+    "too_short": "is an empty list; send one text at least",
     "model_attributes_type": "is no JSON object; send one, with the header Content-Type: application/json",
-    "literal_error": "must be {expected}",
+    "literal_error": "must be {expected}, not '{given}'",
 }
 """Messages for what pydantic finds, by its name; others have pydantic's own."""
 
 
-class _AudioForm(BaseModel):
-    """Fields that translations and transcriptions have in common."""
+Name = Annotated[str, Field(max_length=MOST_SHOWN)]
+
+
+class _Body(BaseModel):
+    """Of all bodies: an unknown field ends the reading, of which pydantic would note every one."""
 
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_unknown_field(cls, content: Any) -> Any:
+        if isinstance(content, dict):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            for key in content:
+                if key not in known:
+                    suggestion = nearest(shown(key), known)
+                    remedy = "leave it out" if suggestion is None else f"did you mean '{suggestion}'?"
+                    what = f"'{shown(key)}'" if not str(key).strip() else shown(key)
+                    raise PydanticCustomError("unknown_field", "unknown", {"field": what, "remedy": remedy})
+        return content
+
+
+class _AudioForm(_Body):
+    """Fields that translations and transcriptions have in common."""
+
     file: UploadFile
-    model: str | None = None
-    language: str | None = None  # of the recording
+    model: Name | None = None
+    language: Name | None = None  # of the recording
     response_format: Literal["json", "text", "verbose_json"] = "json"
     temperature: Literal["0", "0.0"] = "0"  # the search is greedy, or by beams
     stream: Literal["false", "False"] = "false"
+    granularities: list[Literal["segment"]] = Field([], alias="timestamp_granularities[]")  # as verbose_json has them
 
 
 class TranslationForm(_AudioForm):
     """The fields of ``/v1/audio/translations``: OpenAI's, and vLLM's for the languages."""
 
-    to_language: str | None = None
+    to_language: Name | None = None
 
 
 class TranscriptionForm(_AudioForm):
     """The fields of ``/v1/audio/transcriptions``."""
 
 
-class TextRequest(BaseModel):
+class TextRequest(_Body):
     """The JSON of ``/v1/translate``."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
-    text: str | Annotated[list[str], Field(min_length=1)]
-    target: str | None = None
-    source: str | None = None
-    model: str | None = None
-
-
-BODIES: dict[str, type[BaseModel]] = {
-    "/v1/audio/translations": TranslationForm,
-    "/v1/audio/transcriptions": TranscriptionForm,
-    "/v1/translate": TextRequest,
-}
-"""What is sent to the addresses that take a body."""
+    text: str | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    target: Name | None = None
+    source: Name | None = None
+    model: Name | None = None
 
 
 def create_app(service: Service, metrics: Metrics, traffic: Traffic, api_key: str | None = None) -> FastAPI:
@@ -88,14 +118,14 @@ def create_app(service: Service, metrics: Metrics, traffic: Traffic, api_key: st
         api_key: that requests below ``/v1`` must have; None: none.
     """
     # Its own pages of documentation would load scripts from elsewhere.
-    app = FastAPI(title="nemo_emmett", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="nemo_emmett", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, traffic=traffic, limits=service.limits, metrics=metrics, api_key=api_key)
     metrics.watch_queue(lambda: service.batcher.num_waiting)
     _add_error_handlers(app)
     _add_page(app)
     started = int(time.time())
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """Whether the server takes requests."""
         if traffic.is_stopping or not service.batcher.is_alive:
@@ -131,16 +161,16 @@ def create_app(service: Service, metrics: Metrics, traffic: Traffic, api_key: st
     @app.get("/v1/models/{name:path}")
     async def model_of(name: str) -> dict[str, Any]:
         """The model by its name."""
-        _check_name(name, service.name)
+        _check_name(name or "/", service.name)
         return model_entry()
 
-    @app.post("/v1/audio/translations")
+    @app.post("/v1/audio/translations", dependencies=[Depends(_each_field_once)])
     async def translations(form: Annotated[TranslationForm, Form(media_type="multipart/form-data")]) -> Response:
         """Translate a recording, to English by default."""
         direction = service.directions.translation("audio", form.language, form.to_language)
         return await answer(form, direction, "translate")
 
-    @app.post("/v1/audio/transcriptions")
+    @app.post("/v1/audio/transcriptions", dependencies=[Depends(_each_field_once)])
     async def transcriptions(form: Annotated[TranscriptionForm, Form(media_type="multipart/form-data")]) -> Response:
         """Transcribe a recording."""
         return await answer(form, service.directions.transcription(form.language), "transcribe")
@@ -155,7 +185,7 @@ def create_app(service: Service, metrics: Metrics, traffic: Traffic, api_key: st
             return JSONResponse({"text": spoken.text})
         return JSONResponse(_verbose(spoken, direction, task))
 
-    @app.post("/v1/translate")
+    @app.post(TEXTS)
     async def translate(request: TextRequest) -> dict[str, Any]:
         """Translate a text, or a list of texts."""
         _check_name(request.model, service.name)
@@ -180,10 +210,18 @@ def create_app(service: Service, metrics: Metrics, traffic: Traffic, api_key: st
     return app
 
 
+async def _each_field_once(request: Request) -> None:
+    """Refuse a form of which a field would be taken, and another of the same name be lost."""
+    names = [name for name, _ in (await request.form()).multi_items() if not name.endswith("[]")]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise RequestError(f"{shown(name)}: is given {count} times; send it once.", param=shown(name))
+
+
 def _check_name(name: str | None, served: str) -> None:
     if name not in (None, "", served):
         raise RequestError(
-            f"model: '{name}' is not served here; name '{served}', or leave it out.",
+            f"model: '{shown(name)}' is not served here; name '{served}', or leave it out.",
             404,
             param="model",
             code="model_not_found",
@@ -235,16 +273,27 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return response(_of_pydantic(error.errors(), BODIES[request.url.path].model_fields))
+        is_form = request.url.path != TEXTS
+        if is_form and not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            return response(RequestError("The body is no form; send multipart/form-data with the recording as `file`."))
+        return response(_of_pydantic(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, OSError):  # as the body was read: no room for it
+            logger.error("A request could not be kept while it came: %s", error.__cause__)
+            return response(RequestError("The server has no room for the request; its log says why.", 507))
+        path = shown(request.url.path)
         sentences = {
-            404: f"There is no address {request.url.path} here; docs/how-to/serve.md lists them.",
-            405: f"{request.url.path} does not take {request.method}; use {(error.headers or {}).get('Allow')}.",
+            404: f"There is no address {path} here; docs/how-to/serve.md lists them.",
+            405: f"{path} does not take {request.method}; use {(error.headers or {}).get('Allow')}.",
         }
+        if error.detail == _UNREADABLE or (error.status_code == 400 and "multipart" in str(error.detail)):
+            what = "JSON in UTF-8" if path == TEXTS else "a form of the type multipart/form-data, with its boundary"
+            sentences[400] = f"The body cannot be read; send {what}."
         sentence = sentences.get(error.status_code, f"{str(error.detail).rstrip('.')}.")
-        refusal = response(RequestError(sentence, error.status_code))
+        code = "too_large" if error.status_code == 413 else None
+        refusal = response(RequestError(sentence, error.status_code, code=code))
         refusal.headers.update(error.headers or {})
         return refusal
 
@@ -253,17 +302,18 @@ def _add_error_handlers(app: FastAPI) -> None:
         return response(RequestError("The server failed at this request; its log says why.", 500, code="server_error"))
 
 
-def _of_pydantic(errors: Any, fields: Iterable[str]) -> RequestError:
-    """The first fault of a body, as one sentence; ``fields``: those that it may have."""
+def _of_pydantic(errors: Sequence[Any]) -> RequestError:
+    """The first fault of a body, as one sentence; of a list of texts, that of its first wrong text."""
     first = errors[0]
+    if isinstance(first["input"], list):
+        first = errors[-1]
     place = [str(part) for part in first["loc"] if part not in ("body", "str") and not str(part).startswith("list[")]
+    context = {**first.get("ctx", {}), "given": shown(first["input"])}
+    if first["type"] == "unknown_field":
+        place = [context["field"]]
     if first["type"] == "json_invalid":
         place = []
-    sentence = _SENTENCES.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
-    if first["type"] == "extra_forbidden":
-        suggestion = nearest(place[-1], fields)
-        remedy = "leave it out" if suggestion is None else f"did you mean '{suggestion}'?"
-        sentence = f"is no field of this request; {remedy}"
+    sentence = _SENTENCES.get(first["type"], first["msg"]).format(**context)
     if place and place[0] in ("temperature", "stream", "prompt"):
         sentence = _NOT_SUPPORTED
     key = ".".join(place)

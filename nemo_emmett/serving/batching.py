@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_emmett.errors import DataError
 from nemo_emmett.models.inputs import Input, fill_batches, is_recording
 from nemo_emmett.prompts.answers import Answer
 
@@ -98,12 +99,17 @@ class Batcher:
                 self._changed.notify()
         return entry.future
 
-    def close(self) -> None:
-        """End the thread after the batch that it is at; what waits fails."""
+    def close(self, wait: bool = True) -> None:
+        """End the thread after the batch that it is at; what waits fails.
+
+        Args:
+            wait: until it has ended.
+        """
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _run(self) -> None:
         batch: list[_Entry] = []
@@ -144,6 +150,9 @@ class Batcher:
     def _measure(self, entries: Sequence[_Entry]) -> None:
         for entry, length in self._each(entries, self._model.input_lengths):
             entry.length = length
+            if length > self._batch_tokens and not is_recording(entry.input):
+                most = f"{self._batch_tokens:,} of a batch"
+                _fail(entry, DataError(f"a text has {length:,} tokens, more than the {most}; send its sentences."))
 
     def _answer(self, entries: Sequence[_Entry]) -> None:
         def answers(*inputs: Any) -> list[Answer]:

@@ -6,6 +6,7 @@ other is what the joint training is for. A model whose export does not say what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from nemo_emmett.errors import ConfigError
 from nemo_emmett.models.exported import only_source, trained_directions
 from nemo_emmett.prompts.answers import is_two_step
 from nemo_emmett.prompts.languages import check_language, language_name
-from nemo_emmett.serving.request_errors import RequestError
+from nemo_emmett.serving.request_errors import RequestError, shown
 
 DEFAULT_TARGET = "en"
 """OpenAI's API translates to English."""
@@ -59,12 +60,12 @@ class Directions:
         Raises:
             RequestError: if a language is unknown, or the model was not trained on it.
         """
-        named, target = bool(target), _checked(target or DEFAULT_TARGET, target_key)
-        source = _checked(source, source_key) if source else None
+        named, target = bool(target), self._known(target or DEFAULT_TARGET, target_key)
+        source = self._known(source, source_key) if source else None
+        default = "" if named else " (the default)"
         if self._trained:
             targets = {of_pair for _, of_pair in self._trained}
             if target not in targets:
-                default = "" if named else " (the default)"
                 raise _refused(
                     f"{target_key}: the model does not translate to {_named([target])}{default}, but to "
                     f"{_named(targets)}; name one of these.",
@@ -80,7 +81,7 @@ class Directions:
                 )
             if source == target and (source, target) not in trained_directions(self._config, modality):
                 raise _refused(
-                    f"{target_key}: {_named([target])} is the language of the input; name another.",
+                    f"{target_key}: {_named([target])}{default} is the language of the input; name another.",
                     target_key,
                 )
         return Direction(source, target)
@@ -106,13 +107,23 @@ class Directions:
             if len(possible) != 1:
                 raise _refused("language: is missing; name the language that is spoken, such as en.", "language")
             (language,) = possible
-        language = _checked(language, "language")
+        language = self._known(language, "language")
         if self._trained and language not in possible:
             which = f"transcribes {_named(possible)}" if possible else "was not trained to transcribe"
             raise _refused(f"language: the model does not transcribe {_named([language])}; it {which}.", "language")
         if self._trained and language not in transcribed:
             return Direction(language, on_the_way[language], wants_transcript=True)
         return Direction(language, language)
+
+    def _known(self, code: str, key: str) -> str:
+        """The one form of a code. Of a region that was not trained, as browsers name it (en-US), the language."""
+        try:
+            found = check_language(shown(code), key)
+        except ConfigError as error:
+            raise _refused(str(error), key) from error
+        base, _, rest = found.partition("-")
+        codes = {of_pair for pair in self._trained for of_pair in pair}
+        return base if found not in codes and base in codes and re.fullmatch(r"[A-Z]{2}|\d{3}", rest) else found
 
     def listing(self) -> dict[str, Any]:
         """What a client can choose from."""
@@ -123,13 +134,6 @@ class Directions:
             "languages": {code: language_name(code) for code in codes},
             "gives_transcripts": self.gives_transcripts,
         }
-
-
-def _checked(code: str, key: str) -> str:
-    try:
-        return check_language(code, key)
-    except ConfigError as error:
-        raise _refused(str(error), key) from error
 
 
 def _refused(sentence: str, key: str) -> RequestError:

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -33,7 +34,10 @@ _HEADERS = {
 }
 """Of every response: the page loads nothing from elsewhere, and no other site shows it."""
 
-_DISCARD_SECONDS = 5.0
+_DISCARD_SECONDS = 0.5
+
+_TAIL = 4096
+"""Bytes at the end of a form among which its last line is."""
 
 _CLIENT_HAS_GONE = 499
 """nginx' status of a request whose client closed the connection, for the metrics."""
@@ -45,6 +49,8 @@ class Traffic:
     def __init__(self) -> None:
         self.in_flight = 0
         self.is_stopping = False
+        self.is_ending = asyncio.Event()  # set: the requests in flight are ended, too
+        self.ended = 0  # requests that were
 
 
 class Gate:
@@ -72,7 +78,9 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, response, body = time.monotonic(), _Response(send), _Body(receive, self.limits.upload_bytes)
+        closing = closing_boundary(Headers(scope=scope).get("content-type", ""))
+        started, response = time.monotonic(), _Response(send)
+        body = _Body(receive, self.limits.upload_bytes, closing)
         is_work = scope["path"].startswith(API) and scope["method"] == "POST"
         try:
             self._check(scope, is_work)
@@ -90,7 +98,7 @@ class Gate:
             refusal = JSONResponse(error.body(), error.status, error.headers())
             await refusal(scope, receive, response.send)
         finally:
-            path = getattr(scope.get("route"), "path", "other")  # a path of the client's would be a time series each
+            path = _address(scope)
             self.metrics.requests.labels(path, response.status or 500).inc()
             self.metrics.seconds.labels(path).observe(time.monotonic() - started)
 
@@ -98,7 +106,7 @@ class Gate:
         headers = Headers(scope=scope)
         if self.api_key is not None and scope["path"].startswith(API):
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self.api_key):
                 raise RequestError(
                     "The key is missing or wrong; send it as the header `Authorization: Bearer KEY`.",
                     401,
@@ -121,16 +129,21 @@ class Gate:
         """Have a request answered, unless its client leaves or its time is over."""
         answering = asyncio.ensure_future(self.app(scope, body.receive, response.send))
         leaving = asyncio.ensure_future(body.until_disconnect())
+        ending = asyncio.ensure_future(self.traffic.is_ending.wait())
+        tasks = (answering, leaving, ending)
         try:
-            await asyncio.wait((answering, leaving), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED)
             if answering.done() or response.status is not None:  # what is being sent is sent to its end
                 await answering
                 return
-            has_left = leaving.done()
+            has_left, is_ended = leaving.done(), ending.done()
         finally:
-            leaving.cancel()
-            answering.cancel()  # and with it the inputs that wait in the queue
-            await asyncio.wait((answering, leaving))
+            for task in tasks:
+                task.cancel()  # and with the answer the inputs that wait in the queue
+            await asyncio.wait(tasks)
+        if is_ended:
+            self.traffic.ended += 1
+            raise RequestError("The server was stopped before the request was answered.", 503)
         if has_left:
             response.status = _CLIENT_HAS_GONE
             return
@@ -156,11 +169,13 @@ class _Response:
 
 
 class _Body:
-    """Receives a request's body up to a size."""
+    """Receives a request's body up to a size; a form must be whole, whose parser drops a part that breaks off."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
+    def __init__(self, receive: Receive, limit: int, closing: bytes | None) -> None:
         self._receive = receive
         self._limit = limit
+        self._closing = closing
+        self._tail = b""
         self._size = 0
         self._complete = asyncio.Event()
 
@@ -174,8 +189,12 @@ class _Body:
         if self._size > self._limit:
             error = _too_large(self._limit)
             raise HTTPException(error.status, str(error))  # which FastAPI's parsers leave as it is
+        if self._closing is not None:
+            self._tail = (self._tail + message.get("body", b""))[-_TAIL:]
         if not message.get("more_body", False):
             self._complete.set()
+            if self._closing is not None and message["type"] == "http.request" and self._closing not in self._tail:
+                raise HTTPException(400, "The form breaks off before its end; send all of it.")
         return message
 
     async def until_disconnect(self) -> None:
@@ -191,6 +210,25 @@ class _Body:
             self._size += len(message.get("body", b""))
             if not message.get("more_body", False):
                 self._complete.set()
+
+
+def closing_boundary(content_type: str) -> bytes | None:
+    """What ends a form of this type; None if it is no form.
+
+    Example:
+        >>> closing_boundary('multipart/form-data; boundary="a b"')
+        b'--a b--'
+    """
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    return b"--%s--" % boundary if kind == b"multipart/form-data" and boundary else None
+
+
+def _address(scope: Scope) -> str:
+    """The address of a request as the application names it; a path of the client's would be a time series each."""
+    if (route := scope.get("route")) is not None:
+        return route.path
+    return scope["path"] if any(scope["path"] == getattr(one, "path", None) for one in scope["app"].routes) else "other"
 
 
 def _too_large(limit: int) -> RequestError:

@@ -1,10 +1,11 @@
 """The process of a server: its socket, which is taken before the model is loaded, and how it stops.
 
-The first SIGTERM or SIGINT lets the requests in flight finish; new ones get 503. A second one ends them.
+The first SIGTERM or SIGINT lets the requests in flight finish; new ones get 503. At a second one these get it, too.
 """
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -13,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.serving.connections import Connection
 from nemo_emmett.serving.gate import Traffic
 
 _CLOSING_SECONDS = 5
@@ -64,10 +66,12 @@ class Server(uvicorn.Server):
         self.on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take no more requests; at the second signal, stop at once."""
-        if self.traffic.is_stopping:
+        """Take no more requests; at the second signal, end those in flight; at the third, stop at once."""
+        if self.traffic.is_ending.is_set():
             self.force_exit = True
             super().handle_exit(sig, frame)
+        if self.traffic.is_stopping:
+            self.traffic.is_ending.set()
         self.traffic.is_stopping = True
 
     async def on_tick(self, counter: int) -> bool:
@@ -86,11 +90,14 @@ def run(app: FastAPI, traffic: Traffic, listener: socket.socket, on_start: Calla
         listener: from :func:`bind`.
         on_start: called when it listens.
     """
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings are of what clients send
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         server_header=False,
+        http=Connection,
+        ws="none",
         timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
     Server(config, traffic, on_start).run(sockets=[listener])

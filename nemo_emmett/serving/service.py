@@ -113,10 +113,10 @@ class Service:
             parts,
         )
 
-    def close(self) -> None:
-        """End the threads."""
+    def close(self, wait: bool = True) -> None:
+        """End the threads; ``wait`` until that of the model has ended."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        self.batcher.close()
+        self.batcher.close(wait)
 
     def _check_text(self, text: str, key: str) -> None:
         if len(text) > self.limits.text_characters:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +155,111 @@ def test_a_body_without_its_type_is_told_which_to_send() -> None:
     sentence = "The body is no JSON object; send one, with the header Content-Type: application/json."
     assert [response.json()["error"]["message"] for response in (untyped, listed)] == [sentence, sentence]
     assert (untyped.status_code, listed.status_code) == (400, 400)
+
+
+def refusals(*requests: tuple[str, dict[str, Any]], status: int = 400) -> list[str]:
+    """The messages of requests that are refused, each in less than a second."""
+    messages = []
+    for request in requests:
+        started = time.monotonic()
+        (response,) = answers_of(request)
+        assert time.monotonic() - started < 1.0
+        assert response.status_code == status, response.text
+        messages.append(response.json()["error"]["message"])
+    return messages
+
+
+def test_a_large_body_with_many_faults_is_refused_as_fast_as_one_fault_is_found() -> None:
+    numbers = b'{"text":[' + b",".join([b"1"] * 1_000_000) + b"]}"
+    keys = b"{" + b",".join(b'"k%d":1' % n for n in range(300_000)) + b"}"
+    kind = {"Content-Type": "application/json"}
+    assert refusals(
+        ("/v1/translate", {"content": numbers, "headers": kind}), ("/v1/translate", {"content": keys, "headers": kind})
+    ) == ["text.0: must be a text.", "k0: is no field of this request; leave it out."]
+
+
+def test_what_a_client_sends_is_shown_short_and_can_always_be_sent_back() -> None:
+    surrogate = {"content": b'{"text":"a","target":"\\ud800"}', "headers": {"Content-Type": "application/json"}}
+    long = "x" * 900_000
+    assert refusals(
+        ("/v1/translate", surrogate),
+        ("/v1/translate", {"json": {"text": "a", "target": long}}),
+        ("/v1/translate", {"json": {"text": "a", long: 1}}),
+        (TRANSLATIONS, form(response_format=long)),
+    ) == [
+        "target: holds half of a surrogate pair, which is no character.",
+        "target: is longer than the 100 characters that it may have.",
+        f"{'x' * 100}...: is no field of this request; leave it out.",
+        f"response_format: must be 'json', 'text' or 'verbose_json', not '{'x' * 100}...'.",
+    ]
+    (missing,) = refusals((f"/{'x' * 900}", {}), status=404)
+    assert len(missing) < 200
+
+
+def test_each_fault_has_its_own_sentence() -> None:
+    whole = encoded(tone(0.1))
+    assert refusals(
+        ("/v1/translate", {"json": {"text": []}}),
+        ("/v1/translate", {"json": {"text": ["a", None]}}),
+        ("/v1/translate", {"json": {"text": 5}}),
+        ("/v1/translate", {"content": "ü".encode("latin-1"), "headers": {"Content-Type": "application/json"}}),
+        (TRANSLATIONS, {"json": {"file": "a.wav"}}),
+        (TRANSLATIONS, {"data": {"file": "a.wav"}, "files": {"other": whole}}),
+        (TRANSLATIONS, {"files": {"file": whole, "to_language": ("a", b"de")}}),
+        (TRANSLATIONS, {"files": [("file", whole), ("file", whole)]}),
+        (TRANSLATIONS, {"content": b"--x--", "headers": {"Content-Type": "multipart/form-data"}}),
+        (TRANSLATIONS, form(**{"timestamp_granularities[]": "word"})),
+    ) == [
+        "text: is an empty list; send one text at least.",
+        "text.1: must be a text.",
+        "text: must be a text.",
+        "The body cannot be read; send JSON in UTF-8.",
+        "The body is no form; send multipart/form-data with the recording as `file`.",
+        "other: is no field of this request; leave it out.",
+        "to_language: must be a text.",
+        "file: is given 2 times; send it once.",
+        "The body cannot be read; send a form of the type multipart/form-data, with its boundary.",
+        "timestamp_granularities[].0: must be 'segment', not 'word'.",
+    ]
+
+
+def test_what_openais_client_sends_beyond_need_is_taken() -> None:
+    segments, of_region = answers_of(
+        (TRANSLATIONS, form(response_format="verbose_json", **{"timestamp_granularities[]": "segment"})),
+        (TRANSLATIONS, form(language="en-US", to_language="de-AT")),
+    )
+    assert segments.json()["segments"]
+    assert of_region.json()["text"].startswith("de:")
+
+
+def test_addresses_are_taken_as_they_are() -> None:
+    async def main() -> list[int]:
+        with served(StubModel()) as server:
+            async with server.client() as client:
+                head = await client.head("/health")
+                others = [await client.get("/v1/models/"), await client.post("/v1/translate/", json={"text": "a"})]
+                return [head.status_code, *(response.status_code for response in others)]
+
+    assert asyncio.run(main()) == [200, 404, 404]
+
+
+def test_a_full_disk_is_no_fault_of_the_client(monkeypatch, caplog) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile.write", full)
+    (response,) = answers_of((TRANSLATIONS, form(to_language="de")))
+    assert response.status_code == 507
+    assert response.json()["error"]["type"] == "server_error"
+    assert "No space left on device" in caplog.text
+
+
+def test_a_text_of_more_tokens_than_a_batch_is_refused() -> None:
+    (response,) = answers_of(("/v1/translate", {"json": {"text": ["a", "b" * 4500], "target": "de"}}))
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == (
+        "a text has 4,500 tokens, more than the 4,096 of a batch; send its sentences."
+    )
 
 
 def test_one_bad_text_of_a_request_fails_it_and_no_other_request() -> None:

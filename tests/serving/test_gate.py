@@ -104,7 +104,9 @@ def test_a_request_that_takes_too_long_is_not_computed() -> None:
     asyncio.run(main())
 
 
-async def raw(server: Any, body: list[bytes | float], headers: dict[str, str], leave: bool = False) -> list[dict]:
+async def raw(
+    server: Any, body: list[bytes | float], headers: dict[str, str], leave: bool = False, path: str = "/v1/translate"
+) -> list[dict]:
     """What the application sends to a request whose body comes in pieces; numbers are pauses.
 
     Args:
@@ -112,6 +114,7 @@ async def raw(server: Any, body: list[bytes | float], headers: dict[str, str], l
         body: pieces.
         headers: of the request.
         leave: the client closes the connection after the body.
+        path: of the request.
     """
     sent: list[dict] = []
     pieces = list(body)
@@ -135,8 +138,8 @@ async def raw(server: Any, body: list[bytes | float], headers: dict[str, str], l
         "http_version": "1.1",
         "method": "POST",
         "scheme": "http",
-        "path": "/v1/translate",
-        "raw_path": b"/v1/translate",
+        "path": path,
+        "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
@@ -181,6 +184,58 @@ def test_bodies_are_limited_by_what_they_declare_and_by_what_comes() -> None:
                 response = await client.post("/v1/audio/translations", files={"file": encoded(tone(1.0))})
                 assert response.status_code == 413
                 assert error_of(response)["type"] == "invalid_request_error"
+
+    asyncio.run(main())
+
+
+def test_a_form_that_breaks_off_is_refused() -> None:
+    whole = httpx.Request("POST", "http://x", files={"file": encoded(tone(0.1))}, data={"to_language": "de"})
+    body, kind = whole.read(), {"content-type": whole.headers["content-type"]}
+
+    async def main() -> None:
+        with served(StubModel()) as server:
+            for cut in (body[:-5], body[: body.index(b"to_language") + 3], body[:100], b""):
+                sent = await raw(server, [cut], kind, path="/v1/audio/translations")
+                assert sent[0]["status"] == 400
+                assert b"The form breaks off before its end; send all of it." in sent[1]["body"]
+            for pieces in (
+                [body],
+                [body[:-3], body[-3:]],
+                [body, b"\r\n"],
+                [body[n : n + 7] for n in range(0, len(body), 7)],
+            ):
+                sent = await raw(server, pieces, kind, path="/v1/audio/translations")
+                assert sent[0]["status"] == 200, sent
+            assert not server.model.batches or {*map(len, server.model.batches)} == {1}
+
+    asyncio.run(main())
+
+
+def test_at_the_second_signal_requests_in_flight_are_told_so() -> None:
+    async def main() -> None:
+        with served(StubModel()) as server:
+            async with server.client() as client:
+                server.model.go.clear()
+                pending = [asyncio.ensure_future(client.post("/v1/translate", json=TEXT)) for _ in range(3)]
+                await until(lambda: server.traffic.in_flight == 3)
+                server.traffic.is_ending.set()
+                for response in await asyncio.gather(*pending):
+                    assert response.status_code == 503
+                    assert error_of(response)["message"] == "The server was stopped before the request was answered."
+                assert server.traffic.ended == 3
+
+    asyncio.run(main())
+
+
+def test_refused_requests_are_counted_under_their_address() -> None:
+    async def main() -> None:
+        with served(StubModel(), api_key="s3cret") as server:
+            async with server.client() as client:
+                for path in ("/v1/translate", "/v1/nothing"):
+                    assert (await client.post(path, json=TEXT)).status_code == 401
+            counted = server.metrics.text().decode()
+            for path in ("/v1/translate", "other"):
+                assert f'nemo_emmett_requests_total{{path="{path}",status="401"}} 1.0' in counted
 
     asyncio.run(main())
 

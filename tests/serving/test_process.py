@@ -174,6 +174,21 @@ def test_sigterm_lets_the_requests_in_flight_finish(exported, tiny_model, tmp_pa
         assert server.log.read_text().endswith("Stopped; all requests were answered.\n")
 
 
+def test_a_second_signal_ends_the_requests_in_flight(exported, tmp_path: Path) -> None:
+    with running(exported, tmp_path / "log", "--batch-wait-ms", "60000") as server, ThreadPoolExecutor(3) as pool:
+        pending = [pool.submit(post, server.url, word) for word in ("one", "two", "six")]
+        wait_for(lambda: "requests_in_flight 3.0" in CLIENT.get(f"{server.url}/metrics").text)
+        os.kill(server.process.pid, signal.SIGINT)
+        wait_for(lambda: CLIENT.get(f"{server.url}/health").status_code == 503)
+        os.kill(server.process.pid, signal.SIGINT)
+        assert [future.result().status_code for future in pending] == [503] * 3
+        server.process.join(10)
+        assert server.process.exitcode == 1
+        log = server.log.read_text()
+        assert log.endswith("Stopped; 3 request(s) in flight were ended.\n")
+        assert "Traceback" not in log
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     for _ in range(200):
         if condition():
@@ -198,6 +213,7 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(exported) -> No
         (["MODEL", "--host", "256.1.1.1"], "the server cannot listen at 256.1.1.1:"),
         (["MODEL", "--device", "gpu"], "--device: 'gpu' is no device"),
         (["MODEL", "--chunk-seconds", "0"], "Invalid value for '--chunk-seconds'"),
+        (["MODEL", "--timeout", "nan"], "Invalid value for '--timeout': 'nan' is no number."),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(exported, arguments: list[str], sentence: str) -> None:
@@ -206,6 +222,14 @@ def test_mistakes_are_told_before_the_model_is_loaded(exported, arguments: list[
     assert result.exit_code == 2
     assert sentence in result.output
     assert "Loading" not in result.output
+
+
+@pytest.mark.parametrize("key", ["ключ", "é", "s3cret\n", "two words"])
+def test_a_key_that_no_client_could_send_is_told(exported, monkeypatch, key: str) -> None:
+    monkeypatch.setenv("NEMO_EMMETT_API_KEY", key)
+    result = CliRunner().invoke(main, ["serve", str(exported)])
+    assert result.exit_code == 2
+    assert "NEMO_EMMETT_API_KEY: the key has a space, a line's end or a character that is not ASCII" in result.output
 
 
 def test_a_missing_extra_is_told_with_the_command_that_installs_it(exported, monkeypatch) -> None:
