@@ -4,11 +4,11 @@ Multi30k's captions of at most 12 words, in one synthetic voice, English to Fren
 250, 500, 1,000, 2,000 or all recordings with translations. The speech encoder is pretrained on all of them with their
 transcripts, since there is more transcribed than translated speech everywhere; the language model on the pairs of
 sentences that are not spoken, which are longer. The text of joint training is all pairs, and the teacher of
-distillation and retention is the language model trained on them without speech. No training sentence is in the
-development or test set, in either language.
+distillation is the language model trained on them without speech. No training sentence is in the development or test
+set, in either language.
 
-Speech alone, and joint training with the objectives that won, are trained with every number of recordings; the other
-arms with 1,000.
+Speech alone, and joint training with the objectives that won, are trained with every number of recordings; joint
+training without objectives with 1,000. With these the part on settings (``--settings``) has the other objectives.
 """
 
 from __future__ import annotations
@@ -49,34 +49,17 @@ ENCODER = ("trainer.max_steps=1800",)
 TEACHER_STEPS = 1200
 """Training of the language model on all text."""
 
-QUARTER = ("+data.train_ds.text.every_n_steps=4", "model.modality_loss_weights.text=0.5")
-"""As fairseq recommends for joint training: text in a quarter of the steps, its loss with half the weight."""
-
-TRANSCRIPTION = ("+data.train_ds.audio.transcription=0.2", objective("transcription", 0.5))
-"""A fifth of the recordings is transcribed instead of translated, with half the weight."""
-
 DISTILLATION, CONSISTENCY, RETENTION = (objective(name, 1.0) for name in ("distillation", "consistency", "retention"))
 
 ARMS = (
     Arm("speech", "speech alone", (SPEECH_ALONE,)),
     Arm("joint", "joint", ()),
     Arm("best", "joint + distillation + consistency", (DISTILLATION, CONSISTENCY), teaches=("distillation",)),
-    Arm("quarter", "joint, a quarter of the text", QUARTER),
-    Arm("distillation", "joint + distillation", (DISTILLATION,), teaches=("distillation",)),
-    Arm("consistency", "joint + consistency", (CONSISTENCY,)),
-    Arm("retention", "joint + retention", (RETENTION,), teaches=("retention",)),
-    Arm("transcription", "joint + transcription", TRANSCRIPTION),
-    Arm(
-        "together",
-        "all together",
-        (DISTILLATION, CONSISTENCY, RETENTION, *TRANSCRIPTION),
-        teaches=("distillation", "retention"),
-    ),
 )
 """Ways of training; the first is what the others are compared with."""
 
 AT_EVERY_SIZE = ("speech", "best")
-"""The other arms are trained with ``MAIN_SIZE`` recordings alone."""
+"""The others are trained with ``MAIN_SIZE`` recordings alone."""
 
 MAIN_SIZE = "1000"
 
@@ -98,9 +81,8 @@ def part(captions: Corpus, source: Path, data: Path, exp: Path, seeds: Sequence[
     """
     home = exp / "scarce"
     setting = scarce_setting(data, exp)
-    runs = corpus_runs(captions, source, data) + start_runs(setting, seeds)
+    runs = [*corpus_runs(captions, source, data), *start_runs(setting, seeds), *teacher_runs(data, exp, seeds)]
     for seed in seeds:
-        runs.append(teacher_run(replace(setting, overrides=BATCH), data / "scarce" / "all", TEACHER_STEPS, seed))
         for size in SIZES:
             for arm in arms_of(size):
                 folder, name = home / size / arm.name / str(seed), f"scarce/{size}/{arm.name}/{seed}"
@@ -124,6 +106,12 @@ def scarce_setting(data: Path, exp: Path) -> Setting:
         encoder=ENCODER,
         overrides=COMMON,
     )
+
+
+def teacher_runs(data: Path, exp: Path, seeds: Sequence[int]) -> list[Run]:
+    """The language model of each seed, trained on all text."""
+    setting = replace(scarce_setting(data, exp), overrides=BATCH)
+    return [teacher_run(setting, data / "scarce" / "all", TEACHER_STEPS, seed) for seed in seeds]
 
 
 def corpus_runs(captions: Corpus, source: Path, data: Path) -> list[Run]:

@@ -1,7 +1,7 @@
-"""How to set up joint training with 1,000 recordings: ratio, weight, learning rate of the encoder, length.
+"""How to set up joint training with 1,000 recordings: objectives, ratio, weight, rate of the encoder, length.
 
-The captions, starts, and three of the trainings of the part on scarce speech: speech alone, joint, and joint with a
-quarter of the text. The others change one setting of joint training; and speech alone is trained for twice the steps,
+The captions, starts, and three of the trainings of the part on scarce speech: speech alone, joint, and joint with the
+objectives that won. The others change one setting of joint training; and speech alone is trained for twice the steps,
 which takes more CPU seconds than joint training.
 """
 
@@ -13,8 +13,16 @@ from statistics import fmean
 
 from experiment_runs import Corpus
 from experiment_scarce import ARMS as SCARCE_ARMS
-from experiment_scarce import STEPS, corpus_runs, scarce_setting
-from experiment_seeds import SPEECH_ALONE, VALIDATIONS, Arm, Part, Results, start_runs, training_run
+from experiment_scarce import (
+    CONSISTENCY,
+    DISTILLATION,
+    RETENTION,
+    STEPS,
+    corpus_runs,
+    scarce_setting,
+    teacher_runs,
+)
+from experiment_seeds import SPEECH_ALONE, VALIDATIONS, Arm, Part, Results, objective, start_runs, training_run
 
 SIZE = "1000"
 """Recordings; the name of the corpus' folder."""
@@ -22,24 +30,38 @@ SIZE = "1000"
 LONGER = (f"trainer.max_steps={2 * STEPS}", f"trainer.limit_train_batches={2 * STEPS // VALIDATIONS}")
 
 
-SHARED = tuple(arm for arm in SCARCE_ARMS if arm.name in ("speech", "joint", "quarter"))
+QUARTER = ("+data.train_ds.text.every_n_steps=4", "model.modality_loss_weights.text=0.5")
+"""As fairseq recommends for joint training: text in a quarter of the steps, its loss with half the weight."""
+
+TRANSCRIPTION = ("+data.train_ds.audio.transcription=0.2", objective("transcription", 0.5))
+"""A fifth of the recordings is transcribed instead of translated, with half the weight."""
+
+TOGETHER = (DISTILLATION, CONSISTENCY, RETENTION, *TRANSCRIPTION)
+
+SHARED = SCARCE_ARMS
 """Trainings of the part on scarce speech."""
 
 ARMS = (
-    Arm("weight_half", "text with half the weight", ("model.modality_loss_weights.text=0.5",)),
+    Arm("distillation", "joint + distillation", (DISTILLATION,), teaches=("distillation",)),
+    Arm("consistency", "joint + consistency", (CONSISTENCY,)),
+    Arm("retention", "joint + retention", (RETENTION,), teaches=("retention",)),
+    Arm("transcription", "joint + transcription", TRANSCRIPTION),
+    Arm("together", "joint + all objectives", TOGETHER, teaches=("distillation", "retention")),
+    Arm("quarter", "joint, a quarter of the text", QUARTER),
+    Arm("weight_half", "joint, text with half the weight", ("model.modality_loss_weights.text=0.5",)),
     Arm(
         "encoder_slow",
-        "a third of the encoder's learning rate",
+        "joint, a third of the encoder's learning rate",
         ("+model.optim_param_groups={encoder: {lr: 0.0033}}",),
     ),
-    Arm("encoder_frozen", "frozen encoder", ("+model.freeze=[encoder]",)),
+    Arm("encoder_frozen", "joint, frozen encoder", ("+model.freeze=[encoder]",)),
     Arm("speech_longer", "speech alone, twice the steps", (SPEECH_ALONE, *LONGER)),
 )
 """Ways of training. The encoder's rate in the recipe is 0.01, as that of all parts."""
 
 REFERENCES = {
     **{arm.name: "joint" for arm in ARMS},
-    "quarter": "joint",
+    "best": "joint",
     "joint": "speech",
     "speech_longer": "speech",
 }
@@ -49,7 +71,7 @@ REFERENCES = {
 def part(captions: Corpus, source: Path, data: Path, exp: Path, seeds: Sequence[int]) -> Part:
     """The part of the experiment; arguments as for that on scarce speech."""
     setting = scarce_setting(data, exp)
-    runs = corpus_runs(captions, source, data) + start_runs(setting, seeds)
+    runs = [*corpus_runs(captions, source, data), *start_runs(setting, seeds), *teacher_runs(data, exp, seeds)]
     for seed in seeds:
         for arm in (*SHARED, *ARMS):
             folder = _folder(exp, arm.name, seed)
@@ -64,7 +86,7 @@ def _folder(exp: Path, arm: str, seed: int) -> Path:
 
 
 def collect(exp: Path, seeds: Sequence[int]) -> Results:
-    """Scores of all trainings, and comparisons with speech alone."""
+    """Scores of all trainings, and comparisons with joint training, and of that with speech alone."""
     from experiment_compare import collect_arms, speech_into_others
 
     names = [arm.name for arm in (*SHARED, *ARMS)]
