@@ -93,13 +93,13 @@ def test_every_run_comes_after_those_it_needs_and_parts_share_what_they_have_in_
     assert len(runs) == len({run.result for run in runs})
     scarce = {run.name: run for run in parts["scarce"].runs}
     shared = {name: [run for run in parts[name].runs if run.name in scarce] for name in ("forgetting", "settings")}
-    assert {name: len(of_part) for name, of_part in shared.items()} == {"forgetting": 10, "settings": 18}
+    assert {name: len(of_part) for name, of_part in shared.items()} == {"forgetting": 10, "settings": 22}
     for run in (*shared["forgetting"], *shared["settings"]):
         assert (run.command(), run.result) == (scarce[run.name].command(), scarce[run.name].result)
 
 
 @pytest.mark.parametrize(
-    ("name", "trainings"), [("scarce", 11), ("settings", 13), ("forgetting", 10), ("mboshi", 5), ("zero_shot", 4)]
+    ("name", "trainings"), [("scarce", 13), ("settings", 14), ("forgetting", 10), ("mboshi", 5), ("zero_shot", 4)]
 )
 def test_every_training_has_a_recipe_without_a_mistake(name, trainings, parts):
     found = recipes(parts[name])
@@ -148,6 +148,8 @@ def test_the_arms_of_scarce_speech_are_those_of_the_question(parts):
     speech, joint, best = (found[f"scarce/1000/{arm}/1"] for arm in ("speech", "joint", "best"))
     quarter, together = (recipes(parts["settings"])[f"settings/{arm}/1"] for arm in ("quarter", "together"))
     assert "text" not in speech.data.train_ds
+    longer = found["scarce/1000/best_longer/1"]
+    assert (longer.trainer.max_steps, longer.model.objectives) == (2 * best.trainer.max_steps, best.model.objectives)
     assert quarter.data.train_ds.text.every_n_steps == 4
     assert dict(quarter.model.modality_loss_weights) == {"audio": 1.0, "text": 0.5}
     assert "objectives" not in joint.model
@@ -290,7 +292,9 @@ def test_scarce_speech_is_compared_size_by_size(collected):
     assert joint["dev_at_equal_seconds"] == [0.0, 0.0]
     assert {one["best_step"] for one in results["trainings"]} == {100}
     assert f"| 250 | speech alone | {bleu(4):.1f} ± 0.0 | {bleu(2):.1f} ± 0.0 | 100 ± 0 |" in text
-    assert f"| 1,000 | joint | {bleu(2) - bleu(4):+.1f} ± 0.0 |" in text
+    assert f"| 1,000 | joint | speech alone | {bleu(2) - bleu(4):+.1f} ± 0.0 |" in text
+    longer = next(one for one in results["comparisons"] if one["arm"] == "best_longer")
+    assert longer["reference"] == "speech_longer"
     assert "| – | nothing yet (the start) | – | 100.0 ± 0.0 | – |" in text
     assert "| – | text alone (the teacher) | – | 100.0 ± 0.0 | 200 ± 0 |" in text
     assert {one["size"] for one in results["comparisons"] if one["arm"] == "joint"} == {"1000"}
@@ -311,6 +315,7 @@ def test_each_setting_is_compared_with_joint_training_and_that_with_speech_alone
     results, text = collected("settings", lambda name: 3 if "/speech" in name else 2, [("en", "fr")])
     over = {one["arm"]: one["reference"] for one in results["comparisons"]}
     assert over.pop("joint") == over.pop("speech_longer") == "speech"
+    assert over.pop("best_longer") == "speech_longer"
     assert set(over.values()) == {"joint"}
     assert f"| joint | speech alone | {bleu(2) - bleu(3):+.1f} ± 0.0 |" in text
     assert f"| speech alone, twice the steps | {bleu(3):.1f} ± 0.0 |" in text

@@ -8,7 +8,8 @@ distillation is the language model trained on them without speech. No training s
 set, in either language.
 
 Speech alone, and joint training with the objectives that won, are trained with every number of recordings; joint
-training without objectives with 1,000. With these the part on settings (``--settings``) has the other objectives.
+training without objectives, and either of the first two for twice the steps, with 1,000. The part on settings
+(``--settings``) has other objectives.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from experiment_runs import Corpus, Run, leaks_run
 from experiment_runs import corpus_runs as captions_runs
 from experiment_seeds import (
     SPEECH_ALONE,
+    VALIDATIONS,
     Arm,
     Part,
     Results,
@@ -36,6 +38,9 @@ from stages import script
 
 STEPS = 600
 """Of a training."""
+
+LONGER = (f"trainer.max_steps={2 * STEPS}", f"trainer.limit_train_batches={2 * STEPS // VALIDATIONS}")
+"""Twice the steps."""
 
 BATCH = ("data.train_ds.audio.batch_size=16", "data.train_ds.text.batch_size=16")
 """Half of the captions' recipe, which has fewer steps."""
@@ -51,12 +56,25 @@ TEACHER_STEPS = 1200
 
 DISTILLATION, CONSISTENCY, RETENTION = (objective(name, 1.0) for name in ("distillation", "consistency", "retention"))
 
+BEST = (DISTILLATION, CONSISTENCY)
+"""The objectives that won."""
+
 ARMS = (
     Arm("speech", "speech alone", (SPEECH_ALONE,)),
     Arm("joint", "joint", ()),
-    Arm("best", "joint + distillation + consistency", (DISTILLATION, CONSISTENCY), teaches=("distillation",)),
+    Arm("best", "joint + distillation + consistency", BEST, teaches=("distillation",)),
+    Arm("speech_longer", "speech alone, twice the steps", (SPEECH_ALONE, *LONGER)),
+    Arm(
+        "best_longer",
+        "joint + distillation + consistency, twice the steps",
+        (*BEST, *LONGER),
+        teaches=("distillation",),
+    ),
 )
-"""Ways of training; the first is what the others are compared with."""
+"""Ways of training."""
+
+REFERENCES = {"joint": "speech", "best": "speech", "speech_longer": "speech", "best_longer": "speech_longer"}
+"""What each is compared with."""
 
 AT_EVERY_SIZE = ("speech", "best")
 """The others are trained with ``MAIN_SIZE`` recordings alone."""
@@ -124,7 +142,7 @@ def corpus_runs(captions: Corpus, source: Path, data: Path) -> list[Run]:
 
 
 def collect(data: Path, home: Path, seeds: Sequence[int]) -> Results:
-    """Scores of all trainings, and each arm compared with speech alone of its size."""
+    """Scores of all trainings, and each arm compared with speech alone of its size and length."""
     from experiment_compare import collect_arms, speech_into_others, start_scores, teacher_scores
 
     trainings, comparisons = [], []
@@ -134,7 +152,7 @@ def collect(data: Path, home: Path, seeds: Sequence[int]) -> Results:
             arms,
             seeds,
             lambda arm, seed, size=size: home / size / arm / str(seed),
-            dict.fromkeys(arms[1:], arms[0]),
+            REFERENCES,
             speech_into_others,
         )
         trainings += [{"size": size, **one} for one in of_size]
@@ -162,15 +180,20 @@ def tables(results: Mapping) -> str:
                 scores.append([f"{results['recordings'][size]:,}", arm.title, *cells])
     titles = {arm.name: arm.title for arm in ARMS}
     differences = [
-        [f"{results['recordings'][one['size']]:,}", titles[one["arm"]], *comparison_cells(one)]
+        [
+            f"{results['recordings'][one['size']]:,}",
+            titles[one["arm"]],
+            titles[one["reference"]],
+            *comparison_cells(one),
+        ]
         for one in results["comparisons"]
     ]
     return "\n".join(
         [
             "**Scarce speech**: BLEU at the best checkpoint (mean ± deviation over seeds)\n",
             markdown_table(("recordings", "trained on", "speech", "text", "CPU seconds"), scores, names=2),
-            "Speech BLEU, difference from speech alone:\n",
-            markdown_table(("recordings", "", *COMPARISON), differences, names=2),
+            "Speech BLEU, differences:\n",
+            markdown_table(("recordings", "", "over", *COMPARISON), differences, names=3),
         ]
     )
 

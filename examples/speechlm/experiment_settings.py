@@ -1,8 +1,7 @@
 """How to set up joint training with 1,000 recordings: objectives, ratio, weight, rate of the encoder, length.
 
-The captions, starts, and three of the trainings of the part on scarce speech: speech alone, joint, and joint with the
-objectives that won. The others change one setting of joint training; and speech alone is trained for twice the steps,
-which takes more CPU seconds than joint training.
+The captions, the starts, and the trainings of the part on scarce speech with as many recordings: speech alone and joint
+with the objectives that won, of either length, and joint. The others change one setting of joint training.
 """
 
 from __future__ import annotations
@@ -22,13 +21,11 @@ from experiment_scarce import (
     scarce_setting,
     teacher_runs,
 )
-from experiment_seeds import SPEECH_ALONE, VALIDATIONS, Arm, Part, Results, objective, start_runs, training_run
+from experiment_scarce import REFERENCES as SCARCE_REFERENCES
+from experiment_seeds import Arm, Part, Results, objective, start_runs, training_run
 
 SIZE = "1000"
 """Recordings; the name of the corpus' folder."""
-
-LONGER = (f"trainer.max_steps={2 * STEPS}", f"trainer.limit_train_batches={2 * STEPS // VALIDATIONS}")
-
 
 QUARTER = ("+data.train_ds.text.every_n_steps=4", "model.modality_loss_weights.text=0.5")
 """As fairseq recommends for joint training: text in a quarter of the steps, its loss with half the weight."""
@@ -55,15 +52,13 @@ ARMS = (
         ("+model.optim_param_groups={encoder: {lr: 0.0033}}",),
     ),
     Arm("encoder_frozen", "joint, frozen encoder", ("+model.freeze=[encoder]",)),
-    Arm("speech_longer", "speech alone, twice the steps", (SPEECH_ALONE, *LONGER)),
 )
 """Ways of training. The encoder's rate in the recipe is 0.01, as that of all parts."""
 
 REFERENCES = {
     **{arm.name: "joint" for arm in ARMS},
+    **SCARCE_REFERENCES,
     "best": "joint",
-    "joint": "speech",
-    "speech_longer": "speech",
 }
 """What each is compared with."""
 
