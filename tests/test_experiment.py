@@ -292,11 +292,3 @@ def test_a_mean_has_the_deviation_of_a_sample_beside_it():
     assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
     assert mean_and_deviation([-1.0, -2.0, -3.0], "+.1f") == "-2.0 ± 1.0"
     assert mean_and_deviation([4.0]) == "4.0"
-
-
-def test_the_page_in_the_docs_has_the_tables_of_the_results_kept():
-    from experiment_results import tables
-
-    root = Path(__file__).parents[1]
-    kept = json.loads((root / "benchmarks" / "results" / "experiment.json").read_text())
-    assert tables(kept).strip() in (root / "docs" / "experiment.md").read_text()

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -65,17 +65,14 @@ def joint_claims() -> Iterator[str]:
     assert max(map(abs, kept)) < 1
     single = [abs(d) for c in corpora for m in models for d in differences(KEPT, c, m)["text"]]
     assert max(single) < 2
-    yield f"within one point of that of training on text alone, in all {len(kept)} rows"
-    yield f"within two in each of the {len(single)} runs"
+    assert (len(kept), len(single)) == (4, 12)  # "in all four rows", "in each of the twelve runs"
     lost = {key: starts[key] - score(*key, "ast", "text") for key in starts}
-    yield (
-        f"SALM-T5 {lost['phrasebook', 'salm_t5']:.1f} and {lost['captions', 'salm_t5']:.1f} points against its start, on the "
-        f"phrasebook and on the captions, SALM-GPT {lost['phrasebook', 'salm_gpt']:.1f} and "
-        f"{lost['captions', 'salm_gpt']:.1f}"
+    of_t5, of_gpt = (
+        f"{lost['phrasebook', model]:.1f} and {lost['captions', model]:.1f}" for model in ("salm_t5", "salm_gpt")
     )
-    of_speech = {
-        (c, m): mean_and_deviation(differences(KEPT, c, m)["speech"], "+.1f") for c in corpora for m in models
-    }
+    yield f"SALM-T5 {of_t5} points against its start, on the phrasebook and on the captions, SALM-GPT {of_gpt}"
+    yield f"where speech alone loses {min(lost.values()):.0f} to {max(lost.values()):.0f} points"
+    of_speech = {(c, m): mean_and_deviation(differences(KEPT, c, m)["speech"], "+.1f") for c in corpora for m in models}
     yield f"({of_speech['phrasebook', 'salm_t5']} and {of_speech['phrasebook', 'salm_gpt']})"
     yield f"{of_speech['captions', 'salm_t5'][1:]} and {of_speech['captions', 'salm_gpt'][1:]} BLEU on the captions"
     seconds = [
@@ -119,4 +116,153 @@ def efficiency_claims() -> Iterator[str]:
     yield f"is behind by {fmean(values(reference, 'speech')) - fmean(values(fixed, 'speech')):.0f} BLEU"
     padding = [100 * fmean(values(arm, "padding")) for arm in (reference, one_dimension)]
     yield f"pad speech by {padding[0]:.0f} %"
-    yield f"one dimension by {padding[1]:.0f} %, and those need {to_target(one_dimension)[1]:.0f} s"
+    (_, of_one_dimension), needed = to_target(one_dimension), f"where the reference needs {seconds:.0f} s"
+    yield f"one dimension by {padding[1]:.0f} %, and those need {of_one_dimension:.0f} s {needed}"
+
+
+def scarce_claims() -> Iterator[str]:
+    """Of the part on scarce speech."""
+    part = KEPT["scarce"]
+    compared = {(one["size"], one["arm"]): one for one in part["comparisons"]}
+
+    def mean(size: str, arm: str, key: str) -> float:
+        return fmean(one[key] for one in part["trainings"] if (one["size"], one["arm"]) == (size, arm))
+
+    best, joint, more_speech, longer = (
+        compared["1000", arm] for arm in ("best", "joint", "speech_longer", "best_longer")
+    )
+    start, teacher = (fmean(one["text"] for one in part[key]) for key in ("starts", "teachers"))
+
+    def interval(one: Mapping[str, Any]) -> str:
+        return f"{one['difference']:+.1f} (95 % interval {one['low']:+.1f} to {one['high']:+.1f}, p = {one['p']:.3f})"
+
+    yield f"{longer['difference']:+.1f} BLEU with 1,000 recordings"
+    yield (
+        f"With 1,000 recordings, joint training with distillation and consistency translates speech at "
+        f"{mean('1000', 'best', 'speech'):.1f} BLEU, speech alone at {mean('1000', 'speech', 'speech'):.1f}: "
+        f"{interval(best)}"
+    )
+    yield (
+        f"{mean('1000', 'best_longer', 'speech'):.1f} against {mean('1000', 'speech_longer', 'speech'):.1f} BLEU, "
+        f"{interval(longer)}"
+    )
+    yield f"speech alone gains {more_speech['difference']:+.1f} (p = {more_speech['p']:.3f}) by them"
+    yield f"Joint training without objectives gives {joint['difference']:+.1f} (p = {joint['p']:.3f})"
+    yield (
+        f"Text is then translated at {mean('1000', 'best_longer', 'text'):.1f} BLEU, where the start has {start:.1f}, "
+        f"speech alone leaves {mean('1000', 'speech_longer', 'text'):.1f}, and the teacher has {teacher:.1f}"
+    )
+    others = [size for size in part["recordings"] if size != "1000"]
+    yield ", ".join(f"{compared[size, 'best']['difference']:+.1f} with {part['recordings'][size]:,}" for size in others)
+    seconds = mean("1000", "best", "cpu_seconds") / mean("1000", "speech", "cpu_seconds")
+    yield f"takes {seconds:.1f} times the CPU seconds of one on speech alone"
+    yield f"the teacher's training {fmean(one['cpu_seconds'] for one in part['teachers']):.0f} CPU seconds"
+    by_seconds = [fmean(one["dev_at_equal_seconds"]) for one in (best, longer)]
+    yield f"{by_seconds[0]:+.1f} and {by_seconds[1]:+.1f} BLEU on the development set"
+    yield f"{part['text']:,} pairs of sentences"
+    yield f"the {part['start_text']:,} pairs that are not spoken"
+    yield f"{part['seconds'] / 3600:.1f} hours of one core"
+
+
+def rows_of_models_page() -> Iterator[str]:
+    """The table of docs/models.md on how to train, by the number of recordings."""
+    part = KEPT["scarce"]
+    for size, count in part["recordings"].items():
+        arms = (("speech", "best"), ("speech_longer", "best_longer")) if size == "1000" else (("speech", "best"),)
+        for reference, arm in arms:
+            speech, best = (
+                fmean(one["speech"] for one in part["trainings"] if (one["size"], one["arm"]) == (size, name))
+                for name in (reference, arm)
+            )
+            (found,) = [one for one in part["comparisons"] if (one["size"], one["arm"]) == (size, arm)]
+            steps = f"{part['steps'] * (1 + arm.endswith('longer')):,}"
+            yield f"| {count:,} | {steps} | {speech:.1f} | {best:.1f} | {found['difference']:+.1f} |"
+
+
+def test_the_page_on_models_has_the_measured_numbers():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    for row in rows_of_models_page():
+        assert row in page
+
+
+CLAIMS = {"": (joint_claims, efficiency_claims), "scarce": (scarce_claims,)}
+"""Sentences by the part that they are about; the first one has no name."""
+
+
+def claims() -> Iterator[str]:
+    for part, of_part in CLAIMS.items():
+        if not part or part in KEPT:
+            for found in of_part:
+                yield from found()
+
+
+def test_the_page_says_what_the_kept_results_say():
+    page = words(PAGE)
+    for claim in claims():
+        assert claim in page
+
+
+def set_up() -> dict[str, str]:
+    """Numbers of the page that are none of a result, with what they are."""
+    from demo import PHRASEBOOK
+    from experiment_corpora import DEV, SIZES
+    from experiment_runs import CAPTIONS, MAX_PADDING, MEMORY_BUDGET, SEEDS, SPOKEN_SENTENCES, captions, phrasebook
+    from experiment_scarce import BATCH, STEPS, TEACHER_STEPS
+
+    test_items = int(PHRASEBOOK[PHRASEBOOK.index("--test-items") + 1])
+    return {
+        CAPTIONS[CAPTIONS.index("--max-words") + 1]: "words of a caption; directions between four languages",
+        **{f"{int(size):,}": "recordings" for size in SIZES if size.isdigit()},
+        f"{KEPT.get('scarce', {}).get('recordings', {}).get('all', 6159):,}": "all recordings for translation",
+        **{f"{count:,}": "recordings of a language" for count in SPOKEN_SENTENCES.values()},
+        f"{STEPS}": "steps where speech is scarce",
+        BATCH[0].partition("=")[2]: "recordings of a step there",
+        f"{TEACHER_STEPS:,}": "steps of the teacher",
+        f"{DEV}": "recordings that are moved to the development set",
+        f"{test_items}": "items of the phrasebook's test set",
+        f"{12 * test_items:,}": "their translations into each other's languages",
+        f"{captions(Path(), Path()).steps}": "steps of the first part",
+        f"{phrasebook(Path()).steps}": "steps of the first part",
+        f"{MEMORY_BUDGET.removesuffix('MiB')}": "MiB of a step in the part on efficiency",
+        f"{100 * MAX_PADDING:.0f}": "per cent of padding in the part on efficiency",
+        f"{len(SEEDS)}": "seeds",
+        "6,462": "captions that are spoken, as `prepare captions` counts them",
+        "399": "captions of at most so many words in Multi30k's validation set, as counted there",
+        "100": "captions in the development set; steps in the part on efficiency",
+        "32": "recordings, and pairs of sentences, of a step in the first part",
+        "4": "layers of the encoder and of Llama; buckets of inputs",
+        "2": "layers of T5's encoder and decoder; buckets of outputs; BLEU that Tang et al. gain",
+        "128": "their width",
+        "11.8": "BLEU that Dinh gains over direct training",
+        "3.9": "BLEU that Dinh gains over training from a pretrained encoder",
+        "95": "per cent of an interval",
+        "1": "point",
+        "10": "points",
+        "1,190": "utterances of Mboshi",
+        "30": "trainings of --settings, of --forgetting",
+        "9": "trainings that --settings has from --scarce",
+        "15": "trainings of --mboshi",
+    }
+
+
+NUMBER = re.compile(r"(?<![\w.,-])[+-]?\d[\d,]*(?:\.\d+)?(?![\w])")
+
+
+def test_no_number_on_the_page_is_from_nowhere():
+    page = re.sub(r"```.*?```|<!--.*?-->", " ", PAGE, flags=re.DOTALL)
+    for text in tables():
+        for table in text.split("\n\n"):
+            page = page.replace(table.strip(), " ")
+    page = re.sub(r"\]\([^)]*\)|`[^`]*`|arXiv \d{4}\.\d{5}|\[\d{4}\.\d{5}", " ", page)
+    page = words(page)
+    for claim in sorted(claims(), key=len, reverse=True):
+        page = page.replace(words(re.sub("`[^`]*`", " ", claim)), " ")
+    known = set_up()
+    unknown = [number for number in NUMBER.findall(page) if number.rstrip(",") not in known]
+    assert not unknown
+
+
+def test_the_readmes_results_are_those_of_the_page():
+    section = README.partition("## Results")[2].partition("\nCompared with stock NeMo")[0]
+    for number in NUMBER.findall(re.sub(r"`[^`]*`|\]\([^)]*\)", " ", section)):
+        assert number in PAGE, number
