@@ -194,7 +194,9 @@ def test_microbatches_add_up_to_the_batch(make):
         for part in model.split_batch(batch, 6):
             step(part)
     for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+        # Sums in another order: equal to a part of the largest of the tensor, not of each element.
+        atol = 1e-6 + 1e-4 * whole[name].abs().max().item()
+        torch.testing.assert_close(gradient, whole[name], rtol=0, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize(
