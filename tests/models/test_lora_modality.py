@@ -179,7 +179,7 @@ def test_gradients_are_the_same_where_blocks_are_checkpointed_or_compiled(make, 
 
 
 def test_microbatches_add_up_to_the_batch(make):
-    model = make(**GATED)
+    model = make(**GATED).double()  # sums in another order then differ by less than the bounds below, on any CPU
     act(model)
     batch = {"audio": mixed(model), "text": items(model, MODES["text"])["text"]}
 
@@ -194,9 +194,7 @@ def test_microbatches_add_up_to_the_batch(make):
         for part in model.split_batch(batch, 6):
             step(part)
     for name, gradient in gradients(model).items():
-        # Sums in another order: equal to a part of the largest of the tensor, not of each element.
-        atol = 1e-6 + 1e-4 * whole[name].abs().max().item()
-        torch.testing.assert_close(gradient, whole[name], rtol=0, atol=atol, msg=name)
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(
