@@ -1,4 +1,4 @@
-"""How to set up joint training with 1,000 recordings: objectives, ratio, weight, rate of the encoder, length.
+"""How to set up joint training with 1,000 recordings: objectives, ratio and weight, frozen encoder, length.
 
 The captions, the starts, and the trainings of the part on scarce speech with as many recordings: speech alone and joint
 with the objectives that won, of either length, and joint. The others change one setting of joint training.
@@ -45,15 +45,9 @@ ARMS = (
     Arm("transcription", "joint + transcription", TRANSCRIPTION),
     Arm("together", "joint + all objectives", TOGETHER, teaches=("distillation", "retention")),
     Arm("quarter", "joint, a quarter of the text", QUARTER),
-    Arm("weight_half", "joint, text with half the weight", ("model.modality_loss_weights.text=0.5",)),
-    Arm(
-        "encoder_slow",
-        "joint, a third of the encoder's learning rate",
-        ("+model.optim_param_groups={encoder: {lr: 0.0033}}",),
-    ),
     Arm("encoder_frozen", "joint, frozen encoder", ("+model.freeze=[encoder]",)),
 )
-"""Ways of training. The encoder's rate in the recipe is 0.01, as that of all parts."""
+"""Ways of training."""
 
 REFERENCES = {
     **{arm.name: "joint" for arm in ARMS},
