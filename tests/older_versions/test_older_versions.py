@@ -20,6 +20,10 @@ from .make_files import STEPS, translations
 
 VERSIONS = sorted(path.name.removesuffix(".tar.xz") for path in Path(__file__).parent.glob("*.tar.xz"))
 
+WITHOUT_EFFECT = ("conv.depthwise_conv.bias", "self_attn.linear_k.bias")
+"""The batch norm after the one and the softmax after the other take away what they add. Their gradients are rounding
+errors, of either sign, which Adam makes steps of up to the learning rate of."""
+
 
 @pytest.fixture(scope="session", params=VERSIONS)
 def files(request, tmp_path_factory) -> Path:
@@ -71,9 +75,11 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_continues_exactly(files, tmp_pat
     now = load_file(tmp_path / "export" / "model.safetensors")
     then = load_file(files / "export" / "model.safetensors")
     assert now.keys() == then.keys()
+    largest = recipe["model"]["optimizer"]["lr"] * STEPS
     for name, weight in then.items():  # equal on one machine; others may round otherwise
+        atol = 2 * largest if name.endswith(WITHOUT_EFFECT) else 2e-6
         torch.testing.assert_close(
-            now[name], weight, atol=2e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            now[name], weight, atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 

@@ -327,6 +327,10 @@ class _Build:
         self.is_written = write_index(self.sidecar, self.identity, self.data, in_order)
         self.index = self._read()
         self.results.clear()
+        self.remove_parts()
+
+    def remove_parts(self) -> None:
+        """Remove the files of stretches, which a finished index does not need."""
         for place in self.sidecar.places:
             shutil.rmtree(f"{place}.parts", ignore_errors=True)
 
@@ -349,7 +353,12 @@ def _complete(builds: Sequence[_Build], ranks: _Ranks, may_build: bool) -> None:
     if not may_build:
         for build in missing:
             build.index = None
-    if not missing or not may_build:
+        return
+    if ranks.number == 0:
+        for build in builds:
+            if build not in missing:
+                build.remove_parts()  # of a build that was killed once its index was written
+    if not missing:
         return
     lines = [of_file for build in missing for of_file in build.doubtful_lines()]
     ranks.together(lambda: build_indexes(ranks.share(lines)))

@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
+from tqdm import tqdm
 
 from nemo_emmett import processes
 from nemo_emmett.data.config.dataset_config import parse_dataset
@@ -64,10 +67,10 @@ def opened(folder: Path, tokenizer, **keys) -> list[LengthIndex]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """The indexes of lengths, without the times of the data files."""
+    """The indexes of lengths, without unfinished files of killed processes."""
     found = {}
     for path in sorted((folder / HIDDEN_FOLDER).iterdir()):
-        if path.suffix == ".lengths":
+        if path.suffix == ".lengths" and not path.name.startswith("."):
             found[path.name] = path.read_bytes()
     return found
 
@@ -82,10 +85,12 @@ def small(monkeypatch) -> None:
 def in_fork(function: Callable[[], None]) -> multiprocessing.Process:
     def run() -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+        tqdm.set_lock(threading.RLock())  # the one it has is shared with forked processes, and may die with one
         function()
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
+    os.setpgid(process.pid, process.pid)
     return process
 
 
@@ -136,14 +141,31 @@ def test_a_build_that_is_killed_again_and_again_ends_like_any_other(
         process = in_fork(lambda: opened(data, tokenizer))
         process.join(rng.uniform(0.02, 0.25))
         if process.is_alive():
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers
             killed += 1
         else:  # it was finished
+            assert process.exitcode == 0
             start_over(data)
         process.join()
     monkeypatch.setattr(sidecar.Sidecar, "write_file", real)
     opened(data, tokenizer)
     assert files_of(data) == expected
+
+
+def test_parts_left_by_a_build_killed_at_its_end_are_removed(data, tokenizer, small, monkeypatch) -> None:
+    def killed(*args, **keys) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(building.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            opened(data, tokenizer)
+    parts = [path for path in (data / HIDDEN_FOLDER).iterdir() if path.suffix == ".parts"]
+    (first,) = files_of(data)  # the index of the other source was not written
+    assert first in {path.stem for path in parts}
+    opened(data, tokenizer)
+    assert len(files_of(data)) == 2
+    assert not any(path.exists() for path in parts)
 
 
 def test_a_finished_stretch_is_not_measured_again(data, tokenizer, small, monkeypatch) -> None:
