@@ -94,7 +94,7 @@ def ours(batch: Batch) -> Tensor:
         is_target_BT=batch.is_answer_BT,
         pad_left=True,
     )
-    return placed.embeds_BSH
+    return placed.embeds_LSH
 
 
 def nemo(batch: Batch, recordings: list[Tensor]) -> Tensor:

@@ -13,8 +13,8 @@ Modules, in the order in which a model is built, trained and used:
 - ``base``: the base class; ``building`` (tokenizer, language model, LoRA), ``perception`` (speech encoder),
   ``transformer_blocks`` (compilation, activation checkpointing), ``initial_weights``, ``sharding`` (FSDP2).
 - ``training_step`` (losses of modalities and objectives), ``teachers`` (of objectives).
-- ``causal`` (common parts of decoder-only models), ``head`` (losses in the output layer), ``microbatches``,
-  ``dummy_batch``, ``step_log``, ``validation``, ``oomptimizer_schema``.
+- ``causal`` (common parts of decoder-only models), ``packed_inputs`` (several examples in a row), ``head``
+  (losses in the output layer), ``microbatches``, ``dummy_batch``, ``step_log``, ``validation``, ``oomptimizer_schema``.
 - ``generation``, ``greedy`` (its search on a CPU), ``inputs`` (texts and recordings to translate), ``export``,
   ``artifacts`` (what others read of its folder), ``exported`` (what its folder says, without torch),
   ``exported_files`` (its files: whole, and without code), ``card`` (its README), ``public_names`` (no paths in it),

@@ -24,11 +24,13 @@ from nemo_emmett.errors import DataError, ModelError
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.causal import DecoderOnly, Sequences, context_and_answer, context_only, unwrap_peft
 from nemo_emmett.models.head import LLMInputs
+from nemo_emmett.models.packed_inputs import packed_causal
 from nemo_emmett.models.targets import parse_arguments
 from nemo_emmett.modules.batch import pack, speech_rows
 from nemo_emmett.modules.cross_attention import SpeechCrossAttention, SpeechMemory
 from nemo_emmett.modules.gated_lora import gated
 from nemo_emmett.modules.loss import IGNORE_INDEX
+from nemo_emmett.modules.packing import Rows
 
 
 class BestowGPT(DecoderOnly, SpeechTextModel):
@@ -51,18 +53,25 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
         self.cross_attention = SpeechCrossAttention(self.embed_tokens.embedding_dim, **options)
 
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
-        """Contexts and answers one after another, padded on the right, which needs no attention mask."""
-        read = context_and_answer(batch)
-        layout = self._layout(batch, read)
-        # Nothing is predicted from the last token of the longest example, unless there is no other.
-        ids_BT = pack(read.ids_BT, layout.is_text_BT, layout.T, self.pad_id)[:, : max(layout.T - 1, 1)]
+        """Contexts and answers one after another, padded on the right, which needs no attention mask, or packed once
+        they have attended to speech."""
+        read, rows = context_and_answer(batch), Rows.of_batch(batch)
+        layout = self._layout(batch, read, rows)
+        ids_BT = pack(read.ids_BT, layout.is_text_BT, layout.T, self.pad_id)
+        if rows is None:
+            # Nothing is predicted from the last token of the longest example, unless there is no other.
+            ids_BT = ids_BT[:, : max(layout.T - 1, 1)]
         embeds_BTH = self.embed(ids_BT)
         if (memory := self._memory(batch, layout)) is not None:
             embeds_BTH = self.cross_attention(embeds_BTH, memory)
         targets_BA, positions_BA = layout.targets_and_positions(read)
-        return LLMInputs(
-            {"inputs_embeds": embeds_BTH}, targets_BA, positions_BA, speech_rows(batch, self.audio_locator_id)
-        )
+        speech_L = speech_rows(batch, self.audio_locator_id)
+        if rows is None:
+            return LLMInputs({"inputs_embeds": embeds_BTH}, targets_BA, positions_BA, speech_L, layout.num_targets)
+        packed = rows.layout(layout.is_text_BT.sum(1), layout.width)
+        kwargs = {"inputs_embeds": packed.pack(embeds_BTH, 0.0), **packed_causal(packed)}
+        positions_BA = (positions_BA + packed.start_B[:, None]).clamp(max=layout.width - 1)
+        return LLMInputs(kwargs, targets_BA, positions_BA, speech_L, layout.num_targets, rows.row_B)
 
     def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
         """(B, A) ids that Hugging Face ``generate`` gives for the contexts of a one-modality batch.
@@ -86,7 +95,7 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
                 {"inputs_embeds": self.embed(ids_BT), "attention_mask": mask_BT.long()}, generate_options, select
             )
 
-    def _layout(self, batch: Mapping, read: Sequences) -> _Layout:
+    def _layout(self, batch: Mapping, read: Sequences, rows: Rows | None = None) -> _Layout:
         is_locator_BT = read.mask_BT & (read.ids_BT == self.audio_locator_id)
         is_text_BT, recordings_B = read.mask_BT & ~is_locator_BT, is_locator_BT.sum(1)
         num_recordings = 0 if batch.get("audios") is None else len(batch["audio_lens"])
@@ -94,18 +103,23 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
             # OOMptimizer plans on tensors without values, in batches whose longest row is full.
             B, T = is_text_BT.shape
             A = batch["answer_ids"].shape[1] if "answer_ids" in batch else 0
-            return _Layout(is_text_BT, recordings_B, T - num_recordings // B, A, -(-num_recordings // B))
-        target_lens_B = (read.is_target_BT & is_text_BT).sum(1)
-        sizes = [is_text_BT.sum(1).max(), target_lens_B.max(), recordings_B.max(), recordings_B.sum()]
+            T, width = T - num_recordings // B, None if rows is None else rows.size
+            return _Layout(is_text_BT, recordings_B, T, A, -(-num_recordings // B), width)
+        is_target_BT, lens_B = read.is_target_BT & is_text_BT, is_text_BT.sum(1)
+        num_targets = (is_target_BT & (is_text_BT.cumsum(1) > 1)).sum()  # nothing predicts the first token
+        used = lens_B if rows is None else rows.used(lens_B)
+        sizes = [lens_B.max(), is_target_BT.sum(1).max(), recordings_B.max(), recordings_B.sum(), used.max()]
         # The only read of the device by the host, before anything large is computed there.
-        T, A, K, num_locators = torch.stack(sizes).tolist()
+        T, A, K, num_locators, width, num_targets = torch.stack([*sizes, num_targets]).tolist()
         if num_locators != num_recordings:
             raise DataError(
                 f"a batch has {num_recordings} recordings but {num_locators} audio locator tokens: "
                 "each recording needs exactly one locator in its context."
             )
         # A language model needs at least one position, even for a batch of padding.
-        return _Layout(is_text_BT, recordings_B, max(T, 1), A, K)
+        if rows is not None:
+            rows.check(width)
+        return _Layout(is_text_BT, recordings_B, max(T, 1), A, K, max(width, 1), num_targets)
 
     def _memory(self, batch: Mapping, layout: _Layout) -> SpeechMemory | None:
         """The cross-attention's keys and values of a batch's speech; None for text."""
@@ -169,6 +183,8 @@ class _Layout:
         T: most tokens of text in an example.
         A: most targets in an example.
         K: most recordings in an example.
+        width: most tokens of text in a row, into which examples may be packed.
+        num_targets: targets that there are; None of tensors without values.
     """
 
     is_text_BT: Tensor
@@ -176,6 +192,8 @@ class _Layout:
     T: int
     A: int
     K: int
+    width: int | None = None
+    num_targets: int | None = None
 
     def targets_and_positions(self, read: Sequences) -> tuple[Tensor, Tensor]:
         """(B, A) targets, ``IGNORE_INDEX`` where there is none, and the positions of text that predict them."""

@@ -15,7 +15,7 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.utils import logging
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AddedToken, AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AddedToken, AutoConfig, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from nemo_emmett.config import check_model_file
 from nemo_emmett.errors import ConfigError, Help, ModelError
@@ -70,6 +70,7 @@ def build_llm(config: ModelConfig, auto_class: type, model_name: str, trusted: b
         ModelError: if it cannot be found, or is of the kind that the model is not built on.
     """
     name, trust = config.pretrained_llm, {"trust_remote_code": trusted}
+    attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     if not trusted:
         _check_configs(Path(name))
     with _as_model_error(name):
@@ -80,12 +81,14 @@ def build_llm(config: ModelConfig, auto_class: type, model_name: str, trusted: b
             f"model.pretrained_llm: '{name}' is {kinds[llm_config.is_encoder_decoder]} ({llm_config.model_type}), "
             f"but {model_name} is built on {kinds[not llm_config.is_encoder_decoder]}; choose another of either."
         )
+    if attention:
+        _check_attention(llm_config, auto_class, attention)
     if config.pretrained_weights:
         # Weights in pickles (pytorch_model.bin) are read as data, whatever the environment sets.
-        llm = auto_class.from_pretrained(name, dtype=torch.float32, weights_only=True, **trust)
+        llm = auto_class.from_pretrained(name, dtype=torch.float32, weights_only=True, **trust, **attention)
     else:
         try:
-            llm = auto_class.from_config(llm_config, dtype=torch.float32, **trust)
+            llm = auto_class.from_config(llm_config, dtype=torch.float32, **trust, **attention)
         except (*BUILD_FAULTS, ImportError) as error:
             raise ModelError(
                 f"'{name}': transformers cannot build the language model of its {CONFIG_NAME} ({first_line(error)}); "
@@ -93,6 +96,18 @@ def build_llm(config: ModelConfig, auto_class: type, model_name: str, trusted: b
             ) from error
     # transformers returns it in evaluation mode, and Lightning's fit does not change modes.
     return llm.train()
+
+
+def _check_attention(llm_config: PretrainedConfig, auto_class: type, attention: Mapping[str, str]) -> None:
+    """Check that a model of this config can have that attention."""
+    try:
+        with torch.device("meta"):
+            auto_class.from_config(llm_config, **attention)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"model.attn_implementation: {attention['attn_implementation']} is not possible ({first_line(error)}); "
+            "install what it needs, or leave the key out."
+        ) from error
 
 
 def fit_embeddings(llm: PreTrainedModel, tokenizer: AutoTokenizer, config: ModelConfig) -> None:

@@ -31,6 +31,9 @@ PARTS = {
 }
 """Values of ``freeze``, with a regular expression of the parameters of each."""
 
+Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
+"""Values of ``attn_implementation``: names of transformers."""
+
 LORA_PARAMETERS = r"^.+\.lora_.+$"
 """Parameters that peft adds; NeMo's SALM keeps them from freezing by the same expression."""
 
@@ -80,6 +83,7 @@ class ModelConfig:
     loss_implementation: Text = "auto"  # auto, chunked, liger, cut_cross_entropy, naive
     activation_checkpointing: Switch = False  # compute activations again in the backward pass instead of keeping them
     compile: Switch | dict = False  # torch.compile each Transformer block of the language model
+    attn_implementation: Attention | None = None  # kernels of the language model's attention
     max_new_tokens: PositiveWhole = 256  # longest translation that is generated, in tokens
     validation_bleu: Switch = True  # translate the validation sets and log their BLEU
     objectives: dict[str, dict | None] = field(default_factory=dict)  # further terms of the loss, by name
@@ -135,8 +139,8 @@ class ModelConfig:
                 logging.warning(sentence)
         if not section.get("pretrained_llm"):
             raise ConfigError("model.pretrained_llm is missing: give a folder or a Hugging Face name.")
-        # What a training was trained on is no part of the model.
-        unread = ("objectives",) if for_loading else ()
+        # What a training was trained on and with is no part of the model.
+        unread = ("objectives", "attn_implementation") if for_loading else ()
         given = {key: value for key, value in section.items() if value is not None and key not in unread}
         return parse_section(cls, given, "model")
 

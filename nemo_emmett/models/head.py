@@ -2,16 +2,18 @@
 
 Vocabularies of 32 k to 256 k tokens make the logits the largest tensor of a training step. So the layer's ``forward``
 is replaced for one pass of the language model, by one that computes losses from the hidden states at the answers'
-positions.
+positions; padding among the answers is left out where the number of targets is known.
 
-Shapes: B examples, S positions of the language model's output, A answer tokens, N = B x A, V vocabulary, H hidden size.
+Shapes: B examples, L rows of the language model's output (B, or fewer into which examples are packed), S positions of
+one, A answer tokens, P = B x A places of targets, N targets, or P where their number is not known, V vocabulary, H
+hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -51,19 +53,36 @@ class LLMInputs:
     Args:
         kwargs: arguments of its forward pass.
         targets_BA: (B, A) int64, ``IGNORE_INDEX`` where there is none.
-        positions_BA: (B, A) int64, the position of its output that predicts each target; None: all of them in order.
-        speech_B: (B,) bool, the examples with speech; False: none of them. LoRA that acts on speech alone needs it.
+        positions_BA: (B, A) int64, the position in its row of the output that predicts each target; None: all of them
+            in order.
+        speech_L: (L,) bool, the rows of the input with speech; False: none of them. LoRA that acts on speech alone
+            needs it.
+        num_targets: how many targets there are; None: the host does not know, and padding costs as much as they do.
+        row_B: (B,) int64, the row of each example, where several are packed into one; None: each is a row of its own.
+        around: a context in which the language model reads them.
     """
 
-    kwargs: Mapping[str, Tensor | None]
+    kwargs: Mapping[str, Any]
     targets_BA: Tensor
     positions_BA: Tensor | None = None
-    speech_B: Tensor | bool | None = None
+    speech_L: Tensor | bool | None = None
+    num_targets: int | None = None
+    row_B: Tensor | None = None
+    around: Callable[[], AbstractContextManager] = nullcontext
+
+    def target_places(self) -> Tensor:
+        """(N,) int64 places of the targets among all B * A, ascending; of all of these where their number is not
+        known, or 0."""
+        targets_P = self.targets_BA.flatten()
+        if not self.num_targets:
+            return torch.arange(len(targets_P), device=targets_P.device)
+        # Of a given size, so that the host need not wait for the device.
+        return (targets_P != IGNORE_INDEX).nonzero_static(size=self.num_targets).flatten()
 
 
 def answer_logits(llm: PreTrainedModel, inputs: LLMInputs) -> Tensor:
     """(B, A, V) logits at the answers' positions."""
-    return _run(llm, inputs).view(*inputs.targets_BA.shape, -1)
+    return _run(llm, replace(inputs, num_targets=None)).view(*inputs.targets_BA.shape, -1)
 
 
 def answer_loss(llm: PreTrainedModel, inputs: LLMInputs, label_smoothing: float, implementation: str) -> Tensor:
@@ -75,7 +94,7 @@ def answer_loss(llm: PreTrainedModel, inputs: LLMInputs, label_smoothing: float,
         label_smoothing: share of a target's probability that goes to all tokens alike.
         implementation: of :func:`~nemo_emmett.modules.linear_cross_entropy.linear_cross_entropy`.
     """
-    targets_N = inputs.targets_BA.flatten()
+    targets_N = inputs.targets_BA.flatten().take(inputs.target_places())
     if not has_linear_head(llm):
         options = {"ignore_index": IGNORE_INDEX, "label_smoothing": label_smoothing, "reduction": "sum"}
         return F.cross_entropy(_run(llm, inputs).float(), targets_N, **options)
@@ -140,14 +159,16 @@ def weighted_answer_loss(
     Args:
         llm: a Hugging Face model with an output layer.
         inputs: of its forward pass.
-        weights: of the answer tokens, in the order of ``inputs.targets_BA.flatten()``.
+        weights: of the places of ``inputs.targets_BA.flatten()``.
         label_smoothing: of the cross-entropy.
         teacher: its answers are at the same places of ``targets_BA``.
 
     Returns:
         The scalar; (B, A) cross-entropies, 0 where there is no target; (B, A) divergences, 0 where their weight is.
     """
-    targets_N, layer = inputs.targets_BA.flatten(), output_layer(llm)
+    layer, places_N = output_layer(llm), inputs.target_places()
+    targets_N = inputs.targets_BA.flatten().take(places_N)
+    weights = weights.of(places_N)
 
     def compute(loss: Callable[..., tuple[Tensor, Tensor, Tensor]], *args: Tensor, **head: Any) -> Tensor:
         with nullcontext() if teacher is None else teacher.ready(layer) as ready:
@@ -159,7 +180,7 @@ def weighted_answer_loss(
         packed = _run(llm, inputs, partial(compute, weighted_linear_loss))
     else:
         packed = compute(weighted_logit_loss, _run(llm, inputs))
-    losses_BA, divergences_BA = packed[1:].detach().view(2, *inputs.targets_BA.shape)
+    losses_BA, divergences_BA = (_in_place(one, inputs, places_N) for one in packed[1:].detach().view(2, -1))
     return packed[0], losses_BA, divergences_BA
 
 
@@ -167,14 +188,24 @@ def weighted_answer_loss(
 def answer_scores(llm: PreTrainedModel, inputs: LLMInputs) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each answer token, (B, A) float32 nats, 0 where there is none; and whether it is the most likely
     one, (B, A) bool."""
-    targets_BA = inputs.targets_BA
-    if not has_linear_head(llm):
-        logits_NV, targets_N = _run(llm, inputs).float(), targets_BA.flatten()
+    places_N = inputs.target_places()
+    targets_N = inputs.targets_BA.flatten().take(places_N)
+    if has_linear_head(llm):
+        # As one tensor, since transformers hands on what its output layer returns as it does with logits.
+        losses_N, correct_N = _run(
+            llm, inputs, lambda *args, **head: torch.stack(token_scores(*args, targets_N, **head))
+        )
+    else:
+        logits_NV = _run(llm, inputs).float()
         losses_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none")
-        return losses_N.view_as(targets_BA), (logits_NV.argmax(-1) == targets_N).view_as(targets_BA)
-    # As one tensor, since transformers hands on what its output layer returns as it does with logits.
-    scores_2N = _run(llm, inputs, lambda *args, **head: torch.stack(token_scores(*args, targets_BA.flatten(), **head)))
-    return scores_2N[0].view_as(targets_BA), scores_2N[1].bool().view_as(targets_BA)
+        correct_N = logits_NV.argmax(-1) == targets_N
+    return _in_place(losses_N, inputs, places_N), _in_place(correct_N, inputs, places_N).bool()
+
+
+def _in_place(values_N: Tensor, inputs: LLMInputs, places_N: Tensor) -> Tensor:
+    """(B, A) the values of targets where these are, 0 elsewhere."""
+    values_P = values_N.new_zeros(inputs.targets_BA.numel()).index_copy_(0, places_N, values_N)
+    return values_P.view_as(inputs.targets_BA)
 
 
 def has_linear_head(llm: PreTrainedModel) -> bool:
@@ -192,18 +223,21 @@ def output_layer(llm: PreTrainedModel) -> nn.Module:
 
 
 def _run(llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[..., Tensor] | None = None) -> Tensor:
-    """The language model's forward pass, in which its output layer gets the answers' positions only, (N, H), and is
+    """The language model's forward pass, in which its output layer gets the positions of targets only, (N, H), and is
     replaced by ``answer(hidden_NH, weight_VH, bias_V=, softcap=)``, if given."""
     layer = output_layer(llm)
 
     def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        (hidden_BSH,) = args
-        hidden_XH = hidden_BSH.flatten(0, 1)
-        if inputs.positions_BA is None:
+        (hidden_LSH,) = args
+        hidden_XH = hidden_LSH.flatten(0, 1)
+        if inputs.positions_BA is None and not inputs.num_targets:
             return (hidden_XH,)
-        B, S, _H = hidden_BSH.shape
-        row_B1 = torch.arange(B, device=hidden_BSH.device)[:, None] * S
-        return (hidden_XH.index_select(0, (row_B1 + inputs.positions_BA).flatten()),)
+        places_N = inputs.target_places()
+        if inputs.positions_BA is not None:
+            L, S, _H = hidden_LSH.shape
+            row_B = torch.arange(L, device=hidden_LSH.device) if inputs.row_B is None else inputs.row_B
+            places_N = (row_B[:, None] * S + inputs.positions_BA).take(places_N)
+        return (hidden_XH.index_select(0, places_N),)
 
     with ExitStack() as stack:
         stack.callback(layer.register_forward_pre_hook(select).remove)
@@ -218,7 +252,8 @@ def _run(llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[..., Tensor] 
 
             layer.forward = forward
             stack.callback(delattr, layer, "forward")  # the class's own is used again
-        stack.enter_context(gated(llm, inputs.speech_B))
+        stack.enter_context(gated(llm, inputs.speech_L))
+        stack.enter_context(inputs.around())
         return llm(**inputs.kwargs, use_cache=False).logits
 
 

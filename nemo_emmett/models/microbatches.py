@@ -40,8 +40,7 @@ def cut_batch(batch: Mapping, number: int, pad_id: int, locator_id: int) -> list
     microbatches = []
     for modality, part in parts.items():
         B = len(part["context_lens"])
-        number_of_part = min(max(1, number // len(parts)), B)
-        starts = [B * i // number_of_part for i in range(number_of_part + 1)]
+        starts = _starts(part, max(1, number // len(parts)))
         recordings = [0] * (B + 1)  # of the examples before each one; the last number is R
         if part.get("audios") is not None:
             ids_BT = part["context_ids"]
@@ -53,9 +52,30 @@ def cut_batch(batch: Mapping, number: int, pad_id: int, locator_id: int) -> list
     return microbatches
 
 
+def _starts(part: Mapping, number: int) -> list[int]:
+    """The first examples of at most so many microbatches, and the number of examples; packed rows stay whole."""
+    B = len(part["context_lens"])
+    if part.get("packed_rows") is None:
+        firsts = list(range(B + 1))  # of each row
+    else:
+        row_of = part["packed_rows"].tolist()
+        firsts = [*(example for example in range(B) if example == 0 or row_of[example] != row_of[example - 1]), B]
+    rows = len(firsts) - 1
+    number = min(number, rows)
+    return [firsts[rows * i // number] for i in range(number + 1)]
+
+
 def _examples(part: Mapping, rows: slice, recordings: slice) -> dict[str, Any]:
     """Some examples of a one-modality batch, with their recordings."""
-    chosen = {key: value[rows] for key, value in part.items() if value is not None and not key.startswith("audio")}
+    chosen = {
+        key: value[rows]
+        for key, value in part.items()
+        if value is not None and not key.startswith("audio") and key != "packed_sizes"
+    }
+    if part.get("packed_rows") is not None:
+        packed_rows, sizes = chosen["packed_rows"], part["packed_sizes"]
+        chosen["packed_rows"] = packed_rows - packed_rows[0]
+        chosen["packed_sizes"] = (int(chosen["packed_rows"][-1]) + 1, *sizes[1:])
     for name in ("context_ids", "context_targets", "answer_ids", "transcript_ids", "text_context_ids"):
         if name in chosen:
             lens = chosen[f"{name.rpartition('_')[0]}_lens"]

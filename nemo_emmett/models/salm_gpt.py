@@ -19,9 +19,11 @@ from torch import Tensor
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.causal import DecoderOnly, context_and_answer, context_only
 from nemo_emmett.models.head import LLMInputs
+from nemo_emmett.models.packed_inputs import packed_causal
 from nemo_emmett.modules.batch import padding_mask, speech_rows
 from nemo_emmett.modules.gated_lora import gated
 from nemo_emmett.modules.loss import IGNORE_INDEX
+from nemo_emmett.modules.packing import Rows
 
 
 class SALMGPT(DecoderOnly, SpeechTextModel):
@@ -36,18 +38,23 @@ class SALMGPT(DecoderOnly, SpeechTextModel):
     """
 
     def llm_inputs(self, batch: Mapping) -> LLMInputs:
-        """Contexts and answers one after another, padded on the right.
+        """Contexts and answers one after another, padded on the right or packed.
 
         There is no attention mask: a causal model does not attend to the right.
         """
-        read = context_and_answer(batch)
+        read, rows = context_and_answer(batch), Rows.of_batch(batch)
         # Where earlier turns are trained on as well, the most targets of a row depend on the values.
         max_targets = batch["answer_ids"].shape[1] if batch.get("context_targets") is None else None
-        placed = self.place(batch, read.ids_BT, read.mask_BT, is_target_BT=read.is_target_BT, max_targets=max_targets)
-        # Nothing is predicted from the last token of the longest example, unless there is no other.
-        S = max(placed.embeds_BSH.shape[1] - 1, 1)
-        embeds_BSH, speech_B = placed.embeds_BSH[:, :S], speech_rows(batch, self.audio_locator_id)
-        return LLMInputs({"inputs_embeds": embeds_BSH}, placed.targets_BA, placed.positions_BA, speech_B)
+        options = {"is_target_BT": read.is_target_BT, "max_targets": max_targets, "rows": rows}
+        placed = self.place(batch, read.ids_BT, read.mask_BT, **options)
+        speech_L = speech_rows(batch, self.audio_locator_id)
+        if rows is not None:
+            kwargs = {"inputs_embeds": placed.embeds_LSH, **packed_causal(placed.layout)}
+        else:
+            # Nothing is predicted from the last token of the longest example, unless there is no other.
+            kwargs = {"inputs_embeds": placed.embeds_LSH[:, : max(placed.embeds_LSH.shape[1] - 1, 1)]}
+        row_B = None if rows is None else rows.row_B
+        return LLMInputs(kwargs, placed.targets_BA, placed.positions_BA, speech_L, placed.num_targets, row_B)
 
     def generate_answers(self, batch: Mapping, **generate_options: Any) -> Tensor:
         """(B, A) ids that Hugging Face ``generate`` gives for the contexts of a one-modality batch."""
@@ -55,7 +62,7 @@ class SALMGPT(DecoderOnly, SpeechTextModel):
         placed = self.place(batch, read.ids_BT, read.mask_BT, pad_left=True)
         with self.embeddings_inside(), gated(self.llm, speech_rows(batch, self.audio_locator_id)):
             return self.search_answers(
-                {"inputs_embeds": placed.embeds_BSH, "attention_mask": placed.mask_BS.long()}, generate_options
+                {"inputs_embeds": placed.embeds_LSH, "attention_mask": placed.mask_LS.long()}, generate_options
             )
 
     # As NeMo's SALM has it.
@@ -110,14 +117,14 @@ class SALMGPT(DecoderOnly, SpeechTextModel):
             is_target_BT=batch["loss_mask"].bool(),
             pad_left=True,
         )
-        S = placed.embeds_BSH.shape[1]
+        S = placed.embeds_LSH.shape[1]
         # Columns without a target go to one more position, which is cut off.
         positions_BA = torch.where(placed.targets_BA == IGNORE_INDEX, S, placed.positions_BA)
         target_ids = torch.full((len(ids_BT), S + 1), IGNORE_INDEX, device=ids_BT.device)
         target_ids.scatter_(1, positions_BA, placed.targets_BA)
         return {
-            "input_embeds": placed.embeds_BSH[:, :-1],
-            "attention_mask": placed.mask_BS[:, :-1],
+            "input_embeds": placed.embeds_LSH[:, :-1],
+            "attention_mask": placed.mask_LS[:, :-1],
             "target_ids": target_ids[:, : S - 1],
         }
 

@@ -7,8 +7,8 @@ section 3.1). The decoder is the language model's own.
 The prompt format (:class:`~nemo_emmett.prompts.seq2seq.Seq2SeqPrompt`) defines how a family names languages: in the
 context, in the answer, and in the tokens with which the decoder starts generation.
 
-Shapes: B examples, T context tokens, S encoder positions, A answer tokens, D tokens that begin the decoder, H hidden
-size.
+Shapes: B examples, L rows into which they may be packed, T context tokens, S encoder positions, A answer tokens, D
+tokens that begin the decoder, H hidden size.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from nemo_emmett.errors import DataError
 from nemo_emmett.models.base import SpeechTextModel
 from nemo_emmett.models.checkpoint import shared_names
 from nemo_emmett.models.head import LLMInputs
+from nemo_emmett.models.packed_inputs import packed_seq2seq
 from nemo_emmett.modules.batch import length_mask, speech_rows
 from nemo_emmett.modules.gated_lora import gated
 from nemo_emmett.modules.loss import mask_padding
+from nemo_emmett.modules.packing import Rows
 from nemo_emmett.modules.placement import Placed
 from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
 
@@ -59,32 +61,37 @@ class SALMT5(SpeechTextModel):
         is_answer_BA = length_mask(answer_lens_B, answer_ids_BA.shape[1])
         # The decoder has no embedding for a locator, nor a logit.
         locators = (is_answer_BA & (answer_ids_BA == self.audio_locator_id)).sum()
-        placed = self.encoder_inputs(batch, locators)
-        return LLMInputs(
-            {
-                "inputs_embeds": placed.embeds_BSH,
-                "attention_mask": placed.mask_BS,
-                "decoder_input_ids": self.decoder_inputs(answer_ids_BA, answer_lens_B),
-            },
-            mask_padding(answer_ids_BA, is_answer_BA),
-            speech_B=speech_rows(batch, self.audio_locator_id),
-        )
+        rows = Rows.of_batch(batch)
+        options = {"locators_elsewhere": locators, "targets_elsewhere": is_answer_BA.sum(), "rows": rows}
+        placed = self.encoder_inputs(batch, **options)
+        decoder_ids_BA = self.decoder_inputs(answer_ids_BA, answer_lens_B)
+        targets_BA, speech_L = mask_padding(answer_ids_BA, is_answer_BA), speech_rows(batch, self.audio_locator_id)
+        if rows is None:
+            masks = {"attention_mask": placed.mask_LS}
+            kwargs = {"inputs_embeds": placed.embeds_LSH, **masks, "decoder_input_ids": decoder_ids_BA}
+            return LLMInputs(kwargs, targets_BA, None, speech_L, placed.num_targets)
+        target = rows.answer_layout(answer_lens_B)
+        masks, around = packed_seq2seq(self.llm, placed.layout, target)
+        decoder_ids_LA = target.pack(decoder_ids_BA, self.pad_id)
+        kwargs = {"inputs_embeds": placed.embeds_LSH, **masks, "decoder_input_ids": decoder_ids_LA}
+        positions_BA = target.positions(targets_BA.shape[1])
+        return LLMInputs(kwargs, targets_BA, positions_BA, speech_L, placed.num_targets, rows.row_B, around)
 
-    def encoder_inputs(self, batch: Mapping, locators_elsewhere: Tensor | None = None) -> Placed:
+    def encoder_inputs(self, batch: Mapping, **options: Any) -> Placed:
         """The text encoder's input, padded on the right, since some families count positions from the left.
 
         Args:
             batch: one-modality batch.
-            locators_elsewhere: of :func:`~nemo_emmett.modules.placement.merge_audio_embeddings`.
+            options: of :func:`~nemo_emmett.modules.placement.merge_audio_embeddings`.
 
         Raises:
             DataError: if an example is longer than the language model has positions for.
         """
         context_ids_BT = batch["context_ids"]
         is_context_BT = length_mask(batch["context_lens"], context_ids_BT.shape[1])
-        placed = self.place(batch, context_ids_BT, is_context_BT, locators_elsewhere=locators_elsewhere)
-        config, S = self.llm.config, placed.embeds_BSH.shape[1]
-        # mBART has a learned embedding for each position, and so a greatest length.
+        placed = self.place(batch, context_ids_BT, is_context_BT, **options)
+        config, S = self.llm.config, placed.embeds_LSH.shape[1]
+        # mBART has a learned embedding for each position, and so a greatest length, also of a row.
         if config.model_type == "mbart" and config.max_position_embeddings < S:
             raise DataError(
                 f"an example is {S} tokens long, speech included, but the language model reads at most "
@@ -121,7 +128,7 @@ class SALMT5(SpeechTextModel):
         own = {"decoder_input_ids": start_BD, "decoder_start_token_id": start_BD[:, 0].tolist()}
         with gated(self.llm, speech_rows(batch, self.audio_locator_id)):
             ids = self.search_answers(
-                {"inputs_embeds": placed.embeds_BSH, "attention_mask": placed.mask_BS.long()}, generate_options | own
+                {"inputs_embeds": placed.embeds_LSH, "attention_mask": placed.mask_LS.long()}, generate_options | own
             )
         return ids[:, start_BD.shape[1] :]
 

@@ -3,6 +3,7 @@
 - :mod:`nemo_emmett.modules.batch`: a batch as one-modality batches, NeMo's flat SALM batch among them.
 - :mod:`nemo_emmett.modules.modality_adapters`: between the speech encoder and the language model.
 - :mod:`nemo_emmett.modules.perception_lengths`: how many positions of the language model a recording takes.
+- :mod:`nemo_emmett.modules.packing`: several examples in a row, none of which attends to another.
 - :mod:`nemo_emmett.modules.placement`: encoded recordings in place of their locator tokens.
 - :mod:`nemo_emmett.modules.cross_attention`: BESTOW's layers from text to speech.
 - :mod:`nemo_emmett.modules.gated_lora`: LoRA that acts on the examples with speech alone.

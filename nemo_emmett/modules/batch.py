@@ -126,7 +126,9 @@ def padding_mask(ids_BT: Tensor, pad_id: int) -> Tensor:
 
 
 def speech_rows(batch: Mapping, locator_id: int) -> Tensor | bool:
-    """(B,) bool, which examples of a one-modality batch have recordings; False for a batch of text.
+    """(L,) bool, which rows of a one-modality batch have recordings; False for a batch of text.
+
+    A row is an example; or several, all with recordings or all without, where they are packed.
 
     Args:
         batch: see docs/architecture.md, "The batch".
@@ -135,7 +137,10 @@ def speech_rows(batch: Mapping, locator_id: int) -> Tensor | bool:
     if batch.get("audios") is None:
         return False
     ids_BT = batch["context_ids"]
-    return ((ids_BT == locator_id) & length_mask(batch["context_lens"], ids_BT.shape[1])).any(1)
+    has_speech_B = ((ids_BT == locator_id) & length_mask(batch["context_lens"], ids_BT.shape[1])).any(1)
+    if batch.get("packed_rows") is None:
+        return has_speech_B
+    return has_speech_B.new_zeros(batch["packed_sizes"][0]).index_put((batch["packed_rows"],), has_speech_B)
 
 
 def length_mask(lens_B: Tensor, width: int) -> Tensor:

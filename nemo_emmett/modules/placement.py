@@ -6,8 +6,8 @@ operation and all frames in another. The host reads only the greatest lengths, o
 
 NeMo does this in ``replace_placeholders_and_build_targets`` (``speechlm2/models/salm.py``), row by row.
 
-Shapes: B examples, T tokens, R recordings, F frames, S positions in the output, A target tokens, H hidden size;
-N all tokens of the batch, M all frames.
+Shapes: B examples, T tokens, R recordings, F frames, L rows of the output (B of them, or fewer into which examples are
+packed), S positions of a row, A target tokens, H hidden size; N all tokens of the batch, M all frames.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from nemo_emmett.errors import DataError
 from nemo_emmett.modules.batch import pack
 from nemo_emmett.modules.loss import IGNORE_INDEX
+from nemo_emmett.modules.packing import Layout, Rows
 
 _WORD = torch.complex128
 """The widest type; memory is copied in words of it, and they are not computed with."""
@@ -33,20 +34,24 @@ class Placed:
     """Sequences of embeddings for a language model, and their targets.
 
     Attributes:
-        embeds_BSH: (B, S, H) embeddings, zero where padded.
-        mask_BS: (B, S) bool, true where there is an embedding.
-        lens_B: (B,) int64, embeddings per row.
-        targets_BA: (B, A) int64, the target tokens of each row in their order, then ``IGNORE_INDEX``; None without
-            ``is_target_BT``. A target that is the first of its row is ``IGNORE_INDEX``: nothing predicts it.
-        positions_BA: (B, A) int64, the position whose output predicts each target: the one before it; 0 where there
-            is no target.
+        embeds_LSH: (L, S, H) embeddings, zero where padded.
+        mask_LS: (L, S) bool, true where there is an embedding.
+        lens_B: (B,) int64, embeddings per example.
+        targets_BA: (B, A) int64, the target tokens of each example in their order, then ``IGNORE_INDEX``; None without
+            ``is_target_BT``. A target that is the first of its example is ``IGNORE_INDEX``: nothing predicts it.
+        positions_BA: (B, A) int64, the position in its row whose output predicts each target: the one before it; that
+            of the example's first embedding where there is no target.
+        layout: where the examples are in the rows; None if each is a row of its own.
+        num_targets: targets that there are, with those elsewhere; None of tensors without values.
     """
 
-    embeds_BSH: Tensor
-    mask_BS: Tensor
+    embeds_LSH: Tensor
+    mask_LS: Tensor
     lens_B: Tensor
     targets_BA: Tensor | None = None
     positions_BA: Tensor | None = None
+    layout: Layout | None = None
+    num_targets: int | None = None
 
 
 def merge_audio_embeddings(
@@ -61,6 +66,8 @@ def merge_audio_embeddings(
     max_targets: int | None = None,
     pad_left: bool = False,
     locators_elsewhere: Tensor | None = None,
+    targets_elsewhere: Tensor | None = None,
+    rows: Rows | None = None,
 ) -> Placed:
     """Replace each locator token by the frames of its recording, and close the gaps that masked tokens leave.
 
@@ -78,16 +85,18 @@ def merge_audio_embeddings(
             without values, on which OOMptimizer plans, have no maximum; A is then T.
         pad_left: whether rows end, instead of begin, together: a decoder-only model generates from that.
         locators_elsewhere: () int64, locators outside of these tokens, such as in answers; they count as surplus.
+        targets_elsewhere: () int64, targets outside of these tokens, such as in answers; they are counted as well.
+        rows: into which the examples are packed; None: each is a row of its own.
 
     Returns:
         The sequences, of one position at least; the embeddings have the tokens' type.
 
     Raises:
-        DataError: if the number of locators differs from the number of recordings.
+        DataError: if the number of locators differs from the number of recordings, or a packed row is too long.
 
     Example:
         >>> ids, embeds, speech = torch.tensor([[5, 9, 6]]), torch.zeros(1, 3, 4), torch.ones(1, 2, 4)
-        >>> merge_audio_embeddings(embeds, ids, ids > 0, speech, torch.tensor([2]), locator_id=9).embeds_BSH[0, :, 0]
+        >>> merge_audio_embeddings(embeds, ids, ids > 0, speech, torch.tensor([2]), locator_id=9).embeds_LSH[0, :, 0]
         tensor([0., 1., 1., 0.])
     """
     B, T, H = token_embeds_BTH.shape
@@ -106,64 +115,80 @@ def merge_audio_embeddings(
     if is_target_BT is not None:
         is_target_BT = is_target_BT & token_mask_BT & ~is_locator_BT
     num_locators = is_locator_BT.sum() + (0 if locators_elsewhere is None else locators_elsewhere)
-    S, A = _sizes(is_locator_BT, num_locators, lens_B, audio_lens_R, F, is_target_BT, max_targets)
-    margin_B1 = (S - lens_B if pad_left else torch.zeros_like(lens_B))[:, None]
+    num_targets = torch.zeros_like(num_locators) if targets_elsewhere is None else targets_elsewhere
+    if is_target_BT is not None:
+        num_targets = num_targets + (is_target_BT & (start_BT > 0)).sum()
+    counts = num_locators, num_targets
+    S, A, num_targets = _sizes(is_locator_BT, counts, lens_B, audio_lens_R, F, is_target_BT, max_targets, rows)
     position_S = torch.arange(S, device=lens_B.device)
+    if rows is None:
+        L, layout = B, None
+        row_B1 = torch.arange(B, device=lens_B.device)[:, None]
+        margin_B1 = (S - lens_B if pad_left else torch.zeros_like(lens_B))[:, None]
+        mask_LS = position_S >= margin_B1 if pad_left else position_S < lens_B[:, None]
+    else:
+        L, layout = rows.number, rows.layout(lens_B, S)
+        row_B1, margin_B1 = rows.row_B[:, None], layout.start_B[:, None]
+        mask_LS = position_S < rows.used(lens_B)[:, None]
 
     targets_BA = positions_BA = None
     if is_target_BT is not None:
         targets_BA = pack(token_ids_BT.masked_fill(start_BT == 0, IGNORE_INDEX), is_target_BT, A, IGNORE_INDEX)
-        positions_BA = pack((start_BT + margin_B1 - 1).clamp(min=0), is_target_BT, A, 0)
+        positions_BA = (pack((start_BT - 1).clamp(min=0), is_target_BT, A, 0) + margin_B1).clamp(max=S - 1)
 
-    row_BT = torch.arange(B, device=lens_B.device)[:, None] * S + margin_B1 + start_BT
-    token_row_BT = torch.where(token_mask_BT & ~is_locator_BT, row_BT, B * S)
+    place_BT = row_B1 * S + margin_B1 + start_BT
+    token_place_BT = torch.where(token_mask_BT & ~is_locator_BT, place_BT, L * S)
     frame_F = torch.arange(F, device=lens_B.device)
-    first_row_R1 = row_BT.flatten()[locator_R][:, None]
-    frame_row_RF = torch.where(frame_F < audio_lens_R[:, None], first_row_R1 + frame_F, B * S)  # padding is dropped
-    rows = _CopyRows.apply(
-        B * S,
+    first_place_R1 = place_BT.flatten()[locator_R][:, None]
+    frame_place_RF = torch.where(frame_F < audio_lens_R[:, None], first_place_R1 + frame_F, L * S)  # without padding
+    embeds = _CopyRows.apply(
+        L * S,
         token_embeds_BTH.flatten(0, 1),
-        token_row_BT.flatten(),
+        token_place_BT.flatten(),
         audio_embeds_RFH.flatten(0, 1).to(token_embeds_BTH.dtype),
-        frame_row_RF.flatten(),
+        frame_place_RF.flatten(),
     )
-    return Placed(
-        embeds_BSH=rows.view(B, S, H),
-        mask_BS=position_S >= margin_B1 if pad_left else position_S < lens_B[:, None],
-        lens_B=lens_B,
-        targets_BA=targets_BA,
-        positions_BA=positions_BA,
-    )
+    return Placed(embeds.view(L, S, H), mask_LS, lens_B, targets_BA, positions_BA, layout, num_targets)
 
 
 def _sizes(
     is_locator_BT: Tensor,
-    num_locators: Tensor,
+    counts: tuple[Tensor, Tensor],
     lens_B: Tensor,
     audio_lens_R: Tensor,
     F: int,
     is_target_BT: Tensor | None,
     max_targets: int | None,
-) -> tuple[int, int]:
-    """S, the longest row's length, and A, the most targets of a row; there must be a locator for each recording."""
+    rows: Rows | None,
+) -> tuple[int, int, int | None]:
+    """S, the longest row's length; A, the most targets of an example; and the number of targets.
+
+    Args:
+        counts: of locators, one for each recording, and of targets.
+    """
     R = len(audio_lens_R)
     if isinstance(lens_B, FakeTensor):
         # OOMptimizer plans on tensors that have values only where these follow from lengths and ids; otherwise each row
         # counts as full, which bounds the memory from above.
         B, T = is_locator_BT.shape
+        if rows is not None:
+            return rows.size, T if max_targets is None else max_targets, None
         full = T + (_longest(audio_lens_R, F) - 1) * (R // B) if R else T
-        return max(_longest(lens_B, full), 1), T if max_targets is None else max_targets
+        return max(_longest(lens_B, full), 1), T if max_targets is None else max_targets, None
     most_targets = (lens_B if is_target_BT is None else is_target_BT.sum(1)).max()
     # The only read of the device by the host.
-    found, S, A = torch.stack([num_locators, lens_B.max(), most_targets]).tolist()
+    longest = lens_B.max() if rows is None else rows.used(lens_B).max()
+    found, num_targets, S, A = torch.stack([*counts, longest, most_targets]).tolist()
     if found != R:
         raise DataError(
             f"a batch has {R} recordings but {found} audio locator tokens: "
             "each recording needs exactly one locator in its context."
         )
+    if rows is not None:
+        rows.check(S)
     assert max_targets is None or is_target_BT is None or max_targets >= A
     # A language model needs at least one position, even for a batch of padding.
-    return max(S, 1), A if max_targets is None else max_targets
+    return max(S, 1), A if max_targets is None else max_targets, num_targets
 
 
 def _longest(fake_lens_N: Tensor, padded: int) -> int:

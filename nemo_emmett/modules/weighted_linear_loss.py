@@ -90,6 +90,11 @@ class RowWeights:
     divergence_N: Tensor | None = None
     temperature: float = 1.0
 
+    def of(self, rows_M: Tensor) -> RowWeights:
+        """Those of some rows, by their numbers (M,) int64."""
+        divergence_M = None if self.divergence_N is None else self.divergence_N[rows_M]
+        return RowWeights(self.cross_entropy_N[rows_M], divergence_M, self.temperature)
+
 
 def weighted_linear_loss(
     hidden_NH: Tensor,

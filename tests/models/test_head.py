@@ -1,12 +1,14 @@
 """Losses of the output layer equal those computed from the language model's own logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from nemo_emmett.models import head
-from nemo_emmett.models.head import LLMInputs, answer_logits, answer_loss, answer_scores, has_linear_head
+from nemo_emmett.models.head import LLMInputs, answer_logits, answer_loss, answer_scores, has_linear_head, output_layer
 from nemo_emmett.modules.loss import IGNORE_INDEX
 
 from .backbones import DECODER_ONLY, ENCODER_DECODERS, backbone
@@ -14,9 +16,16 @@ from .backbones import DECODER_ONLY, ENCODER_DECODERS, backbone
 B, S, A = 3, 9, 4
 
 
-@pytest.fixture(scope="module", params=[*ENCODER_DECODERS, *DECODER_ONLY])
-def asked(request, folder):
+@pytest.fixture(params=["number of targets known", "unknown"])
+def asked(read, request):
     """A language model, what it reads, and its own logits (B, A, V) at the answers' positions."""
+    llm, inputs, own_logits = read
+    number = int((inputs.targets_BA != IGNORE_INDEX).sum()) if request.param != "unknown" else None
+    return llm, replace(inputs, num_targets=number), own_logits
+
+
+@pytest.fixture(scope="module", params=[*ENCODER_DECODERS, *DECODER_ONLY])
+def read(request, folder):
     is_encoder_decoder = request.param in ENCODER_DECODERS
     auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
     llm = auto_class.from_pretrained(backbone(request.param, folder)).eval()
@@ -41,6 +50,26 @@ def naive(logits_BAV, targets_BA, **options):
 def test_logits_are_the_models_own_at_the_answers(asked):
     llm, inputs, own_logits = asked
     torch.testing.assert_close(answer_logits(llm, inputs), own_logits())
+
+
+def test_the_output_layer_computes_no_padding_where_the_number_of_targets_is_known(asked):
+    llm, inputs, _ = asked
+    rows = []
+    hook = output_layer(llm).register_forward_hook(lambda _layer, args, _output: rows.append(len(args[0])))
+    answer_loss(llm, inputs, 0.0, "chunked")
+    answer_scores(llm, inputs)
+    hook.remove()
+    assert rows == [inputs.num_targets or B * A] * 2
+
+
+def test_a_batch_without_targets_has_a_loss_of_0_and_a_gradient(asked):
+    llm, inputs, _ = asked
+    none = torch.full_like(inputs.targets_BA, IGNORE_INDEX)
+    loss = answer_loss(llm, replace(inputs, targets_BA=none, num_targets=inputs.num_targets and 0), 0.0, "chunked")
+    loss.backward()
+    assert loss == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in llm.parameters())
+    llm.zero_grad()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

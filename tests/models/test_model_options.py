@@ -1,6 +1,7 @@
 """Options of the `model` section that all models share: freezing, LoRA, checkpointing, compilation, smoothing."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -203,3 +204,21 @@ def test_a_modality_adapter_that_cannot_be_built_gets_one_sentence(make, adapter
 def test_cross_attention_is_refused_where_it_means_nothing(folder):
     with pytest.raises(ConfigError, match=r"model\.cross_attention: SALMGPT has no such layers"):
         SALMGPT(model_config("llama", folder, cross_attention={"num_layers": 1}))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_is_computed_as_asked(make, implementation):
+    model = make(attn_implementation=implementation)
+    assert model.llm.config._attn_implementation == implementation
+
+
+def test_attention_that_is_not_there_is_refused(make):
+    with pytest.raises(ConfigError, match=r"^model.attn_implementation: flash_attention_2 is not possible \(.+\); "):
+        make(attn_implementation="flash_attention_2")
+    with pytest.raises(ConfigError, match=r"^model.attn_implementation: .*someone/kernel"):
+        make(attn_implementation="someone/kernel")
+
+
+def test_the_folder_does_not_name_the_attention_of_the_training(make, tmp_path):
+    make(attn_implementation="eager").save_pretrained(tmp_path / "model")
+    assert "attn_implementation" not in json.loads((tmp_path / "model" / "config.json").read_text())
