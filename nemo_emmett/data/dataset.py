@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nemo_emmett.audio_file import AudioFault
 from nemo_emmett.data.io.audio import audio_path, audio_start, load_waveform
 from nemo_emmett.data.io.skipped_records import SkippedRecords
-from nemo_emmett.data.readers.examples import origin_of
+from nemo_emmett.data.readers.examples import origin_of, packed_row
 from nemo_emmett.errors import DataError
 from nemo_emmett.prompts.transcripts import TRANSCRIPT_KEYS, transcript_ids
 
@@ -111,6 +111,7 @@ class SpeechTextDataset(torch.utils.data.Dataset):
         return batch
 
     def _collate_tokens(self, examples: Sequence[Cut | Formattable]) -> dict:
+        """The tokens of a batch, and its rows if the examples are packed."""
         contexts = [_tokens(example, "context_ids") for example in examples]
         answers = [_tokens(example, "answer_ids") for example in examples]
         return {
@@ -119,10 +120,21 @@ class SpeechTextDataset(torch.utils.data.Dataset):
             "answer_ids": self._pad(answers),
             "answer_lens": torch.tensor([len(answer) for answer in answers]),
             "examples": [describe(example) for example in examples],
+            **_collate_rows([packed_row(example) for example in examples], list(map(len, answers))),
         }
 
     def _pad(self, token_ids: Iterable[torch.Tensor]) -> torch.Tensor:
         return collate_vectors(token_ids, padding_value=self.pad_id).to(torch.int64)
+
+
+def _collate_rows(rows: Sequence[tuple[int, int] | None], answer_lens: Sequence[int]) -> dict:
+    """Rows without gaps, though of some all examples may have been left out; nothing if examples are not packed."""
+    if None in rows:
+        return {}
+    row_B = torch.tensor([row for row, _ in rows]).unique_consecutive(return_inverse=True)[1]
+    answers = torch.bincount(row_B, torch.tensor(answer_lens))
+    sizes = (len(answers), max(size for _, size in rows), int(answers.max()))
+    return {"packed_rows": row_B, "packed_sizes": sizes}
 
 
 def recordings_of(example: Cut | Formattable) -> list[Cut]:

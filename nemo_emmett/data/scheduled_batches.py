@@ -71,8 +71,10 @@ class ScheduledBatches(torch.utils.data.Dataset):
         return batch._replace(records=RecordsDelta(skipped=batch.records.skipped))
 
     def _examples_of(self, group: int, addressed: Any, seed: Sequence[int]) -> list:
-        reader = self.readers[group]
-        examples = reader.read(addressed["source"], addressed["entry"], addressed["number_of_pass"])
+        reader, packed = self.readers[group], {}
+        if (packing := reader.packing) is not None:
+            packed = {"rows": (addressed["bucket"] - addressed["bucket"][0]).tolist(), "row_size": packing.size}
+        examples = reader.read(addressed["source"], addressed["entry"], addressed["number_of_pass"], **packed)
         return list(reader.pipeline.transform_batch(CutSet(examples), [self.seed, group, *seed]))
 
 

@@ -31,6 +31,7 @@ from nemo_emmett.modules.cross_attention import SpeechCrossAttention, SpeechMemo
 from nemo_emmett.modules.gated_lora import gated
 from nemo_emmett.modules.loss import IGNORE_INDEX
 from nemo_emmett.modules.packing import Rows
+from nemo_emmett.modules.placement import value_of
 
 
 class BestowGPT(DecoderOnly, SpeechTextModel):
@@ -104,7 +105,8 @@ class BestowGPT(DecoderOnly, SpeechTextModel):
             B, T = is_text_BT.shape
             A = batch["answer_ids"].shape[1] if "answer_ids" in batch else 0
             T, width = T - num_recordings // B, None if rows is None else rows.size
-            return _Layout(is_text_BT, recordings_B, T, A, -(-num_recordings // B), width)
+            num_targets = value_of(read.is_target_BT.sum())
+            return _Layout(is_text_BT, recordings_B, T, A, -(-num_recordings // B), width, num_targets)
         is_target_BT, lens_B = read.is_target_BT & is_text_BT, is_text_BT.sum(1)
         num_targets = (is_target_BT & (is_text_BT.cumsum(1) > 1)).sum()  # nothing predicts the first token
         used = lens_B if rows is None else rows.used(lens_B)

@@ -230,8 +230,6 @@ def _run(llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[..., Tensor] 
     def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (hidden_LSH,) = args
         hidden_XH = hidden_LSH.flatten(0, 1)
-        if inputs.positions_BA is None and not inputs.num_targets:
-            return (hidden_XH,)
         places_N = inputs.target_places()
         if inputs.positions_BA is not None:
             L, S, _H = hidden_LSH.shape

@@ -117,7 +117,9 @@ def merge_audio_embeddings(
     num_locators = is_locator_BT.sum() + (0 if locators_elsewhere is None else locators_elsewhere)
     num_targets = torch.zeros_like(num_locators) if targets_elsewhere is None else targets_elsewhere
     if is_target_BT is not None:
-        num_targets = num_targets + (is_target_BT & (start_BT > 0)).sum()
+        # Nothing predicts the first token of a row; fake tensors have lengths, but no places.
+        is_predicted_BT = is_target_BT if isinstance(lens_B, FakeTensor) else is_target_BT & (start_BT > 0)
+        num_targets = num_targets + is_predicted_BT.sum()
     counts = num_locators, num_targets
     S, A, num_targets = _sizes(is_locator_BT, counts, lens_B, audio_lens_R, F, is_target_BT, max_targets, rows)
     position_S = torch.arange(S, device=lens_B.device)
@@ -172,9 +174,10 @@ def _sizes(
         # counts as full, which bounds the memory from above.
         B, T = is_locator_BT.shape
         if rows is not None:
-            return rows.size, T if max_targets is None else max_targets, None
+            return rows.size, T if max_targets is None else max_targets, value_of(counts[1])
         full = T + (_longest(audio_lens_R, F) - 1) * (R // B) if R else T
-        return max(_longest(lens_B, full), 1), T if max_targets is None else max_targets, None
+        A = T if max_targets is None else max_targets
+        return max(_longest(lens_B, full), 1), A, value_of(counts[1])
     most_targets = (lens_B if is_target_BT is None else is_target_BT.sum(1)).max()
     # The only read of the device by the host.
     longest = lens_B.max() if rows is None else rows.used(lens_B).max()
@@ -193,10 +196,16 @@ def _sizes(
 
 def _longest(fake_lens_N: Tensor, padded: int) -> int:
     """The greatest length, if the fake tensor has values, or else the padded length."""
+    longest = value_of(fake_lens_N.max())
+    return padded if longest is None else longest
+
+
+def value_of(fake: Tensor) -> int | None:
+    """The value of a () fake tensor, if it has one."""
     try:
-        return int(fake_lens_N.max())
+        return int(fake)
     except DataDependentOutputException:
-        return padded
+        return None
 
 
 class _CopyRows(torch.autograd.Function):

@@ -25,6 +25,10 @@ SETTINGS = {
     "sampling": "emmett",
 }
 SPEECH = {"bucket_duration_bins": [0.2, 0.3, 0.5], "bucket_batch_size": [32, 16, 16]}
+PACKED = {
+    "speech": {"packing": True, "row_tokens": [24, 30], "batch_size": 8},
+    "text": {"packing": True, "row_tokens": 40, "batch_size": 8},
+}
 TEXT = {"bucket_duration_bins": [8, 16, 60], "bucket_batch_size": [48, 32, 16], "use_multimodal_sampling": True}
 OTHERS = [(1, 3), (2, 1), (4, 0)]
 """Numbers of ranks and workers that are compared with one rank without workers."""
@@ -51,6 +55,13 @@ def corpora(tmp_path_factory) -> dict[str, dict[str, list]]:
 
 def config_of(sources: dict[str, list], fusion: str, world_size: int, **keys) -> dict:
     """A dataset whose batches are, times the ranks, always the same."""
+
+    if fusion == "packed":
+        groups = {
+            name: {"input_cfg": sources[name], **group, "batch_size": group["batch_size"] // world_size}
+            for name, group in PACKED.items()
+        }
+        return {**SETTINGS, "multi_config": True, "sampler_fusion": "zip", **groups, **keys}
 
     def divided(group: dict) -> dict:
         sizes = [size // world_size for size in group["bucket_batch_size"]]
@@ -81,6 +92,7 @@ def digest(ids: list[str]) -> str:
         ("mux", "tarred"),
         ("round_robin", "plain"),
         ("randomized_round_robin", "plain"),
+        ("packed", "tarred"),
     ],
 )
 def test_global_batches_are_the_same_for_any_number_of_ranks_and_workers(corpora, tokenizer, fusion, kind) -> None:
@@ -100,7 +112,7 @@ def test_global_batches_are_the_same_for_any_number_of_ranks_and_workers(corpora
         assert digests(world_size, workers) == reference, (world_size, workers)
 
 
-@pytest.mark.parametrize(("fusion", "kind"), [("round_robin", "plain"), ("mux", "tarred")])
+@pytest.mark.parametrize(("fusion", "kind"), [("round_robin", "plain"), ("mux", "tarred"), ("packed", "plain")])
 def test_a_pass_over_three_sizes_of_cluster_has_every_example_once(corpora, tokenizer, tmp_path, fusion, kind) -> None:
     """Killed by SIGKILL on 4 ranks, continued on 2 and killed again, continued on 8 to the end of the pass."""
     sources = corpora[kind]

@@ -50,6 +50,10 @@ def train_ds(sources):
             "shuffle": True,
             **keys,
         }
+        if fusion == "packed":
+            rows = {"packing": True, "row_tokens": 40, "batch_size": 2}
+            groups = {"speech": {"input_cfg": speech, **rows}, "text": {"input_cfg": text, **rows}}
+            return {**common, "multi_config": True, "sampler_fusion": "zip", **groups}
         if fusion == "mux":
             blend = [
                 {"type": "group", "input_cfg": speech, "weight": 0.4},
@@ -95,6 +99,7 @@ KILLED = [
     (fusion, workers, ranks, "tarred" if (fusion == "zip") ^ (workers == 2) ^ (ranks == 2) else "plain")
     for fusion, workers, ranks in product(("zip", "randomized_round_robin"), (0, 2), (1, 2))
 ]
+KILLED += [("packed", 0, 1, "plain"), ("packed", 2, 2, "tarred")]
 
 
 @pytest.mark.parametrize(("fusion", "workers", "world_size", "kind"), KILLED)

@@ -132,7 +132,7 @@ def test_lengths_of_inputs_are_those_of_the_batches(salm_t5, tiny_corpus, monkey
     monkeypatch.setattr(salm_t5, "encoder_inputs", spy)
     for item, length in zip(inputs, lengths, strict=True):
         salm_t5.translate([item], "en", "de")
-        assert abs(int(seen[-1].mask_BS.sum()) - length) <= (0 if isinstance(item, str) else 1)
+        assert abs(int(seen[-1].mask_LS.sum()) - length) <= (0 if isinstance(item, str) else 1)
 
 
 def test_texts_fill_batches_by_their_tokens(salm_t5, monkeypatch) -> None:

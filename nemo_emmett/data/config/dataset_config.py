@@ -15,6 +15,7 @@ from nemo.utils import logging, logging_mode
 from omegaconf import DictConfig
 
 from nemo_emmett.config import check_keys, nearest
+from nemo_emmett.data.config.packing_keys import check_packing
 from nemo_emmett.data.config.schema import AUTO, FUSIONS, LEGACY_KEYS, LOADER_KEYS, OUR_TYPES, parse_keys
 from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.config.sources import (
@@ -106,6 +107,8 @@ class GroupConfig:
         noise: None where none is mixed in.
         every_n_steps: under ``zip``, the steps that hold a batch of it: the first, and every n-th from there.
         batch_ratio: under ``zip``, its examples in a step per example of :func:`leading_group`; None: as its sizes say.
+        packing: several examples share a row of the language model's input; ``batch_size`` counts rows.
+        row_tokens: most positions of a row; a pair: of the encoder's and of the decoder's.
     """
 
     name: str
@@ -135,6 +138,8 @@ class GroupConfig:
     concatenate_samples: bool = False
     every_n_steps: int = 1
     batch_ratio: float | None = None
+    packing: bool = False
+    row_tokens: int | list[int] | None = None
 
     @property
     def sources(self) -> list[Source]:
@@ -274,6 +279,7 @@ def _group_config(keys: Mapping[str, Any], place: str, name: str, root: SourceGr
         temperatures=_temperatures(keys.get("reweight_temperature"), root, place) if keys.get("input_cfg") else None,
         noise=_noise(keys, place),
     )
+    check_packing(keys, group.sources, place)
     _check_sizes(group)
     return group
 

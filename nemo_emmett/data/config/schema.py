@@ -57,6 +57,8 @@ OUR_TYPES = {
     "transcription": TranscriptionShare | None,  # share of the speech examples that are transcribed, not translated
     "every_n_steps": PositiveWhole,  # of a group under zip: it gives a batch to every n-th step only, from the first on
     "batch_ratio": Positive | None,  # of a group under zip: its examples in a step per example of the first group
+    "packing": Switch,  # several examples in a row of the language model's input; batch_size counts rows
+    "row_tokens": PositiveWhole | Annotated[list[PositiveWhole], annotated_types.Len(2, 2)] | None,  # most of a row
     "transcripts": Switch | None,  # batches of speech have the transcripts, and the prompts of these as text
 }
 """Keys of ``train_ds``, ``validation_ds``, ... beyond those of NeMo's ``LhotseDataLoadingConfig``."""

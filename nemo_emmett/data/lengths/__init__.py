@@ -8,5 +8,6 @@
 - ``index``: the file of a source's lengths, read by blocks.
 - ``writing``: that file, put together from parts and from an older one.
 - ``building``: which ranges must be measured, and by which process and rank.
+- ``packing``: examples that share a row of the language model's input.
 - ``selection``: NeMo's filters on lengths, its buckets and its rule for batches, on arrays.
 """

@@ -47,7 +47,7 @@ from nemo_emmett.prompts.translation import register_prompt_formats
 
 SUFFIX = ".lengths"
 
-VERSION = 2
+VERSION = 3
 """Raised when other records are usable or lengths are measured in another way: older indexes are built again."""
 
 STRETCH = 40 * 256

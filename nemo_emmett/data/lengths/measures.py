@@ -18,7 +18,7 @@ class Measures:
 
     Args:
         seconds: (N,) float64; of a cut, or of all cuts of a conversation; NaN where there is no speech.
-        inputs: (N,) int64; ``input_length`` in tokens; 0 for a cut; -1: there is no example.
+        inputs: (N,) int64; ``input_length`` in tokens; for a cut those of its prompt; -1: there is no example.
         outputs: (N,) int64; ``output_length`` in tokens; for a cut the tokens that NeMo counts, 0 if it has none.
         totals: (N,) int64; ``total_length`` in tokens; for a cut the tokens of its supervisions.
         is_cut: (N,) bool.
@@ -56,7 +56,8 @@ def _of_cut(cut: Cut) -> tuple[float, int, int, int, bool]:
     with suppress(AssertionError):  # it has no tokens
         outputs = _measure_tokens(cut)
     tokens = sum(len(s.tokens) for s in cut.supervisions if s.has_custom("tokens"))
-    return cut.duration, 0, outputs, tokens, True
+    context = getattr(cut, "context_ids", None)
+    return cut.duration, 0 if context is None else len(context), outputs, tokens, True
 
 
 def _of_formattable(example: Formattable) -> tuple[float, int, int, int, bool]:

@@ -29,6 +29,7 @@ from omegaconf import DictConfig
 
 from nemo_emmett.data.config.dataset_config import GroupConfig
 from nemo_emmett.data.lengths.measures import Measures
+from nemo_emmett.data.lengths.packing import Packing
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.data.sampling.tolerance import KEYS_OF_FUNCTION, cause_of
 from nemo_emmett.errors import ConfigError
@@ -58,6 +59,7 @@ class Selection:
         constraint: NeMo's or lhotse's measure of a batch, made from this config.
         duration_bins: bin edges between the buckets; None: one bucket.
         has_tokenizer: the examples are tokenised; otherwise NeMo has no filters on rates of tokens.
+        packing: the rows into which they are packed; None: batches follow the constraint.
 
     Raises:
         ConfigError: if the bins are pairs and there are no batch sizes for them.
@@ -76,6 +78,7 @@ class Selection:
         duration_bins: Sequence | None,
         *,
         has_tokenizer: bool = True,
+        packing: Packing | None = None,
     ) -> None:
         self._durations = DurationFilter(structured.min_duration, structured.max_duration)
         self._counts = TokenCountFilter(
@@ -85,6 +88,7 @@ class Selection:
         if has_tokenizer and structured.pretokenize:
             self._per_second = TokenPerSecondFilter(structured.min_tps, structured.max_tps)
             self._per_token = TokenPerTokenFilter(structured.min_tpt, structured.max_tpt)
+        self.packing = packing
         self._constraint = constraint
         self._is_multimodal = isinstance(
             constraint, (MultimodalSamplingConstraint, MultimodalFixedBucketBatchSizeConstraint2D)
@@ -144,6 +148,11 @@ class Selection:
             if left_out is not None:
                 _count(verdict, kept & ~passes, left_out)
             kept &= passes
+        if self.packing is not None:
+            fits = self.packing.fits(measures)
+            if left_out is not None and (too_long := int(np.count_nonzero(kept & ~fits))):
+                left_out["row_tokens"] += too_long
+            kept &= fits
         if left_out is not None:
             left_out[""] += int(np.count_nonzero(kept))
         return np.where(kept, buckets, np.int16(-1))
@@ -183,6 +192,15 @@ class Selection:
         if self._max_ratios is not None:
             within = ~(_ratio(outputs, inputs) > self._max_ratios[buckets])
             yield _Verdict(predicate, within, inputs == 0)
+
+    def fill(self, examples: np.ndarray, measures: Measures) -> None:
+        """Write into (N,) ``EXAMPLE`` what their batches depend on."""
+        examples["length"] = examples["positions"] = examples["answers"] = 0
+        if self.packing is not None:
+            examples["positions"], examples["answers"] = self.packing.positions_and_answers(measures)
+            examples["length"] = np.nan_to_num(measures.seconds)
+        elif self.batch_sizes is None:
+            examples["length"] = self.lengths(measures)
 
     def lengths(self, measures: Measures) -> np.ndarray:
         """What the constraint measures: (N,) float64, or (N, 2) for bins in two dimensions."""

@@ -35,6 +35,8 @@ from nemo_emmett.prompts.languages import is_known_language
 from nemo_emmett.prompts.markup import Prompt
 from nemo_emmett.prompts.transcripts import set_transcript
 
+_PACKED_ROW = "packed_row"
+
 
 class ExampleKind(str, Enum):
     """The kind of examples that a dataset takes."""
@@ -221,6 +223,18 @@ def mark_origin(example: Cut | Formattable, source: str, place: str) -> None:
     if isinstance(example, MixedCut):  # its first recording carries the fields of the whole
         example = example._first_non_padding_cut
     example.custom = {**(getattr(example, "custom", None) or {}), "manifest_origin": source, "manifest_place": place}
+
+
+def mark_row(example: Cut | Formattable, row: int, size: int) -> None:
+    """Note in which row of its batch an example is packed, and the most positions of a row."""
+    if isinstance(example, MixedCut):
+        example = example._first_non_padding_cut
+    example.custom = {**(getattr(example, "custom", None) or {}), _PACKED_ROW: (row, size)}
+
+
+def packed_row(example: Cut | Formattable) -> tuple[int, int] | None:
+    """What :func:`mark_row` has noted; None: the example is not packed."""
+    return _custom_of(example).get(_PACKED_ROW)
 
 
 def _texts_of(example: Cut | Formattable) -> Iterator[str]:

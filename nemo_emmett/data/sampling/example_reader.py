@@ -19,8 +19,9 @@ from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.lengths.measures import Measures, measure
 from nemo_emmett.data.lengths.notes import Recorder
+from nemo_emmett.data.lengths.packing import Packing
 from nemo_emmett.data.readers.base import Records
-from nemo_emmett.data.readers.examples import ExampleKind, Examples, SourceDefaults
+from nemo_emmett.data.readers.examples import ExampleKind, Examples, SourceDefaults, mark_row
 from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.errors import DataError
 
@@ -118,10 +119,12 @@ class ExampleReader:
     Args:
         readers: of the sources of one group.
         pipeline: transforms of the group.
+        packing: the rows of its batches; None: examples are not packed.
     """
 
     readers: Sequence[SourceReader]
     pipeline: TransformPipeline
+    packing: Packing | None = None
 
     def read(
         self,
@@ -129,6 +132,8 @@ class ExampleReader:
         entries: np.ndarray,
         passes: np.ndarray,
         expected: Measures | None = None,
+        rows: Sequence[int] | None = None,
+        row_size: int = 0,
     ) -> list:
         """The examples at these addresses, in this order, without those that cannot be read.
 
@@ -139,6 +144,8 @@ class ExampleReader:
             entries: (M,) int64 numbers of the entries in their sources.
             passes: (M,) how many times each source was read before; seeds random transforms.
             expected: (M,) what the length indexes say of these entries.
+            rows: (M,) in which they are packed, noted in the examples (:func:`packed_row`); None: they are not.
+            row_size: most positions of a row.
 
         Raises:
             DataError: if a file has changed, so that an example has another length than its entry.
@@ -159,6 +166,8 @@ class ExampleReader:
             if of_entry.k < len(of_record):
                 numbers.append(number)
                 examples.append(of_record[of_entry.k])
+                if rows is not None:
+                    mark_row(examples[-1], rows[number], row_size)
         if expected is not None:
             self._check(examples, [found[number] for number in numbers], expected[np.array(numbers, np.int64)])
         return examples

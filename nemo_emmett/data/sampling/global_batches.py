@@ -16,6 +16,7 @@ import numpy as np
 from nemo.utils import logging
 
 from nemo_emmett.data.config.sources import Source
+from nemo_emmett.data.lengths.packing import Packing
 from nemo_emmett.data.lengths.selection import Selection
 from nemo_emmett.data.sampling.mixing_sequence import MixingSequence
 from nemo_emmett.data.sampling.source_order import Cursor, SourceOrder, joined
@@ -25,7 +26,7 @@ FIRST_BLOCK = 32
 
 
 class Step(NamedTuple):
-    """A global batch."""
+    """A global batch; if it is packed, in the order of its rows, with each example's row in ``bucket``."""
 
     examples: np.ndarray  # (M,) EXAMPLE
     bounds: Sequence[int] | None = None  # between the ranks' batches; None: their sizes differ by at most one
@@ -52,6 +53,7 @@ class GroupOrder:
         drop_last: leave out what does not fill a global batch when the data ends.
         every_n_steps: under ``zip``, it is in every n-th step.
         ratio: under ``zip``, its examples in a step per example of the first group without a ratio; None: none.
+        packing: the rows of a rank's batch; None: examples are not packed.
         ends_with: of each source the number of the source with which it ends, though it has more; None: at its own end.
     """
 
@@ -63,6 +65,7 @@ class GroupOrder:
     drop_last: bool
     every_n_steps: int = 1
     ratio: float | None = None
+    packing: Packing | None = None
     ends_with: Sequence[int | None] = ()
 
 
@@ -223,6 +226,10 @@ class GroupSchedule:
         Args:
             examples: in the order of their buckets and, in each, of their positions.
         """
+        if self.order.packing is not None:
+            self._waiting[0] = [joined([*self._waiting.get(0, []), examples])]
+            self._steps += self._packed_steps(at_end=False)
+            return
         buckets = examples["bucket"]
         steps = []
         for of_bucket in np.split(examples, np.flatnonzero(np.diff(buckets)) + 1) if len(examples) else ():
@@ -240,6 +247,21 @@ class GroupSchedule:
                 steps += made
         steps.sort(key=itemgetter(1))
         self._steps += [step for step, _ in steps]
+
+    def _packed_steps(self, at_end: bool) -> list[Step]:
+        """The steps for which enough examples wait; at the end of the data, of all that make a row for each rank."""
+        steps = []
+        waiting = joined(self._waiting.get(0, []))
+        while (found := self.order.packing.next_step(waiting, self.world_size, at_end)) is not None:
+            numbers, rows = found
+            examples = waiting.take(numbers)
+            examples["bucket"] = rows
+            per_rank, larger = divmod(int(rows[-1]) + 1, self.world_size)
+            first_rows = [rank * per_rank + min(rank, larger) for rank in range(self.world_size + 1)]
+            steps.append(Step(examples, np.searchsorted(rows, first_rows).tolist()))
+            waiting = np.delete(waiting, numbers)
+        self._waiting[0] = [waiting]
+        return steps
 
     def _complete_steps(self, bucket: int, waiting: np.ndarray) -> list[tuple[Step, int]]:
         """The complete steps of a bucket, each with the position of the example that completes it."""
@@ -268,6 +290,10 @@ class GroupSchedule:
         """The steps of what waits in the buckets when the data ends. No batch is larger than before, none is empty."""
         steps = []
         if self.order.ratio is not None:
+            return steps
+        if self.order.packing is not None:
+            steps = [] if self.order.drop_last else self._packed_steps(at_end=True)
+            self.left_out += sum(map(len, self._waiting.pop(0, [])))
             return steps
         for bucket, pieces in sorted(self._waiting.items()):
             waiting = joined(pieces)

@@ -69,8 +69,8 @@ def nemo_sampler(
             f"{dataset.place}.weights: NeMo's samplers cannot weigh by {dataset.weights}; set sampling: emmett."
         )
     for group in dataset.groups:
-        for key in ("every_n_steps", "batch_ratio"):
-            if getattr(group, key) not in (None, 1):
+        for key in ("every_n_steps", "batch_ratio", "packing"):
+            if getattr(group, key) != getattr(GroupConfig, key):
                 raise ConfigError(f"{group.place}.{key}: NeMo's samplers do not have it; set sampling: emmett.")
     if dataset.is_mux:
         raise ConfigError(f"{dataset.place}.sampler_fusion: NeMo's samplers have no mux; set sampling: emmett.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from lhotse.dataset.dataloading import resolve_seed
+from nemo.collections.common.prompts import PromptFormatter
 from nemo.utils import logging, logging_mode
 from omegaconf import DictConfig
 
@@ -26,6 +28,7 @@ from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.lengths.notes import Recorder
+from nemo_emmett.data.lengths.packing import ENCODER_PADDING, Packing
 from nemo_emmett.data.lengths.selection import Selection, filter_of_text
 from nemo_emmett.data.readers.base import Records, build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind
@@ -43,6 +46,7 @@ from nemo_emmett.data.sampling.source_order import SourceOrder
 from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.prompts.families import forbidden_text
+from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
 
 
 @dataclass
@@ -129,11 +133,12 @@ def plan_sampling(
         DataError: if a source holds nothing.
     """
     for group in dataset.groups:
-        if group.batch_ratio is not None:
-            raise ConfigError(
-                f"{group.place}.batch_ratio: needs data that can be read at any place, and here all data is streamed; "
-                "leave the key out, or give sources with a length index."
-            )
+        for key in ("batch_ratio", "packing"):
+            if getattr(group, key):
+                raise ConfigError(
+                    f"{group.place}.{key}: needs data that can be read at any place, and here all data is streamed; "
+                    "leave the key out, or give sources with a length index."
+                )
     opened = _open(dataset, kind, lambda: skipped_records)
     build_indexes(opened.records)
     plans = []
@@ -216,9 +221,9 @@ def plan_schedule(
         sample = _Sample(lambda g=group: _readers(g, tokenizer, kind, skipped_records, opened.finite), shares, group)
         chain = _chain(group, tokenizer, kind, skipped_records, sample, by_place)
         skipped_records.drain()
-        selection = Selection(
-            group.structured, chain.constraint, chain.duration_bins, has_tokenizer=tokenizer is not None
-        )
+        packing = _packing(group.group, kind)
+        options = {"has_tokenizer": tokenizer is not None, "packing": packing}
+        selection = Selection(group.structured, chain.constraint, chain.duration_bins, **options)
         for source, index in zip(group.sources, of_group, strict=True):
             if not _has_any(index, selection):
                 index.report(skipped := SkippedRecords())
@@ -244,6 +249,7 @@ def plan_schedule(
                 ends_with=ends_with(group.sources),
                 every_n_steps=group.group.every_n_steps,
                 ratio=group.group.batch_ratio,
+                packing=packing,
             )
         )
         forbidden = forbidden_text(group.structured.prompt_format, tokenizer)
@@ -253,10 +259,33 @@ def plan_schedule(
                 group.sources, group.records, group.notes, of_group, group.seeds, strict=True
             )
         ]
-        readers.append(ExampleReader(of_sources, chain))
+        readers.append(ExampleReader(of_sources, chain, packing))
         indexes += of_group
     order = ScheduleOrder(orders, _fusion(dataset), _weights_of_groups(dataset), opened.seed, opened.finite)
     return SchedulePlan(order, readers, indexes)
+
+
+def _packing(group: GroupConfig, kind: ExampleKind) -> Packing | None:
+    """The rows of a group's batches; None if its examples are not packed."""
+    if not group.packing:
+        return None
+    if kind is not ExampleKind.TRANSLATION:
+        raise ConfigError(
+            f"{group.place}.packing: makes batches for the models of nemo_emmett (SpeechTextDataset); leave it out."
+        )
+    is_joint = not issubclass(PromptFormatter.resolve(group.prompt_format), Seq2SeqPrompt)
+    sizes = group.row_tokens if isinstance(group.row_tokens, list) else [group.row_tokens] * 2
+    if is_joint and isinstance(group.row_tokens, list):
+        raise ConfigError(
+            f"{group.place}.row_tokens: {group.row_tokens} is for an encoder-decoder, and {group.prompt_format} is for "
+            "decoder-only models, whose rows hold contexts and answers together; give one number."
+        )
+    frame, seconds = group.token_equivalent_duration, math.inf
+    if group.batch_duration is not None:
+        seconds = group.batch_duration / group.batch_size
+    elif frame is not None:
+        seconds = ENCODER_PADDING * sizes[0] * frame
+    return Packing(group.batch_size, *sizes, is_joint, frame, seconds)
 
 
 def _reason_to_stream(opened: _Opened, kind: ExampleKind) -> str | None:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from nemo_emmett.data.lengths.index import LengthIndex
-from nemo_emmett.data.lengths.measures import Measures
 from nemo_emmett.data.lengths.selection import Selection
 from nemo_emmett.errors import DataError, Help
 
@@ -19,10 +18,12 @@ EXAMPLE = np.dtype(
     [
         ("position", np.int64),  # among the draws of its group's mixing
         ("entry", np.int64),  # in the length index of its source
-        ("length", np.float64),  # where batches close by a measured limit
+        ("length", np.float64),  # where batches close by a measured limit; of packed recordings, seconds
+        ("positions", np.int32),  # where rows are packed: those of the language model's input
+        ("answers", np.int32),  # there: tokens of the answer
         ("number_of_pass", np.int32),
         ("source", np.int16),
-        ("bucket", np.int16),
+        ("bucket", np.int16),  # of a packed step, the row
     ]
 )
 """What a schedule keeps of an example. Arrays of it are gathered by ``take``, ten times as fast as by indexing."""
@@ -139,7 +140,7 @@ class SourceOrder:
         examples = np.empty(len(kept), EXAMPLE)
         examples["entry"], examples["bucket"] = entries[kept], bucket[kept]
         examples["number_of_pass"] = number_of_pass
-        examples["length"] = self._lengths(measures, kept)
+        self.selection.fill(examples, measures[kept])
         self._group = (number_of_pass, group, examples)
         self._kept_in_pass += len(examples)
         return examples
@@ -160,9 +161,6 @@ class SourceOrder:
         self._blocks = (number_of_pass, order, starts)
         return order, starts
 
-    def _lengths(self, measures: Measures, kept: np.ndarray) -> np.ndarray | float:
-        return self.selection.lengths(measures[kept]) if self.selection.batch_sizes is None else 0.0
-
     def examples_at(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The examples of these entries, as far as they exist and are selected.
 
@@ -176,5 +174,5 @@ class SourceOrder:
         kept = bucket >= 0
         examples = np.empty(int(kept.sum()), EXAMPLE)
         examples["entry"], examples["bucket"] = entries[found][kept], bucket[kept]
-        examples["length"] = self._lengths(measures, places[kept])
+        self.selection.fill(examples, measures[places[kept]])
         return found[kept], examples

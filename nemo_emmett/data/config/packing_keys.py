@@ -1,0 +1,67 @@
+"""What ``packing: true`` needs of a group, and what cannot be combined with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo_emmett.data.config.sources import Source
+from nemo_emmett.errors import ConfigError
+
+_NEEDED = {
+    "row_tokens": "the most positions of a row",
+    "batch_size": "the rows of a batch",
+    "prompt_format": "that of the language model",
+}
+
+_OTHER_RULES = (
+    *("bucket_batch_size", "bucket_duration_bins", "use_bucketing", "batch_tokens", "quadratic_duration"),
+    *("quadratic_factor", "batch_ratio", "concatenate_samples"),
+)
+"""Keys that put batches together in another way."""
+
+
+def check_packing(keys: Mapping[str, Any], sources: Sequence[Source], place: str) -> None:
+    """Check the keys of a group, and its sources.
+
+    Args:
+        keys: of the group, with what it inherits.
+        sources: all of them.
+        place: of the group in the recipe.
+
+    Raises:
+        ConfigError: for a key that is missing or has no meaning, or sources that cannot share rows.
+    """
+    if not keys.get("packing"):
+        if keys.get("row_tokens") is not None:
+            raise ConfigError(f"{place}.row_tokens: has a meaning with packing: true alone; set it, or leave this out.")
+        return
+    for key, what in _NEEDED.items():
+        if keys.get(key) is None:
+            raise ConfigError(f"{place}.packing: needs {key}, {what}; add it.")
+    for key in _OTHER_RULES:
+        if keys.get(key):
+            raise ConfigError(
+                f"{place}.{key}: cannot be combined with packing, which fills rows of row_tokens with examples of any "
+                "length; leave one out."
+            )
+    if keys.get("pretokenize") is False:
+        raise ConfigError(f"{place}.pretokenize: packing needs tokens before batches are made; leave the key out.")
+    speech = [source for source in sources if not source.is_text]
+    if speech and len(speech) < len(sources):
+        raise ConfigError(
+            f"{place}.packing: rows hold speech or text, and this group has both; make two groups of it "
+            "(multi_config: true, sampler_fusion: zip)."
+        )
+    for source in sources:
+        if "conversation" in source.type:
+            raise ConfigError(
+                f"{source.place}.type: {source.type} cannot be packed, since its recordings are not in the length "
+                f"index one by one; leave out {place}.packing."
+            )
+    if speech and keys.get("token_equivalent_duration") is None and keys.get("batch_duration") is None:
+        raise ConfigError(
+            f"{place}.packing: needs token_equivalent_duration for speech, the seconds of a position of the language "
+            "model's input; for BestowGPT, where recordings have no positions, give batch_duration instead, the most "
+            "seconds of a batch."
+        )
