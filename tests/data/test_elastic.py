@@ -26,8 +26,8 @@ SETTINGS = {
 }
 SPEECH = {"bucket_duration_bins": [0.2, 0.3, 0.5], "bucket_batch_size": [32, 16, 16]}
 PACKED = {
-    "speech": {"packing": True, "row_tokens": [24, 30], "batch_size": 8},
-    "text": {"packing": True, "row_tokens": 40, "batch_size": 8},
+    "speech": {"packing": True, "row_tokens": [14, 30], "batch_size": 8},
+    "text": {"packing": True, "row_tokens": 24, "batch_size": 8},
 }
 TEXT = {"bucket_duration_bins": [8, 16, 60], "bucket_batch_size": [48, 32, 16], "use_multimodal_sampling": True}
 OTHERS = [(1, 3), (2, 1), (4, 0)]
@@ -61,7 +61,7 @@ def config_of(sources: dict[str, list], fusion: str, world_size: int, **keys) ->
             name: {"input_cfg": sources[name], **group, "batch_size": group["batch_size"] // world_size}
             for name, group in PACKED.items()
         }
-        return {**SETTINGS, "multi_config": True, "sampler_fusion": "zip", **groups, **keys}
+        return {**SETTINGS, "multi_config": True, "sampler_fusion": "round_robin", **groups, **keys}
 
     def divided(group: dict) -> dict:
         sizes = [size // world_size for size in group["bucket_batch_size"]]

@@ -8,11 +8,7 @@ from typing import Any
 from nemo_emmett.data.config.sources import Source
 from nemo_emmett.errors import ConfigError
 
-_NEEDED = {
-    "row_tokens": "the most positions of a row",
-    "batch_size": "the rows of a batch",
-    "prompt_format": "that of the language model",
-}
+_NEEDED = {"row_tokens": "the most positions of a row", "batch_size": "the rows of a batch"}
 
 _OTHER_RULES = (
     *("bucket_batch_size", "bucket_duration_bins", "use_bucketing", "batch_tokens", "quadratic_duration"),

@@ -85,7 +85,11 @@ class Packing:
                 return None
             window = len(waiting)
         window = waiting[:window]
-        chosen = _spread(self._fill(window, _by_length(window, rows * self.size), rows), ranks)
+        chosen = self._fill(window, _by_length(window, rows * self.size), rows)
+        if at_end and 0 < (left := len(waiting) - len(chosen)) < len(chosen):
+            # The last two steps share the rest, so that the last one has rows for all ranks.
+            chosen = {number: chosen[number] for number in sorted(chosen)[: (len(chosen) + left + 1) // 2]}
+        chosen = _spread(chosen, ranks)
         numbers = sorted(chosen, key=lambda number: (chosen[number], number))
         return np.array(numbers), np.array([chosen[number] for number in numbers])
 
@@ -98,7 +102,10 @@ class Packing:
         positions, answers, lengths = (window[key].tolist() for key in ("positions", "answers", "length"))
         space, answer_space = np.full(rows, self.size), np.full(rows, self.answer_size)
         counts, longest, chosen = np.zeros(rows, np.int64), 0.0, {}
+        smallest = min(positions)
         for number in candidates:
+            if space.max() < smallest:
+                break
             padded = max(longest, lengths[number])
             fits = (space >= positions[number]) & (answer_space >= answers[number])
             fits &= (counts + 1) * padded <= self.seconds

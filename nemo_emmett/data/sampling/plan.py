@@ -273,6 +273,8 @@ def _packing(group: GroupConfig, kind: ExampleKind) -> Packing | None:
         raise ConfigError(
             f"{group.place}.packing: makes batches for the models of nemo_emmett (SpeechTextDataset); leave it out."
         )
+    if group.prompt_format is None:
+        raise ConfigError(f"{group.place}.packing: needs prompt_format, that of the language model; add it.")
     is_joint = not issubclass(PromptFormatter.resolve(group.prompt_format), Seq2SeqPrompt)
     sizes = group.row_tokens if isinstance(group.row_tokens, list) else [group.row_tokens] * 2
     if is_joint and isinstance(group.row_tokens, list):
