@@ -328,7 +328,7 @@ def _batch_rows(dataset: DatasetConfig, groups: Sequence[GroupFacts]) -> Rows:
             unit = f"(input x output {unit})" if config.use_multimodal_sampling else f"({unit} x output tokens)"
         limits = [f"{config.batch_tokens:,} tokens"] if config.batch_tokens else []
         limits += [f"{config.batch_duration:g} s"] if config.batch_duration else []
-        limits += [f"{config.batch_size:,} examples"] if config.batch_size and not config.bucket_batch_size else []
+        limits += [_size_of(config)] if config.batch_size and not config.bucket_batch_size else []
         if group.batch_sizes:
             limits = [f"{_several(list(dict.fromkeys(group.batch_sizes)))} examples"]
         if config.batch_ratio is not None:
@@ -336,6 +336,13 @@ def _batch_rows(dataset: DatasetConfig, groups: Sequence[GroupFacts]) -> Rows:
         buckets = len(group.bins) + (not config.bucket_batch_size)
         edges = f", {buckets} bucket{'s' * (buckets != 1)} at {_several(group.bins)} {unit}" if len(group.bins) else ""
         yield f"{config.name} batch".lstrip(), f"{' or '.join(limits) or 'of a size that NeMo sets'}{edges}"
+
+
+def _size_of(config: GroupConfig) -> str:
+    if not config.packing:
+        return f"{config.batch_size:,} examples"
+    sizes = config.row_tokens if isinstance(config.row_tokens, list) else [config.row_tokens]
+    return f"{config.batch_size:,} packed rows of {' and '.join(f'{size:,}' for size in sizes)} positions"
 
 
 def _several(values: Sequence[Any]) -> str:

@@ -81,10 +81,28 @@ def text_batch(examples: int, tokens: tuple[int, int]) -> dict[str, Tensor]:
     return _text([PROMPT_TOKENS + length for length in lens], lens)
 
 
+def text_and_speech(
+    context_lens: list[int], answer_lens: list[int], samples: list[int] | None = None, locator_id: int | None = None
+) -> dict[str, Tensor]:
+    """Examples of these lengths in tokens, with a recording of so many samples each in place of a locator."""
+    import torch
+
+    batch = _text(context_lens, answer_lens)
+    if samples is not None:
+        batch["context_ids"][:, PROMPT_TOKENS // 2] = locator_id
+        recordings = [0.1 * torch.randn(number) for number in samples]
+        batch["audios"] = torch.nn.utils.rnn.pad_sequence(recordings, True)
+        batch["audio_lens"] = torch.tensor(samples)
+    return batch
+
+
 def tensors_of(batch: Mapping[str, Any]) -> Iterator[Tensor]:
     """All tensors of a batch, of one modality or of several."""
     for value in batch.values():
-        yield from tensors_of(value) if isinstance(value, Mapping) else [value]
+        if isinstance(value, Mapping):
+            yield from tensors_of(value)
+        elif not isinstance(value, tuple):  # sizes
+            yield value
 
 
 def _text(context_lens: list[float], answer_lens: list[float]) -> dict[str, Tensor]:

@@ -224,12 +224,18 @@ class _LengthKeys:
     use_multimodal_sampling: Switch | None = None
     measure_total_length: Switch | None = None
     token_equivalent_duration: Positive | None = None
+    packing: Switch | None = None
 
 
 def _read_group(
     name: str, config: DictConfig, keys: _LengthKeys, place: str, frame: float | None, tokens_per_second: float
 ) -> Group:
     bins, limit_key = bins_of(config, place), None
+    if keys.packing:
+        raise ConfigError(
+            f"{place}.packing: OOMptimizer does not find the rows of a batch yet; give them by batch_size and leave the "
+            "callback out."
+        )
     if bins is None and (keys.use_bucketing or config.get("batch_size") is None):
         raise ConfigError(
             f"{place}.bucket_duration_bins: is missing; OOMptimizer finds a batch size for each bucket, so write the "

@@ -180,6 +180,8 @@ def _examples_per_batch(group: GroupConfig, blend: Node) -> tuple[float | None, 
     if size and (mean := _mean_length(blend, in_tokens)):
         examples = size / mean
         limits.append((examples, f"about {_number(examples)} examples ({key} {size:g} at {mean:.3g} {unit} each)"))
+    if group.packing:
+        return None, f"{group.batch_size} packed rows of {group.row_tokens} positions (batch_size, row_tokens)"
     if group.batch_size:
         limits.append((group.batch_size, f"{group.batch_size} examples (batch_size)"))
     return min(limits, default=(None, "a number of examples that the config does not give (batch_size, ...)"))

@@ -145,3 +145,9 @@ def test_a_group_without_buckets_needs_a_batch_size_and_a_bound(config: dict, se
     with pytest.raises(ConfigError) as error:
         read_groups(OmegaConf.create(config))
     assert str(error.value).startswith(sentence)
+
+
+def test_packed_rows_are_refused() -> None:
+    packed = {"packing": True, "row_tokens": 64, "batch_size": 8}
+    with pytest.raises(ConfigError, match=r"^train_ds.packing: OOMptimizer does not find the rows of a batch yet"):
+        read_groups(OmegaConf.create({**TEXT, **packed}))
