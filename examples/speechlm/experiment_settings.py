@@ -1,4 +1,4 @@
-"""How to set up joint training with 1,000 recordings: objectives, ratio and weight, frozen encoder, length.
+"""How to set up joint training with 1,000 recordings: objectives, ratio and weight, length.
 
 The captions, the starts, and the trainings of the part on scarce speech with as many recordings: speech alone and joint
 with the objectives that won, of either length, and joint. The others change one setting of joint training.
@@ -45,7 +45,6 @@ ARMS = (
     Arm("transcription", "joint + transcription", TRANSCRIPTION),
     Arm("together", "joint + all objectives", TOGETHER, teaches=("distillation", "retention")),
     Arm("quarter", "joint, a quarter of the text", QUARTER),
-    Arm("encoder_frozen", "joint, frozen encoder", ("+model.freeze=[encoder]",)),
 )
 """Ways of training."""
 
