@@ -47,6 +47,10 @@ def words(text: str) -> str:
 # Sentences.
 
 
+def interval(one: Mapping[str, Any]) -> str:
+    return f"{one['difference']:+.1f} (95 % interval {one['low']:+.1f} to {one['high']:+.1f}, p = {one['p']:.3f})"
+
+
 def joint_claims() -> Iterator[str]:
     """Of the first part: text alone, speech alone, joint, on the phrasebook and on the captions."""
     from experiment_results import differences, mean_and_deviation
@@ -133,9 +137,6 @@ def scarce_claims() -> Iterator[str]:
     )
     start, teacher = (fmean(one["text"] for one in part[key]) for key in ("starts", "teachers"))
 
-    def interval(one: Mapping[str, Any]) -> str:
-        return f"{one['difference']:+.1f} (95 % interval {one['low']:+.1f} to {one['high']:+.1f}, p = {one['p']:.3f})"
-
     yield f"{longer['difference']:+.1f} BLEU with 1,000 recordings"
     yield (
         f"With 1,000 recordings, joint training with distillation and consistency translates speech at "
@@ -164,6 +165,35 @@ def scarce_claims() -> Iterator[str]:
     yield f"{part['seconds'] / 3600:.1f} hours of one core"
 
 
+def settings_claims() -> Iterator[str]:
+    """Of the part on settings."""
+    part = KEPT["settings"]
+    compared = {one["arm"]: one for one in part["comparisons"]}
+
+    def mean(arm: str, key: str) -> float:
+        return fmean(one[key] for one in part["trainings"] if one["arm"] == arm)
+
+    distillation, retention, together, quarter = (
+        compared[arm] for arm in ("distillation", "retention", "together", "quarter")
+    )
+    yield f"distillation: {distillation['difference']:+.1f} BLEU over joint training with 1,000 recordings"
+    yield (
+        f"{interval(distillation)} over joint training, {mean('distillation', 'speech'):.1f} BLEU where speech alone has "
+        f"{mean('speech', 'speech'):.1f}"
+    )
+    yield f"gives {interval(compared['consistency'])} alone"
+    yield f"({mean('best', 'speech'):.1f} BLEU with both)"
+    yield f"Retention keeps {mean('retention', 'text') - mean('joint', 'text'):+.1f} BLEU of text"
+    yield f"gives speech {retention['difference']:+.1f}"
+    yield f"costs {interval(compared['transcription'])}"
+    yield f"all objectives together {together['difference']:+.1f} (p = {together['p']:.3f})"
+    yield f"as good for speech ({quarter['difference']:+.1f}, p = {quarter['p']:.3f})"
+    saved = 1 - mean("quarter", "cpu_seconds") / mean("joint", "cpu_seconds")
+    yield f"saves {100 * saved:.0f} % of the CPU seconds"
+    yield f"leaves text at {mean('quarter', 'text'):.1f} instead of {mean('joint', 'text'):.1f} BLEU"
+    yield f"the best of the part before {mean('best_longer', 'speech') - mean('best', 'speech'):+.1f}"
+
+
 def rows_of_models_page() -> Iterator[str]:
     """The table of docs/models.md on how to train, by the number of recordings."""
     part = KEPT["scarce"]
@@ -179,13 +209,30 @@ def rows_of_models_page() -> Iterator[str]:
             yield f"| {count:,} | {steps} | {speech:.1f} | {best:.1f} | {found['difference']:+.1f} |"
 
 
+def settings_of_models_page() -> Iterator[str]:
+    """What the same page says of objectives and ratio."""
+    part = KEPT["settings"]
+    over = {one["arm"]: f"{one['difference']:+.1f}" for one in part["comparisons"] if one["reference"] == "joint"}
+    titles = {"best": "distillation + consistency", "together": "all together"}
+    order = ("distillation", "best", "together", "retention", "consistency", "transcription")
+    yield "over joint training: " + ", ".join(f"{titles.get(arm, arm)} {over[arm]}" for arm in order)
+    found = {
+        (arm, key): fmean(one[key] for one in part["trainings"] if one["arm"] == arm)
+        for arm in ("joint", "quarter")
+        for key in ("text", "cpu_seconds")
+    }
+    saved = 1 - found["quarter", "cpu_seconds"] / found["joint", "cpu_seconds"]
+    text = f"text {found['quarter', 'text']:.1f} instead of {found['joint', 'text']:.1f}"
+    yield f"speech {over['quarter']}, {text}, {100 * saved:.0f} % fewer CPU seconds"
+
+
 def test_the_page_on_models_has_the_measured_numbers():
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    for row in rows_of_models_page():
+    for row in (*rows_of_models_page(), *settings_of_models_page()):
         assert row in page
 
 
-CLAIMS = {"": (joint_claims, efficiency_claims), "scarce": (scarce_claims,)}
+CLAIMS = {"": (joint_claims, efficiency_claims), "scarce": (scarce_claims,), "settings": (settings_claims,)}
 """Sentences by the part that they are about; the first one has no name."""
 
 
@@ -239,8 +286,7 @@ def set_up() -> dict[str, str]:
         "1": "point",
         "10": "points",
         "1,190": "utterances of Mboshi",
-        "30": "trainings of --settings, of --forgetting",
-        "9": "trainings that --settings has from --scarce",
+        "30": "trainings of --forgetting",
         "15": "trainings of --mboshi",
     }
 
