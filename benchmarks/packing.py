@@ -37,9 +37,10 @@ from rich.table import Table
 
 from nemo_emmett.data import SpeechTextDataset, get_multimodal_dataloader
 from nemo_emmett.data.lengths.measures import Measures
-from nemo_emmett.data.lengths.packing import ENCODER_PADDING, Packing
+from nemo_emmett.data.lengths.packing import Packing
 from nemo_emmett.data.sampling.source_order import EXAMPLE
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
+from nemo_emmett.modules.packing import ENCODER_PADDING
 
 PACKAGES = ("nemo_emmett", "nemo_toolkit", "torch", "transformers")
 WIDTH, LAYERS, VOCABULARY = 256, 4, 8_192

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lhotse import CutSet
 
@@ -59,21 +60,24 @@ class ScheduledBatches(torch.utils.data.Dataset):
         if torch.utils.data.get_worker_info() is not None:
             # The workers run in parallel already; tokenizers would start threads in each of them.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        examples = []
+        examples, first_row = [], 0
         try:
             with commands_allowed(self.dataset.allow_commands):
                 for group, addressed in addresses.batches:
-                    examples += self._examples_of(group, addressed, [addresses.epoch, addresses.step, self.rank])
+                    seed = [addresses.epoch, addresses.step, self.rank]
+                    examples += self._examples_of(group, addressed, seed, first_row)
+                    first_row += len(np.unique(addressed["bucket"]))  # rows of all groups of a step are numbered
         except EmmettError as error:
             return self.dataset.worker_batch(None, error)
         batch = self.dataset[CutSet(examples)]
         # What the sources hold is reported from their indexes; here only those count that turn out to be unusable.
         return batch._replace(records=RecordsDelta(skipped=batch.records.skipped))
 
-    def _examples_of(self, group: int, addressed: Any, seed: Sequence[int]) -> list:
+    def _examples_of(self, group: int, addressed: Any, seed: Sequence[int], first_row: int) -> list:
         reader, packed = self.readers[group], {}
         if (packing := reader.packing) is not None:
-            packed = {"rows": (addressed["bucket"] - addressed["bucket"][0]).tolist(), "row_size": packing.size}
+            rows = first_row + addressed["bucket"] - addressed["bucket"][0]
+            packed = {"rows": rows.tolist(), "row_size": packing.size}
         examples = reader.read(addressed["source"], addressed["entry"], addressed["number_of_pass"], **packed)
         return list(reader.pipeline.transform_batch(CutSet(examples), [self.seed, group, *seed]))
 

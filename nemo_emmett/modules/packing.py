@@ -18,6 +18,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from nemo_emmett.errors import DataError, ModelError
 
+ENCODER_PADDING = 1.25
+"""How many seconds the recordings of a row may have for the speech encoder, which pads them to the longest of the
+batch, for each second that the row's positions are; where a recipe does not say it (``batch_duration``)."""
+
 
 class Rows(NamedTuple):
     """The rows into which the examples of a batch are packed.

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_emmett.errors import ConfigError
-from nemo_emmett.oomptimizer.profile import LIMIT_KEYS, ONLY_GROUP, Bin, as_bins, shown
+from nemo_emmett.oomptimizer.profile import LIMIT_KEYS, ONLY_GROUP, ROW_TOKENS, Bin, RowTokens, as_bins, shown
 from nemo_emmett.typed_config import Positive, Switch, is_number, parse_section, parse_value
 
 TEXT_TYPES = frozenset({"txt", "txt_jsonl", "txt_pair", "parallel_text", "nemo_sft_jsonl"})
@@ -62,6 +62,8 @@ class Contents:
         tasks: of the group's sources of speech, or of text if there are no others.
         conversations: some examples may be conversations with their own prompt.
         text: examples without speech may be in the same bins as speech.
+        packed: examples share rows; the bin is what a row holds, and the batch size the number of rows.
+        batch_seconds: of the recordings of a packed batch, padded; 0: as many as its rows have, and a quarter more.
     """
 
     seconds_per_token: float = 0.0
@@ -69,6 +71,8 @@ class Contents:
     tasks: tuple[Task, ...] = (Task(),)
     conversations: bool = False
     text: bool = False
+    packed: bool = False
+    batch_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Group:
         config: its section of the recipe; batch sizes are written into it.
         buckets: in ascending order; a single one, of a group with one batch size.
         limit_key: of a group with one batch size (``batch_size``, no buckets), the key that bounds its examples:
-            ``max_duration`` or ``max_tokens``; else None.
+            ``max_duration`` or ``max_tokens``; ``row_tokens`` of one whose examples are packed; else None.
     """
 
     name: str
@@ -232,10 +236,7 @@ def _read_group(
 ) -> Group:
     bins, limit_key = bins_of(config, place), None
     if keys.packing:
-        raise ConfigError(
-            f"{place}.packing: OOMptimizer does not find the rows of a batch yet; give them by batch_size and leave the "
-            "callback out."
-        )
+        return _packed_group(name, config, place, frame)
     if bins is None and (keys.use_bucketing or config.get("batch_size") is None):
         raise ConfigError(
             f"{place}.bucket_duration_bins: is missing; OOMptimizer finds a batch size for each bucket, so write the "
@@ -287,6 +288,26 @@ def _read_group(
         return Shape("audio", seconds, math.floor(longest) if total else 0, outputs, total, of_bin)
 
     return Group(name, config, tuple(Bucket(name, n, item, shape(item)) for n, item in enumerate(bins)), limit_key)
+
+
+def _packed_group(name: str, config: DictConfig, place: str, frame: float | None) -> Group:
+    """A group whose examples are packed: one bucket, whose batch size counts rows."""
+    row_tokens = parse_value(RowTokens, config.get(ROW_TOKENS), f"{place}.{ROW_TOKENS}")
+    sources = _sources(config, place)
+    modality = "text" if sources and all(kind in TEXT_TYPES for kind, _ in sources) else "audio"
+    seconds = config.get("batch_duration") or 0.0
+    if modality == "audio" and not (frame or seconds):
+        raise ConfigError(
+            f"{place}.token_equivalent_duration: is missing; rows are in tokens, so the seconds of speech in a token "
+            "must be known."
+        )
+    size, outputs = row_tokens if isinstance(row_tokens, list) else (row_tokens, row_tokens)
+    contents = _contents(config, sources, place)
+    contents = replace(contents, seconds_per_token=float(frame or 0), packed=True, batch_seconds=float(seconds))
+    of_row = size * float(frame or 0) if modality == "audio" else 0.0
+    shape = Shape(modality, of_row, size, outputs, contents=contents)
+    bin_ = (float(size), float(outputs)) if isinstance(row_tokens, list) else float(size)
+    return Group(name, config, (Bucket(name, 0, bin_, shape),), ROW_TOKENS)
 
 
 def _contents(config: DictConfig, sources: Sequence[tuple[str, Mapping[str, Any]]], place: str) -> Contents:

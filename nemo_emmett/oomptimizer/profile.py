@@ -50,6 +50,12 @@ ONLY_GROUP = ""
 LIMIT_KEYS = ("max_duration", "max_tokens")
 """Keys that bound the examples of a group without buckets: in seconds, or in tokens."""
 
+ROW_TOKENS = "row_tokens"
+"""The key that bounds the rows of a group whose examples are packed; its ``batch_size`` counts rows."""
+
+RowTokens = PositiveWhole | Annotated[list[PositiveWhole], annotated_types.Len(2, 2)]
+"""Its value: most positions of a row, or of a row of the encoder's and one of the decoder's."""
+
 SECTIONS = ("train_ds", "settings", "fingerprint", "epoch_seconds", "measures", "events")
 """Keys of a profile."""
 
@@ -75,7 +81,8 @@ class Buckets:
     Args:
         bucket_duration_bins: the bins; of a group without buckets one, the length of its longest example.
         bucket_batch_size: examples.
-        limit_key: of a group without buckets, the key of ``LIMIT_KEYS`` that bounds its examples; else None.
+        limit_key: of a group without buckets, the key of ``LIMIT_KEYS`` that bounds its examples, or ``ROW_TOKENS``;
+            else None.
     """
 
     bucket_duration_bins: tuple[Bin, ...]
@@ -86,6 +93,9 @@ class Buckets:
         """The keys of the group's config in a recipe."""
         if self.limit_key is not None:
             (longest,), (size,) = self.bucket_duration_bins, self.bucket_batch_size
+            if self.limit_key == ROW_TOKENS:
+                sizes = [int(one) for one in longest] if isinstance(longest, tuple) else int(longest)
+                return {"packing": True, ROW_TOKENS: sizes, "batch_size": size}
             return {self.limit_key: int(longest) if self.limit_key == "max_tokens" else longest, "batch_size": size}
         bins = [list(item) if isinstance(item, tuple) else item for item in self.bucket_duration_bins]
         return {"bucket_duration_bins": bins, "bucket_batch_size": list(self.bucket_batch_size)}
@@ -305,6 +315,11 @@ def _groups(content: Any, path: str | Path) -> dict[str, Buckets]:
 def _buckets(group: Any, place: str) -> Buckets:
     if not isinstance(group, dict):
         raise ConfigError(f"{place}: a mapping with bucket_duration_bins and bucket_batch_size is needed.")
+    if ROW_TOKENS in group:
+        row_tokens = parse_value(RowTokens, group[ROW_TOKENS], f"{place}.{ROW_TOKENS}")
+        size = parse_value(BatchSize, group.get("batch_size"), f"{place}.batch_size")
+        row = tuple(map(float, row_tokens)) if isinstance(row_tokens, list) else float(row_tokens)
+        return Buckets((row,), (size,), ROW_TOKENS)
     if "batch_size" in group and "bucket_batch_size" not in group:
         keys = [key for key in LIMIT_KEYS if key in group]
         if len(keys) != 1 or not is_number(group[keys[0]]) or group[keys[0]] <= 0:

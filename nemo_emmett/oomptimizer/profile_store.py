@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_emmett.errors import ConfigError, Help
 from nemo_emmett.oomptimizer.buckets import Bucket, Group, bins_of, configs_of_groups, join_place
 from nemo_emmett.oomptimizer.fingerprint import check_fingerprint, short_hash
-from nemo_emmett.oomptimizer.profile import ONLY_GROUP, BatchSize, Buckets, Event, Profile, shown
+from nemo_emmett.oomptimizer.profile import ONLY_GROUP, ROW_TOKENS, BatchSize, Buckets, Event, Profile, shown
 from nemo_emmett.typed_config import parse_value
 
 
@@ -193,6 +193,16 @@ class ProfileStore:
                 page=Help.OTHER_PROFILE,
             )
         own = group.get(buckets.limit_key)
+        if buckets.limit_key == ROW_TOKENS or group.get("packing"):
+            row_tokens = buckets.as_config().get(ROW_TOKENS)
+            own = OmegaConf.to_container(own) if OmegaConf.is_config(own) else own
+            if own != row_tokens or not group.get("packing"):
+                raise ConfigError(
+                    f"{place}.{ROW_TOKENS}: is {own} in the recipe, and {row_tokens} in the profile {self.path}; "
+                    "delete the profile to measure again.",
+                    page=Help.OTHER_PROFILE,
+                )
+            return
         if own is not None and longest < own < math.inf:
             raise ConfigError(
                 f"{place}.{buckets.limit_key}: is {own:g}, but the profile {self.path} is for examples up to "

@@ -134,6 +134,19 @@ def test_a_model_reads_packed_batches_as_it_reads_padded_ones(recipe, salm_t5_co
         assert all(len(pair) == 2 and pair[0] == pytest.approx(pair[1], rel=1e-4) for pair in loss.values())
 
 
+def test_two_groups_of_text_keep_their_rows_apart(sources, tokenizer) -> None:
+    groups = {name: {"input_cfg": [sources["text"]], **ROWS} for name in ("one", "two")}
+    config = {**COMMON, "multi_config": True, "sampler_fusion": "zip", **groups}
+    for batch in islice(loader(config, tokenizer), 5):
+        part = batch["text"]
+        assert part["packed_sizes"][:2] == (6, 40)
+        assert torch.bincount(part["packed_rows"], part["context_lens"]).max() <= 40
+        assert torch.bincount(part["packed_rows"], part["answer_lens"]).max() <= 40
+    config["two"] = {"input_cfg": [sources["text"]], "batch_size": 3}
+    with pytest.raises(ConfigError, match=r"data.train_ds.two.packing: groups of text are joined in a step of zip"):
+        parse_dataset(config, "data.train_ds")
+
+
 REFUSED = {
     r"row_tokens: has a meaning with packing: true alone": {"row_tokens": 40, "batch_size": 3},
     r"packing: needs row_tokens": {"packing": True, "batch_size": 3},
@@ -165,8 +178,6 @@ def test_sources_that_cannot_share_rows_are_refused(sources, tokenizer) -> None:
     conversations = {"type": "lhotse_as_conversation", "cuts_path": "cuts.jsonl"}
     with pytest.raises(ConfigError, match="type: lhotse_as_conversation cannot be packed"):
         parse_dataset(config_of(conversations, **SPEECH), "data.train_ds")
-    with pytest.raises(ConfigError, match="packing: needs prompt_format"):
-        loader(config_of(sources["text"], **ROWS) | {"prompt_format": None}, tokenizer)
     with pytest.raises(ConfigError, match=r"packing: NeMo's samplers do not have it"):
         loader(config_of(sources["text"], **ROWS, sampling="nemo"), tokenizer)
 

@@ -178,8 +178,8 @@ def settings_claims() -> Iterator[str]:
     )
     yield f"distillation: {distillation['difference']:+.1f} BLEU over joint training with 1,000 recordings"
     yield (
-        f"{interval(distillation)} over joint training, {mean('distillation', 'speech'):.1f} BLEU where speech alone has "
-        f"{mean('speech', 'speech'):.1f}"
+        f"{interval(distillation)} over joint training, {mean('distillation', 'speech'):.1f} BLEU where speech alone "
+        f"has {mean('speech', 'speech'):.1f}"
     )
     yield f"gives {interval(compared['consistency'])} alone"
     yield f"({mean('best', 'speech'):.1f} BLEU with both)"

@@ -147,7 +147,15 @@ def test_a_group_without_buckets_needs_a_batch_size_and_a_bound(config: dict, se
     assert str(error.value).startswith(sentence)
 
 
-def test_packed_rows_are_refused() -> None:
-    packed = {"packing": True, "row_tokens": 64, "batch_size": 8}
-    with pytest.raises(ConfigError, match=r"^train_ds.packing: OOMptimizer does not find the rows of a batch yet"):
-        read_groups(OmegaConf.create({**TEXT, **packed}))
+def test_packed_rows_are_one_bucket() -> None:
+    (group,) = read_groups(OmegaConf.create({**TEXT, "packing": True, "row_tokens": 64, "batch_size": 8})).values()
+    assert (group.bins, group.limit_key) == ((64.0,), "row_tokens")
+    assert group.buckets[0].shape == Shape("text", 0.0, 64, 64)
+    speech = {**SPEECH, **FRAME, "packing": True, "row_tokens": [100, 60], "batch_size": 8}
+    (group,) = read_groups(OmegaConf.create(speech)).values()
+    assert group.bins == ((100.0, 60.0),)
+    assert group.buckets[0].shape == Shape("audio", 8.0, 100, 60)
+    with pytest.raises(ConfigError, match=r"^train_ds.token_equivalent_duration: is missing; rows are in tokens"):
+        read_groups(OmegaConf.create({**speech, "token_equivalent_duration": None}))
+    with pytest.raises(ConfigError, match=r"^train_ds.row_tokens: 0 cannot be used"):
+        read_groups(OmegaConf.create({**speech, "row_tokens": 0}))

@@ -15,7 +15,7 @@ from nemo.utils import logging, logging_mode
 from omegaconf import DictConfig
 
 from nemo_emmett.config import check_keys, nearest
-from nemo_emmett.data.config.packing_keys import check_packing
+from nemo_emmett.data.config.packing_keys import check_packed_alike, check_packing
 from nemo_emmett.data.config.schema import AUTO, FUSIONS, LEGACY_KEYS, LOADER_KEYS, OUR_TYPES, parse_keys
 from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.config.sources import (
@@ -387,7 +387,9 @@ def _check_fusion(keys: Mapping[str, Any], groups: Sequence[str] | None, place: 
 
 
 def _check_keys_under_zip(own: Mapping[str, Any], groups: Sequence[GroupConfig], is_zip: bool, place: str) -> None:
-    """``every_n_steps`` and ``batch_ratio``, which relate the groups of a step to one another."""
+    """What relates the groups of a step to one another: ``every_n_steps``, ``batch_ratio`` and ``packing``."""
+    if is_zip:
+        check_packed_alike([(group.place, group.packing, group.sources) for group in groups])
     for key in _KEYS_UNDER_ZIP:
         holders = [place] if key in own else [g.place for g in groups if getattr(g, key) != getattr(GroupConfig, key)]
         if holders and (key in own or not is_zip):

@@ -17,6 +17,25 @@ _OTHER_RULES = (
 """Keys that put batches together in another way."""
 
 
+def check_packed_alike(groups: Sequence[tuple[str, bool, Sequence[Source]]]) -> None:
+    """Check the groups of ``sampler_fusion: zip``, whose batches of a modality are joined to one.
+
+    Args:
+        groups: of each its place in the recipe, whether it is packed, and its sources.
+
+    Raises:
+        ConfigError: if of those of speech, or of text, some are packed and some are not.
+    """
+    for is_text in (False, True):
+        of_kind = [(place, packed) for place, packed, sources in groups if any(s.is_text == is_text for s in sources)]
+        loose = [place for place, packed in of_kind if not packed]
+        if loose and len(loose) < len(of_kind):
+            raise ConfigError(
+                f"{loose[0]}.packing: groups of {'text' if is_text else 'speech'} are joined in a step of zip, and "
+                "another one is packed; set packing in all of them, or in none."
+            )
+
+
 def check_packing(keys: Mapping[str, Any], sources: Sequence[Source], place: str) -> None:
     """Check the keys of a group, and its sources.
 

@@ -20,9 +20,6 @@ from nemo_emmett.data.lengths.measures import Measures
 WINDOW = 16
 """Steps whose positions wait before a step is made of some of them."""
 
-ENCODER_PADDING = 1.25
-"""The seconds of a row, padded, that :attr:`Packing.seconds` allows by default, in those that its positions are."""
-
 
 @dataclass(frozen=True)
 class Packing:

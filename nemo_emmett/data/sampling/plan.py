@@ -28,7 +28,7 @@ from nemo_emmett.data.io.skipped_records import SkippedRecords
 from nemo_emmett.data.lengths.building import open_length_indexes
 from nemo_emmett.data.lengths.index import LengthIndex
 from nemo_emmett.data.lengths.notes import Recorder
-from nemo_emmett.data.lengths.packing import ENCODER_PADDING, Packing
+from nemo_emmett.data.lengths.packing import Packing
 from nemo_emmett.data.lengths.selection import Selection, filter_of_text
 from nemo_emmett.data.readers.base import Records, build_indexes
 from nemo_emmett.data.readers.examples import ExampleKind
@@ -45,6 +45,7 @@ from nemo_emmett.data.sampling.source_iterator import ChunkReader, WorkerInfo, c
 from nemo_emmett.data.sampling.source_order import SourceOrder
 from nemo_emmett.data.sampling.transforms import TransformPipeline
 from nemo_emmett.errors import ConfigError
+from nemo_emmett.modules.packing import ENCODER_PADDING
 from nemo_emmett.prompts.families import forbidden_text
 from nemo_emmett.prompts.seq2seq import Seq2SeqPrompt
 
@@ -273,8 +274,6 @@ def _packing(group: GroupConfig, kind: ExampleKind) -> Packing | None:
         raise ConfigError(
             f"{group.place}.packing: makes batches for the models of nemo_emmett (SpeechTextDataset); leave it out."
         )
-    if group.prompt_format is None:
-        raise ConfigError(f"{group.place}.packing: needs prompt_format, that of the language model; add it.")
     is_joint = not issubclass(PromptFormatter.resolve(group.prompt_format), Seq2SeqPrompt)
     sizes = group.row_tokens if isinstance(group.row_tokens, list) else [group.row_tokens] * 2
     if is_joint and isinstance(group.row_tokens, list):

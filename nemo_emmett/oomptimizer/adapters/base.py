@@ -19,7 +19,7 @@ class Extent:
 
     Args:
         modality: ``audio`` or ``text``.
-        examples: their number.
+        examples: their number; of a packed batch, that of its rows.
         seconds: of speech in the example with the most; 0 for text.
         input_tokens: of the longest context, without the recordings.
         output_tokens: of the longest answer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_emmett.modules.batch import split_modalities
+from nemo_emmett.modules.packing import ENCODER_PADDING
 from nemo_emmett.oomptimizer.adapters.base import Adapter, Extent
 from nemo_emmett.oomptimizer.adapters.draws import random_ids, random_recordings, samples_of, sampling_rate, special_ids
 from nemo_emmett.oomptimizer.adapters.fakes import fake_values
@@ -44,6 +46,8 @@ class SpeechTextAdapter(Adapter):
         Raises:
             ModelError: if speech is asked of a model that reads text only.
         """
+        if shape.contents.packed:
+            return {shape.modality: self._packed_batch(shape, size, device)}
         rows = self._rows_of(shape, size)
         if rows is None:  # no speech fits into the bin with the shortest prompt: its examples are text
             text = replace(shape, modality="text", seconds=0.0)
@@ -70,6 +74,43 @@ class SpeechTextAdapter(Adapter):
             batch["audio_lens"] = torch.tensor(samples, device=device)
             batch |= self._transcripts([length - 1 for length in context_lens], answer_lens, device)
         return {shape.modality: batch}
+
+    def _packed_batch(self, shape: Shape, size: int, device: torch.device) -> dict[str, Any]:
+        """Full rows, so that the longest batch is no longer. A row of text has one example. A row of speech has two:
+        together they have the seconds that a row may have, padded, and what they leave of the row is text."""
+        S, A = shape.input_tokens, shape.output_tokens
+        is_speech, joint = shape.modality == "audio", not self.model.is_encoder_decoder
+        if not is_speech:
+            lens = [(1, S - 1)] if joint else [(S, A)]
+            return self._packed_rows(shape, lens, size, device)
+        frame, rate = shape.contents.seconds_per_token, sampling_rate(self.model)
+        seconds = (shape.contents.batch_seconds / size or ENCODER_PADDING * S * frame) / 2
+        positions = [0, 0] if self.model.has_cross_attention else [math.floor(seconds / frame) + 1, 1]
+        # The locator's token makes room for the recording's positions.
+        left = max(2, S - sum(positions))
+        lens = (
+            [(1, left // 2), (1, left - left // 2)] if joint else [(1, max(1, A // 2)), (1 + left, max(1, A - A // 2))]
+        )
+        batch = self._packed_rows(shape, lens, size, device)
+        batch["context_ids"][:, 0] = self.model.audio_locator_id
+        samples = [max(1, round(one * rate)) for one in (seconds, min(seconds, frame / 2 or seconds))] * size
+        batch["audios"] = random_recordings(2 * size, max(samples), device)
+        batch["audio_lens"] = torch.tensor(samples, device=device)
+        return batch | self._transcripts([0] * 2 * size, batch["answer_lens"].tolist(), device)
+
+    def _packed_rows(
+        self, shape: Shape, lens: Sequence[tuple[int, int]], size: int, device: torch.device
+    ) -> dict[str, Any]:
+        """Rows that each have examples with contexts and answers of these lengths."""
+        contexts, answers = (list(of_row) * size for of_row in zip(*lens, strict=True))
+        batch: dict[str, Any] = {}
+        for name, of_examples in (("context", contexts), ("answer", answers)):
+            ids = self._ids(shape.modality, len(of_examples), max(of_examples), device)
+            batch[f"{name}_ids"] = self._padded(ids, of_examples)
+            batch[f"{name}_lens"] = torch.tensor(of_examples, device=device)
+        rows = [number // len(lens) for number in range(len(contexts))]
+        sizes = (size, shape.input_tokens, sum(answer for _, answer in lens))
+        return batch | {"packed_rows": torch.tensor(rows, device=device), "packed_sizes": sizes}
 
     def _transcripts(
         self, prompt_lens: Sequence[int], answer_lens: Sequence[int], device: torch.device
@@ -133,7 +174,12 @@ class SpeechTextAdapter(Adapter):
         joined: dict[str, Any] = {}
         for modality, part in (item for batch in batches for item in batch.items()):
             if (first := joined.get(modality)) is not None:
-                part = {key: stack_padded([first[key], part[key]], padding.get(key, 0)) for key in first}
+                packed = _joined_rows(first, part)
+                part = {
+                    key: stack_padded([first[key], part[key]], padding.get(key, 0))
+                    for key in first
+                    if key not in packed
+                } | packed
             joined[modality] = part
         return joined
 
@@ -142,7 +188,8 @@ class SpeechTextAdapter(Adapter):
         parts = split_modalities(batch, self.model.pad_id) if batch else {}
         rows = [row for part in parts.values() for row in self._rows(part)]
         of_modality = {name: [row for row in rows if row.modality == name] for name in ("audio", "text")}
-        return [_longest(found) for found in of_modality.values() if found]
+        packed = {name: part["packed_sizes"][0] for name, part in parts.items() if "packed_sizes" in part}
+        return [_longest(found, packed.get(name)) for name, found in of_modality.items() if found]
 
     def _rows(self, part: Mapping) -> list[Extent]:
         """The lengths of each example of a one-modality batch."""
@@ -177,10 +224,20 @@ class SpeechTextAdapter(Adapter):
             yield
 
 
-def _longest(rows: Sequence[Extent]) -> Extent:
+def _joined_rows(first: Mapping, second: Mapping) -> dict[str, Any]:
+    """Rows of two packed batches; nothing if they are not packed."""
+    if first.get("packed_rows") is None:
+        return {}
+    rows, sizes = zip(*((one["packed_rows"], one["packed_sizes"]) for one in (first, second)), strict=True)
+    number, *longest = sizes[0][0] + sizes[1][0], *map(max, zip(*(of[1:] for of in sizes), strict=True))
+    return {"packed_rows": torch.cat([rows[0], rows[1] + sizes[0][0]]), "packed_sizes": (number, *longest)}
+
+
+def _longest(rows: Sequence[Extent], packed_rows: int | None = None) -> Extent:
+    """Of a packed batch, with its rows for examples."""
     return Extent(
         rows[0].modality,
-        len(rows),
+        len(rows) if packed_rows is None else packed_rows,
         max(row.seconds for row in rows),
         max(row.input_tokens for row in rows),
         max(row.output_tokens for row in rows),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from nemo_emmett.data.lengths.measures import Measures
-from nemo_emmett.data.lengths.packing import ENCODER_PADDING, Packing
+from nemo_emmett.data.lengths.packing import Packing
 from nemo_emmett.data.sampling.source_order import EXAMPLE
+from nemo_emmett.modules.packing import ENCODER_PADDING
 
 TEXT = Packing(rows=4, size=64, answer_size=64, is_joint=True)
 ENCODER_DECODER = Packing(rows=4, size=64, answer_size=72, is_joint=False)
