@@ -307,7 +307,7 @@ def _groups(content: Any, path: str | Path) -> dict[str, Buckets]:
     train_ds = content.get("train_ds") if isinstance(content, dict) else None
     if not isinstance(train_ds, dict) or not train_ds:
         raise ConfigError(f"{path}: the profile is corrupt: it has no mapping `train_ds`.")
-    if not {"bucket_batch_size", "bucket_duration_bins", "batch_size", *LIMIT_KEYS}.isdisjoint(train_ds):
+    if not {"bucket_batch_size", "bucket_duration_bins", "batch_size", ROW_TOKENS, *LIMIT_KEYS}.isdisjoint(train_ds):
         return {ONLY_GROUP: _buckets(train_ds, f"{path}: train_ds")}
     return {str(name): _buckets(group, f"{path}: train_ds.{name}") for name, group in train_ds.items()}
 

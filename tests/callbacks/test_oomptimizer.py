@@ -437,6 +437,55 @@ def test_one_batch_size_comes_with_its_limit(fit, given: dict) -> None:
     assert data.seen == {"batch_size": 7, "max_duration": 3.0 if given == {"max_duration": 3.0} else 4.0}
 
 
+def test_a_profile_of_packed_rows_is_for_these_rows_alone(fit) -> None:
+    packed, frame = {"packing": True, "row_tokens": [64, 32], "batch_size": 4}, {"token_equivalent_duration": 0.08}
+    data = Data(packed | frame)
+    fit({**packed, "batch_size": 9}, Model(), data)
+    assert data.seen == {**packed, **frame, "batch_size": 9}
+    with pytest.raises(ConfigError, match=r"train_ds.row_tokens: is \[64, 32\] in the recipe, and 64 in the profile"):
+        fit({**packed, "row_tokens": 64}, Model(), Data(packed | frame))
+    with pytest.raises(ConfigError, match=r"train_ds.row_tokens: is None in the recipe, and \[64, 32\] in the profile"):
+        fit(packed, Model(), Data({"batch_size": 4, "max_duration": 30.0}))
+
+
+@pytest.mark.parametrize("mode", ["calibrate", "plan"])
+def test_rows_of_packed_batches_are_found_and_trained_on(recipe, tmp_path, mode) -> None:
+    """From a recipe: the largest number of rows in the budget, and a training of that many."""
+    from nemo_emmett import training
+
+    data = recipe["data"]["train_ds"]
+    data["audio"] |= {"batch_size": 1, "packing": True, "row_tokens": 60, "token_equivalent_duration": 0.08}
+    text = {"input_cfg": data["text"]["input_cfg"], "batch_size": 1, "packing": True, "row_tokens": 40}
+    data["text"] = text
+    recipe["exp_manager"] = {"explicit_log_dir": str(tmp_path / "exp"), "create_checkpoint_callback": False}
+    options = {"mode": mode, "memory_budget": "30MiB", "profile": str(tmp_path / "profile.yaml")}
+    options |= {"then_train": True} if mode == "plan" else {}
+    recipe["trainer"]["callbacks"] = [{"_target_": "nemo_emmett.callbacks.OOMptimizer", **options}]
+    recipe["trainer"] |= {"max_steps": 2, "limit_val_batches": 0}
+    recipe["data"].pop("validation_ds")
+    seen = []
+
+    class Seen(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            seen.append({name: batch[name]["packed_sizes"] for name in ("audio", "text")})
+
+    build = training.build_training
+    with pytest.MonkeyPatch.context() as patch:
+
+        def observed(cfg):
+            made = build(cfg)
+            made.trainer.callbacks.append(Seen())
+            return made
+
+        patch.setattr(training, "build_training", observed)
+        training.train(OmegaConf.create(recipe))
+    found = {name: group.bucket_batch_size[0] for name, group in Profile.read(tmp_path / "profile.yaml").groups.items()}
+    assert min(found.values()) > 1
+    assert all(sizes[name][0] <= found[name] for sizes in seen for name in found)
+    assert all(sizes["audio"][1] == 60 and sizes["text"][1] == 40 for sizes in seen)
+    assert len(seen) == 2
+
+
 # A plan alone
 
 

@@ -236,6 +236,12 @@ def test_a_group_of_one_batch_size_is_written_as_the_recipe_has_it(tmp_path: Pat
     assert Profile.read(tmp_path / "p.yaml").groups == groups
     train_ds = yaml.safe_load((tmp_path / "p.yaml").read_text())["train_ds"]
     assert train_ds["audio"] == {"max_duration": 20, "batch_size": 16}
+    packed = {"a": Buckets((512.0,), (64,), "row_tokens"), "b": Buckets(((512.0, 128.0),), (8,), "row_tokens")}
+    Profile(packed).write(tmp_path / "packed.yaml")
+    assert Profile.read(tmp_path / "packed.yaml").groups == packed
+    train_ds = yaml.safe_load((tmp_path / "packed.yaml").read_text())["train_ds"]
+    assert train_ds["a"] == {"packing": True, "row_tokens": 512, "batch_size": 64}
+    assert train_ds["b"] == {"packing": True, "row_tokens": [512, 128], "batch_size": 8}
     alone = {"": Buckets((512.0,), (64,), "max_tokens")}
     Profile(alone).write(tmp_path / "alone.yaml")
     assert Profile.read(tmp_path / "alone.yaml").groups == alone
@@ -246,6 +252,8 @@ def test_a_group_of_one_batch_size_is_written_as_the_recipe_has_it(tmp_path: Pat
     [
         ("batch_size: 4", "batch_size: is for examples of any length up to a bound"),
         ("batch_size: 4\n  max_duration: -1", "give one positive number as max_duration or max_tokens"),
+        ("batch_size: 4\n  row_tokens: -1", "row_tokens: -1 cannot be used"),
+        ("row_tokens: 64", "batch_size: None cannot be used"),
         ("batch_size: 0\n  max_tokens: 9", "batch_size: 0 cannot be used; give a whole number from 1."),
     ],
 )
