@@ -1,15 +1,15 @@
-"""What do packed rows save of a pass over the same examples, in time and memory?
+"""What do packed rows save of a step, in time and memory?
 
-Lengths are drawn as unequal as those of captions. The examples of a pass are put into batches in several ways: at
-random, padded to the longest; by length in four buckets, padded to the longest; and packed into rows. All have about
-as many positions to a batch. The passes take turns, in one thread and in float32; ratios are those of medians of CPU
-seconds, a step is what Lightning makes of it, AdamW included, and the peak is that of the pass's largest batch,
-weights, gradients and optimizer state included. Losses are those of the untrained model, so that they can be compared.
+Lengths are drawn as unequal as those of captions. Batches are made in several ways: of examples at random, padded to
+the longest; of examples of one of four buckets, padded to the longest; and of packed rows. All have about as many
+positions. Ways take turns, in one thread and in float32: target tokens per CPU second, by the median of the turns. A
+step is what Lightning makes of it, AdamW included; the peak is that of a way's largest batch, weights, gradients and
+optimizer state included. That losses and gradients are the same is tested (tests/models/test_packing.py).
 
 With a corpus of captions (`examples/speechlm/experiment.py` makes it in `data/scarce/all`), the share of positions that
 a pass of the loader uses comes first.
 
-    python benchmarks/packing.py [--repeats 3] [--examples 128] [--captions data/scarce/all --tokenizer FOLDER]
+    python benchmarks/packing.py [--repeats 3] [--batches 8] [--captions data/scarce/all --tokenizer FOLDER]
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FRAME = 0.08
 """Seconds of a position of the language model."""
 
 PADDED, BUCKETED = "padded", "bucketed"
-EXAMPLES_PER_BATCH, BUCKETS = 32, 4
+EXAMPLES_PER_BATCH, BUCKETS, POOL = 32, 4, 4096
 ROWS = {"text": (128, 256), "audio": (256,)}
 """Positions of a row."""
 
@@ -101,37 +101,31 @@ def packing_of(name: str, modality: str, size: int, positions: float) -> Packing
     return Packing(max(1, round(positions / size)), size, size, is_joint, frame, seconds)
 
 
-Pass = list[tuple[np.ndarray, dict[str, Any]]]
+Batches = list[tuple[np.ndarray, dict[str, Any]]]
 """Of each batch, the examples, and what it has more if it is packed."""
 
 
-def padded_passes(lengths: Lengths, packing: Packing) -> dict[str, Pass]:
-    """Batches of as many examples, at random and by length."""
-    number = len(lengths.contexts)
-    order = np.random.default_rng(1).permutation(number)
+def padded_batches(lengths: Lengths, packing: Packing, number: int) -> dict[str, Batches]:
+    """Batches of as many examples, at random and by length, the same number of each bucket."""
+    order = np.random.default_rng(1).permutation(len(lengths.contexts))
     by_length = order[np.argsort(lengths.positions(packing)[order], kind="stable")]
-    size = number // BUCKETS
-    buckets = [by_length[first : first + size] for first in range(0, number, size)]
-    ways = {PADDED: [order], BUCKETED: [np.random.default_rng(2).permutation(bucket) for bucket in buckets]}
+    buckets = np.split(by_length, BUCKETS)
+    firsts = [np.random.default_rng(2).permutation(bucket) for bucket in buckets]
+    size = EXAMPLES_PER_BATCH
     return {
-        way: [
-            (bucket[first : first + EXAMPLES_PER_BATCH], {})
-            for bucket in of_way
-            for first in range(0, len(bucket), EXAMPLES_PER_BATCH)
-        ]
-        for way, of_way in ways.items()
+        PADDED: [(order[n * size : (n + 1) * size], {}) for n in range(number)],
+        BUCKETED: [(firsts[n % BUCKETS][n // BUCKETS * size :][:size], {}) for n in range(number)],
     }
 
 
-def packed_pass(lengths: Lengths, packing: Packing) -> Pass:
-    """Batches of as many rows."""
-    number = len(lengths.contexts)
-    order, found = np.random.default_rng(1).permutation(number), []
-    waiting = np.zeros(number, EXAMPLE)
+def packed_batches(lengths: Lengths, packing: Packing, number: int) -> Batches:
+    """Batches of as many rows, in the middle of endless data."""
+    order, found = np.random.default_rng(1).permutation(len(lengths.contexts)), []
+    waiting = np.zeros(len(order), EXAMPLE)
     waiting["entry"], waiting["length"] = order, np.nan_to_num(lengths.seconds[order])
     waiting["positions"], waiting["answers"] = packing.positions_and_answers(lengths[order].measures())
-    while (step := packing.next_step(waiting, 1, at_end=True)) is not None:
-        numbers, rows = step
+    for _ in range(number):
+        numbers, rows = packing.next_step(waiting, 1)
         answers = np.bincount(rows, waiting["answers"][numbers]).max()
         more = {"packed_rows": torch.tensor(rows), "packed_sizes": (int(rows[-1]) + 1, packing.size, int(answers))}
         found.append((waiting["entry"][numbers], more))
@@ -145,49 +139,43 @@ def tensors_of_batch(lengths: Lengths, locator: int | None) -> dict[str, torch.T
     return text_and_speech(lengths.contexts.tolist(), lengths.answers.tolist(), samples, locator)
 
 
-def passes_of(name: str, model: Any, modality: str, number: int) -> dict[str, list[dict]]:
-    """The batches of a pass for each way."""
-    lengths, locator = drawn(modality, number), model.audio_locator_id if modality == "audio" else None
+def batches_of(name: str, model: Any, modality: str, number: int) -> dict[str, list[dict]]:
+    """The batches of each way."""
+    lengths, locator = drawn(modality, POOL), model.audio_locator_id if modality == "audio" else None
     one = packing_of(name, modality, ROWS[modality][0], 1.0)
     positions = float(lengths.positions(one).mean()) * EXAMPLES_PER_BATCH
-    passes = padded_passes(lengths, one)
+    found = padded_batches(lengths, one, number)
     for size in ROWS[modality]:
-        passes[f"rows of {size}"] = packed_pass(lengths, packing_of(name, modality, size, positions))
+        found[f"rows of {size}"] = packed_batches(lengths, packing_of(name, modality, size, positions), number)
     return {
         way: [{modality: tensors_of_batch(lengths[numbers], locator) | more} for numbers, more in batches]
-        for way, batches in passes.items()
+        for way, batches in found.items()
     }
 
 
-def measured(model: Any, passes: dict[str, list[dict]], repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds, peak and mean loss of the ways, in turns after one pass that is not counted."""
-    steps = Steps(model, {}, learning_rate=0.0)  # so that losses can be compared
-    seconds: dict[str, list[float]] = {way: [] for way in passes}
-    sums = dict.fromkeys(passes, 0.0)
+def measured(model: Any, ways: dict[str, list[dict]], repeats: int) -> dict[str, dict[str, float]]:
+    """Target tokens per CPU second, and the peak, of each way, in turns after a turn that is not counted."""
+    steps = Steps(model, {})
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(repeats + 1):
-        for way, batches in passes.items():
-            sums[way], begun = 0.0, time.process_time()
+        for way, batches in ways.items():
+            begun = time.process_time()
             for steps.batch in batches:
-                sums[way] += float(steps.run()) * tokens_of([steps.batch])
+                steps.run()
             if repeat:
                 seconds[way].append(time.process_time() - begun)
     result = {}
-    for way, batches in passes.items():
+    for way, batches in ways.items():
+        tokens = sum(int(part["answer_lens"].sum()) for batch in batches for part in batch.values())
         steps.batch = max(batches, key=_elements)
-        tokens, median = tokens_of(batches), statistics.median(seconds[way])
-        result[way] = {"steps": len(batches), "seconds": median, "tokens_per_second": tokens / median}
-        result[way] |= {"peak": steps.peak(), "loss": sums[way] / tokens}
+        per_second = tokens / statistics.median(seconds[way])
+        result[way] = {"tokens": tokens, "tokens_per_second": per_second, "peak": steps.peak()}
     return result
 
 
 def _elements(batch: dict[str, dict]) -> int:
-    """What a batch holds; of packed ones those with most recordings and tokens, all of them having full rows."""
+    """What a batch holds; packed ones have as many rows, but not as many recordings and tokens of padding."""
     return sum(value.numel() for part in batch.values() for value in part.values() if isinstance(value, torch.Tensor))
-
-
-def tokens_of(batches: Sequence[dict]) -> int:
-    """Target tokens."""
-    return sum(int(part["answer_lens"].sum()) for batch in batches for part in batch.values())
 
 
 def build(name: str, folder: Path) -> Any:
@@ -249,22 +237,22 @@ def _used(parts: Sequence[dict]) -> dict[str, float]:
 
 def table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> Table:
     """What was measured."""
-    columns = ("model", "examples", "batches", "steps", "CPU seconds", "throughput", "over buckets", "peak", "loss")
-    shown = Table(*columns, title="A pass over the same examples")
+    columns = ("model", "batches of", "", "tokens/s", "over padded", "over bucketed", "peak, MiB")
+    shown = Table(*columns, title="Steps of about as many positions")
     for name, of_model in results.items():
         for modality, ways in of_model.items():
             for way, found in ways.items():
-                ratios = [f"{ways[other]['seconds'] / found['seconds']:.2f}" for other in (PADDED, BUCKETED)]
-                values = [str(found["steps"]), f"{found['seconds']:.2f}", *ratios]
-                shown.add_row(name, modality, way, *values, f"{found['peak'] / 2**20:.0f} MiB", f"{found['loss']:.4f}")
+                rate = found["tokens_per_second"]
+                ratios = [f"{rate / ways[other]['tokens_per_second']:.2f}" for other in (PADDED, BUCKETED)]
+                shown.add_row(name, modality, way, f"{rate:.0f}", *ratios, f"{found['peak'] / 2**20:.0f}")
     return shown
 
 
 def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="passes of each way that are counted")
-    parser.add_argument("--examples", type=int, default=128, help="of a pass, a multiple of 4")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that are counted")
+    parser.add_argument("--batches", type=int, default=8, help="of each way in a turn, a multiple of 4")
     parser.add_argument("--captions", type=Path, help="corpus whose rows are looked at")
     parser.add_argument("--tokenizer", help="of the corpus: a folder of the experiment's language model")
     options = parser.parse_args()
@@ -281,11 +269,11 @@ def main() -> None:
             console.print(*used, sep="\n")
         for name, modality in track(cases, "Measuring", console=console):
             model = build(name, Path(folder) / name)
-            passes = passes_of(name, model, modality, options.examples)
-            results.setdefault(name, {})[modality] = measured(model, passes, options.repeats)
+            ways = batches_of(name, model, modality, options.batches)
+            results.setdefault(name, {})[modality] = measured(model, ways, options.repeats)
     console.print(table(results))
-    settings = {"width": WIDTH, "layers": LAYERS, "vocabulary": VOCABULARY, "examples": options.examples}
-    path = keep("packing", {"settings": settings, "captions": used, "passes": results}, PACKAGES)
+    settings = {"width": WIDTH, "layers": LAYERS, "vocabulary": VOCABULARY, "batches": options.batches}
+    path = keep("packing", {"settings": settings, "captions": used, "steps": results}, PACKAGES)
     console.print(f"Written to {path}.")
 
 

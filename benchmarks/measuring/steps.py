@@ -19,13 +19,12 @@ class Steps:
     Args:
         model: ours, or NeMo's SALM.
         batch: that it takes.
-        learning_rate: of AdamW.
     """
 
-    def __init__(self, model: Any, batch: Mapping, learning_rate: float = 1e-4) -> None:
+    def __init__(self, model: Any, batch: Mapping) -> None:
         self.model = model
         self.batch = batch
-        self._optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=learning_rate)
+        self._optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
 
     def run(self) -> Tensor:
         """One step; its loss, nats per token."""
