@@ -58,7 +58,7 @@ class Rows(NamedTuple):
         """
         if longest > self.size:
             raise DataError(
-                f"a packed row has {longest} positions, but packing.row_tokens allows {self.size}: recordings have "
+                f"a packed row has {longest} positions, but row_tokens allows {self.size}: recordings have "
                 "more positions than token_equivalent_duration says; make that the seconds of a position of the "
                 "language model."
             )

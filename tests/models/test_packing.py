@@ -186,7 +186,7 @@ def test_objectives(make):
 def test_a_row_that_is_too_long_is_refused(t5):
     batch = packed(t5, batch_of(t5, "audio"))
     batch["packed_sizes"] = (batch["packed_sizes"][0], 5, batch["packed_sizes"][2])
-    with pytest.raises(DataError, match=r"a packed row has \d+ positions, but packing.row_tokens allows 5"):
+    with pytest.raises(DataError, match=r"a packed row has \d+ positions, but row_tokens allows 5"):
         t5.llm_inputs(batch)
 
 
