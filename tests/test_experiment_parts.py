@@ -98,6 +98,17 @@ def test_every_run_comes_after_those_it_needs_and_parts_share_what_they_have_in_
         assert (run.command(), run.result) == (scarce[run.name].command(), scarce[run.name].result)
 
 
+@pytest.mark.parametrize("kind", ["t5", "llm"])
+@pytest.mark.parametrize("corpus", ["captions", "phrasebook", "mboshi"])
+def test_the_language_model_that_is_scored_is_the_one_that_trainings_start_with(kind, corpus):
+    """The script writes the last weights for them; without the key the best checkpoint would be scored."""
+    name = f"pretrain_{kind}_{corpus}"
+    if not (EXAMPLES / "conf" / f"{name}.yaml").is_file():
+        pytest.skip("Mboshi has no SALM-GPT")
+    with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
+        assert compose(name).export == "last"
+
+
 @pytest.mark.parametrize(
     ("name", "trainings"), [("scarce", 13), ("settings", 11), ("forgetting", 10), ("mboshi", 5), ("zero_shot", 4)]
 )

@@ -130,7 +130,8 @@ def draw(results: Mapping, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     families = {name: family for family, names in FAMILIES.items() for name in names}
-    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys([*FAMILIES, *(a.name for a in ARMS)]))}
+    alone = [arm.name for arm in ARMS if arm.name not in families]
+    colours = {name: f"C{number}" for number, name in enumerate([*FAMILIES, *alone])}
     means = {}
     for arm in ARMS:
         runs = [one for one in results["trainings"] if one["arm"] == arm.name]
@@ -139,7 +140,11 @@ def draw(results: Mapping, path: Path) -> None:
             axes.plot(one["speech"], one["text_lost"], marker=".", color=colour, alpha=0.4, markersize=4)
         means[arm.name] = fmean(one["speech"] for one in runs), fmean(one["text_lost"] for one in runs)
         axes.plot(*means[arm.name], marker="o", color=colour)
-        axes.annotate(arm.title, means[arm.name], textcoords="offset points", xytext=(5, 4), fontsize=8)
+    for arm in ARMS:
+        is_below = families.get(arm.name) == "replay" or arm.name in ("frozen", "speech")
+        place = {"xytext": (0, -13 if is_below else 7), "ha": "right" if arm.name == "retention_4" else "center"}
+        axes.annotate(arm.title, means[arm.name], textcoords="offset points", fontsize=8, **place)
+    axes.margins(0.09)
     for family, names in FAMILIES.items():
         axes.plot(*zip(*(means[name] for name in names), strict=True), color=colours[family], linewidth=1)
     axes.set_xlabel("speech BLEU, test set")

@@ -162,7 +162,8 @@ def scarce_claims() -> Iterator[str]:
     yield f"{by_seconds[0]:+.1f} and {by_seconds[1]:+.1f} BLEU on the development set"
     yield f"{part['text']:,} pairs of sentences"
     yield f"the {part['start_text']:,} pairs that are not spoken"
-    yield f"{part['seconds'] / 3600:.1f} hours of one core"
+    hours = [KEPT[name]["seconds"] / 3600 for name in ("scarce", "settings", "forgetting")]
+    yield f"{hours[0]:.1f} hours of one core, that on settings {hours[1]:.1f} and that on forgetting {hours[2]:.1f}"
 
 
 def settings_claims() -> Iterator[str]:
@@ -192,6 +193,47 @@ def settings_claims() -> Iterator[str]:
     yield f"saves {100 * saved:.0f} % of the CPU seconds"
     yield f"leaves text at {mean('quarter', 'text'):.1f} instead of {mean('joint', 'text'):.1f} BLEU"
     yield f"the best of the part before {mean('best_longer', 'speech') - mean('best', 'speech'):+.1f}"
+
+
+def forgetting_claims() -> Iterator[str]:
+    """Of the part on forgetting."""
+    part = KEPT["forgetting"]
+    compared = {one["arm"]: one for one in part["comparisons"]}
+
+    def mean(arm: str, key: str) -> float:
+        return fmean(one[key] for one in part["trainings"] if one["arm"] == arm)
+
+    def speech(arm: str) -> str:
+        return f"{compared[arm]['difference']:+.1f}"
+
+    lost = {arm: mean(arm, "text_lost") for arm in ("speech", "gated_lora", "frozen", "retention_1", "replay_1_8")}
+    kept = [one for one in part["trainings"] if one["arm"] in ("gated_lora", "frozen")]
+    assert {one["text_lost"] for one in kept} == {0.0}  # "in every seed"
+    assert lost["retention_1"] < 0  # "loses nothing"
+    yield f"| {lost['speech']:.1f} BLEU after {part['steps']} steps on speech alone"
+    kept_for = f"({speech('gated_lora')} BLEU of speech), nor with retention ({speech('retention_1')})"
+    yield f"LoRA that acts on speech alone {kept_for}"
+    yield f"Speech alone loses {lost['speech']:.1f} BLEU of text"
+    yield f"a frozen language model lose {lost['gated_lora']:.1f}"
+    paid = [f"{-compared[arm]['difference']:.1f}" for arm in ("gated_lora", "frozen")]
+    yield f"pay {paid[0]} and {paid[1]} BLEU of speech"
+    yield f"({lost['retention_1']:+.1f}) for a difference in speech of {interval(compared['retention_1'])}"
+    yield f"costs more speech ({speech('retention_4')})"
+    eighth = compared["replay_1_8"]
+    yield f"({lost['replay_1_8']:+.1f} of text, {speech('replay_1_8')} of speech, p = {eighth['p']:.3f})"
+    yield f"up to {mean('replay_1', 'text'):.1f} BLEU"
+    yield f"{speech('replay_1_4')} with a quarter, {speech('replay_1')} with as much text as speech"
+    assert (
+        compared["replay_1"]["difference"]
+        < compared["alternating"]["difference"]
+        < compared["replay_1_4"]["difference"]
+    )
+    seconds = mean("alternating", "cpu_seconds") / mean("speech", "cpu_seconds")
+    yield f"{seconds:.1f} times the CPU seconds of speech alone"
+    assert compared["replay_retention"]["difference"] < min(
+        compared[arm]["difference"] for arm in ("replay_1_4", "retention_1")
+    )
+    yield f"worse than either for speech ({speech('replay_retention')})"
 
 
 def rows_of_models_page() -> Iterator[str]:
@@ -224,6 +266,9 @@ def settings_of_models_page() -> Iterator[str]:
     saved = 1 - found["quarter", "cpu_seconds"] / found["joint", "cpu_seconds"]
     text = f"text {found['quarter', 'text']:.1f} instead of {found['joint', 'text']:.1f}"
     yield f"speech {over['quarter']}, {text}, {100 * saved:.0f} % fewer CPU seconds"
+    paid = {one["arm"]: f"{one['difference']:+.1f}" for one in KEPT["forgetting"]["comparisons"]}
+    yield f"loses nothing of it, for {paid['gated_lora']} BLEU of speech; retention nothing for {paid['retention_1']}"
+    yield f"an eighth as much text as speech nothing for {paid['replay_1_8']}"
 
 
 def test_the_page_on_models_has_the_measured_numbers():
@@ -232,7 +277,12 @@ def test_the_page_on_models_has_the_measured_numbers():
         assert row in page
 
 
-CLAIMS = {"": (joint_claims, efficiency_claims), "scarce": (scarce_claims,), "settings": (settings_claims,)}
+CLAIMS = {
+    "": (joint_claims, efficiency_claims),
+    "scarce": (scarce_claims,),
+    "settings": (settings_claims,),
+    "forgetting": (forgetting_claims,),
+}
 """Sentences by the part that they are about; the first one has no name."""
 
 
@@ -286,7 +336,7 @@ def set_up() -> dict[str, str]:
         "1": "point",
         "10": "points",
         "1,190": "utterances of Mboshi",
-        "30": "trainings of --forgetting",
+        f"{KEPT.get('forgetting', {}).get('steps', 400)}": "steps of the part on forgetting",
         "15": "trainings of --mboshi",
     }
 
