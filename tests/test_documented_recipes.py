@@ -60,6 +60,7 @@ COMPLETED = {
     "data.md 3": "names_forms_of_a_source",
     "data.md 4": "transcribes_a_share",
     "data.md 5": "weighs_its_sources",
+    "data.md 6": "packs_its_groups",
     "low-resource-language.md 1": "has_test_sets",
     "low-resource-language.md 2": "weighs_its_sources",
     "migrate-from-salm.md 1": "resumes_a_dataset_of_ours",
@@ -108,6 +109,14 @@ class Completed:
         sources = iter([speech, texts, texts, speech])
         self._train(re.sub(r"\[\.\.\.\]", lambda _: next(sources), text).replace("num_workers: 2", "num_workers: 0"))
         assert next(sources, None) is None
+
+    def packs_its_groups(self, text: str) -> None:
+        """Two steps of a recipe of two groups whose lists of sources are left out; for tiny data, of fewer rows."""
+        groups = self.recipe["data"]["train_ds"]
+        sources = iter(json.dumps(groups[group]["input_cfg"]) for group in ("text", "audio"))
+        indented = re.sub(r"\[\.\.\.\]", lambda _: next(sources), text).replace("batch_size: 8", "batch_size: 1")
+        head = "data:\n  train_ds:\n    multi_config: true\n    sampler_fusion: zip\n    num_workers: 0\n"
+        self._train(head + indented)
 
     def trains_with_oomptimizer(self, text: str) -> None:
         """Two steps with the batch sizes that OOMptimizer finds for the recipe as it is documented."""

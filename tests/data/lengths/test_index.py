@@ -287,7 +287,7 @@ def test_maps_and_filters_of_quality(tmp_path, tokenizer, name) -> None:
     assert index.is_one_to_one == (name not in ("windows", "speeds"))
     if name == "quality":
         _, measures = all_entries(index)
-        assert measures.inputs.tolist() == [0, 0, 0, -1, 0]
+        assert measures.inputs.tolist() == [3, 3, 3, -1, 3]  # tokens of the prompt
         assert np.isnan(measures.seconds[3])
         assert index.filtered == {"keep": 1}
 
