@@ -243,7 +243,8 @@ def salm_t5_config(tiny_t5, tiny_asr) -> dict:
 @pytest.fixture
 def corpus(tiny_corpus, tmp_path) -> Path:
     """A copy of the tiny corpus that a test may damage."""
-    shutil.copytree(tiny_corpus, tmp_path / "corpus")
+    # Without indexes of other tests, which would not fit the copies.
+    shutil.copytree(tiny_corpus, tmp_path / "corpus", ignore=shutil.ignore_patterns(".nemo_emmett"))
     return tmp_path / "corpus"
 
 
