@@ -230,11 +230,12 @@ def _run(llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[..., Tensor] 
     def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (hidden_LSH,) = args
         hidden_XH = hidden_LSH.flatten(0, 1)
-        places_N = inputs.target_places()
+        places_N, (L, S, _H) = inputs.target_places(), hidden_LSH.shape
         if inputs.positions_BA is not None:
-            L, S, _H = hidden_LSH.shape
             row_B = torch.arange(L, device=hidden_LSH.device) if inputs.row_B is None else inputs.row_B
             places_N = (row_B[:, None] * S + inputs.positions_BA).take(places_N)
+        if (gate := getattr(llm, "speech_gate", None)) is not None:
+            gate.row_N = places_N // S
         return (hidden_XH.index_select(0, places_N),)
 
     with ExitStack() as stack:

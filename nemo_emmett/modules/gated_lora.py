@@ -28,19 +28,22 @@ class SpeechGate:
 
     Attributes:
         rows: (B,) bool; False where none has speech; None outside of :meth:`of`.
+        row_N: (N,) int64, the row of each position that the output layer reads alone; None: it reads whole rows.
     """
 
     def __init__(self) -> None:
         self.rows: Tensor | bool | None = None
+        self.row_N: Tensor | None = None
 
     @contextmanager
     def of(self, rows: Tensor | bool | None) -> Iterator[None]:
         """Within it, the language model reads this batch."""
-        before, self.rows = self.rows, rows
+        before = self.rows, self.row_N
+        self.rows, self.row_N = rows, None
         try:
             yield
         finally:
-            self.rows = before
+            self.rows, self.row_N = before
 
     def select(self, kept_R: Tensor) -> None:
         """Go on with some rows of the batch, by their numbers (R,) int64."""
@@ -58,7 +61,7 @@ class GatedLinear(lora.Linear):
     """peft's LoRA layer, whose adapter acts on the rows of its gate alone."""
 
     speech_gate: SpeechGate
-    reads_flat_rows: bool  # (B * A, H) at the answers' positions, as output layers do
+    is_output_layer: bool  # which may read (N, H), positions of any rows
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, with the adapter's added in the rows with speech.
@@ -80,9 +83,11 @@ class GatedLinear(lora.Linear):
                 "model.lora_modality: audio: which examples have speech is not known here; call the model's `forward` "
                 "or `generate` with a batch, not its language model."
             )
-        if x.shape[0] != rows.shape[0]:
+        if x.dim() < 3 and self.is_output_layer and self.speech_gate.row_N is not None:
+            rows = rows[self.speech_gate.row_N]
+        elif x.shape[0] != rows.shape[0]:
             rows = rows.repeat_interleave(x.shape[0] // rows.shape[0])
-        if (x.dim() < 3 and not self.reads_flat_rows) or x.shape[0] != rows.shape[0]:
+        if (x.dim() < 3 and not self.is_output_layer) or x.shape[0] != rows.shape[0]:
             raise ModelError(
                 f"model.lora_modality: audio: LoRA in a layer of {self.in_features} inputs, which gets the shape "
                 f"{tuple(x.shape)} of a batch, cannot act on some examples alone; leave the layer out of "
@@ -135,7 +140,7 @@ def gate_lora(llm: nn.Module, output_layer: nn.Module) -> SpeechGate:
             )
         layer.__class__ = GatedLinear
         layer.speech_gate = gate
-        layer.reads_flat_rows = layer is output_layer
+        layer.is_output_layer = layer is output_layer
     llm.speech_gate = gate
     return gate
 

@@ -9,11 +9,11 @@ import torch
 
 from nemo_emmett.errors import ConfigError, ModelError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT, load
-from nemo_emmett.models.head import output_layer
+from nemo_emmett.models.head import answer_scores, output_layer
 from nemo_emmett.modules.gated_lora import GatedLinear
 
 from .backbones import model_config, seeded
-from .batches import prompted_batch, with_recordings
+from .batches import prompted_batch, rows, with_recordings
 from .memorising import MODES, items
 from .two_ranks import gradients
 
@@ -214,6 +214,33 @@ def test_peft_s_variants_leave_text_alone(folder, tiny_asr, options):
     found, expected = (model(flat)[0].unflatten(0, (4, -1)) for model in (gated, plain))
     assert torch.equal(found[TEXT], expected[TEXT])
     assert not torch.isclose(found[SPEECH], expected[SPEECH]).all()
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_lora_in_the_output_layer_is_gated_in_training_too(folder, tiny_asr, pack):
+    """Answers of unequal lengths, of which padding is left out; each loss is that of the example alone."""
+    section = {"lora": LORA | {"target_modules": ["lm_head", "q_proj"]}, "lora_modality": "audio"}
+    model = seeded(SALMGPT, model_config("llama", folder, tiny_asr, **section))
+    act(model)
+    batch = mixed(model)
+    batch["answer_lens"][3] -= int(batch["answer_lens"].sum()) % 4  # as many targets as could be shared out evenly
+    assert len(set(batch["answer_lens"].tolist())) > 1
+    of_tokens = {key: value for key, value in batch.items() if not key.startswith("audio")}
+    scores = [answer_scores(model.llm, model.llm_inputs(rows(of_tokens, [n])))[0].sum() for n in TEXT]
+    chosen = SPEECH + TEXT if pack else [0, 1, 2, 3]
+    order = rows(of_tokens, chosen) | {key: batch[key] for key in ("audios", "audio_lens")}
+    if pack:
+        sizes = (2, 1000, int(batch["answer_lens"].sum()))
+        order |= {"packed_rows": torch.tensor([0, 0, 1, 1]), "packed_sizes": sizes}
+    found = answer_scores(model.llm, model.llm_inputs(order))[0].sum(1)
+    torch.testing.assert_close(found[[chosen.index(n) for n in TEXT]], torch.stack(scores), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lm_head" in name and ".lora_B." in name:
+                parameter.mul_(2.0)
+    again = answer_scores(model.llm, model.llm_inputs(order))[0].sum(1)
+    assert torch.equal(again[[chosen.index(n) for n in TEXT]], found[[chosen.index(n) for n in TEXT]])
+    assert not torch.isclose(again[[chosen.index(n) for n in SPEECH]], found[[chosen.index(n) for n in SPEECH]]).any()
 
 
 def test_lora_in_the_output_layer_is_gated_too(folder, tiny_asr):
