@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class LLMInputs:
     row_B: Tensor | None = None
     around: Callable[[], AbstractContextManager] = nullcontext
 
+    @cached_property
     def target_places(self) -> Tensor:
         """(N,) int64 places of the targets among all B * A, ascending; of all of these where their number is not
         known, or 0."""
@@ -94,7 +95,7 @@ def answer_loss(llm: PreTrainedModel, inputs: LLMInputs, label_smoothing: float,
         label_smoothing: share of a target's probability that goes to all tokens alike.
         implementation: of :func:`~nemo_emmett.modules.linear_cross_entropy.linear_cross_entropy`.
     """
-    targets_N = inputs.targets_BA.flatten().take(inputs.target_places())
+    targets_N = inputs.targets_BA.flatten().take(inputs.target_places)
     if not has_linear_head(llm):
         options = {"ignore_index": IGNORE_INDEX, "label_smoothing": label_smoothing, "reduction": "sum"}
         return F.cross_entropy(_run(llm, inputs).float(), targets_N, **options)
@@ -166,7 +167,7 @@ def weighted_answer_loss(
     Returns:
         The scalar; (B, A) cross-entropies, 0 where there is no target; (B, A) divergences, 0 where their weight is.
     """
-    layer, places_N = output_layer(llm), inputs.target_places()
+    layer, places_N = output_layer(llm), inputs.target_places
     targets_N = inputs.targets_BA.flatten().take(places_N)
     weights = weights.of(places_N)
 
@@ -188,7 +189,7 @@ def weighted_answer_loss(
 def answer_scores(llm: PreTrainedModel, inputs: LLMInputs) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each answer token, (B, A) float32 nats, 0 where there is none; and whether it is the most likely
     one, (B, A) bool."""
-    places_N = inputs.target_places()
+    places_N = inputs.target_places
     targets_N = inputs.targets_BA.flatten().take(places_N)
     if has_linear_head(llm):
         # As one tensor, since transformers hands on what its output layer returns as it does with logits.
@@ -230,7 +231,7 @@ def _run(llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[..., Tensor] 
     def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (hidden_LSH,) = args
         hidden_XH = hidden_LSH.flatten(0, 1)
-        places_N, (L, S, _H) = inputs.target_places(), hidden_LSH.shape
+        places_N, (L, S, _H) = inputs.target_places, hidden_LSH.shape
         if inputs.positions_BA is not None:
             row_B = torch.arange(L, device=hidden_LSH.device) if inputs.row_B is None else inputs.row_B
             places_N = (row_B[:, None] * S + inputs.positions_BA).take(places_N)

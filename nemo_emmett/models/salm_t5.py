@@ -93,8 +93,9 @@ class SALMT5(SpeechTextModel):
         config, S = self.llm.config, placed.embeds_LSH.shape[1]
         # mBART has a learned embedding for each position, and so a greatest length, also of a row.
         if config.model_type == "mbart" and config.max_position_embeddings < S:
+            what = "an example" if placed.layout is None else "a packed row"
             raise DataError(
-                f"an example is {S} tokens long, speech included, but the language model reads at most "
+                f"{what} is {S} tokens long, speech included, but the language model reads at most "
                 f"{config.max_position_embeddings}; lower the longest duration or number of tokens in the dataset's "
                 "config, or choose a modality adapter that shortens speech."
             )

@@ -174,7 +174,10 @@ def test_sources_that_cannot_share_rows_are_refused(sources, tokenizer) -> None:
     with pytest.raises(ConfigError, match="packing: rows hold speech or text, and this group has both"):
         parse_dataset({**COMMON, "input_cfg": list(sources.values()), **SPEECH}, "data.train_ds")
     with pytest.raises(ConfigError, match="packing: needs token_equivalent_duration for speech"):
-        parse_dataset(config_of(sources["speech"], **ROWS), "data.train_ds")
+        loader(config_of(sources["speech"], **ROWS), tokenizer)
+    above = {**COMMON, "multi_config": True, "sampler_fusion": "zip", "a": {"input_cfg": [sources["text"]]}, **ROWS}
+    with pytest.raises(ConfigError, match=r"^data.train_ds.packing: is a key of a group"):
+        parse_dataset(above, "data.train_ds")
     conversations = {"type": "lhotse_as_conversation", "cuts_path": "cuts.jsonl"}
     with pytest.raises(ConfigError, match="type: lhotse_as_conversation cannot be packed"):
         parse_dataset(config_of(conversations, **SPEECH), "data.train_ds")

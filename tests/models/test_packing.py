@@ -190,8 +190,9 @@ def test_a_row_that_is_too_long_is_refused(t5):
         t5.llm_inputs(batch)
 
 
-def test_attention_without_masks_is_refused(t5, monkeypatch):
-    monkeypatch.setattr(t5.llm.config, "_attn_implementation_internal", "flash_attention_2")
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_attention_without_masks_is_refused(t5, monkeypatch, implementation):
+    monkeypatch.setattr(t5.llm.config, "_attn_implementation_internal", implementation)
     with pytest.raises(ModelError, match="takes no mask by example"):
         t5.llm_inputs(packed(t5, batch_of(t5, "text")))
 

@@ -172,7 +172,7 @@ def test_planned_peaks_of_packed_rows_are_the_measured_ones(tmp_path, packing_mo
     measured = read_steps(tmp_path, packing_model, batches, on_fakes=False)
     if packing_model.is_encoder_decoder:
         assert planned == measured
-    # Fake tensors are not told by which kernel a CPU computes attention with the mask of several examples.
+    # Fake tensors do not know by which kernel a CPU computes attention with the mask of several examples.
     np.testing.assert_allclose(planned, measured, rtol=0.02)
 
 

@@ -15,7 +15,7 @@ from nemo.utils import logging, logging_mode
 from omegaconf import DictConfig
 
 from nemo_emmett.config import check_keys, nearest
-from nemo_emmett.data.config.packing_keys import check_packed_alike, check_packing
+from nemo_emmett.data.config.packing_keys import check_packed_alike, check_packing, refuse_above_groups
 from nemo_emmett.data.config.schema import AUTO, FUSIONS, LEGACY_KEYS, LOADER_KEYS, OUR_TYPES, parse_keys
 from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.config.sources import (
@@ -228,6 +228,8 @@ def parse_dataset(section: Mapping[str, Any] | DictConfig, place: str) -> Datase
     _check_fusion(own, list(sections) if is_multi_config else None, place)
     if is_multi_config:
         unknown_keys += [key for key in own if key in LEGACY_KEYS - {"use_lhotse"} and key not in unknown_keys]
+    if is_multi_config and own.get("sampler_fusion") != "mux":
+        refuse_above_groups(own, place)
     if is_multi_config and own.get("sampler_fusion") == "mux":
         groups = (_merged_group(own, sections, place),)
     elif is_multi_config:

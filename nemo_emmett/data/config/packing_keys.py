@@ -17,6 +17,17 @@ _OTHER_RULES = (
 """Keys that put batches together in another way."""
 
 
+def refuse_above_groups(keys: Mapping[str, Any], place: str) -> None:
+    """Refuse the keys of packing next to ``multi_config``, where they would have no effect.
+
+    Raises:
+        ConfigError: for the first one.
+    """
+    for key in ("packing", "row_tokens"):
+        if keys.get(key):
+            raise ConfigError(f"{place}.{key}: is a key of a group, whose rows it describes; set it in each group.")
+
+
 def check_packed_alike(groups: Sequence[tuple[str, bool, Sequence[Source]]]) -> None:
     """Check the groups of ``sampler_fusion: zip``, whose batches of a modality are joined to one.
 
@@ -74,9 +85,3 @@ def check_packing(keys: Mapping[str, Any], sources: Sequence[Source], place: str
                 f"{source.place}.type: {source.type} cannot be packed, since its recordings are not in the length "
                 f"index one by one; leave out {place}.packing."
             )
-    if speech and keys.get("token_equivalent_duration") is None and keys.get("batch_duration") is None:
-        raise ConfigError(
-            f"{place}.packing: needs token_equivalent_duration for speech, the seconds of a position of the language "
-            "model's input; for BestowGPT, where recordings have no positions, give batch_duration instead, the most "
-            "seconds of a batch."
-        )

@@ -286,6 +286,12 @@ def _packing(group: GroupConfig, kind: ExampleKind) -> Packing | None:
         seconds = group.batch_duration / group.batch_size
     elif frame is not None:
         seconds = ENCODER_PADDING * sizes[0] * frame
+    elif any(not source.is_text for source in group.sources):
+        raise ConfigError(
+            f"{group.place}.packing: needs token_equivalent_duration for speech, the seconds of a position of the "
+            "language model's input; or, where recordings have no positions there, batch_duration, the most seconds of "
+            "a batch."
+        )
     return Packing(group.batch_size, *sizes, is_joint, frame, seconds)
 
 
