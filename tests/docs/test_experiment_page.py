@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -166,14 +166,18 @@ def scarce_claims() -> Iterator[str]:
     yield f"{hours[0]:.1f} hours of one core, that on settings {hours[1]:.1f} and that on forgetting {hours[2]:.1f}"
 
 
-def settings_claims() -> Iterator[str]:
-    """Of the part on settings."""
-    part = KEPT["settings"]
-    compared = {one["arm"]: one for one in part["comparisons"]}
+def by_arm(part: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[str, str], float]]:
+    """The comparison of each arm of a part, and a function that gives an arm's mean of a value."""
 
     def mean(arm: str, key: str) -> float:
         return fmean(one[key] for one in part["trainings"] if one["arm"] == arm)
 
+    return {one["arm"]: one for one in part["comparisons"]}, mean
+
+
+def settings_claims() -> Iterator[str]:
+    """Of the part on settings."""
+    compared, mean = by_arm(KEPT["settings"])
     distillation, retention, together, quarter = (
         compared[arm] for arm in ("distillation", "retention", "together", "quarter")
     )
@@ -198,10 +202,7 @@ def settings_claims() -> Iterator[str]:
 def forgetting_claims() -> Iterator[str]:
     """Of the part on forgetting."""
     part = KEPT["forgetting"]
-    compared = {one["arm"]: one for one in part["comparisons"]}
-
-    def mean(arm: str, key: str) -> float:
-        return fmean(one[key] for one in part["trainings"] if one["arm"] == arm)
+    compared, mean = by_arm(part)
 
     def speech(arm: str) -> str:
         return f"{compared[arm]['difference']:+.1f}"
