@@ -109,7 +109,7 @@ class Comparison(Callback):
         sizes = {b: n for rows in self.rows.values() for b, n in rows["OOMptimizer"].sizes.items()}
         if self.train_steps:
             self.trained = self._train(trainer, pl_module, adapter, sizes)
-            self.planned = self._plan(trainer, pl_module, adapter, sizes)
+            self.planned = planned_peaks(trainer, pl_module, sizes)
 
     def _ours(self, trainer: Trainer, module: LightningModule, adapter: Adapter, group: Group) -> Found:
         found = Found()
@@ -135,16 +135,15 @@ class Comparison(Callback):
             readings = [steps.probe(bucket, sizes[bucket]) for bucket in drawn]
         return {"steps": len(readings), "out_of_memory": sum(reading.out_of_memory for reading in readings)}
 
-    def _plan(
-        self, trainer: Trainer, module: LightningModule, adapter: Adapter, sizes: dict[Bucket, int]
-    ) -> dict[Bucket, int]:
-        """Peaks of the same steps on fake tensors of the CPU."""
-        module.cpu()
-        with fake_model(module, trainer.optimizers), adapter.planning():
-            meter, device = TensorMeter(torch.device("cpu")), torch.device("cpu")
-            with TrainingSteps(trainer, module, meter) as steps:
-                steps.warm_up(adapter.synthetic_batch(next(iter(sizes)).shape, 1, device))
-                return {b: steps.run(adapter.synthetic_batch(b.shape, n, device)).peak for b, n in sizes.items()}
+
+def planned_peaks(trainer: Trainer, module: LightningModule, sizes: dict[Bucket, int]) -> dict[Bucket, int]:
+    """Peaks of steps of these sizes on fake tensors of the CPU, in bytes; in ``on_fit_start``."""
+    module.cpu()
+    adapter, device = adapter_for(module), torch.device("cpu")
+    meter = TensorMeter(device)
+    with fake_model(module, trainer.optimizers), adapter.planning(), TrainingSteps(trainer, module, meter) as steps:
+        steps.warm_up(adapter.synthetic_batch(next(iter(sizes)).shape, 1, device))
+        return {b: steps.run(adapter.synthetic_batch(b.shape, n, device)).peak for b, n in sizes.items()}
 
 
 class _Steps:

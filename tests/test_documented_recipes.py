@@ -69,7 +69,8 @@ COMPLETED = {
     "models.md 1": "is_a_model_section",
     "models.md 2": "is_a_model_section",
     "models.md 3": "is_a_model_section",
-    "models.md 4": "begins_with_weights",
+    "models.md 4": "is_a_model_section",
+    "models.md 5": "begins_with_weights",
     "oomptimizer.md 1": "trains_with_oomptimizer",
     "oomptimizer.md 2": "is_a_profile",  # a profile, no recipe
     "out-of-memory.md 1": "names_callbacks",

@@ -19,12 +19,14 @@ class Steps:
     Args:
         model: ours, or NeMo's SALM.
         batch: that it takes.
+        fused: PyTorch's fused AdamW.
     """
 
-    def __init__(self, model: Any, batch: Mapping) -> None:
+    def __init__(self, model: Any, batch: Mapping, fused: bool | None = None) -> None:
         self.model = model
         self.batch = batch
-        self._optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+        trained = (p for p in model.parameters() if p.requires_grad)
+        self._optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=fused)
 
     def run(self) -> Tensor:
         """One step; its loss, nats per token."""

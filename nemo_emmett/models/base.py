@@ -42,7 +42,7 @@ from nemo_emmett.models.learning_rates import configure_by_part
 from nemo_emmett.models.lora_modality import check_lora_modality, refuse_trained_text_weights
 from nemo_emmett.models.oomptimizer_schema import oomptimizer_schema
 from nemo_emmett.models.optimization import parse_optimization
-from nemo_emmett.models.perception import build_perception
+from nemo_emmett.models.perception import build_perception, cache_encoder
 from nemo_emmett.models.sharding import shard, validated_parts
 from nemo_emmett.models.teachers import Teachers
 from nemo_emmett.models.training_step import TrainingStep
@@ -133,7 +133,14 @@ class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMi
             self.perception, section = build_perception(options, self.llm, trusted)
             with open_dict(self.cfg):
                 self.cfg.perception = section
+        if options.cache_encoder:
+            cache_encoder(self.perception, options)
         load_initial_weights(self, start, trusted)
+        # Before DDP wraps the model, which waits for gradients of all that is not frozen then. NeMo's freezing comes
+        # later.
+        for parameter_name, parameter in self.named_parameters():
+            if options.freezes(parameter_name):
+                parameter.requires_grad = False
         self._init_training_step(options.training_objectives())
         self.teachers = Teachers(self, self.objectives)
         if options.activation_checkpointing:

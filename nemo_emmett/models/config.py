@@ -71,6 +71,7 @@ class ModelConfig:
     prompt_format: Text | None = None  # name of a NeMo prompt format; default: the one of the language model's family
     perception: dict | None = None  # NeMo's AudioPerceptionModule; None: a model that reads text only
     encoder_chunk_size_seconds: Positive | None = None  # longer recordings are encoded in chunks of so many seconds
+    cache_encoder: Switch | NonEmpty = False  # keep the outputs of a frozen encoder on disk; a text: in this folder
     lora: dict | None = None  # arguments of peft's LoraConfig; the language model's own weights are frozen
     freeze_params: list[Text] = field(default_factory=list)  # regular expressions of parameters that are frozen
     prevent_freeze_params: list[Text] = field(default_factory=list)  # exceptions to freeze_params
@@ -140,7 +141,7 @@ class ModelConfig:
         if not section.get("pretrained_llm"):
             raise ConfigError("model.pretrained_llm is missing: give a folder or a Hugging Face name.")
         # What a training was trained on and with is no part of the model.
-        unread = ("objectives", "attn_implementation") if for_loading else ()
+        unread = ("objectives", "attn_implementation", "cache_encoder") if for_loading else ()
         given = {key: value for key, value in section.items() if value is not None and key not in unread}
         return parse_section(cls, given, "model")
 

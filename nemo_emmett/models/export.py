@@ -90,7 +90,7 @@ class Export:
             "architectures": [own_class.__name__],
         }
         config.pop("trust_remote_code", None)  # decided by who loads the folder
-        for key in ("objectives", "attn_implementation"):  # of the training, not of the model
+        for key in ("objectives", "attn_implementation", "cache_encoder"):  # of the training, not of the model
             config.pop(key, None)
         config = public_config(config)
         self._to_save = {name: value.contiguous() for name, value in weights.items() if name not in again}, config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,8 +21,10 @@ from transformers import PreTrainedModel
 
 from nemo_emmett.config import check_keys, check_model_file
 from nemo_emmett.errors import ConfigError, EmmettError, ModelError
-from nemo_emmett.models.config import ModelConfig
+from nemo_emmett.files import check_writable
+from nemo_emmett.models.config import PARTS, ModelConfig
 from nemo_emmett.models.targets import BUILD_FAULTS, build, check_local_path, class_of, first_line, parse_arguments
+from nemo_emmett.modules.encoder_cache import KEY, CachedPerception, default_folder
 from nemo_emmett.modules.modality_adapters import MLPConnector, check_modality_adapter, leave_out_collectives
 from nemo_emmett.typed_config import Count, PositiveWhole, Share, parse_value
 
@@ -98,6 +101,39 @@ def build_perception(
     leave_out_collectives(model.perception)
     check_modality_adapter(model.perception, llm.config.hidden_size)
     return model.perception, model.cfg.perception
+
+
+def cache_encoder(perception: AudioPerceptionModule | None, config: ModelConfig) -> None:
+    """Have the speech encoder's outputs kept on disk (``cache_encoder``).
+
+    Args:
+        perception: changed in place.
+        config: the model's.
+
+    Raises:
+        ConfigError: if there is no speech encoder, it is trained, its input is drawn at random, or the folder cannot
+            be written to.
+    """
+    if perception is None:
+        raise ConfigError(f"{KEY}: this model reads text only; leave the key out, or give it model.perception.")
+    trained = [name for name, _ in perception.named_parameters(prefix="perception") if _is_trained(name, config)]
+    if trained:
+        raise ConfigError(
+            f"{KEY}: '{trained[0]}' is trained, so that its outputs change; freeze the speech encoder (model.freeze: "
+            "[encoder]), or leave the key out."
+        )
+    if perception.spec_augmentation is not None:
+        raise ConfigError(
+            f"{KEY}: {PLACE}.spec_augment makes each input of the encoder another; leave one of the two out."
+        )
+    folder = Path(config.cache_encoder).expanduser() if isinstance(config.cache_encoder, str) else default_folder()
+    check_writable(folder, KEY)
+    CachedPerception.of(perception, folder)
+
+
+def _is_trained(name: str, config: ModelConfig) -> bool:
+    """Whether a parameter of that name is one of the encoder's, and is trained."""
+    return re.match(PARTS["encoder"], name) is not None and not config.freezes(name)
 
 
 def _check_parts(perception: Mapping[str, Any], parts: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from nemo_emmett.models.microbatches import MicrobatchLoss, TermCounts, cut_batc
 from nemo_emmett.models.sharding import absent_modalities
 from nemo_emmett.models.step_log import StepLog, forget_logged
 from nemo_emmett.modules.batch import MODALITIES, length_mask, split_modalities
+from nemo_emmett.modules.encoder_cache import CachedPerception
 from nemo_emmett.modules.evaluation_mode import evaluation_mode
 from nemo_emmett.modules.loss import step_loss, world_size
 from nemo_emmett.modules.weighted_linear_loss import RowWeights
@@ -292,6 +293,8 @@ class TrainingStep(GradientConflictSteps):
         for objective in self.objectives:
             if objective.has_schedule:
                 self.log(f"weight_{objective.name}", self._weight_of(objective), batch_size=1)
+        if isinstance(self.perception, CachedPerception) and (share := self.perception.cache.take_share()) is not None:
+            self.log("encoder_cache_found", share, batch_size=1)
         if self._trainer is not None:
             forget_logged(self.trainer, values)
         self._counts.logged = True

@@ -1,6 +1,7 @@
 """Parts of models, in the order in which a batch passes them.
 
 - :mod:`nemo_emmett.modules.batch`: a batch as one-modality batches, NeMo's flat SALM batch among them.
+- :mod:`nemo_emmett.modules.encoder_cache`: outputs of a frozen speech encoder, kept on disk.
 - :mod:`nemo_emmett.modules.modality_adapters`: between the speech encoder and the language model.
 - :mod:`nemo_emmett.modules.perception_lengths`: how many positions of the language model a recording takes.
 - :mod:`nemo_emmett.modules.packing`: several examples in a row, none of which attends to another.

@@ -35,6 +35,7 @@ RUN_SPECIFIC_KEYS = frozenset(
         "modality_loss_weights",
         "max_new_tokens",
         "validation_bleu",
+        "cache_encoder",  # counted as if there were none
         "log_prediction",
         "nemo_version",
     }

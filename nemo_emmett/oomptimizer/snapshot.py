@@ -59,6 +59,8 @@ def without_side_effects(trainer: Trainer, module: LightningModule) -> Iterator[
                 part.log = part.log_dict = lambda *_, **__: None
             if hasattr(part, "all_objectives_active"):  # those of our models that begin or end later, too
                 part.all_objectives_active = True
+            if hasattr(part, "is_measured"):  # speech encoders with a cache
+                part.is_measured = True
         with replaced(
             trainer,
             callbacks=[],

@@ -72,6 +72,13 @@ def with_recordings(model, batch: dict, seconds: list[float], seed: int = 0) -> 
     return batch | {"audios": noise, "audio_lens": lens}
 
 
+def packed(batch: dict, of_examples: list[int]) -> dict:
+    """A one-modality batch with its examples in these rows, which may hold much more than they do."""
+    rows_B, number = torch.tensor(of_examples), max(of_examples) + 1
+    answers = batch["answer_lens"].new_zeros(number).index_add(0, rows_B, batch["answer_lens"])
+    return batch | {"packed_rows": rows_B, "packed_sizes": (number, 1000, int(answers.max()))}
+
+
 def rows(batch: dict, chosen: list[int]) -> dict:
     """Some rows of a batch whose examples have one recording each, or none."""
     return {

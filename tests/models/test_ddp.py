@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from .two_ranks import (
     batch_of,
     in_one_process,
     joined,
+    packed_batch_of,
     quiet_trainer,
     run_on_two_ranks,
 )
@@ -45,6 +47,9 @@ SECTIONS = {
     "harmonised": {"gradient_conflict": {"mode": "harmonise", "every_n_steps": 1}},
     # Compared in every second step, between which DDP averages by itself.
     "monitored": {"gradient_conflict": {"mode": "monitor", "every_n_steps": 2}},
+    "frozen": {"freeze": ["encoder"]},
+    "cached": {"freeze": ["encoder"], "cache_encoder": True},
+    "packed": {},
 }
 """Further keys of the model's section."""
 
@@ -104,6 +109,8 @@ CASES = [
     *(("SALMT5", find_unused, 1, keys) for find_unused in (True, False) for keys in ("gated", "harmonised")),
     ("SALMGPT", False, 2, "harmonised"),
     ("SALMT5", True, 1, "monitored"),
+    *((model, False, 1, "packed") for model in MODELS),
+    *((model, False, 1, "cached") for model in PLAIN),
 ]
 """Model, whether DDP looks for unused parameters, batches to an optimizer step, further keys of the model."""
 
@@ -115,6 +122,7 @@ def build(name: str, keys: list[str], folder: Path, asr: Path) -> SpeechTextMode
 
 def train(rank: int, folder: Path, asr: Path) -> None:
     """All trainings, in this process, which is one rank."""
+    os.environ["XDG_CACHE_HOME"] = str(folder)  # of the encoder's outputs
     done = {}
     for case in CASES:
         name, find_unused, accumulate, *keys = case
@@ -126,7 +134,8 @@ def train(rank: int, folder: Path, asr: Path) -> None:
             callbacks=[steps],
             accumulate_grad_batches=accumulate,
         )
-        batches = [batch_of(model, *ranks[rank]) for ranks in STEPS.values()]
+        make = packed_batch_of if keys == ["packed"] else batch_of
+        batches = [make(model, *ranks[rank]) for ranks in STEPS.values()]
         trainer.fit(model, DataLoader(batches, batch_size=None))
         done[case] = (steps.gradients, steps.losses, steps.values)
     torch.save(done, folder / f"rank{rank}.pt")
@@ -150,9 +159,10 @@ def ranks(backbones, tiny_asr) -> list[dict]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_gradients_and_losses_are_those_of_one_process_on_the_joined_batch(ranks, backbones, tiny_asr, case):
-    """Also where DDP waits for parameters that a rank has not used, and where gradients are accumulated."""
+    """Also where DDP waits for parameters that a rank has not used, and where gradients are accumulated. The process
+    has padded batches where the ranks' are packed, and encodes in each step what they find on disk."""
     name, _, accumulate, *keys = case
-    model = build(name, keys, backbones, tiny_asr)
+    model = build(name, ["frozen"] if keys == ["cached"] else keys, backbones, tiny_asr)
     batches = [joined(model, of_ranks) for of_ranks in STEPS.values()]
     steps = [batches[first : first + accumulate] for first in range(0, len(batches), accumulate)]
     if keys == ["harmonised"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import chain
@@ -34,6 +35,7 @@ from .two_ranks import (
     batch_of,
     in_one_process,
     joined,
+    packed_batch_of,
     quiet_trainer,
     run_on_two_ranks,
     shards,
@@ -53,6 +55,8 @@ CASES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "SALMGPT, untied, objectives": (SALMGPT, "llama", OBJECTIVES),
     "SALMGPT, LoRA, objectives": (SALMGPT, "llama", LORA | OBJECTIVES),
     "SALMT5, tied, objectives": (SALMT5, "t5", OBJECTIVES),
+    "SALMT5, packed": (SALMT5, "t5", {}),
+    "SALMGPT, packed, cached": (SALMGPT, "llama", {"freeze": ["encoder"], "cache_encoder": True}),
 }
 """Case -> model, backbone, and further keys of its config."""
 
@@ -68,6 +72,13 @@ STEPS = {
 """What a step holds -> of each rank, the rows of text and of speech."""
 
 SAVED_AFTER = 2
+
+
+def batches_of(case: str, model: Any, rank: int) -> list[dict]:
+    """What a rank trains on."""
+    make = packed_batch_of if "packed" in case else batch_of
+    return [make(model, *ranks[rank]) for ranks in STEPS.values()]
+
 
 VALIDATION = (
     [(slice(0, 2), NONE), (NONE, slice(0, 1))],
@@ -98,13 +109,15 @@ class Endless:
         return iter(self.batches)
 
 
-def fit(rank: int, model: Any, steps: Steps, checkpoint: Path | None = None, **options: Any) -> dict[str, float]:
+def fit(
+    case: str, rank: int, model: Any, steps: Steps, checkpoint: Path | None = None, **options: Any
+) -> dict[str, float]:
     trainer = quiet_trainer(
         strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
         callbacks=[steps],
         **options,
     )
-    batches = [batch_of(model, *ranks[rank]) for ranks in STEPS.values()]
+    batches = batches_of(case, model, rank)
     validation = [{"dev": batch_of(model, *rows)} for rows in VALIDATION[rank]]
     first = 0 if checkpoint is None else SAVED_AFTER
     trainer.fit(model, Endless(batches[first:]), DataLoader(validation, batch_size=None), ckpt_path=checkpoint)
@@ -113,6 +126,7 @@ def fit(rank: int, model: Any, steps: Steps, checkpoint: Path | None = None, **o
 
 def train(rank: int, folder: Path, asr: Path) -> None:
     """All trainings, in this process, which is one rank."""
+    os.environ["XDG_CACHE_HOME"] = str(folder)  # of the encoder's outputs
     done = {}
     for case, (model_class, name, config) in CASES.items():
         whole = built(model_class, name, folder / "backbones", asr, max_new_tokens=4, **SGD, **config)
@@ -121,13 +135,17 @@ def train(rank: int, folder: Path, asr: Path) -> None:
         checkpoint = folder / f"{case}.ckpt"
         steps = Steps(SAVED_AFTER, checkpoint)
         options = {"gradient_clip_val": CLIPPED.get(case)}
-        found = {"validated": fit(rank, whole, steps, **options), "gradients": steps.gradients, "losses": steps.losses}
+        found = {
+            "validated": fit(case, rank, whole, steps, **options),
+            "gradients": steps.gradients,
+            "losses": steps.losses,
+        }
         found["weights"] = weights(whole)
         whole.save_pretrained(folder / case)
         found["translated"] = [
             whole.translate_batch(part) for part in batch_of(whole, slice(0, 3), slice(0, 3)).values()
         ]
-        fit(rank, resumed, Steps(), checkpoint, **options)
+        fit(case, rank, resumed, Steps(), checkpoint, **options)
         found["shards"], found["resumed"] = shards(whole), shards(resumed)
         done[case] = found
     done["calibrated"] = calibrate(rank, folder, asr)
@@ -144,7 +162,7 @@ def calibrate(rank: int, folder: Path, asr: Path) -> dict[str, Any]:
     trainer = quiet_trainer(
         strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), callbacks=[callback, steps]
     )
-    batches = [batch_of(model, *ranks[rank]) for ranks in STEPS.values()]
+    batches = batches_of("", model, rank)
     trainer.fit(model, datamodule=Data(TRAIN_DS, batches))
     return {"losses": steps.losses, "sizes": {k: g.bucket_batch_size for k, g in Profile.read(profile).groups.items()}}
 
@@ -167,8 +185,10 @@ def ranks(backbones, tiny_asr) -> list[dict]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_is_that_of_one_process_on_the_joined_batch(ranks, backbones, tiny_asr, case):
-    """Gradients and losses of each step, whatever the ranks have in it; then the losses of validation."""
+    """Gradients and losses of each step, whatever the ranks have in it; then the losses of validation. The process has
+    padded batches where the ranks' are packed, and encodes in each step what they find on disk."""
     model_class, name, config = CASES[case]
+    config = {key: value for key, value in config.items() if key != "cache_encoder"}
     model = built(model_class, name, backbones, tiny_asr, **SGD, **config)
     steps = [[joined(model, of_ranks)] for of_ranks in STEPS.values()]
     gradients, losses = in_one_process(model, steps, CLIPPED.get(case))

@@ -11,7 +11,7 @@ from nemo_emmett.models.head import answer_logits, answer_scores
 from nemo_emmett.modules.loss import IGNORE_INDEX
 
 from .backbones import DECODER_ONLY, ENCODER_DECODERS, livelier, model_config, seeded
-from .batches import prompted_batch, rows, with_recordings
+from .batches import packed, prompted_batch, rows, with_recordings
 
 MODELS = {
     **dict.fromkeys(ENCODER_DECODERS, SALMT5),
@@ -43,16 +43,9 @@ def batch_of(model, modality: str) -> dict:
     return with_recordings(model, prompted_batch(model, [locator] * len(ANSWERS), ANSWERS), SECONDS)
 
 
-def packed(model, batch: dict, of_examples: list[int] = ROWS) -> dict:
-    """The batch with its examples in these rows, which may hold much more than they do."""
-    rows_B, number = torch.tensor(of_examples), max(of_examples) + 1
-    answers = batch["answer_lens"].new_zeros(number).index_add(0, rows_B, batch["answer_lens"])
-    return batch | {"packed_rows": rows_B, "packed_sizes": (number, 1000, int(answers.max()))}
-
-
 def both(model, pack: bool) -> dict:
     batch = {modality: batch_of(model, modality) for modality in ("audio", "text")}
-    return {modality: packed(model, part) for modality, part in batch.items()} if pack else batch
+    return {modality: packed(part, ROWS) for modality, part in batch.items()} if pack else batch
 
 
 def loss_and_gradient(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -86,7 +79,7 @@ def test_loss_and_gradient_are_those_of_padded_rows(make, modality):
 def test_each_answer_has_the_logits_that_it_has_alone(make):
     model = livelier(make())
     batch = batch_of(model, "text")
-    found = answer_logits(model.llm, model.llm_inputs(packed(model, batch)))
+    found = answer_logits(model.llm, model.llm_inputs(packed(batch, ROWS)))
     for number, length in enumerate(batch["answer_lens"].tolist()):
         alone = rows(batch, [number])
         alone["answer_ids"] = alone["answer_ids"][:, :length]
@@ -98,13 +91,13 @@ def test_each_answer_has_the_logits_that_it_has_alone(make):
 def test_an_example_that_is_replaced_changes_no_other_in_its_row(make):
     model = livelier(make())
     batch = prompted_batch(model, MESSAGES, ANSWERS)
-    before = answer_scores(model.llm, model.llm_inputs(packed(model, batch)))[0]
+    before = answer_scores(model.llm, model.llm_inputs(packed(batch, ROWS)))[0]
     other = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     ids, length = other["context_ids"], int(other["context_lens"][0])
     ids[0, : length // 2] = ids[0, : length // 2].flip(0)
     first = int(other["answer_lens"][0])
     other["answer_ids"][0, :first] = other["answer_ids"][0, :first].flip(0)
-    after = answer_scores(model.llm, model.llm_inputs(packed(model, other)))[0]
+    after = answer_scores(model.llm, model.llm_inputs(packed(other, ROWS)))[0]
     assert not torch.equal(before[0], after[0])
     assert torch.equal(before[1:], after[1:])
 
@@ -184,7 +177,7 @@ def test_objectives(make):
 
 
 def test_a_row_that_is_too_long_is_refused(t5):
-    batch = packed(t5, batch_of(t5, "audio"))
+    batch = packed(batch_of(t5, "audio"), ROWS)
     batch["packed_sizes"] = (batch["packed_sizes"][0], 5, batch["packed_sizes"][2])
     with pytest.raises(DataError, match=r"a packed row has \d+ positions, but row_tokens allows 5"):
         t5.llm_inputs(batch)
@@ -194,13 +187,13 @@ def test_a_row_that_is_too_long_is_refused(t5):
 def test_attention_without_masks_is_refused(t5, monkeypatch, implementation):
     monkeypatch.setattr(t5.llm.config, "_attn_implementation_internal", implementation)
     with pytest.raises(ModelError, match="takes no mask by example"):
-        t5.llm_inputs(packed(t5, batch_of(t5, "text")))
+        t5.llm_inputs(packed(batch_of(t5, "text"), ROWS))
 
 
 def test_targets_are_read_from_the_rows_where_they_are(folder):
     model = seeded(SALMGPT, model_config("llama", folder))
     batch = prompted_batch(model, MESSAGES, ANSWERS)
-    inputs = model.llm_inputs(packed(model, batch))
+    inputs = model.llm_inputs(packed(batch, ROWS))
     lens = (batch["context_lens"] + batch["answer_lens"]).tolist()
     starts = [0, lens[0], lens[0] + lens[1], 0, lens[3]]
     for example, start in enumerate(starts):

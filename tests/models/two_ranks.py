@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nemo_emmett.models.base import SpeechTextModel
 
 from ..fork_server import fork_server, print_to
-from .batches import padded, prompted_batch, with_recordings
+from .batches import packed, padded, prompted_batch, with_recordings
 
 RANKS = 2
 SECONDS_TO_END = 240
@@ -123,6 +123,12 @@ def batch_of(model: SpeechTextModel, rows_of_text: slice, rows_of_speech: slice)
     """A batch of both modalities, or of that which has rows."""
     of_each = {"audio": (speech, rows_of_speech), "text": (text, rows_of_text)}
     return {modality: make(model, rows) for modality, (make, rows) in of_each.items() if rows.start < rows.stop}
+
+
+def packed_batch_of(model: SpeechTextModel, rows_of_text: slice, rows_of_speech: slice) -> dict[str, dict[str, Any]]:
+    """As :func:`batch_of`, two examples to a row."""
+    batch = batch_of(model, rows_of_text, rows_of_speech)
+    return {name: packed(part, [row // 2 for row in range(len(part["context_ids"]))]) for name, part in batch.items()}
 
 
 def joined(model: SpeechTextModel, ranks: Sequence[tuple[slice, slice]]) -> dict[str, dict[str, Any]]:

@@ -90,6 +90,9 @@ def with_checkpointing(model):
         pytest.param({}, None, {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2}, id="accumulated, clipped"),
         pytest.param({"optimizer": {"_target_": "torch.optim.Adafactor", "lr": 1e-3}}, None, {}, id="Adafactor"),
         pytest.param(
+            {"optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-3, "fused": True}}, None, {}, id="fused AdamW"
+        ),
+        pytest.param(
             {"gradient_conflict": "monitor"}, None, {"accumulate_grad_batches": 2}, id="gradients of modalities apart"
         ),
     ],
