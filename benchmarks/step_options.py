@@ -4,8 +4,9 @@ Each of the three models is trained on the same batches of speech as it is, with
 computed again in the backward pass, with a frozen speech encoder, and with that encoder's outputs on disk
 (`cache_encoder`), before and after they are there. Ways take turns, in one thread and in float32: CPU seconds of a step
 by the median of the turns, and the peak of the largest batch, weights, gradients and optimizer state included. Losses
-of the first turn are compared, those with outputs on disk with those of the frozen encoder. With `--compile`, SALM-GPT's blocks are compiled too: graphs, and seconds until the
-first turn, whose batches all differ in shape, is over.
+of the first turn are compared, those with outputs on disk with those of the frozen encoder. With `--compile`,
+SALM-GPT's blocks are compiled too: graphs, and seconds until the first turn, whose batches all differ in shape, is
+over.
 
     python benchmarks/step_options.py [--repeats 5] [--compile]
 """

@@ -237,6 +237,30 @@ def forgetting_claims() -> Iterator[str]:
     yield f"worse than either for speech ({speech('replay_retention')})"
 
 
+def zero_shot_claims() -> Iterator[str]:
+    """Of the part on directions without recordings."""
+    part = KEPT["zero_shot"]
+    compared, mean = by_arm(part)
+    groups = ("trained", "zero_shot", "unheard")
+    joint, speech, control, supervised = (
+        {group: mean(arm, group) for group in groups} for arm in ("joint", "speech", "control", "supervised")
+    )
+    share, of_speech = (100 * one["zero_shot"] / supervised["zero_shot"] for one in (joint, speech))
+    assert share >= 50
+    assert joint["trained"] > speech["trained"] - 0.5  # "lose nothing by it"
+    yield f"yes, {share:.0f} % of the score with recordings in them; speech alone {of_speech:.0f} %"
+    yield (
+        f"reaches {joint['zero_shot']:.1f} BLEU, {share:.0f} % of what recordings in these directions give "
+        f"({supervised['zero_shot']:.1f})"
+    )
+    by_seed = sorted(one["zero_shot"] for one in part["trainings"] if one["arm"] == "speech")
+    yield f"Speech alone has {speech['zero_shot']:.1f}, and from {by_seed[0]:.1f} to {by_seed[-1]:.1f} by the seed"
+    yield f"the difference is {interval(compared['joint'])}"
+    yield f"without a translation in it, gives {control['zero_shot']:.1f}"
+    yield f"({joint['trained']:.1f} BLEU, speech alone {speech['trained']:.1f})"
+    yield f"{joint['unheard']:.1f} BLEU where recordings give {supervised['unheard']:.1f}"
+
+
 def rows_of_models_page() -> Iterator[str]:
     """The table of docs/models.md on how to train, by the number of recordings."""
     part = KEPT["scarce"]
@@ -283,6 +307,7 @@ CLAIMS = {
     "scarce": (scarce_claims,),
     "settings": (settings_claims,),
     "forgetting": (forgetting_claims,),
+    "zero_shot": (zero_shot_claims,),
 }
 """Sentences by the part that they are about; the first one has no name."""
 

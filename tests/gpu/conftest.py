@@ -1,4 +1,4 @@
-"""Tests that need a GPU and are skipped without one; `NEMO_EMMETT_GPU_TESTS=cpu` rehearses on the CPU those that can."""
+"""Tests that need a GPU, skipped without one; `NEMO_EMMETT_GPU_TESTS=cpu` rehearses on the CPU those that can."""
 
 from __future__ import annotations
 
