@@ -135,6 +135,7 @@ def check_run_keys(cfg: DictConfig) -> None:
         parse_value(annotation, cfg.get(key), key)
     parse_value(Text | None, cfg.model.get("_target_"), "model._target_")
     trainer = trainer_arguments(cfg.trainer)
+    _check_fused_optimizer(cfg, trainer)
     if cfg.get("exp_manager") is None:
         return
     _check_by_dataclass(ExpManagerConfig, OmegaConf.to_container(cfg.exp_manager, resolve=True), "exp_manager")
@@ -144,6 +145,16 @@ def check_run_keys(cfg: DictConfig) -> None:
         raise ConfigError(
             "trainer.enable_checkpointing: must be false where exp_manager writes the checkpoints; set it so, or set "
             "exp_manager.create_checkpoint_callback: false."
+        )
+
+
+def _check_fused_optimizer(cfg: DictConfig, trainer: Mapping[str, Any]) -> None:
+    """Refuse what Lightning refuses in the first step: it cannot clip gradients that the optimizer itself unscales."""
+    is_scaled = str(trainer.get("precision")) in ("16", "16-mixed")
+    if is_scaled and trainer.get("gradient_clip_val") and (cfg.model.get("optimizer") or {}).get("fused"):
+        raise ConfigError(
+            "model.optimizer.fused: true is not possible with trainer.precision: 16-mixed and gradient_clip_val; write "
+            "false, or trainer.precision: bf16-mixed."
         )
 
 

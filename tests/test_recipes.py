@@ -116,6 +116,24 @@ def test_each_way_of_distribution_is_chosen_by_a_word():
         compose_recipe("salm_gpt", sharded[:1])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_refused"),
+    [
+        (["trainer.precision=16-mixed"], True),
+        (["trainer.precision=16-mixed", "model.optimizer.fused=false"], False),
+        (["trainer.precision=16-mixed", "trainer.gradient_clip_val=null"], False),
+        (["trainer.precision=bf16-mixed"], False),
+    ],
+)
+def test_a_fused_optimizer_whose_gradients_cannot_be_clipped_is_refused(overrides, is_refused):
+    cfg = compose_recipe("salm_t5", overrides)
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"^model\.optimizer\.fused: true is not possible with"):
+            check_recipe(cfg)
+    else:
+        check_recipe(cfg)
+
+
 # Training.
 
 
