@@ -192,7 +192,9 @@ def packing() -> Iterator[str]:
     for one in kept["captions"]:
         what, sizes = "speech" if one["modality"] == "audio" else "text", " and ".join(map(str, one["row_tokens"]))
         audio = f"{one['audio_used']:.3f}" if "audio_used" in one else ""
-        yield f"| {what}, rows of {sizes} | {one['examples']:,} | {one['positions_used']:.3f} | {audio} |".replace("  |", " |")
+        yield f"| {what}, rows of {sizes} | {one['examples']:,} | {one['positions_used']:.3f} | {audio} |".replace(
+            "  |", " |"
+        )
         assert one["positions_used"] > 0.97
 
 
@@ -200,10 +202,13 @@ def step_options() -> Iterator[str]:
     kept = result("step_options")
     for name, ways in kept["steps"].items():
         for way, one in ways.items():
-            yield f"| {TITLES[name]} | {way} | {one['cpu_seconds']:.2f} | {one['ratio']:.2f} | {one['peak'] / 2**20:,.0f} |"
+            numbers = f"{one['cpu_seconds']:.2f} | {one['ratio']:.2f} | {one['peak'] / 2**20:,.0f}"
+            yield f"| {TITLES[name]} | {way} | {numbers} |"
     compiled = kept["steps"]["salm_gpt"]["compiled"]
     yield f"{kept['graphs']} graphs, and {compiled['seconds_of_first_turn']:.0f} s"
-    differing = [one["loss_differs"] for ways in kept["steps"].values() for one in ways.values() if "loss_differs" in one]
+    differing = [
+        one["loss_differs"] for ways in kept["steps"].values() for one in ways.values() if "loss_differs" in one
+    ]
     assert max(differing) < 1e-5
 
 

@@ -81,6 +81,12 @@ def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
 @click.command(short_help="Find the batch size of every bucket for a device that need not be here.")
 @_search_options
 @click.option("--memory", help="The device to plan for, such as H100, or its memory, such as 80GiB; required.")
+@click.option("--devices", type=click.IntRange(1), help="Devices of all nodes together.  [default: the recipe's]")
+@click.option(
+    "--strategy",
+    type=click.Choice(["ddp", "fsdp2"]),
+    help="A model on each device, or one that is sharded over all.  [default: the recipe's]",
+)
 @click.option("--modality-share", type=BETWEEN_0_AND_1, default=0.5, help=_SPEECH_SHARE)
 @click.option("--optimise-bins", is_flag=True, help="Measure the data, and find the bins with the shortest epoch.")
 @bucket_options
@@ -92,7 +98,8 @@ def plan(config: str, overrides: Sequence[str], **options: Any) -> None:
     """
     from nemo_emmett.planning.needed import check_memory_is_given, check_new_profile
 
-    recipe = _needed(config, overrides, reads_data=options["optimise_bins"])
+    others = options.pop("devices"), options.pop("strategy")
+    recipe = _needed(config, overrides, options["optimise_bins"], *others)
     check_memory_is_given(options["memory"])
     check_new_profile(options["profile"])
     with loading("the model's architecture"):
@@ -102,12 +109,15 @@ def plan(config: str, overrides: Sequence[str], **options: Any) -> None:
         plan(recipe, build_training, **options)
 
 
-def _needed(config: str, overrides: Sequence[str], reads_data: bool) -> DictConfig:
-    """What planning needs of the recipe."""
+def _needed(
+    config: str, overrides: Sequence[str], reads_data: bool, devices: int | None = None, strategy: str | None = None
+) -> DictConfig:
+    """What planning needs of the recipe, for other devices if they are given."""
     from nemo_emmett.early_checks import refuse_empty_paths
-    from nemo_emmett.planning.needed import needed_for_planning
+    from nemo_emmett.planning.needed import needed_for_planning, on_devices
     from nemo_emmett.runner import compose_incomplete
 
-    recipe = needed_for_planning(compose_incomplete(config, overrides), reads_data=reads_data)
+    composed = on_devices(compose_incomplete(config, overrides), devices, strategy)
+    recipe = needed_for_planning(composed, reads_data=reads_data)
     refuse_empty_paths(recipe)
     return recipe

@@ -289,6 +289,8 @@ class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMi
         """Shard the model where Lightning's ModelParallelStrategy has made a device mesh (FSDP2)."""
         if self.device_mesh is None or self.is_sharded:
             return
+        # Lightning converts the model later (`bf16-true`), and FSDP2 needs one type in each unit.
+        self.trainer.precision_plugin.convert_module(self)
         units = [unit for part in (self, *self.teachers.language_models()) for unit in _units(part)]
         if self.perception is not None:
             units.append(self.perception)

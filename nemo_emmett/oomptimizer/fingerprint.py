@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.tensor import DTensor
 
 from nemo_emmett.errors import ConfigError, Help
 from nemo_emmett.oomptimizer.buckets import Group
@@ -71,6 +72,7 @@ def fingerprint_of(
     fingerprint = {
         "model": {"class": _class_name(module), "config": config_hash(getattr(module, "cfg", None))},
         "parameters": _parameters(module),
+        "sharded_over": _ranks_of_shards(module),
         "optimizers": [_optimizer(optimizer) for optimizer in trainer.optimizers],
         "precision": str(trainer.precision),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
@@ -162,6 +164,11 @@ def _parameters(module: LightningModule) -> dict[str, Any]:
         "trainable": sum(p.numel() for _, p in parameters if p.requires_grad),
         "hash": _hash(described)[:HASH_DIGITS],
     }
+
+
+def _ranks_of_shards(module: LightningModule) -> int:
+    """The ranks over which parameters are sharded; 1: each has whole ones."""
+    return max((p.device_mesh.size() for p in module.parameters() if isinstance(p, DTensor)), default=1)
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from nemo_emmett.planning.lengths import lengths_of_groups
 from nemo_emmett.planning.needed import check_memory_is_given, check_new_profile
 from nemo_emmett.planning.picture import draw_profile
 from nemo_emmett.planning.planner import Planner, fit, with_fastest_bins
-from nemo_emmett.planning.recipe import Build, refuse_sharding, without_training
+from nemo_emmett.planning.recipe import Build, sharded_over, without_training
 from nemo_emmett.planning.report import LiveTable, duration
 from nemo_emmett.planning.timing import Rate
 from nemo_emmett.run_log import plain_console
@@ -132,7 +132,7 @@ def plan(
     numbers = {"--num-buckets": num_buckets, "--num-sub-buckets": num_sub_buckets, "--limit": limit}
     num_buckets, num_sub_buckets, limit = (parse_value(PositiveWhole | None, *item[::-1]) for item in numbers.items())
     budget = int(parse_memory(memory, "--memory") * memory_fraction)
-    refuse_sharding(cfg.trainer)
+    ranks = sharded_over(cfg.trainer)
     check_new_profile(profile)
     planner = Planner(
         without_training(cfg),
@@ -148,6 +148,8 @@ def plan(
     else:
         planner.solve_for_bins()
         found = planner.search()
+    if ranks > 1:
+        planner.console.print(f"\nWeights, gradients and optimizer state are sharded over {ranks:,} devices.")
     if planner.ddp_bytes:
         planner.console.print(f"\nDDP takes {shown(planner.ddp_bytes)} in addition to the steps, to average gradients.")
     found = replace(found, settings={**found.settings, "memory": memory, "memory_fraction": memory_fraction})

@@ -6,6 +6,7 @@ Neither NeMo nor torch is imported here, so that a missing value is reported at 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,45 @@ def needed_for_planning(cfg: DictConfig, *, reads_data: bool) -> DictConfig:
         if name in cfg and cfg._get_node(name) is not None
     }
     return OmegaConf.create({**needed, "data": {"train_ds": of_data}})
+
+
+STRATEGIES: Mapping[str, Mapping[str, Any]] = {
+    "ddp": {
+        "_target_": "lightning.pytorch.strategies.DDPStrategy",
+        "find_unused_parameters": True,
+        "gradient_as_bucket_view": True,
+    },
+    "fsdp2": {
+        "_target_": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "data_parallel_size": "auto",
+        "tensor_parallel_size": 1,
+    },
+}
+"""Strategies to plan for, by the names of the shipped recipes (``emmett_strategy``)."""
+
+
+def on_devices(cfg: DictConfig, devices: int | None, strategy: str | None) -> DictConfig:
+    """A recipe for other devices.
+
+    Args:
+        cfg: a composed recipe; mandatory values (``???``) may be missing.
+        devices: how many, of all nodes together; None: as in the recipe.
+        strategy: one of ``STRATEGIES``; None: the recipe's.
+    """
+    if devices is None and strategy is None:
+        return cfg
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    if not isinstance(cfg._get_node("trainer"), DictConfig):
+        return cfg  # refused where the trainer is read
+    if strategy is not None:
+        cfg.trainer.strategy = dict(STRATEGIES[strategy])
+    if devices is not None:
+        cfg.trainer.update(devices=devices, num_nodes=1)
+        own = cfg.trainer._get_node("strategy")
+        if isinstance(own, DictConfig) and "data_parallel_size" in own:
+            own.data_parallel_size = "auto"
+    return cfg
 
 
 def check_new_profile(profile: str | Path) -> None:

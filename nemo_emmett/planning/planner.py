@@ -26,8 +26,16 @@ from nemo_emmett.oomptimizer.profile import Measure, TimeLine
 from nemo_emmett.planning.bins_and_sizes import BinPlan, Probed, TimeModel, epoch_seconds, plan_bins
 from nemo_emmett.planning.fake_training import fake_training
 from nemo_emmett.planning.lengths import lengths_of_groups, numbers_of_buckets
-from nemo_emmett.planning.recipe import Build, Training, ddp_bucket_bytes, with_bins, with_groups, without_device
+from nemo_emmett.planning.recipe import (
+    Build,
+    Training,
+    ddp_bucket_bytes,
+    with_bins,
+    with_groups,
+    without_device,
+)
 from nemo_emmett.planning.report import LiveTable, comparison
+from nemo_emmett.planning.sharded import CheckSharded, fake_ranks
 from nemo_emmett.planning.timing import Rate, operations_per_example
 
 LEAST_PADDING, SHORTEST_EPOCH = "least padding", "shortest epoch"
@@ -107,8 +115,10 @@ class Planner:
 
     def _search(self, cfg: DictConfig, count_operations: bool) -> Profile:
         # The model itself consists of fake tensors: it would not fit into most machines that plan.
-        with tempfile.TemporaryDirectory() as folder, fake_training():
-            training = self.build(without_device(cfg))
+        cfg = without_device(cfg)
+        with tempfile.TemporaryDirectory() as folder, fake_ranks(cfg.trainer.devices), fake_training():
+            training = self.build(cfg)
+            training.trainer.callbacks.append(CheckSharded())
             self.ddp_bytes = ddp_bucket_bytes(self.cfg.trainer, training.model)
             path = Path(folder, "profile.yaml")
             optimizer = OOMptimizer(

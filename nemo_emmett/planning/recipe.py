@@ -14,6 +14,7 @@ from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.oomptimizer.buckets import configs_of_groups
 from nemo_emmett.planning.architecture import architecture_only
+from nemo_emmett.typed_config import PositiveWhole, parse_value
 
 _NO_TRAINING = {
     "limit_train_batches": 0,  # the fit begins, with all its hooks, and ends before a loader is built
@@ -29,8 +30,13 @@ _NO_TRAINING = {
 _HERE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 """Keys of ``trainer`` for a plan, which is made by one process without a device."""
 
-_SHARDING = ("fsdp", "modelparallel", "automodel", "deepspeed", "megatron")
-"""What the names of strategies hold that put parts of the model on each device."""
+_TENSOR_PARALLEL = "tensor_parallel_size"
+
+_FSDP2 = "ModelParallelStrategy"
+"""Lightning's strategy that shards a model by FSDP2."""
+
+_OTHER_SHARDING = ("fsdp", "automodel", "deepspeed", "megatron")
+"""What the names of other strategies hold that put parts of the model on each device."""
 
 
 class Training(Protocol):
@@ -70,28 +76,53 @@ def without_training(cfg: DictConfig) -> DictConfig:
 def without_device(cfg: DictConfig) -> DictConfig:
     """The same recipe for a plan: one process on the CPU, and the model's architecture without its weights.
 
+    Where FSDP2 shards the model, the process is the first of as many ranks (:func:`sharded_over`).
+
     Raises:
         ModelError: if the config of a pretrained part cannot be read.
     """
     changed = cfg.copy()
     changed.trainer.update(_HERE)
+    ranks, parallel = sharded_over(cfg.trainer), _tensor_parallel_size(cfg.trainer)
+    if ranks * parallel > 1:
+        changed.trainer.strategy = {**cfg.trainer.strategy, "data_parallel_size": ranks}
+        changed.trainer.devices = ranks * parallel
     if "pretrained_llm" in cfg.model:  # an ASR model of NeMo is built from its config alone
         changed.model = {**architecture_only(changed.model), "_target_": changed.model.get("_target_")}
     return changed
 
 
-def refuse_sharding(trainer: DictConfig) -> None:
-    """What a device holds of a sharded model is known on the devices only.
+def sharded_over(trainer: DictConfig) -> int:
+    """The ranks over which a recipe's strategy shards the model; 1: each has a whole one.
 
     Raises:
-        ConfigError: if the strategy shards the model.
+        ConfigError: if that cannot be planned: for a strategy other than Lightning's for FSDP2, or if the recipe does
+            not say how many devices there are.
     """
     name = strategy_name(trainer)
-    if any(word in name.lower().replace("_", "") for word in _SHARDING):
+    if name != _FSDP2:
+        if any(word in name.lower().replace("_", "") for word in _OTHER_SHARDING):
+            raise ConfigError(
+                f"trainer.strategy: '{name}' puts parts of the model on each device in a way that cannot be planned "
+                "without them; run `nemo-emmett oomptimize` on the devices, or plan for emmett_strategy=fsdp2."
+            )
+        return 1
+    ranks, devices = trainer.strategy.get("data_parallel_size", "auto"), trainer.get("devices", "auto")
+    if ranks == "auto" and str(devices) != "auto":
+        count = len(devices) if isinstance(devices, ListConfig) else int(devices)
+        ranks = count * int(trainer.get("num_nodes", 1)) // _tensor_parallel_size(trainer)
+    if ranks == "auto":
         raise ConfigError(
-            f"trainer.strategy: '{name}' puts parts of the model on each device, which cannot be planned without them; "
-            "run `nemo-emmett oomptimize` on the devices."
+            "trainer.strategy.data_parallel_size: is needed to plan for a model that is sharded; give it the number of "
+            "devices of all nodes together, or plan with --devices."
         )
+    return parse_value(PositiveWhole, ranks, "trainer.strategy.data_parallel_size")
+
+
+def _tensor_parallel_size(trainer: DictConfig) -> int:
+    if strategy_name(trainer) != _FSDP2:
+        return 1
+    return parse_value(PositiveWhole, trainer.strategy.get(_TENSOR_PARALLEL, 1), f"trainer.strategy.{_TENSOR_PARALLEL}")
 
 
 def strategy_name(trainer: DictConfig) -> str:
@@ -107,6 +138,8 @@ def ddp_bucket_bytes(trainer: DictConfig, model: LightningModule) -> int:
 
     The buckets hold a copy of every gradient, unless gradients live in them (``gradient_as_bucket_view``).
     """
+    if strategy_name(trainer) == _FSDP2:  # gradients are scattered, and in shards from then on
+        return 0
     strategy = trainer.get("strategy", "auto")
     in_buckets = isinstance(strategy, DictConfig) and strategy.get("gradient_as_bucket_view", False)
     devices = trainer.get("devices", "auto")

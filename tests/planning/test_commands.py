@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import lt
 from pathlib import Path
 
 import pytest
@@ -164,10 +165,42 @@ def test_an_option_that_cannot_be_used(text_recipe, path: Path, console: Console
     assert "\n" not in str(error.value)
 
 
-def test_a_sharded_model_is_refused(text_recipe, path: Path, console: Console) -> None:
-    text_recipe.trainer.strategy = {"_target_": "lightning.pytorch.strategies.ModelParallelStrategy"}
-    with pytest.raises(ConfigError, match=r"trainer\.strategy: 'ModelParallelStrategy' puts parts of the model"):
+FSDP2 = {"_target_": "lightning.pytorch.strategies.ModelParallelStrategy", "tensor_parallel_size": 1}
+
+
+def test_a_sharded_model_leaves_more(text_recipe, tmp_path: Path, console: Console) -> None:
+    options = {"memory": str(BUDGET), "memory_fraction": 1.0, "console": console}
+    whole = plan(text_recipe, build_training, profile=tmp_path / "whole.yaml", **options)
+    text_recipe.trainer.strategy = FSDP2 | {"data_parallel_size": "auto"}
+    text_recipe.trainer.update(devices=8, num_nodes=2)
+    found = plan(text_recipe, build_training, profile=tmp_path / "sharded.yaml", **options)
+    assert (whole.fingerprint["sharded_over"], found.fingerprint["sharded_over"]) == (1, 16)
+    assert found.fingerprint["parameters"] == whole.fingerprint["parameters"]
+    assert all(map(lt, whole.groups[""].bucket_batch_size, found.groups[""].bucket_batch_size))
+    floors = [profile.measures[""][0].memory.floor for profile in (whole, found)]
+    assert floors[1] < floors[0]
+    assert "sharded over 16 devices" in console.export_text()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sentence"),
+    [
+        (FSDP2, "trainer.strategy.data_parallel_size: is needed to plan for a model that is sharded;"),
+        (
+            FSDP2 | {"data_parallel_size": 0},
+            "trainer.strategy.data_parallel_size: 0 cannot be used; give a whole number from 1.",
+        ),
+        (FSDP2 | {"data_parallel_size": 2, "tensor_parallel_size": 2}, "trainer.strategy.tensor_parallel_size: 2 is"),
+    ],
+)
+def test_sharding_that_cannot_be_planned(text_recipe, path: Path, console: Console, strategy, sentence) -> None:
+    text_recipe.trainer.strategy = strategy
+    text_recipe.trainer.devices = "auto"
+    with pytest.raises(ConfigError) as error:
         plan(text_recipe, build_training, memory="80GiB", profile=path, console=console)
+    assert str(error.value).startswith(sentence)
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_profile_is_not_overwritten(text_recipe, path: Path) -> None:

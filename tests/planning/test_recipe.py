@@ -93,18 +93,34 @@ def test_such_a_fit_runs_its_first_hooks_and_opens_no_data(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "strategy",
-    ["fsdp", "deepspeed_stage_2", {"_target_": "lightning.pytorch.strategies.ModelParallelStrategy"}],
+    ["fsdp", "deepspeed_stage_2", {"_target_": "lightning.pytorch.strategies.FSDPStrategy"}],
 )
-def test_sharding_cannot_be_planned(strategy) -> None:
+def test_sharding_of_other_kinds_cannot_be_planned(strategy) -> None:
     with pytest.raises(
         ConfigError, match=r"trainer\.strategy: .* cannot be planned without them; run `nemo-emmett oom"
     ):
-        recipes.refuse_sharding(OmegaConf.create({"strategy": strategy}))
+        recipes.sharded_over(OmegaConf.create({"strategy": strategy}))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "ranks"),
+    [
+        ({"strategy": {"data_parallel_size": 64}}, 64),
+        ({"strategy": {"data_parallel_size": 4}, "devices": 8}, 4),
+        ({"strategy": {"data_parallel_size": "auto"}, "devices": 8, "num_nodes": 3}, 24),
+        ({"strategy": {"tensor_parallel_size": 2}, "devices": [0, 1, 2, 3]}, 2),
+        ({"strategy": {}, "devices": "8"}, 8),
+    ],
+)
+def test_fsdp2_shards_over_the_devices_of_all_nodes(trainer, ranks) -> None:
+    trainer["strategy"]["_target_"] = "lightning.pytorch.strategies.ModelParallelStrategy"
+    assert recipes.sharded_over(OmegaConf.create(trainer)) == ranks
+    assert recipes.ddp_bucket_bytes(OmegaConf.create(trainer), torch.nn.Linear(2, 2)) == 0
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", {"_target_": "lightning.pytorch.strategies.DDPStrategy"}])
 def test_replicas_can(strategy) -> None:
-    recipes.refuse_sharding(OmegaConf.create({"strategy": strategy}))
+    assert recipes.sharded_over(OmegaConf.create({"strategy": strategy})) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""Plans of models that FSDP2 shards: what the first of the ranks holds, byte for byte as on real ranks."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
+from nemo_emmett.oomptimizer.adapters import adapter_for
+from nemo_emmett.oomptimizer.meter import TensorMeter
+from nemo_emmett.oomptimizer.steps import TrainingSteps
+from nemo_emmett.planning.architecture import architecture_only
+from nemo_emmett.planning.fake_training import fake_training
+from nemo_emmett.planning.sharded import fake_ranks
+
+from ..models.backbones import backbone, model_config
+from ..models.two_ranks import LORA, run_on_two_ranks
+from ..oomptimizer.fits import AtFitStart, Data
+from ..oomptimizer.test_fake import BATCHES
+
+CPU = torch.device("cpu")
+CASES: dict[str, tuple[type, str, dict[str, Any], dict[str, Any]]] = {
+    "SALMT5": (SALMT5, "t5", {}, {}),
+    "SALMT5, bf16-mixed": (SALMT5, "t5", {}, {"precision": "bf16-mixed"}),
+    "SALMGPT": (SALMGPT, "llama", {}, {}),
+    "SALMGPT, tied": (SALMGPT, "qwen2", {}, {}),
+    "SALMGPT, LoRA, bf16-mixed": (SALMGPT, "llama", LORA, {"precision": "bf16-mixed"}),
+    "SALMGPT, checkpointing": (SALMGPT, "llama", {"activation_checkpointing": True}, {}),
+    "SALMGPT, bf16-true, fused": (
+        SALMGPT,
+        "llama",
+        {"optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-3, "fused": True}},
+        {"precision": "bf16-true"},
+    ),
+    "BestowGPT, checkpointing, bf16-mixed": (
+        BestowGPT,
+        "llama",
+        {"activation_checkpointing": True},
+        {"precision": "bf16-mixed"},
+    ),
+    "BestowGPT, frozen encoder": (BestowGPT, "qwen2", {"freeze": ["encoder"]}, {}),
+    "SALMT5, accumulated": (SALMT5, "t5", {}, {"accumulate_grad_batches": 2}),
+}
+"""Model, backbone, further keys of its section, and of the trainer."""
+
+
+class _Measured(Exception):
+    """Ends a fit before it trains."""
+
+
+def readings_of(case: str, ranks: int, folder: Path, asr: Path, is_planned: bool) -> list[tuple[int, int, int]]:
+    """Peak, resident and held bytes of the optimizer's step, and of a step of each batch."""
+    kind, name, changes, options = CASES[case]
+    section = model_config(name, folder, asr, **changes)
+    readings = []
+
+    def measure(trainer, module) -> None:
+        adapter = adapter_for(module)
+        with ExitStack() as stack:
+            if is_planned:
+                stack.enter_context(adapter.planning())
+            steps = stack.enter_context(TrainingSteps(trainer, module, TensorMeter(CPU)))
+            made = [[adapter.synthetic_batch(shape, n, CPU) for shape, n in sizes.items()] for sizes in BATCHES]
+            made = [parts[0] if len(parts) == 1 else adapter.join(parts) for parts in made]
+            readings.append(steps.warm_up(made[0]))
+            readings.extend(steps.run(batch) for batch in made)
+        raise _Measured
+
+    with ExitStack() as stack:
+        if is_planned:
+            section = architecture_only(section)
+            stack.enter_context(fake_ranks(ranks))
+            stack.enter_context(fake_training())
+        torch.manual_seed(0)
+        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=ranks,
+            max_epochs=1,
+            strategy=ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1),
+            callbacks=[AtFitStart(measure)],
+            use_distributed_sampler=False,
+            **dict.fromkeys(quiet, False),
+            **options,
+        )
+        with trainer.init_module():
+            model = kind(section)
+        with pytest.raises(_Measured):
+            trainer.fit(model, datamodule=Data({"bucket_duration_bins": [1.0]}))
+    return [(reading.peak, reading.resident, reading.held) for reading in readings]
+
+
+def measure_on_rank(rank: int, folder: Path, asr: Path) -> None:
+    """All cases, in this process, which is one rank; every rank finds the largest of the ranks."""
+    found = {case: readings_of(case, 2, folder / "backbones", asr, is_planned=False) for case in CASES}
+    torch.save(found, folder / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    for _, name, _, _ in CASES.values():
+        backbone(name, folder / "backbones")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(folder, tiny_asr) -> dict[str, list[tuple[int, int, int]]]:
+    run_on_two_ranks(measure_on_rank, folder, folder, tiny_asr)
+    return torch.load(folder / "rank0.pt")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_is_what_two_ranks_measure(case, folder, tiny_asr, measured) -> None:
+    planned = readings_of(case, 2, folder / "backbones", tiny_asr, is_planned=True)
+    if CASES[case][0] is SALMT5:
+        assert planned == measured[case]
+    else:  # fake tensors do not know the kernel of causal attention on a CPU
+        for of_plan, of_ranks in zip(planned, measured[case], strict=True):
+            assert of_plan == pytest.approx(of_ranks, rel=0.01)
+
+
+def test_more_ranks_hold_less(folder, tiny_asr) -> None:
+    floors = [
+        readings_of("SALMGPT", ranks, folder / "backbones", tiny_asr, is_planned=True)[0] for ranks in (2, 4, 64)
+    ]
+    residents = [resident for _, resident, _ in floors]
+    assert residents == sorted(residents, reverse=True)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_plan_within_other_ranks_is_refused(folder, tiny_asr) -> None:
+    with fake_ranks(2), pytest.raises(ConfigError, match=r"^plan: runs in one process"), fake_ranks(2):
+        pass
