@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -50,6 +50,7 @@ class Size:
 
     Args:
         t5, llama: width and layers of the language models.
+        llama_options: further arguments of transformers' ``LlamaConfig``.
         vocabulary: of both.
         encoder: FastConformer's keys of `model_section`.
         precision: Lightning's.
@@ -74,6 +75,7 @@ class Size:
     steps: int
     turns: int
     row_tokens: int
+    llama_options: Mapping[str, int] = field(default_factory=dict)
     examples: int = 32
     ways: Sequence[str] | None = None
 
@@ -81,6 +83,7 @@ class Size:
 FULL = Size(
     t5=(1024, 24),
     llama=(2048, 22),
+    llama_options={"intermediate_size": 5632, "num_key_value_heads": 4},
     vocabulary=32_000,
     encoder={"encoder_layers": 24, "encoder_width": 1024, "conv_channels": 256},
     precision="bf16-mixed",
@@ -152,7 +155,7 @@ def build(name: str, size: Size, folder: Path, **changes: Any) -> Any:
         write_t5(folder, *size.t5, size.vocabulary)
         section = model_section(folder, "emmett_t5", size.t5[0], **size.encoder)
         return SALMT5({**section, **changes})
-    write_llama(folder, *size.llama, size.vocabulary)
+    write_llama(folder, *size.llama, size.vocabulary, **size.llama_options)
     section = model_section(folder, "emmett_llama2", size.llama[0], **size.encoder)
     return SALMGPT({**section, **changes})
 

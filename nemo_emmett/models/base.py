@@ -46,7 +46,12 @@ from nemo_emmett.models.perception import build_perception, cache_encoder
 from nemo_emmett.models.sharding import shard, validated_parts
 from nemo_emmett.models.teachers import Teachers
 from nemo_emmett.models.training_step import TrainingStep
-from nemo_emmett.models.transformer_blocks import checkpoint_activations, compile_blocks, transformer_blocks
+from nemo_emmett.models.transformer_blocks import (
+    checkpoint_activations,
+    checkpoint_encoder,
+    compile_blocks,
+    transformer_blocks,
+)
 from nemo_emmett.models.validation import Tallies, count_batch, gather_tallies, validation_metrics
 from nemo_emmett.modules.gated_lora import gate_lora
 from nemo_emmett.modules.loss import IGNORE_INDEX
@@ -158,10 +163,13 @@ class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMi
         return nullcontext()
 
     def _checkpoint_activations(self) -> None:
+        share = float(self.options.activation_checkpointing)
         with self.embeddings_inside():
-            checkpoint_activations(self.llm)
-        if self.perception is not None:
+            checkpoint_activations(self.llm, share)
+        if self.perception is not None and share == 1:
             self.perception.set_activation_checkpointing(True)
+        elif self.perception is not None:
+            checkpoint_encoder(self.perception.encoder, share)
         if self.has_cross_attention:
             self.cross_attention.activation_checkpointing = True
 

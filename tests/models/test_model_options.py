@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
+from nemo_emmett.models.transformer_blocks import is_chosen, transformer_blocks
 
 from .backbones import model_config, seeded
 from .memorising import MODES, items
@@ -119,8 +120,9 @@ def test_a_folder_with_lora_translates_the_same(make, tmp_path):
     assert again.translate_batch(batch) == model.translate_batch(batch)
 
 
-def test_activation_checkpointing_changes_no_name_no_loss_and_no_gradient(make):
-    plain, saving = make(), make(activation_checkpointing=True)
+@pytest.mark.parametrize("share", [True, 0.5])
+def test_activation_checkpointing_changes_no_name_no_loss_and_no_gradient(make, share):
+    plain, saving = make(), make(activation_checkpointing=share)
     assert list(saving.state_dict()) == list(plain.state_dict())
     batch = items(plain, MODES["zip"])
     plain.train(), saving.train()
@@ -129,7 +131,25 @@ def test_activation_checkpointing_changes_no_name_no_loss_and_no_gradient(make):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
+    blocks = [*transformer_blocks(saving.llm), *saving.perception.encoder.layers]
+    calls = [0] * len(blocks)
+
+    def count(number: int) -> None:
+        calls[number] += 1
+
+    for number, block in enumerate(blocks):
+        linear = next(module for module in block.modules() if isinstance(module, torch.nn.Linear))
+        linear.register_forward_hook(lambda *_, number=number: count(number))
     torch.testing.assert_close(step(saving, batch), step(plain, copy.deepcopy(batch)))
+    # A block of the language model is passed by speech and by text, a layer of the encoder by speech.
+    whole = [2] * len(transformer_blocks(saving.llm)) + [1] * len(saving.perception.encoder.layers)
+    again = {number for number, called in enumerate(calls) if called == 2 * whole[number]}
+    assert all(calls[number] == whole[number] for number in {*range(len(blocks))} - again)
+    of_llm = len(transformer_blocks(saving.llm))
+    kept = {
+        number for number in range(len(blocks)) if not is_chosen(number - of_llm * (number >= of_llm), float(share))
+    }
+    assert again == {*range(len(blocks))} - kept
     expected = dict(plain.named_parameters())
     for name, parameter in saving.named_parameters():
         name = name.replace("_checkpoint_wrapped_module.", "")  # which torch leaves out of state dicts

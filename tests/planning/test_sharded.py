@@ -128,9 +128,7 @@ def test_a_plan_is_what_two_ranks_measure(case, folder, tiny_asr, measured) -> N
 
 
 def test_more_ranks_hold_less(folder, tiny_asr) -> None:
-    floors = [
-        readings_of("SALMGPT", ranks, folder / "backbones", tiny_asr, is_planned=True)[0] for ranks in (2, 4, 64)
-    ]
+    floors = [readings_of("SALMGPT", ranks, folder / "backbones", tiny_asr, is_planned=True)[0] for ranks in (2, 4, 64)]
     residents = [resident for _, resident, _ in floors]
     assert residents == sorted(residents, reverse=True)
     assert not torch.distributed.is_initialized()
