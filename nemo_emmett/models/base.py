@@ -20,6 +20,8 @@ import torch
 from hydra.errors import InstantiationException
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from nemo.collections.speechlm2.data.utils import get_pad_id
 from nemo.collections.speechlm2.parts.encoder_chunking import encode_audio_with_optional_chunking
 from nemo.collections.speechlm2.parts.hf_hub import HFHubMixin
@@ -28,6 +30,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
 
 from nemo_emmett.callbacks.nonfinite import SkipNonFiniteSteps
 from nemo_emmett.callbacks.random_state import RandomState
@@ -328,6 +331,18 @@ class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMi
                 "model.freeze, model.freeze_params: all parameters are frozen; leave some of the patterns out, or name "
                 "what to train in model.prevent_freeze_params."
             ) from error
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Lightning's, also for a fused optimizer under ``bf16-mixed``, where there is no loss scale that it would have
+        to divide gradients by."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_callbacks(self) -> list[Callback]:
         """Random states for every checkpoint (dropout would differ after resuming), and steps skipped whose loss is not

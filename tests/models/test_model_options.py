@@ -11,6 +11,7 @@ from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT
 from nemo_emmett.models.transformer_blocks import is_chosen, transformer_blocks
 
+from ..oomptimizer.fits import Data, trainer_with
 from .backbones import model_config, seeded
 from .memorising import MODES, items
 
@@ -154,6 +155,24 @@ def test_activation_checkpointing_changes_no_name_no_loss_and_no_gradient(make, 
     for name, parameter in saving.named_parameters():
         name = name.replace("_checkpoint_wrapped_module.", "")  # which torch leaves out of state dicts
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_gradients_are_clipped_for_a_fused_optimizer_too(make, tmp_path, precision):
+    """Lightning refuses it under any mixed precision, with or without a loss scale."""
+    norms: dict[bool, list[list[float]]] = {False: [], True: []}
+    for fused in (False, True):
+        model = make(optimizer={"_target_": "torch.optim.AdamW", "lr": 1e-4, "fused": fused})
+        del model.log
+        model.on_before_zero_grad = lambda _, model=model, fused=fused: norms[fused].append(
+            [p.grad.float().norm().item() for p in model.parameters() if p.grad is not None]
+        )
+        trainer = trainer_with(tmp_path, precision=precision, gradient_clip_val=0.01)
+        trainer.fit(model, datamodule=Data({}, [items(model, MODES["zip"])] * 3))
+    for plain, of_fused in zip(norms[False], norms[True], strict=True):
+        assert sum(norm**2 for norm in of_fused) ** 0.5 == pytest.approx(0.01 * bool(of_fused), rel=1e-2)
+        assert of_fused == pytest.approx(plain, rel=0.05, abs=1e-5)
+    assert any(norms[True])
 
 
 def test_compiled_blocks_give_the_same_loss(make):
