@@ -49,7 +49,13 @@ SECONDS_A_TEXT, SECONDS_A_SECOND_OF_SPEECH = 0.2e-3, 0.3e-3
 """What a data worker takes to read and tokenise an example of text, and to read speech (ranks.py, one core)."""
 SCHEDULE_SECONDS_AN_EXAMPLE = 0.15e-6
 """What the main process of a rank takes for each example of the global batch (ranks.py)."""
-RUNS = ("salm_gpt", "salm_t5", "bestow_gpt", "salm_gpt+model.activation_checkpointing=true")
+RUNS = (
+    "salm_gpt",
+    "salm_t5",
+    "bestow_gpt",
+    "salm_gpt+model.activation_checkpointing=true",
+    "salm_gpt+emmett_strategy=fsdp2+trainer.strategy.data_parallel_size=64",
+)
 
 
 def write_language_models(folder: Path) -> dict[str, Path]:
