@@ -189,6 +189,30 @@ def packing() -> Iterator[str]:
                 ratios = f"{rate / padded:.2f} | {rate / bucketed:.2f} | {peak:.2f}"
                 what = "speech" if modality == "audio" else modality
                 yield f"| {TITLES[name]}, {what} | {way} | {rate:,.0f} | {ratios} |"
+    over = {
+        (modality, reference): [
+            found["tokens_per_second"] / ways[reference]["tokens_per_second"]
+            for of_model in kept["steps"].values()
+            for name, ways in of_model.items()
+            for way, found in ways.items()
+            if name == modality and way.startswith("rows")
+        ]
+        for modality in ("audio", "text")
+        for reference in ("padded", "bucketed")
+    }
+    peaks = [
+        of_model["audio"]["rows of 256"]["peak"] / of_model["audio"]["padded"]["peak"]
+        for of_model in kept["steps"].values()
+    ]
+    spans = [f"{min(values):.2f} to {max(values):.2f}" for values in (*over.values(), peaks)]
+    of_speech, of_buckets, of_text, _, of_peaks = spans
+    summary = (
+        f"speech: {of_speech} times the target tokens a second, {of_buckets} times those of buckets, at {of_peaks}"
+    )
+    assert summary in PAGE
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("data.md", "models.md")]
+    assert all(f"{of_speech} times the target tokens of speech in a second" in page for page in pages)
+    assert f"{of_text} times those\nof text" in pages[0]
     for one in kept["captions"]:
         what, sizes = "speech" if one["modality"] == "audio" else "text", " and ".join(map(str, one["row_tokens"]))
         audio = f"{one['audio_used']:.3f}" if "audio_used" in one else ""
