@@ -6,9 +6,7 @@ Each way of training starts from a speech encoder and a language model that were
 utterances that equal one of the development or test set in either language are left out. Text is the transcripts and
 their translations: there is no other text in Mboshi.
 
-Estimate, from some steps on a busy machine (0.7 to 0.9 CPU seconds each): 15 trainings of 300 steps, about 300 CPU
-seconds each, evaluation included, and nine runs of pretraining and scoring of about 200, together 1.75 CPU hours: 50
-minutes on two cores.
+It took 2.8 hours of one core (docs/experiment.md).
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@ translation (control); joint with recordings in all directions (supervised), the
 language model of the start was pretrained on the text of all 12 directions, the speech encoder to transcribe all four
 languages.
 
-Estimate, from the times in docs/experiment.md: 12 trainings of about 200 CPU seconds each, evaluation included, and
-nine runs of pretraining and scoring of about 200, together 70 CPU minutes: 35 minutes on two cores.
+It took 1.5 hours of one core (docs/experiment.md).
 """
 
 from __future__ import annotations
