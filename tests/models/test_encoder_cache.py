@@ -254,6 +254,7 @@ def test_oomptimizer_leaves_no_made_up_recordings(config) -> None:
         ({"perception": None, "freeze_params": []}, "reads text only"),
         ({"cache_encoder": ""}, "cache_encoder"),
         ({"cache_encoder": 3}, "cache_encoder"),
+        ({"cache_encoder": "false"}, "is a text"),
         ({"cache_encoder": "/proc/nowhere"}, "cannot be written to"),
     ],
 )
