@@ -114,8 +114,8 @@ class ModelConfig:
                     ) from error
         if isinstance(self.cache_encoder, str) and self.cache_encoder.lower() in ("true", "false", "yes", "no"):
             raise ConfigError(
-                f"model.cache_encoder: '{self.cache_encoder}' is a text, and would be a folder of that name; write true "
-                f"or false without quotes, or ./{self.cache_encoder} for the folder."
+                f"model.cache_encoder: '{self.cache_encoder}' is a text, and would be a folder of that name; write "
+                f"true or false without quotes, or ./{self.cache_encoder} for the folder."
             )
         if not self.audio_locator_tag.strip():
             raise ConfigError(f"model.audio_locator_tag: is empty; leave it out for {AUDIO_LOCATOR}.")
