@@ -82,9 +82,7 @@ class ModelConfig:
     modality_loss_weights: dict[str, NonNegative] = field(default_factory=dict)  # by default 1.0 each
     label_smoothing: Share = 0.0  # share of a target's probability that is spread over all tokens
     loss_implementation: Text = "auto"  # auto, chunked, liger, cut_cross_entropy, naive
-    activation_checkpointing: Switch | Share = (
-        False  # compute activations again in the backward pass; a share of blocks
-    )
+    activation_checkpointing: Switch | Share = False  # compute activations again, not keep them; or a share of blocks
     compile: Switch | dict = False  # torch.compile each Transformer block of the language model
     attn_implementation: Attention | None = None  # kernels of the language model's attention
     max_new_tokens: PositiveWhole = 256  # longest translation that is generated, in tokens

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from nemo.core import typecheck
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
@@ -198,7 +199,7 @@ class CachedPerception(AudioPerceptionModule):
         parts: list[bytes | memoryview] = [json.dumps(plain, sort_keys=True, default=str).encode()]
         for part in (self.preprocessor, self.encoder):
             # Not of `state_dict`, which would shard an FSDP2 model again in the middle of its forward pass.
-            for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+            for name, tensor in (*part.named_parameters(), *_kept_buffers(part)):
                 parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), _bytes(tensor)]
         return _hash(parts)
 
@@ -211,6 +212,14 @@ class CachedPerception(AudioPerceptionModule):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._identity = None
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def _kept_buffers(part: Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that a checkpoint holds; others follow from the settings, and positions grow with the longest input."""
+    for place, module in part.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{place}.{name}", buffer
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -159,6 +159,8 @@ def test_other_weights_settings_precision_or_samples_are_other_outputs(config) -
     assert computed(lambda: model.to(torch.float64).to(torch.float32)) == 0
     assert computed(lambda: batch["audios"][0].mul_(0.9)) == 1
     assert len(files(section)) == 10
+    model.perception.encoder.set_max_audio_length(6000)  # as a long recording does: more positions are kept
+    assert computed(lambda: model.load_state_dict(weights)) == 0
 
     model.perception.cfg.preprocessor.normalize = "all_features"
     model.perception._apply(lambda tensor: tensor)
