@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.planning import recipe as recipes
+from nemo_emmett.planning.needed import on_devices
 
 RECIPE = """
 model: {_target_: salm_t5, pretrained_llm: "???", lr_scheduler: {max_steps: "${trainer.max_steps}"}}
@@ -153,3 +154,27 @@ def test_bins_are_replaced_and_their_sizes_go(cfg) -> None:
 def test_a_group_alone(cfg) -> None:
     alone = recipes.with_groups(recipes.without_training(cfg), ["text"]).data.train_ds
     assert set(alone) == {"multi_config", "sampler_fusion", "text"}
+
+
+def test_a_recipe_is_planned_for_other_devices_and_another_strategy() -> None:
+    fsdp2 = {"_target_": "lightning.pytorch.strategies.ModelParallelStrategy", "data_parallel_size": "???"}
+    sharded = OmegaConf.create({"trainer": {"devices": 8, "num_nodes": 4, "strategy": fsdp2}})
+    whole = OmegaConf.create({"trainer": {"devices": 8, "num_nodes": 4, "strategy": "auto"}})
+    found = {
+        (name, devices, strategy): recipes.sharded_over(on_devices(cfg, devices, strategy).trainer)
+        for name, cfg in (("sharded", sharded), ("whole", whole))
+        for devices, strategy in ((64, None), (64, "ddp"), (64, "fsdp2"), (None, "fsdp2"))
+    }
+    assert found == {
+        ("sharded", 64, None): 64,
+        ("sharded", 64, "ddp"): 1,
+        ("sharded", 64, "fsdp2"): 64,
+        ("sharded", None, "fsdp2"): 32,
+        ("whole", 64, None): 1,
+        ("whole", 64, "ddp"): 1,
+        ("whole", 64, "fsdp2"): 64,
+        ("whole", None, "fsdp2"): 32,
+    }
+    assert on_devices(whole, None, None) is whole
+    assert (whole.trainer.devices, whole.trainer.strategy) == (8, "auto")
+    assert recipes.ddp_bucket_bytes(on_devices(whole, 64, "ddp").trainer, torch.nn.Linear(2, 2)) == 0  # in the buckets
