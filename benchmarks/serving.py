@@ -109,6 +109,8 @@ def serving_with_vllm(python: Path, model: Path) -> Iterator[str]:
     options = {"model": model, "served-model-name": SERVED_NAME, "dtype": "float32", "max-model-len": 256}
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    # Requests are repeated: what vLLM remembers of a prompt or a recording would answer most of them.
+    command += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ})
     url = f"http://127.0.0.1:{port}"
     try:

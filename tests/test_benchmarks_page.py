@@ -167,7 +167,11 @@ def starting() -> Iterator[str]:
 
 
 def serving() -> Iterator[str]:
-    for row in result("serving")["measurements"]:
+    rows = result("serving")["measurements"]
+    rate = {(row["server"], row["requests"]): row["requests_per_second"] for row in rows if row["clients"] == 16}
+    gains = [rate["vLLM, SALM-GPT", kind] / rate["serve, SALM-GPT", kind] for kind in ("text", "speech")]
+    yield f"some {gains[0]:.1f} times the texts of `serve` in a second and {gains[1]:.1f} times the recordings"
+    for row in rows:
         latencies = " | ".join(f"{row['latency_ms'][p]:,.0f}" for p in ("p50", "p95", "p99"))
         times = f" {row['times_one_at_a_time']:.2f} |" if row["clients"] > 1 else " |"
         what = f"{row['server']} | {row['requests']}, {row['clients']}"
