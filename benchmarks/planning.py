@@ -1,13 +1,16 @@
 """How long does it take to plan the batch sizes of a model that is too large for the machine, and how much memory?
 
 SALM-T5 with a FastConformer of 32 layers, 1024 wide, and a T5 of 24 + 24 layers, 2048 wide, bf16-mixed, AdamW,
-for 15 buckets of speech and 15 of text on an 80 GiB device; from nothing to the profile, in one process.
+for 15 buckets of speech and 15 of text on an 80 GiB device; from nothing to the profile, in one process. With
+`--devices` the model is sharded over so many by FSDP2.
 
-    python benchmarks/planning.py
+    python benchmarks/planning.py [--devices 64]
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import resource
 import tempfile
 import time
@@ -17,7 +20,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from measuring import keep
+from lightning.pytorch.strategies import ModelParallelStrategy
+from measuring import RESULTS, keep
 from measuring.models import build_salm_t5
 from nemo.utils import logging
 from omegaconf import OmegaConf
@@ -26,6 +30,7 @@ from rich.console import Console
 from nemo_emmett.callbacks import OOMptimizer
 from nemo_emmett.oomptimizer.search import Result
 from nemo_emmett.planning.fake_training import fake_training
+from nemo_emmett.planning.sharded import fake_ranks
 
 PACKAGES = ("nemo_emmett", "nemo_toolkit", "lightning", "torch", "transformers")
 SPEECH = [[seconds, tokens] for seconds, tokens in product((4, 8, 14, 20, 30), (20, 50, 100))]
@@ -46,11 +51,11 @@ class Data(LightningDataModule):
         return torch.utils.data.DataLoader([])
 
 
-def plan(folder: Path) -> dict[str, Any]:
+def plan(folder: Path, devices: int) -> dict[str, Any]:
     """One plan, timed."""
     results: list[Result] = []
     began = time.perf_counter()
-    with fake_training():
+    with fake_ranks(devices), fake_training():
         model = build_salm_t5(folder, 2048, 24, 32, encoder_width=1024, vocab_size=32_128)
         built = time.perf_counter() - began
         callback = OOMptimizer(
@@ -58,7 +63,14 @@ def plan(folder: Path) -> dict[str, Any]:
         )
         quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
         trainer = Trainer(
-            accelerator="cpu", devices=1, precision="bf16-mixed", limit_train_batches=0, callbacks=[callback], **quiet
+            accelerator="cpu",
+            devices=devices,
+            strategy="auto" if devices == 1 else ModelParallelStrategy(devices, 1),
+            precision="bf16-mixed",
+            limit_train_batches=0,
+            callbacks=[callback],
+            use_distributed_sampler=False,
+            **quiet,
         )
         trainer.fit(model, Data())
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -75,13 +87,22 @@ def plan(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, default=1, help="over which FSDP2 shards the model")
+    devices = parser.parse_args().devices
     logging.setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        result = plan(Path(folder))
+        result = plan(Path(folder), devices)
     console = Console()
     for key, value in result.items():
         console.print(f"{key}: {value}", highlight=False)
-    keep("planning", result, PACKAGES)
+    path = RESULTS / "planning.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if devices == 1:
+        keep("planning", {**result, "sharded": kept.get("sharded", {})}, PACKAGES)
+    else:
+        sharded = {**kept.get("sharded", {}), str(devices): result}
+        keep("planning", {**{key: kept.get(key) for key in result}, "sharded": sharded}, PACKAGES)
 
 
 if __name__ == "__main__":
