@@ -6,7 +6,6 @@ Neither NeMo nor torch is imported here, so that a missing value is reported at 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +72,8 @@ def needed_for_planning(cfg: DictConfig, *, reads_data: bool) -> DictConfig:
     return OmegaConf.create({**needed, "data": {"train_ds": of_data}})
 
 
-STRATEGIES: Mapping[str, Mapping[str, Any]] = {
-    "ddp": {
-        "_target_": "lightning.pytorch.strategies.DDPStrategy",
-        "find_unused_parameters": True,
-        "gradient_as_bucket_view": True,
-    },
-    "fsdp2": {
-        "_target_": "lightning.pytorch.strategies.ModelParallelStrategy",
-        "data_parallel_size": "auto",
-        "tensor_parallel_size": 1,
-    },
-}
-"""Strategies to plan for, by the names of the shipped recipes (``emmett_strategy``)."""
+_STRATEGIES = Path(__file__).parents[1] / "conf" / "emmett_strategy"
+"""Of the shipped recipes."""
 
 
 def on_devices(cfg: DictConfig, devices: int | None, strategy: str | None) -> DictConfig:
@@ -94,7 +82,7 @@ def on_devices(cfg: DictConfig, devices: int | None, strategy: str | None) -> Di
     Args:
         cfg: a composed recipe; mandatory values (``???``) may be missing.
         devices: how many, of all nodes together; None: as in the recipe.
-        strategy: one of ``STRATEGIES``; None: the recipe's.
+        strategy: one of the shipped recipes (``emmett_strategy``); None: the recipe's.
     """
     if devices is None and strategy is None:
         return cfg
@@ -103,12 +91,14 @@ def on_devices(cfg: DictConfig, devices: int | None, strategy: str | None) -> Di
     if not isinstance(cfg._get_node("trainer"), DictConfig):
         return cfg  # refused where the trainer is read
     if strategy is not None:
-        cfg.trainer.strategy = dict(STRATEGIES[strategy])
+        shipped = OmegaConf.load(_STRATEGIES / f"{strategy}.yaml")  # of the whole recipe, or of its trainer
+        cfg.trainer.strategy = shipped.get("trainer", shipped).strategy
     if devices is not None:
         cfg.trainer.update(devices=devices, num_nodes=1)
-        own = cfg.trainer._get_node("strategy")
-        if isinstance(own, DictConfig) and "data_parallel_size" in own:
-            own.data_parallel_size = "auto"
+    own = cfg.trainer._get_node("strategy")
+    # Mandatory in the shipped recipe; here it follows from the number of devices.
+    if isinstance(own, DictConfig) and own._get_node("data_parallel_size") is not None:
+        own.data_parallel_size = "auto"
     return cfg
 
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.planning import recipe as recipes
-from nemo_emmett.planning.needed import on_devices
+from nemo_emmett.planning.needed import needed_for_planning, on_devices
 
 RECIPE = """
 model: {_target_: salm_t5, pretrained_llm: "???", lr_scheduler: {max_steps: "${trainer.max_steps}"}}
@@ -175,6 +175,10 @@ def test_a_recipe_is_planned_for_other_devices_and_another_strategy() -> None:
         ("whole", 64, "fsdp2"): 64,
         ("whole", None, "fsdp2"): 32,
     }
+    # Before that, all values of the trainer are resolved: none may be mandatory any more.
+    data = {"data": {"train_ds": {"input_cfg": []}}, "model": {}}
+    needed = needed_for_planning(OmegaConf.merge(data, on_devices(sharded, 64, None)), reads_data=False)
+    assert recipes.sharded_over(needed.trainer) == 64
     assert on_devices(whole, None, None) is whole
     assert (whole.trainer.devices, whole.trainer.strategy) == (8, "auto")
     assert recipes.ddp_bucket_bytes(on_devices(whole, 64, "ddp").trainer, torch.nn.Linear(2, 2)) == 0  # in the buckets
