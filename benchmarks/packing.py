@@ -2,8 +2,9 @@
 
 Lengths are drawn as unequal as those of captions. Batches are made in several ways: of examples at random, padded to
 the longest; of examples of one of four buckets, padded to the longest; and of packed rows. All have about as many
-positions. Ways take turns, in one thread and in float32: target tokens per CPU second, by the median of the turns. A
-step is what Lightning makes of it, AdamW included; the peak is that of a way's largest batch, weights, gradients and
+positions. NeMo's SALM takes the padded ones of speech, too: it has no packed rows, and does not train on text. Ways
+take turns, in one thread and in float32: target tokens per CPU second, by the median of the turns. A step is what
+Lightning makes of it, AdamW included; the peak is that of a way's largest batch, weights, gradients and
 optimizer state included. That losses and gradients are the same is tested (tests/models/test_packing.py).
 
 With a corpus of captions (`examples/speechlm/experiment.py` makes it in `data/scarce/all`), the share of positions that
@@ -26,10 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import keep
-from measuring.batches import PROMPT_TOKENS, SAMPLING_RATE, text_and_speech
+from measuring.batches import PROMPT_TOKENS, SAMPLING_RATE, as_nemo, tensors_of, text_and_speech
 from measuring.models import model_section, without_chance, write_llama, write_t5
 from measuring.steps import Steps
 from nemo.collections.common.tokenizers import AutoTokenizer
+from nemo.collections.speechlm2.models import SALM
 from nemo.utils import logging
 from rich.console import Console
 from rich.progress import track
@@ -141,10 +143,17 @@ def tensors_of_batch(lengths: Lengths, locator: int | None) -> dict[str, torch.T
 
 def batches_of(name: str, model: Any, modality: str, number: int) -> dict[str, list[dict]]:
     """The batches of each way."""
-    lengths, locator = drawn(modality, POOL), model.audio_locator_id if modality == "audio" else None
+    is_nemo = name == "nemo_salm"
+    locator = None if modality == "text" else model.audio_locator_tag_id if is_nemo else model.audio_locator_id
+    lengths = drawn(modality, POOL)
     one = packing_of(name, modality, ROWS[modality][0], 1.0)
     positions = float(lengths.positions(one).mean()) * EXAMPLES_PER_BATCH
     found = padded_batches(lengths, one, number)
+    if is_nemo:
+        return {
+            way: [as_nemo(tensors_of_batch(lengths[numbers], locator), model) for numbers, _ in batches]
+            for way, batches in found.items()
+        }
     for size in ROWS[modality]:
         found[f"rows of {size}"] = packed_batches(lengths, packing_of(name, modality, size, positions), number)
     return {
@@ -166,16 +175,22 @@ def measured(model: Any, ways: dict[str, list[dict]], repeats: int) -> dict[str,
                 seconds[way].append(time.process_time() - begun)
     result = {}
     for way, batches in ways.items():
-        tokens = sum(int(part["answer_lens"].sum()) for batch in batches for part in batch.values())
+        tokens = sum(map(_target_tokens, batches))
         steps.batch = max(batches, key=_elements)
         per_second = tokens / statistics.median(seconds[way])
         result[way] = {"tokens": tokens, "tokens_per_second": per_second, "peak": steps.peak()}
     return result
 
 
-def _elements(batch: dict[str, dict]) -> int:
+def _target_tokens(batch: dict[str, Any]) -> int:
+    if "loss_mask" in batch:  # NeMo's form
+        return int(batch["loss_mask"].sum())
+    return sum(int(part["answer_lens"].sum()) for part in batch.values())
+
+
+def _elements(batch: dict[str, Any]) -> int:
     """What a batch holds; packed ones have as many rows, but not as many recordings and tokens of padding."""
-    return sum(value.numel() for part in batch.values() for value in part.values() if isinstance(value, torch.Tensor))
+    return sum(tensor.numel() for tensor in tensors_of(batch))
 
 
 def build(name: str, folder: Path) -> Any:
@@ -185,8 +200,9 @@ def build(name: str, folder: Path) -> Any:
         write_t5(folder, WIDTH, LAYERS, VOCABULARY)
         return without_chance(SALMT5(model_section(folder, "emmett_t5", WIDTH, **ENCODER)))
     write_llama(folder, WIDTH, LAYERS, VOCABULARY)
-    kind = {"salm_gpt": SALMGPT, "bestow_gpt": BestowGPT}[name]
-    return without_chance(kind(model_section(folder, "emmett_llama2", WIDTH, **ENCODER)))
+    kind = {"salm_gpt": SALMGPT, "bestow_gpt": BestowGPT, "nemo_salm": SALM}[name]
+    prompt_format = "llama2" if kind is SALM else "emmett_llama2"
+    return without_chance(kind(model_section(folder, prompt_format, WIDTH, **ENCODER)))
 
 
 LOADERS = {
@@ -237,13 +253,15 @@ def _used(parts: Sequence[dict]) -> dict[str, float]:
 
 def table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> Table:
     """What was measured."""
-    columns = ("model", "batches of", "", "tokens/s", "over padded", "over bucketed", "peak, MiB")
+    columns = ("model", "batches of", "", "tokens/s", "over padded", "over bucketed", "over NeMo's", "peak, MiB")
     shown = Table(*columns, title="Steps of about as many positions")
+    nemo = results["nemo_salm"]["audio"][BUCKETED]["tokens_per_second"]
     for name, of_model in results.items():
         for modality, ways in of_model.items():
             for way, found in ways.items():
                 rate = found["tokens_per_second"]
                 ratios = [f"{rate / ways[other]['tokens_per_second']:.2f}" for other in (PADDED, BUCKETED)]
+                ratios.append(f"{rate / nemo:.2f}" if modality == "audio" else "")
                 shown.add_row(name, modality, way, f"{rate:.0f}", *ratios, f"{found['peak'] / 2**20:.0f}")
     return shown
 
@@ -259,7 +277,8 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.setLevel(logging.ERROR)
     results: dict[str, Any] = {}
-    cases = [(name, modality) for name in ("salm_t5", "salm_gpt", "bestow_gpt") for modality in ("text", "audio")]
+    cases = [("nemo_salm", "audio")]
+    cases += [(name, modality) for name in ("salm_t5", "salm_gpt", "bestow_gpt") for modality in ("text", "audio")]
     console, used = Console(), None
     with tempfile.TemporaryDirectory() as folder:
         if options.captions is not None:

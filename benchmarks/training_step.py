@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from measuring import keep
-from measuring.batches import PROMPT_TOKENS, Speech, salm_batch
+from measuring.batches import PROMPT_TOKENS, Speech, as_nemo, speech_batch
 from measuring.models import model_section, without_chance, write_llama
 from measuring.steps import Steps
 from nemo.collections.speechlm2.models import SALM
@@ -109,7 +109,7 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
     """Seconds, losses, peaks and profiles of both, and what part of NeMo's ours are."""
     with tempfile.TemporaryDirectory() as folder:
         models = build(setting, Path(folder))
-    batch = salm_batch(models["nemo"], setting.speech)
+    batch = as_nemo(speech_batch(models["ours"], setting.speech), models["nemo"])
     steps = {name: Steps(model, batch) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}

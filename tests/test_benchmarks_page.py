@@ -185,17 +185,20 @@ def serving() -> Iterator[str]:
             assert row.get("times_one_at_a_time", 2) >= 2
 
 
-TITLES = {"salm_t5": "SALM-T5", "salm_gpt": "SALM-GPT", "bestow_gpt": "BESTOW-GPT"}
+TITLES = {"salm_t5": "SALM-T5", "salm_gpt": "SALM-GPT", "bestow_gpt": "BESTOW-GPT", "nemo_salm": "NeMo's SALM"}
 
 
 def packing() -> Iterator[str]:
     kept = result("packing")
-    for name, modalities in kept["steps"].items():
+    nemo = kept["steps"].pop("nemo_salm")
+    of_nemo = nemo["audio"]["bucketed"]["tokens_per_second"]
+    for name, modalities in [("nemo_salm", nemo), *kept["steps"].items()]:
         for modality, ways in modalities.items():
             padded, bucketed = (ways[way]["tokens_per_second"] for way in ("padded", "bucketed"))
             for way, found in ways.items():
                 rate, peak = found["tokens_per_second"], found["peak"] / ways["padded"]["peak"]
-                ratios = f"{rate / padded:.2f} | {rate / bucketed:.2f} | {peak:.2f}"
+                over_nemo = f" {rate / of_nemo:.2f} " if modality == "audio" else " "
+                ratios = f"{rate / padded:.2f} | {rate / bucketed:.2f} |{over_nemo}| {peak:.2f}"
                 what = "speech" if modality == "audio" else modality
                 yield f"| {TITLES[name]}, {what} | {way} | {rate:,.0f} | {ratios} |"
     over = {

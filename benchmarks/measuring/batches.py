@@ -37,34 +37,13 @@ class Speech:
         return [round(tokens) for tokens in _spread(*self.answer_tokens, self.examples)]
 
 
-def salm_batch(model: Any, speech: Speech) -> dict[str, Tensor]:
-    """A batch as NeMo's SALM takes it: one recording in the middle of each prompt, padded on the left.
+def speech_batch(model: Any, speech: Speech) -> dict[str, Tensor]:
+    """One recording in the middle of each prompt, in our form.
 
     Args:
-        model: NeMo's SALM, or ours in its likeness.
+        model: one of ours.
         speech: how long the examples are.
     """
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    torch.manual_seed(0)
-    rows, masks = [], []
-    for answer_tokens in speech.answer_tokens_B():
-        ids = torch.randint(_FIRST_ID, _END_ID, (PROMPT_TOKENS + 1 + answer_tokens,))
-        ids[PROMPT_TOKENS // 2] = model.audio_locator_tag_id
-        rows.append(ids)
-        masks.append(torch.arange(len(ids)) > PROMPT_TOKENS)
-    recordings = [0.1 * torch.randn(round(seconds * SAMPLING_RATE)) for seconds in speech.seconds_B()]
-    return {
-        "input_ids": pad_sequence(rows, True, model.text_pad_id, padding_side="left"),
-        "loss_mask": pad_sequence(masks, True, False, padding_side="left"),
-        "audios": pad_sequence(recordings, True),
-        "audio_lens": torch.tensor(list(map(len, recordings))),
-    }
-
-
-def speech_batch(model: Any, speech: Speech) -> dict[str, Tensor]:
-    """The same in our form, for any of our models."""
     import torch
 
     batch = _text(_spread(PROMPT_TOKENS + 1, PROMPT_TOKENS + 1, speech.examples), speech.answer_tokens_B())
@@ -94,6 +73,30 @@ def text_and_speech(
         batch["audios"] = torch.nn.utils.rnn.pad_sequence(recordings, True)
         batch["audio_lens"] = torch.tensor(samples)
     return batch
+
+
+def as_nemo(batch: Mapping[str, Tensor], nemo: Any) -> dict[str, Tensor]:
+    """A batch in our form as NeMo's SALM takes it: contexts with their answers behind them, padded on the left.
+
+    Args:
+        batch: of speech.
+        nemo: NeMo's SALM.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    contexts, answers = (
+        [row[:length] for row, length in zip(batch[f"{name}_ids"], batch[f"{name}_lens"].tolist(), strict=True)]
+        for name in ("context", "answer")
+    )
+    rows = [torch.cat(parts) for parts in zip(contexts, answers, strict=True)]
+    masks = [torch.arange(len(row)) >= len(context) for row, context in zip(rows, contexts, strict=True)]
+    return {
+        "input_ids": pad_sequence(rows, True, nemo.text_pad_id, padding_side="left"),
+        "loss_mask": pad_sequence(masks, True, False, padding_side="left"),
+        "audios": batch["audios"],
+        "audio_lens": batch["audio_lens"],
+    }
 
 
 def tensors_of(batch: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -89,17 +89,23 @@ def oomptimize(config: str, overrides: Sequence[str], **options: Any) -> None:
 )
 @click.option("--modality-share", type=BETWEEN_0_AND_1, default=0.5, help=_SPEECH_SHARE)
 @click.option("--optimise-bins", is_flag=True, help="Measure the data, and find the bins with the shortest epoch.")
+@click.option(
+    "--choose-checkpointing",
+    is_flag=True,
+    help="Measure the data, and find the share of activation checkpointing with the shortest epoch.",
+)
 @bucket_options
 def plan(config: str, overrides: Sequence[str], **options: Any) -> None:
     """Find the batch size of every bucket of the recipe CONFIG for a device that need not be here.
 
     CONFIG is a YAML file, or the name of a recipe of nemo_emmett; KEY=VALUE overrides a key of it, as for train. Steps
-    are run without computing anything; no weights are read, and no data unless bins are to be found.
+    are run without computing anything; no weights are read, and no data unless bins or a share of activation
+    checkpointing are to be found.
     """
     from nemo_emmett.planning.needed import check_memory_is_given, check_new_profile
 
     others = options.pop("devices"), options.pop("strategy")
-    recipe = _needed(config, overrides, options["optimise_bins"], *others)
+    recipe = _needed(config, overrides, options["optimise_bins"] or options["choose_checkpointing"], *others)
     check_memory_is_given(options["memory"])
     check_new_profile(options["profile"])
     with loading("the model's architecture"):

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from nemo_emmett.errors import ConfigError, ModelError
@@ -301,6 +302,7 @@ def _most(values: Sequence[float], device: torch.device) -> list[float]:
     """The maximum over all ranks of each value."""
     if world_size() == 1:
         return list(values)
-    gathered = torch.tensor(values, dtype=torch.float64, device=device)  # exact for bytes: whole numbers below 2^53
-    dist.all_reduce(gathered, dist.ReduceOp.MAX)
-    return gathered.tolist()
+    with _disable_current_modes():  # no part of the step: not counted, and with values where its tensors are fake
+        gathered = torch.tensor(values, dtype=torch.float64, device=device)  # exact for bytes: whole and below 2^53
+        dist.all_reduce(gathered, dist.ReduceOp.MAX)
+        return gathered.tolist()

@@ -9,7 +9,8 @@ Modules, in the order in which a command uses them:
 
 - ``needed``, ``known_by_model``, ``recipe``, ``architecture``: the parts of a recipe that planning reads.
 - ``commands``, ``planner``, ``fake_training``, ``sharded``: the two functions above, and the search without a device.
-- ``lengths``, ``bins_and_sizes``, ``timing``: lengths of the data, bins with the shortest epoch, predicted times.
+- ``lengths``, ``bins_and_sizes``, ``checkpointing``, ``timing``: lengths of the data, bins and a share of activation
+  checkpointing with the shortest epoch, predicted times.
 - ``report``, ``picture``: tables and drawings of the results.
 - ``blend_report``, ``bins_report``, ``index_report``: the commands ``blend``, ``bins`` and ``index``.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,10 +20,11 @@ from nemo_emmett.data.bucketing.length_stats import Lengths
 from nemo_emmett.oomptimizer import Profile
 from nemo_emmett.oomptimizer.memory import MemoryFraction, budget_of, parse_memory, shown
 from nemo_emmett.planning.bins_and_sizes import examples_per_bucket
+from nemo_emmett.planning.checkpointing import check_has_checkpointing, with_fastest_share
 from nemo_emmett.planning.lengths import lengths_of_groups
 from nemo_emmett.planning.needed import check_memory_is_given, check_new_profile
 from nemo_emmett.planning.picture import draw_profile
-from nemo_emmett.planning.planner import Planner, fit, with_fastest_bins
+from nemo_emmett.planning.planner import DataOfRecipe, Planner, fit, with_fastest_bins, with_own_bins
 from nemo_emmett.planning.recipe import Build, sharded_over, without_training
 from nemo_emmett.planning.report import LiveTable, duration
 from nemo_emmett.planning.timing import Rate
@@ -101,6 +103,7 @@ def plan(
     safety_margin: float = SAFETY_MARGIN,
     modality_share: float = 0.5,
     optimise_bins: bool = False,
+    choose_checkpointing: bool = False,
     num_buckets: int | None = None,
     num_sub_buckets: int | None = None,
     limit: int | None = None,
@@ -118,9 +121,11 @@ def plan(
         safety_margin: share of that which stays free.
         modality_share: of speech, if each step holds speech and text.
         optimise_bins: find bins as well: those with the shortest predicted epoch.
+        choose_checkpointing: plan several shares of ``model.activation_checkpointing``, and keep the one with the
+            shortest predicted epoch.
         num_buckets: with ``optimise_bins``, strips of input lengths; by default as many as the recipe's bins have.
         num_sub_buckets: with ``optimise_bins``, buckets of output lengths in each; by default as in the recipe.
-        limit: with ``optimise_bins``, examples to measure of each group; by default each example once.
+        limit: where the data is measured, examples to measure of each group; by default each example once.
         output: PNG to draw the batch sizes and the memory in.
         console: where to print; the terminal unless given.
 
@@ -143,10 +148,16 @@ def plan(
         title=f"Batch sizes planned for {memory}",
         console=console or plain_console(),
     )
-    if optimise_bins:
-        found = with_fastest_bins(planner, Rate.of(memory), num_buckets, num_sub_buckets, limit)
-    else:
+    if choose_checkpointing:
+        check_has_checkpointing(planner.built().model)
+    if not optimise_bins:
         planner.solve_for_bins()
+    if optimise_bins or choose_checkpointing:
+        rate, data = Rate.of(memory), DataOfRecipe.measured(planner, num_buckets, num_sub_buckets, limit)
+        find = partial(with_fastest_bins if optimise_bins else with_own_bins, rate=rate, data=data)
+        planner, found = with_fastest_share(planner, find) if choose_checkpointing else (planner, find(planner))
+        planner.console.print(f"Times are predicted, not measured ({rate}); an epoch is one device's.", highlight=False)
+    else:
         found = planner.search()
     if ranks > 1:
         planner.console.print(f"\nWeights, gradients and optimizer state are sharded over {ranks:,} devices.")

@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from nemo_emmett.callbacks.oomptimizer import OOMptimizer
-from nemo_emmett.data import MultimodalDataModule
 from nemo_emmett.data.bucketing.length_stats import Lengths, solve
 from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.config.schema import AUTO
@@ -81,15 +80,15 @@ class Planner:
         """Bytes that a step may take in the search."""
         return (self.budget - self.ddp_bytes) * (1 - self.safety_margin)
 
-    def data(self) -> MultimodalDataModule:
-        """The recipe's data."""
+    def built(self) -> Training:
+        """What the recipe names; the model is one of fake tensors."""
         with fake_training():
-            return self.build(without_device(self.cfg)).datamodule
+            return self.build(without_device(self.cfg))
 
     def solve_for_bins(self) -> None:
         """Replace ``bucket_duration_bins: auto`` by bins, which takes the data, and so real tensors."""
         if any(group.has_auto_bins for group in parse_dataset(self.cfg.data.train_ds, "data.train_ds").groups):
-            datamodule = self.data()
+            datamodule = self.built().datamodule
             datamodule.resolve_bins()
             self.cfg.data.train_ds = datamodule.cfg.train_ds
 
@@ -141,22 +140,59 @@ class Planner:
             return Profile.read(path)
 
 
-def with_fastest_bins(
-    planner: Planner, rate: Rate, num_buckets: int | None, num_sub_buckets: int | None, limit: int | None
-) -> Profile:
+@dataclass(frozen=True)
+class DataOfRecipe:
+    """What a recipe's training data is to the bins.
+
+    Args:
+        lengths: of each group's examples.
+        numbers: strips of input lengths of each group's bins, and buckets of output lengths in each (None: bins in one
+            dimension).
+    """
+
+    lengths: Mapping[str, Lengths]
+    numbers: Mapping[str, tuple[int, int | None]]
+
+    @classmethod
+    def measured(
+        cls, planner: Planner, num_buckets: int | None, num_sub_buckets: int | None, limit: int | None
+    ) -> DataOfRecipe:
+        """Measure it.
+
+        Args:
+            planner: of the recipe.
+            num_buckets: strips of input lengths; by default as the recipe has them.
+            num_sub_buckets: buckets of output lengths in each; by default as the recipe has them.
+            limit: examples to measure of each group; by default each example once.
+        """
+        configs = configs_of_groups(planner.cfg.data.train_ds)
+        numbers = {name: _numbers(config, num_buckets, num_sub_buckets) for name, config in configs.items()}
+        two_dimensional = {name: sub_buckets is not None for name, (_, sub_buckets) in numbers.items()}
+        return cls(lengths_of_groups(planner.built().datamodule, two_dimensional, limit), numbers)
+
+
+def with_own_bins(planner: Planner, rate: Rate, data: DataOfRecipe) -> Profile:
+    """The profile of the recipe's bins, with the predicted time of an epoch.
+
+    Args:
+        planner: finds batch sizes.
+        rate: of the device.
+        data: of the recipe.
+    """
+    found = planner.search(count_operations=True)
+    times = {name: rate.time_model(*counts) for name, counts in planner.operations.items()}
+    return _with_times(found, times, data.lengths)
+
+
+def with_fastest_bins(planner: Planner, rate: Rate, data: DataOfRecipe) -> Profile:
     """The profile of the bins with the shortest predicted epoch; prints a comparison with those of least padding.
 
     Args:
         planner: finds batch sizes.
         rate: of the device.
-        num_buckets: strips of input lengths; by default as the recipe has them.
-        num_sub_buckets: buckets of output lengths in each; by default as the recipe has them.
-        limit: examples to measure of each group; by default each example once.
+        data: of the recipe.
     """
-    train_ds = planner.cfg.data.train_ds
-    numbers = {name: _numbers(c, num_buckets, num_sub_buckets) for name, c in configs_of_groups(train_ds).items()}
-    two_dimensional = {name: sub_buckets is not None for name, (_, sub_buckets) in numbers.items()}
-    lengths = lengths_of_groups(planner.data(), two_dimensional, limit)
+    train_ds, lengths, numbers = planner.cfg.data.train_ds, data.lengths, data.numbers
     bins = {name: solve(lengths[name], *numbers[name]) for name in numbers}
     first = planner.search(bins, count_operations=True)
     times = {name: rate.time_model(*counts) for name, counts in planner.operations.items()}
@@ -176,7 +212,6 @@ def with_fastest_bins(
         bins[name] = best.bins
         plans = {LEAST_PADDING: BinPlan.of(start.bins, start.sizes, lengths[name], times[name]), SHORTEST_EPOCH: best}
         planner.console.print("", comparison(plans, f"data.train_ds.{name}".rstrip(".")), sep="\n")
-    planner.console.print(f"Times are predicted, not measured ({rate}); an epoch is one device's.", highlight=False)
     return _with_times(planner.search(bins), times, lengths)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from operator import lt
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ from nemo_emmett.data.bucketing.length_stats import measure, solve
 from nemo_emmett.data.config.dataset_config import parse_dataset
 from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.readers.examples import ExampleKind
-from nemo_emmett.errors import ConfigError
+from nemo_emmett.errors import ConfigError, Help
 from nemo_emmett.models import SALMT5
 from nemo_emmett.oomptimizer.profile import Profile
-from nemo_emmett.planning import oomptimize, plan
+from nemo_emmett.planning import checkpointing, oomptimize, plan
+from nemo_emmett.planning.planner import Planner
 from nemo_emmett.training import build_training
 
 from ..oomptimizer.models import tiny_salm
@@ -144,6 +147,65 @@ def self_made_epoch(recipe, profile: Profile) -> float:
 
 
 @pytest.mark.parametrize(
+    ("memory", "shares", "best"), [("40MiB", (0.0, 0.25, 0.5, 0.75, 1.0), 1.0), ("64GiB", (0.0, 1.0), 0.0)]
+)
+def test_the_share_of_checkpointing_with_the_shortest_epoch(
+    text_recipe, tmp_path: Path, console: Console, monkeypatch, memory: str, shares: tuple[float, ...], best: float
+) -> None:
+    """With little memory the larger batches count, with much of it the operations."""
+    monkeypatch.setattr(checkpointing, "SHARES", shares)
+    options = {"memory": memory, "console": console}
+    found = plan(text_recipe, build_training, profile=tmp_path / "best", choose_checkpointing=True, **options)
+    text = console.export_text()
+    rows = re.findall(r"^(0|0\.25|0\.5|0\.75|1) +\d+ to \d+ +\S+ s +x (\S+)$", text, re.MULTILINE)
+    ratios = {float(share): float(ratio) for share, ratio in rows}
+    assert tuple(ratios) == shares
+    assert ratios[0.0] == 1
+    assert min(ratios, key=ratios.get) == best
+    assert f"The profile is for trainings with `model.activation_checkpointing={best:g}`." in text
+    assert "A100-80GB: 312 TFLOP/s at 35 %" in text
+
+    assert found.epoch_seconds == pytest.approx(self_made_epoch(text_recipe, found), rel=1e-3)
+    text_recipe.model.activation_checkpointing = best
+    alone = plan(text_recipe, build_training, profile=tmp_path / "alone", **options)
+    assert found.groups == alone.groups
+    assert found.fingerprint == alone.fingerprint
+
+
+def test_a_share_of_checkpointing_that_does_not_fit(text_recipe, console: Console) -> None:
+    planner = Planner(text_recipe, build_training, BUDGET, 0.03, 0.5, "Batch sizes", console)
+    of = {
+        0.5: planned_like({"bucket_batch_size": [4, 9]}, epoch_seconds=50.0),
+        0.75: planned_like({"bucket_batch_size": [6, 12]}, epoch_seconds=40.0),
+        1.0: planned_like({"bucket_batch_size": [8, 16]}, epoch_seconds=60.0),
+    }
+
+    def find(of_share: Planner) -> Profile:
+        share = of_share.cfg.model.activation_checkpointing
+        if share in of:
+            return of[share]
+        raise ConfigError(f"too large at {share}", page=Help.OUT_OF_MEMORY)
+
+    chosen, found = checkpointing.with_fastest_share(planner, find)
+    assert (chosen.cfg.model.activation_checkpointing, found) == (0.75, of[0.75])
+    assert "activation_checkpointing" not in text_recipe.model
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["0.25", "does", "not", "fit"] in lines
+    assert ["0.5", "4", "to", "9", "50.0", "s", "x", "1.000"] in lines
+    assert ["0.75", "6", "to", "12", "40.0", "s", "x", "0.800"] in lines
+
+    of[0.5].epoch_seconds = 40.7
+    assert checkpointing.with_fastest_share(planner, find)[1] is of[0.5]  # 2 % more are as good
+    of.clear()
+    with pytest.raises(ConfigError, match="too large at 1"):
+        checkpointing.with_fastest_share(planner, find)
+
+
+def planned_like(group: dict, epoch_seconds: float) -> Profile:
+    return SimpleNamespace(groups={"": SimpleNamespace(**group)}, epoch_seconds=epoch_seconds)
+
+
+@pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"memory": None}, "--memory: is missing; name the device to plan for"),
@@ -236,3 +298,6 @@ def test_nemos_own_salm(tmp_path: Path, console: Console) -> None:
     options = {"memory": str(BUDGET), "memory_fraction": 1.0, "console": console}
     planned = plan(recipe, build_training, profile=tmp_path / "plan.yaml", **options)
     assert_plan_is_measured(planned, measured)
+
+    with pytest.raises(ConfigError, match=r"^--choose-checkpointing: SALM is no model of nemo_emmett"):
+        plan(recipe, build_training, profile=tmp_path / "none.yaml", choose_checkpointing=True, **options)
