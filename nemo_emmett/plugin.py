@@ -37,6 +37,12 @@ KINDS = ("models", "dataloaders", "callbacks")
 TARGET_PREFIX = "nemo_emmett."
 """Prefix in NeMo's allow-list that lets ``_target_`` name our classes."""
 
+OPTIMIZERS_OF_OTHERS = {
+    "torchao.optim.": ("Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8"),
+    "bitsandbytes.optim.": ("Adam8bit", "AdamW8bit", "Lion8bit", "PagedAdam8bit", "PagedAdamW8bit", "PagedLion8bit"),
+}
+"""Optimizers of few bits that ``model.optimizer._target_`` may name where their packages are installed."""
+
 DATA_TYPES = ("parallel_text", "speech_tsv")
 """Types of sources in an ``input_cfg`` in addition to NeMo's own."""
 
@@ -202,9 +208,14 @@ def register() -> tuple[Registration, ...]:
 
 
 def open_allow_list(common: ModuleType) -> None:
-    """Admit ``_target_: nemo_emmett...`` to ``nemo.core.classes.common``'s allow-list."""
-    if TARGET_PREFIX not in common.ALLOWED_TARGET_PREFIXES:
-        common.ALLOWED_TARGET_PREFIXES.append(TARGET_PREFIX)
+    """Admit ``_target_: nemo_emmett...`` and optimizers of few bits to ``nemo.core.classes.common``'s allow-list."""
+    for prefix in (TARGET_PREFIX, *OPTIMIZERS_OF_OTHERS):
+        if prefix not in common.ALLOWED_TARGET_PREFIXES:
+            common.ALLOWED_TARGET_PREFIXES.append(prefix)
+    # Of a prefix NeMo admits modules, its own classes, and these by name.
+    common.ALLOWED_EXACT_CLASS_TARGETS.update(
+        prefix + name for prefix, names in OPTIMIZERS_OF_OTHERS.items() for name in names
+    )
 
 
 def open_dataloader_factory(dataloader: ModuleType) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from omegaconf import OmegaConf
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nemo_emmett import training
 from nemo_emmett.errors import EXIT_TRY_AGAIN
@@ -100,6 +102,8 @@ def last_checkpoint(folder: Path) -> dict:
 
 
 def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    if is_traceable_wrapper_subclass(a):
+        return [d for name in a.__tensor_flatten__()[0] for d in differences(getattr(a, name), getattr(b, name), place)]
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [place]
     if isinstance(a, dict):
@@ -153,6 +157,23 @@ def test_killed_at_random_and_run_again_it_ends_as_if_never_killed(
     compare(exact_recipe, tmp_path, uninterrupted, moments(kills, seed=workers + len(checkpoints)))
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed"))
+        for package, target in (
+            ("torchao", "torchao.optim.AdamW8bit"),
+            ("torchao", "torchao.optim.AdamW4bit"),
+            ("bitsandbytes", "bitsandbytes.optim.AdamW8bit"),
+        )
+    ],
+)
+def test_an_optimizer_of_few_bits_goes_on_where_it_was(exact_recipe, tmp_path, uninterrupted, target):
+    exact_recipe["model"]["optimizer"] = {"_target_": target, "lr": 1e-3}
+    with torch.compiler.set_stance("force_eager"):
+        compare(exact_recipe, tmp_path, uninterrupted, [("train_batch_end", 7, signal.SIGKILL)])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_signals_stop_it_with_a_checkpoint_and_no_step_is_trained_twice(
     exact_recipe, tmp_path, uninterrupted, capfd, workers
@@ -192,7 +213,8 @@ def uninterrupted(tmp_path_factory) -> Callable[[dict], tuple[dict, list[str]]]:
     known: dict[str, tuple[dict, list[str]]] = {}
 
     def trained(recipe: dict) -> tuple[dict, list[str]]:
-        key = json.dumps({"data": recipe["data"]["train_ds"]["num_workers"], "manager": recipe["exp_manager"]})
+        numbers, optimizer = recipe["data"]["train_ds"]["num_workers"], recipe["model"]["optimizer"]
+        key = json.dumps({"data": numbers, "optimizer": optimizer, "manager": recipe["exp_manager"]})
         if key not in known:
             folder = tmp_path_factory.mktemp("whole")
             changed = {"exp_manager": recipe["exp_manager"] | {"explicit_log_dir": str(folder)}}

@@ -269,3 +269,19 @@ print([one.state for one in register() if one.what == "prompt formats"], PromptF
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["['done'] emmett_t5"], done.stderr
     assert "could not register" not in done.stderr
+
+
+def test_of_another_packages_optimizers_only_those_of_the_list_are_allowed(monkeypatch) -> None:
+    from nemo.core.classes.common import _is_target_allowed
+
+    plugin.register()
+    package, module = types.ModuleType("torchao"), types.ModuleType("torchao.optim")
+    package.optim = module
+    for name in ("AdamW8bit", "OptimState8bit"):
+        setattr(module, name, type(name, (), {"__module__": "torchao.optim"}))
+    module.load = module.os = print
+    monkeypatch.setitem(sys.modules, "torchao", package)
+    monkeypatch.setitem(sys.modules, "torchao.optim", module)
+    assert _is_target_allowed("torchao.optim.AdamW8bit")
+    assert not any(_is_target_allowed(f"torchao.optim.{name}") for name in ("OptimState8bit", "load", "os"))
+    assert not _is_target_allowed("torchao.quantization.quantize_")

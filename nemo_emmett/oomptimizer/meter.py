@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch.compiler import set_stance
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     is_traceable_wrapper_subclass,
@@ -128,7 +129,8 @@ class TensorMeter(Meter):
     def measuring(self) -> Iterator[None]:
         """Measure what runs inside; the peak is reset to what is alive."""
         self._peak = self._alive
-        with _ObservedResults(self._count), _observed_resizes(self._resized):
+        # Compiled functions, as torchao's optimizers have, cannot be observed; run eagerly, they take no less.
+        with set_stance("force_eager"), _ObservedResults(self._count), _observed_resizes(self._resized):
             yield
 
     @property

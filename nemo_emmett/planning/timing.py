@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.compiler import set_stance
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_emmett.oomptimizer.adapters.registry import adapter_for
@@ -119,6 +120,6 @@ class OperationCounter(Unmetered):
     def measuring(self) -> Iterator[None]:
         """Count the operations inside."""
         counter = FlopCounterMode(display=False)
-        with counter:
+        with set_stance("force_eager"), counter:
             yield
         self.operations = counter.get_total_flops()

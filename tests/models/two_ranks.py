@@ -29,13 +29,14 @@ RANKS = 2
 SECONDS_TO_END = 240
 
 
-def run_on_two_ranks(job: Callable[..., None], folder: Path, *arguments: Any) -> None:
-    """Call ``job(rank, *arguments)`` in two processes that find each other.
+def run_on_two_ranks(job: Callable[..., None], folder: Path, *arguments: Any, ranks: int = RANKS) -> None:
+    """Call ``job(rank, *arguments)`` in two processes, or more, that find each other.
 
     Args:
         job: a function of a module.
         folder: receives what the ranks print.
         arguments: of the job.
+        ranks: how many.
 
     Raises:
         AssertionError: if a rank fails or hangs, with the end of every rank's log.
@@ -46,7 +47,7 @@ def run_on_two_ranks(job: Callable[..., None], folder: Path, *arguments: Any) ->
     context = fork_server()
     processes = [
         context.Process(target=_rank, args=(rank, port, folder / f"rank{rank}.log", job, arguments))
-        for rank in range(RANKS)
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -60,8 +61,8 @@ def run_on_two_ranks(job: Callable[..., None], folder: Path, *arguments: Any) ->
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         process.join()
-    logs = [(folder / f"rank{rank}.log").read_text()[-5000:] for rank in range(RANKS)]
-    assert [process.exitcode for process in processes] == [0] * RANKS, "\n".join(logs)
+    logs = [(folder / f"rank{rank}.log").read_text()[-5000:] for rank in range(ranks)]
+    assert [process.exitcode for process in processes] == [0] * ranks, "\n".join(logs)
 
 
 def _rank(rank: int, port: int, log: Path, job: Callable[..., None], arguments: Sequence[Any]) -> None:

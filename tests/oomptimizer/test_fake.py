@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -91,6 +92,16 @@ def with_checkpointing(model):
         pytest.param({"optimizer": {"_target_": "torch.optim.Adafactor", "lr": 1e-3}}, None, {}, id="Adafactor"),
         pytest.param(
             {"optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-3, "fused": True}}, None, {}, id="fused AdamW"
+        ),
+        *(
+            pytest.param(
+                {"optimizer": {"_target_": target, "lr": 1e-3}},
+                None,
+                {},
+                id=target,
+                marks=pytest.mark.skipif(find_spec(target.split(".")[0]) is None, reason="is not installed"),
+            )
+            for target in ("torchao.optim.AdamW8bit", "torchao.optim.AdamW4bit", "bitsandbytes.optim.AdamW8bit")
         ),
         pytest.param(
             {"gradient_conflict": "monitor"}, None, {"accumulate_grad_batches": 2}, id="gradients of modalities apart"

@@ -51,6 +51,9 @@ CASES: dict[str, tuple[type, str, dict[str, Any], dict[str, Any]]] = {
 }
 """Model, backbone, further keys of its section, and of the trainer."""
 
+CASES_OF = {2: list(CASES), 4: ["SALMT5", "SALMGPT, LoRA, bf16-mixed", "BestowGPT, checkpointing, bf16-mixed"]}
+"""By the number of ranks."""
+
 
 class _Measured(Exception):
     """Ends a fit before it trains."""
@@ -103,10 +106,10 @@ def readings_of(case: str, ranks: int, folder: Path, asr: Path, is_planned: bool
     return readings
 
 
-def measure_on_rank(rank: int, folder: Path, asr: Path) -> None:
-    """All cases, in this process, which is one rank; every rank finds the largest of the ranks."""
-    found = {case: readings_of(case, 2, folder / "backbones", asr, is_planned=False) for case in CASES}
-    torch.save(found, folder / f"rank{rank}.pt")
+def measure_on_rank(rank: int, ranks: int, folder: Path, asr: Path) -> None:
+    """The cases, in this process, which is one rank; every rank finds the largest of the ranks."""
+    found = {case: readings_of(case, ranks, folder / "backbones", asr, is_planned=False) for case in CASES_OF[ranks]}
+    torch.save(found, folder / f"{rank} of {ranks}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -118,18 +121,19 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(folder, tiny_asr) -> dict[str, list[tuple[int, int, int]]]:
-    run_on_two_ranks(measure_on_rank, folder, folder, tiny_asr)
-    return torch.load(folder / "rank0.pt")
+def measured(folder, tiny_asr) -> dict[int, dict[str, list[tuple[int, int, int]]]]:
+    for ranks in CASES_OF:
+        run_on_two_ranks(measure_on_rank, folder, ranks, folder, tiny_asr, ranks=ranks)
+    return {ranks: torch.load(folder / f"0 of {ranks}.pt") for ranks in CASES_OF}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_plan_is_what_two_ranks_measure(case, folder, tiny_asr, measured) -> None:
-    planned = readings_of(case, 2, folder / "backbones", tiny_asr, is_planned=True)
+@pytest.mark.parametrize(("ranks", "case"), [(ranks, case) for ranks, cases in CASES_OF.items() for case in cases])
+def test_a_plan_is_what_the_ranks_measure(ranks, case, folder, tiny_asr, measured) -> None:
+    planned = readings_of(case, ranks, folder / "backbones", tiny_asr, is_planned=True)
     if CASES[case][0] is SALMT5:
-        assert planned == measured[case]
+        assert planned == measured[ranks][case]
     else:  # fake tensors do not know the kernel of causal attention on a CPU
-        for of_plan, of_ranks in zip(planned, measured[case], strict=True):
+        for of_plan, of_ranks in zip(planned, measured[ranks][case], strict=True):
             assert of_plan == pytest.approx(of_ranks, rel=0.01)
 
 
