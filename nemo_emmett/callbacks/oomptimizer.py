@@ -201,8 +201,12 @@ class OOMptimizer(Callback, Serialization):
             self._guard.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore Lightning's parts; if another rank ran out of memory, exit with it."""
-        self._stop_guard()
+        """Restore Lightning's parts; if memory ran out here or on another rank, exit with all."""
+        try:
+            if self._guard is not None:
+                self._guard.on_exception(exception)
+        finally:
+            self._stop_guard()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore Lightning's parts."""

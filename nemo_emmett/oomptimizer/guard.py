@@ -24,6 +24,7 @@ from nemo_emmett.modules.loss import world_size
 from nemo_emmett.oomptimizer.adapters.base import Adapter, Extent
 from nemo_emmett.oomptimizer.buckets import Bucket, Group
 from nemo_emmett.oomptimizer.coordinated_exit import CoordinatedExit
+from nemo_emmett.oomptimizer.memory import is_out_of_memory
 from nemo_emmett.oomptimizer.meter import Meter
 from nemo_emmett.oomptimizer.profile import Event
 from nemo_emmett.oomptimizer.recovery import NOT_EVEN_ONE, Recovery
@@ -129,6 +130,21 @@ class Guard:
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Agree with the other ranks for the last time. A collective."""
         self._agree()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End on all ranks if memory ran out where nothing can be redone, such as in the optimizer's step, in which a
+        part of the weights may be updated already. No collective."""
+        if not is_out_of_memory(exception):
+            return
+        after = f"ran out of memory after step {self._trainer.global_step:,}"
+        if self._trainer.validating or self._trainer.sanity_checking:
+            sentence = f"validation {after}; lower data.validation_ds.batch_size. The last checkpoint remains."
+            self._exit.exit(with_help(sentence, Help.OUT_OF_MEMORY), EXIT_USER_ERROR)
+        self._exit.exit(
+            f"the optimizer's step, or a callback, {after}, where smaller batches are no remedy; the training goes on "
+            f"from its last checkpoint, in fresh memory, when it is started again (exit code {EXIT_TRY_AGAIN}).",
+            EXIT_TRY_AGAIN,
+        )
 
     def uninstall(self) -> None:
         """End, in teardown and on_exception: restore Lightning's parts. No collective; may be called twice."""

@@ -63,7 +63,7 @@ class Charges(Callback):
 
     Args:
         bomb: that is charged.
-        phases: by the number of the batch.
+        phases: by the number of the batch; ``optimizer`` is where weights are updated already.
     """
 
     def __init__(self, bomb: Bomb, phases: dict[int, str]) -> None:
@@ -71,6 +71,16 @@ class Charges(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.bomb.phase = self.phases.get(batch_idx)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(self._after_update)
+
+    def _after_update(self, *_: Any) -> None:
+        if self.bomb.phase == "optimizer":
+            self.bomb.phase = None
+            self.bomb.fired += 1
+            raise torch.OutOfMemoryError("injected: out of memory")
 
 
 class Guarded(Callback):
@@ -92,7 +102,10 @@ class Guarded(Callback):
         self.guard.on_train_end(trainer, module)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self.guard.uninstall()
+        try:
+            self.guard.on_exception(exception)
+        finally:
+            self.guard.uninstall()
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self.guard.uninstall()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
+from torch.utils.data import DataLoader
 
 from nemo_emmett.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR
 from nemo_emmett.oomptimizer.adapters.base import Extent
@@ -183,6 +186,29 @@ def test_a_single_example_that_does_not_fit_halves_the_size_until_nothing_is_lef
     with pytest.raises(SystemExit) as end:
         fit(model, batches_of_rows(1), tmp_path, [Guarded(guard)])
     assert end.value.code == EXIT_USER_ERROR
+
+
+@pytest.mark.parametrize(
+    ("where", "exit_code", "sentence"),
+    [
+        ("on_train_batch_end", EXIT_TRY_AGAIN, "the optimizer's step, or a callback, ran out of memory after step 1"),
+        ("on_validation_start", EXIT_USER_ERROR, "validation ran out of memory after step 0; lower data.validation"),
+    ],
+)
+def test_out_of_memory_elsewhere_ends_the_training(tmp_path, capsys, where, exit_code, sentence) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("injected: out of memory")
+
+    model, saved = Rows(), Saved()
+    guard = guard_of(model, saved, Steps(model, 0), 100)
+    model.val_dataloader = lambda: DataLoader(batches_of_rows(4), batch_size=None)
+    model.validation_step = lambda *_: None
+    with pytest.raises(SystemExit) as end:
+        fit(model, batches_of_rows(20, 20), tmp_path, [Guarded(guard), LambdaCallback(**{where: fail})])
+    assert end.value.code == exit_code
+    assert f"OOMptimizer: {sentence}" in capsys.readouterr().err
+    assert saved.sizes == []
+    assert "_make_closure" not in vars(guard._trainer.fit_loop.epoch_loop.automatic_optimization)
 
 
 # Which bucket a batch came from

@@ -253,3 +253,15 @@ def test_out_of_memory_in_a_backward_pass_ends_both_to_be_started_again(t5, tmp_
     assert "Restoring states from the checkpoint" in again.log(0)
     steps = [int(line) for line in (run.folder / "steps0").read_text().split()]
     assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+
+
+def test_out_of_memory_in_the_optimizers_step_ends_both_to_be_started_again(t5, tmp_path) -> None:
+    run = Run(tmp_path / "run", t5, MIXED, phases={5: "optimizer"})
+    assert exit_codes(run) == [75, 75]
+    for rank in (0, 1):
+        assert "the optimizer's step, or a callback, ran out of memory after step 5" in run.log(rank)
+    assert not (run.folder / "profile.json").exists()  # no batch size is at fault
+    (run.folder / "profile.json").write_text(json.dumps(list(SIZES.values())))
+    complete(replace(run, phases=None, resume=True))
+    steps = [int(line) for line in (run.folder / "steps0").read_text().split()]
+    assert list(dict.fromkeys(steps)) == [1, 2, 3, 4, 5, 6, 7, 8]  # the other rank may end the step, and save it
