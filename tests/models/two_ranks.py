@@ -29,7 +29,9 @@ RANKS = 2
 SECONDS_TO_END = 240
 
 
-def run_on_two_ranks(job: Callable[..., None], folder: Path, *arguments: Any, ranks: int = RANKS) -> None:
+def run_on_two_ranks(
+    job: Callable[..., None], folder: Path, *arguments: Any, ranks: int = RANKS, seconds: float = SECONDS_TO_END
+) -> None:
     """Call ``job(rank, *arguments)`` in two processes, or more, that find each other.
 
     Args:
@@ -37,6 +39,7 @@ def run_on_two_ranks(job: Callable[..., None], folder: Path, *arguments: Any, ra
         folder: receives what the ranks print.
         arguments: of the job.
         ranks: how many.
+        seconds: after which they hang.
 
     Raises:
         AssertionError: if a rank fails or hangs, with the end of every rank's log.
@@ -46,12 +49,12 @@ def run_on_two_ranks(job: Callable[..., None], folder: Path, *arguments: Any, ra
         port = free.getsockname()[1]
     context = fork_server()
     processes = [
-        context.Process(target=_rank, args=(rank, port, folder / f"rank{rank}.log", job, arguments))
+        context.Process(target=_rank, args=(rank, port, folder / f"rank{rank}.log", job, arguments, seconds))
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
-    deadline = time.monotonic() + SECONDS_TO_END
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(process.is_alive() for process in processes):
         if any(process.exitcode for process in processes):
             deadline = min(deadline, time.monotonic() + 10)  # the other waits for this one
@@ -65,10 +68,10 @@ def run_on_two_ranks(job: Callable[..., None], folder: Path, *arguments: Any, ra
     assert [process.exitcode for process in processes] == [0] * ranks, "\n".join(logs)
 
 
-def _rank(rank: int, port: int, log: Path, job: Callable[..., None], arguments: Sequence[Any]) -> None:
+def _rank(rank: int, port: int, log: Path, job: Callable[..., None], arguments: Sequence[Any], seconds: float) -> None:
     os.setpgrp()
     print_to(log)
-    faulthandler.dump_traceback_later(SECONDS_TO_END - 5, file=sys.stderr)
+    faulthandler.dump_traceback_later(seconds - 5, file=sys.stderr)
     # What Lightning reads to find that its ranks are started by somebody else.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
     job(rank, *arguments)
