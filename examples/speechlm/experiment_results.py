@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from experiment_runs import ARMS, EFFICIENCY, MEMORY_BUDGET, MODELS, Corpus
+from experiment_runs import ARMS, EFFICIENCY, MEMORY_BUDGET, MODELS, Corpus, all_runs
 from experiment_seeds import DEV_SPEECH, Part
 from rich.console import Console
 from rich.markdown import Markdown
@@ -47,7 +47,8 @@ def collect(corpora: Sequence[Corpus], exp: Path, seeds: Sequence[int]) -> dict[
     bins = json.loads((exp / "efficiency" / "bins.json").read_text())
     buckets = {arm: len(bins[kind]["audio"]) for arm, (kind, _, _) in EFFICIENCY.items()}
     parts = {"starts": starts, "trainings": trainings, "efficiency": efficiency, "buckets": buckets}
-    return {"machine": _machine(), **parts}
+    logs = (exp / "logs" / f"{run.name}.log" for run in all_runs(corpora, exp, seeds))
+    return {"machine": _machine(), **parts, "seconds": sum(map(noted_seconds, logs))}
 
 
 def report(results: Results, exp: Path, console: Console) -> None:
