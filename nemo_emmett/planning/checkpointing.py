@@ -23,7 +23,6 @@ from nemo_emmett.planning.report import duration
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Values of ``model.activation_checkpointing`` that are planned."""
 
-
 NO_GAIN = 0.02
 """A larger share has to save more of the predicted time than this, which is no more exact."""
 
@@ -68,7 +67,13 @@ def with_fastest_share(planner: Planner, find: Callable[[Planner], Profile]) -> 
     planner.console.print(
         f"\nThe profile is for trainings with `model.activation_checkpointing={best:g}`.", highlight=False
     )
-    return found[best]
+    chosen, profile = found[best]
+    return chosen, profile if _has_buckets(profile) else replace(profile, epoch_seconds=None)
+
+
+def _has_buckets(profile: Profile) -> bool:
+    """Whether all groups have; otherwise each example counts as one of the longest, which only compares shares."""
+    return all(buckets.limit_key is None for buckets in profile.groups.values())
 
 
 def _with_share(cfg: DictConfig, share: float) -> DictConfig:
@@ -91,5 +96,6 @@ def _comparison(profiles: dict[float, Profile | None]) -> Table:
             continue
         sizes = [size for group in profile.groups.values() for size in group.bucket_batch_size]
         ratio = f"x {seconds[share] / reference:.3f}"
-        table.add_row(f"{share:g}", f"{min(sizes)} to {max(sizes)}", duration(seconds[share]), ratio)
+        epoch = duration(seconds[share]) if _has_buckets(profile) else "–"
+        table.add_row(f"{share:g}", f"{min(sizes)} to {max(sizes)}", epoch, ratio)
     return table

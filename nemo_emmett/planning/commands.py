@@ -172,9 +172,9 @@ def _with_epoch(profile: Profile, lengths: Mapping[str, Lengths]) -> Profile:
     """Add the time of an epoch, by the measured time of each bucket's steps."""
     seconds = 0.0
     for name, measures in profile.measures.items():
-        if any(measure.seconds is None for measure in measures):
-            return profile
         buckets = profile.groups[name]
+        if buckets.limit_key is not None or any(measure.seconds is None for measure in measures):
+            return profile  # without buckets nothing is known of the lengths in a batch
         counts = examples_per_bucket(buckets.bucket_duration_bins, lengths[name])
         seconds += sum(
             count / measure.batch_size * measure.seconds for count, measure in zip(counts, measures, strict=True)

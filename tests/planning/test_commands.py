@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from operator import lt
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from nemo_emmett.data.config.section import plain
 from nemo_emmett.data.readers.examples import ExampleKind
 from nemo_emmett.errors import ConfigError, Help
 from nemo_emmett.models import SALMT5
-from nemo_emmett.oomptimizer.profile import Profile
+from nemo_emmett.oomptimizer.profile import Buckets, Profile
 from nemo_emmett.planning import checkpointing, oomptimize, plan
 from nemo_emmett.planning.planner import Planner
 from nemo_emmett.training import build_training
@@ -174,10 +174,11 @@ def test_the_share_of_checkpointing_with_the_shortest_epoch(
 
 def test_a_share_of_checkpointing_that_does_not_fit(text_recipe, console: Console) -> None:
     planner = Planner(text_recipe, build_training, BUDGET, 0.03, 0.5, "Batch sizes", console)
+    bins = (2.0, 4.0)
     of = {
-        0.5: planned_like({"bucket_batch_size": [4, 9]}, epoch_seconds=50.0),
-        0.75: planned_like({"bucket_batch_size": [6, 12]}, epoch_seconds=40.0),
-        1.0: planned_like({"bucket_batch_size": [8, 16]}, epoch_seconds=60.0),
+        0.5: Profile({"": Buckets(bins, (4, 9))}, epoch_seconds=50.0),
+        0.75: Profile({"": Buckets(bins, (6, 12))}, epoch_seconds=40.0),
+        1.0: Profile({"": Buckets(bins, (8, 16))}, epoch_seconds=60.0),
     }
 
     def find(of_share: Planner) -> Profile:
@@ -194,15 +195,23 @@ def test_a_share_of_checkpointing_that_does_not_fit(text_recipe, console: Consol
     assert ["0.5", "4", "to", "9", "50.0", "s", "x", "1.000"] in lines
     assert ["0.75", "6", "to", "12", "40.0", "s", "x", "0.800"] in lines
 
-    of[0.5].epoch_seconds = 40.7
-    assert checkpointing.with_fastest_share(planner, find)[1] is of[0.5]  # 2 % more are as good
+    of[0.5] = replace(of[0.5], epoch_seconds=40.7)
+    assert checkpointing.with_fastest_share(planner, find)[1] == of[0.5]  # 2 % more are as good
     of.clear()
     with pytest.raises(ConfigError, match="too large at 1"):
         checkpointing.with_fastest_share(planner, find)
 
 
-def planned_like(group: dict, epoch_seconds: float) -> Profile:
-    return SimpleNamespace(groups={"": SimpleNamespace(**group)}, epoch_seconds=epoch_seconds)
+def test_the_epoch_of_packed_rows_is_not_predicted(text_recipe, console: Console) -> None:
+    """Only how the shares compare is known: an example would count as a row."""
+    planner = Planner(text_recipe, build_training, BUDGET, 0.03, 0.5, "Batch sizes", console)
+    rows = {"": Buckets((256.0,), (8,), "row_tokens")}
+    _, found = checkpointing.with_fastest_share(
+        planner, lambda of_share: Profile(rows, epoch_seconds=50.0 + of_share.cfg.model.activation_checkpointing)
+    )
+    assert (found.groups, found.epoch_seconds) == (rows, None)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["1", "8", "to", "8", "–", "x", "1.020"] in lines
 
 
 @pytest.mark.parametrize(
