@@ -248,12 +248,26 @@ def step_options() -> Iterator[str]:
     assert max(differing) < 1e-5
 
 
+def out_of_memory() -> Iterator[str]:
+    kept = result("out_of_memory")
+    assert not any(cell["failures"] for cell in kept["cells"])
+    for cell in kept["cells"]:
+        errors = cell["redone"] + cell["exits"]
+        slowest = f"{cell['slowest_exit']:.1f} s" if cell["exits"] else ""
+        first = f"{cell['strategy']}, {cell['accumulated']} | {cell['phase']}"
+        yield f"| {first} | {errors} | {cell['redone']} | {cell['exits']} | {slowest} |"
+    differ = [cell["last_weights_differ"] for cell in kept["cells"] if cell["last_weights_differ"] is not None]
+    yield f"{kept['errors']} errors"
+    yield f"by at most {max(differ):.0e}"
+
+
 SECTIONS = {
     "Data loading": data_loading,
     "Resuming": resuming,
     "Number of ranks": ranks,
     "Padding": padding,
     "OOMptimizer": oomptimizer,
+    "Errors of memory": out_of_memory,
     "Planning": planning,
     "Training step": training_step,
     "Gradients of speech and text": gradient_conflict,

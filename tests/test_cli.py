@@ -381,7 +381,8 @@ class TestBatchSizes:
         }
 
     def test_plan_does_so_too(self, invoke, calls) -> None:
-        options = ["--memory", "H100", "--optimise-bins", "--num-buckets", 10, "--num-sub-buckets", 2]
+        options = ["--memory", "H100", "--optimise-bins", "--choose-checkpointing"]
+        options += ["--num-buckets", 10, "--num-sub-buckets", 2]
         done = invoke("plan", "salm_t5", *options, "--profile", "mine.yaml", "--limit", 1000)
         assert done.exit_code == 0, done.output
         ((name, _, _, options),) = calls
@@ -393,6 +394,7 @@ class TestBatchSizes:
             "safety_margin": 0.03,
             "modality_share": 0.5,
             "optimise_bins": True,
+            "choose_checkpointing": True,
             "num_buckets": 10,
             "num_sub_buckets": 2,
             "limit": 1000,

@@ -146,9 +146,7 @@ def self_made_epoch(recipe, profile: Profile) -> float:
     return total
 
 
-@pytest.mark.parametrize(
-    ("memory", "shares", "best"), [("40MiB", (0.0, 0.5, 1.0), 1.0), ("64GiB", (0.0, 1.0), 0.0)]
-)
+@pytest.mark.parametrize(("memory", "shares", "best"), [("40MiB", (0.0, 0.5, 1.0), 1.0), ("64GiB", (0.0, 1.0), 0.0)])
 def test_the_share_of_checkpointing_with_the_shortest_epoch(
     text_recipe, tmp_path: Path, console: Console, monkeypatch, memory: str, shares: tuple[float, ...], best: float
 ) -> None:
