@@ -31,7 +31,7 @@ import numpy as np
 import soundfile
 import torch
 from lightning.pytorch import Callback
-from measuring import keep
+from measuring import RESULTS, keep
 from measuring.models import WORDS, model_section, write_t5
 from nemo.utils import logging
 from omegaconf import OmegaConf
@@ -328,8 +328,19 @@ def run(cell: Cell, errors: int, steps: int, train_ds: Mapping[str, Any], t5: Pa
     return outcome
 
 
+def cell_of(row: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Its place in the table."""
+    return list(STRATEGIES).index(row["strategy"]), row["accumulated"], PHASES.index(row["phase"])
+
+
+def known_cells() -> list[dict[str, Any]]:
+    """Of a run before, which those that are measured now replace."""
+    path = RESULTS / "out_of_memory.json"
+    return json.loads(path.read_text())["cells"] if path.exists() else []
+
+
 def main() -> None:
-    """Measure, print and keep."""
+    """Measure and print; what is known is kept after each cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--errors", type=int, default=28, help="of each cell")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
@@ -337,7 +348,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.setLevel(logging.ERROR)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not be there after a fork
-    rows, console = [], Console(width=130)
+    rows, console = known_cells(), Console(width=130)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train_ds = write_data(folder)
@@ -356,8 +367,11 @@ def main() -> None:
                 outcome.last_weights_differ = float((last_weights(cell.folder) - expected[key]).abs().max())
             if outcome.failures:
                 print((cell.folder / "rank0.log").read_text()[-3000:], file=sys.stderr)
-            rows.append({"strategy": strategy, "accumulated": accumulated, "phase": phase, **vars(outcome)})
-            console.print(rows[-1], highlight=False)
+            row = {"strategy": strategy, "accumulated": accumulated, "phase": phase, **vars(outcome)}
+            rows = sorted([*(other for other in rows if cell_of(other) != cell_of(row)), row], key=cell_of)
+            console.print(row, highlight=False)
+            errors = sum(row["redone"] + row["exits"] for row in rows)
+            path = keep("out_of_memory", {"errors": errors, "cells": rows}, PACKAGES)
     table = Table(
         "strategy", "batches a step", "error in", "errors", "redone", "exit 75", "slowest exit, s", "failures"
     )
@@ -366,9 +380,7 @@ def main() -> None:
         shown = (row["strategy"], row["accumulated"], row["phase"], found, row["redone"], row["exits"])
         table.add_row(*map(str, shown), f"{row['slowest_exit']:.1f}", str(len(row["failures"])))
     console.print(table)
-    total = sum(row["redone"] + row["exits"] for row in rows)
-    path = keep("out_of_memory", {"errors": total, "cells": rows}, PACKAGES)
-    console.print(f"{total} errors. Written to {path}.")
+    console.print(f"{errors} errors. Written to {path}.")
 
 
 if __name__ == "__main__":
