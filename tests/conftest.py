@@ -241,6 +241,16 @@ def salm_t5_config(tiny_t5, tiny_asr) -> dict:
 
 
 @pytest.fixture
+def invoke() -> Callable[..., Any]:
+    """Runs `nemo-emmett` with some arguments in this process."""
+    from click.testing import CliRunner
+
+    from nemo_emmett import cli
+
+    return lambda *arguments: CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
 def corpus(tiny_corpus, tmp_path) -> Path:
     """A copy of the tiny corpus that a test may damage."""
     # Without indexes of other tests, which would not fit the copies.

@@ -7,25 +7,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import click
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
-from nemo_emmett import __version__, cli, doctor, plugin
+from nemo_emmett import __version__, cli
 from nemo_emmett.corpora.registry import CORPORA
 from nemo_emmett.errors import DataError, ModelError
 
 from .conftest import write_tone
-
-
-@pytest.fixture
-def invoke():
-    return lambda *arguments: CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
 
 
 def test_version_and_commands(invoke) -> None:
@@ -347,177 +340,6 @@ def test_evaluate_hands_its_options_on(invoke, monkeypatch: pytest.MonkeyPatch, 
     others = dict.fromkeys(("name", "max_new_tokens", "log_dir", "examples", "update_card"))  # left to the recipe
     assert calls == [((Path("recipe.yaml"), Path("model")), options | others)]
     assert checked == [(Path("recipe.yaml"), Path("model"), options | others)]
-
-
-class TestBatchSizes:
-    @pytest.fixture
-    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list:
-        """The commands' functions, which note what they are called with."""
-        import nemo_emmett.planning
-
-        calls = []
-        for name in ("oomptimize", "plan"):
-            note = lambda cfg, build, name=name, **options: calls.append((name, cfg, build, options))  # noqa: E731
-            monkeypatch.setitem(vars(nemo_emmett.planning), name, note)
-        return calls
-
-    def test_oomptimize_hands_the_composed_recipe_and_its_options_on(self, invoke, calls, tmp_path: Path) -> None:
-        from nemo_emmett.training import build_training
-
-        options = ["--memory-budget", "70GiB", "--modality-share", "auto", "--predict-epoch", "--output", "p.png"]
-        done = invoke("oomptimize", "salm_t5", "trainer.max_steps=7", *options)
-        assert done.exit_code == 0, done.output
-        ((name, cfg, build, options),) = calls
-        assert (name, cfg.trainer.max_steps, build) == ("oomptimize", 7, build_training)
-        assert options == {
-            "profile": Path("profile.yaml"),
-            "memory_fraction": 0.9,
-            "memory_budget": "70GiB",
-            "safety_margin": 0.03,
-            "modality_share": "auto",
-            "predict_epoch": True,
-            "limit": None,
-            "output": Path("p.png"),
-        }
-
-    def test_plan_does_so_too(self, invoke, calls) -> None:
-        options = ["--memory", "H100", "--optimise-bins", "--choose-checkpointing"]
-        options += ["--num-buckets", 10, "--num-sub-buckets", 2]
-        done = invoke("plan", "salm_t5", *options, "--profile", "mine.yaml", "--limit", 1000)
-        assert done.exit_code == 0, done.output
-        ((name, _, _, options),) = calls
-        assert name == "plan"
-        assert options == {
-            "profile": Path("mine.yaml"),
-            "memory": "H100",
-            "memory_fraction": 0.9,
-            "safety_margin": 0.03,
-            "modality_share": 0.5,
-            "optimise_bins": True,
-            "choose_checkpointing": True,
-            "num_buckets": 10,
-            "num_sub_buckets": 2,
-            "limit": 1000,
-            "output": None,
-        }
-
-    @pytest.mark.parametrize("share", ["0", "1.5", "half"])
-    def test_a_share_that_is_none_is_refused(self, invoke, calls, share: str) -> None:
-        assert invoke("oomptimize", "salm_t5", "--modality-share", share).exit_code == 2
-        assert calls == []
-
-    @pytest.mark.parametrize("command", ["oomptimize", "plan"])
-    def test_mistakes_are_one_sentence(self, invoke, command: str) -> None:
-        done = invoke(command, "gone.yaml", "--profile", "p.yaml")
-        assert (done.exit_code, done.output.count("\n")) == (2, 1)
-        assert done.output == "Error: The recipe 'gone.yaml' cannot be read: there is no such file.\n"
-
-    def test_a_plan_needs_the_memory(self, invoke) -> None:
-        done = invoke("plan", "salm_t5")
-        assert done.exit_code == 2
-        assert (
-            "Error: --memory: is missing; name the device to plan for (H100), or its memory (80GiB).\n" in done.output
-        )
-
-
-class TestDoctor:
-    def test_a_sound_installation_is_fit_for_use(self, invoke) -> None:
-        done = invoke("doctor")
-        assert done.exit_code == 0, done.output
-        for found in ("nemo_toolkit", "models: salm_t5", "NeMo: data types", "CPU", "extras", "ready for use"):
-            assert found in done.output
-
-    def test_a_failed_registration_makes_it_unfit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        failed = plugin.Registration("data types", "json", print, state="failed", error="AttributeError: moved")
-        monkeypatch.setattr(plugin, "REGISTRATIONS", (failed,))
-        console = Console(record=True, width=200)
-        assert doctor.report(console) == 1
-        text = console.export_text()
-        assert "failed AttributeError: moved" in text
-        assert "NeMo: data types: use the NeMo version of constraints.txt" in text
-
-    def test_a_broken_entry_point_names_its_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        @dataclass
-        class Broken:
-            value = "gone:Model"
-            dist = SimpleNamespace(name="third-party")
-
-            def load(self) -> None:
-                raise ImportError("no module named gone")
-
-        monkeypatch.setattr(plugin, "entry_points", lambda kind: {"theirs": Broken()})
-        (finding, *_) = doctor._entry_points()
-        assert finding.fatal
-        assert "no module named gone" in finding.value
-        assert finding.remedy == "the entry point of package third-party is broken"
-
-    def test_missing_extras_are_told_but_not_fatal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor, "EXTRAS", {"synthesis": ("yaml", "surely_not_installed")})
-        (finding,) = doctor._extras()
-        assert (finding.value, finding.fatal) == ("missing: surely_not_installed", False)
-        assert "nemo_emmett[synthesis]" in finding.remedy
-        console = Console(record=True, width=200)
-        doctor.report(console)
-        assert finding.remedy in console.export_text(), "brackets are text, not markup"
-
-    def test_every_missing_piece_says_what_it_is_for(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        import torch
-
-        from nemo_emmett.modules import linear_cross_entropy
-
-        monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-        monkeypatch.setattr(doctor, "find_spec", lambda name: None if name != "torch" else True)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(linear_cross_entropy, "kernel_is_installed", lambda name: False)
-        findings = [*doctor._audio(), *doctor._loss_kernels(), *doctor._extras(), *doctor._others()]
-        missing = {one.what: one for one in findings if one.value.startswith("missing")}
-        assert {*missing} == {
-            "FFmpeg",
-            "liger",
-            "cut_cross_entropy",
-            *doctor.EXTRAS,
-            "unbabel-comet",
-            "tensorboard",
-            "wandb",
-        }
-        assert all(one.enables and one.remedy and not one.fatal for one in missing.values())
-        assert missing["liger"].remedy == "run: pip install liger-kernel"
-        assert ".m4a" in missing["FFmpeg"].enables
-
-    def test_ffmpeg_is_run(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        program = tmp_path / "ffmpeg"
-        monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-        for code, found, remedy in ((0, "7.1", ""), (3, "broken", f"repair it: {program} -version fails")):
-            program.write_text(f"#!/bin/sh\necho ffmpeg version 7.1 Copyright\nexit {code}\n")
-            program.chmod(0o755)
-            (_, finding) = doctor._audio()
-            assert (finding.value, finding.remedy) == (found, remedy)
-
-    def test_the_disk_of_the_output(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        for free, said in (
-            (2**40, ""),
-            (2**30, "make room, or write elsewhere: a checkpoint of 1 B trained parameters"),
-        ):
-            usage = SimpleNamespace(free=free)
-            monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder, usage=usage: usage)
-            (finding,) = doctor._disk(tmp_path / "new")
-            assert finding.remedy.startswith(said)
-            assert bool(finding.remedy) == bool(said)
-        assert not (tmp_path / "new").exists()
-        (tmp_path / "file").touch()
-        (finding,) = doctor._disk(tmp_path / "file" / "folder")
-        assert finding.value == "cannot be written to"
-
-    def test_findings_as_json(self, monkeypatch: pytest.MonkeyPatch, invoke) -> None:
-        findings = [doctor.Finding("a", "b", "[c]"), doctor.Finding("a", "d", "missing", "run it", "e")]
-        for fatal in (False, True):
-            more = [doctor.Finding("f", "g", "h", "i", fatal=True)] * fatal
-            monkeypatch.setattr(doctor, "examine", lambda output, more=more: [*findings, *more])
-            done = invoke("doctor", "--json")
-            assert done.exit_code == int(fatal)
-            found = json.loads(done.stdout)
-            assert found["ready"] is not fatal
-            assert [one["value"] for one in found["findings"]][:2] == ["[c]", "missing"]
 
 
 def test_a_missing_recording_is_told_before_the_model_is_loaded(invoke, tmp_path: Path) -> None:

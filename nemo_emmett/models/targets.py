@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -41,12 +42,18 @@ def class_of(section: Mapping[str, Any], place: str, base: type = object) -> Cal
     """The class, or function, that a section's ``_target_`` names.
 
     Raises:
-        ConfigError: if it is missing, not on NeMo's allow-list, does not exist, or is a class but none of ``base``.
+        ConfigError: if it is missing, not on NeMo's allow-list, does not exist, is of a package that is not installed,
+            or is a class but none of ``base``.
     """
     target = section.get("_target_")
     if target is None:
         raise ConfigError(f"{place}._target_ is missing: give the path of a class.")
     check_target(target, f"{place}._target_")
+    if find_spec(package := target.partition(".")[0]) is None:
+        raise ConfigError(
+            f"{place}._target_: '{target}' needs the package '{package}', which is not installed; install it.",
+            page=Help.MISSING_PACKAGE,
+        )
     try:
         found = get_object(target)
     except Exception as error:  # whatever importing a module raises

@@ -8,6 +8,7 @@ size from the next start on; until then the bucket's larger batches are run as m
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -136,13 +137,18 @@ class Guard:
         part of the weights may be updated already. No collective."""
         if not is_out_of_memory(exception):
             return
-        after = f"ran out of memory after step {self._trainer.global_step:,}"
+        *_, frame = traceback.extract_tb(exception.__traceback__)
+        step, place = f"{self._trainer.global_step:,}", f"{frame.name} ({frame.filename}:{frame.lineno})"
         if self._trainer.validating or self._trainer.sanity_checking:
-            sentence = f"validation {after}; lower data.validation_ds.batch_size. The last checkpoint remains."
+            sentence = (
+                f"validation ran out of memory after step {step}, in {place}; lower the batch size of validation_ds. "
+                "The last checkpoint remains."
+            )
             self._exit.exit(with_help(sentence, Help.OUT_OF_MEMORY), EXIT_USER_ERROR)
         self._exit.exit(
-            f"the optimizer's step, or a callback, {after}, where smaller batches are no remedy; the training goes on "
-            f"from its last checkpoint, in fresh memory, when it is started again (exit code {EXIT_TRY_AGAIN}).",
+            f"memory ran out after step {step} outside of its forward and backward pass, in {place}, where smaller "
+            "batches are no remedy; the training goes on from its last checkpoint, in fresh memory, when it is started "
+            f"again (exit code {EXIT_TRY_AGAIN}).",
             EXIT_TRY_AGAIN,
         )
 

@@ -48,22 +48,17 @@ def with_fastest_share(planner: Planner, find: Callable[[Planner], Profile]) -> 
         ConfigError: if no share fits into the memory.
     """
     found: dict[float, tuple[Planner, Profile]] = {}
-    refused: dict[float, ConfigError] = {}
     for share in SHARES:
         title = f"{planner.title}, activation_checkpointing: {share:g}"
         of_share = replace(planner, cfg=_with_share(planner.cfg, share), title=title, operations={})
         try:
             found[share] = of_share, find(of_share)
         except ConfigError as error:
-            if error.page is not Help.OUT_OF_MEMORY:
+            if error.page is not Help.OUT_OF_MEMORY or (share == SHARES[-1] and not found):
                 raise
-            refused[share] = error
-    if not found:
-        raise refused[SHARES[-1]]
     shortest = min(profile.epoch_seconds for _, profile in found.values())
     best = next(share for share in found if found[share][1].epoch_seconds <= (1 + NO_GAIN) * shortest)
-    profiles = {share: found[share][1] if share in found else None for share in SHARES}
-    planner.console.print("", _comparison(profiles), sep="\n")
+    planner.console.print("", _comparison({share: profile for share, (_, profile) in found.items()}), sep="\n")
     planner.console.print(
         f"\nThe profile is for trainings with `model.activation_checkpointing={best:g}`.", highlight=False
     )
@@ -82,20 +77,19 @@ def _with_share(cfg: DictConfig, share: float) -> DictConfig:
     return changed
 
 
-def _comparison(profiles: dict[float, Profile | None]) -> Table:
-    """Batch sizes and epochs of the shares; None does not fit."""
-    seconds = {share: profile.epoch_seconds for share, profile in profiles.items() if profile is not None}
-    reference = next(iter(seconds.values()))
+def _comparison(profiles: dict[float, Profile]) -> Table:
+    """Batch sizes and epochs of the shares; one without a profile does not fit."""
+    reference = next(iter(profiles.values())).epoch_seconds
     table = Table(title="model.activation_checkpointing", title_justify="left", box=None, pad_edge=False)
     table.add_column("share", no_wrap=True)
     for name in ("batch sizes", "epoch", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    for share, profile in profiles.items():
-        if profile is None:
+    for share in SHARES:
+        if (profile := profiles.get(share)) is None:
             table.add_row(f"{share:g}", "does not fit")
             continue
         sizes = [size for group in profile.groups.values() for size in group.bucket_batch_size]
-        ratio = f"x {seconds[share] / reference:.3f}"
-        epoch = duration(seconds[share]) if _has_buckets(profile) else "–"
+        epoch = duration(profile.epoch_seconds) if _has_buckets(profile) else "–"
+        ratio = f"x {profile.epoch_seconds / reference:.3f}"
         table.add_row(f"{share:g}", f"{min(sizes)} to {max(sizes)}", epoch, ratio)
     return table

@@ -44,6 +44,10 @@ def refusal(model_class: type, section: dict[str, Any]) -> str:
             "model.optimizer._target_: there is no 'torch.optim.AdamWW'; did you mean",
         ),
         ({"_target_": "torch.optm.AdamW"}, "model.optimizer._target_: 'torch.optm.AdamW' is not imported"),
+        (
+            {"_target_": "megatron.core.optimizer.Adam"},
+            "model.optimizer._target_: 'megatron.core.optimizer.Adam' needs the package 'megatron', which is not",
+        ),
         ({"_target_": "torch.nn.Linear"}, "model.optimizer._target_: 'torch.nn.Linear' is no Optimizer"),
         ({"_target_": None}, "model.optimizer._target_ is missing"),
     ],

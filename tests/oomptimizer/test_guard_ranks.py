@@ -259,7 +259,7 @@ def test_out_of_memory_in_the_optimizers_step_ends_both_to_be_started_again(t5, 
     run = Run(tmp_path / "run", t5, MIXED, phases={5: "optimizer"})
     assert exit_codes(run) == [75, 75]
     for rank in (0, 1):
-        assert "the optimizer's step, or a callback, ran out of memory after step 5" in run.log(rank)
+        assert "after step 5 outside of its forward and backward pass, in _after_update (" in run.log(rank)
     assert not (run.folder / "profile.json").exists()  # no batch size is at fault
     (run.folder / "profile.json").write_text(json.dumps(list(SIZES.values())))
     complete(replace(run, phases=None, resume=True))

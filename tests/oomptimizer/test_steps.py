@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from nemo_emmett.errors import ConfigError, ModelError
+from nemo_emmett.oomptimizer import steps
 from nemo_emmett.oomptimizer.meter import Reading, TensorMeter
 from nemo_emmett.oomptimizer.steps import TrainingSteps
 from tests.models.two_ranks import quiet_trainer, run_on_two_ranks
@@ -234,6 +235,16 @@ def test_a_model_sharded_by_fsdp2_cannot_go_on_without_memory(monkeypatch: pytes
 
 
 # Bad input.
+
+
+def test_what_ranks_exchange_about_a_probe_is_no_part_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real ranks hold it for as long as their threads like."""
+    monkeypatch.setattr(steps, "world_size", lambda: 2)
+    monkeypatch.setattr(steps.dist, "all_reduce", lambda tensor, _: tensor.mul_(2))
+    meter = TensorMeter(torch.device("cpu"))
+    with meter.measuring():
+        assert steps._most([3.0, 4.0], torch.device("cpu")) == [6.0, 8.0]
+    assert (meter.peak, meter.alive) == (0, 0)
 
 
 def test_a_module_that_optimizes_by_itself_is_refused() -> None:
