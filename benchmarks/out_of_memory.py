@@ -150,7 +150,7 @@ def write_data(folder: Path) -> dict[str, Any]:
     (folder / "audio").mkdir()
     lines = []
     for number in range(160):
-        seconds = round(rng.uniform(0.3, 0.9), 2)
+        seconds = round(rng.uniform(0.1, 0.3), 2)
         path = folder / "audio" / f"{number}.wav"
         soundfile.write(path, 0.05 * np.random.default_rng(number).normal(size=round(seconds * 16_000)), 16_000)
         record = {"audio_filepath": str(path), "duration": seconds, "text": " ".join(rng.choices(words[10:], k=3))}

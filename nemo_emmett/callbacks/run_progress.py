@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Timer
 from tqdm import tqdm
 
 from nemo_emmett.modules.batch import MODALITIES
+from nemo_emmett.modules.data_ranks import number_of_data_ranks
 
 
 class RunProgress(Callback):
@@ -80,7 +81,7 @@ class RunProgress(Callback):
         if not is_first:
             seconds = self.training_seconds - self._printed_seconds
             if examples > self._printed_examples:
-                rate = (examples - self._printed_examples) * trainer.world_size / seconds
+                rate = (examples - self._printed_examples) * number_of_data_ranks(pl_module) / seconds
                 parts.append(f"{rate:,.1f} examples/s")
             if (left := self._seconds_left(trainer)) is not None:
                 parts.append(f"{timedelta(seconds=round(left))} left")

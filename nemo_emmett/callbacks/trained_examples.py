@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_emmett.modules.data_ranks import reads_first
 from nemo_emmett.prompts.language_codes import normalized
 
 Direction = tuple[str, str | None, str | None]
@@ -30,7 +31,8 @@ class TrainedExamples(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the examples of a batch of ours; NeMo's batches do not describe theirs."""
-        for part in batch.values() if isinstance(batch, Mapping) else ():
+        counts = isinstance(batch, Mapping) and reads_first(pl_module)
+        for part in batch.values() if counts else ():
             for example in part.get("examples") or () if isinstance(part, Mapping) else ():
                 self.counts[example["modality"], example["source_lang"], example["target_lang"]] += 1
 

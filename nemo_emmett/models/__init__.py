@@ -11,7 +11,8 @@ Modules, in the order in which a model is built, trained and used:
   name a class), ``optimization`` (optimizer and schedule), ``learning_rates`` (by part), ``lora_modality`` (LoRA that
   acts on speech alone), ``gradient_conflict`` (gradients of speech and text compared).
 - ``base``: the base class; ``building`` (tokenizer, language model, LoRA), ``perception`` (speech encoder),
-  ``transformer_blocks`` (compilation, activation checkpointing), ``initial_weights``, ``sharding`` (FSDP2).
+  ``transformer_blocks`` (compilation, activation checkpointing), ``initial_weights``, ``sharding`` (FSDP2),
+  ``tensor_parallel``.
 - ``training_step`` (losses of modalities and objectives), ``teachers`` (of objectives).
 - ``causal`` (common parts of decoder-only models), ``packed_inputs`` (several examples in a row), ``head``
   (losses in the output layer), ``microbatches``, ``dummy_batch``, ``step_log``, ``validation``, ``oomptimizer_schema``.

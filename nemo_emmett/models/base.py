@@ -46,8 +46,9 @@ from nemo_emmett.models.lora_modality import check_lora_modality, refuse_trained
 from nemo_emmett.models.oomptimizer_schema import oomptimizer_schema
 from nemo_emmett.models.optimization import parse_optimization
 from nemo_emmett.models.perception import build_perception, cache_encoder
-from nemo_emmett.models.sharding import shard, validated_parts
+from nemo_emmett.models.sharding import clip_gradients, shard, validated_parts
 from nemo_emmett.models.teachers import Teachers
+from nemo_emmett.models.tensor_parallel import check_tensor_parallel, make_alike, parallelize
 from nemo_emmett.models.training_step import TrainingStep
 from nemo_emmett.models.transformer_blocks import (
     checkpoint_activations,
@@ -297,15 +298,23 @@ class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMi
     # Training.
 
     def configure_model(self) -> None:
-        """Shard the model where Lightning's ModelParallelStrategy has made a device mesh (FSDP2)."""
+        """Shard the model where Lightning's ModelParallelStrategy has made a device mesh: tensor parallelism, FSDP2.
+
+        Raises:
+            ConfigError: for a model that cannot be split over ``tensor_parallel_size`` ranks.
+        """
         if self.device_mesh is None or self.is_sharded:
             return
         # Lightning converts the model later (`bf16-true`), and FSDP2 needs one type in each unit.
         self.trainer.precision_plugin.convert_module(self)
-        units = [unit for part in (self, *self.teachers.language_models()) for unit in _units(part)]
-        if self.perception is not None:
-            units.append(self.perception)
-        shard(self, units, self.device_mesh)
+        parts, parallel = (self, *self.teachers.language_models()), self.device_mesh["tensor_parallel"]
+        if parallel.size() > 1:
+            check_tensor_parallel(self, parallel.size())
+            for part in parts:
+                parallelize(part, parallel)
+            make_alike(self, parallel)
+        units = [unit for part in parts for unit in _units(part)]
+        shard(self, units, [] if self.perception is None else [self.perception], self.device_mesh)
         self.is_sharded = True
         if self.options.validation_bleu:
             logging.info(
@@ -338,7 +347,9 @@ class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMi
         """Lightning's, also for a fused optimizer under ``bf16-mixed``, where there is no loss scale that it would have
         to divide gradients by."""
         plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+        if self.is_sharded and (gradient_clip_val or 0) > 0 and gradient_clip_algorithm != GradClipAlgorithmType.VALUE:
+            clip_gradients(plugin.main_params(optimizer), gradient_clip_val)
+        elif isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
         else:

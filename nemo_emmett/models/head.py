@@ -27,6 +27,7 @@ from nemo_emmett.models.causal import unwrap_peft
 from nemo_emmett.modules.gated_lora import gated
 from nemo_emmett.modules.linear_cross_entropy import linear_cross_entropy, token_scores
 from nemo_emmett.modules.loss import IGNORE_INDEX
+from nemo_emmett.modules.vocabulary import VocabularyParallelLinear, local_head
 from nemo_emmett.modules.weighted_linear_loss import (
     LinearTeacher,
     LogitsTeacher,
@@ -44,6 +45,9 @@ LINEAR_HEADS = frozenset(
 )
 """Model types of transformers whose logits are ``softcap * tanh((hidden @ weight.T + bias) / softcap)``, where bias and
 soft cap may be absent. Any other type computes its logits, at the answers' positions."""
+
+
+_LINEAR_FORWARDS = nn.Linear.forward, VocabularyParallelLinear.forward
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ class TeacherAnswers:
             self.layer.unshard()
         try:
             bias_V = self.layer.bias if self.bias_V is None else self.bias_V
-            yield LinearTeacher(self.states_NX, self.layer.weight, bias_V, self.softcap)
+            head = local_head(self.states_NX, self.layer.weight, bias_V)
+            yield LinearTeacher(*head[:3], self.softcap, head[3])
         finally:
             if is_sharded:
                 self.layer.reshard()
@@ -213,7 +218,7 @@ def has_linear_head(llm: PreTrainedModel) -> bool:
     """Whether the logits are those of a linear layer, bias and soft cap; with LoRA in the output layer they are not."""
     layer = output_layer(llm)
     # FSDP2 gives a module a subclass of its class, which inherits the forward.
-    is_linear = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    is_linear = isinstance(layer, nn.Linear) and type(layer).forward in _LINEAR_FORWARDS
     return is_linear and llm.config.model_type in LINEAR_HEADS
 
 
@@ -225,7 +230,7 @@ def output_layer(llm: PreTrainedModel) -> nn.Module:
 
 def _run(llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[..., Tensor] | None = None) -> Tensor:
     """The language model's forward pass, in which its output layer gets the positions of targets only, (N, H), and is
-    replaced by ``answer(hidden_NH, weight_VH, bias_V=, softcap=)``, if given."""
+    replaced by ``answer(hidden_NH, weight_VH, bias_V=, softcap=, vocabulary=)``, if given."""
     layer = output_layer(llm)
 
     def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -248,7 +253,8 @@ def _run(llm: PreTrainedModel, inputs: LLMInputs, answer: Callable[..., Tensor] 
                 # The loss is computed within the layer's own call, not before or after it: FSDP2 gathers the weight in
                 # a hook of this call, and hooks of FSDP2 and DDP receive its gradient. So the weight is read only here.
                 bias = layer.bias if bias_V is None else bias_V
-                return answer(hidden_NH, layer.weight, bias_V=bias, softcap=softcap)
+                hidden_NH, weight, bias, vocabulary = local_head(hidden_NH, layer.weight, bias)
+                return answer(hidden_NH, weight, bias_V=bias, softcap=softcap, vocabulary=vocabulary)
 
             layer.forward = forward
             stack.callback(delattr, layer, "forward")  # the class's own is used again

@@ -8,16 +8,18 @@ their weights with the output layer, belong to the root, which is gathered throu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from nemo_emmett.errors import ConfigError
 from nemo_emmett.modules.batch import MODALITIES
 from nemo_emmett.modules.loss import sum_over_ranks
 
@@ -25,31 +27,45 @@ ENTRANCES = ("training_step", "validation_step", "test_step", "generate_answers"
 """The methods by which a step enters the model."""
 
 
-def shard(root: nn.Module, units: Sequence[nn.Module], device_mesh: DeviceMesh) -> None:
+def shard(root: nn.Module, units: Sequence[nn.Module], whole: Sequence[nn.Module], device_mesh: DeviceMesh) -> None:
     """Shard a model over the mesh's ``data_parallel`` ranks, in place.
 
     Args:
         root: the whole model, before its optimizer is made.
         units: parts that are gathered one by one.
+        whole: such parts that tensor parallelism does not split: sharded over its ranks as well, which compute the same
+            gradient for them.
         device_mesh: of Lightning's ``ModelParallelStrategy``.
-
-    Raises:
-        ConfigError: for tensor parallelism, which our models do not have.
     """
-    if (size := device_mesh["tensor_parallel"].size()) > 1:
-        raise ConfigError(
-            f"trainer.strategy.tensor_parallel_size: {size} is not possible for {type(root).__name__}; set it to 1, "
-            "and data_parallel_size to the number of devices."
-        )
     mesh = device_mesh["data_parallel"]
+    everywhere = mesh
+    if device_mesh["tensor_parallel"].size() > 1:
+        everywhere = init_device_mesh(mesh.device_type, (dist.get_world_size(),), mesh_dim_names=("ranks",))
     for unit in units:
         fully_shard(unit, mesh=mesh)
+    for unit in whole:
+        fully_shard(unit, mesh=everywhere)
     # FSDP2 takes the first module that is entered for the root. Were it the language model, embeddings that are its
     # output layer too would not be gathered where the model uses them before it: hence the whole model is the root,
     # and since Lightning does not call its `forward`, the methods that it calls are hooked instead.
     fully_shard(root, mesh=mesh)
     for name in ENTRANCES:
         register_fsdp_forward_method(root, name)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
+    """``torch.nn.utils.clip_grad_norm_`` of parameters that are sharded over different ranks, of which torch cannot add
+    up the norms. A collective."""
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups.values()]
+    if norms:
+        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        for group in groups.values():
+            clip_grads_with_norm_(group, largest, total)
 
 
 def absent_modalities(

@@ -9,9 +9,11 @@
 - :mod:`nemo_emmett.modules.cross_attention`: BESTOW's layers from text to speech.
 - :mod:`nemo_emmett.modules.gated_lora`: LoRA that acts on the examples with speech alone.
 - :mod:`nemo_emmett.modules.linear_cross_entropy`: cross-entropy of an output layer without its logits.
+- :mod:`nemo_emmett.modules.vocabulary`: whole, or split over the ranks of tensor parallelism.
 - :mod:`nemo_emmett.modules.weighted_linear_loss`: the same with weights, and the divergence from a teacher.
 - :mod:`nemo_emmett.modules.gradient_projection`: gradients of two tasks compared, and their conflict projected away.
 - :mod:`nemo_emmett.modules.loss`: token cross-entropy per modality over all ranks.
+- :mod:`nemo_emmett.modules.data_ranks`: ranks that read different data.
 - :mod:`nemo_emmett.modules.metrics`: sacreBLEU's metrics with the settings of validation and evaluation.
 - :mod:`nemo_emmett.modules.evaluation_mode`: parts of a model in evaluation mode for a while.
 - :mod:`nemo_emmett.modules.random_state`: states of the random generators.

@@ -6,6 +6,9 @@ states and weight; so the forward pass computes all gradients, and the backward 
 Liger's fused linear cross-entropy, arXiv 2410.10989; cut cross-entropy, arXiv 2411.09009, needs not even a chunk of
 logits. On CUDA their kernels are used where they are installed.)
 
+Where the vocabulary is split over ranks (:mod:`~nemo_emmett.modules.vocabulary`), V is what this rank has of it, and
+``chunked`` is the one implementation: no kernel exchanges what the ranks' parts have to know of one another.
+
 Shapes: N tokens, C tokens of a chunk, V vocabulary, H hidden size.
 """
 
@@ -26,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from nemo_emmett.config import nearest
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.modules.loss import IGNORE_INDEX
+from nemo_emmett.modules.vocabulary import WHOLE, Vocabulary
 
 IMPLEMENTATIONS = ("auto", "chunked", "liger", "cut_cross_entropy", "naive")
 """Values of ``model.loss_implementation``."""
@@ -59,6 +63,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     implementation: str = "auto",
+    vocabulary: Vocabulary = WHOLE,
 ) -> Tensor:
     """Sum of the cross-entropies of the rows that have a target.
 
@@ -77,6 +82,8 @@ def linear_cross_entropy(
             16-bit types, without label smoothing, and leaves out gradients below the type's precision), ``naive``
             (all logits at once), or ``auto``: the first kernel that is installed and able, else ``chunked``. On fake
             tensors, which no kernel can read, a kernel's memory is that of ``chunked``.
+        vocabulary: over which the weight's rows are a part, or all; the gradient of the hidden states is that of this
+            part alone.
 
     Returns:
         A scalar, nats, float32 (float64 of float64 inputs).
@@ -90,7 +97,7 @@ def linear_cross_entropy(
         tensor(9.2103)
     """
     check_implementation(implementation, label_smoothing)
-    inputs = LinearInputs(hidden_NH, weight_VH, bias_V, targets_N, softcap, label_smoothing)
+    inputs = LinearInputs(hidden_NH, weight_VH, bias_V, targets_N, softcap, label_smoothing, vocabulary)
     return _COMPUTE[_chosen(implementation, inputs)](inputs)
 
 
@@ -102,6 +109,7 @@ def token_scores(
     *,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Each row's cross-entropy, and whether its most likely prediction is the target; chunk by chunk.
 
@@ -111,16 +119,17 @@ def token_scores(
         targets_N: (N,) int64; ``IGNORE_INDEX`` where there is none.
         bias_V: (V,).
         softcap: as for :func:`linear_cross_entropy`.
+        vocabulary: as there.
 
     Returns:
         (N,) float32 nats, 0 where ignored, and (N,) bool, false where ignored. Neither has a gradient.
     """
-    inputs = LinearInputs(hidden_NH, weight_VH, bias_V, targets_N, softcap).cast()
+    inputs = LinearInputs(hidden_NH, weight_VH, bias_V, targets_N, softcap, vocabulary=vocabulary).cast()
     losses_N, is_correct_N = inputs.zeros_N(), torch.zeros_like(targets_N, dtype=torch.bool)
     for rows in inputs.chunks():
         chunk = inputs.of(rows)
         logits_CV = chunk.logits()
-        is_correct_N[rows] = logits_CV.argmax(1) == chunk.targets_N
+        is_correct_N[rows] = vocabulary.argmax(logits_CV) == chunk.targets_N
         losses_N[rows] = _into_losses(logits_CV, chunk)
         del logits_CV  # before those of the next chunk are made
     return losses_N, is_correct_N
@@ -155,6 +164,7 @@ class LinearInputs:
     targets_N: Tensor
     softcap: float | None = None
     label_smoothing: float = 0.0
+    vocabulary: Vocabulary = WHOLE
 
     @property
     def layer(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -173,7 +183,7 @@ class LinearInputs:
         Args:
             share: chunks have one in so many of the usual rows, for a loss that holds more for each row.
         """
-        N, V = len(self.hidden_NH), len(self.weight_VH)
+        N, V = len(self.hidden_NH), self.vocabulary.most(len(self.weight_VH))  # the same on all ranks
         most = max(1, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // V) // share)
         return (slice(start, min(start + most, N)) for start in range(0, N, most))
 
@@ -192,7 +202,9 @@ class LinearInputs:
 
 
 def _chosen(implementation: str, inputs: LinearInputs) -> str:
-    if implementation in ("naive", "chunked"):
+    if implementation == "chunked" or inputs.vocabulary is not WHOLE:
+        return "chunked"
+    if implementation == "naive":
         return implementation
     # Kernels cannot read fake tensors, and have no grid for no rows; then there is nothing to compute.
     if isinstance(inputs.hidden_NH, FakeTensor) or len(inputs.hidden_NH) == 0:
@@ -381,26 +393,28 @@ def into_gradient(logits_CV: Tensor, chunk: LinearInputs, weights_C1: Tensor) ->
     losses_C, sums_C1 = into_exponentials(logits_CV, chunk)
     # weight * (softmax - (1 - smoothing) * one-hot - smoothing / V).
     logits_CV.mul_(weights_C1 / sums_C1)
-    logits_CV.scatter_add_(1, columns(chunk.targets_N), (chunk.label_smoothing - 1) * weights_C1)
+    columns_C1, is_here_C1 = chunk.vocabulary.columns(chunk.targets_N)
+    own_C1 = weights_C1 if is_here_C1 is None else weights_C1 * is_here_C1
+    logits_CV.scatter_add_(1, columns_C1, (chunk.label_smoothing - 1) * own_C1)
     if chunk.label_smoothing:
-        logits_CV.sub_(weights_C1 * (chunk.label_smoothing / logits_CV.shape[1]))
+        logits_CV.sub_(weights_C1 * (chunk.label_smoothing / chunk.vocabulary.size(logits_CV.shape[1])))
     return losses_C
 
 
 def into_exponentials(logits_CV: Tensor, chunk: LinearInputs) -> tuple[Tensor, Tensor]:
     """The (C,) losses, and the (C, 1) sums of each row's exponentials, which take the logits' place."""
-    logits_CV.sub_(logits_CV.amax(1, keepdim=True))
-    expected_C = (1 - chunk.label_smoothing) * logits_CV.gather(1, columns(chunk.targets_N))[:, 0]
-    if chunk.label_smoothing:
-        expected_C += chunk.label_smoothing * logits_CV.mean(1)
+    vocabulary, smoothing = chunk.vocabulary, chunk.label_smoothing
+    logits_CV.sub_(vocabulary.max(logits_CV.amax(1, keepdim=True)))
+    columns_C1, is_here_C1 = vocabulary.columns(chunk.targets_N)
+    expected_C1 = (1 - smoothing) * logits_CV.gather(1, columns_C1)
+    if is_here_C1 is not None:
+        expected_C1.masked_fill_(~is_here_C1, 0)
+    if smoothing:
+        expected_C1 += smoothing * logits_CV.sum(1, keepdim=True) / vocabulary.size(logits_CV.shape[1])
     sums_C1 = logits_CV.exp_().sum(1, keepdim=True)
-    losses_C = (sums_C1[:, 0].log() - expected_C).masked_fill(chunk.targets_N == IGNORE_INDEX, 0)
+    sums_C1, expected_C1 = vocabulary.sum(torch.cat([sums_C1, expected_C1], 1)).split(1, 1)
+    losses_C = (sums_C1.log() - expected_C1)[:, 0].masked_fill(chunk.targets_N == IGNORE_INDEX, 0)
     return losses_C, sums_C1
-
-
-def columns(targets_C: Tensor) -> Tensor:
-    """(C, 1) columns to read; any will do for a row that is ignored."""
-    return targets_C.masked_fill(targets_C == IGNORE_INDEX, 0)[:, None]
 
 
 def _add_product(sum_VH: Tensor, left_CV: Tensor, right_CH: Tensor) -> None:

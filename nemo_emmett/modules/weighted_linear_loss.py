@@ -32,6 +32,7 @@ from nemo_emmett.modules.linear_cross_entropy import (
     wants_gradient,
 )
 from nemo_emmett.modules.loss import IGNORE_INDEX
+from nemo_emmett.modules.vocabulary import WHOLE, Vocabulary
 
 BLOCK_ELEMENTS = 2**21
 """Logits whose softmax is computed at a time, for the divergence needs several copies of them: 8 MiB each."""
@@ -53,6 +54,7 @@ class LinearTeacher:
     weight_WH: Tensor
     bias_W: Tensor | None = None
     softcap: float | None = None
+    vocabulary: Vocabulary = WHOLE
 
     def logits(self, rows: slice) -> Tensor:
         """See :class:`Teacher`."""
@@ -61,7 +63,7 @@ class LinearTeacher:
         logits_CW = logits_CW.to(sum_dtype(logits_CW.dtype))
         if self.softcap is not None:
             logits_CW.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits_CW
+        return self.vocabulary.whole(logits_CW)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def weighted_linear_loss(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     teacher: Teacher | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of each row's cross-entropy and of its divergence from a teacher.
 
@@ -122,12 +125,13 @@ def weighted_linear_loss(
         label_smoothing: of the cross-entropy.
         teacher: its rows are those of ``hidden_NH``. If it has fewer columns than V, it gives the others no
             probability; columns beyond V are left out.
+        vocabulary: as for ``linear_cross_entropy``; the teacher's is whole.
 
     Returns:
         The scalar; the (N,) cross-entropies; and the (N,) divergences times ``temperature ** 2``, 0 where their weight
         is. Nats, float32 (float64 of float64 inputs). Only the scalar has a gradient.
     """
-    inputs = LinearInputs(hidden_NH, weight_VH, bias_V, targets_N, softcap, label_smoothing)
+    inputs = LinearInputs(hidden_NH, weight_VH, bias_V, targets_N, softcap, label_smoothing, vocabulary)
     terms = _Terms.of(inputs, weights, teacher)
     if wants_gradient(*inputs.layer):
         return _WeightedLoss.apply(*inputs.layer, inputs, terms)
@@ -239,9 +243,11 @@ def _losses_of_chunk(
     else:
         teacher_CW, kl_weights_C1 = terms.teacher.logits(rows), terms.kl_weights_N1[rows]
         losses_C, divergences_C = torch.empty_like(weights_C1[:, 0]), torch.empty_like(weights_C1[:, 0])
-        for block in _blocks(*logits_CV.shape):
+        for block in _blocks(len(logits_CV), chunk.vocabulary.most(logits_CV.shape[1])):
             kl_weights_D1 = kl_weights_C1[block]
-            dlogits_DV, divergences_D = _divergence(logits_CV[block], teacher_CW[block], terms.temperature)
+            dlogits_DV, divergences_D = _divergence(
+                logits_CV[block], teacher_CW[block], terms.temperature, chunk.vocabulary
+            )
             losses_C[block] = into_gradient(logits_CV[block], chunk.of(block), weights_C1[block])
             # What the teacher says of other rows may be anything.
             unused_D1 = kl_weights_D1 == 0
@@ -259,15 +265,24 @@ def _blocks(C: int, V: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, C)) for start in range(0, C, rows))
 
 
-def _divergence(logits_DV: Tensor, teacher_DW: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _divergence(
+    logits_DV: Tensor, teacher_DW: Tensor, temperature: float, vocabulary: Vocabulary = WHOLE
+) -> tuple[Tensor, Tensor]:
     """Gradient by the student's logits, (D, V), and value, (D,), of ``T ** 2 * KL(teacher || student)``."""
-    columns = min(logits_DV.shape[1], teacher_DW.shape[1])
-    student_DV = (logits_DV / temperature).log_softmax(1)
-    teacher_DW = (teacher_DW[:, :columns] / temperature).log_softmax(1)
-    p_DW = teacher_DW.exp()
-    value_D = temperature**2 * (p_DW * (teacher_DW - student_DV[:, :columns])).sum(1)
+    student_DV = _log_softmax(logits_DV / temperature, vocabulary)
+    columns = min(vocabulary.size(logits_DV.shape[1]), teacher_DW.shape[1])
+    teacher_DW = vocabulary.own((teacher_DW[:, :columns] / temperature).log_softmax(1))
+    p_DW, own = teacher_DW.exp(), teacher_DW.shape[1]
+    value_D = temperature**2 * vocabulary.sum((p_DW * (teacher_DW - student_DV[:, :own])).sum(1))
     if student_DV.requires_grad:  # autograd computes the gradient
         return student_DV, value_D
     dlogits_DV = student_DV.exp_()
-    dlogits_DV[:, :columns] -= p_DW
+    dlogits_DV[:, :own] -= p_DW
     return dlogits_DV.mul_(temperature), value_D
+
+
+def _log_softmax(logits_DV: Tensor, vocabulary: Vocabulary) -> Tensor:
+    if vocabulary is WHOLE:
+        return logits_DV.log_softmax(1)
+    logits_DV = logits_DV - vocabulary.max(logits_DV.amax(1, keepdim=True))
+    return logits_DV - vocabulary.sum(logits_DV.exp().sum(1, keepdim=True)).log()

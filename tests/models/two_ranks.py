@@ -71,6 +71,7 @@ def run_on_two_ranks(
 def _rank(rank: int, port: int, log: Path, job: Callable[..., None], arguments: Sequence[Any], seconds: float) -> None:
     os.setpgrp()
     print_to(log)
+    faulthandler.enable(sys.stderr)
     faulthandler.dump_traceback_later(seconds - 5, file=sys.stderr)
     # What Lightning reads to find that its ranks are started by somebody else.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
@@ -236,7 +237,8 @@ def quiet_trainer(**options: Any) -> Trainer:
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"),
         False,
     )
-    return Trainer(accelerator="cpu", devices=RANKS, max_epochs=1, **{"num_sanity_val_steps": 0} | quiet | options)
+    defaults = {"devices": RANKS, "num_sanity_val_steps": 0}
+    return Trainer(accelerator="cpu", max_epochs=1, **defaults | quiet | options)
 
 
 def assert_equal_gradients(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,19 @@
+"""Ranks that read different data: all of them, but for tensor parallelism, where a group of ranks reads the same."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule
+
+from nemo_emmett.modules.loss import world_size
+
+
+def reads_first(module: LightningModule) -> bool:
+    """Whether this rank is the first of those that read the same batches, so that each batch is counted once."""
+    mesh = module.device_mesh
+    return mesh is None or mesh["tensor_parallel"].get_local_rank() == 0
+
+
+def number_of_data_ranks(module: LightningModule) -> int:
+    """How many ranks read different data."""
+    mesh = module.device_mesh
+    return world_size() if mesh is None else world_size() // mesh["tensor_parallel"].size()
