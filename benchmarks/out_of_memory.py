@@ -7,7 +7,7 @@ dropout). Or all ranks exit with code 75, and the training is started again, whi
 last checkpoint, with the batch sizes that were lowered; how long that exit takes is measured from the error. Any other
 end is a failure, and is counted.
 
-    python benchmarks/out_of_memory.py [--errors 28]
+    python benchmarks/out_of_memory.py [--errors 28] [--strategies DDP] [--accumulated 4] [--phases forward]
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ STRATEGIES: dict[str, tuple[int, Any]] = {
 ACCUMULATED = (1, 4)
 WIDTH = 64
 SIZES = {"audio": 32, "text": 48}
-SECONDS_TO_END = 120
-"""Of a launch, after which it hangs."""
+SECONDS_WITHOUT_A_STEP = 120
+"""After which a launch hangs; a checkpoint is written after each step."""
 
 STEPS_AFTER_AN_ERROR = 2
 """Optimizer steps between errors, at least; a checkpoint is written after each."""
@@ -264,9 +265,14 @@ def launch(recipe: dict, injectors: list[Injector | None], folder: Path) -> tupl
     ]
     for process in processes:
         process.start()
-    deadline = time.monotonic() + SECONDS_TO_END
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
+    checkpoints, progress = folder / "exp" / "checkpoints", (0.0, time.monotonic())
+    while any(process.is_alive() for process in processes):
+        changed = checkpoints.stat().st_mtime if checkpoints.exists() else 0.0
+        if changed != progress[0]:
+            progress = changed, time.monotonic()
+        if time.monotonic() - progress[1] > SECONDS_WITHOUT_A_STEP:
+            break
+        wait([process.sentinel for process in processes if process.is_alive()], timeout=1)
     ended = time.time()
     codes = [process.exitcode for process in processes]
     for process in processes:
@@ -344,6 +350,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--errors", type=int, default=28, help="of each cell")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--accumulated", nargs="+", type=int, choices=ACCUMULATED, default=list(ACCUMULATED))
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.setLevel(logging.ERROR)
@@ -353,7 +361,7 @@ def main() -> None:
         folder = Path(name)
         train_ds = write_data(folder)
         write_t5(folder / "t5", WIDTH, 1, 512, dropout_rate=0.0)
-        cells = list(product(options.strategies, ACCUMULATED, PHASES))
+        cells = list(product(options.strategies, options.accumulated, options.phases))
         steps, data = (options.errors + 1) * (STEPS_AFTER_AN_ERROR + 2), (train_ds, folder / "t5")
         expected: dict[Any, torch.Tensor] = {}
         for strategy, accumulated, phase in track(cells, "Training", console=console):

@@ -33,7 +33,7 @@ FLOORS = (
     ("planning", "evaluation", "translation", "serving", "corpora"),
     ("callbacks.oomptimizer",),
     ("models", "data", "oomptimizer"),
-    ("callbacks.*",),
+    ("callbacks.*", "strategies"),
     ("objectives",),
     ("modules", "prompts", "schedulers"),
     ("errors", "config", "typed_config", "early_checks", "files", "processes", "audio_file", "audio_chunks", "run_log"),

@@ -19,8 +19,10 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nemo_emmett.modules.batch import MODALITIES
+from nemo_emmett.modules.data_ranks import REPLICAS, SHARDS
 from nemo_emmett.modules.loss import sum_over_ranks
 
 ENTRANCES = ("training_step", "validation_step", "test_step", "generate_answers")
@@ -33,14 +35,16 @@ def shard(root: nn.Module, units: Sequence[nn.Module], whole: Sequence[nn.Module
     Args:
         root: the whole model, before its optimizer is made.
         units: parts that are gathered one by one.
-        whole: such parts that tensor parallelism does not split: sharded over its ranks as well, which compute the same
-            gradient for them.
-        device_mesh: of Lightning's ``ModelParallelStrategy``.
+        whole: such parts that tensor parallelism does not split: unless there are replicas, they are sharded over its
+            ranks as well, which compute the same gradient for them.
+        device_mesh: of Lightning's ``ModelParallelStrategy``, or of our hybrid one.
     """
-    mesh = device_mesh["data_parallel"]
+    is_hybrid = REPLICAS in device_mesh.mesh_dim_names
+    mesh = device_mesh[REPLICAS, SHARDS] if is_hybrid else device_mesh["data_parallel"]
     everywhere = mesh
-    if device_mesh["tensor_parallel"].size() > 1:
-        everywhere = init_device_mesh(mesh.device_type, (dist.get_world_size(),), mesh_dim_names=("ranks",))
+    if device_mesh["tensor_parallel"].size() > 1 and not is_hybrid:
+        with _disable_current_modes():  # also in a plan the mesh has values
+            everywhere = init_device_mesh(mesh.device_type, (dist.get_world_size(),), mesh_dim_names=("ranks",))
     for unit in units:
         fully_shard(unit, mesh=mesh)
     for unit in whole:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -124,9 +125,10 @@ def make_alike(model: nn.Module, mesh: DeviceMesh) -> None:
     for tensor in chain(model.parameters(), model.buffers()):
         if not isinstance(tensor, DTensor):
             dist.broadcast(tensor.data, source, group=group)
-    states: list[Mapping[str, Any]] = [random_state()]
-    dist.broadcast_object_list(states, source, group=group)
-    restore_random_state(states[0])
+    with unset_fake_temporarily():  # in a plan, too, this has values
+        states: list[Mapping[str, Any]] = [random_state()]
+        dist.broadcast_object_list(states, source, group=group)
+        restore_random_state(states[0])
 
 
 def _plan(llm: nn.Module) -> Sequence[tuple[str, str]]:

@@ -1,10 +1,17 @@
-"""Ranks that read different data: all of them, but for tensor parallelism, where a group of ranks reads the same."""
+"""Ranks that read different data: all of them, but for tensor parallelism, where a group of ranks reads the same; and
+the dimensions of a mesh of ranks."""
 
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule
 
 from nemo_emmett.modules.loss import world_size
+
+REPLICAS = "replicas"
+"""Dimension of a mesh: groups of ranks, each of which has a whole model (nemo_emmett/strategies.py)."""
+
+SHARDS = "shards"
+"""Dimension of a mesh: the ranks of such a group."""
 
 
 def reads_first(module: LightningModule) -> bool:

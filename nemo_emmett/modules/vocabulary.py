@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nemo_emmett.modules.loss import IGNORE_INDEX
 
@@ -127,9 +126,9 @@ class ShardedVocabulary(Vocabulary):
 class VocabularyParallelLinear(nn.Linear):
     """An output layer of which each rank has the rows of some tokens; its logits are those of all tokens."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """(..., V) logits of (..., H) hidden states, which are the same on all ranks. A collective of the group."""
-        hidden = DTensor.from_local(input, self.weight.device_mesh, [Replicate()], run_check=False)
+        hidden = DTensor.from_local(hidden, self.weight.device_mesh, [Replicate()], run_check=False)
         return F.linear(hidden, self.weight, self.bias).full_tensor()
 
 
@@ -146,9 +145,10 @@ def local_head(
     if not isinstance(weight_VH, DTensor):
         return hidden_NH, weight_VH, bias_V, WHOLE
     mesh = weight_VH.device_mesh
-    shape, offset = compute_local_shape_and_global_offset(weight_VH.shape, mesh, weight_VH.placements)
-    vocabulary = ShardedVocabulary(mesh.get_group(), offset[0], shape[0], weight_VH.shape[0])
+    V, weight_WH = len(weight_VH), weight_VH.to_local()
+    first = min(V, mesh.get_local_rank() * -(-V // mesh.size()))  # as `torch.chunk` divides rows
+    vocabulary = ShardedVocabulary(mesh.get_group(), first, len(weight_WH), V)
     # Each rank has a part of the gradient of the hidden states, which are summed.
     hidden = DTensor.from_local(hidden_NH, mesh, [Replicate()], run_check=False)
     hidden_NH = hidden.to_local(grad_placements=[Partial()])
-    return hidden_NH, weight_VH.to_local(), None if bias_V is None else bias_V.to_local(), vocabulary
+    return hidden_NH, weight_WH, None if bias_V is None else bias_V.to_local(), vocabulary

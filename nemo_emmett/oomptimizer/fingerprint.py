@@ -166,8 +166,13 @@ def _parameters(module: LightningModule) -> dict[str, Any]:
     }
 
 
-def _ranks_of_shards(module: LightningModule) -> int:
-    """The ranks over which parameters are sharded; 1: each has whole ones."""
+def _ranks_of_shards(module: LightningModule) -> int | dict[str, int]:
+    """The ranks over which parameters are sharded; 1: each has whole ones. Where they are sharded in several ways, the
+    ranks of each."""
+    if (mesh := module.device_mesh) is not None:
+        sizes = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+        if sizes["tensor_parallel"] > 1 or len(sizes) > 2:
+            return sizes
     return max((p.device_mesh.size() for p in module.parameters() if isinstance(p, DTensor)), default=1)
 
 

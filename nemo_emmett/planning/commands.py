@@ -25,7 +25,7 @@ from nemo_emmett.planning.lengths import lengths_of_groups
 from nemo_emmett.planning.needed import check_memory_is_given, check_new_profile
 from nemo_emmett.planning.picture import draw_profile
 from nemo_emmett.planning.planner import DataOfRecipe, Planner, fit, with_fastest_bins, with_own_bins
-from nemo_emmett.planning.recipe import Build, sharded_over, without_training
+from nemo_emmett.planning.recipe import Build, sharding_of, without_training
 from nemo_emmett.planning.report import LiveTable, duration
 from nemo_emmett.planning.timing import Rate
 from nemo_emmett.run_log import plain_console
@@ -137,7 +137,7 @@ def plan(
     numbers = {"--num-buckets": num_buckets, "--num-sub-buckets": num_sub_buckets, "--limit": limit}
     num_buckets, num_sub_buckets, limit = (parse_value(PositiveWhole | None, *item[::-1]) for item in numbers.items())
     budget = int(parse_memory(memory, "--memory") * memory_fraction)
-    ranks = sharded_over(cfg.trainer)
+    sharding = sharding_of(cfg.trainer)
     check_new_profile(profile)
     planner = Planner(
         without_training(cfg),
@@ -159,8 +159,8 @@ def plan(
         planner.console.print(f"Times are predicted, not measured ({rate}); an epoch is one device's.", highlight=False)
     else:
         found = planner.search()
-    if ranks > 1:
-        planner.console.print(f"\nWeights, gradients and optimizer state are sharded over {ranks:,} devices.")
+    if sharding.devices > 1:
+        planner.console.print(f"\n{sharding}")
     if planner.ddp_bytes:
         planner.console.print(f"\nDDP takes {shown(planner.ddp_bytes)} in addition to the steps, to average gradients.")
     found = replace(found, settings={**found.settings, "memory": memory, "memory_fraction": memory_fraction})

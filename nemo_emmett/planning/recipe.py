@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
@@ -30,10 +31,13 @@ _NO_TRAINING = {
 _HERE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 """Keys of ``trainer`` for a plan, which is made by one process without a device."""
 
-_TENSOR_PARALLEL = "tensor_parallel_size"
+_PLACE = "trainer.strategy"
 
-_FSDP2 = "ModelParallelStrategy"
-"""Lightning's strategy that shards a model by FSDP2."""
+_DEFAULT_SIZES = {
+    "ModelParallelStrategy": {"data_parallel_size": "auto", "tensor_parallel_size": "auto", "replicas": 1},
+    "HybridShardedStrategy": {"data_parallel_size": "auto", "tensor_parallel_size": 1, "replicas": "auto"},
+}
+"""Strategies that shard a model by FSDP2: Lightning's, and ours for HSDP."""
 
 _OTHER_SHARDING = ("fsdp", "automodel", "deepspeed", "megatron")
 """What the names of other strategies hold that put parts of the model on each device."""
@@ -76,53 +80,82 @@ def without_training(cfg: DictConfig) -> DictConfig:
 def without_device(cfg: DictConfig) -> DictConfig:
     """The same recipe for a plan: one process on the CPU, and the model's architecture without its weights.
 
-    Where FSDP2 shards the model, the process is the first of as many ranks (:func:`sharded_over`).
+    Where FSDP2 shards the model, the process is the first of as many ranks (:func:`sharding_of`).
 
     Raises:
         ModelError: if the config of a pretrained part cannot be read.
     """
     changed = cfg.copy()
     changed.trainer.update(_HERE)
-    ranks, parallel = sharded_over(cfg.trainer), _tensor_parallel_size(cfg.trainer)
-    if ranks * parallel > 1:
-        changed.trainer.strategy = {**cfg.trainer.strategy, "data_parallel_size": ranks}
-        changed.trainer.devices = ranks * parallel
+    if (sharding := sharding_of(cfg.trainer)).devices > 1:
+        sizes = {"data_parallel_size": sharding.data_ranks, "tensor_parallel_size": sharding.tensor_parallel}
+        changed.trainer.strategy = {**cfg.trainer.strategy, **sizes}
+        changed.trainer.devices = sharding.devices
     if "pretrained_llm" in cfg.model:  # an ASR model of NeMo is built from its config alone
         changed.model = {**architecture_only(changed.model), "_target_": changed.model.get("_target_")}
     return changed
 
 
-def sharded_over(trainer: DictConfig) -> int:
-    """The ranks over which a recipe's strategy shards the model; 1: each has a whole one.
+@dataclass(frozen=True)
+class Sharding:
+    """How a strategy shards a model.
+
+    Args:
+        data_ranks: the ranks with different data.
+        tensor_parallel: the ranks that share each layer, and read the same data.
+        replicas: groups of data ranks, in each of which the model is sharded.
+    """
+
+    data_ranks: int = 1
+    tensor_parallel: int = 1
+    replicas: int = 1
+
+    @property
+    def devices(self) -> int:
+        """All ranks."""
+        return self.data_ranks * self.tensor_parallel
+
+    def __str__(self) -> str:
+        parts = [
+            f"Weights, gradients and optimizer state are sharded over {self.data_ranks // self.replicas:,} devices"
+        ]
+        parts += [f"of which there are {self.replicas:,} groups"] * (self.replicas > 1)
+        parts += [f"and each layer over {self.tensor_parallel:,} more"] * (self.tensor_parallel > 1)
+        return ", ".join(parts) + "."
+
+
+def sharding_of(trainer: DictConfig) -> Sharding:
+    """How a recipe's strategy shards the model.
 
     Raises:
-        ConfigError: if that cannot be planned: for a strategy other than Lightning's for FSDP2, or if the recipe does
-            not say how many devices there are.
+        ConfigError: if that cannot be planned: for a strategy other than Lightning's for FSDP2 and ours, or if the
+            recipe does not say how many devices there are.
     """
     name = strategy_name(trainer)
-    if name != _FSDP2:
+    if name not in _DEFAULT_SIZES:
         if any(word in name.lower().replace("_", "") for word in _OTHER_SHARDING):
             raise ConfigError(
                 f"trainer.strategy: '{name}' puts parts of the model on each device in a way that cannot be planned "
                 "without them; run `nemo-emmett oomptimize` on the devices, or plan for emmett_strategy=fsdp2."
             )
-        return 1
-    ranks, devices = trainer.strategy.get("data_parallel_size", "auto"), trainer.get("devices", "auto")
-    if ranks == "auto" and str(devices) != "auto":
-        count = len(devices) if isinstance(devices, ListConfig) else int(devices)
-        ranks = count * int(trainer.get("num_nodes", 1)) // _tensor_parallel_size(trainer)
-    if ranks == "auto":
-        raise ConfigError(
-            "trainer.strategy.data_parallel_size: is needed to plan for a model that is sharded; give it the number of "
-            "devices of all nodes together, or plan with --devices."
-        )
-    return parse_value(PositiveWhole, ranks, "trainer.strategy.data_parallel_size")
-
-
-def _tensor_parallel_size(trainer: DictConfig) -> int:
-    if strategy_name(trainer) != _FSDP2:
-        return 1
-    return parse_value(PositiveWhole, trainer.strategy.get(_TENSOR_PARALLEL, 1), f"trainer.strategy.{_TENSOR_PARALLEL}")
+        return Sharding()
+    devices, sizes = trainer.get("devices", "auto"), dict(_DEFAULT_SIZES[name])
+    sizes.update({key: trainer.strategy[key] for key in sizes if trainer.strategy.get(key) is not None})
+    if str(devices) != "auto":  # what Lightning and our strategy make of `auto`
+        of_node = len(devices) if isinstance(devices, ListConfig) else int(devices)
+        if sizes["tensor_parallel_size"] == "auto":
+            sizes["tensor_parallel_size"] = of_node
+        if sizes["data_parallel_size"] == "auto":
+            parallel = parse_value(PositiveWhole, sizes["tensor_parallel_size"], f"{_PLACE}.tensor_parallel_size")
+            sizes["data_parallel_size"] = max(1, of_node * int(trainer.get("num_nodes", 1)) // parallel)
+    for key, value in sizes.items():
+        if value == "auto":
+            raise ConfigError(
+                f"{_PLACE}.{key}: is needed to plan for a model that is sharded; give it a number of devices, or plan "
+                "with --devices."
+            )
+        sizes[key] = parse_value(PositiveWhole, value, f"{_PLACE}.{key}")
+    return Sharding(sizes["data_parallel_size"], sizes["tensor_parallel_size"], sizes["replicas"])
 
 
 def strategy_name(trainer: DictConfig) -> str:
@@ -138,7 +171,7 @@ def ddp_bucket_bytes(trainer: DictConfig, model: LightningModule) -> int:
 
     The buckets hold a copy of every gradient, unless gradients live in them (``gradient_as_bucket_view``).
     """
-    if strategy_name(trainer) == _FSDP2:  # gradients are scattered, and in shards from then on
+    if strategy_name(trainer) in _DEFAULT_SIZES:  # gradients are scattered, and in shards from then on
         return 0
     strategy = trainer.get("strategy", "auto")
     in_buckets = isinstance(strategy, DictConfig) and strategy.get("gradient_as_bucket_view", False)

@@ -1,4 +1,4 @@
-"""Ranks that are not there, for plans of models that FSDP2 shards over them.
+"""Ranks that are not there, for plans of models that FSDP2 and tensor parallelism shard over them.
 
 This process is the first of so many ranks, in a process group whose collectives do nothing (torch's ``fake`` backend).
 FSDP2 shards fake weights over it, gathers a unit before it is entered, frees it, and scatters gradients, all in the
@@ -8,7 +8,7 @@ in a calibration.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import training_step
 from nemo_emmett.oomptimizer.snapshot import replaced
+from nemo_emmett.strategies import HybridShardedStrategy
 
 
 @contextmanager
@@ -49,19 +51,28 @@ def fake_ranks(number: int) -> Iterator[None]:
         original(self, *args, **kwargs)
         self.cluster_environment = _FirstRank(number)
 
-    def with_real_mesh(self: ModelParallelStrategy) -> None:
-        with _disable_current_modes():  # a mesh of ranks has values
-            set_up(self)
-
     try:
         # Which modalities no rank lacks is read from the counts of all ranks: here all ranks have the same.
         with (
             replaced(training_step, absent_modalities=lambda *_: []),
-            replaced(ModelParallelStrategy, __init__=as_first_rank, setup_environment=with_real_mesh),
+            replaced(ModelParallelStrategy, __init__=as_first_rank, setup_environment=_with_values(set_up)),
+            replaced(DeviceMesh, __init__=_with_values(DeviceMesh.__init__)),
+            replaced(HybridShardedStrategy, setup_environment=_with_values(HybridShardedStrategy.setup_environment)),
         ):
             yield
     finally:
         dist.destroy_process_group()
+
+
+def _with_values(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that computes with values even where tensors are fake: a mesh of ranks has them."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
 
 
 class CheckSharded(Callback):

@@ -8,7 +8,6 @@ from copy import deepcopy
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from nemo_emmett.callbacks.trained_examples import TrainedExamples
-from nemo_emmett.errors import ConfigError
-from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT, load
-from nemo_emmett.models.tensor_parallel import check_tensor_parallel
+from nemo_emmett.models import SALMGPT, BestowGPT, load
 from nemo_emmett.models.validation import validation_metrics
 
 from .backbones import backbone
@@ -53,7 +50,11 @@ CASES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "SALMGPT, LoRA on speech alone": (SALMGPT, "llama", LORA | {"lora_modality": "audio"}),
     "SALMGPT, objectives": (SALMGPT, "llama", OBJECTIVES),
     "SALMGPT, LoRA, objectives, tied": (SALMGPT, "gemma2", LORA | OBJECTIVES),
-    "BestowGPT, smoothed, checkpointed": (BestowGPT, "llama", {"label_smoothing": 0.1, "activation_checkpointing": True}),
+    "BestowGPT, smoothed, checkpointed": (
+        BestowGPT,
+        "llama",
+        {"label_smoothing": 0.1, "activation_checkpointing": True},
+    ),
     "SALMGPT, packed, frozen": (SALMGPT, "mistral", {"freeze": ["llm"]}),
 }
 """Case -> model, backbone, and further keys of its config."""
@@ -95,6 +96,7 @@ def fit(case: str, data: int, model: Any, steps: Steps, checkpoint: Path | None 
         callbacks=[steps, counted],
         gradient_clip_val=CLIPPED.get(case),
     )
+
     class Batches(Endless):
         """Those of this rank, which is known once the mesh is there."""
 
@@ -163,7 +165,7 @@ def ranks(backbones, tiny_asr) -> Callable[[int], list[dict]]:
 
 
 every_training = pytest.mark.parametrize(
-    "data, case", [*((1, case) for case in CASES), *((2, case) for case in ON_FOUR)]
+    ("data", "case"), [*((1, case) for case in CASES), *((2, case) for case in ON_FOUR)]
 )
 
 

@@ -261,6 +261,10 @@ def test_a_sharded_model_leaves_more(text_recipe, tmp_path: Path, console: Conso
             "trainer.strategy.data_parallel_size: 0 cannot be used; give a whole number from 1.",
         ),
         (FSDP2 | {"data_parallel_size": 2, "tensor_parallel_size": 2}, "trainer.strategy.tensor_parallel_size: 2 is"),
+        (
+            FSDP2 | {"data_parallel_size": 2, "tensor_parallel_size": "auto"},
+            "trainer.strategy.tensor_parallel_size: is",
+        ),
     ],
 )
 def test_sharding_that_cannot_be_planned(text_recipe, path: Path, console: Console, strategy, sentence) -> None:

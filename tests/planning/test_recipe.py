@@ -100,28 +100,45 @@ def test_sharding_of_other_kinds_cannot_be_planned(strategy) -> None:
     with pytest.raises(
         ConfigError, match=r"trainer\.strategy: .* cannot be planned without them; run `nemo-emmett oom"
     ):
-        recipes.sharded_over(OmegaConf.create({"strategy": strategy}))
+        recipes.sharding_of(OmegaConf.create({"strategy": strategy}))
 
 
 @pytest.mark.parametrize(
     ("trainer", "ranks"),
     [
-        ({"strategy": {"data_parallel_size": 64}}, 64),
-        ({"strategy": {"data_parallel_size": 4}, "devices": 8}, 4),
-        ({"strategy": {"data_parallel_size": "auto"}, "devices": 8, "num_nodes": 3}, 24),
-        ({"strategy": {"tensor_parallel_size": 2}, "devices": [0, 1, 2, 3]}, 2),
-        ({"strategy": {}, "devices": "8"}, 8),
+        ({"strategy": {"data_parallel_size": 64, "tensor_parallel_size": 1}}, (64, 1)),
+        ({"strategy": {"data_parallel_size": 4, "tensor_parallel_size": 1}, "devices": 8}, (4, 1)),
+        (
+            {"strategy": {"data_parallel_size": "auto", "tensor_parallel_size": 1}, "devices": 8, "num_nodes": 3},
+            (24, 1),
+        ),
+        ({"strategy": {"tensor_parallel_size": 2}, "devices": [0, 1, 2, 3]}, (2, 2)),
+        # Lightning's own: tensor parallelism within a node, the data over nodes.
+        ({"strategy": {}, "devices": "8", "num_nodes": 2}, (2, 8)),
     ],
 )
 def test_fsdp2_shards_over_the_devices_of_all_nodes(trainer, ranks) -> None:
     trainer["strategy"]["_target_"] = "lightning.pytorch.strategies.ModelParallelStrategy"
-    assert recipes.sharded_over(OmegaConf.create(trainer)) == ranks
+    sharding = recipes.sharding_of(OmegaConf.create(trainer))
+    assert (sharding.data_ranks, sharding.tensor_parallel, sharding.replicas) == (*ranks, 1)
     assert recipes.ddp_bucket_bytes(OmegaConf.create(trainer), torch.nn.Linear(2, 2)) == 0
+
+
+def test_hybrid_sharding_takes_all_devices_for_data() -> None:
+    strategy = {"_target_": "nemo_emmett.strategies.HybridShardedStrategy", "replicas": 4}
+    cfg = OmegaConf.create({"devices": 8, "num_nodes": 4, "strategy": strategy})
+    assert recipes.sharding_of(cfg) == recipes.Sharding(32, 1, 4)
+    assert str(recipes.sharding_of(cfg)) == (
+        "Weights, gradients and optimizer state are sharded over 8 devices, of which there are 4 groups."
+    )
+    cfg.strategy.pop("replicas")
+    with pytest.raises(ConfigError, match=r"^trainer\.strategy\.replicas: is needed to plan"):
+        recipes.sharding_of(cfg)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", {"_target_": "lightning.pytorch.strategies.DDPStrategy"}])
 def test_replicas_can(strategy) -> None:
-    assert recipes.sharded_over(OmegaConf.create({"strategy": strategy})) == 1
+    assert recipes.sharding_of(OmegaConf.create({"strategy": strategy})) == recipes.Sharding()
 
 
 @pytest.mark.parametrize(
@@ -158,10 +175,11 @@ def test_a_group_alone(cfg) -> None:
 
 def test_a_recipe_is_planned_for_other_devices_and_another_strategy() -> None:
     fsdp2 = {"_target_": "lightning.pytorch.strategies.ModelParallelStrategy", "data_parallel_size": "???"}
+    fsdp2["tensor_parallel_size"] = 1
     sharded = OmegaConf.create({"trainer": {"devices": 8, "num_nodes": 4, "strategy": fsdp2}})
     whole = OmegaConf.create({"trainer": {"devices": 8, "num_nodes": 4, "strategy": "auto"}})
     found = {
-        (name, devices, strategy): recipes.sharded_over(on_devices(cfg, devices, strategy).trainer)
+        (name, devices, strategy): recipes.sharding_of(on_devices(cfg, devices, strategy).trainer).data_ranks
         for name, cfg in (("sharded", sharded), ("whole", whole))
         for devices, strategy in ((64, None), (64, "ddp"), (64, "fsdp2"), (None, "fsdp2"))
     }
@@ -178,7 +196,7 @@ def test_a_recipe_is_planned_for_other_devices_and_another_strategy() -> None:
     # Before that, all values of the trainer are resolved: none may be mandatory any more.
     data = {"data": {"train_ds": {"input_cfg": []}}, "model": {}}
     needed = needed_for_planning(OmegaConf.merge(data, on_devices(sharded, 64, None)), reads_data=False)
-    assert recipes.sharded_over(needed.trainer) == 64
+    assert recipes.sharding_of(needed.trainer).data_ranks == 64
     assert on_devices(whole, None, None) is whole
     assert (whole.trainer.devices, whole.trainer.strategy) == (8, "auto")
     assert recipes.ddp_bucket_bytes(on_devices(whole, 64, "ddp").trainer, torch.nn.Linear(2, 2)) == 0  # in the buckets

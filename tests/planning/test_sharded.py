@@ -20,6 +20,7 @@ from nemo_emmett.oomptimizer.steps import TrainingSteps
 from nemo_emmett.planning.architecture import architecture_only
 from nemo_emmett.planning.fake_training import fake_training
 from nemo_emmett.planning.sharded import fake_ranks
+from nemo_emmett.strategies import HybridShardedStrategy
 
 from ..models.backbones import backbone, model_config
 from ..models.two_ranks import LORA, run_on_two_ranks
@@ -48,11 +49,27 @@ CASES: dict[str, tuple[type, str, dict[str, Any], dict[str, Any]]] = {
     ),
     "BestowGPT, frozen encoder": (BestowGPT, "qwen2", {"freeze": ["encoder"]}, {}),
     "SALMT5, accumulated": (SALMT5, "t5", {}, {"accumulate_grad_batches": 2}),
+    "SALMGPT, tensor parallel": (SALMGPT, "llama", {}, {}),
+    "SALMGPT, tied, tensor parallel, bf16-mixed": (SALMGPT, "gemma2", {}, {"precision": "bf16-mixed"}),
+    "SALMGPT, LoRA, tensor parallel": (SALMGPT, "qwen3", LORA, {}),
+    "BestowGPT, tensor parallel, checkpointing": (BestowGPT, "llama", {"activation_checkpointing": True}, {}),
+    "SALMT5, hybrid": (SALMT5, "t5", {}, {}),
 }
 """Model, backbone, further keys of its section, and of the trainer."""
 
-CASES_OF = {2: list(CASES), 4: ["SALMT5", "SALMGPT, LoRA, bf16-mixed", "BestowGPT, checkpointing, bf16-mixed"]}
+ON_FOUR = ("SALMT5", "SALMGPT, LoRA, bf16-mixed", "BestowGPT, checkpointing, bf16-mixed", "SALMT5, hybrid")
+CASES_OF = {
+    2: [case for case in CASES if "hybrid" not in case],
+    4: [*ON_FOUR, "SALMGPT, tied, tensor parallel, bf16-mixed", "BestowGPT, tensor parallel, checkpointing"],
+}
 """By the number of ranks."""
+
+
+def strategy_of(case: str, ranks: int) -> ModelParallelStrategy:
+    if "hybrid" in case:
+        return HybridShardedStrategy(replicas=2)
+    parallel = 2 if "tensor parallel" in case else 1
+    return ModelParallelStrategy(data_parallel_size=ranks // parallel, tensor_parallel_size=parallel)
 
 
 class _Measured(Exception):
@@ -93,7 +110,7 @@ def readings_of(case: str, ranks: int, folder: Path, asr: Path, is_planned: bool
             accelerator="cpu",
             devices=ranks,
             max_epochs=1,
-            strategy=ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1),
+            strategy=strategy_of(case, ranks),
             callbacks=[AtFitStart(measure)],
             use_distributed_sampler=False,
             **dict.fromkeys(quiet, False),
