@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from nemo_emmett.callbacks import OOMptimizer
-from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT, load
-from nemo_emmett.models.sharding import shard
 from nemo_emmett.models.validation import validation_metrics
 from nemo_emmett.oomptimizer.profile import Profile
 
@@ -241,10 +238,3 @@ def test_oomptimizer_calibrates_a_sharded_model_without_a_trace(ranks):
         assert of_calibrated["losses"] == of_plain["losses"]
         for short, long in of_calibrated["sizes"].values():
             assert short > long >= 1
-
-
-def test_tensor_parallelism_is_refused(backbones, tiny_asr):
-    model = built(SALMGPT, "llama", backbones, tiny_asr)
-    mesh = {"data_parallel": SimpleNamespace(size=lambda: 1), "tensor_parallel": SimpleNamespace(size=lambda: 2)}
-    with pytest.raises(ConfigError, match=r"trainer\.strategy\.tensor_parallel_size: 2 is not possible for SALMGPT"):
-        shard(model, [], mesh)

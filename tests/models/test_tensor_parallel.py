@@ -1,9 +1,10 @@
-"""Tensor parallelism: ranks that share each layer get the gradients of one process, resume, and export its model."""
+"""Tensor parallelism and hybrid sharding: ranks that share each layer, and groups of ranks of which each has a whole
+model, get the gradients of one process, resume, and export its model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import cache
 from itertools import chain
@@ -16,8 +17,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from nemo_emmett.callbacks.trained_examples import TrainedExamples
-from nemo_emmett.models import SALMGPT, BestowGPT, load
+from nemo_emmett.errors import ConfigError
+from nemo_emmett.models import SALMGPT, SALMT5, BestowGPT, load
+from nemo_emmett.models.tensor_parallel import check_tensor_parallel
 from nemo_emmett.models.validation import validation_metrics
+from nemo_emmett.strategies import HybridShardedStrategy
 
 from .backbones import backbone
 from .memorising import built
@@ -55,12 +59,26 @@ CASES: dict[str, tuple[type, str, dict[str, Any]]] = {
         "llama",
         {"label_smoothing": 0.1, "activation_checkpointing": True},
     ),
+    "SALMT5": (SALMT5, "t5", {}),
     "SALMGPT, packed, frozen": (SALMGPT, "mistral", {"freeze": ["llm"]}),
 }
 """Case -> model, backbone, and further keys of its config."""
 
-ON_FOUR = ("SALMGPT, qwen2", "SALMGPT, LoRA", "SALMGPT, objectives", "BestowGPT, llama")
-"""Cases that are trained by two ranks of data times two of tensor parallelism, too."""
+LAYOUTS = {
+    "2 share layers": (1, ModelParallelStrategy, {"tensor_parallel_size": 2}),
+    "2 x 2 share layers": (2, ModelParallelStrategy, {"tensor_parallel_size": 2}),
+    "2 groups of 2": (4, HybridShardedStrategy, {"replicas": 2}),
+    "2 groups of 1 x 2": (2, HybridShardedStrategy, {"replicas": 2, "tensor_parallel_size": 2}),
+}
+"""Layout -> ranks of data, strategy, and its arguments."""
+
+CASES_OF = {
+    "2 share layers": [case for case in CASES if case != "SALMT5"],
+    "2 x 2 share layers": ["SALMGPT, qwen2", "SALMGPT, LoRA", "SALMGPT, objectives", "BestowGPT, llama"],
+    "2 groups of 2": ["SALMGPT, qwen2", "SALMT5"],
+    "2 groups of 1 x 2": ["BestowGPT, qwen2"],
+}
+"""Layout -> what is trained."""
 
 CLIPPED = {"SALMGPT, qwen2": 0.5, "SALMGPT, llama": 0.5}
 """Case -> the largest norm of a gradient that is applied."""
@@ -87,12 +105,13 @@ def batch(case: str, model: Any, *rows: slice) -> dict[str, dict[str, Any]]:
     return made
 
 
-def fit(case: str, data: int, model: Any, steps: Steps, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Train on ``data`` ranks of data, each two ranks of tensor parallelism; what validation and the counts say."""
+def fit(layout: str, case: str, model: Any, steps: Steps, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Train; what validation and the counts of examples say."""
+    data, strategy, arguments = LAYOUTS[layout]
     counted = TrainedExamples()
     trainer = quiet_trainer(
-        devices=2 * data,
-        strategy=ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=2),
+        devices=data * arguments.get("tensor_parallel_size", 1),
+        strategy=strategy(data_parallel_size=data, **arguments),
         callbacks=[steps, counted],
         gradient_clip_val=CLIPPED.get(case),
     )
@@ -100,43 +119,50 @@ def fit(case: str, data: int, model: Any, steps: Steps, checkpoint: Path | None 
     class Batches(Endless):
         """Those of this rank, which is known once the mesh is there."""
 
-        def __init__(self, first: int) -> None:
-            self.first = first
+        def __init__(self, of_ranks: list, first: int) -> None:
+            self.batches, self.first = of_ranks, first
 
-        def __iter__(self) -> Any:
-            place = trainer.strategy.device_mesh["data_parallel"].get_local_rank() if data == 2 else 1
-            return iter([batch(case, model, *ranks[place]) for ranks in STEPS.values()][self.first :])
-
-    class Validation(torch.utils.data.IterableDataset):
         def __iter__(self) -> Any:
             place = trainer.strategy.device_mesh["data_parallel"].get_local_rank()
-            return iter([{"dev": batch_of(model, *rows)} for rows in VALIDATION[place]])
+            return iter(self.batches[place][self.first :])
 
-    batches = Batches(0 if checkpoint is None else SAVED_AFTER)
-    trainer.fit(model, batches, DataLoader(Validation(), batch_size=None), ckpt_path=checkpoint)
+    class Validation(Batches, torch.utils.data.IterableDataset):
+        """The same for validation."""
+
+    of_two = zip(*STEPS.values(), strict=True)
+    training = [[batch(case, model, *rows) for rows in steps] for steps in rows_of(data, of_two)]
+    validation = [[{"dev": batch_of(model, *rows)} for rows in steps] for steps in rows_of(data, VALIDATION)]
+    batches = Batches(training, 0 if checkpoint is None else SAVED_AFTER)
+    trainer.fit(model, batches, DataLoader(Validation(validation, 0), batch_size=None), ckpt_path=checkpoint)
     validated = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
     return {"validated": validated, "examples": sum(counted.of_all_ranks.values())}
 
 
-def train(rank: int, folder: Path, asr: Path, data: int) -> None:
-    """All trainings, in this process, which is one rank."""
+def rows_of(data: int, of_two: Iterable[Sequence]) -> list[Sequence]:
+    """What each rank of data has of what is divided over two: one has the second's, of more the others have nothing."""
+    two = list(of_two)
+    return {1: two[1:], 2: two}.get(data) or [*two, *[[(NONE, NONE)] * len(two[0])] * (data - 2)]
+
+
+def train(rank: int, folder: Path, asr: Path, layout: str) -> None:
+    """All trainings of a layout, in this process, which is one rank."""
     done = {}
-    for case in CASES if data == 1 else ON_FOUR:
+    for case in CASES_OF[layout]:
         model_class, name, config = CASES[case]
         model = built(model_class, name, folder.parent / "backbones", asr, max_new_tokens=4, **SGD, **config)
         del model.log
         resumed = deepcopy(model)
-        if rank == 1:  # what each rank computes as a whole is alike all the same
+        if rank == 1 and layout == "2 share layers":  # what each rank computes as a whole is alike all the same
             for parameter in model.perception.parameters():
                 torch.nn.init.zeros_(parameter)
         checkpoint = folder / f"{case}.ckpt"
         steps = Steps(SAVED_AFTER, checkpoint)
-        found = fit(case, data, model, steps) | {"gradients": steps.gradients, "losses": steps.losses}
+        found = fit(layout, case, model, steps) | {"gradients": steps.gradients, "losses": steps.losses}
         found["weights"] = weights(model)
         model.save_pretrained(folder / case)
         parts = batch_of(model, slice(0, 3), slice(0, 3)).values()
         found["translated"] = [model.translate_batch(part) for part in parts]
-        fit(case, data, resumed, Steps(), checkpoint)
+        fit(layout, case, resumed, Steps(), checkpoint)
         found["shards"], found["resumed"] = shards(model), shards(resumed)
         done[case] = found
     torch.save(done, folder / f"rank{rank}.pt")
@@ -151,54 +177,56 @@ def backbones(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(backbones, tiny_asr) -> Callable[[int], list[dict]]:
-    """Number of ranks of data -> what each rank has found, by case."""
+def ranks(backbones, tiny_asr) -> Callable[[str], list[dict]]:
+    """Layout -> what each rank has found, by case."""
 
     @cache
-    def train_on(data: int) -> list[dict]:
-        folder = backbones.parent / f"{data}"
+    def train_in(layout: str) -> list[dict]:
+        folder, (data, _, arguments) = backbones.parent / layout, LAYOUTS[layout]
         folder.mkdir()
-        run_on_two_ranks(train, folder, folder, tiny_asr, data, ranks=2 * data)
-        return [torch.load(folder / f"rank{rank}.pt") for rank in range(2 * data)]
+        number = data * arguments.get("tensor_parallel_size", 1)
+        run_on_two_ranks(train, folder, folder, tiny_asr, layout, ranks=number)
+        return [torch.load(folder / f"rank{rank}.pt") for rank in range(number)]
 
-    return train_on
+    return train_in
 
 
 every_training = pytest.mark.parametrize(
-    ("data", "case"), [*((1, case) for case in CASES), *((2, case) for case in ON_FOUR)]
+    ("layout", "case"), [(layout, case) for layout, cases in CASES_OF.items() for case in cases]
 )
 
 
 @every_training
-def test_training_is_that_of_one_process(ranks, backbones, tiny_asr, data, case):
+def test_training_is_that_of_one_process(ranks, backbones, tiny_asr, layout, case):
     """Gradients and losses of each step, clipped as those of one process; then the losses of validation."""
     model_class, name, config = CASES[case]
     model = built(model_class, name, backbones, tiny_asr, **SGD, **config)
-    steps = [[joined(model, of_ranks) if data == 2 else batch_of(model, *of_ranks[1])] for of_ranks in STEPS.values()]
+    data = LAYOUTS[layout][0]
+    steps = [[batch_of(model, *of_ranks[1]) if data == 1 else joined(model, of_ranks)] for of_ranks in STEPS.values()]
     gradients, losses = in_one_process(model, steps, CLIPPED.get(case))
-    for rank in ranks(data):
+    for rank in ranks(layout):
         found = rank[case]
         assert len(found["gradients"]) == len(gradients)
         for of_ranks, of_one in zip(found["gradients"], gradients, strict=True):
             assert_equal_gradients(of_ranks, of_one)
-    mean_losses = torch.tensor([rank[case]["losses"] for rank in ranks(data)]).mean(0)
+    mean_losses = torch.tensor([rank[case]["losses"] for rank in ranks(layout)]).mean(0)
     torch.testing.assert_close(mean_losses, torch.tensor(losses), rtol=1e-5, atol=1e-6)
 
     with torch.no_grad():
         model.on_validation_epoch_start()
-        for rows in chain(*VALIDATION[:data]):
+        for rows in chain(*rows_of(data, VALIDATION)):
             model.validation_step({"dev": batch_of(model, *rows)}, 0)
     expected = {k: v for k, v in validation_metrics(model._tallies).items() if "bleu" not in k}
     assert {"val_loss_dev_audio_en-de", "val_loss_dev_text"} < expected.keys()
     examples = sum(len(part["examples"]) for (step,) in steps for part in step.values())
-    for rank in ranks(data):
+    for rank in ranks(layout):
         assert rank[case]["validated"] == pytest.approx(expected, rel=1e-5)
         assert rank[case]["examples"] == examples, "each is counted once"
 
 
 @every_training
-def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_one_does(ranks, backbones, data, case):
-    for rank in ranks(data):
+def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_one_does(ranks, backbones, layout, case):
+    for rank in ranks(layout):
         found = rank[case]
         assert found["resumed"].keys() == found["shards"].keys()
         for name, shard_of_whole in found["shards"].items():
@@ -206,23 +234,56 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_one_does(ran
 
 
 @every_training
-def test_the_export_is_the_model(ranks, backbones, data, case):
+def test_the_export_is_the_model(ranks, backbones, layout, case):
     """Loaded in one process it has the same weights, and translates as the ranks did."""
-    trained = ranks(data)[0][case]["weights"]
-    model = load(backbones.parent / f"{data}" / case)
+    trained = ranks(layout)[0][case]["weights"]
+    model = load(backbones.parent / layout / case)
     for name, weight in model.named_parameters():
         assert torch.equal(weight, trained[name]), name
     parts = batch_of(model, slice(0, 3), slice(0, 3)).values()
     translated = [model.translate_batch(part) for part in parts]
-    assert all(translated == rank[case]["translated"] for rank in ranks(data))
+    assert all(translated == rank[case]["translated"] for rank in ranks(layout))
     assert any(map(len, chain(*translated)))
 
 
 @every_training
-def test_each_rank_has_its_share_of_the_language_model(ranks, backbones, data, case):
+def test_each_rank_has_its_share_of_the_language_model(ranks, backbones, layout, case):
     """Of two ranks, half of each matrix; of four, a quarter. The table of tokens may not be divisible."""
-    for rank in ranks(data):
+    data, _, arguments = LAYOUTS[layout]
+    share = arguments.get("replicas", 1) / data / arguments.get("tensor_parallel_size", 1)
+    for rank in ranks(layout):
         for name, whole in rank[case]["weights"].items():
             if re.search(r"^(llm|embed_tokens)\..*weight$", name) and "norm" not in name and "lora" not in name:
-                share = rank[case]["shards"][name].numel() / whole.numel()
-                assert share == pytest.approx(1 / (2 * data), rel=0.02), name
+                assert rank[case]["shards"][name].numel() / whole.numel() == pytest.approx(share, rel=0.02), name
+
+
+DORA = {"lora": {**LORA["lora"], "use_dora": True}}
+IN_THE_HEAD = {"lora": {"r": 2, "target_modules": ["lm_head"]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("t5", {}, r"trainer\.strategy\.tensor_parallel_size: 2 is not possible for SALMT5 on .* 't5', .* not at all"),
+        ("llama", {"loss_implementation": "naive"}, r"model\.loss_implementation: naive cannot compute"),
+        ("llama", DORA, r"model\.lora: LoRA in 'model\.layers\.0\.self_attn\.q_proj' cannot be split"),
+        ("llama", IN_THE_HEAD, r"model\.lora: LoRA in 'lm_head' cannot be split"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(backbones, tiny_asr, name, changes, sentence):
+    model = built(SALMT5 if name == "t5" else SALMGPT, name, backbones, tiny_asr, **changes)
+    with pytest.raises(ConfigError, match=f"^{sentence}"):
+        check_tensor_parallel(model, 2)
+
+
+@pytest.mark.parametrize(("size", "what"), [(3, "num_attention_heads .* 4"), (4, "num_key_value_heads .* 2")])
+def test_heads_must_be_divisible(backbones, tiny_asr, size, what):
+    model = built(SALMGPT, "llama", backbones, tiny_asr)
+    with pytest.raises(ConfigError, match=rf"^trainer\.strategy\.tensor_parallel_size: {size} does not divide {what};"):
+        check_tensor_parallel(model, size)
+
+
+def test_groups_must_be_divisible():
+    strategy = HybridShardedStrategy(replicas=3, data_parallel_size=4)
+    with pytest.raises(ConfigError, match=r"^trainer\.strategy\.replicas: 4 devices cannot be divided into 3 groups"):
+        strategy.setup_environment()
