@@ -9,6 +9,7 @@ their weights with the output layer, belong to the root, which is gathered throu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -40,21 +41,31 @@ def shard(root: nn.Module, units: Sequence[nn.Module], whole: Sequence[nn.Module
         device_mesh: of Lightning's ``ModelParallelStrategy``, or of our hybrid one.
     """
     is_hybrid = REPLICAS in device_mesh.mesh_dim_names
-    mesh = device_mesh[REPLICAS, SHARDS] if is_hybrid else device_mesh["data_parallel"]
-    everywhere = mesh
+    mesh = everywhere = device_mesh[REPLICAS, SHARDS] if is_hybrid else device_mesh["data_parallel"]
     if device_mesh["tensor_parallel"].size() > 1 and not is_hybrid:
         with _disable_current_modes():  # also in a plan the mesh has values
             everywhere = init_device_mesh(mesh.device_type, (dist.get_world_size(),), mesh_dim_names=("ranks",))
+    split: set[nn.Parameter] = set()
+    if mesh.size() == 1:
+        # What tensor parallelism has split needs no other rank; FSDP2, which copies what it gathers, leaves it alone.
+        mesh, split = everywhere, {parameter for parameter in root.parameters() if isinstance(parameter, DTensor)}
+        for parameter in filter(attrgetter("requires_grad"), split):
+            parameter.register_post_accumulate_grad_hook(_add_up)
     for unit in units:
-        fully_shard(unit, mesh=mesh)
+        fully_shard(unit, mesh=mesh, ignored_params=split)
     for unit in whole:
         fully_shard(unit, mesh=everywhere)
     # FSDP2 takes the first module that is entered for the root. Were it the language model, embeddings that are its
     # output layer too would not be gathered where the model uses them before it: hence the whole model is the root,
     # and since Lightning does not call its `forward`, the methods that it calls are hooked instead.
-    fully_shard(root, mesh=mesh)
+    fully_shard(root, mesh=mesh, ignored_params=split)
     for name in ENTRANCES:
         register_fsdp_forward_method(root, name)
+
+
+def _add_up(parameter: nn.Parameter) -> None:
+    """Of a weight that each rank has whole, but uses for a part of the heads, each has a part of the gradient."""
+    parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:

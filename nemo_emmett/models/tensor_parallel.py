@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -35,7 +35,7 @@ from nemo_emmett.errors import ConfigError
 from nemo_emmett.models.causal import unwrap_peft
 from nemo_emmett.models.head import has_linear_head, output_layer
 from nemo_emmett.modules.random_state import random_state, restore_random_state
-from nemo_emmett.modules.vocabulary import VocabularyParallelLinear
+from nemo_emmett.modules.vocabulary import VocabularyParallelEmbedding, VocabularyParallelLinear
 
 KEY = "trainer.strategy.tensor_parallel_size"
 
@@ -110,11 +110,14 @@ def parallelize(language_model: Any, mesh: DeviceMesh) -> None:
                 for part, of_part in _parts(module, style):
                     parallelize_module(part, mesh, of_part)
     are_tied = head.weight is embeddings.weight
-    parallelize_module(embeddings, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()))
+    embeddings.weight = _distributed(embeddings.weight, mesh)
     for name, parameter in list(head.named_parameters(recurse=False)):
         is_tied = are_tied and name == "weight"
         head.register_parameter(name, embeddings.weight if is_tied else _distributed(parameter, mesh))
-    head.__class__ = VocabularyParallelLinear
+    head.__class__, kind = VocabularyParallelLinear, type(embeddings)
+    # A class of its own, such as Gemma 3's, which scales what its base class returns.
+    bases = (VocabularyParallelEmbedding,) if kind is nn.Embedding else (kind, VocabularyParallelEmbedding)
+    embeddings.__class__ = type(f"VocabularyParallel{kind.__name__}", bases, {})
 
 
 def make_alike(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -76,6 +76,13 @@ class ShardedVocabulary(Vocabulary):
     here: int
     total: int
 
+    @classmethod
+    def of(cls, weight_VH: DTensor) -> ShardedVocabulary:
+        """That of a weight whose rows are divided among the ranks of its mesh, as ``torch.chunk`` divides them."""
+        mesh, V = weight_VH.device_mesh, len(weight_VH)
+        first = min(V, mesh.get_local_rank() * -(-V // mesh.size()))
+        return cls(mesh.get_group(), first, len(weight_VH.to_local()), V)
+
     def size(self, W: int) -> int:
         """See :class:`Vocabulary`."""
         return self.total
@@ -123,6 +130,24 @@ class ShardedVocabulary(Vocabulary):
         return values
 
 
+class VocabularyParallelEmbedding(nn.Embedding):
+    """Token embeddings of which each rank has the rows of some tokens. (``DTensor`` would give each rank the gradient
+    of the whole table.)"""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(..., H) embeddings of (...) ids, which are the same on all ranks. A collective of the group."""
+        weight_WH, vocabulary = self.weight.to_local(), ShardedVocabulary.of(self.weight)
+        columns_C1, is_here_C1 = vocabulary.columns(ids.flatten())
+        padding = None if self.padding_idx is None else self.padding_idx - vocabulary.first
+        if padding is not None and not 0 <= padding < vocabulary.here:
+            padding = None
+        rows_CH = F.embedding(columns_C1[:, 0], weight_WH, padding).masked_fill(~is_here_C1, 0)
+        summed = DTensor.from_local(rows_CH, self.weight.device_mesh, [Partial()], run_check=False).redistribute(
+            placements=[Replicate()]
+        )
+        return summed.to_local().view(*ids.shape, -1)
+
+
 class VocabularyParallelLinear(nn.Linear):
     """An output layer of which each rank has the rows of some tokens; its logits are those of all tokens."""
 
@@ -145,10 +170,8 @@ def local_head(
     if not isinstance(weight_VH, DTensor):
         return hidden_NH, weight_VH, bias_V, WHOLE
     mesh = weight_VH.device_mesh
-    V, weight_WH = len(weight_VH), weight_VH.to_local()
-    first = min(V, mesh.get_local_rank() * -(-V // mesh.size()))  # as `torch.chunk` divides rows
-    vocabulary = ShardedVocabulary(mesh.get_group(), first, len(weight_WH), V)
     # Each rank has a part of the gradient of the hidden states, which are summed.
     hidden = DTensor.from_local(hidden_NH, mesh, [Replicate()], run_check=False)
     hidden_NH = hidden.to_local(grad_placements=[Partial()])
-    return hidden_NH, weight_WH, None if bias_V is None else bias_V.to_local(), vocabulary
+    bias_W = None if bias_V is None else bias_V.to_local()
+    return hidden_NH, weight_VH.to_local(), bias_W, ShardedVocabulary.of(weight_VH)

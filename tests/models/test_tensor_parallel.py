@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from nemo.collections.speechlm2.models import SALM
 from torch.utils.data import DataLoader
 
 from nemo_emmett.callbacks.trained_examples import TrainedExamples
@@ -235,7 +236,7 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_one_does(ran
 
 @every_training
 def test_the_export_is_the_model(ranks, backbones, layout, case):
-    """Loaded in one process it has the same weights, and translates as the ranks did."""
+    """Loaded in one process it has the same weights, and translates as the ranks did; NeMo's SALM loads it, too."""
     trained = ranks(layout)[0][case]["weights"]
     model = load(backbones.parent / layout / case)
     for name, weight in model.named_parameters():
@@ -244,6 +245,10 @@ def test_the_export_is_the_model(ranks, backbones, layout, case):
     translated = [model.translate_batch(part) for part in parts]
     assert all(translated == rank[case]["translated"] for rank in ranks(layout))
     assert any(map(len, chain(*translated)))
+    if isinstance(model, SALMGPT) and not CASES[case][2]:
+        theirs = SALM.from_pretrained(str(backbones.parent / layout / case)).state_dict()
+        assert theirs.keys() == model.state_dict().keys()
+        assert all(torch.equal(theirs[name], value) for name, value in model.state_dict().items())
 
 
 @every_training
