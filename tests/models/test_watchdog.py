@@ -38,13 +38,18 @@ CASES: dict[str, tuple[type, str, str, int]] = {
     "FSDP2, SALMT5, accumulated": (SALMT5, "t5", "fsdp2", 3),
     "FSDP2, SALMGPT": (SALMGPT, "llama", "fsdp2", 1),
     "FSDP2, BestowGPT": (BestowGPT, "llama", "fsdp2", 1),
+    "tensor parallel, SALMGPT, accumulated": (SALMGPT, "llama", "tensor parallel", 3),
+    "tensor parallel, BestowGPT": (BestowGPT, "qwen2", "tensor parallel", 1),
 }
 """Model, backbone, strategy, batches of an optimizer step."""
 
 STRATEGIES = {
     "ddp": lambda: DDPStrategy(find_unused_parameters=True),
     "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+    "tensor parallel": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2),
 }
+
+RANKS_OF = {"ddp": 2, "fsdp2": 2, "tensor parallel": 4}
 
 
 class Watchdog(Callback):
@@ -67,7 +72,7 @@ def watch() -> None:
 
 
 def drawn_batches(model: Any, number: int, seed: str, rank: int) -> list[dict]:
-    """Batches of this rank; in no step all ranks have nothing."""
+    """Batches of this one of two ranks of data; in no step both have nothing."""
     draw = random.Random(seed)
     found = []
     for _ in range(number):
@@ -79,40 +84,46 @@ def drawn_batches(model: Any, number: int, seed: str, rank: int) -> list[dict]:
     return found
 
 
-def train(rank: int, folder: Path, asr: Path) -> None:
-    """All cases, in this process, which is one rank."""
-    counted = {}
+def train(rank: int, folder: Path, asr: Path, ranks: int) -> None:
+    """All cases of so many ranks, in this process, which is one of them."""
+    counted, place = {}, rank * 2 // ranks
     for case, (kind, name, strategy, accumulated) in CASES.items():
+        if RANKS_OF[strategy] != ranks:
+            continue
         watch()
         model = built(kind, name, folder / "backbones", asr, max_new_tokens=2, **SGD)
         del model.log
         watchdog = Watchdog()
         trainer = quiet_trainer(
+            devices=ranks,
             strategy=STRATEGIES[strategy](),
             callbacks=[watchdog],
             accumulate_grad_batches=accumulated,
             val_check_interval=VALIDATED_AFTER,
         )
-        batches = DataLoader(drawn_batches(model, STEPS, f"{case}, training", rank), batch_size=None)
-        validation = [{"dev": batch} for batch in drawn_batches(model, 3, f"{case}, validation", rank)]
+        batches = DataLoader(drawn_batches(model, STEPS, f"{case}, training", place), batch_size=None)
+        validation = [{"dev": batch} for batch in drawn_batches(model, 3, f"{case}, validation", place)]
         trainer.fit(model, batches, DataLoader(validation, batch_size=None))
         counted[case] = watchdog.trained, watchdog.validated, trainer.global_step
     faulthandler.cancel_dump_traceback_later()
-    torch.save(counted, folder / f"counted{rank}.pt")
+    torch.save(counted, folder / f"{rank} of {ranks}.pt")
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory, tiny_asr) -> list[dict[str, tuple[int, int, int]]]:
-    """Of each rank and case, batches trained and validated, and optimizer steps."""
+def counted(tmp_path_factory, tiny_asr) -> dict[int, list[dict[str, tuple[int, int, int]]]]:
+    """Number of ranks -> of each rank and case, batches trained and validated, and optimizer steps."""
     folder = tmp_path_factory.mktemp("watchdog")
     for _, name, _, _ in CASES.values():
         backbone(name, folder / "backbones")
-    run_on_two_ranks(train, folder, folder, tiny_asr, seconds=240 + STEPS * len(CASES))
-    return [torch.load(folder / f"counted{rank}.pt") for rank in range(2)]
+    numbers = sorted({*RANKS_OF.values()})
+    for ranks in numbers:
+        run_on_two_ranks(train, folder, folder, tiny_asr, ranks, ranks=ranks, seconds=240 + STEPS * len(CASES))
+    return {ranks: [torch.load(folder / f"{rank} of {ranks}.pt") for rank in range(ranks)] for ranks in numbers}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_rank_waits_in_vain(counted, case) -> None:
     accumulated = CASES[case][-1]
     done = STEPS, 3 * (STEPS // VALIDATED_AFTER), -(-STEPS // accumulated)
-    assert [of_rank[case] for of_rank in counted] == [done, done]
+    ranks = RANKS_OF[CASES[case][2]]
+    assert [of_rank[case] for of_rank in counted[ranks]] == [done] * ranks
