@@ -43,6 +43,9 @@ OPTIMIZERS_OF_OTHERS = {
 }
 """Optimizers of few bits that ``model.optimizer._target_`` may name where their packages are installed."""
 
+STRATEGY = "nemo_emmett.strategies.HybridShardedStrategy"
+"""What ``trainer.strategy._target_`` may name of ours; NeMo admits Lightning's strategies one by one, too."""
+
 DATA_TYPES = ("parallel_text", "speech_tsv")
 """Types of sources in an ``input_cfg`` in addition to NeMo's own."""
 
@@ -208,7 +211,7 @@ def register() -> tuple[Registration, ...]:
 
 
 def open_allow_list(common: ModuleType) -> None:
-    """Admit ``_target_: nemo_emmett...`` and optimizers of few bits to ``nemo.core.classes.common``'s allow-list."""
+    """Admit ``_target_: nemo_emmett...``, our strategy and optimizers of few bits to ``nemo.core.classes.common``'s allow-list."""
     for prefix in (TARGET_PREFIX, *OPTIMIZERS_OF_OTHERS):
         if prefix not in common.ALLOWED_TARGET_PREFIXES:
             common.ALLOWED_TARGET_PREFIXES.append(prefix)
@@ -216,6 +219,7 @@ def open_allow_list(common: ModuleType) -> None:
     common.ALLOWED_EXACT_CLASS_TARGETS.update(
         prefix + name for prefix, names in OPTIMIZERS_OF_OTHERS.items() for name in names
     )
+    common.ALLOWED_EXACT_CLASS_TARGETS.add(STRATEGY)
 
 
 def open_dataloader_factory(dataloader: ModuleType) -> None:

@@ -36,6 +36,7 @@ from nemo_emmett.data.worker_batches import ResumableWorkerBatches
 from nemo_emmett.exporting import BestCheckpoint
 from nemo_emmett.models.causal import unwrap_peft
 from nemo_emmett.modules.batch import MODALITIES
+from nemo_emmett.modules.data_ranks import number_of_data_ranks, reads_first
 from nemo_emmett.modules.loss import sum_over_ranks
 
 DATA_ROWS = 6
@@ -77,7 +78,7 @@ class RunSummary(Callback):
         data = []
         if self._loader is not None and trainer.datamodule is not None:
             dataset = parse_dataset(trainer.datamodule.cfg.train_ds, "data.train_ds")
-            groups = _groups_of(dataset, self._loader, trainer.world_size)
+            groups = _groups_of(dataset, self._loader, number_of_data_ranks(pl_module))
             data = [_data_table(groups)]
             last = [*_batch_rows(dataset, groups), *last]
         self._print("Training", _table(rows), *data, _table(last))
@@ -85,7 +86,8 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the tokens of all ranks."""
         if (totals := _totals_here(pl_module)) is not None:
-            self._totals = sum_over_ranks(totals.to(pl_module.device))
+            counted = totals if reads_first(pl_module) else torch.zeros_like(totals)
+            self._totals = sum_over_ranks(counted.to(pl_module.device))
 
     @contextmanager
     def around(self, trainer: Trainer, model: LightningModule, best: BestCheckpoint) -> Iterator[None]:
@@ -236,7 +238,7 @@ class GroupFacts:
     batch_sizes: Sequence[int] = field(default_factory=tuple)
 
 
-def _groups_of(dataset: DatasetConfig, loader: MultimodalDataLoader, world_size: int) -> list[GroupFacts]:
+def _groups_of(dataset: DatasetConfig, loader: MultimodalDataLoader, data_ranks: int) -> list[GroupFacts]:
     groups = [GroupFacts(group) for group in dataset.groups]
     for group in groups:
         if isinstance(group.config.bucket_duration_bins, list):
@@ -249,7 +251,7 @@ def _groups_of(dataset: DatasetConfig, loader: MultimodalDataLoader, world_size:
         for group, reader, order in zip(groups, batches.readers, orders, strict=True):
             group.indexes = list(islice(rest, len(group.config.sources)))
             group.bins, group.shares = reader.pipeline.duration_bins or (), order.shares
-            group.batch_sizes = [size // world_size for size in order.global_batch_sizes or ()]
+            group.batch_sizes = [size // data_ranks for size in order.global_batch_sizes or ()]
     elif isinstance(batches, ResumableWorkerBatches):
         for group, plan in zip(groups, batches.plan.groups, strict=True):
             group.bins, group.shares = plan.pipeline.duration_bins or (), plan.shares

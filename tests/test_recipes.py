@@ -114,6 +114,9 @@ def test_each_way_of_distribution_is_chosen_by_a_word():
     assert recipe.exp_manager.checkpoint_callback_params.mode == "min"
     with pytest.raises(ConfigError, match=r"^trainer.strategy.data_parallel_size: the recipe leaves this to you"):
         compose_recipe("salm_gpt", sharded[:1])
+    in_groups = compose_recipe("salm_gpt", ["emmett_strategy=hsdp", "trainer.strategy.replicas=8"])
+    assert hydra.utils.instantiate(in_groups.trainer.strategy).replicas == 8
+    assert in_groups.exp_manager.checkpoint_callback_params.monitor == "val_loss"
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ def on_devices(cfg: DictConfig, devices: int | None, strategy: str | None) -> Di
     Args:
         cfg: a composed recipe; mandatory values (``???``) may be missing.
         devices: how many, of all nodes together; None: as in the recipe.
-        strategy: one of the shipped recipes (``emmett_strategy``); None: the recipe's.
+        strategy: one of the shipped recipes (``emmett_strategy``), with the recipe's own keys if it is of this class;
+            None: the recipe's.
     """
     if devices is None and strategy is None:
         return cfg
@@ -92,7 +93,9 @@ def on_devices(cfg: DictConfig, devices: int | None, strategy: str | None) -> Di
         return cfg  # refused where the trainer is read
     if strategy is not None:
         shipped = OmegaConf.load(_STRATEGIES / f"{strategy}.yaml")  # of the whole recipe, or of its trainer
-        cfg.trainer.strategy = shipped.get("trainer", shipped).strategy
+        own, chosen = cfg.trainer._get_node("strategy"), shipped.get("trainer", shipped).strategy
+        is_the_same = isinstance(own, DictConfig) and own.get("_target_") == chosen.get("_target_")
+        cfg.trainer.strategy = OmegaConf.merge(chosen, own) if is_the_same else chosen
     if devices is not None:
         cfg.trainer.update(devices=devices, num_nodes=1)
     own = cfg.trainer._get_node("strategy")

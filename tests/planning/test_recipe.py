@@ -193,10 +193,12 @@ def test_a_recipe_is_planned_for_other_devices_and_another_strategy() -> None:
         ("whole", 64, "fsdp2"): 64,
         ("whole", None, "fsdp2"): 32,
     }
+    sharded.trainer.strategy.tensor_parallel_size = 4
+    assert recipes.sharding_of(on_devices(sharded, 64, "fsdp2").trainer) == recipes.Sharding(16, 4)
     # Before that, all values of the trainer are resolved: none may be mandatory any more.
     data = {"data": {"train_ds": {"input_cfg": []}}, "model": {}}
     needed = needed_for_planning(OmegaConf.merge(data, on_devices(sharded, 64, None)), reads_data=False)
-    assert recipes.sharding_of(needed.trainer).data_ranks == 64
+    assert recipes.sharding_of(needed.trainer).devices == 64
     assert on_devices(whole, None, None) is whole
     assert (whole.trainer.devices, whole.trainer.strategy) == (8, "auto")
     assert recipes.ddp_bucket_bytes(on_devices(whole, 64, "ddp").trainer, torch.nn.Linear(2, 2)) == 0  # in the buckets
