@@ -54,8 +54,14 @@ RUNS = (
     "salm_t5",
     "bestow_gpt",
     "salm_gpt+model.activation_checkpointing=true",
+    "salm_gpt+emmett_strategy=fsdp2+trainer.strategy.data_parallel_size=8",
     "salm_gpt+emmett_strategy=fsdp2+trainer.strategy.data_parallel_size=64",
+    "salm_gpt+emmett_strategy=hsdp+trainer.strategy.replicas=8+trainer.strategy.data_parallel_size=64",
+    "salm_gpt+emmett_strategy=fsdp2+trainer.strategy.data_parallel_size=16+trainer.strategy.tensor_parallel_size=4",
+    "salm_t5+emmett_strategy=fsdp2+trainer.strategy.data_parallel_size=64",
+    "bestow_gpt+emmett_strategy=fsdp2+trainer.strategy.data_parallel_size=64",
 )
+"""Of the sharded ones, the last three of `salm_gpt` are of 64 GPUs: all in one group, eight groups, four to a layer."""
 
 
 def write_language_models(folder: Path) -> dict[str, Path]:

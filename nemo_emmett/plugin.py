@@ -211,7 +211,8 @@ def register() -> tuple[Registration, ...]:
 
 
 def open_allow_list(common: ModuleType) -> None:
-    """Admit ``_target_: nemo_emmett...``, our strategy and optimizers of few bits to ``nemo.core.classes.common``'s allow-list."""
+    """Admit ``_target_: nemo_emmett...``, our strategy and optimizers of few bits to the allow-list of
+    ``nemo.core.classes.common``."""
     for prefix in (TARGET_PREFIX, *OPTIMIZERS_OF_OTHERS):
         if prefix not in common.ALLOWED_TARGET_PREFIXES:
             common.ALLOWED_TARGET_PREFIXES.append(prefix)

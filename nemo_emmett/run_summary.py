@@ -17,12 +17,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from omegaconf import DictConfig
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from nemo_emmett.callbacks.run_progress import RunProgress
 from nemo_emmett.data.config.dataset_config import DatasetConfig, GroupConfig, leading_group, parse_dataset
@@ -357,7 +359,8 @@ def _several(values: Sequence[Any]) -> str:
 
 
 def _model_rows(model: LightningModule) -> Rows:
-    yield "model", type(model).__name__
+    # FSDP2 gives a model a class of its own.
+    yield "model", next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule)).__name__
     cfg = getattr(model, "cfg", None) or {}
     if (llm := getattr(model, "llm", None)) is not None:
         name = cfg.get("pretrained_llm")
@@ -378,6 +381,10 @@ def _device_rows(trainer: Trainer) -> Rows:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     nodes = f" on {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else ""
     strategy = type(trainer.strategy).__name__.removesuffix("Strategy")
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        mesh = trainer.strategy.device_mesh
+        sizes = (f"{name} {size}" for name, size in zip(mesh.mesh_dim_names, mesh.shape, strict=True) if size > 1)
+        strategy += f" ({', '.join(sizes).replace('_', ' ')})"
     accumulates = trainer.accumulate_grad_batches
     batches = f", {accumulates} batches a step" if accumulates > 1 else ""
     yield "devices", f"{trainer.world_size} x {name}{nodes}, {strategy}, precision {trainer.precision}{batches}"

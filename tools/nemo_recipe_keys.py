@@ -64,7 +64,7 @@ WORKS, NO_EFFECT, REFUSED = "works", "no effect", "refused"
 NOTES = {
     "exp_manager": "passed on",
     "trainer": "passed on",
-    "trainer.strategy.tensor_parallel_size": "1; more is refused",
+    "trainer.strategy.tensor_parallel_size": "for decoder-only models; SALM-T5 has 1",
     "model.incremental_loading": "weights are always read tensor by tensor",
     "model.init_from_checkpoint": "a checkpoint that does not fit is refused, where NeMo leaves out what does not",
     "model.lora": "passed on",
