@@ -44,6 +44,9 @@ class HybridShardedStrategy(ModelParallelStrategy):
         self, replicas: int, data_parallel_size: int | str = "auto", tensor_parallel_size: int = 1, **others: Any
     ) -> None:
         self.replicas = parse_value(PositiveWhole, replicas, "trainer.strategy.replicas")
+        if data_parallel_size != "auto":
+            data_parallel_size = parse_value(PositiveWhole, data_parallel_size, "trainer.strategy.data_parallel_size")
+        tensor_parallel_size = parse_value(PositiveWhole, tensor_parallel_size, "trainer.strategy.tensor_parallel_size")
         super().__init__(data_parallel_size, tensor_parallel_size, **others)
 
     def setup_environment(self) -> None:

@@ -12,7 +12,7 @@ cross-attention are computed by each rank as a whole; FSDP2 shards their weights
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -103,9 +103,10 @@ def parallelize(language_model: Any, mesh: DeviceMesh) -> None:
     """
     llm, embeddings = language_model.llm, language_model.embed_tokens
     decoder, head = unwrap_peft(llm).model, output_layer(llm)
-    styles = {re.compile(pattern.replace(".", r"\.").replace("*", r"\d+")): style for pattern, style in _plan(llm)}
+    plan = unwrap_peft(llm).config.base_model_tp_plan.items()
+    styles = [(re.compile(pattern.replace(".", r"\.").replace("*", r"\d+")), style) for pattern, style in plan]
     for name, module in list(decoder.named_modules()):
-        for pattern, style in styles.items():
+        for pattern, style in styles:
             if pattern.fullmatch(name.replace(_WRAPPER, "")):
                 for part, of_part in _parts(module, style):
                     parallelize_module(part, mesh, of_part)
@@ -127,15 +128,13 @@ def make_alike(model: nn.Module, mesh: DeviceMesh) -> None:
     source = dist.get_global_rank(group, 0)
     for tensor in chain(model.parameters(), model.buffers()):
         if not isinstance(tensor, DTensor):
-            dist.broadcast(tensor.data, source, group=group)
+            sent = tensor.detach().to(mesh.device_type)  # the model is not on its device yet
+            dist.broadcast(sent, source, group=group)
+            tensor.detach().copy_(sent)
     with unset_fake_temporarily():  # in a plan, too, this has values
         states: list[Mapping[str, Any]] = [random_state()]
         dist.broadcast_object_list(states, source, group=group)
         restore_random_state(states[0])
-
-
-def _plan(llm: nn.Module) -> Sequence[tuple[str, str]]:
-    return list(unwrap_peft(llm).config.base_model_tp_plan.items())
 
 
 def _parts(layer: nn.Module, style: str) -> list[tuple[nn.Module, ParallelStyle]]:

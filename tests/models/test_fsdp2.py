@@ -145,20 +145,19 @@ def train(rank: int, folder: Path, asr: Path) -> None:
         fit(case, rank, resumed, Steps(), checkpoint, **options)
         found["shards"], found["resumed"] = shards(whole), shards(resumed)
         done[case] = found
-    done["calibrated"] = calibrate(rank, folder, asr)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    done["calibrated"] = calibrate(rank, folder, folder / "backbones", asr, strategy)
     torch.save(done, folder / f"rank{rank}.pt")
 
 
-def calibrate(rank: int, folder: Path, asr: Path) -> dict[str, Any]:
+def calibrate(rank: int, folder: Path, backbones: Path, asr: Path, strategy: ModelParallelStrategy) -> dict[str, Any]:
     """The losses of a training whose batch sizes OOMptimizer finds first."""
-    model = built(SALMGPT, "llama", folder / "backbones", asr, **SGD)
+    model = built(SALMGPT, "llama", backbones, asr, **SGD)
     del model.log
     steps = Steps()
     profile = folder / "profile.yaml"
     callback = OOMptimizer(profile=profile, memory_budget="24MiB", safety_margin=0.0, guard=False)
-    trainer = quiet_trainer(
-        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), callbacks=[callback, steps]
-    )
+    trainer = quiet_trainer(strategy=strategy, callbacks=[callback, steps])
     batches = batches_of("", model, rank)
     trainer.fit(model, datamodule=Data(TRAIN_DS, batches))
     return {"losses": steps.losses, "sizes": {k: g.bucket_batch_size for k, g in Profile.read(profile).groups.items()}}

@@ -26,7 +26,7 @@ from nemo_emmett.strategies import HybridShardedStrategy
 
 from .backbones import backbone
 from .memorising import built
-from .test_fsdp2 import Endless
+from .test_fsdp2 import Endless, calibrate
 from .two_ranks import (
     LORA,
     NONE,
@@ -81,7 +81,7 @@ CASES_OF = {
 }
 """Layout -> what is trained."""
 
-CLIPPED = {"SALMGPT, qwen2": 0.5, "SALMGPT, llama": 0.5}
+CLIPPED = {"SALMGPT, qwen2": 0.5, "SALMGPT, qwen3": 0.5}
 """Case -> the largest norm of a gradient that is applied."""
 
 STEPS = {
@@ -166,6 +166,9 @@ def train(rank: int, folder: Path, asr: Path, layout: str) -> None:
         fit(layout, case, resumed, Steps(), checkpoint)
         found["shards"], found["resumed"] = shards(model), shards(resumed)
         done[case] = found
+    if layout == "2 share layers":
+        strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+        done["calibrated"] = calibrate(1, folder, folder.parent / "backbones", asr, strategy)
     torch.save(done, folder / f"rank{rank}.pt")
 
 
@@ -260,6 +263,14 @@ def test_each_rank_has_its_share_of_the_language_model(ranks, backbones, layout,
         for name, whole in rank[case]["weights"].items():
             if re.search(r"^(llm|embed_tokens)\..*weight$", name) and "norm" not in name and "lora" not in name:
                 assert rank[case]["shards"][name].numel() / whole.numel() == pytest.approx(share, rel=0.02), name
+
+
+def test_oomptimizer_calibrates_without_a_trace(ranks):
+    """What is trained after the calibration is trained as without."""
+    for rank in ranks("2 share layers"):
+        assert rank["calibrated"]["losses"] == rank["SALMGPT, llama"]["losses"]
+        for short, long in rank["calibrated"]["sizes"].values():
+            assert short > long >= 1
 
 
 DORA = {"lora": {**LORA["lora"], "use_dora": True}}
