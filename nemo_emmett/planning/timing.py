@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch.compiler import set_stance
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_emmett.oomptimizer.adapters.registry import adapter_for
@@ -105,13 +108,16 @@ def operations_per_example(
                 if not counts and not operations:
                     steps.warm_up(batch)
                 steps.run(batch)
+                if module.device_mesh is not None:
+                    # In the first step torch finds how each operation is split, by running it whole; it remembers.
+                    steps.run(batch)
                 operations.append(counter.operations / _PROBED_SIZE)
             counts[name] = [bucket.bin for bucket in chosen], operations
     return counts
 
 
 class OperationCounter(Unmetered):
-    """Counts the floating-point operations of a step instead of its memory."""
+    """Counts the floating-point operations of a step on this rank instead of its memory."""
 
     def __init__(self) -> None:
         self.operations = 0
@@ -120,6 +126,16 @@ class OperationCounter(Unmetered):
     def measuring(self) -> Iterator[None]:
         """Count the operations inside."""
         counter = FlopCounterMode(display=False)
-        with set_stance("force_eager"), counter:
+        with set_stance("force_eager"), counter, _OfThisRank():
             yield
         self.operations = counter.get_total_flops()
+
+
+class _OfThisRank(TorchDispatchMode):
+    """Within it, an operation on tensors that are split over ranks comes to the modes around it as that on this rank's
+    parts, not as one of all ranks."""
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        return func(*args, **(kwargs or {}))

@@ -6,11 +6,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from omegaconf import OmegaConf
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from nemo_emmett.errors import ConfigError
 from nemo_emmett.models import SALMT5
 from nemo_emmett.oomptimizer.buckets import read_groups
 from nemo_emmett.planning.recipe import _NO_TRAINING
+from nemo_emmett.planning.sharded import fake_ranks
 from nemo_emmett.planning.timing import OperationCounter, Rate, operations_per_example
 
 
@@ -25,6 +28,21 @@ def test_operations_are_those_of_the_products() -> None:
         first(torch.ones(1, 3))
     assert counter.operations == 2 * 3 * 5
     assert (counter.peak, counter.alive) == (0, 0)
+
+
+def test_operations_are_those_of_this_rank() -> None:
+    """Of layers that four ranks share: a quarter."""
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(16, 8, bias=False))
+    counts = []
+    for plan in ({}, {"0": ColwiseParallel(), "1": RowwiseParallel()}):
+        with fake_ranks(4):
+            parallelize_module(layers, init_device_mesh("cpu", (4,)), plan)
+            counter = OperationCounter()
+            for _ in range(2):  # in the first step torch runs each operation as a whole as well
+                with counter.measuring():
+                    layers(torch.ones(7, 8)).sum().backward()
+        counts.append(counter.operations)
+    assert counts[1] == counts[0] / 4 > 0
 
 
 def test_seconds_follow_from_the_rate() -> None:
