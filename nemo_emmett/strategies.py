@@ -17,8 +17,9 @@ class HybridShardedStrategy(ModelParallelStrategy):
     those of a node, and each group has all of them. So weights are gathered within a node, and only gradients are
     exchanged between nodes.
 
-    The mesh has the dimensions ``replicas``, ``shards`` and ``tensor_parallel``; ``data_parallel`` names the first two
-    together, as NeMo's datamodule reads it.
+    The mesh has the dimensions ``dp_replicate`` and ``dp_shard``, as that of NeMo's ``AutomodelParallelStrategy``, by
+    which NeMo's datamodule knows the ranks of data, and ``tensor_parallel``; ``data_parallel`` names the first two
+    together.
 
     Args:
         replicas: number of groups; usually the number of nodes.

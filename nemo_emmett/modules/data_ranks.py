@@ -7,11 +7,11 @@ from lightning.pytorch import LightningModule
 
 from nemo_emmett.modules.loss import world_size
 
-REPLICAS = "replicas"
-"""Dimension of a mesh: groups of ranks, each of which has a whole model (nemo_emmett/strategies.py)."""
+REPLICAS = "dp_replicate"
+"""Dimension of a mesh: groups of ranks, each of which has a whole model (nemo_emmett/strategies.py); NeMo's name."""
 
-SHARDS = "shards"
-"""Dimension of a mesh: the ranks of such a group."""
+SHARDS = "dp_shard"
+"""Dimension of a mesh: the ranks of such a group; NeMo's name."""
 
 
 def reads_first(module: LightningModule) -> bool:

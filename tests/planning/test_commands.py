@@ -254,7 +254,7 @@ def test_a_sharded_model_leaves_more(text_recipe, tmp_path: Path, console: Conso
     # Two groups of eight: more on each device than of one of sixteen, less than of a whole model.
     text_recipe.trainer.strategy = {"_target_": "nemo_emmett.strategies.HybridShardedStrategy", "replicas": 2}
     hybrid = plan(text_recipe, build_training, profile=tmp_path / "hybrid.yaml", **options)
-    assert hybrid.fingerprint["sharded_over"] == {"replicas": 2, "shards": 8, "tensor_parallel": 1}
+    assert hybrid.fingerprint["sharded_over"] == {"dp_replicate": 2, "dp_shard": 8, "tensor_parallel": 1}
     assert floors[1] < hybrid.measures[""][0].memory.floor < floors[0]
     assert "sharded over 8 devices, of which there are 2 groups" in console.export_text()
 
