@@ -80,7 +80,7 @@ class RunSummary(Callback):
         data = []
         if self._loader is not None and trainer.datamodule is not None:
             dataset = parse_dataset(trainer.datamodule.cfg.train_ds, "data.train_ds")
-            groups = _groups_of(dataset, self._loader, number_of_data_ranks(pl_module))
+            groups = _groups_of(dataset, self._loader, number_of_data_ranks(pl_module, trainer.world_size))
             data = [_data_table(groups)]
             last = [*_batch_rows(dataset, groups), *last]
         self._print("Training", _table(rows), *data, _table(last))

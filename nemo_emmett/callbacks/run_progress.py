@@ -81,7 +81,9 @@ class RunProgress(Callback):
         if not is_first:
             seconds = self.training_seconds - self._printed_seconds
             if examples > self._printed_examples:
-                rate = (examples - self._printed_examples) * number_of_data_ranks(pl_module) / seconds
+                rate = (
+                    (examples - self._printed_examples) * number_of_data_ranks(pl_module, trainer.world_size) / seconds
+                )
                 parts.append(f"{rate:,.1f} examples/s")
             if (left := self._seconds_left(trainer)) is not None:
                 parts.append(f"{timedelta(seconds=round(left))} left")

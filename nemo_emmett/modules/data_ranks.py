@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule
 
-from nemo_emmett.modules.loss import world_size
-
 REPLICAS = "dp_replicate"
 """Dimension of a mesh: groups of ranks, each of which has a whole model (nemo_emmett/strategies.py); NeMo's name."""
 
@@ -16,11 +14,11 @@ SHARDS = "dp_shard"
 
 def reads_first(module: LightningModule) -> bool:
     """Whether this rank is the first of those that read the same batches, so that each batch is counted once."""
-    mesh = module.device_mesh
+    mesh = getattr(module, "device_mesh", None)
     return mesh is None or mesh["tensor_parallel"].get_local_rank() == 0
 
 
-def number_of_data_ranks(module: LightningModule) -> int:
-    """How many ranks read different data."""
-    mesh = module.device_mesh
-    return world_size() if mesh is None else world_size() // mesh["tensor_parallel"].size()
+def number_of_data_ranks(module: LightningModule, world_size: int) -> int:
+    """How many of all ranks read different data."""
+    mesh = getattr(module, "device_mesh", None)
+    return world_size if mesh is None else world_size // mesh["tensor_parallel"].size()
