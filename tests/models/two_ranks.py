@@ -29,6 +29,10 @@ RANKS = 2
 SECONDS_TO_END = 240
 
 
+class RankCrashedError(AssertionError):
+    """A process of several ranks was ended by a fault in memory."""
+
+
 def run_on_two_ranks(
     job: Callable[..., None], folder: Path, *arguments: Any, ranks: int = RANKS, seconds: float = SECONDS_TO_END
 ) -> None:
@@ -42,7 +46,8 @@ def run_on_two_ranks(
         seconds: after which they hang.
 
     Raises:
-        AssertionError: if a rank fails or hangs, with the end of every rank's log.
+        RankCrashedError: if a rank crashes, with the end of every rank's log.
+        AssertionError: if a rank fails or hangs, with the same.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,6 +70,8 @@ def run_on_two_ranks(
                 os.killpg(process.pid, signal.SIGKILL)
         process.join()
     logs = [(folder / f"rank{rank}.log").read_text()[-5000:] for rank in range(ranks)]
+    if any(process.exitcode in (-signal.SIGSEGV, -signal.SIGABRT) for process in processes):
+        raise RankCrashedError("\n".join(logs))
     assert [process.exitcode for process in processes] == [0] * ranks, "\n".join(logs)
 
 
