@@ -8,6 +8,7 @@ Rooms, from those that users call down to those that everything uses (docs/archi
 - ``init``: a recipe for own data.
 - ``plugin``: registration with Lightning, Hydra and NeMo when the package is installed.
 - ``callbacks``: Lightning callbacks (``OOMptimizer``, ``ResumableData``, ``RandomState``, ``TrainingClock``).
+- ``optimizers``: AdamW with float32 copies of weights of few bits.
 - ``strategies``: hybrid sharding, which Lightning does not have (``HybridShardedStrategy``).
 - ``planning``: bins, batch sizes and blend before a training.
 - ``evaluation``: translate test sets, score and report. ``translation``: translate texts and recordings.
@@ -33,7 +34,7 @@ __version__ = "0.2.0.dev0"
 
 _ROOMS = (
     *("callbacks", "corpora", "data", "evaluation", "models", "modules", "objectives", "oomptimizer", "prompts"),
-    *("schedulers", "strategies"),
+    *("optimizers", "schedulers", "strategies"),
 )
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=_ROOMS)
 __all__ += ["__version__", "plugin"]

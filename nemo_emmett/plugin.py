@@ -43,8 +43,8 @@ OPTIMIZERS_OF_OTHERS = {
 }
 """Optimizers of few bits that ``model.optimizer._target_`` may name where their packages are installed."""
 
-STRATEGY = "nemo_emmett.strategies.HybridShardedStrategy"
-"""What ``trainer.strategy._target_`` may name of ours; NeMo admits Lightning's strategies one by one, too."""
+OWN_CLASSES = ("nemo_emmett.optimizers.MasterWeightAdamW", "nemo_emmett.strategies.HybridShardedStrategy")
+"""What ``_target_`` may name of ours that NeMo does not admit by its base class."""
 
 DATA_TYPES = ("parallel_text", "speech_tsv")
 """Types of sources in an ``input_cfg`` in addition to NeMo's own."""
@@ -211,7 +211,7 @@ def register() -> tuple[Registration, ...]:
 
 
 def open_allow_list(common: ModuleType) -> None:
-    """Admit ``_target_: nemo_emmett...``, our strategy and optimizers of few bits to the allow-list of
+    """Admit ``_target_: nemo_emmett...``, our optimizer and strategy, and optimizers of few bits to the allow-list of
     ``nemo.core.classes.common``."""
     for prefix in (TARGET_PREFIX, *OPTIMIZERS_OF_OTHERS):
         if prefix not in common.ALLOWED_TARGET_PREFIXES:
@@ -220,7 +220,7 @@ def open_allow_list(common: ModuleType) -> None:
     common.ALLOWED_EXACT_CLASS_TARGETS.update(
         prefix + name for prefix, names in OPTIMIZERS_OF_OTHERS.items() for name in names
     )
-    common.ALLOWED_EXACT_CLASS_TARGETS.add(STRATEGY)
+    common.ALLOWED_EXACT_CLASS_TARGETS.update(OWN_CLASSES)
 
 
 def open_dataloader_factory(dataloader: ModuleType) -> None:

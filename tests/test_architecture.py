@@ -35,7 +35,7 @@ FLOORS = (
     ("models", "data", "oomptimizer"),
     ("callbacks.*", "strategies"),
     ("objectives",),
-    ("modules", "prompts", "schedulers"),
+    ("modules", "prompts", "schedulers", "optimizers"),
     ("errors", "config", "typed_config", "early_checks", "files", "processes", "audio_file", "audio_chunks", "run_log"),
 )
 # What others see and start is one floor of equals, and so is what all of them rest on.

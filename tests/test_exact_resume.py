@@ -174,6 +174,12 @@ def test_an_optimizer_of_few_bits_goes_on_where_it_was(exact_recipe, tmp_path, u
         compare(exact_recipe, tmp_path, uninterrupted, [("train_batch_end", 7, signal.SIGKILL)])
 
 
+def test_float32_copies_of_the_weights_go_on_where_they_were(exact_recipe, tmp_path, uninterrupted):
+    exact_recipe["model"]["optimizer"] = {"_target_": "nemo_emmett.optimizers.MasterWeightAdamW", "lr": 1e-3}
+    exact_recipe["trainer"]["precision"] = "bf16-true"
+    compare(exact_recipe, tmp_path, uninterrupted, [("train_batch_end", 7, signal.SIGKILL)])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_signals_stop_it_with_a_checkpoint_and_no_step_is_trained_twice(
     exact_recipe, tmp_path, uninterrupted, capfd, workers

@@ -93,6 +93,12 @@ def with_checkpointing(model):
         pytest.param(
             {"optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-3, "fused": True}}, None, {}, id="fused AdamW"
         ),
+        pytest.param(
+            {"optimizer": {"_target_": "nemo_emmett.optimizers.MasterWeightAdamW", "lr": 1e-3}},
+            None,
+            {"precision": "bf16-true"},
+            id="float32 copies",
+        ),
         *(
             pytest.param(
                 {"optimizer": {"_target_": target, "lr": 1e-3}},
