@@ -46,7 +46,7 @@ from nemo_emmett.models.lora_modality import check_lora_modality, refuse_trained
 from nemo_emmett.models.oomptimizer_schema import oomptimizer_schema
 from nemo_emmett.models.optimization import parse_optimization
 from nemo_emmett.models.perception import build_perception, cache_encoder
-from nemo_emmett.models.sharding import clip_gradients, shard, validated_parts
+from nemo_emmett.models.sharding import add_up_gradients, clip_gradients, shard, validated_parts
 from nemo_emmett.models.teachers import Teachers
 from nemo_emmett.models.tensor_parallel import check_tensor_parallel, make_alike, parallelize
 from nemo_emmett.models.training_step import TrainingStep
@@ -340,6 +340,11 @@ class SpeechTextModel(TrainingStep, Export, Generation, LightningModule, HFHubMi
                 "model.freeze, model.freeze_params: all parameters are frozen; leave some of the patterns out, or name "
                 "what to train in model.prevent_freeze_params."
             ) from error
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Complete the gradients of a model that is split over ranks."""
+        if self.is_sharded:
+            add_up_gradients(self.parameters())
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -9,7 +9,6 @@ their weights with the output layer, belong to the root, which is gathered throu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -49,8 +48,6 @@ def shard(root: nn.Module, units: Sequence[nn.Module], whole: Sequence[nn.Module
     if mesh.size() == 1:
         # What tensor parallelism has split needs no other rank; FSDP2, which copies what it gathers, leaves it alone.
         mesh, split = everywhere, {parameter for parameter in root.parameters() if isinstance(parameter, DTensor)}
-        for parameter in filter(attrgetter("requires_grad"), split):
-            parameter.register_post_accumulate_grad_hook(_add_up)
     for unit in units:
         fully_shard(unit, mesh=mesh, ignored_params=split)
     for unit in whole:
@@ -63,9 +60,13 @@ def shard(root: nn.Module, units: Sequence[nn.Module], whole: Sequence[nn.Module
         register_fsdp_forward_method(root, name)
 
 
-def _add_up(parameter: nn.Parameter) -> None:
-    """Of a weight that each rank has whole, but uses for a part of the heads, each has a part of the gradient."""
-    parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Of a weight that each rank has whole, but uses for some of the heads, each has a part of the gradient: add them
+    up, where FSDP2 has not. A collective."""
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:

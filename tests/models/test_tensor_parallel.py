@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from nemo.collections.speechlm2.data import DataModule
 from nemo.collections.speechlm2.models import SALM
@@ -106,6 +107,15 @@ VALIDATION = ([(slice(0, 2), NONE), (NONE, slice(0, 1))], [(NONE, slice(1, 3)), 
 SAVED_AFTER = 2
 
 
+class GradientsAsParameters(Callback):
+    """An optimizer's kernels take them as they are: no rank may have a part of a sum."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if parameter.grad is not None:
+                assert parameter.grad.placements == parameter.placements, name
+
+
 def batch(case: str, model: Any, *rows: slice) -> dict[str, dict[str, Any]]:
     """What a rank trains on; its examples can be counted."""
     made = (packed_batch_of if "packed" in case else batch_of)(model, *rows)
@@ -121,7 +131,7 @@ def fit(layout: str, case: str, model: Any, steps: Steps, checkpoint: Path | Non
     trainer = quiet_trainer(
         devices=data * arguments.get("tensor_parallel_size", 1),
         strategy=strategy(data_parallel_size=data, **arguments),
-        callbacks=[steps, counted],
+        callbacks=[steps, counted, GradientsAsParameters()],
         gradient_clip_val=CLIPPED.get(case),
     )
 
