@@ -57,29 +57,10 @@ def check_tensor_parallel(model: Any, size: int) -> None:
     Raises:
         ConfigError: naming the key, and what to do.
     """
-    name, options = type(model).__name__, model.options
-    llm = unwrap_peft(model.llm)
-    config, kind = llm.config, llm.config.model_type
-    plan = getattr(config, "base_model_tp_plan", None)
-    unknown = sorted(set((plan or {}).values()) - _STYLES.keys())
-    if model.is_encoder_decoder or not plan or unknown:
-        reason = f"with {', '.join(map(repr, unknown))}" if unknown else "not at all"
+    if (implementation := model.options.loss_implementation) not in ("auto", "chunked"):
         raise ConfigError(
-            f"{KEY}: {size} is not possible for {name} on a language model of type '{kind}', which transformers splits "
-            f"{reason}; set it to 1, and data_parallel_size to the number of devices, or take a model of the Llama, "
-            "Qwen, Mistral or Gemma family."
-        )
-    for attribute in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        number = getattr(config, attribute, None)
-        if number is not None and number % size:
-            raise ConfigError(
-                f"{KEY}: {size} does not divide {attribute} of the language model, which is {number}; set it to a "
-                "divisor of it."
-            )
-    if options.loss_implementation not in ("auto", "chunked"):
-        raise ConfigError(
-            f"model.loss_implementation: {options.loss_implementation} cannot compute the loss of a vocabulary that is "
-            f"split over ranks ({KEY}: {size}); write auto."
+            f"model.loss_implementation: {implementation} cannot compute the loss of a vocabulary that is split over "
+            f"ranks ({KEY}: {size}); write auto."
         )
     for layer_name, layer in model.llm.named_modules():
         if isinstance(layer, BaseTunerLayer) and (
@@ -90,7 +71,30 @@ def check_tensor_parallel(model: Any, size: int) -> None:
                 f"({KEY}: {size}), since it is in the embeddings or the output layer, or is not plain LoRA (DoRA); "
                 "leave it out."
             )
-    if not has_linear_head(model.llm):
+    for language_model in (model, *model.teachers.language_models()):
+        _check_layers(language_model.llm, type(model).__name__, size)
+
+
+def _check_layers(llm: nn.Module, name: str, size: int) -> None:
+    """Of the model's language model, or of a teacher."""
+    config, kind = unwrap_peft(llm).config, unwrap_peft(llm).config.model_type
+    plan = getattr(config, "base_model_tp_plan", None)
+    unknown = sorted(set((plan or {}).values()) - _STYLES.keys())
+    if config.is_encoder_decoder or not plan or unknown:
+        reason = f"with {', '.join(map(repr, unknown))}" if unknown else "not at all"
+        raise ConfigError(
+            f"{KEY}: {size} is not possible for {name} on a language model of type '{kind}', which transformers splits "
+            f"{reason}; set it to 1, and data_parallel_size to the number of devices, or take a model of the Llama, "
+            "Qwen, Mistral or Gemma family."
+        )
+    for attribute in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        number = getattr(config, attribute, None)
+        if number is not None and number % size:
+            raise ConfigError(
+                f"{KEY}: {size} does not divide {attribute} of the language model ({kind}), which is {number}; write "
+                "a divisor of it."
+            )
+    if not has_linear_head(llm):
         raise ConfigError(f"{KEY}: {size} is not possible for the output layer of type '{kind}'; set it to 1.")
 
 

@@ -202,9 +202,11 @@ class LinearInputs:
 
 
 def _chosen(implementation: str, inputs: LinearInputs) -> str:
-    if implementation == "chunked" or inputs.vocabulary is not WHOLE:
-        return "chunked"
-    if implementation == "naive":
+    if inputs.vocabulary is not WHOLE and implementation != "chunked":
+        if implementation == "auto":
+            return "chunked"
+        raise ConfigError(f"{_KEY}: {implementation} cannot read a vocabulary that is split over ranks; choose auto.")
+    if implementation in ("naive", "chunked"):
         return implementation
     # Kernels cannot read fake tensors, and have no grid for no rows; then there is nothing to compute.
     if isinstance(inputs.hidden_NH, FakeTensor) or len(inputs.hidden_NH) == 0:

@@ -335,6 +335,13 @@ def test_heads_must_be_divisible(backbones, tiny_asr, size, what):
         check_tensor_parallel(model, size)
 
 
+def test_those_of_a_teacher_too(backbones, tiny_asr):
+    model = built(SALMGPT, "llama", backbones, tiny_asr, **OBJECTIVES)
+    model.teachers.language_models()[0].llm.config.num_key_value_heads = 1
+    with pytest.raises(ConfigError, match=r"2 does not divide num_key_value_heads .* \(llama\), which is 1;"):
+        check_tensor_parallel(model, 2)
+
+
 def test_groups_must_be_divisible():
     strategy = HybridShardedStrategy(replicas=3, data_parallel_size=4)
     with pytest.raises(ConfigError, match=r"^trainer\.strategy\.replicas: 4 devices cannot be divided into 3 groups"):

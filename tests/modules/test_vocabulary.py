@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from nemo_emmett.errors import ConfigError
 from nemo_emmett.modules import linear_cross_entropy as lce
 from nemo_emmett.modules.linear_cross_entropy import linear_cross_entropy, token_scores
 from nemo_emmett.modules.loss import IGNORE_INDEX
-from nemo_emmett.modules.vocabulary import VocabularyParallelEmbedding, VocabularyParallelLinear, local_head
+from nemo_emmett.modules.vocabulary import (
+    ShardedVocabulary,
+    VocabularyParallelEmbedding,
+    VocabularyParallelLinear,
+    local_head,
+)
 from nemo_emmett.modules.weighted_linear_loss import LinearTeacher, RowWeights, weighted_linear_loss
 
 from ..models.two_ranks import run_on_two_ranks
@@ -153,3 +159,11 @@ def test_layers_give_whole_logits_and_embeddings(ranks):
     of_hidden, of_table, of_weight = torch.autograd.grad(loss, [hidden, table, weight])
     assert not of_table[7].any(), "the padding's row is not trained"
     assert_on_all(ranks, "layers", [logits.detach(), embeddings.detach(), of_hidden, of_table, of_weight])
+
+
+@pytest.mark.parametrize("implementation", ["naive", "liger"])
+def test_an_implementation_that_cannot_be_split_is_refused(implementation):
+    split = ShardedVocabulary(group=None, first=0, here=4, total=8)
+    tensors = torch.ones(3, H), torch.ones(4, H), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ConfigError, match=f"^model.loss_implementation: {implementation} cannot read a vocabulary"):
+        linear_cross_entropy(*tensors, implementation=implementation, vocabulary=split)
