@@ -125,7 +125,8 @@ def create_app(service: Service, metrics: Metrics, traffic: Traffic, api_key: st
     _add_page(app)
     started = int(time.time())
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.get("/health")
+    @app.head("/health", include_in_schema=False)
     async def health() -> Response:
         """Whether the server takes requests."""
         if traffic.is_stopping or not service.batcher.is_alive:

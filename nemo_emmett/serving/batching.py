@@ -45,7 +45,8 @@ class Batcher:
         wait: seconds that an input waits for others if the model is idle.
         batch_tokens: most positions of the language model's input in a batch, padding included.
         options: of ``answer_inputs``.
-        observe: called after each batch with its modality, its number of inputs and its seconds.
+        observe: called for each batch with its modality, its number of inputs and its seconds, before its answers are
+            given out: who has an answer finds its batch counted.
     """
 
     def __init__(
@@ -119,10 +120,7 @@ class Batcher:
                 taken = set(batch)
                 self._waiting = [entry for entry in self._waiting if entry not in taken]
                 if batch := [entry for entry in batch if entry.future.set_running_or_notify_cancel()]:
-                    started = time.monotonic()
                     self._answer(batch)
-                    modality = "audio" if is_recording(batch[0].input) else "text"
-                    self._observe(modality, len(batch), time.monotonic() - started)
         finally:
             with self._changed:
                 self._is_closed = True
@@ -149,6 +147,9 @@ class Batcher:
 
     def _measure(self, entries: Sequence[_Entry]) -> None:
         for entry, length in self._each(entries, self._model.input_lengths):
+            if isinstance(length, Exception):
+                _fail(entry, length)
+                continue
             entry.length = length
             if length > self._batch_tokens and not is_recording(entry.input):
                 most = f"{self._batch_tokens:,} of a batch"
@@ -158,11 +159,18 @@ class Batcher:
         def answers(*inputs: Any) -> list[Answer]:
             return self._model.answer_inputs(*inputs, batch_tokens=self._batch_tokens, **self._options)
 
-        for entry, answer in self._each(entries, answers):
-            entry.future.set_result(answer)
+        started = time.monotonic()
+        results = self._each(entries, answers)
+        modality = "audio" if is_recording(entries[0].input) else "text"
+        self._observe(modality, len(entries), time.monotonic() - started)
+        for entry, answer in results:
+            if isinstance(answer, Exception):
+                _fail(entry, answer)
+            else:
+                entry.future.set_result(answer)
 
     def _each(self, entries: Sequence[_Entry], compute: Callable[..., list]) -> list[tuple[_Entry, Any]]:
-        """Entries with what is computed of them together; where one of them is at fault, in halves, without it."""
+        """Entries with what is computed of them together: in halves where one is at fault, which has its error."""
         if not entries:
             return []
         try:
@@ -174,8 +182,7 @@ class Batcher:
             return list(zip(entries, results, strict=True))
         except Exception as error:
             if len(entries) == 1:
-                _fail(entries[0], error)
-                return []
+                return [(entries[0], error)]
         middle = len(entries) // 2
         return self._each(entries[:middle], compute) + self._each(entries[middle:], compute)
 

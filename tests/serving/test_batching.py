@@ -193,3 +193,22 @@ def test_a_thread_that_ends_leaves_nobody_waiting(model, batcher, monkeypatch) -
         future.result(5)
     batcher._thread.join(5)
     assert not batcher.is_alive
+
+
+def test_a_batch_is_counted_before_its_answers_are_given_out(model) -> None:
+    counted, futures, done = [], [], []
+
+    def observe(modality: str, inputs: int, seconds: float) -> None:
+        counted.append((modality, inputs))
+        done.extend(future.done() for future in futures)
+
+    batcher = Batcher(model, wait=0.2, batch_tokens=60, observe=observe)
+    try:
+        futures += [text(batcher, "good"), text(batcher, "bad")]
+        wait(futures, 5)
+    finally:
+        batcher.close()
+    assert counted == [("text", 2)]
+    assert done == [False, False]
+    assert futures[0].result() .translation == "de:GOOD"
+    assert isinstance(futures[1].exception(), DataError)
