@@ -29,6 +29,7 @@ PRELOADED = [
     "nemo_emmett.models.salm_gpt",
     "nemo_emmett.models.salm_t5",
     "nemo_emmett.callbacks.oomptimizer",
+    "tests.frozen",
 ]
 
 

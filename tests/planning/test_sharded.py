@@ -88,9 +88,13 @@ def readings_of(case: str, ranks: int, folder: Path, asr: Path, is_planned: bool
     readings = []
 
     def least(step: Callable[[], Reading]) -> tuple[int, int, int]:
-        """Of several steps: threads of gloo hold what they have sent until they run again, which only adds."""
-        taken = [step() for _ in range(1 if is_planned else 3)]
-        return tuple(min(getattr(reading, what) for reading in taken) for what in ("peak", "resident", "held"))
+        """Of several steps, until two are alike: threads of gloo hold what they have sent until they run again, which
+        only adds. All ranks have the same readings, and take as many steps."""
+        taken: list[tuple[int, int, int]] = []
+        while len(taken) < (1 if is_planned else 3) and len(taken) == len({*taken}):
+            reading = step()
+            taken.append((reading.peak, reading.resident, reading.held))
+        return tuple(map(min, *taken)) if len(taken) > 1 else taken[0]
 
     def measure(trainer, module) -> None:
         adapter = adapter_for(module)
@@ -98,7 +102,7 @@ def readings_of(case: str, ranks: int, folder: Path, asr: Path, is_planned: bool
             if is_planned:
                 stack.enter_context(adapter.planning())
             steps = stack.enter_context(TrainingSteps(trainer, module, TensorMeter(CPU)))
-            made = [[adapter.synthetic_batch(shape, n, CPU) for shape, n in sizes.items()] for sizes in BATCHES]
+            made = [[adapter.synthetic_batch(shape, n, CPU) for shape, n in sizes.items()] for sizes in BATCHES[1:]]
             made = [parts[0] if len(parts) == 1 else adapter.join(parts) for parts in made]
             readings.append(least(lambda: steps.warm_up(made[0])))
             readings.extend(least(lambda batch=batch: steps.run(batch)) for batch in made)

@@ -210,5 +210,5 @@ def test_a_batch_is_counted_before_its_answers_are_given_out(model) -> None:
         batcher.close()
     assert counted == [("text", 2)]
     assert done == [False, False]
-    assert futures[0].result() .translation == "de:GOOD"
+    assert futures[0].result().translation == "de:GOOD"
     assert isinstance(futures[1].exception(), DataError)

@@ -32,7 +32,7 @@ def random_ids(size: int, length: int, vocab_size: int, banned: Collection[int],
     Raises:
         ConfigError: if no id is left.
     """
-    allowed = np.setdiff1d(np.arange(vocab_size), np.fromiter(banned, dtype=np.int64, count=len(banned)))
+    allowed = np.delete(np.arange(vocab_size), [token for token in banned if 0 <= token < vocab_size])
     if not len(allowed):
         raise ConfigError(
             f"oomptimizer_schema: a vocabulary of {vocab_size} holds nothing but special tokens; "
