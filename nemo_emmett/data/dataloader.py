@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from copy import copy
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -187,7 +188,8 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
         self.generator.manual_seed(seed)
         empty_in_a_row, is_last = 0, False
         deliveries = super().__iter__()
-        at_exit = _end_workers_at_exit(deliveries)
+        if not hasattr(deliveries, "end_workers"):  # one whose workers persist has them since the last iteration
+            deliveries.end_workers = _end_of_workers(deliveries)
         try:
             for delivery in deliveries:
                 if self._steps is not None:
@@ -213,9 +215,17 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
                 )
             self._merge_notes_of_this_process()
             self.skipped_records.check(self.max_bad_records, at_end=True)
+        except GeneratorExit:  # given up; workers that persist are there for the next iteration
+            if not self.persistent_workers:
+                deliveries.end_workers()
+            raise
+        except BaseException:
+            deliveries.end_workers()
+            self._iterator = None
+            raise
         finally:
             try:
-                at_exit.cancel()
+                deliveries.end_workers.still_active()
             except TypeError:  # the interpreter closes this generator at its very end, when modules are gone
                 return
             self._pass = None
@@ -297,21 +307,23 @@ class MultimodalDataLoader(torch.utils.data.DataLoader):
             )
 
 
-def _end_workers_at_exit(iterator: Any) -> Finalize:
-    """Have a loader's workers ended when the process exits in the middle of an iteration.
+def _end_of_workers(iterator: Any) -> Finalize:
+    """What ends an iterator's worker processes: when it is called, when the iterator is gone, or at exit.
 
-    multiprocessing would send them SIGTERM, of which they ignore the first, and wait for them; and torch's handler for
-    SIGCHLD would turn their end into an exception, and with it into another exit code.
+    torch's iterator ends them itself, but with a message that is never sent where it is freed in a reference cycle,
+    together with its queues, as after an exception; it then waits 5 s for each, and sends SIGTERM, of which they ignore
+    the first. At exit, multiprocessing would do the same, and torch's handler for SIGCHLD would turn their end into an
+    exception, and with it into another exit code.
     """
+    return Finalize(iterator, _kill, (id(iterator), getattr(iterator, "_workers", ())), exitpriority=1)
 
-    def end() -> None:
-        if getattr(iterator, "_worker_pids_set", False):  # not without worker processes
-            signal_handling._remove_worker_pids(id(iterator))
-            iterator._worker_pids_set = False
-            for worker in iterator._workers:
-                worker.kill()
 
-    return Finalize(None, end, exitpriority=1)
+def _kill(loader_id: int, workers: Iterable[BaseProcess]) -> None:
+    with suppress(ValueError):  # torch has done so
+        signal_handling._remove_worker_pids(loader_id)
+        signal_handling._set_worker_pids(loader_id, ())  # torch is going to remove them once more
+    for worker in workers:
+        worker.kill()
 
 
 class WorkerInit:

@@ -1,10 +1,11 @@
-"""A process that ends with data workers at work keeps its exit code, and does not wait for them."""
+"""Data workers end with what they work for: at exit, after an error, and where an iteration is given up."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,74 @@ def test_it_ends_at_once_with_its_exit_code(error, code, tmp_path):
     workers = (tmp_path / "workers").read_text().split()
     assert len(workers) == WORKERS
     assert not any(Path("/proc", pid).exists() for pid in workers)
+
+
+def loader(**options) -> MultimodalDataLoader:
+    return MultimodalDataLoader(Endless(), batch_size=None, num_workers=WORKERS, collate_fn=lambda b: b, **options)
+
+
+def run_out(batches: Iterator) -> None:
+    """Nothing is known of the iteration any more."""
+    batches.close()
+
+
+def fail(batches: Iterator) -> BaseException:
+    """The error is kept, and with its traceback all that the loader had."""
+    with pytest.raises(KeyError) as failure:
+        batches.throw(KeyError("of the loader"))
+    return failure.value
+
+
+def forget_in_a_cycle(batches: Iterator) -> None:
+    """As an exception does, whose traceback knows the frame that knows the exception."""
+    cycle = [batches]
+    cycle.append(cycle)
+    del batches, cycle
+    gc.collect()
+
+
+@pytest.fixture
+def own_workers() -> Callable[[], list]:
+    """The processes that have been started since and are alive."""
+    before = {process.pid for process in multiprocessing.active_children()}
+    return lambda: [process for process in multiprocessing.active_children() if process.pid not in before]
+
+
+def alive_soon(processes: list) -> list:
+    """Those that are still alive when a process that was killed is gone. torch gives its workers 5 s."""
+    for process in processes:
+        process.join(2)
+    return [process for process in processes if process.is_alive()]
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+@pytest.mark.parametrize("give_up", [run_out, fail, forget_in_a_cycle])
+def test_workers_of_an_iteration_that_is_given_up_end(own_workers, give_up, is_pinned):
+    batches = [iter(loader(pin_memory=is_pinned))]
+    next(batches[0])
+    workers = own_workers()
+    assert len(workers) == WORKERS
+    kept = give_up(batches.pop())
+    assert not alive_soon(workers)
+    del kept
+
+
+def test_workers_that_persist_wait_for_the_next_iteration(own_workers):
+    persistent = loader(persistent_workers=True)
+    for _ in range(2):
+        batches = iter(persistent)
+        next(batches)
+        workers = {process.pid for process in own_workers()}
+        run_out(batches)
+        assert {process.pid for process in own_workers()} == workers
+    fail_of_next = iter(persistent)
+    next(fail_of_next)
+    ended = own_workers()
+    fail(fail_of_next)
+    assert not alive_soon(ended)
+    assert next(iter(persistent)) == {"step": 1}, "with new workers"
+    last = own_workers()
+    forget_in_a_cycle(persistent)
+    del persistent
+    gc.collect()
+    assert not alive_soon(last)
