@@ -304,6 +304,7 @@ def recipe(corpus, salm_t5_config, tmp_path) -> dict:
         },
         "exp_manager": {
             "explicit_log_dir": str(tmp_path / "exp"),
+            "seconds_to_sleep": 0.5,  # of ranks other than the first, while it makes the folder
             "resume_if_exists": True,
             "resume_ignore_no_checkpoint": True,
             "checkpoint_callback_params": {"monitor": "val_bleu", "mode": "max", "save_top_k": 1},

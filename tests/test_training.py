@@ -127,7 +127,7 @@ def parallel_recipe(recipe, tmp_path):
         if OmegaConf.is_missing(section.strategy, "data_parallel_size"):
             section.strategy.data_parallel_size = 2
         own = {"export_dir": str(tmp_path / name), "exp_manager": {"explicit_log_dir": str(tmp_path / f"exp_{name}")}}
-        own["exp_manager"] |= {"resume_if_exists": True, "resume_ignore_no_checkpoint": True}
+        own["exp_manager"] |= {"seconds_to_sleep": 0.5, "resume_if_exists": True, "resume_ignore_no_checkpoint": True}
         own["exp_manager"]["checkpoint_callback_params"] = {"monitor": "val_loss", "mode": "min", "save_top_k": 1}
         of_trainer = recipe["trainer"] | {"devices": 2, **OmegaConf.to_container(section), **trainer}
         return recipe | own | {"trainer": of_trainer}

@@ -191,7 +191,8 @@ def fit(
         checkpoints |= {"every_n_train_steps": None, "every_n_epochs": 1, "always_save_nemo": False}
         keys = {"explicit_log_dir": str(folder), "create_tensorboard_logger": False, "log_step_timing": False}
         keys |= {"create_checkpoint_callback": True, "checkpoint_callback_params": checkpoints}
-        exp_manager(trainer, OmegaConf.create(keys | {"resume_if_exists": True, "resume_ignore_no_checkpoint": True}))
+        keys |= {"resume_if_exists": True, "resume_ignore_no_checkpoint": True, "seconds_to_sleep": 0.5}
+        exp_manager(trainer, OmegaConf.create(keys))
     model = Model(fails_at)
     with suppress(Interrupted):
         trainer.fit(model, data, ckpt_path=resume)
