@@ -6,12 +6,12 @@ Drop-in for NeMo's ``get_lhotse_dataloader_from_config``: it takes every config 
 from __future__ import annotations
 
 import signal
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
-from multiprocessing.process import BaseProcess
-from multiprocessing.util import Finalize
+from multiprocessing.util import Finalize, is_exiting
 from typing import Any
 
 import torch
@@ -315,15 +315,30 @@ def _end_of_workers(iterator: Any) -> Finalize:
     the first. At exit, multiprocessing would do the same, and torch's handler for SIGCHLD would turn their end into an
     exception, and with it into another exit code.
     """
-    return Finalize(iterator, _kill, (id(iterator), getattr(iterator, "_workers", ())), exitpriority=1)
+    return Finalize(iterator, _Workers(iterator).end, exitpriority=1)
 
 
-def _kill(loader_id: int, workers: Iterable[BaseProcess]) -> None:
-    with suppress(ValueError):  # torch has done so
-        signal_handling._remove_worker_pids(loader_id)
-        signal_handling._set_worker_pids(loader_id, ())  # torch is going to remove them once more
-    for worker in workers:
-        worker.kill()
+class _Workers:
+    """The worker processes of an iterator of torch, and the thread that pins the memory of what they send."""
+
+    def __init__(self, iterator: Any) -> None:
+        self.loader_id = id(iterator)
+        self.processes = getattr(iterator, "_workers", ())
+        self.pinning = getattr(iterator, "_pin_memory_thread", None)
+        if self.pinning is not None:
+            self.is_done, self.results = iterator._pin_memory_thread_done_event, iterator._worker_result_queue
+
+    def end(self) -> None:
+        """Kill them; the thread ends first, which would wait for the rest of what they have sent in part."""
+        if self.pinning not in (None, threading.current_thread()) and not is_exiting():
+            self.is_done.set()
+            self.results.put((None, None))
+            self.pinning.join()
+        with suppress(ValueError):  # torch has done so
+            signal_handling._remove_worker_pids(self.loader_id)
+            signal_handling._set_worker_pids(self.loader_id, ())  # torch is going to remove them once more
+        for process in self.processes:
+            process.kill()
 
 
 class WorkerInit:

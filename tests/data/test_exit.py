@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +24,10 @@ SECONDS = 20
 """Without help the process waits for its workers, which ignore a first SIGTERM, for minutes."""
 
 
+BATCH = {"step": 1, "text": "x" * 200_000}
+"""More than a pipe holds: where nobody reads it, a worker has sent a part."""
+
+
 class Endless(torch.utils.data.IterableDataset):
     """Batches without an end."""
 
@@ -30,7 +36,7 @@ class Endless(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[WorkerBatch]:
         while True:
-            yield self.dataset.worker_batch({"step": 1})
+            yield self.dataset.worker_batch(BATCH)
 
 
 KEPT: list[Iterator] = []
@@ -42,7 +48,7 @@ def end_after_a_batch(folder: Path, error: BaseException) -> None:
     multiprocessing.set_start_method("fork", force=True)  # for the data workers, as in any training
     loader = MultimodalDataLoader(Endless(), batch_size=None, num_workers=WORKERS, collate_fn=lambda batch: batch)
     KEPT.append(iter(loader))
-    assert next(KEPT[0]) == {"step": 1}
+    assert next(KEPT[0]) == BATCH
     workers = [process.pid for process in multiprocessing.active_children()]
     (folder / "workers").write_text(" ".join(map(str, workers)))
     raise error
@@ -102,15 +108,30 @@ def alive_soon(processes: list) -> list:
     return [process for process in processes if process.is_alive()]
 
 
+@pytest.fixture
+def slow_pinning(monkeypatch):
+    """torch's thread that pins memory, as with a GPU; what it does for a batch takes a while."""
+    for name, value in {"is_available": True, "current_device_index": 0, "set_device_index": None}.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(WorkerBatch, "pin_memory", lambda self: time.sleep(0.05) or self, raising=False)
+
+
+def pinning_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "_pin_memory_loop" in thread.name]
+
+
 @pytest.mark.parametrize("is_pinned", [False, True])
 @pytest.mark.parametrize("give_up", [run_out, fail, forget_in_a_cycle])
-def test_workers_of_an_iteration_that_is_given_up_end(own_workers, give_up, is_pinned):
+def test_workers_of_an_iteration_that_is_given_up_end(own_workers, give_up, is_pinned, slow_pinning):
     batches = [iter(loader(pin_memory=is_pinned))]
     next(batches[0])
     workers = own_workers()
     assert len(workers) == WORKERS
+    assert len(pinning_threads()) == is_pinned
     kept = give_up(batches.pop())
     assert not alive_soon(workers)
+    assert not pinning_threads()
     del kept
 
 
@@ -127,7 +148,7 @@ def test_workers_that_persist_wait_for_the_next_iteration(own_workers):
     ended = own_workers()
     fail(fail_of_next)
     assert not alive_soon(ended)
-    assert next(iter(persistent)) == {"step": 1}, "with new workers"
+    assert next(iter(persistent)) == BATCH, "with new workers"
     last = own_workers()
     forget_in_a_cycle(persistent)
     del persistent
