@@ -345,7 +345,8 @@ class WorkerInit:
     """Prepares a worker process: signals to the whole process group must not end it before the training's last step.
 
     A terminal sends SIGINT to every process, SLURM sends SIGTERM to every process of a job. The worker ignores the
-    first SIGTERM and ends with the second; the loader ends its workers by a message, and at exit with SIGKILL.
+    first SIGTERM and ends with the second; the loader ends its workers by a message at the end of an iteration, and
+    with SIGKILL before it.
 
     Args:
         init: what else is to be done in a worker.
