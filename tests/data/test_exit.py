@@ -74,8 +74,8 @@ def loader(**options) -> MultimodalDataLoader:
     return MultimodalDataLoader(Endless(), batch_size=None, num_workers=WORKERS, collate_fn=lambda b: b, **options)
 
 
-def run_out(batches: Iterator) -> None:
-    """Nothing is known of the iteration any more."""
+def leave(batches: Iterator) -> None:
+    """As a loop that is left by ``break``."""
     batches.close()
 
 
@@ -86,7 +86,7 @@ def fail(batches: Iterator) -> BaseException:
     return failure.value
 
 
-def forget_in_a_cycle(batches: Iterator) -> None:
+def forget_in_a_cycle(batches: Iterator | MultimodalDataLoader) -> None:
     """As an exception does, whose traceback knows the frame that knows the exception."""
     cycle = [batches]
     cycle.append(cycle)
@@ -122,7 +122,7 @@ def pinning_threads() -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize("is_pinned", [False, True])
-@pytest.mark.parametrize("give_up", [run_out, fail, forget_in_a_cycle])
+@pytest.mark.parametrize("give_up", [leave, fail, forget_in_a_cycle])
 def test_workers_of_an_iteration_that_is_given_up_end(own_workers, give_up, is_pinned, slow_pinning):
     batches = [iter(loader(pin_memory=is_pinned))]
     next(batches[0])
@@ -141,7 +141,7 @@ def test_workers_that_persist_wait_for_the_next_iteration(own_workers):
         batches = iter(persistent)
         next(batches)
         workers = {process.pid for process in own_workers()}
-        run_out(batches)
+        leave(batches)
         assert {process.pid for process in own_workers()} == workers
     fail_of_next = iter(persistent)
     next(fail_of_next)
@@ -149,8 +149,7 @@ def test_workers_that_persist_wait_for_the_next_iteration(own_workers):
     fail(fail_of_next)
     assert not alive_soon(ended)
     assert next(iter(persistent)) == BATCH, "with new workers"
-    last = own_workers()
-    forget_in_a_cycle(persistent)
+    last, loaders = own_workers(), [persistent]
     del persistent
-    gc.collect()
+    forget_in_a_cycle(loaders.pop())
     assert not alive_soon(last)

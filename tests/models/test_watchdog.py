@@ -24,7 +24,7 @@ from .backbones import backbone
 from .memorising import built
 from .two_ranks import NONE, SGD, batch_of, quiet_trainer, run_on_two_ranks
 
-STEPS = int(os.environ.get("NEMO_EMMETT_WATCHDOG_STEPS", "16"))
+STEPS = int(os.environ.get("NEMO_EMMETT_WATCHDOG_STEPS", "24"))
 """Batches of each case."""
 
 SECONDS_WITHOUT_PROGRESS = 60

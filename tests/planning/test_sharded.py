@@ -102,7 +102,7 @@ def readings_of(case: str, ranks: int, folder: Path, asr: Path, is_planned: bool
             if is_planned:
                 stack.enter_context(adapter.planning())
             steps = stack.enter_context(TrainingSteps(trainer, module, TensorMeter(CPU)))
-            made = [[adapter.synthetic_batch(shape, n, CPU) for shape, n in sizes.items()] for sizes in BATCHES[1:]]
+            made = [[adapter.synthetic_batch(shape, n, CPU) for shape, n in sizes.items()] for sizes in BATCHES]
             made = [parts[0] if len(parts) == 1 else adapter.join(parts) for parts in made]
             readings.append(least(lambda: steps.warm_up(made[0])))
             readings.extend(least(lambda batch=batch: steps.run(batch)) for batch in made)
